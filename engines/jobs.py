@@ -1,0 +1,33 @@
+"""The engine's build as jobs, each run in a process of its own; arguments and results are plain JSON values."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from turbochain.runtime import engine, verify
+from turbochain.runtime.bundle import REFERENCE, Bundle
+
+Progress = Callable[[int, int], None]
+
+
+def compile(
+    progress: Progress, *, path: str, backend: str, folder: str, options: dict[str, Any], device: str, name: str
+) -> None:
+    """Compile one graph of the bundle into `folder`."""
+    bundle = Bundle.open(path)
+    bundle.check_files(bundle.manifest.graphs[name].files)
+    module = importlib.import_module(f"turbochain.engines.{backend}")
+    module.compile(bundle, name, Path(folder), options, device)
+
+
+def check(
+    progress: Progress, *, path: str, backend: str, folder: str, options: dict[str, Any], device: str
+) -> list[dict[str, Any]]:
+    """Verify the engine in `folder`; returns the checks, passed or not."""
+    bundle = Bundle.open(path)
+    bundle.check_files([REFERENCE])
+    engine.check_inputs(bundle)
+    executor = engine.executor(bundle, backend, Path(folder), options, device=device, threads=None)
+    return [dataclasses.asdict(c) for c in verify.verify(bundle, executor, progress)]

@@ -1,0 +1,125 @@
+"""Heavy phases run in a process of their own, so that their memory is returned.
+
+The parent writes one JSON line (`{"job": "module:function", "arguments": {…}}`) to the child's stdin and keeps
+it open: when it closes, the child ends, so a killed build leaves nothing running. The child writes JSON lines:
+`{"progress": [done, total]}`, and last `{"result": …, "peak_bytes": …}` or `{"error": …, "kind": …}`.
+"""
+
+import errno
+import importlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from turbochain.runtime import errors
+from turbochain.runtime.errors import InputError, TurbochainError
+
+Progress = Callable[[int, int], None]
+
+
+def run(
+    job: str, arguments: dict[str, Any], *, progress: Progress, lock: int, log: Path | None
+) -> tuple[Any, int]:
+    """Run `job` in a child; returns its result and its peak resident memory in bytes.
+
+    `lock` is a file descriptor that the child keeps open, so that a lock outlives this process as long as the
+    child does. What libraries print goes to the file `log`, or to stderr where it is None. Raises what the
+    child raised, if it is a TurbochainError; else TurbochainError.
+    """
+    output = log.open("ab") if log else None
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            pass_fds=(lock,),
+            text=True,
+        )
+    finally:
+        if output:
+            output.close()
+    assert child.stdin and child.stdout
+    try:
+        child.stdin.write(json.dumps({"job": job, "arguments": arguments}) + "\n")
+        child.stdin.flush()
+        last: dict[str, Any] = {}
+        for line in child.stdout:
+            last = json.loads(line)
+            if "progress" in last:
+                progress(*last["progress"])
+        status = child.wait()
+    except BaseException:
+        child.kill()
+        child.wait()
+        raise
+    if "result" in last:
+        return last["result"], last["peak_bytes"]
+    raise _failure(job, last, status, log)
+
+
+def _failure(job: str, last: dict[str, Any], status: int, log: Path | None) -> TurbochainError:
+    if "error" in last:
+        return getattr(errors, last["kind"])(last["error"])
+    name = job.rpartition(":")[2]
+    if status < 0:
+        reason = f"was killed by signal {-status}" + (" (out of memory?)" if status == -9 else "")
+    else:
+        reason = f"ended with status {status}"
+    where = f"; what it printed is in {log}" if log else ""
+    return TurbochainError(f"the phase {name} {reason}{where}")
+
+
+def main() -> None:
+    """The child's side."""
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    events = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints must not be taken for an event
+    sys.stdout = sys.stderr
+
+    def send(**event: Any) -> None:
+        events.write(json.dumps(event) + "\n")
+
+    module, _, function = request["job"].partition(":")
+    try:
+        job = getattr(importlib.import_module(module), function)
+        result = job(lambda done, total: send(progress=[done, total]), **request["arguments"])
+    except TurbochainError as error:
+        send(error=str(error), kind=type(error).__name__)
+    except Exception as error:
+        traceback.print_exc()
+        kind, message = _describe(function, error)
+        send(error=message, kind=kind.__name__)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        send(result=result, peak_bytes=peak * (1 if sys.platform == "darwin" else 1024))
+    sys.stdout.flush()
+    os._exit(0)  # no library's exit handlers: some of them take seconds
+
+
+def _describe(function: str, error: Exception) -> tuple[type[TurbochainError], str]:
+    """An exception that is not ours, as one sentence."""
+    full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+    if full:
+        return InputError, "no space left on the disk of the bundle; free some, and run the same command again"
+    if isinstance(error, ModuleNotFoundError):
+        return InputError, f"{error.name} is not installed: pip install 'turbochain[export]'"
+    lines = str(error).strip().splitlines() or [""]
+    return TurbochainError, f"the phase {function} failed: {type(error).__name__}: {lines[0][:300]} (-v shows all)"
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The files of a hub checkpoint that are needed, and their download."""
+
+import fnmatch
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from turbochain.export.source import PICKLES, STEMS
+from turbochain.runtime.errors import InputError
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the build has its own
+
+_SMALL = ("*.json", "*.txt", "*.md", "LICENSE*", "*/*.json", "*/*.txt")
+
+
+def fetch(
+    repository: str, revision: str | None, variant: str | None, progress: Callable[[int, int], None]
+) -> tuple[Path, str]:
+    """Download what a bundle needs of a hub repository (or find it in the hub's cache).
+
+    Returns the local folder and the commit. `progress(done, total)` in bytes. Raises InputError for an
+    unknown id, a gated one, or where neither the network nor the cache has it.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+
+    try:
+        info = hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
+    except GatedRepoError:
+        raise InputError(f"{repository} is gated: accept its licence on its page, then run: hf auth login") from None
+    except RevisionNotFoundError:
+        raise InputError(f"{repository} has no revision {revision!r}") from None
+    except Exception as error:  # unknown, offline, unreachable: a copy in the cache still serves
+        return _cached(repository, revision, error)
+    sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
+    wanted = select(list(sizes), variant)
+    done, total = 0, sum(sizes[name] for name in wanted)
+    for name in wanted:
+        progress(done, total)
+        file = hub.hf_hub_download(repository, name, revision=info.sha)
+        done += sizes[name]
+    folder = Path(file).parents[name.count("/")]
+    return folder, str(info.sha)
+
+
+def select(names: list[str], variant: str | None) -> list[str]:
+    """Of a repository's files: configs, tokenizers, licence, and the safetensors of the variant (plain
+    ones where `variant` is None, or the only variant that there is)."""
+    small = [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in _SMALL) and n.count("/") <= 1]
+    stems = tuple(f"/{stem}" for stem in STEMS)
+    weights = [n for n in names if n.endswith(".safetensors") and n.count("/") == 1 and any(s in n for s in stems)]
+    folders = sorted({n.split("/")[0] for n in weights})
+    for folder in folders:
+        here = [n for n in weights if n.startswith(f"{folder}/")]
+        plain = [n for n in here if n.split("/")[1].count(".") == 1]
+        chosen = [n for n in here if f".{variant}." in n or f".{variant}-" in n] if variant else plain
+        small += chosen or plain or here
+    if not folders and any(n.endswith(PICKLES) for n in names):
+        raise InputError(
+            "the repository has its weights only as pickles (.bin, .ckpt), which are refused because loading one "
+            "runs code; convert them: load with diffusers and save_pretrained(FOLDER, safe_serialization=True)"
+        )
+    return small
+
+
+def _cached(repository: str, revision: str | None, error: Exception) -> tuple[Path, str]:
+    import huggingface_hub as hub
+
+    try:
+        folder = Path(hub.snapshot_download(repository, revision=revision, local_files_only=True))
+    except Exception:  # whatever it is, there is no copy here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{repository} is neither on the hub under that name nor in the local cache, or there is no network "
+            f"({reason}); check the id, or give the path of a local folder"
+        ) from None
+    return folder, folder.name

@@ -1,0 +1,93 @@
+"""What a build will need, from parameter counts and configs, before the work starts.
+
+The factors are fitted to the peaks in benchmarks/results/ and rounded up.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turbochain.export.families import Shape
+from turbochain.export.source import Checkpoint
+from turbochain.runtime.errors import InputError
+
+GiB = 2**30
+_BASE = 0.9 * GiB  # the libraries themselves
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_EXPORT = 2.2  # × a component's weights in its precision, while it is traced and folded
+_ENGINE = {"fp32": 1.15, "fp16": 2.5, "bf16": 2.5}  # × weights: ONNX Runtime's CPU provider casts fp16 to fp32
+_ACTIVATIONS = 6  # × the decoder's widest tensor
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Expected peaks in bytes."""
+
+    memory: dict[str, float]  # phase → resident memory
+    disk: float  # beside the bundle, at the highest point
+
+
+def of_synthetic(preset: str) -> Needs:
+    """What writing a synthetic checkpoint needs (the rest is known once it is written)."""
+    from turbochain.export import synthetic
+
+    values = sum(p.numel() for part in synthetic.models(preset).values() for p in part.parameters())
+    size = values * (2 if synthetic.PRESETS[preset].fp16 else 4)
+    return Needs({"load": _BASE}, disk=size)
+
+
+def of_checkpoint(checkpoint: Checkpoint, shape: Shape, precisions: Mapping[str, str]) -> Needs:
+    """What export, compilation and verification need; `precisions` is that of every stage."""
+    family = checkpoint.family
+    count = {c: checkpoint.parameters(c) for c in family.components}
+    weights = {name: count[s.component] * _BYTES[precisions[name]] for name, s in family.stages.items()}
+    activations = _ACTIVATIONS * _widest(checkpoint.configs, shape)
+    engine = sum(size * _ENGINE[precisions[name]] for name, size in weights.items())
+    memory = {
+        "reference": _BASE + 4 * sum(count.values()) + activations,
+        "export": _BASE + _EXPORT * max(weights.values()),
+        "verify": _BASE / 3 + engine + activations,
+    }
+    return Needs(memory, disk=1.02 * sum(weights.values()))
+
+
+def require(needs: Needs, folder: Path, force: bool) -> None:
+    """Raise InputError where this machine has too little memory, or the disk of `folder` too little room."""
+    if force:
+        return
+    problems = []
+    phase, memory = max(needs.memory.items(), key=lambda item: item[1])
+    if memory > (free := free_memory()):
+        problems.append(f"the phase {phase} needs about {memory / GiB:.1f} GiB of memory, and {free / GiB:.1f} are free")
+    if needs.disk > (free := shutil.disk_usage(folder).free):
+        problems.append(f"the build needs about {needs.disk / GiB:.1f} GiB of disk, and {free / GiB:.1f} are free")
+    if problems:
+        raise InputError(f"this machine has too little room: {'; '.join(problems)}; --force tries all the same")
+
+
+def free_memory() -> float:
+    """Bytes that a new process can use: what the kernel and the control group (containers) leave."""
+    free = float("inf")
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024.0 * int(fields["MemAvailable"].split()[0])
+    except (OSError, KeyError):
+        free = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())  # "max" where there is none
+        used = int((group / "memory.current").read_text())
+        cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(cache["file"]))
+    except (OSError, ValueError, KeyError):
+        pass
+    return free
+
+
+def _widest(configs: Mapping[str, Any], shape: Shape) -> float:
+    """Bytes of the decoder's largest tensor: the input of its last block, fp32 at full resolution."""
+    channels = configs["vae"]["block_out_channels"]
+    return 4.0 * channels[min(1, len(channels) - 1)] * shape.height * shape.width * shape.batch

@@ -1,0 +1,68 @@
+"""The model families: one module each, found by its file, with one constant `FAMILY`.
+
+A family is data and three functions, without torch; to add one, add a file.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from turbochain.runtime.errors import InputError
+from turbochain.runtime.manifest import Chain
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a bundle is built for."""
+
+    height: int  # pixels, a multiple of 64
+    width: int
+    batch: int  # pictures per pass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One graph to trace."""
+
+    role: str  # diffusers' component name, as the manifest has it
+    component: str  # the checkpoint's folder that holds its weights
+    module: str  # the class in export.stages that is traced; its first argument is the loaded component
+    inputs: Callable[[Mapping[str, Any], Shape], dict[str, tuple[str, tuple[int, ...]]]]
+    # (component → config, shape) → input name → (dtype, shape), in the module's order
+    outputs: tuple[str, ...]
+    arguments: Callable[[Shape], tuple[Any, ...]] = lambda shape: ()  # the module's further arguments
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between checkpoints of different pipelines."""
+
+    name: str
+    pipeline_class: str  # model_index.json's _class_name
+    components: tuple[str, ...]  # folders with weights
+    tokenizers: Mapping[str, str]  # chain input that takes the ids → the checkpoint's tokenizer folder
+    stages: Mapping[str, Stage]  # graph → stage
+    chain: Chain
+    pipeline_options: Mapping[str, Any]  # further arguments of the diffusers pipeline's constructor
+    embeds: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+    # (component → config, the UNet call's arguments) → what the text stages must have produced
+    check: Callable[[Mapping[str, Any]], list[str]]  # component → config: what is unsupported, as phrases
+
+
+def load() -> dict[str, Family]:
+    """Every family by the diffusers pipeline class that it serves."""
+    modules = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
+    return {m.FAMILY.pipeline_class: m.FAMILY for m in modules if hasattr(m, "FAMILY")}
+
+
+def of(pipeline_class: str) -> Family:
+    """The family of a pipeline class; InputError that names the supported ones."""
+    families = load()
+    if pipeline_class not in families:
+        raise InputError(
+            f"the pipeline class {pipeline_class} is not supported: choose a checkpoint of "
+            + " or ".join(sorted(families))
+        )
+    return families[pipeline_class]

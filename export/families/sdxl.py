@@ -1,0 +1,79 @@
+"""SDXL-Turbo and its kin: two text encoders, pooled embeds, time ids."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from turbochain.export.families import Family, Shape, Stage
+from turbochain.export.families.sd import STEP_INPUTS, VAE_DECODER, Inputs, check, ids, step_inputs, tokens
+from turbochain.runtime.manifest import Chain
+
+
+def _time_ids(shape: Shape) -> tuple[Any, ...]:
+    size = (shape.height, shape.width)  # diffusers' defaults: original size = target size, no crop
+    return ([[*size, 0, 0, *size]] * shape.batch,)
+
+
+def _inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
+    first, second = configs["text_encoder"], configs["text_encoder_2"]
+    length = tokens(configs, "text_encoder")
+    return {
+        **step_inputs(configs, shape),
+        "prompt_embeds": ("float32", (shape.batch, length, first["hidden_size"])),
+        "prompt_embeds_2": ("float32", (shape.batch, length, second["hidden_size"])),
+        "pooled_prompt_embeds": ("float32", (shape.batch, second["projection_dim"])),
+    }
+
+
+def _embeds(configs: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
+    width = configs["text_encoder"]["hidden_size"]
+    states = call["encoder_hidden_states"]
+    return {
+        "prompt_embeds": states[..., :width],
+        "prompt_embeds_2": states[..., width:],
+        "pooled_prompt_embeds": call["added_cond_kwargs"]["text_embeds"],
+    }
+
+
+FAMILY = Family(
+    name="sdxl",
+    pipeline_class="StableDiffusionXLPipeline",
+    components=("text_encoder", "text_encoder_2", "unet", "vae"),
+    tokenizers={"input_ids": "tokenizer", "input_ids_2": "tokenizer_2"},
+    stages={
+        "text_encoder": Stage(
+            role="text_encoder",
+            component="text_encoder",
+            module="PenultimateTextEncoder",
+            inputs=ids("input_ids", "text_encoder"),
+            outputs=("prompt_embeds",),
+        ),
+        "text_encoder_2": Stage(
+            role="text_encoder_2",
+            component="text_encoder_2",
+            module="PooledTextEncoder",
+            inputs=ids("input_ids_2", "text_encoder_2"),
+            outputs=("prompt_embeds_2", "pooled_prompt_embeds"),
+        ),
+        "unet": Stage(
+            role="unet",
+            component="unet",
+            module="SDXLUNetStep",
+            inputs=_inputs,
+            outputs=("next_latents",),
+            arguments=_time_ids,
+        ),
+        "vae_decoder": VAE_DECODER,
+    },
+    chain=Chain(
+        before=("text_encoder", "text_encoder_2"),
+        loop=("unet",),
+        after=("vae_decoder",),
+        carry={"next_latents": "latents"},
+        inputs=("input_ids", "input_ids_2", "latents"),
+        step_inputs=STEP_INPUTS,
+        output="image",
+    ),
+    pipeline_options={"add_watermarker": False},
+    embeds=_embeds,
+    check=lambda configs: check(configs, addition="text_time"),
+)

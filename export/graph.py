@@ -1,0 +1,130 @@
+"""Tracing one stage to ONNX, and the map from parameters to initializers."""
+
+import hashlib
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from turbochain.export import load, stages
+from turbochain.export.families import Shape
+from turbochain.export.source import Checkpoint
+from turbochain.runtime.errors import TurbochainError
+from turbochain.runtime.manifest import Graph, Tensor
+
+OPSET = 21  # the first whose attention TensorRT fuses in every stage; see DTYPES for what crosses a boundary
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {torch.float32: "float32", torch.int32: "int32", torch.uint8: "uint8"}
+
+
+def export(checkpoint: Checkpoint, name: str, shape: Shape, precision: str, bundle: Path, opset: int = OPSET) -> Graph:
+    """Trace the stage `name` into `bundle/graphs` and return what the manifest says of it.
+
+    Files: graphs/NAME.onnx, graphs/NAME.onnx.data, graphs/NAME.names.json. Raises TurbochainError where the
+    exporter lost an input or changed a shape.
+    """
+    stage = checkpoint.family.stages[name]
+    model = load.component(checkpoint, stage.component, TORCH_DTYPES[precision])
+    module = getattr(stages, stage.module)(model, *stage.arguments(shape)).eval()
+    inputs = stage.inputs(checkpoint.configs, shape)
+    # Every example is a tensor of its own: two inputs that are one object would be merged silently.
+    examples = tuple(_example(dtype, size) for dtype, size in inputs.values())
+    program = torch.onnx.export(
+        module,
+        examples,
+        dynamo=True,
+        opset_version=opset,
+        optimize=True,
+        input_names=list(inputs),
+        output_names=list(stage.outputs),
+        verbose=False,
+    )
+    assert program is not None
+    file = f"graphs/{name}.onnx"
+    path = bundle / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name(path.name + ".data").unlink(missing_ok=True)
+    program.save(str(path), external_data=True)
+    del program
+    proto = onnx.load(str(path), load_external_data=False)
+    _strip(proto)
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+    onnx.checker.check_model(str(path))
+    names = f"graphs/{name}.names.json"
+    (bundle / names).write_text(json.dumps(name_map(model, path), indent=0, sort_keys=True) + "\n")
+    return Graph(
+        role=stage.role,
+        file=file,
+        data=(f"{file}.data",),
+        names=names,
+        precision=precision,
+        opset=opset,
+        inputs=_ends(name, proto.graph.input, {k: (d, s) for k, (d, s) in inputs.items()}, proto),
+        outputs=_ends(name, proto.graph.output, dict.fromkeys(stage.outputs), proto),
+    )
+
+
+def _example(dtype: str, size: tuple[int, ...]) -> torch.Tensor:
+    return torch.ones(size, dtype=torch.int32) if dtype == "int32" else torch.randn(size)
+
+
+def _strip(proto: Any) -> None:
+    """Remove what the exporter adds about itself: local paths, most of the file, and unstable hashes."""
+    del proto.metadata_props[:], proto.graph.metadata_props[:], proto.graph.value_info[:]
+    proto.doc_string = proto.graph.doc_string = ""
+    for item in (*proto.graph.node, *proto.graph.initializer, *proto.graph.input, *proto.graph.output):
+        item.doc_string = ""
+        del item.metadata_props[:]
+
+
+def _ends(name: str, values: Any, expected: dict[str, Any], proto: Any) -> tuple[Tensor, ...]:
+    """The graph's inputs or outputs as declared, after checking that the exporter kept them."""
+    read = {i for node in proto.graph.node for i in node.input} | {o.name for o in proto.graph.output}
+    found = {}
+    for value in values:
+        tensor = value.type.tensor_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+        found[value.name] = Tensor(value.name, dtype, tuple(d.dim_value for d in tensor.shape.dim))
+    for key, wanted in expected.items():
+        if key not in found or (wanted and (found[key].dtype, found[key].shape) != wanted):
+            raise TurbochainError(f"the exporter changed {key} of {name}: wanted {wanted}, got {found.get(key)}")
+        if wanted and key not in read:
+            raise TurbochainError(f"the exporter lost every consumer of the input {key} of {name}")
+    return tuple(found[key] for key in expected)
+
+
+def name_map(model: torch.nn.Module, path: Path) -> dict[str, dict[str, Any] | None]:
+    """Parameter name → the initializer that holds it and whether transposed; None where this graph has no use for it.
+
+    The exporter renames what it folds (a Linear's weight becomes a transposed constant), so values decide:
+    an initializer holds a parameter when their bytes are equal, as they are or transposed. Where several
+    parameters have equal bytes, the exporter's own name decides.
+    """
+    holders: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    names = set()
+    for tensor in onnx.load(str(path), load_external_data=False).graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor, base_dir=str(path.parent))
+        holders[_fingerprint(array)].append(tensor.name)
+        names.add(tensor.name)
+    mapped: dict[str, dict[str, Any] | None] = {}
+    for name, parameter in model.named_parameters():
+        value = parameter.detach().numpy()
+        mapped[name] = None
+        for transposed in (False, True) if value.ndim == 2 else (False,):
+            found = holders.get(_fingerprint(value.T if transposed else value), [])
+            own = [h for h in found if h.endswith(f".{name}")]
+            if found:
+                mapped[name] = {"initializer": (own or found)[0], "transposed": transposed}
+                break
+    return mapped
+
+
+def _fingerprint(array: np.ndarray) -> tuple[Any, ...]:
+    shape = array.shape
+    while shape[:1] == (1,):  # the position embedding is folded to [1, 77, D]
+        shape = shape[1:]
+    return shape, str(array.dtype), hashlib.sha256(np.ascontiguousarray(array)).digest()

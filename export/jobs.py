@@ -1,0 +1,113 @@
+"""The export as three jobs, each run in a process of its own; arguments and results are plain JSON values."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from turbochain.export import download, estimate, source
+from turbochain.export.families import Family, Shape
+from turbochain.export.source import SYNTHETIC, Checkpoint
+from turbochain.runtime.errors import InputError
+from turbochain.runtime.files import describe
+
+Progress = Callable[[int, int], None]
+TERMS = ("LICENSE*", "LICENCE*", "README.md")  # copied into the bundle: licence and model card
+
+
+def prepare(
+    progress: Progress, *, request: dict[str, Any], folder: str, force: bool, device: str
+) -> dict[str, Any]:
+    """Get the checkpoint onto this disk, and write into `folder` everything of it that needs no tracing.
+
+    Returns what the later jobs and the manifest need. Everything that can be refused is refused here, before
+    the long work: first what needs no torch, then memory and disk (unless `force`), then weights that do not
+    load.
+    """
+    shape, root = Shape(request["height"], request["width"], request["batch"]), Path(folder)
+    checkpoint, commit = _open(request, root, progress, force)
+    family, configs = checkpoint.family, checkpoint.configs
+    precisions = {name: _precision(family, name, configs, request["precision"]) for name in family.stages}
+    estimate.require(estimate.of_checkpoint(checkpoint, shape, precisions), root, force)
+
+    from turbochain.export import tables
+
+    return {
+        "folder": str(checkpoint.folder),
+        "variant": checkpoint.variant,
+        "commit": commit,
+        "family": family.name,
+        "pipeline_class": family.pipeline_class,
+        "license": checkpoint.license(),
+        "weights": {
+            str(path.relative_to(checkpoint.folder)): dataclasses.asdict(describe(path))
+            for paths in checkpoint.weights.values()
+            for path in paths
+        },
+        "precisions": precisions,
+        "chain": dataclasses.asdict(family.chain),
+        "tokenizers": tables.tokenizers(checkpoint, root),
+        "schedules": tables.schedules(checkpoint, request["steps"]),
+        "terms": _copy_terms(checkpoint.folder, root),
+    }
+
+
+def reference(progress: Progress, *, request: dict[str, Any], prepared: dict[str, Any], folder: str) -> None:
+    """Run diffusers' own pipeline and record it in `folder`."""
+    from turbochain.export import reference as recorder
+    from turbochain.runtime.bundle import REFERENCE
+
+    shape = Shape(request["height"], request["width"], request["batch"])
+    recorder.record(_checkpoint(prepared), shape, request["steps"], Path(folder, REFERENCE), progress)
+
+
+def graph(
+    progress: Progress, *, request: dict[str, Any], prepared: dict[str, Any], folder: str, name: str
+) -> dict[str, Any]:
+    """Trace one stage into `folder`; returns its entry in the manifest."""
+    from turbochain.export import graph as tracer
+
+    shape = Shape(request["height"], request["width"], request["batch"])
+    precision = prepared["precisions"][name]
+    return dataclasses.asdict(tracer.export(_checkpoint(prepared), name, shape, precision, Path(folder)))
+
+
+def _open(request: dict[str, Any], root: Path, progress: Progress, force: bool) -> tuple[Checkpoint, str | None]:
+    name, variant = request["source"], request["variant"]
+    if name.startswith(SYNTHETIC):
+        from turbochain.export import synthetic
+
+        preset = name.removeprefix(SYNTHETIC)
+        estimate.require(estimate.of_synthetic(preset), root, force)
+        folder = root / "checkpoint"
+        synthetic.write_checkpoint(preset, folder, progress=progress)
+        return source.open_folder(folder, variant), None
+    if Path(name).exists():
+        if not Path(name).is_dir():
+            raise InputError(
+                f"{name} is a file; a folder in diffusers' format was expected: load the file with diffusers' "
+                "from_single_file(...) and call save_pretrained(FOLDER)"
+            )
+        return source.open_folder(Path(name).resolve(), variant), None
+    if not source.is_hub_id(name):
+        raise InputError(f"{name} is neither a folder here, nor a hub id (owner/name), nor {SYNTHETIC}NAME")
+    folder, commit = download.fetch(name, request["revision"], variant, progress)
+    return source.open_folder(folder, variant), commit
+
+
+def _checkpoint(prepared: dict[str, Any]) -> Checkpoint:
+    return Checkpoint(Path(prepared["folder"]), prepared["variant"])
+
+
+def _precision(family: Family, name: str, configs: dict[str, Any], asked: str) -> str:
+    """The precision of a stage: an fp16 VAE that overflows stays in fp32, as in diffusers (`force_upcast`)."""
+    upcast = configs[family.stages[name].component].get("force_upcast") and asked == "fp16"
+    return "fp32" if upcast else asked
+
+
+def _copy_terms(checkpoint: Path, root: Path) -> list[str]:
+    found = sorted({p.name for pattern in TERMS for p in checkpoint.glob(pattern) if p.is_file()})
+    for name in found:
+        shutil.copyfile(checkpoint / name, root / name)
+    return found

@@ -1,0 +1,79 @@
+"""Loading a checkpoint's parts with diffusers and transformers."""
+
+import importlib
+from typing import Any
+
+import torch
+
+from turbochain.export.source import Checkpoint
+from turbochain.runtime.errors import InputError
+
+
+def component(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Any:
+    """One component (`unet`, `vae`, `text_encoder`, …) in evaluation mode, weights in `dtype`.
+
+    Raises InputError where a weight is missing, damaged or of a wrong shape.
+    """
+    library, cls = checkpoint.index[name]
+    options: dict[str, Any] = {"dtype": dtype} if library == "transformers" else {"torch_dtype": dtype}
+    if library == "transformers":
+        options["attn_implementation"] = "eager"  # the fused one does not trace to what TensorRT fuses
+    folder = checkpoint.folder / name
+    try:
+        model, info = getattr(importlib.import_module(library), cls).from_pretrained(
+            folder,
+            variant=_variant(checkpoint, name),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} cannot be loaded as {cls}: {_reason(error)}") from error
+    missing = sorted(k for k in info["missing_keys"] if not k.endswith("position_ids"))
+    if missing:
+        raise InputError(f"the weights in {folder} lack {', '.join(missing[:5])} ({len(missing)} in all)")
+    if wrong := info.get("mismatched_keys"):
+        raise InputError(f"weights in {folder} have a wrong shape: {', '.join(str(k) for k in list(wrong)[:5])}")
+    return model.eval().requires_grad_(False)
+
+
+def pipeline(checkpoint: Checkpoint) -> Any:
+    """diffusers' own pipeline in fp32 on the CPU."""
+    diffusers = importlib.import_module("diffusers")
+    family = checkpoint.family
+    parts: dict[str, Any] = {c: component(checkpoint, c, torch.float32) for c in family.components}
+    parts |= {folder: tokenizer(checkpoint, folder) for folder in family.tokenizers.values()}
+    parts["scheduler"] = scheduler(checkpoint)
+    return getattr(diffusers, family.pipeline_class)(**parts, **family.pipeline_options)
+
+
+def tokenizer(checkpoint: Checkpoint, folder: str) -> Any:
+    """A tokenizer as transformers loads it."""
+    library, cls = checkpoint.index[folder]
+    try:
+        return getattr(importlib.import_module(library), cls).from_pretrained(
+            checkpoint.folder / folder, local_files_only=True
+        )
+    except Exception as error:  # transformers and tokenizers have no common base class for a bad file
+        raise InputError(f"{checkpoint.folder / folder} cannot be loaded as {cls}: {_reason(error)}") from error
+
+
+def scheduler(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's own scheduler."""
+    library, cls = checkpoint.index["scheduler"]
+    try:
+        return getattr(importlib.import_module(library), cls).from_pretrained(checkpoint.folder / "scheduler")
+    except (ValueError, OSError, AttributeError, TypeError) as error:
+        raise InputError(f"{checkpoint.folder / 'scheduler'} cannot be loaded as {cls}: {_reason(error)}") from error
+
+
+def _variant(checkpoint: Checkpoint, name: str) -> str | None:
+    """The variant where this component has it (some hub folders give it for some components only)."""
+    variant = checkpoint.variant
+    return variant if any(f".{variant}" in path.name for path in checkpoint.weights[name]) else None
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:400] or type(error).__name__

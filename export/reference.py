@@ -1,0 +1,166 @@
+"""What diffusers' own pipeline produces, in fp32: the yardstick that every engine is checked against.
+
+Nothing here computes a picture: the pipeline runs as any user would run it, and hooks write down what goes
+in and out of its parts.
+"""
+
+import contextlib
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+from turbochain.export import load
+from turbochain.export.families import Shape
+from turbochain.export.source import Checkpoint
+from turbochain.runtime.errors import PictureError
+
+PROMPTS = (
+    "a photo of a cat wearing a red hat, studio light",
+    "a lighthouse on a cliff at dusk, oil painting",
+    "une petite maison bleue près d'un lac, 水彩画",
+    "",
+)
+"""One case per step count; the rows of a batch go on through the list."""
+
+
+def record(
+    checkpoint: Checkpoint, shape: Shape, steps: list[int], path: Path, progress: Callable[[int, int], None]
+) -> None:
+    """Run one case per step count and write `path` (safetensors, everything fp32, ids int32, pictures uint8).
+
+    Tensors of case i, with S steps: `i/<text input>` [B, 77], `i/<embeds>`, `i/latents`, `i/noise`,
+    `i/prediction`, `i/next_latents` [S, B, 4, h, w], `i/timestep_embedding` [S, 1, n], `i/image` [B, H, W, 3];
+    `magnitude/<component>/<module>` is the largest absolute value that the module put out in any case. The metadata
+    key `cases` is JSON: a list of {"prompt": [...], "seed": int, "num_inference_steps": int}.
+    """
+    pipeline = load.pipeline(checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    cases = [
+        {
+            "prompt": [PROMPTS[(i + row) % len(PROMPTS)] for row in range(shape.batch)],
+            "seed": 1000 + i,
+            "num_inference_steps": count,
+        }
+        for i, count in enumerate(steps)
+    ]
+    tensors: dict[str, np.ndarray] = {}
+    total, done = sum(steps) + len(steps), 0
+
+    def advance(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    with contextlib.ExitStack() as stack, torch.inference_mode():
+        magnitudes = stack.enter_context(_magnitudes(pipeline, checkpoint))
+        pipeline.unet.register_forward_hook(advance)
+        for i, case in enumerate(cases):
+            for name, value in run_case(pipeline, checkpoint, shape, case).items():
+                tensors[f"{i}/{name}"] = value
+            advance()
+    for name, value in magnitudes.items():
+        tensors[f"magnitude/{name}"] = np.float32(value).reshape(1)
+    save_file(tensors, path, metadata={"cases": json.dumps(cases)})
+
+
+def run_case(pipeline: Any, checkpoint: Checkpoint, shape: Shape, case: dict[str, Any]) -> dict[str, np.ndarray]:
+    """One call of the pipeline: what its parts read and made, by name (see `record`)."""
+    once: dict[str, Any] = {}
+    steps: list[dict[str, torch.Tensor]] = []
+    with contextlib.ExitStack() as stack:
+        for name, folder in checkpoint.family.tokenizers.items():
+            encoder = getattr(pipeline, folder.replace("tokenizer", "text_encoder"))
+            _hook(stack, encoder, lambda call, _, name=name: once.setdefault(name, call["input_ids"]))
+        embeds = checkpoint.family.embeds
+        _hook(stack, pipeline.unet, lambda call, out: once.update(embeds(checkpoint.configs, call)))
+        _hook(stack, pipeline.unet, lambda call, out: steps.append({"prediction": out[0]}))
+        time_embeddings: list[torch.Tensor] = []
+        _hook(stack, pipeline.unet.time_proj, lambda call, out: time_embeddings.append(out))
+        stack.enter_context(_watch_steps(pipeline.scheduler, steps))
+        result = pipeline(
+            prompt=case["prompt"],
+            num_inference_steps=case["num_inference_steps"],
+            guidance_scale=0.0,
+            generator=torch.Generator("cpu").manual_seed(case["seed"]),
+            height=shape.height,
+            width=shape.width,
+        )
+    image = np.stack([np.asarray(picture) for picture in result.images])
+    if not all(torch.isfinite(step["next_latents"]).all() for step in steps) or image.min() == image.max():
+        raise PictureError(
+            "diffusers' own fp32 picture of this checkpoint is NaN or of one single value, so there is nothing to "
+            "check against; the weights are damaged"
+        )
+    stacked = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}
+    stacked["timestep_embedding"] = torch.stack([t[:1] for t in time_embeddings])
+    arrays = {k: np.ascontiguousarray(v.numpy()) for k, v in {**once, **stacked}.items()}
+    return {**{k: v.astype(np.int32) if k in checkpoint.family.tokenizers else v for k, v in arrays.items()}, "image": image}
+
+
+def _hook(stack: contextlib.ExitStack, module: torch.nn.Module, see: Callable[[dict[str, Any], Any], object]) -> None:
+    """Call `see(arguments, output)` after every forward of `module`; arguments by name."""
+    names = list(inspect.signature(module.forward).parameters)
+
+    def after(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        see({**dict(zip(names, args, strict=False)), **kwargs}, output)
+
+    handle = module.register_forward_hook(after, with_kwargs=True)
+    stack.callback(handle.remove)
+
+
+@contextlib.contextmanager
+def _watch_steps(scheduler: Any, steps: list[dict[str, torch.Tensor]]) -> Iterator[None]:
+    """Add to the last entry of `steps` what `scheduler.step` read and returned, and the noise that it drew."""
+    original = scheduler.step
+
+    def step(prediction: torch.Tensor, t: Any, sample: torch.Tensor, *, generator: torch.Generator, **kwargs: Any) -> Any:
+        before = generator.get_state()
+        result = original(prediction, t, sample, generator=generator, **kwargs)
+        noise = torch.zeros_like(sample)
+        if not torch.equal(before, generator.get_state()):  # the draw is repeated from the state before it
+            noise = torch.randn(sample.shape, generator=torch.Generator("cpu").set_state(before))
+        steps[-1] |= {"latents": sample.clone(), "noise": noise, "next_latents": result[0].clone()}
+        return result
+
+    # diffusers asks for the parameters of `step` to see whether it takes a generator.
+    step.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+@contextlib.contextmanager
+def _magnitudes(pipeline: Any, checkpoint: Checkpoint) -> Iterator[dict[str, float]]:
+    """Component/module → the largest absolute value in its output so far."""
+    largest: dict[str, float] = {}
+    with contextlib.ExitStack() as stack:
+        for component in checkpoint.family.components:
+            for path, module in getattr(pipeline, component).named_modules():
+                key = f"{component}/{path}" if path else component
+
+                def after(_: Any, __: Any, output: Any, key: str = key) -> None:
+                    for value in _tensors(output):
+                        largest[key] = max(largest.get(key, 0.0), float(value.abs().max()))
+
+                stack.callback(module.register_forward_hook(after).remove)
+        yield largest
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        if output.is_floating_point() and output.numel():
+            yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)

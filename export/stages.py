@@ -1,0 +1,126 @@
+"""The modules that are traced: each one is all the arithmetic of its stage, so the runtime has none.
+
+At every boundary tensors are fp32 (ids int32, the picture uint8): a stage's precision is its own affair.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class TextEncoder(nn.Module):
+    """ids [B, 77] int32 → last hidden state after the final norm [B, 77, D] fp32 (diffusers' SD pipeline)."""
+
+    def __init__(self, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        return self.text_encoder(input_ids.long())[0].float()
+
+
+class PenultimateTextEncoder(TextEncoder):
+    """ids [B, 77] int32 → `hidden_states[-2]` [B, 77, D] fp32 (diffusers' SDXL pipeline, first encoder)."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        return self.text_encoder(input_ids.long(), output_hidden_states=True).hidden_states[-2].float()
+
+
+class PooledTextEncoder(TextEncoder):
+    """As `PenultimateTextEncoder`, and the pooled projection [B, P] fp32 (SDXL's second encoder)."""
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        """See the class."""
+        output = self.text_encoder(input_ids.long(), output_hidden_states=True)
+        return output.hidden_states[-2].float(), output.text_embeds.float()
+
+
+class UNetStep(nn.Module):
+    """One sampler step: `a·latents + b·unet(input_scale·latents) + c·noise`, [B, 4, H/8, W/8] fp32.
+
+    The timestep enters as its sinusoidal embedding [1, n] fp32, so the graph holds neither Sin nor Cos.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+        unet.get_time_embed = lambda sample, timestep: timestep.expand(sample.shape[0], -1).to(sample.dtype)
+
+    def condition(self, prompt_embeds: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
+        """What the network reads besides latents and time: encoder_hidden_states, added_cond_kwargs."""
+        return prompt_embeds, None
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        timestep_embedding: torch.Tensor,
+        input_scale: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        *conditioning: torch.Tensor,
+    ) -> torch.Tensor:
+        """See the class; `conditioning` is what `condition` takes."""
+        hidden_states, added = self.condition(*conditioning)
+        dtype = self.unet.dtype
+        prediction = self.unet(
+            (input_scale * latents).to(dtype),
+            timestep_embedding,
+            hidden_states.to(dtype),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return a * latents + b * prediction.float() + c * noise
+
+
+class SDXLUNetStep(UNetStep):
+    """`UNetStep` with two text encoders' states, pooled embeds, and constant time ids."""
+
+    def __init__(self, unet: Any, time_ids: Sequence[Sequence[int]]) -> None:
+        """`time_ids` [B, 6]: original height, width, crop top, left, target height, width, in pixels."""
+        super().__init__(unet)
+        self.register_buffer("time_ids", torch.tensor(time_ids, dtype=torch.float32))
+        unet.add_time_proj = _Constant(unet.add_time_proj(self.time_ids.flatten()))
+
+    def condition(  # type: ignore[override]
+        self, prompt_embeds: torch.Tensor, prompt_embeds_2: torch.Tensor, pooled_prompt_embeds: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The states joined on the last axis; pooled embeds stay fp32, as the time ids' embedding is."""
+        added = {"text_embeds": pooled_prompt_embeds, "time_ids": self.time_ids}
+        return torch.cat([prompt_embeds, prompt_embeds_2], dim=-1), added
+
+
+class _Constant(nn.Module):
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        return self.value
+
+
+class VaeDecoder(nn.Module):
+    """latents [B, 4, H/8, W/8] fp32 → picture [B, H, W, 3] uint8, as diffusers' image processor rounds it."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+        config = vae.config
+        mean = getattr(config, "latents_mean", None) or [0.0] * config.latent_channels
+        std = getattr(config, "latents_std", None) or [1.0] * config.latent_channels
+        scale = torch.tensor(std, dtype=torch.float64) / config.scaling_factor
+        self.register_buffer("scale", scale.float().reshape(1, -1, 1, 1))
+        self.register_buffer("shift", torch.tensor(mean).float().reshape(1, -1, 1, 1))
+
+    def forward(self, next_latents: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        latents = next_latents * self.scale + self.shift
+        image = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+        levels = torch.round((image * 0.5 + 0.5).clamp(0, 1) * 255)
+        # uint8 must be the very last node: TensorRT refuses it in the middle of a graph.
+        return levels.permute(0, 2, 3, 1).contiguous().to(torch.uint8)

@@ -1,0 +1,32 @@
+"""Bundle → pixels: the light runtime, without PyTorch.
+
+    from turbochain.runtime import Pipeline
+
+    pipe = Pipeline.load("sd-turbo.bundle")
+    pipe("a cat", num_inference_steps=1, seed=0).images[0].save("cat.png")
+"""
+
+from turbochain.runtime.bundle import Bundle
+from turbochain.runtime.errors import (
+    BackendMissing,
+    BundleError,
+    InputError,
+    PictureError,
+    TurbochainError,
+    VerificationError,
+)
+from turbochain.runtime.noise import Generator
+from turbochain.runtime.pipeline import Pipeline, PipelineOutput
+
+__all__ = [
+    "BackendMissing",
+    "Bundle",
+    "BundleError",
+    "Generator",
+    "InputError",
+    "Pipeline",
+    "PipelineOutput",
+    "PictureError",
+    "TurbochainError",
+    "VerificationError",
+]

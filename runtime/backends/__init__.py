@@ -1,0 +1,61 @@
+"""The backends: one module each, found by its file. A module offers
+
+- `LIBRARIES`: the distributions that provide it, in order of preference;
+- `INSTALL`: the command that installs it;
+- `RANK`: which is preferred where several are installed (higher wins), with `REASON`, a phrase;
+- `PRECISION`: what a bundle is exported in for it where the user does not say;
+- `device(name: str | None) -> str`: the identity of the device that `name` means (None: the default one);
+- `Executor(bundle, folder, options, *, device, threads, graphs)`: see `host.HostExecutor`, the one for host memory.
+
+Nothing here imports a backend's library before an `Executor` is made.
+"""
+
+import importlib
+import pkgutil
+from importlib import metadata
+from types import ModuleType
+
+from turbochain.runtime.errors import BackendMissing, InputError
+
+
+def names() -> list[str]:
+    """Every backend that this version has, installed or not, best first."""
+    found = [m.name for m in pkgutil.iter_modules(__path__) if m.name != "host"]
+    return sorted(found, key=lambda name: -get(name).RANK)
+
+
+def get(name: str) -> ModuleType:
+    """The backend's module; InputError where there is none of that name."""
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+        raise InputError(f"there is no backend {name!r}: choose from {', '.join(names())}") from None
+
+
+def library(name: str) -> tuple[str, str] | None:
+    """The installed distribution behind a backend and its version, or None."""
+    for distribution in get(name).LIBRARIES:
+        try:
+            return distribution, metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def require(name: str) -> tuple[str, str]:
+    """Like `library`, but BackendMissing with the command that mends it."""
+    found = library(name)
+    if found is None:
+        raise BackendMissing(f"the backend {name} is not installed: {get(name).INSTALL}")
+    return found
+
+
+def best() -> tuple[str, str]:
+    """The best installed backend and the reason for the choice; BackendMissing where there is none."""
+    installed = [name for name in names() if library(name)]
+    if not installed:
+        lines = "; or ".join(get(name).INSTALL for name in names())
+        raise BackendMissing(f"no backend is installed: {lines}")
+    return installed[0], get(installed[0]).REASON

@@ -1,0 +1,73 @@
+"""What the backends that run in host memory share: the buffers, and walking a plan."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from turbochain.runtime.bundle import Bundle
+from turbochain.runtime.chain import Copy, Download, Plan, Run, Upload
+
+Observe = Callable[[str, float], None]
+"""Called with a graph's name and the seconds that one launch of it took."""
+
+
+class HostExecutor(ABC):
+    """One numpy array per name, allocated once; graphs are launched one after the other.
+
+    Not safe for several threads at once: the caller holds a lock around `execute` and the reading of
+    its results.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        folder: Path,
+        options: Mapping[str, Any],
+        *,
+        device: str,
+        threads: int | None,
+        graphs: Sequence[str] | None = None,
+    ) -> None:
+        """`graphs`: load only these of the chain (None: all of it)."""
+        self.bundle, self.folder, self.options = bundle, folder, dict(options)
+        self.device, self.threads = device, threads
+        self.buffers = {name: np.zeros(t.shape, t.dtype) for name, t in bundle.tensors.items()}
+        self._graphs = {name: self.load(name) for name in graphs or bundle.chain.graphs}
+
+    @abstractmethod
+    def load(self, graph: str) -> Callable[[], None]:
+        """Load a graph, bind its inputs and outputs to `self.buffers`, and return what launches it."""
+
+    def execute(
+        self, plan: Plan, feeds: Mapping[str, np.ndarray], observe: Observe | None = None
+    ) -> dict[str, np.ndarray]:
+        """Carry out a plan. `feeds[name]` has the buffer's shape, or [steps, *shape] where rows are named.
+
+        Returns the downloads: views of the buffers, valid until the next call.
+        """
+        results = {}
+        for operation in plan:
+            match operation:
+                case Upload(name, None):
+                    np.copyto(self.buffers[name], feeds[name])
+                case Upload(name, row):
+                    np.copyto(self.buffers[name], feeds[name][row])
+                case Copy(source, target):
+                    np.copyto(self.buffers[target], self.buffers[source])
+                case Run(graph):
+                    start = time.perf_counter()
+                    self._graphs[graph]()
+                    if observe:
+                        observe(graph, time.perf_counter() - start)
+                case Download(name):
+                    results[name] = self.buffers[name]
+        return results
+
+    def close(self) -> None:
+        """Give back the graphs and the buffers."""
+        self._graphs.clear()
+        self.buffers.clear()

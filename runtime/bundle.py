@@ -1,0 +1,141 @@
+"""An opened bundle: its manifest checked, its files hashed before anything parses them."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from turbochain.runtime import chain as chains
+from turbochain.runtime import files, manifest, onnx_refs
+from turbochain.runtime.errors import BundleError, InputError
+from turbochain.runtime.manifest import Chain, Engine, Manifest, Schedule, Tensor
+
+TEXT_TO_IMAGE = "text-to-image"
+"""The chain that every bundle has."""
+
+REFERENCE = "reference.safetensors"
+"""What diffusers produced, in every bundle."""
+
+DTYPES = ("float32", "float16", "int32", "uint8")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle directory whose manifest is valid and whose chains are wired soundly."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Bundle":
+        """Read and check the manifest; raises BundleError with every problem that it has."""
+        path = Path(path)
+        if not path.is_dir():
+            raise BundleError(f"{path} is not a bundle: there is no such folder; build one: build-engine SOURCE -o {path}")
+        bundle = cls(path, manifest.read(Manifest, path / "bundle.json"))
+        problems = bundle._problems()
+        if problems:
+            raise BundleError(f"{path / 'bundle.json'} is not valid: " + "; ".join(problems))
+        return bundle
+
+    def _problems(self) -> list[str]:
+        m = self.manifest
+        problems = [f"there is no chain {TEXT_TO_IMAGE!r}"] if TEXT_TO_IMAGE not in m.chains else []
+        named = {REFERENCE: "the reference"}
+        for name, graph in m.graphs.items():
+            named |= dict.fromkeys((*graph.files, graph.names), f"graph {name}")
+            for t in (*graph.inputs, *graph.outputs):
+                if t.dtype not in DTYPES or any(size < 1 for size in t.shape):
+                    problems.append(f"graph {name}: {t.name} has dtype {t.dtype} and shape {list(t.shape)}")
+        named |= {t.file: f"tokenizer {name}" for name, t in m.tokenizers.items()}
+        problems += [f"{who} names {file}, which is not in files" for file, who in named.items() if file not in m.files]
+        for name, chain in m.chains.items():
+            problems += chains.wiring_problems(name, chain, m.graphs)
+        for steps, schedule in m.schedules.items():
+            if steps != str(len(schedule.rows)):
+                problems.append(f"the schedule for {steps} steps has {len(schedule.rows)} rows")
+        return problems
+
+    @property
+    def chain(self) -> Chain:
+        """The text-to-image chain."""
+        return self.manifest.chains[TEXT_TO_IMAGE]
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every buffer of the text-to-image chain by name."""
+        return chains.buffers(self.chain, self.manifest.graphs)
+
+    @property
+    def batch(self) -> int:
+        """Pictures per pass."""
+        return self.tensors[self.chain.output].shape[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a picture in pixels."""
+        _, height, width, _ = self.tensors[self.chain.output].shape
+        return height, width
+
+    @property
+    def steps(self) -> list[int]:
+        """The step counts that the bundle has tables for, ascending."""
+        return sorted(map(int, self.manifest.schedules))
+
+    def schedule(self, steps: object) -> Schedule:
+        """The table for `steps` steps; InputError where the bundle has none."""
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps not in self.steps:
+            choices = ", ".join(map(str, self.steps))
+            raise InputError(f"num_inference_steps={steps!r}: this bundle has tables for {choices} steps")
+        return self.manifest.schedules[str(steps)]
+
+    def check_files(self, names: Iterable[str] | None = None, *, full: bool = False) -> None:
+        """Hash the named files (default: all) and see that no graph reads outside the bundle.
+
+        `full` hashes large files even where their stamp says that nothing changed. Raises BundleError.
+        """
+        names = set(self.manifest.files if names is None else names)
+        files.check_all(self.path, {n: self.manifest.files[n] for n in sorted(names)}, full=full)
+        for graph in self.manifest.graphs.values():
+            if graph.file in names:
+                onnx_refs.check_external(self.path, graph.file, graph.data)
+
+    def graph_digest(self, name: str) -> str:
+        """One digest for a graph's files: SHA-256 over their SHA-256 digests in order (hex)."""
+        graph = self.manifest.graphs[name]
+        joined = "".join(self.manifest.files[f].sha256 for f in graph.files)
+        return hashlib.sha256(joined.encode()).hexdigest()
+
+    def graph_digests(self) -> dict[str, str]:
+        """`graph_digest` of every graph of the text-to-image chain."""
+        return {name: self.graph_digest(name) for name in self.chain.graphs}
+
+    def weight_bytes(self) -> int:
+        """Size on disk of the external data of the text-to-image chain's graphs."""
+        m = self.manifest
+        return sum(m.files[f].size for g in self.chain.graphs for f in m.graphs[g].data)
+
+    def engines(self) -> dict[str, Engine | BundleError]:
+        """Every engine in the bundle by its folder's name; a damaged one is its error."""
+        found: dict[str, Engine | BundleError] = {}
+        for folder in sorted((self.path / "engines").glob("*/")):
+            if folder.name.startswith("."):
+                continue  # one being built
+            try:
+                found[folder.name] = manifest.read(Engine, folder / "engine.json")
+            except BundleError as error:
+                found[folder.name] = error
+        return found
+
+    def feeds(self, steps: int) -> dict[str, Any]:
+        """The schedule's columns as rows of arrays: name → [steps, *shape] fp32, for `Upload(name, row)`."""
+        import numpy as np
+
+        rows = self.schedule(steps).rows
+        columns = [n for n in self.chain.step_inputs if n != "noise"]
+        return {
+            n: np.array([getattr(row, n) for row in rows], np.float32).reshape(steps, *self.tensors[n].shape)
+            for n in columns
+        }

@@ -1,0 +1,33 @@
+"""Every exception that turbochain raises on purpose.
+
+A message is one sentence or two: what is wrong, what was expected, and the command that mends it. The
+command line prints it without a traceback and exits with `exit_status`.
+"""
+
+
+class TurbochainError(Exception):
+    """Base class: something failed although the input was sound (exit status 1)."""
+
+    exit_status = 1
+
+
+class InputError(TurbochainError, ValueError):
+    """The caller asked for something that cannot be done: a bad argument, source or path (exit status 2)."""
+
+    exit_status = 2
+
+
+class BundleError(InputError):
+    """The bundle is damaged, tampered with, contradictory, or of a format this version cannot read."""
+
+
+class BackendMissing(InputError):
+    """The backend's package is not installed; the message holds the `pip install` line that mends it."""
+
+
+class VerificationError(TurbochainError):
+    """A result differs from what diffusers produced by more than its bound."""
+
+
+class PictureError(TurbochainError):
+    """The chain produced something that is no picture: NaN or infinite latents, or one single value."""

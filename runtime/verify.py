@@ -1,0 +1,169 @@
+"""Does an engine make what diffusers made? Every stage alone, the schedule, and the whole chain.
+
+The reference was recorded from diffusers' own pipeline in fp32 when the bundle was exported, so this needs
+neither torch nor the checkpoint.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from turbochain.runtime import metrics
+from turbochain.runtime.bundle import REFERENCE, Bundle
+from turbochain.runtime.chain import plan, stage_plan
+from turbochain.runtime.errors import BundleError, VerificationError
+from turbochain.runtime.manifest import Check
+from turbochain.runtime.noise import Generator, draw
+
+Arrays = dict[str, np.ndarray]
+Bounds = dict[str, float]
+
+_EQUAL_PICTURE = {"max_abs": 1.0, "fraction_differing": 1e-3}
+BOUNDS: dict[str, dict[str, Bounds]] = {
+    "fp32": {
+        "text": {"max_abs": 1e-3},
+        "prediction": {"relative_l2": 1e-4},
+        "decoder": _EQUAL_PICTURE,
+        "image": _EQUAL_PICTURE,
+    },
+    "fp16": {
+        "text": {"cosine": 0.9999},
+        "prediction": {"relative_l2": 1e-2},
+        "decoder": {"psnr": 45.0},
+        "image": {"psnr": 38.0, "ssim": 0.98},
+    },
+}
+"""Precision → kind of result → metric → bound: an upper one, but for those in `AT_LEAST`."""
+
+AT_LEAST = ("cosine", "psnr", "ssim")
+SCHEDULE_BOUND = 1e-4  # relative L2 of next_latents recomputed from diffusers' own prediction, in fp64
+EMBEDDING_BOUND = 1e-5  # max abs of the timestep embedding, whose values are sines and cosines
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recorded call of diffusers' pipeline; tensors as export.reference.record documents them."""
+
+    prompt: list[str]
+    seed: int
+    steps: int
+    tensors: Arrays
+
+
+def read_cases(bundle: Bundle) -> list[Case]:
+    """The recorded cases; the file must have been hashed before (`Bundle.check_files`)."""
+    from safetensors import safe_open
+
+    cases: list[Case] = []
+    with safe_open(bundle.path / REFERENCE, framework="numpy") as file:
+        names = list(file.keys())
+        for i, case in enumerate(json.loads(file.metadata()["cases"])):
+            mine = [n for n in names if n.startswith(f"{i}/")]
+            tensors = {n.removeprefix(f"{i}/"): file.get_tensor(n) for n in mine}
+            cases.append(Case(case["prompt"], case["seed"], case["num_inference_steps"], tensors))
+    if not cases:
+        raise BundleError(f"{bundle.path / REFERENCE} has no cases to check against")
+    return cases
+
+
+def verify(bundle: Bundle, executor: Any, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Check]:
+    """Every figure for the engine that `executor` runs, the worst of all cases for each stage and metric."""
+    cases = read_cases(bundle)
+    worst: dict[tuple[str, str], Check] = {}
+    for i, case in enumerate(cases):
+        progress(i, len(cases))
+        for check in _checks(bundle, executor, case):
+            key = (check.stage, check.metric)
+            if key not in worst or _badness(check) > _badness(worst[key]):
+                worst[key] = check
+    progress(len(cases), len(cases))
+    return list(worst.values())
+
+
+def require(checks: list[Check]) -> None:
+    """Raise VerificationError that names every stage, figure and bound which failed."""
+    failed = [c for c in checks if not c.passed]
+    if failed:
+        figures = "; ".join(
+            f"{c.stage}: {c.metric} is {c.value:.3g}, the bound is {'≥' if c.metric in AT_LEAST else '≤'} {c.bound:g}"
+            for c in failed
+        )
+        raise VerificationError(f"the result differs from what diffusers produced: {figures}")
+
+
+def _badness(check: Check) -> float:
+    if math.isnan(check.value):
+        return math.inf
+    return -check.value if check.metric in AT_LEAST else check.value
+
+
+def _judge(stage: str, bounds: Bounds, result: np.ndarray, reference: np.ndarray) -> Iterator[Check]:
+    for metric, bound in bounds.items():
+        value = getattr(metrics, metric)(result, reference)
+        passed = value >= bound if metric in AT_LEAST else value <= bound
+        yield Check(stage, metric, value, bound, bool(passed and np.isfinite(result).all()))
+
+
+def _checks(bundle: Bundle, executor: Any, case: Case) -> Iterator[Check]:
+    yield from _check_schedule(bundle, case)
+    for name in bundle.chain.graphs:
+        yield from _check_stage(bundle, executor, name, case)
+    yield from _check_chain(bundle, executor, case)
+
+
+def _check_schedule(bundle: Bundle, case: Case) -> Iterator[Check]:
+    """The table against what the scheduler did: the timestep embedding and each step's arithmetic."""
+    table, recorded = bundle.feeds(case.steps), case.tensors
+    yield from _judge(
+        "schedule",
+        {"max_abs": EMBEDDING_BOUND},
+        table["timestep_embedding"],
+        recorded["timestep_embedding"],
+    )
+    x, prediction, noise = (recorded[k].astype(np.float64) for k in ("latents", "prediction", "noise"))
+    a, b, c = (table[k].reshape(-1, 1, 1, 1, 1) for k in "abc")
+    yield from _judge(
+        "schedule", {"relative_l2": SCHEDULE_BOUND}, a * x + b * prediction + c * noise, recorded["next_latents"]
+    )
+
+
+def _check_stage(bundle: Bundle, executor: Any, name: str, case: Case) -> Iterator[Check]:
+    graph = bundle.manifest.graphs[name]
+    bounds = BOUNDS[graph.precision]
+    table, stage = bundle.feeds(case.steps), stage_plan(name, graph)
+    recorded = {**case.tensors, **table}
+    if name in bundle.chain.before:
+        results = executor.execute(stage, recorded)
+        for tensor in graph.outputs:
+            yield from _judge(name, bounds["text"], results[tensor.name], recorded[tensor.name])
+    elif name in bundle.chain.after:
+        feeds = {**recorded, "next_latents": recorded["next_latents"][-1]}
+        results = executor.execute(stage, feeds)
+        yield from _judge(name, bounds["decoder"], results[bundle.chain.output], recorded["image"])
+    else:
+        per_step = {*bundle.chain.step_inputs, "latents"}
+        for row in range(case.steps):
+            feeds = {k: v[row] if k in per_step else v for k, v in recorded.items()}
+            out = executor.execute(stage, feeds)["next_latents"].astype(np.float64)
+            prediction = (out - feeds["a"] * feeds["latents"] - feeds["c"] * feeds["noise"]) / feeds["b"]
+            yield from _judge(name, bounds["prediction"], prediction, recorded["prediction"][row])
+
+
+def _check_chain(bundle: Bundle, executor: Any, case: Case) -> Iterator[Check]:
+    """Ids → picture with our own noise; the bound is that of the least precise stage."""
+    schedule = bundle.schedule(case.steps)
+    latents = bundle.tensors["latents"]
+    generators = [Generator(case.seed)]
+    start = np.float32(schedule.q) * draw(generators, latents.shape)
+    rows = [draw(generators, latents.shape) if r.draws_noise else np.zeros(latents.shape) for r in schedule.rows]
+    ids = {name: case.tensors[name] for name in bundle.manifest.tokenizers}
+    feeds = {**bundle.feeds(case.steps), **ids, "latents": start, "noise": np.stack(rows)}
+    steps = plan(bundle.chain, bundle.manifest.graphs, case.steps)
+    image = executor.execute(steps, feeds)[bundle.chain.output]
+    precisions = {bundle.manifest.graphs[g].precision for g in bundle.chain.graphs}
+    bounds = BOUNDS["fp32" if precisions == {"fp32"} else "fp16"]
+    yield from _judge("image", bounds["image"], image, case.tensors["image"])
