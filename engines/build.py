@@ -10,34 +10,20 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from turbochain.engines import worker
-from turbochain.engines.progress import Phase
+from turbochain.engines import bundling
+from turbochain.engines.session import PhaseReport, Session, now, versions
 from turbochain.runtime import backends, engine, files, manifest, verify
-from turbochain.runtime.bundle import REFERENCE, TEXT_TO_IMAGE, Bundle
-from turbochain.runtime.errors import BundleError, InputError
-from turbochain.runtime.manifest import FORMAT_VERSION, Check, Checkpoint, Engine, EngineKey, Graph, Manifest
+from turbochain.runtime.bundle import Bundle
+from turbochain.runtime.errors import InputError
+from turbochain.runtime.manifest import FORMAT_VERSION, Check, Engine, EngineKey
 
-VERSIONS = ("turbochain", "torch", "diffusers", "transformers", "onnx", "onnxscript", "numpy", "tokenizers")
-_STATE = "state.json"
 _LOG = "build.log"
-_CHECKPOINT = "checkpoint"
-
-
-@dataclass(frozen=True)
-class PhaseReport:
-    """What one phase of this build took."""
-
-    name: str
-    seconds: float
-    peak_bytes: int  # resident memory of its process
 
 
 @dataclass
@@ -53,23 +39,6 @@ class BuildResult:
     phases: list[PhaseReport] = field(default_factory=list)  # empty where there was nothing to do
     backend: str = ""
     reason: str = ""  # why this backend
-
-
-@dataclass
-class Session:
-    """What every phase of one build needs."""
-
-    lock: int
-    log: Path | None
-    quiet: bool
-    phases: list[PhaseReport]
-
-    def run(self, name: str, job: str, /, **arguments: Any) -> Any:
-        """Run a job in a process of its own, with a progress bar; see `worker.run`."""
-        with Phase(name, quiet=self.quiet) as phase:
-            result, peak = worker.run(job, arguments, progress=phase, lock=self.lock, log=self.log)
-        self.phases.append(PhaseReport(name, phase.seconds, peak))
-        return result
 
 
 def build(
@@ -117,7 +86,7 @@ def build(
                 partial.rmdir()
             else:
                 session = Session(lock, None if verbose else partial / _LOG, quiet, phases)
-                _export(session, request, partial, output, force, device)
+                bundling.export(session, request, partial, output, force)
     with _locked(output, quiet) as lock:
         bundle = Bundle.open(output)
         _check_same(bundle, source, request)
@@ -211,131 +180,6 @@ def _check_same(bundle: Bundle, source: str, request: dict[str, Any]) -> None:
         raise InputError(f"{bundle.path} holds another build ({'; '.join(other)}): choose another path with -o")
 
 
-# --- checkpoint → bundle -----------------------------------------------------------------------------------
-
-
-class _State:
-    """`state.json` in the partial folder: what was asked, and what of it is done and with which files."""
-
-    def __init__(self, folder: Path, request: dict[str, Any]) -> None:
-        self._folder = folder
-        self.value: dict[str, Any] = {"request": request, "done": {}}
-        try:
-            old = json.loads((folder / _STATE).read_text())
-        except (OSError, ValueError):
-            old = None
-        if old and old.get("request") == request:
-            self.value = old
-        else:
-            _empty(folder)
-
-    def once(self, key: str, make: Callable[[], Any], made: Callable[[Any], list[str]]) -> Any:
-        """The result of `make`, unless an earlier build did it and its files (`made`) are still as they were."""
-        done = self.value["done"].get(key)
-        if done and self._intact(done["files"]):
-            return done["result"]
-        result = make()
-        records = {name: dataclasses.asdict(files.describe(self._folder / name)) for name in made(result)}
-        self.value["done"][key] = {"result": result, "files": records}
-        files.write_atomically(self._folder / _STATE, json.dumps(self.value))
-        return result
-
-    def _intact(self, records: dict[str, Any]) -> bool:
-        try:
-            files.check_all(self._folder, {n: files.FileRecord(**r) for n, r in records.items()}, full=False)
-        except BundleError:
-            return False
-        return True
-
-    def records(self) -> dict[str, files.FileRecord]:
-        """Every file that was made, with its hash."""
-        done = self.value["done"].values()
-        return {name: files.FileRecord(**r) for entry in done for name, r in sorted(entry["files"].items())}
-
-
-def _export(
-    session: Session, request: dict[str, Any], partial: Path, output: Path, force: bool, device: str
-) -> None:
-    _require_export()
-    state = _State(partial, request)
-    common = {"request": request, "folder": str(partial)}
-    prepared = state.once(
-        "prepare",
-        lambda: session.run("load", "turbochain.export.jobs:prepare", force=force, device=device, **common),
-        lambda result: [*result["terms"], *(t["file"] for t in result["tokenizers"].values())],
-    )
-    common["prepared"] = prepared
-    state.once(
-        "reference",
-        lambda: session.run("reference", "turbochain.export.jobs:reference", **common),
-        lambda _: [REFERENCE],
-    )
-    graphs = {
-        name: state.once(
-            f"graph {name}",
-            lambda name=name: session.run(f"export {name}", "turbochain.export.jobs:graph", name=name, **common),
-            lambda graph: [graph["file"], *graph["data"], graph["names"]],
-        )
-        for name in prepared["precisions"]
-    }
-    text = manifest.write(_manifest(request, prepared, graphs, state.records()))
-    keep = {*state.records(), "bundle.json"}
-    files.write_atomically(partial / "bundle.json", text)
-    Bundle.open(partial)
-    _empty(partial, keep)
-    files.install_directory(partial, output)
-
-
-def _require_export() -> None:
-    missing = []
-    for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript"):
-        try:
-            metadata.version(name)
-        except metadata.PackageNotFoundError:
-            missing.append(name)
-    if missing:
-        raise InputError(f"exporting a checkpoint needs {', '.join(missing)}: pip install 'turbochain[export]'")
-
-
-def _manifest(
-    request: dict[str, Any], prepared: dict[str, Any], graphs: dict[str, Any], records: dict[str, files.FileRecord]
-) -> Manifest:
-    checkpoint = Checkpoint(
-        source=request["source"],
-        revision=prepared["commit"],
-        variant=prepared["variant"],
-        pipeline_class=prepared["pipeline_class"],
-        license=prepared["license"],
-        weights={k: files.FileRecord(**v) for k, v in prepared["weights"].items()},
-    )
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        family=prepared["family"],
-        checkpoint=checkpoint,
-        request=request,
-        created=_now(),
-        created_by=_versions(*VERSIONS),
-        tokenizers={k: manifest.TokenizerFile(**v) for k, v in prepared["tokenizers"].items()},
-        graphs={k: Graph(**v) for k, v in graphs.items()},
-        chains={TEXT_TO_IMAGE: manifest.Chain(**prepared["chain"])},
-        schedules=prepared["schedules"],
-        files=records,
-    )
-
-
-def _empty(folder: Path, keep: set[str] = frozenset()) -> None:  # type: ignore[assignment]
-    """Remove everything in `folder` but the files named in `keep`."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir() and not path.is_symlink():
-            if not any(path.iterdir()):
-                path.rmdir()
-        elif str(path.relative_to(folder)) not in keep:
-            path.unlink()
-
-
-# --- bundle → engine ---------------------------------------------------------------------------------------
-
-
 def _engine(session: Session, bundle: Bundle, backend: str, device: str) -> tuple[str, Engine]:
     """The installed engine of this key, built and verified if there is none."""
     library, version = backends.require(backend)
@@ -387,20 +231,6 @@ def _compile_and_check(session: Session, bundle: Bundle, key: EngineKey, folder:
         build_seconds=seconds,
         peak_bytes=peaks,
         checks=tuple(checks),
-        created=_now(),
-        created_by=_versions("turbochain", key.library, "numpy"),
+        created=now(),
+        created_by=versions("turbochain", key.library, "numpy"),
     )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _versions(*names: str) -> dict[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

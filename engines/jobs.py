@@ -13,7 +13,14 @@ Progress = Callable[[int, int], None]
 
 
 def compile(
-    progress: Progress, *, path: str, backend: str, folder: str, options: dict[str, Any], device: str, name: str
+    progress: Progress,
+    *,
+    path: str,
+    backend: str,
+    folder: str,
+    options: dict[str, Any],
+    device: str,
+    name: str,
 ) -> None:
     """Compile one graph of the bundle into `folder`."""
     bundle = Bundle.open(path)

@@ -24,9 +24,7 @@ from turbochain.runtime.errors import InputError, TurbochainError
 Progress = Callable[[int, int], None]
 
 
-def run(
-    job: str, arguments: dict[str, Any], *, progress: Progress, lock: int, log: Path | None
-) -> tuple[Any, int]:
+def run(job: str, arguments: dict[str, Any], *, progress: Progress, lock: int, log: Path | None) -> tuple[Any, int]:
     """Run `job` in a child; returns its result and its peak resident memory in bytes.
 
     `lock` is a file descriptor that the child keeps open, so that a lock outlives this process as long as the
@@ -36,7 +34,7 @@ def run(
     output = log.open("ab") if log else None
     try:
         child = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-c", f"from {__name__} import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=output,
@@ -109,17 +107,19 @@ def _describe(function: str, error: Exception) -> tuple[type[TurbochainError], s
     """An exception that is not ours, as one sentence."""
     full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
     if full:
-        return InputError, "no space left on the disk of the bundle; free some, and run the same command again"
+        return (
+            InputError,
+            "no space left on the disk of the bundle; free some, and run the same command again",
+        )
     if isinstance(error, ModuleNotFoundError):
         return InputError, f"{error.name} is not installed: pip install 'turbochain[export]'"
     lines = str(error).strip().splitlines() or [""]
-    return TurbochainError, f"the phase {function} failed: {type(error).__name__}: {lines[0][:300]} (-v shows all)"
+    return (
+        TurbochainError,
+        f"the phase {function} failed: {type(error).__name__}: {lines[0][:300]} (-v shows all)",
+    )
 
 
 def _end_with_parent() -> None:
     sys.stdin.read()
     os._exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -18,7 +18,11 @@ GiB = 2**30
 _BASE = 0.9 * GiB  # the libraries themselves
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _EXPORT = 2.2  # × a component's weights in its precision, while it is traced and folded
-_ENGINE = {"fp32": 1.15, "fp16": 2.5, "bf16": 2.5}  # × weights: ONNX Runtime's CPU provider casts fp16 to fp32
+_ENGINE = {
+    "fp32": 1.15,
+    "fp16": 2.5,
+    "bf16": 2.5,
+}  # × weights: ONNX Runtime's CPU provider casts fp16 to fp32
 _ACTIVATIONS = 6  # × the decoder's widest tensor
 
 
@@ -61,7 +65,9 @@ def require(needs: Needs, folder: Path, force: bool) -> None:
     problems = []
     phase, memory = max(needs.memory.items(), key=lambda item: item[1])
     if memory > (free := free_memory()):
-        problems.append(f"the phase {phase} needs about {memory / GiB:.1f} GiB of memory, and {free / GiB:.1f} are free")
+        problems.append(
+            f"the phase {phase} needs about {memory / GiB:.1f} GiB of memory, and {free / GiB:.1f} are free"
+        )
     if needs.disk > (free := shutil.disk_usage(folder).free):
         problems.append(f"the build needs about {needs.disk / GiB:.1f} GiB of disk, and {free / GiB:.1f} are free")
     if problems:

@@ -16,9 +16,7 @@ Progress = Callable[[int, int], None]
 TERMS = ("LICENSE*", "LICENCE*", "README.md")  # copied into the bundle: licence and model card
 
 
-def prepare(
-    progress: Progress, *, request: dict[str, Any], folder: str, force: bool, device: str
-) -> dict[str, Any]:
+def prepare(progress: Progress, *, request: dict[str, Any], folder: str, force: bool) -> dict[str, Any]:
     """Get the checkpoint onto this disk, and write into `folder` everything of it that needs no tracing.
 
     Returns what the later jobs and the manifest need. Everything that can be refused is refused here, before

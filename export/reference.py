@@ -100,7 +100,10 @@ def run_case(pipeline: Any, checkpoint: Checkpoint, shape: Shape, case: dict[str
     stacked = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}
     stacked["timestep_embedding"] = torch.stack([t[:1] for t in time_embeddings])
     arrays = {k: np.ascontiguousarray(v.numpy()) for k, v in {**once, **stacked}.items()}
-    return {**{k: v.astype(np.int32) if k in checkpoint.family.tokenizers else v for k, v in arrays.items()}, "image": image}
+    return {
+        **{k: v.astype(np.int32) if k in checkpoint.family.tokenizers else v for k, v in arrays.items()},
+        "image": image,
+    }
 
 
 def _hook(stack: contextlib.ExitStack, module: torch.nn.Module, see: Callable[[dict[str, Any], Any], object]) -> None:
@@ -119,7 +122,9 @@ def _watch_steps(scheduler: Any, steps: list[dict[str, torch.Tensor]]) -> Iterat
     """Add to the last entry of `steps` what `scheduler.step` read and returned, and the noise that it drew."""
     original = scheduler.step
 
-    def step(prediction: torch.Tensor, t: Any, sample: torch.Tensor, *, generator: torch.Generator, **kwargs: Any) -> Any:
+    def step(
+        prediction: torch.Tensor, t: Any, sample: torch.Tensor, *, generator: torch.Generator, **kwargs: Any
+    ) -> Any:
         before = generator.get_state()
         result = original(prediction, t, sample, generator=generator, **kwargs)
         noise = torch.zeros_like(sample)
@@ -148,7 +153,8 @@ def _magnitudes(pipeline: Any, checkpoint: Checkpoint) -> Iterator[dict[str, flo
 
                 def after(_: Any, __: Any, output: Any, key: str = key) -> None:
                     for value in _tensors(output):
-                        largest[key] = max(largest.get(key, 0.0), float(value.abs().max()))
+                        low, high = torch.aminmax(value)  # one pass, no copy
+                        largest[key] = max(largest.get(key, 0.0), -float(low), float(high))
 
                 stack.callback(module.register_forward_hook(after).remove)
         yield largest

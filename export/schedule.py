@@ -63,7 +63,11 @@ def _probe(scheduler: Any, t: torch.Tensor, embed: Callable[[torch.Tensor], torc
 
 
 def _step(
-    scheduler: Any, t: torch.Tensor, sample: torch.Tensor, prediction: torch.Tensor, generator: torch.Generator
+    scheduler: Any,
+    t: torch.Tensor,
+    sample: torch.Tensor,
+    prediction: torch.Tensor,
+    generator: torch.Generator,
 ) -> torch.Tensor:
     scheduler.scale_model_input(sample, t)
     return scheduler.step(prediction, t, sample, generator=generator, return_dict=False)[0]

@@ -153,12 +153,13 @@ _SCHEDULER: Config = {
 # depth; what reads the prompt, the pooled embedding and the time larger, for the picture to depend on them.
 _GAINS: tuple[tuple[str, float], ...] = (
     (r"token_embedding|position_embedding", 1.0),
-    (r"time_embedding\.linear_1|time_emb_proj", 3.0),
-    (r"add_embedding\.linear_1", 6.0),
+    (r"time_embedding\.linear_1", 3.0),
+    (r"add_embedding\.linear_1|time_emb_proj", 4.0),
     (r"attn2\.to_v", 4.0),
     (r"attn2\.to_out", 1.0),
     (r"attn\d\.to_out|ff\.net\.2|proj_out|out_proj|mlp\.fc2", 0.5),
     (r"post_quant_conv", 0.05),
+    (r"quant_conv", 2.0),
     (r"decoder\.conv_out", 0.6),
     (r"conv_out", 3.0),
     (r"", 1.0),
@@ -272,9 +273,7 @@ def _write_config(part: torch.nn.Module, folder: Path, fp16: bool) -> None:
     part.config.save_pretrained(folder)
 
 
-def _write_weights(
-    path: Path, part: torch.nn.Module, fp16: bool, generator: torch.Generator
-) -> Iterator[int]:
+def _write_weights(path: Path, part: torch.nn.Module, fp16: bool, generator: torch.Generator) -> Iterator[int]:
     """Write random weights for `part`, tensor by tensor, as safetensors; yields each one's size."""
     # Published text encoders carry this prefix in every name; transformers 5 drops it when it loads.
     prefix = "text_model." if type(part).__name__ == "CLIPTextModel" else ""
@@ -305,4 +304,7 @@ def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Ten
         return values.mul_(_SPREAD).add_(1.0 if name.endswith("weight") else 0.0)
     fan_in = 1 if "embedding.weight" in name else prod(shape[1:])
     gain = next(gain for pattern, gain in _GAINS if re.search(pattern, name))
-    return values.mul_(gain / fan_in**0.5)
+    values.mul_(gain / fan_in**0.5)
+    if name == "quant_conv.weight":
+        values[len(values) // 2 :] *= 0.1  # the log-variances; the encoder's noise grows with their exponential
+    return values

@@ -15,9 +15,7 @@ VOCABULARY_SIZE = 49408
 MAX_TOKENS = 77
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
-_MERGES = (
-    VOCABULARY_SIZE - 2 * 256 - 2
-)  # everything but the bytes (inside and at the end of a word), BEGIN, END
+_MERGES = VOCABULARY_SIZE - 2 * 256 - 2  # everything but the bytes (inside and at the end of a word), BEGIN, END
 # The printable stand-ins for the 256 bytes, in the order of their ids (GPT-2's `bytes_to_unicode`).
 _BYTES = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
 
@@ -34,9 +32,7 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
             "The CLIP vocabulary comes from the package open_clip_torch, which is not installed: "
             "pip install --no-deps open_clip_torch"
         )
-    with gzip.open(
-        Path(package.origin).with_name("bpe_simple_vocab_16e6.txt.gz"), "rt", encoding="utf-8"
-    ) as file:
+    with gzip.open(Path(package.origin).with_name("bpe_simple_vocab_16e6.txt.gz"), "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")[1 : _MERGES + 1]  # the first line names the version
     merges = [(first, second) for first, second in (line.split() for line in lines)]
     tokens = [*_BYTES, *(b + "</w>" for b in _BYTES), *(a + b for a, b in merges), BEGIN, END]
@@ -52,9 +48,7 @@ def write_tokenizer(folder: Path, *, pad_token: str) -> None:
     from transformers import CLIPTokenizer
 
     vocabulary, merges = clip_vocabulary()
-    tokenizer = CLIPTokenizer(
-        vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=MAX_TOKENS
-    )
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=MAX_TOKENS)
     tokenizer.save_pretrained(folder)
     # transformers 5 no longer writes these two; older readers and the folders on the hub have them.
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")

@@ -1,9 +1,9 @@
 """Bundle → pixels: the light runtime, without PyTorch.
 
-    from turbochain.runtime import Pipeline
+from turbochain.runtime import Pipeline
 
-    pipe = Pipeline.load("sd-turbo.bundle")
-    pipe("a cat", num_inference_steps=1, seed=0).images[0].save("cat.png")
+pipe = Pipeline.load("sd-turbo.bundle")
+pipe("a cat", num_inference_steps=1, seed=0).images[0].save("cat.png")
 """
 
 from turbochain.runtime.bundle import Bundle
@@ -24,9 +24,9 @@ __all__ = [
     "BundleError",
     "Generator",
     "InputError",
+    "PictureError",
     "Pipeline",
     "PipelineOutput",
-    "PictureError",
     "TurbochainError",
     "VerificationError",
 ]

@@ -33,7 +33,9 @@ class Bundle:
         """Read and check the manifest; raises BundleError with every problem that it has."""
         path = Path(path)
         if not path.is_dir():
-            raise BundleError(f"{path} is not a bundle: there is no such folder; build one: build-engine SOURCE -o {path}")
+            raise BundleError(
+                f"{path} is not a bundle: there is no such folder; build one: build-engine SOURCE -o {path}"
+            )
         bundle = cls(path, manifest.read(Manifest, path / "bundle.json"))
         problems = bundle._problems()
         if problems:

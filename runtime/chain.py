@@ -108,7 +108,9 @@ def wiring_problems(name: str, chain: Chain, graphs: Mapping[str, Graph]) -> lis
         ]
         for t in graphs[g].outputs:
             if t.name in made or t.name in fed:
-                problems.append(f"chain {name}: {t.name} is produced twice, by {made.get(t.name, 'the caller')} and {g}")
+                problems.append(
+                    f"chain {name}: {t.name} is produced twice, by {made.get(t.name, 'the caller')} and {g}"
+                )
             made[t.name] = g
             known.add(t.name)
     inputs = {t.name for g in chain.graphs for t in graphs[g].inputs}

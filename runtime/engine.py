@@ -46,7 +46,9 @@ def select(bundle: Bundle, backend: str | None = None, device: str | None = None
         backends.best()  # with no backend at all, its `pip install` line is what helps
     why = "; ".join(reasons) or "it has none"
     option = f" --backend {backend}" if backend else ""
-    raise BundleError(f"{bundle.path} has no engine for this machine ({why}); build one: build-engine {bundle.path}{option}")
+    raise BundleError(
+        f"{bundle.path} has no engine for this machine ({why}); build one: build-engine {bundle.path}{option}"
+    )
 
 
 def _misfit(bundle: Bundle, engine: Engine, device: str | None) -> str | None:
@@ -57,7 +59,13 @@ def _misfit(bundle: Bundle, engine: Engine, device: str | None) -> str | None:
 
 
 def open_executor(
-    bundle: Bundle, name: str, engine: Engine, *, device: str | None = None, threads: int | None = None, full: bool = False
+    bundle: Bundle,
+    name: str,
+    engine: Engine,
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    full: bool = False,
 ) -> Any:
     """Hash everything that the engine reads, then load it. `full` hashes large files in any case."""
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
@@ -75,7 +83,13 @@ def check_inputs(bundle: Bundle, *, full: bool = False) -> None:
 
 
 def executor(
-    bundle: Bundle, backend: str, folder: Path, options: dict[str, Any], *, device: str | None, threads: int | None
+    bundle: Bundle,
+    backend: str,
+    folder: Path,
+    options: dict[str, Any],
+    *,
+    device: str | None,
+    threads: int | None,
 ) -> Any:
     """The backend's executor for an engine's folder, whose files have been hashed."""
     module = backends.get(backend)

@@ -53,9 +53,7 @@ def check(root: _Path, relative: str, record: FileRecord, *, full: bool) -> None
     check_all(root, {relative: record}, full=full)
 
 
-def check_all(
-    root: _Path, records: Mapping[str, FileRecord], *, full: bool, progress: _Progress | None = None
-) -> None:
+def check_all(root: _Path, records: Mapping[str, FileRecord], *, full: bool, progress: _Progress | None = None) -> None:
     """Raise one BundleError that names every file that is missing, outside, truncated or damaged.
 
     A file over `CHUNK` is not read again while its size, mtime, ctime and inode are those of the stamp that

@@ -96,6 +96,4 @@ def _checked(seed: object) -> int:
     """Return `seed` as an int, or raise `InputError`."""
     if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool) and 0 <= seed < 1 << 64:
         return int(seed)
-    raise InputError(
-        f"The seed is {reprlib.repr(seed)}: expected an integer from 0 to 2**64-1 ({2**64 - 1})."
-    )
+    raise InputError(f"The seed is {reprlib.repr(seed)}: expected an integer from 0 to 2**64-1 ({2**64 - 1}).")

@@ -40,10 +40,18 @@ class Pipeline:
     Make one with `Pipeline.load`; it is a context manager that closes itself.
     """
 
-    def __init__(self, bundle: Bundle, executor: Any, *, prompt_cache_bytes: int = PROMPT_CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        executor: Any,
+        *,
+        engine_name: str = "",
+        prompt_cache_bytes: int = PROMPT_CACHE_BYTES,
+    ) -> None:
         self.bundle = bundle
         self.observe: Callable[[str, float], None] | None = None
         """Called with a graph's name and the seconds of each launch of it, where set."""
+        self.engine_name = engine_name
         self._executor = executor
         self._tokenizers = {
             name: Tokenizer(bundle.path / t.file, max_length=t.max_length, pad_token=t.pad_token, pad_id=t.pad_id)
@@ -74,7 +82,7 @@ class Pipeline:
         bundle = Bundle.open(path)
         name, engine = engines.select(bundle, backend, device)
         executor = engines.open_executor(bundle, name, engine, device=device, threads=threads)
-        return cls(bundle, executor, prompt_cache_bytes=prompt_cache_bytes)
+        return cls(bundle, executor, engine_name=name, prompt_cache_bytes=prompt_cache_bytes)
 
     def __call__(
         self,
@@ -132,7 +140,12 @@ class Pipeline:
         self.close()
 
     def _check_fixed(
-        self, height: int | None, width: int | None, guidance_scale: float, negative_prompt: object, output_type: str
+        self,
+        height: int | None,
+        width: int | None,
+        guidance_scale: float,
+        negative_prompt: object,
+        output_type: str,
     ) -> None:
         size = self.bundle.size
         if (height, width) != (None, None) and (height or size[0], width or size[1]) != size:
@@ -153,9 +166,7 @@ class Pipeline:
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type={output_type!r}: choose from {', '.join(OUTPUT_TYPES)}")
 
-    def _draw(
-        self, schedule: Schedule, count: int, seed: object, latents: object
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _draw(self, schedule: Schedule, count: int, seed: object, latents: object) -> tuple[np.ndarray, np.ndarray]:
         """Scaled initial latents [N, …] and the noise of every step [S, N, …], drawn in diffusers' order."""
         shape = (count, *self.bundle.tensors["latents"].shape[1:])
         seeds = [seed] if isinstance(seed, int | np.integer) else seed
@@ -183,7 +194,12 @@ class Pipeline:
             if self._executor is None:
                 raise TurbochainError("the pipeline is closed; load it again")
             embeds = self.prompt_cache.get(keys)
-            feeds = {**self._rows[steps], "latents": start, "noise": noise, **(ids if embeds is None else embeds)}
+            feeds = {
+                **self._rows[steps],
+                "latents": start,
+                "noise": noise,
+                **(ids if embeds is None else embeds),
+            }
             results = self._executor.execute(self._plan(steps, embeds is not None), feeds, self.observe)
             if embeds is None:
                 self.prompt_cache.put(keys, {name: results[name] for name in self._embeds})

@@ -77,9 +77,7 @@ def check_prompt(prompt: object, *, argument: str = "prompt") -> str:
         raise InputError(f"The {argument} is of type {type(prompt).__name__}: expected a str.")
     nul = prompt.find("\0")
     if nul >= 0:
-        raise InputError(
-            f"The {argument} holds a NUL character at position {nul}: expected text without any."
-        )
+        raise InputError(f"The {argument} holds a NUL character at position {nul}: expected text without any.")
     try:
         size = len(prompt.encode())
     except UnicodeEncodeError as error:

@@ -70,7 +70,9 @@ def read_cases(bundle: Bundle) -> list[Case]:
     return cases
 
 
-def verify(bundle: Bundle, executor: Any, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Check]:
+def verify(
+    bundle: Bundle, executor: Any, progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[Check]:
     """Every figure for the engine that `executor` runs, the worst of all cases for each stage and metric."""
     cases = read_cases(bundle)
     worst: dict[tuple[str, str], Check] = {}
@@ -127,7 +129,10 @@ def _check_schedule(bundle: Bundle, case: Case) -> Iterator[Check]:
     x, prediction, noise = (recorded[k].astype(np.float64) for k in ("latents", "prediction", "noise"))
     a, b, c = (table[k].reshape(-1, 1, 1, 1, 1) for k in "abc")
     yield from _judge(
-        "schedule", {"relative_l2": SCHEDULE_BOUND}, a * x + b * prediction + c * noise, recorded["next_latents"]
+        "schedule",
+        {"relative_l2": SCHEDULE_BOUND},
+        a * x + b * prediction + c * noise,
+        recorded["next_latents"],
     )
 
 

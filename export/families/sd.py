@@ -27,7 +27,7 @@ def step_inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
         "latents": ("float32", latents),
         "noise": ("float32", latents),
         "timestep_embedding": ("float32", (1, unet["block_out_channels"][0])),
-        **{name: ("float32", (1,)) for name in ("input_scale", "a", "b", "c")},
+        **dict.fromkeys(("input_scale", "a", "b", "c"), ("float32", (1,))),
     }
 
 

@@ -48,13 +48,16 @@ class Executor(HostExecutor):
 
     def _bind(self, graph: str, session: Any) -> Callable[[], None]:
         stage, binding = self.bundle.manifest.graphs[graph], session.io_binding()
-        ends = ((stage.inputs, session.get_inputs(), "input"), (stage.outputs, session.get_outputs(), "output"))
+        ends = (
+            (stage.inputs, session.get_inputs(), "input"),
+            (stage.outputs, session.get_outputs(), "output"),
+        )
         for declared, found, kind in ends:
             expected = {t.name: (t.dtype, list(t.shape)) for t in declared}
             actual = {t.name: (_DTYPES.get(t.type, t.type), t.shape) for t in found}
             if expected != actual:
                 raise BundleError(f"{stage.file}: the {kind}s are {actual}, and bundle.json says {expected}")
-            for name, (dtype, shape) in expected.items():
+            for name, (_, shape) in expected.items():
                 bind = getattr(binding, f"bind_{kind}")
                 bind(name, "cpu", 0, self.buffers[name].dtype, shape, self.buffers[name].ctypes.data)
 

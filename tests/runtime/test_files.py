@@ -108,9 +108,7 @@ def bundle(tmp_path):
 def described(root: Path) -> dict[str, FileRecord]:
     paths = [path for path in root.rglob("*") if path.is_file()]
     return {
-        str(path.relative_to(root)): FileRecord(
-            path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
-        )
+        str(path.relative_to(root)): FileRecord(path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
         for path in paths
     }
 
@@ -163,9 +161,7 @@ def test_two_files_swapped(bundle):
     unet.rename(bundle / "x")
     vae.rename(unet)
     (bundle / "x").rename(vae)
-    with pytest.raises(
-        BundleError, match=r"2 files .*(unet|vae)\.onnx' is damaged.*(unet|vae)\.onnx' is dam"
-    ):
+    with pytest.raises(BundleError, match=r"2 files .*(unet|vae)\.onnx' is damaged.*(unet|vae)\.onnx' is dam"):
         files.check_all(bundle, records, full=False)
 
 
@@ -277,9 +273,7 @@ def test_a_cache_that_cannot_be_written_is_not_used(settled, tmp_path, monkeypat
 # --- paths
 
 
-@pytest.mark.parametrize(
-    "relative", ["a", "graphs/unet.onnx", "./a", "a//b", "a..b/..c", "…/Ω", "new/folder/x"]
-)
+@pytest.mark.parametrize("relative", ["a", "graphs/unet.onnx", "./a", "a//b", "a..b/..c", "…/Ω", "new/folder/x"])
 def test_paths_inside(bundle, relative):
     assert files.resolve_inside(bundle, relative) == bundle / relative
 

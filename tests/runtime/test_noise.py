@@ -65,9 +65,7 @@ def test_below_16_values_is_exact(seed):
     np.testing.assert_array_equal(Generator(seed).randn(15), theirs.numpy())
 
 
-@pytest.mark.parametrize(
-    "shape", [(), (1,), (2, 3), (1, 4, 64, 64), (3, 4, 5, 7), (2, 0, 4), (1, 4, 128, 96)]
-)
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (1, 4, 64, 64), (3, 4, 5, 7), (2, 0, 4), (1, 4, 128, 96)])
 def test_shapes(shape):
     assert_same(Generator(7).randn(*shape), torch.randn(shape, generator=torch_generator(7)))
 

@@ -144,9 +144,7 @@ def test_what_onnx_itself_writes(tmp_path):
     folder = tmp_path / "many"
     folder.mkdir()
     # The first save gave `model` its locations, so this one starts from the file.
-    onnx.save_model(
-        onnx.load(inline), folder / "m.onnx", save_as_external_data=True, all_tensors_to_one_file=False
-    )
+    onnx.save_model(onnx.load(inline), folder / "m.onnx", save_as_external_data=True, all_tensors_to_one_file=False)
     assert external_locations(folder / "m.onnx") == set(os.listdir(folder)) - {"m.onnx"} == set(arrays)
     loaded = onnx.load(folder / "m.onnx", load_external_data=False)
     helped = {
@@ -302,9 +300,7 @@ def test_the_last_of_two_keys_counts_as_in_protobuf(found_in):
 
 def test_five_megabytes_are_quick(found_in):
     nodes = [
-        helper.make_node(
-            "Conv", [f"value_{i}", f"weight_{i}"], [f"value_{i + 1}"], f"/unet/block/{i}", pads=[1] * 4
-        )
+        helper.make_node("Conv", [f"value_{i}", f"weight_{i}"], [f"value_{i + 1}"], f"/unet/block/{i}", pads=[1] * 4)
         for i in range(25_000)
     ]
     raw = model_of(external("w.data"), nodes=nodes)

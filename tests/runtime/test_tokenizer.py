@@ -104,9 +104,7 @@ def ours_from(folder: Path, pad_token: str) -> Tokenizer:
 
 
 def expected_ids(theirs: CLIPTokenizer, prompts: list[str]) -> np.ndarray:
-    return theirs(
-        prompts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="np"
-    ).input_ids
+    return theirs(prompts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="np").input_ids
 
 
 def assert_same_ids(pair, prompts: list[str]) -> None:
@@ -286,8 +284,7 @@ def test_good_prompts_come_back(prompt):
         ("a\0cat", "The prompt holds a NUL character at position 1: expected text without any."),
         (
             "cat \ud83d!",
-            "The prompt holds the lone surrogate U+D83D at position 4: "
-            "expected text that can be written as UTF-8.",
+            "The prompt holds the lone surrogate U+D83D at position 4: expected text that can be written as UTF-8.",
         ),
         ("x" * 32769, "The prompt is 32,769 bytes long as UTF-8: expected at most 32,768 (32 KiB)."),
         ("é" * 16385, "The prompt is 32,770 bytes long as UTF-8: expected at most 32,768 (32 KiB)."),

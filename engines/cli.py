@@ -1,0 +1,86 @@
+"""The command `build-engine`."""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Sequence
+
+from turbochain.engines.build import BuildResult, build
+from turbochain.runtime import console, verify
+from turbochain.runtime.errors import InputError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Carry out `build-engine`; returns the exit status (see console.run)."""
+    parser = argparse.ArgumentParser(
+        "build-engine",
+        description="Build a bundle with an engine for this machine, checked against diffusers.",
+    )
+    add = parser.add_argument
+    add("source", help="a hub id, a local folder in diffusers' format, synthetic:NAME, or a bundle")
+    add("-o", "--output", help="the bundle (default: the source's name with .bundle, in this folder)")
+    add("--backend", help="default: the best installed one")
+    add("--device", help="default: the backend's own choice")
+    add("--precision", help="fp32 or fp16 (default: fp32 for a CPU backend, fp16 for a GPU backend)")
+    add("--size", help="width x height in pixels, multiples of 64 (default 512x512)")
+    add("--batch", type=int, help="pictures per pass (default 1)")
+    add("--steps", help="step counts, such as 1-4 or 1,2,4 (default 1-4)")
+    add("--revision", help="branch, tag or commit of a hub id")
+    add("--variant", help="weight files' variant, such as fp16")
+    add("--force", action="store_true", help="build even where memory or disk look too small")
+    add("--json", action="store_true", help="print the result as JSON")
+    add("-v", "--verbose", action="store_true", help="show what the exporter and the libraries print")
+    return console.run(parser, _build, argv)
+
+
+def _build(arguments: argparse.Namespace) -> None:
+    options = {k: v for k, v in vars(arguments).items() if k not in ("json", "debug")}
+    options["size"] = _size(arguments.size) if arguments.size else None
+    options["steps"] = _steps(arguments.steps) if arguments.steps else None
+    result = build(**options)
+    print(json.dumps(dataclasses.asdict(result), default=str, indent=2) if arguments.json else text(result))
+
+
+def text(result: BuildResult) -> str:
+    """One summary: what was done, with which backend, and the table of stages."""
+    rows = [["stage", "precision", "engine size", "build time", "error", "bound"]]
+    for c in result.checks:
+        known = c.stage in result.precision
+        sign = "≥" if c.metric in verify.AT_LEAST else "≤"
+        rows.append(
+            [
+                c.stage,
+                result.precision[c.stage] if known else "",
+                console.size(result.engine_bytes[c.stage]) if known else "",
+                f"{result.build_seconds[c.stage]:.1f} s" if known else "",
+                f"{c.metric} {c.value:.3g}",
+                f"{sign} {c.bound:g}",
+            ]
+        )
+    did = "built and verified" if result.phases else "nothing to do: it is built and verified already"
+    seconds = f" in {sum(p.seconds for p in result.phases):.1f} s" if result.phases else ""
+    return (
+        f"{console.table(rows)}\n{result.bundle}: {did}{seconds}\n"
+        f"backend {result.backend} ({result.reason}), engine {result.engine}"
+    )
+
+
+def _size(value: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", value)
+    if not match:
+        raise InputError(f"--size {value}: width x height was expected, such as 512x512")
+    return int(match[1]), int(match[2])
+
+
+def _steps(value: str) -> list[int]:
+    if match := re.fullmatch(r"(\d{1,3})-(\d{1,3})", value):
+        return list(range(int(match[1]), int(match[2]) + 1))
+    if re.fullmatch(r"\d{1,3}(,\d{1,3})*", value):
+        return [int(n) for n in value.split(",")]
+    raise InputError(f"--steps {value}: a range or a list was expected, such as 1-4 or 1,2,4")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
