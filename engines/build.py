@@ -5,10 +5,7 @@ when verified. Both folders are locked while in use. What is finished is written
 interrupted build goes on where it stopped.
 """
 
-import dataclasses
 import hashlib
-import json
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,14 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from turbochain.engines import bundling
-from turbochain.engines.session import PhaseReport, Session, now, versions
-from turbochain.runtime import backends, engine, files, manifest, verify
+from turbochain.engines import bundling, compiling
+from turbochain.engines.session import LOG, PhaseReport, Session
+from turbochain.runtime import backends, files
 from turbochain.runtime.bundle import Bundle
 from turbochain.runtime.errors import InputError
-from turbochain.runtime.manifest import FORMAT_VERSION, Check, Engine, EngineKey
-
-_LOG = "build.log"
+from turbochain.runtime.manifest import Check
 
 
 @dataclass
@@ -85,13 +80,13 @@ def build(
             if _is_bundle(output):  # the owner of the lock that we waited for made it
                 partial.rmdir()
             else:
-                session = Session(lock, None if verbose else partial / _LOG, quiet, phases)
+                session = Session(lock, None if verbose else partial / LOG, quiet, phases)
                 bundling.export(session, request, partial, output, force)
     with _locked(output, quiet) as lock:
         bundle = Bundle.open(output)
         _check_same(bundle, source, request)
-        session = Session(lock, None if verbose else output / "engines" / _LOG, quiet, phases)
-        name, made = _engine(session, bundle, backend, device)
+        session = Session(lock, None if verbose else output / "engines" / LOG, quiet, phases)
+        name, made = compiling.install(session, bundle, backend, device)
     return BuildResult(
         bundle=output,
         engine=name,
@@ -178,59 +173,3 @@ def _check_same(bundle: Bundle, source: str, request: dict[str, Any]) -> None:
     other = [f"{k} is {have.get(k)!r} there and {v!r} here" for k, v in wanted.items() if have.get(k) != v]
     if other:
         raise InputError(f"{bundle.path} holds another build ({'; '.join(other)}): choose another path with -o")
-
-
-def _engine(session: Session, bundle: Bundle, backend: str, device: str) -> tuple[str, Engine]:
-    """The installed engine of this key, built and verified if there is none."""
-    library, version = backends.require(backend)
-    key = EngineKey(backend, device, library, version, options={}, graphs=bundle.graph_digests())
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(key), sort_keys=True).encode()).hexdigest()
-    name = f"{backend}-{device}-{digest[:12]}"
-    existing = bundle.engines().get(name)
-    if isinstance(existing, Engine) and engine.misfit(bundle, existing) is None:
-        engine.check_inputs(bundle)
-        return name, existing
-    final, building = bundle.path / "engines" / name, bundle.path / "engines" / ".building"
-    for old in (building, final):  # left by a build that was killed, or damaged
-        shutil.rmtree(old, ignore_errors=True)
-    try:
-        building.mkdir(parents=True)
-        made = _compile_and_check(session, bundle, key, building)
-        files.write_atomically(building / "engine.json", manifest.write(made))
-        files.install_directory(building, final)
-    except OSError as error:
-        raise InputError(f"cannot write {final}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-        (bundle.path / "engines" / _LOG).unlink(missing_ok=True)
-    return name, made
-
-
-def _compile_and_check(session: Session, bundle: Bundle, key: EngineKey, folder: Path) -> Engine:
-    common = {
-        "path": str(bundle.path),
-        "backend": key.backend,
-        "folder": str(folder),
-        "options": key.options,
-        "device": key.device,
-    }
-    seconds, peaks = {}, {}
-    for name in key.graphs:
-        session.run(f"compile {name}", "turbochain.engines.jobs:compile", name=name, **common)
-        seconds[name], peaks[f"compile {name}"] = session.phases[-1].seconds, session.phases[-1].peak_bytes
-    checks = [Check(**c) for c in session.run("verify", "turbochain.engines.jobs:check", **common)]
-    peaks["verify"] = session.phases[-1].peak_bytes
-    verify.require(checks)
-    written = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-    graphs = bundle.manifest.graphs
-    return Engine(
-        format_version=FORMAT_VERSION,
-        key=key,
-        files={str(p.relative_to(folder)): files.describe(p) for p in written},
-        bytes={g: sum(bundle.manifest.files[f].size for f in graphs[g].files) for g in key.graphs},
-        build_seconds=seconds,
-        peak_bytes=peaks,
-        checks=tuple(checks),
-        created=now(),
-        created_by=versions("turbochain", key.library, "numpy"),
-    )

@@ -21,12 +21,12 @@ def compile(
     options: dict[str, Any],
     device: str,
     name: str,
-) -> None:
-    """Compile one graph of the bundle into `folder`."""
+) -> list[str]:
+    """Compile one graph of the bundle into `folder`; returns the names of the files that it wrote there."""
     bundle = Bundle.open(path)
     bundle.check_files(bundle.manifest.graphs[name].files)
     module = importlib.import_module(f"turbochain.engines.{backend}")
-    module.compile(bundle, name, Path(folder), options, device)
+    return list(module.compile(bundle, name, Path(folder), options, device))
 
 
 def check(

@@ -7,6 +7,7 @@ from turbochain.runtime.backends.onnxruntime import Executor
 from turbochain.runtime.bundle import Bundle
 
 
-def compile(bundle: Bundle, graph: str, folder: Path, options: dict[str, Any], device: str) -> None:
-    """See that ONNX Runtime takes the graph. Raises TurbochainError where it does not."""
+def compile(bundle: Bundle, graph: str, folder: Path, options: dict[str, Any], device: str) -> list[str]:
+    """See that ONNX Runtime takes the graph, and write nothing. Raises TurbochainError where it does not."""
     Executor(bundle, folder, options, device=device, threads=None, graphs=[graph]).close()
+    return []

@@ -9,6 +9,9 @@ from typing import Any
 from turbochain.engines import worker
 from turbochain.engines.progress import Phase
 
+LOG = "build.log"
+"""What libraries print during a build; removed when it is done."""
+
 
 @dataclass(frozen=True)
 class PhaseReport:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from turbochain.export import families
 from turbochain.export.source import PICKLES, STEMS
 from turbochain.runtime.errors import InputError
 
@@ -49,7 +50,8 @@ def select(names: list[str], variant: str | None) -> list[str]:
     small = [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in _SMALL) and n.count("/") <= 1]
     stems = tuple(f"/{stem}" for stem in STEMS)
     weights = [n for n in names if n.endswith(".safetensors") and n.count("/") == 1 and any(s in n for s in stems)]
-    folders = sorted({n.split("/")[0] for n in weights})
+    components = {c for family in families.load().values() for c in family.components}
+    folders = sorted({n.split("/")[0] for n in weights} & components)
     for folder in folders:
         here = [n for n in weights if n.startswith(f"{folder}/")]
         plain = [n for n in here if n.split("/")[1].count(".") == 1]

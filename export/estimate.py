@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbochain.export.families import Shape
+from turbochain.export import families
+from turbochain.export.families import Family, Shape
 from turbochain.export.source import Checkpoint
+from turbochain.runtime import console
 from turbochain.runtime.errors import InputError
 
 GiB = 2**30
@@ -34,21 +36,38 @@ class Needs:
     disk: float  # beside the bundle, at the highest point
 
 
-def of_synthetic(preset: str) -> Needs:
-    """What writing a synthetic checkpoint needs (the rest is known once it is written)."""
+def of_synthetic(preset: str, shape: Shape | None = None, precision: str = "fp32") -> Needs:
+    """What building a synthetic checkpoint needs, its own weights included (without `shape`: only those)."""
     from turbochain.export import synthetic
 
-    values = sum(p.numel() for part in synthetic.models(preset).values() for p in part.parameters())
-    size = values * (2 if synthetic.PRESETS[preset].fp16 else 4)
-    return Needs({"load": _BASE}, disk=size)
+    parts = synthetic.models(preset)
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    written = sum(count.values()) * (2 if synthetic.PRESETS[preset].fp16 else 4)
+    if shape is None:
+        return Needs({"load": _BASE}, disk=written)
+    family = families.of(synthetic.PRESETS[preset].pipeline)
+    configs = {name: getattr(part.config, "to_dict", lambda part=part: part.config)() for name, part in parts.items()}
+    needs = _needs(family, configs, count, shape, dict.fromkeys(family.stages, precision))
+    return Needs(needs.memory, needs.disk + written)
 
 
 def of_checkpoint(checkpoint: Checkpoint, shape: Shape, precisions: Mapping[str, str]) -> Needs:
     """What export, compilation and verification need; `precisions` is that of every stage."""
     family = checkpoint.family
     count = {c: checkpoint.parameters(c) for c in family.components}
+    return _needs(family, checkpoint.configs, count, shape, precisions)
+
+
+def _needs(
+    family: Family,
+    configs: Mapping[str, Any],
+    count: Mapping[str, int],
+    shape: Shape,
+    precisions: Mapping[str, str],
+) -> Needs:
+    """`count`: component → number of weights."""
     weights = {name: count[s.component] * _BYTES[precisions[name]] for name, s in family.stages.items()}
-    activations = _ACTIVATIONS * _widest(checkpoint.configs, shape)
+    activations = _ACTIVATIONS * _widest(configs, shape)
     engine = sum(size * _ENGINE[precisions[name]] for name, size in weights.items())
     memory = {
         "reference": _BASE + 4 * sum(count.values()) + activations,
@@ -66,10 +85,10 @@ def require(needs: Needs, folder: Path, force: bool) -> None:
     phase, memory = max(needs.memory.items(), key=lambda item: item[1])
     if memory > (free := free_memory()):
         problems.append(
-            f"the phase {phase} needs about {memory / GiB:.1f} GiB of memory, and {free / GiB:.1f} are free"
+            f"the phase {phase} needs about {console.size(memory)} of memory, and {console.size(free)} are free"
         )
     if needs.disk > (free := shutil.disk_usage(folder).free):
-        problems.append(f"the build needs about {needs.disk / GiB:.1f} GiB of disk, and {free / GiB:.1f} are free")
+        problems.append(f"the build needs about {console.size(needs.disk)} of disk, and {console.size(free)} are free")
     if problems:
         raise InputError(f"this machine has too little room: {'; '.join(problems)}; --force tries all the same")
 

@@ -127,4 +127,4 @@ def _fingerprint(array: np.ndarray) -> tuple[Any, ...]:
     shape = array.shape
     while shape[:1] == (1,):  # the position embedding is folded to [1, 77, D]
         shape = shape[1:]
-    return shape, str(array.dtype), hashlib.sha256(np.ascontiguousarray(array)).digest()
+    return shape, str(array.dtype), hashlib.sha256(np.ascontiguousarray(array).data).digest()

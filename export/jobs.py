@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from turbochain.export import download, estimate, source
-from turbochain.export.families import Family, Shape
+from turbochain.export.families import Shape
 from turbochain.export.source import SYNTHETIC, Checkpoint
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.files import describe
@@ -26,7 +26,8 @@ def prepare(progress: Progress, *, request: dict[str, Any], folder: str, force: 
     shape, root = Shape(request["height"], request["width"], request["batch"]), Path(folder)
     checkpoint, commit = _open(request, root, progress, force)
     family, configs = checkpoint.family, checkpoint.configs
-    precisions = {name: _precision(family, name, configs, request["precision"]) for name in family.stages}
+    upcast = family.upcast(configs) if request["precision"] == "fp16" else ()
+    precisions = {n: "fp32" if s.component in upcast else request["precision"] for n, s in family.stages.items()}
     estimate.require(estimate.of_checkpoint(checkpoint, shape, precisions), root, force)
 
     from turbochain.export import tables
@@ -96,12 +97,6 @@ def _open(request: dict[str, Any], root: Path, progress: Progress, force: bool) 
 
 def _checkpoint(prepared: dict[str, Any]) -> Checkpoint:
     return Checkpoint(Path(prepared["folder"]), prepared["variant"])
-
-
-def _precision(family: Family, name: str, configs: dict[str, Any], asked: str) -> str:
-    """The precision of a stage: an fp16 VAE that overflows stays in fp32, as in diffusers (`force_upcast`)."""
-    upcast = configs[family.stages[name].component].get("force_upcast") and asked == "fp16"
-    return "fp32" if upcast else asked
 
 
 def _copy_terms(checkpoint: Path, root: Path) -> list[str]:

@@ -28,7 +28,7 @@ def component(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Any:
             output_loading_info=True,
             **options,
         )
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder} cannot be loaded as {cls}: {_reason(error)}") from error
     missing = sorted(k for k in info["missing_keys"] if not k.endswith("position_ids"))
     if missing:

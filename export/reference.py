@@ -8,6 +8,7 @@ import contextlib
 import inspect
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,7 @@ def record(
             for name, value in run_case(pipeline, checkpoint, shape, case).items():
                 tensors[f"{i}/{name}"] = value
             advance()
-    for name, value in magnitudes.items():
-        tensors[f"magnitude/{name}"] = np.float32(value).reshape(1)
+    tensors |= {f"magnitude/{name}": np.array([largest], np.float32) for name, largest in magnitudes.items()}
     save_file(tensors, path, metadata={"cases": json.dumps(cases)})
 
 
@@ -76,7 +76,7 @@ def run_case(pipeline: Any, checkpoint: Checkpoint, shape: Shape, case: dict[str
     with contextlib.ExitStack() as stack:
         for name, folder in checkpoint.family.tokenizers.items():
             encoder = getattr(pipeline, folder.replace("tokenizer", "text_encoder"))
-            _hook(stack, encoder, lambda call, _, name=name: once.setdefault(name, call["input_ids"]))
+            _hook(stack, encoder, partial(_keep_ids, once, name))
         embeds = checkpoint.family.embeds
         _hook(stack, pipeline.unet, lambda call, out: once.update(embeds(checkpoint.configs, call)))
         _hook(stack, pipeline.unet, lambda call, out: steps.append({"prediction": out[0]}))
@@ -104,6 +104,10 @@ def run_case(pipeline: Any, checkpoint: Checkpoint, shape: Shape, case: dict[str
         **{k: v.astype(np.int32) if k in checkpoint.family.tokenizers else v for k, v in arrays.items()},
         "image": image,
     }
+
+
+def _keep_ids(once: dict[str, Any], name: str, call: dict[str, Any], output: Any) -> None:
+    once[name] = call["input_ids"]
 
 
 def _hook(stack: contextlib.ExitStack, module: torch.nn.Module, see: Callable[[dict[str, Any], Any], object]) -> None:

@@ -5,6 +5,7 @@ export). Everything ends as a `Checkpoint` on disk whose files have been looked 
 """
 
 import json
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from turbochain.runtime.errors import InputError
 
 SYNTHETIC = "synthetic:"
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' name for a component's weights
+LIBRARIES = ("diffusers", "transformers")  # model_index.json can name any module; no other is imported
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1}
 
 
 def is_hub_id(source: str) -> bool:
@@ -67,7 +68,7 @@ class Checkpoint:
     def license(self) -> str | None:
         """The licence that the model card's front matter names."""
         card = self.folder / "README.md"
-        front = re.match(r"---\n(.*?)\n---", card.read_text("utf-8"), re.S) if card.is_file() else None
+        front = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", "replace"), re.S) if card.is_file() else None
         found = dict(re.findall(r"^(license(?:_name)?): *['\"]?([^'\"\n]+)", front[1], re.M)) if front else {}
         return found.get("license_name") or found.get("license")
 
@@ -76,19 +77,32 @@ def open_folder(folder: Path, variant: str | None) -> Checkpoint:
     """A checked checkpoint; InputError lists every problem of the folder at once."""
     checkpoint = Checkpoint(folder, variant)
     family = checkpoint.family
+    parts = (*family.components, *family.tokenizers.values(), "scheduler")
+    if unnamed := [part for part in parts if not _is_class(checkpoint.index.get(part))]:
+        raise InputError(f"{folder}/model_index.json names no class of {' or '.join(LIBRARIES)} as {unnamed[0]}")
     missing = [c for c in family.components if not (folder / c / "config.json").is_file()]
     if missing:
         raise InputError(f"{folder} lacks {', '.join(f'{c}/config.json' for c in missing)}")
-    if problems := family.check(checkpoint.configs):
+    try:
+        problems = family.check(checkpoint.configs)
+    except KeyError as error:
+        raise InputError(f"{folder} is not supported: a config.json in it lacks the key {error}") from None
+    if problems:
         raise InputError(f"{folder} is not supported: " + "; ".join(problems))
-    if variant is None and not any(_found(folder / c, None) for c in family.components):
-        variants = sorted({v for c in family.components for v in _variants(folder / c)})
-        if len(variants) == 1:  # an fp16-only folder is recognised by itself
-            checkpoint = Checkpoint(folder, variants[0])
+    variants = sorted({v for c in family.components for v in _variants(folder / c)})
+    if variant is None and len(variants) == 1 and not any(_found(folder / c, None) for c in family.components):
+        checkpoint = Checkpoint(folder, variants[0])  # an fp16-only folder is recognised by itself
+    if variant is not None and variant not in variants:
+        raise InputError(f"{folder} has no variant {variant!r}: it has {', '.join(variants) or 'none'}")
     for component in family.components:
         for path in checkpoint.weights[component]:
             _values(path)
     return checkpoint
+
+
+def _is_class(entry: Any) -> bool:
+    """Whether an entry of model_index.json is [library, class] of a library that may be imported."""
+    return isinstance(entry, list) and len(entry) == 2 and entry[0] in LIBRARIES and isinstance(entry[1], str)
 
 
 def weight_files(folder: Path, variant: str | None) -> tuple[Path, ...]:
@@ -118,8 +132,15 @@ def _found(folder: Path, variant: str | None) -> tuple[Path, ...]:
             return (single,)
         index = folder / f"{stem}.safetensors.index{infix}.json"
         if index.is_file():
-            return tuple(folder / name for name in sorted(set(read_json(index)["weight_map"].values())))
+            return _shards(index)
     return ()
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+        raise InputError(f"{index} should map every weight to the name of a file beside it")
+    return tuple(index.parent / name for name in sorted(set(names.values())))
 
 
 def _variants(folder: Path) -> list[str]:
@@ -140,16 +161,19 @@ def _values(path: Path) -> int:
         expected = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
         if path.stat().st_size != expected:
             raise ValueError(f"it has {path.stat().st_size} bytes and its header describes {expected}")
-        return sum((t["data_offsets"][1] - t["data_offsets"][0]) // _SIZES[t["dtype"]] for t in header.values())
+        return sum(math.prod(t["shape"]) for t in header.values())
     except FileNotFoundError:
         raise InputError(f"{path} is missing; download the checkpoint again") from None
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise InputError(f"{path} is damaged ({error}); download it again") from None
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file; InputError where it is missing or malformed."""
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; InputError where the file is missing or holds something else."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} cannot be read: a JSON object was expected")
+    return value

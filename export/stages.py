@@ -33,7 +33,7 @@ class PenultimateTextEncoder(TextEncoder):
 class PooledTextEncoder(TextEncoder):
     """As `PenultimateTextEncoder`, and the pooled projection [B, P] fp32 (SDXL's second encoder)."""
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See the class."""
         output = self.text_encoder(input_ids.long(), output_hidden_states=True)
         return output.hidden_states[-2].float(), output.text_embeds.float()

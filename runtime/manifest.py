@@ -158,9 +158,9 @@ class Engine:
     format_version: int
     key: EngineKey
     files: dict[str, FileRecord]  # relative to the engine's folder; empty where graphs/ is read directly
-    bytes: dict[str, int]  # graph → what its engine holds on disk, in bytes
+    bytes: dict[str, int]  # graph → what its engine reads from disk, in bytes
     build_seconds: dict[str, float]  # graph → time its compilation took
-    peak_bytes: dict[str, int]  # phase → peak resident memory of the process that did it
+    peak_bytes: dict[str, int]  # graph, or "verify" → peak resident memory of the process that did it
     checks: tuple[Check, ...]  # the verification that let it be installed
     created: str
     created_by: dict[str, str]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from turbochain.engines import build
 from turbochain.export import synthetic
 from turbochain.runtime import Bundle

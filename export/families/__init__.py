@@ -49,6 +49,8 @@ class Family:
     embeds: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
     # (component → config, the UNet call's arguments) → what the text stages must have produced
     check: Callable[[Mapping[str, Any]], list[str]]  # component → config: what is unsupported, as phrases
+    upcast: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda configs: ()
+    # component → config: the components that diffusers itself runs in fp32 where the others are fp16
 
 
 def load() -> dict[str, Family]:

@@ -37,6 +37,8 @@ class Executor(HostExecutor):
         ort = _library()
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors only: its warnings are about nodes that it places well
+        # Each graph has its own threads, and they must not spin while those of the next graph work.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         path = self.bundle.path / self.bundle.manifest.graphs[graph].file

@@ -1,0 +1,46 @@
+# Everything runs in .venv, which each target makes for itself from the pinned versions in constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+BENCH ?= synthetic:sd-turbo
+PRECISION ?= fp32
+
+.PHONY: setup demo test check check-full check-gpu bench clean
+
+setup: $(VENV)/.installed
+
+# torch first and by its exact version: a range may bring a build with gigabytes of CUDA libraries.
+# open_clip_torch only for the CLIP vocabulary that it carries, so without its dependencies.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(PIP) install -q -c constraints.txt -e '.[cpu,export,dev]'
+	$(PIP) install -q -c constraints.txt --no-deps open_clip_torch
+	touch $@
+
+demo: setup
+	$(BIN)/build-engine synthetic:sd-turbo-mini -o demo.bundle
+	$(BIN)/turbochain verify demo.bundle
+	$(BIN)/turbochain generate demo.bundle "a photo of a cat" --seed 0 -o demo.png
+	$(BIN)/turbochain bench demo.bundle
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check-full: check
+	$(BIN)/python -m pytest -q -m 'not gpu'
+
+check-gpu: setup
+	$(BIN)/python -m pytest -q -m gpu
+
+bench: setup
+	$(BIN)/python benchmarks/measure.py $(BENCH) --precision $(PRECISION)
+
+clean:
+	rm -rf $(VENV) demo.bundle demo.bundle.partial demo.png build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,366 @@
+"""What a call promises besides the right picture: output types, passes, threads, caching, memory, seeds."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SIZE
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from turbochain.runtime import Bundle, InputError, Pipeline, TurbochainError, engine
+from turbochain.runtime.chain import plan
+from turbochain.runtime.prompts import PromptCache
+
+PROMPTS = ["a red fox", "", "рыжий кот", "a robot 🤖", "a cat, oil painting", "a lighthouse", "窓辺の猫"]
+LONG = "an extraordinarily photorealistic Portrait of Astronauts riding unicorns, " * 9
+
+
+@pytest.fixture(scope="module")
+def one(sd: Path) -> Iterator[Pipeline]:
+    """One picture per pass."""
+    with Pipeline.load(sd) as pipe:
+        yield pipe
+
+
+@pytest.fixture(scope="module")
+def three(sdxl: Path) -> Iterator[Pipeline]:
+    """Three pictures per pass."""
+    with Pipeline.load(sdxl) as pipe:
+        yield pipe
+
+
+@pytest.fixture
+def ran(one: Pipeline) -> Iterator[Counter[str]]:
+    """How often each graph of `one` was launched, from an empty prompt cache on."""
+    launches: Counter[str] = Counter()
+    one.prompt_cache.clear()
+    one.observe = lambda graph, seconds: launches.update([graph])
+    yield launches
+    one.observe = None
+
+
+def uint8(pipe: Pipeline, prompt: Any, **arguments: Any) -> np.ndarray:
+    return pipe(prompt, output_type="uint8", **arguments).images
+
+
+def test_output_types_are_one_picture(three: Pipeline) -> None:
+    seeds = [1, 2]
+    levels = uint8(three, PROMPTS[:2], seed=seeds)
+    assert levels.dtype == np.uint8
+    assert levels.shape == (2, SIZE[1], SIZE[0], 3)
+    pictures = three(PROMPTS[:2], seed=seeds).images
+    assert [(type(p), p.mode, p.size) for p in pictures] == [(Image.Image, "RGB", SIZE)] * 2
+    np.testing.assert_array_equal(np.stack([np.asarray(p) for p in pictures]), levels)
+    floats = three(PROMPTS[:2], seed=seeds, output_type="np").images
+    assert floats.dtype == np.float32
+    np.testing.assert_array_equal(floats, levels.astype(np.float32) / np.float32(255))
+
+
+def test_np_is_within_half_a_level_of_diffusers_floats(one: Pipeline, checkpoints: dict[str, Path]) -> None:
+    theirs = DiffusionPipeline.from_pretrained(checkpoints["sd"], local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(5)
+    options = {
+        "guidance_scale": 0.0,
+        "num_inference_steps": 1,
+        "output_type": "np",
+        "height": SIZE[1],
+        "width": SIZE[0],
+    }
+    reference = theirs(PROMPTS[0], generator=generator, **options).images
+    result = one(PROMPTS[0], seed=5, **options).images
+    assert result.shape == reference.shape
+    assert result.dtype == reference.dtype
+    assert np.abs(result - reference).max() <= 0.5 / 255 + 1e-4  # half a level, and the error before rounding
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_many_prompts_equal_single_calls(one: Pipeline, three: Pipeline, batch: int, count: int) -> None:
+    pipe = {1: one, 3: three}[batch]
+    prompts, seeds = PROMPTS[:count], list(range(10, 10 + count))
+    pipe.prompt_cache.clear()
+    together = uint8(pipe, prompts, seed=seeds, num_inference_steps=2)
+    pipe.prompt_cache.clear()
+    alone = [uint8(pipe, p, seed=[s], num_inference_steps=2)[0] for p, s in zip(prompts, seeds, strict=True)]
+    assert len(together) == count
+    np.testing.assert_array_equal(together, np.stack(alone))
+
+
+MEMORY = """
+import sys
+from turbochain.runtime import Pipeline
+
+def resident():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
+
+with Pipeline.load(sys.argv[1], threads=1, prompt_cache_bytes=2**20) as pipe:  # 53 prompts fill it
+    for i in range(100):
+        pipe(f"prompt {i}", seed=i, output_type="uint8")
+    before = resident()
+    for i in range(1000):
+        pipe(f"prompt {i}", seed=i, output_type="uint8")
+    print(resident() - before)
+"""
+
+
+def test_memory_does_not_grow_over_1000_calls(sd: Path) -> None:
+    """One call's picture, embeddings or noise kept would be 12, 19 or 1 MiB in all."""
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(sd)], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 3  # MiB
+
+
+def test_buffers_stay_where_they_are(sd: Path) -> None:
+    bundle = Bundle.open(sd)
+    executor = engine.open_executor(bundle, *engine.select(bundle))
+    addresses = {name: buffer.ctypes.data for name, buffer in executor.buffers.items()}
+    assert set(addresses) == set(bundle.tensors)
+    random = np.random.default_rng(0)
+    for steps in (1, 3, 1):
+        feeds = {n: random.standard_normal((steps, *t.shape), np.float32) for n, t in bundle.tensors.items()}
+        feeds |= bundle.feeds(steps) | {"latents": feeds["latents"][0], "input_ids": np.full((1, 77), 7, np.int32)}
+        operations = plan(bundle.chain, bundle.manifest.graphs, steps, downloads=["next_latents"])
+        results = executor.execute(operations, feeds)
+        assert {n: a.ctypes.data for n, a in results.items()} == {n: addresses[n] for n in ("next_latents", "image")}
+    assert {name: buffer.ctypes.data for name, buffer in executor.buffers.items()} == addresses
+    executor.close()
+
+
+def test_a_result_is_not_a_buffer(one: Pipeline) -> None:
+    first = uint8(one, "a", seed=1)
+    kept = first.copy()
+    assert not np.array_equal(uint8(one, "b", seed=2), kept)
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_several_threads_make_the_pictures_of_one(three: Pipeline) -> None:
+    calls = [
+        {"prompt": PROMPTS[i % 5 : i % 5 + 1 + i % 2], "seed": i, "num_inference_steps": 1 + i % 4} for i in range(24)
+    ]
+    three.prompt_cache.clear()
+    expected = [uint8(three, **call) for call in calls]
+    three.prompt_cache.clear()
+    with ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(lambda call: uint8(three, **call), calls))
+    for result, reference in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(result, reference)
+
+
+def test_threads_are_what_was_asked(sd: Path, one: Pipeline) -> None:
+    expected, started = uint8(one, "a cat", seed=1, num_inference_steps=3), {}
+    for threads in (1, 3):
+        before = len(os.listdir("/proc/self/task"))
+        with Pipeline.load(sd, threads=threads) as pipe:
+            started[threads] = len(os.listdir("/proc/self/task")) - before
+            difference = np.abs(uint8(pipe, "a cat", seed=1, num_inference_steps=3).astype(int) - expected)
+        assert difference.max() <= 1
+        assert (difference > 0).mean() <= 1e-3
+    assert started[1] == 0 < started[3]  # the calling thread is the first
+
+
+def test_a_repeated_prompt_skips_the_text_encoder(one: Pipeline, ran: Counter[str]) -> None:
+    first = uint8(one, "a cat", seed=1, num_inference_steps=2)
+    assert ran == {"text_encoder": 1, "unet": 2, "vae_decoder": 1}
+    again = uint8(one, "a cat", seed=1, num_inference_steps=2)
+    assert ran == {"text_encoder": 1, "unet": 4, "vae_decoder": 2}
+    np.testing.assert_array_equal(again, first)
+    other = uint8(one, "a dog", seed=1, num_inference_steps=2)
+    assert ran["text_encoder"] == 2
+    assert not np.array_equal(other, first)
+    np.testing.assert_array_equal(uint8(one, "  A CAT ", seed=1, num_inference_steps=2), first)
+    assert ran["text_encoder"] == 2  # the key is the token ids
+
+
+def test_no_cache_runs_the_text_encoder_every_time(sd: Path, one: Pipeline) -> None:
+    ran: Counter[str] = Counter()
+    with Pipeline.load(sd, prompt_cache_bytes=0) as pipe:
+        pipe.observe = lambda graph, seconds: ran.update([graph])
+        pictures = [uint8(pipe, "a cat", seed=1) for _ in range(3)]
+    assert ran["text_encoder"] == 3
+    for picture in pictures:
+        np.testing.assert_array_equal(picture, uint8(one, "a cat", seed=1))
+
+
+def test_the_pipeline_bounds_its_cache(sd: Path) -> None:
+    bundle = Bundle.open(sd)
+    entry = 4 * int(np.prod(bundle.tensors["prompt_embeds"].shape))
+    with Pipeline.load(sd, prompt_cache_bytes=3 * entry + 1) as pipe:
+        for prompt in PROMPTS:
+            uint8(pipe, prompt, seed=0)
+            assert pipe.prompt_cache.bytes <= 3 * entry + 1
+        assert len(pipe.prompt_cache) == 3
+
+
+def _embeds(*values: int) -> dict[str, np.ndarray]:
+    return {"prompt_embeds": np.repeat(np.float32(values)[:, None], 25, axis=1)}  # 100 bytes a prompt
+
+
+def _known(cache: PromptCache, keys: list[bytes]) -> list[bytes]:
+    return [key for key in keys if key in cache._entries]
+
+
+def test_prompt_cache_forgets_the_least_recently_used() -> None:
+    cache, keys = PromptCache(300), [b"a", b"b", b"c", b"d"]
+    for i, key in enumerate(keys[:3]):
+        cache.put([key], _embeds(i))
+    assert cache.get([b"a"]) is not None  # now b is the oldest
+    cache.put([b"d"], _embeds(3))
+    assert _known(cache, keys) == [b"a", b"c", b"d"]
+    assert (len(cache), cache.bytes) == (3, 300)
+
+
+def test_prompt_cache_gives_a_batch_whole_or_not_at_all() -> None:
+    cache = PromptCache(1000)
+    cache.put([b"a", b"b"], _embeds(1, 2))
+    assert cache.get([b"a", b"x"]) is None
+    got = cache.get([b"b", b"a", b"b"])
+    assert got is not None
+    np.testing.assert_array_equal(got["prompt_embeds"][:, 0], [2, 1, 2])
+
+
+def test_prompt_cache_keeps_copies_within_its_bound() -> None:
+    cache, embeds = PromptCache(100), _embeds(1)
+    cache.put([b"a"], embeds)
+    embeds["prompt_embeds"][:] = 9
+    kept = cache.get([b"a"])
+    assert kept is not None and kept["prompt_embeds"].max() == 1
+    cache.put([b"b"], {"prompt_embeds": np.zeros((1, 26), np.float32)})  # larger than the bound by itself
+    assert (_known(cache, [b"a", b"b"]), cache.bytes) == ([b"a"], 100)
+    cache.clear()
+    assert (len(cache), cache.bytes, cache.get([b"a"])) == (0, 0, None)
+
+
+class _Messages(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def test_truncation_is_warned_of_as_diffusers_does(
+    one: Pipeline, three: Pipeline, checkpoints: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = DiffusionPipeline.from_pretrained(checkpoints["sd"], local_files_only=True)
+    messages = _Messages()
+    logging.getLogger("diffusers").addHandler(messages)
+    try:
+        theirs.encode_prompt(LONG, "cpu", 1, False)
+    finally:
+        logging.getLogger("diffusers").removeHandler(messages)
+    (lost,) = (found[1] for text in messages.texts if (found := re.search(r"truncated.*\['(.*)'\]", text)))
+    for pipe in (one, three):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="turbochain"):
+            uint8(pipe, LONG, seed=0)
+        (record,) = (r for r in caplog.records if r.name == "turbochain")  # SDXL's second encoder: not once more
+        dropped = record.getMessage().partition("dropped: ")[2]
+        assert LONG.endswith(dropped)  # as the user wrote it, capitals and all
+        assert "".join(dropped.lower().split()) == "".join(lost.split())
+
+
+def test_a_prompt_that_fits_is_not_warned_of(one: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="turbochain"):
+        uint8(one, "cat " * 75, seed=0)
+        assert not caplog.records
+        uint8(one, "cat " * 76, seed=0)
+        assert len(caplog.records) == 1
+
+
+def test_no_seed_draws_one_that_can_be_given_again(one: Pipeline) -> None:
+    outs = [one("a cat", output_type="uint8") for _ in range(2)]
+    assert outs[0].seed != outs[1].seed
+    assert not np.array_equal(outs[0].images, outs[1].images)
+    for out in outs:
+        assert isinstance(out.seed, int) and 0 <= out.seed < 2**64
+        np.testing.assert_array_equal(uint8(one, "a cat", seed=out.seed), out.images)
+
+
+def test_seed_0_is_a_seed(one: Pipeline) -> None:
+    outs = [one("a cat", seed=0, output_type="uint8") for _ in range(2)]
+    assert [out.seed for out in outs] == [0, 0]
+    np.testing.assert_array_equal(outs[0].images, outs[1].images)
+    assert not np.array_equal(outs[0].images, uint8(one, "a cat", seed=1))
+    assert one(["a", "b"], seed=[0, 1]).seed == [0, 1]
+
+
+def test_closed_pipelines_refuse(sd: Path) -> None:
+    with Pipeline.load(sd) as pipe:
+        assert pipe("a cat", seed=0).images
+    with pytest.raises(TurbochainError, match="closed"):
+        pipe("a cat", seed=0)
+    pipe.close()  # twice is once
+
+
+def test_the_usual_snippet(one: Pipeline) -> None:
+    """stabilityai's model cards, after the pipeline is loaded."""
+    pipe = one
+    prompt = "A cinematic shot of a baby racoon wearing an intricate italian priest robe."
+
+    image = pipe(prompt=prompt, num_inference_steps=1, guidance_scale=0.0).images[0]
+
+    assert isinstance(image, Image.Image)
+    assert image.size == SIZE
+
+
+@pytest.mark.parametrize("guidance_scale", [0, 0.0, 0.5, 1, 1.0])
+def test_guidance_up_to_1_is_none(one: Pipeline, guidance_scale: float) -> None:
+    result = uint8(one, "a cat", seed=1, guidance_scale=guidance_scale)
+    np.testing.assert_array_equal(result, uint8(one, "a cat", seed=1))
+
+
+def test_height_and_width_may_be_the_bundles(one: Pipeline) -> None:
+    expected = uint8(one, "a cat", seed=1)
+    for size in ({"height": SIZE[1]}, {"width": SIZE[0]}, {"height": SIZE[1], "width": SIZE[0]}):
+        np.testing.assert_array_equal(uint8(one, "a cat", seed=1, **size), expected)
+    for size in ({"height": 128}, {"width": 512}, {"height": 128, "width": SIZE[0]}):
+        with pytest.raises(InputError, match=f"built for {SIZE[1]}x{SIZE[0]}"):
+            uint8(one, "a cat", seed=1, **size)
+
+
+def test_steps_default_to_the_fewest(one: Pipeline, ran: Counter[str]) -> None:
+    np.testing.assert_array_equal(uint8(one, "a cat", seed=1), uint8(one, "a cat", seed=1, num_inference_steps=1))
+    assert ran["unet"] == 2
+
+
+def test_warmup_runs_everything_and_changes_nothing(sd: Path, one: Pipeline) -> None:
+    ran: Counter[str] = Counter()
+    with Pipeline.load(sd) as pipe:
+        pipe.observe = lambda graph, seconds: ran.update([graph])
+        pipe.warmup(3)
+        assert ran == {"text_encoder": 1, "unet": 3, "vae_decoder": 1}
+        np.testing.assert_array_equal(uint8(pipe, "a cat", seed=1), uint8(one, "a cat", seed=1))
+
+
+DIGESTS = """
+import hashlib, json, sys
+from turbochain.runtime import Pipeline
+
+with Pipeline.load(sys.argv[1]) as pipe:
+    prompts = json.loads(sys.argv[2])
+    pictures = [pipe(p, seed=i, num_inference_steps=1 + i % 4, output_type="uint8") for i, p in enumerate(prompts)]
+print(json.dumps([hashlib.sha256(p.images.tobytes()).hexdigest() for p in pictures]))
+"""
+
+
+def test_every_process_makes_the_same_pictures(sdxl: Path, three: Pipeline) -> None:
+    line = [sys.executable, "-c", DIGESTS, str(sdxl), json.dumps(PROMPTS)]
+    runs = [subprocess.run(line, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    pictures = [uint8(three, p, seed=i, num_inference_steps=1 + i % 4) for i, p in enumerate(PROMPTS)]
+    expected = [hashlib.sha256(p.tobytes()).hexdigest() for p in pictures]
+    assert [json.loads(run) for run in runs] == [expected, expected]

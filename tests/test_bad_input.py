@@ -1,0 +1,507 @@
+"""Bad input: one clear sentence, exit status 2, no traceback, and nothing lost or half written."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from conftest import command
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import load_file, save_file
+
+import turbochain.runtime
+from turbochain.runtime import Bundle, InputError, PictureError, Pipeline, TurbochainError, files
+
+Folder = Path
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def refused(done: subprocess.CompletedProcess[str], status: int = 2) -> str:
+    """The one sentence of a command that failed; above it may stand its phases, nothing else."""
+    assert done.returncode == status, done
+    assert done.stdout == "" and "Traceback" not in done.stderr, done
+    *phases, last = done.stderr.splitlines()
+    assert all(line.rstrip().endswith(" s") for line in phases), phases
+    program, error, sentence = last.split(": ", 2)
+    assert program in ("turbochain", "build-engine") and error == "error", last
+    assert 20 < len(sentence) < 900, sentence
+    return sentence
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    found = {str(p.relative_to(folder)): p.stat() for p in folder.rglob("*") if p.is_file()}
+    return {name: (status.st_size, status.st_mtime_ns) for name, status in found.items()}
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.fixture
+def checkpoint(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the SD miniature that a test may damage."""
+    shutil.copytree(checkpoints["sd"], tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def change(name: str, edit: Callable[[dict[str, np.ndarray]], object]) -> Callable[[Folder], None]:
+    """Edit the tensors of one weight file."""
+
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / name)
+        edit(tensors)
+        save_file(tensors, folder / name)
+
+    return damage
+
+
+def only_pickles(ending: str) -> Callable[[Folder], None]:
+    return lambda folder: [(p.rename(p.with_suffix(ending))) and None for p in folder.glob("*/*.safetensors")]
+
+
+def cut(name: str, size: int) -> Callable[[Folder], None]:
+    return lambda folder: os.truncate(folder / name, size)
+
+
+def scheduler(cls: str, **options: Any) -> Callable[[Folder], None]:
+    def damage(folder: Path) -> None:
+        edit_json(folder / "scheduler/scheduler_config.json", _class_name=cls, **options)
+        edit_json(folder / "model_index.json", scheduler=["diffusers", cls])
+
+    return damage
+
+
+FOLDERS: dict[str, tuple[Callable[[Folder], object], tuple[str, ...]]] = {
+    "no model_index": (lambda f: (f / "model_index.json").unlink(), ("has no model_index.json", "from_single_file")),
+    "index not JSON": (lambda f: (f / "model_index.json").write_text("{"), ("model_index.json cannot be read",)),
+    "index not an object": (lambda f: (f / "model_index.json").write_text("[]"), ("model_index.json",)),
+    "pipeline class": (
+        lambda f: edit_json(f / "model_index.json", _class_name="FluxPipeline"),
+        ("FluxPipeline is not supported", "StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+    ),
+    "no pipeline class": (lambda f: (f / "model_index.json").write_text("{}"), ("pipeline class",)),
+    "component missing": (lambda f: shutil.rmtree(f / "vae"), ("lacks vae/config.json",)),
+    "component not in the index": (
+        lambda f: edit_json(f / "model_index.json", unet=[None, None]),
+        ("model_index.json", "unet"),
+    ),
+    "config not JSON": (lambda f: (f / "unet/config.json").write_text("?"), ("unet/config.json cannot be read",)),
+    "config empty": (lambda f: (f / "unet/config.json").write_text("{}"), ("unet", "in_channels")),
+    "inpainting UNet": (
+        lambda f: edit_json(f / "unet/config.json", in_channels=9),
+        ("is not supported: the UNet reads 9 channels and predicts 4",),
+    ),
+    "only .bin": (only_pickles(".bin"), ("pickles are refused", "safe_serialization=True")),
+    "only .ckpt": (only_pickles(".ckpt"), ("pickles are refused", "safe_serialization=True")),
+    "no weights": (lambda f: (f / UNET).unlink(), ("unet has no safetensors weights",)),
+    "weights cut off": (cut(UNET, 100_000), ("safetensors is damaged (it has 100000 bytes", "download it again")),
+    "header cut off": (cut(UNET, 1000), ("is damaged (its header is cut off)",)),
+    "empty weights": (cut(UNET, 0), ("is damaged",)),
+    "a shard missing": (
+        lambda f: [
+            (f / UNET).unlink(),
+            (f / f"{UNET}.index.json").write_text('{"weight_map": {"a": "x-00001-of-00001.safetensors"}}'),
+        ],
+        ("x-00001-of-00001.safetensors is missing",),
+    ),
+    "shards outside": (
+        lambda f: [
+            (f / UNET).rename(f.parent / "x.safetensors"),
+            (f / f"{UNET}.index.json").write_text('{"weight_map": {"a": "../../x.safetensors"}}'),
+        ],
+        ("../../x.safetensors",),
+    ),
+    "multistep scheduler": (
+        scheduler("DPMSolverMultistepScheduler"),
+        ("DPMSolverMultistepScheduler", "is not a first-order", "EulerDiscreteScheduler"),
+    ),
+    "second-order scheduler": (
+        scheduler("HeunDiscreteScheduler"),
+        ("HeunDiscreteScheduler", "evaluates the network", "EulerDiscreteScheduler"),
+    ),
+    "unknown scheduler": (scheduler("WarpScheduler"), ("scheduler cannot be loaded as WarpScheduler",)),
+    "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), ("tokenizer cannot be loaded",)),
+}
+SLOW_FOLDERS = {
+    "weight of a wrong shape": (
+        change(UNET, lambda t: t.update({"conv_in.weight": t["conv_in.weight"][:, :3].copy()})),
+        ("unet", "conv_in.weight", "shape"),
+        2,
+    ),
+    "weight missing": (change(UNET, lambda t: t.pop("conv_in.bias")), ("unet lack conv_in.bias (1 in all)",), 2),
+    "NaN in a weight": (
+        change(UNET, lambda t: t["conv_in.bias"].__setitem__(0, np.nan)),
+        ("diffusers' own fp32 picture", "NaN", "the weights are damaged"),
+        1,
+    ),
+}
+
+
+def build_refused(checkpoint: Path, status: int = 2, *options: str) -> str:
+    """What `build-engine` says of a folder; the folder is untouched, and no bundle is there."""
+    before, output = listing(checkpoint), checkpoint.parent / "x.bundle"
+    said = refused(command("build-engine", checkpoint, "-o", output, "--size", "64x64", *options), status)
+    assert listing(checkpoint) == before and not output.exists()
+    return said
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_folder_that_cannot_be_built(checkpoint: Path, case: str) -> None:
+    damage, expected = FOLDERS[case]
+    damage(checkpoint)
+    said = build_refused(checkpoint)
+    assert all(word in said for word in expected), said
+    assert not (checkpoint.parent / "x.bundle.partial").exists()
+
+
+@pytest.mark.parametrize("case", SLOW_FOLDERS)
+def test_weights_that_cannot_be_used(checkpoint: Path, case: str) -> None:
+    damage, expected, status = SLOW_FOLDERS[case]
+    damage(checkpoint)
+    said = build_refused(checkpoint, status)
+    assert all(word in said for word in expected), said
+
+
+SOURCES = {
+    "unknown hub id": ("nobody/nothing", ("nobody/nothing", "cache", "check the id, or give the path of a local")),
+    "no such folder": ("./here/is/nothing", ("./here/is/nothing is neither a folder here, nor a hub id (owner/name)",)),
+    "no such name": ("sd-turbo", ("sd-turbo is neither a folder here",)),
+    "empty": ("", ("neither a folder here",)),
+    "unknown preset": ("synthetic:dall-e", ("dall-e", "sd-turbo-mini", "sdxl-turbo")),
+}
+
+
+@pytest.mark.parametrize("case", SOURCES)
+def test_a_source_that_is_not_there(tmp_path: Path, case: str) -> None:
+    source, expected = SOURCES[case]
+    said = refused(command("build-engine", source, "-o", "x.bundle", cwd=tmp_path))
+    assert all(word in said for word in expected), said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "sd.safetensors").write_bytes(b"x")
+    said = refused(command("build-engine", "sd.safetensors", cwd=tmp_path))
+    assert "sd.safetensors is a file" in said and "from_single_file" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["sd.safetensors"]
+
+
+OPTIONS = {
+    "size": (["--size", "100x64"], "size 100x64: width and height must be multiples of 64"),
+    "size zero": (["--size", "0x0"], "size 0x0: width and height must be multiples of 64"),
+    "size text": (["--size", "big"], "--size big: width x height was expected, such as 512x512"),
+    "size one": (["--size", "512"], "--size 512: width x height was expected"),
+    "steps zero": (["--steps", "0"], "counts from 1 to 50 were expected, such as 1-4 or 1,2,4"),
+    "steps many": (["--steps", "1-51"], "counts from 1 to 50 were expected"),
+    "steps backwards": (["--steps", "4-1"], "counts from 1 to 50 were expected"),
+    "steps text": (["--steps", "few"], "--steps few: a range or a list was expected"),
+    "steps negative": (["--steps=-1"], "--steps -1: a range or a list was expected"),
+    "batch": (["--batch", "0"], "batch 0: at least 1 was expected"),
+    "precision": (["--precision", "int8"], "precision 'int8': choose fp32 or fp16"),
+    "backend": (["--backend", "abacus"], "there is no backend 'abacus': choose from onnxruntime"),
+    "backend's helper": (["--backend", "host"], "there is no backend 'host': choose from onnxruntime"),
+    "backend with a dot": (["--backend", "a.b"], "there is no backend 'a.b': choose from onnxruntime"),
+    "device": (["--device", "tpu"], "device='tpu': the backend onnxruntime runs on 'cpu'"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_an_option_that_cannot_be(tmp_path: Path, case: str) -> None:
+    options, expected = OPTIONS[case]
+    said = refused(command("build-engine", "synthetic:sd-turbo-mini", *options, cwd=tmp_path))
+    assert expected in said and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [["--batch", "many"], ["--speed"], []])
+def test_usage(tmp_path: Path, options: list[str]) -> None:
+    done = command("build-engine", *([] if not options else ["x"]), *options, cwd=tmp_path)
+    assert done.returncode == 2 and "usage: build-engine" in done.stderr and "build-engine: error: " in done.stderr
+
+
+@pytest.mark.parametrize(("width", "preset"), [(8192, "sdxl-turbo"), (16384, "sd-turbo-mini")])
+def test_too_little_memory_is_told_before_the_work(tmp_path: Path, width: int, preset: str) -> None:
+    start = time.monotonic()
+    line = ("build-engine", f"synthetic:{preset}", "--size", f"{width}x{width}")
+    said = refused(command(*line, cwd=tmp_path))
+    assert time.monotonic() - start < 60  # two minutes and gigabytes later, sdxl-turbo would be written
+    assert "too little room: the phase" in said and "of memory" in said and "--force tries all the same" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_hubs_cache_serves_offline(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    cache, commit = tmp_path / "hub" / "models--stabilityai--sd-turbo", "0" * 40
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs/main").write_text(commit)
+    shutil.copytree(checkpoints["sd"], cache / "snapshots" / commit)
+    code = (
+        "from turbochain.export import download, source\n"
+        "folder, commit = download.fetch('stabilityai/sd-turbo', None, None, print)\n"
+        "print(commit, source.open_folder(folder, None).family.name)"
+    )
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
+    assert done.stdout == f"{commit} sd\n", done
+    done = command("build-engine", "stabilityai/sd-turbo", "--revision", "v2", env=env, cwd=tmp_path)
+    assert "stabilityai/sd-turbo" in refused(done)
+
+
+def environment(folder: Path, *distributions: str) -> Path:
+    """A real environment that has only these distributions (linked to ours) and turbochain; its python."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for name in distributions:
+        distribution = importlib.metadata.distribution(name)
+        tops = {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}
+        for top in tops:
+            (site / top).symlink_to(Path(str(distribution.locate_file(top))))
+    (site / "turbochain").mkdir()
+    for part in ("runtime", "export", "engines"):
+        (site / "turbochain" / part).symlink_to(Path(turbochain.runtime.__file__).parents[1] / part)
+    return folder / "bin" / "python"
+
+
+BASE = ("numpy", "tokenizers", "safetensors", "pillow")
+
+
+def test_a_backend_that_is_not_installed(sd: Path, checkpoints: dict[str, Path], copy_of, tmp_path: Path) -> None:
+    python, bundle = environment(tmp_path / "env", *BASE), copy_of(sd)
+    lines = [
+        ("turbochain.runtime.cli", "generate", bundle, "a cat"),
+        ("turbochain.runtime.cli", "generate", bundle, "a cat", "--backend", "onnxruntime"),
+        ("turbochain.runtime.cli", "verify", bundle),
+        ("turbochain.runtime.cli", "bench", bundle),
+        ("turbochain.engines.cli", bundle),
+        ("turbochain.engines.cli", checkpoints["sd"], "--backend", "onnxruntime"),
+    ]
+    for line in lines:
+        done = subprocess.run([python, "-m", *map(str, line)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        said = refused(done)
+        assert "installed: pip install 'turbochain[cpu]'" in said, said
+    show = [python, "-m", "turbochain.runtime.cli", "inspect", bundle]
+    done = subprocess.run(show, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "does not fit: its backend onnxruntime is not installed" in done.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["env", bundle.name] and listing(bundle) == listing(bundle)
+
+
+def test_the_exporter_is_not_installed(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    python = environment(tmp_path / "env", *BASE, "onnxruntime")
+    line = [python, "-m", "turbochain.engines.cli", checkpoints["sd"]]
+    said = refused(subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60))
+    assert "torch" in said and said.endswith("pip install 'turbochain[export]'")
+    assert [p.name for p in tmp_path.iterdir()] == ["env"]
+
+
+OUTPUTS = {
+    "no folder": ("none/out.png", "there is no folder"),
+    "a folder": ("folder.png", "it is a folder"),
+    "no ending": ("out", "names no picture format; try .png"),
+    "unknown ending": ("out.txt", "'.txt' names no picture format; try .png"),
+    "a format that is only read": ("out.psd", "try .png"),
+    "no permission": ("/proc/out.png", "cannot write /proc/out.png"),
+    "a full device": ("/dev/full", "cannot write /dev/full"),
+    "below a file": ("file/out.png", "there is no folder file"),
+    "long": ("x" * 300 + ".png", "cannot write"),
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_a_picture_that_cannot_be_written(sd: Path, tmp_path: Path, case: str) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("kept")
+    output, expected = OUTPUTS[case]
+    said = refused(command("turbochain", "generate", sd, "a cat", "-o", output, cwd=tmp_path))
+    assert expected in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.png"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_full_disk_keeps_the_old_picture(sd: Path, tmp_path: Path) -> None:
+    """In a mount namespace of its own, which needs no privilege."""
+    (tmp_path / "disk").mkdir()
+    script = (
+        "mount -t tmpfs -o size=8k none disk && echo old > disk/out.png && "
+        '"$@"; status=$?; cat disk/out.png; ls -A disk; exit $status'
+    )
+    line = [Path(sys.executable).with_name("turbochain"), "generate", sd, "a cat", "-o", "disk/out.png"]
+    own = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
+    done = subprocess.run([*own, *map(str, line)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "old\nout.png\n"), done
+    assert done.stderr.startswith("turbochain: error: no space left to write disk/out.png"), done.stderr
+
+
+COMMANDS = {
+    "no bundle": (["generate", "none.bundle", "x"], "none.bundle is not a bundle: there is no such folder; build one:"),
+    "steps": (["generate", "{sd}", "x", "--steps", "9"], "tables for 1, 2, 3, 4 steps"),
+    "seed negative": (["generate", "{sd}", "x", "--seed", "-1"], "-1"),
+    "seed large": (["generate", "{sd}", "x", "--seed", str(2**64)], str(2**64)),
+    "backend": (["generate", "{sd}", "x", "--backend", "abacus"], "there is no backend 'abacus'"),
+    "device": (["generate", "{sd}", "x", "--device", "tpu"], "tpu"),
+    "threads": (["generate", "{sd}", "x", "--threads", "0"], "threads=0: a whole number of at least 1 was expected"),
+    "prompt long": (["generate", "{sd}", "x" * 32769], "32,769 bytes long as UTF-8: expected at most 32,768"),
+    "prompt not UTF-8": (["generate", "{sd}", b"caf\xe9"], "lone surrogate U+DCE9 at position 3"),
+    "runs": (["bench", "{sd}", "--runs", "0"], "--runs must be at least 1"),
+    "bench steps": (["bench", "{sd}", "--steps", "0"], "tables for 1, 2, 3, 4 steps"),
+}
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_arguments_of_turbochain(sd: Path, tmp_path: Path, case: str) -> None:
+    arguments, expected = COMMANDS[case]
+    line = [a if isinstance(a, bytes) else a.format(sd=sd) for a in arguments]
+    script = Path(sys.executable).with_name("turbochain")
+    done = subprocess.run([script, *line], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert expected in refused(done) and not list(tmp_path.iterdir())
+
+
+def test_an_output_that_exists(sd: Path, checkpoints: dict[str, Path], copy_of, tmp_path: Path) -> None:
+    folder, bundle, source = tmp_path / "photos", copy_of(sd), checkpoints["sd"]
+    folder.mkdir()
+    (folder / "cat.png").write_text("kept")
+    before = listing(bundle)
+    said = refused(command("build-engine", source, "-o", folder))
+    assert "exists and is not a bundle: choose another path with -o" in said
+    for option, named in (("--size=128x64", "width is 64 there and 128 here"), ("--batch=2", "batch is 1 there")):
+        said = refused(command("build-engine", source, "-o", bundle, "--size", "64x64", option))
+        assert "holds another build" in said and named in said and "choose another path with -o" in said
+    said = refused(command("build-engine", sd, "-o", bundle))
+    assert "exists already; to add an engine" in said and "leave out -o" in said
+    assert listing(bundle) == before and (folder / "cat.png").read_text() == "kept"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", bundle.name]
+
+
+@pytest.mark.parametrize("output", ["/proc/x.bundle", "file/x.bundle"])
+def test_an_output_that_cannot_be_made(tmp_path: Path, output: str) -> None:
+    (tmp_path / "file").write_text("kept")
+    said = refused(command("build-engine", "synthetic:sd-turbo-mini", "-o", output, cwd=tmp_path))
+    assert output in said and (tmp_path / "file").read_text() == "kept"
+
+
+NOISE = np.zeros((1, 4, 8, 8), np.float32)
+CALLS: dict[str, tuple[dict[str, Any], str]] = {
+    "prompt None": ({"prompt": None}, "prompt is of type NoneType: expected a str"),
+    "prompt bytes": ({"prompt": b"a cat"}, "bytes"),
+    "prompt number": ({"prompt": 3}, "prompt is of type int: expected a str"),
+    "prompt dict": ({"prompt": {"a": 1}}, "prompt is of type dict: expected a str"),
+    "list with a number": ({"prompt": ["a", 3]}, "prompt is of type int: expected a str"),
+    "no prompt": ({"prompt": []}, "at least one prompt was expected"),
+    "NUL": ({"prompt": "a\0b"}, "NUL character at position 1"),
+    "lone surrogate": ({"prompt": "ab\ud83d"}, "lone surrogate U+D83D at position 2"),
+    "over 32 KiB": ({"prompt": "é" * 16385}, "32,770 bytes long as UTF-8: expected at most 32,768 (32 KiB)"),
+    "second prompt": ({"prompt": ["fine", "a\0"]}, "NUL character"),
+    "no steps": ({"num_inference_steps": 0}, "num_inference_steps=0: this bundle has tables for 1, 2, 3, 4 steps"),
+    "too many steps": ({"num_inference_steps": 5}, "num_inference_steps=5"),
+    "steps float": ({"num_inference_steps": 1.0}, "num_inference_steps=1.0"),
+    "steps bool": ({"num_inference_steps": True}, "num_inference_steps=True"),
+    "steps text": ({"num_inference_steps": "1"}, "num_inference_steps='1'"),
+    "seed negative": ({"seed": -1}, "-1"),
+    "seed too large": ({"seed": 2**64}, str(2**64)),
+    "seed bool": ({"seed": True}, "True"),
+    "seed float": ({"seed": 1.0}, "seed=1.0"),
+    "seed text": ({"seed": "1"}, "seed='1'"),
+    "seed list short": ({"seed": [1], "prompt": ["a", "b"]}, "one integer for each of 2 pictures"),
+    "seed list long": ({"seed": [1, 2]}, "one integer for each of 1 pictures"),
+    "seed list empty": ({"seed": []}, "one integer for each of 1 pictures"),
+    "seed list bad": ({"seed": [-1]}, "-1"),
+    "seed list float": ({"seed": [0.5]}, "0.5"),
+    "latents list": ({"latents": NOISE.tolist()}, "latents is of type list: an array of float32 [1, 4, 8, 8]"),
+    "latents shape": ({"latents": NOISE[0]}, "latents is float32 [4, 8, 8]: an array of float32 [1, 4, 8, 8]"),
+    "latents count": ({"latents": NOISE, "prompt": ["a", "b"]}, "an array of float32 [2, 4, 8, 8] was expected"),
+    "latents dtype": ({"latents": NOISE.astype(np.float64)}, "latents is float64"),
+    "latents fp16": ({"latents": NOISE.astype(np.float16)}, "latents is float16"),
+    "latents NaN": ({"latents": np.full_like(NOISE, np.nan)}, "latents holds NaN or infinite values"),
+    "latents infinite": ({"latents": np.full_like(NOISE, np.inf)}, "latents holds NaN or infinite values"),
+    "guidance": ({"guidance_scale": 7.5}, "guidance_scale=7.5: Turbo models have no guidance"),
+    "guidance NaN": ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+    "guidance text": ({"guidance_scale": "0"}, "guidance_scale='0'"),
+    "guidance None": ({"guidance_scale": None}, "guidance_scale=None"),
+    "negative prompt": ({"negative_prompt": "blurry"}, "negative_prompt was given: Turbo models have none"),
+    "height": ({"height": 128}, "this bundle is built for 64x64; build another with build-engine SOURCE --size 64x128"),
+    "width": ({"width": 128, "height": 64}, "build-engine SOURCE --size 128x64"),
+    "height zero": ({"height": 0}, "height=0"),
+    "height text": ({"height": "64"}, "height"),
+    "output type": ({"output_type": "pt"}, "output_type='pt': choose from pil, np, uint8"),
+    "output type list": ({"output_type": ["pil"]}, "output_type=['pil']"),
+    "no images": ({"num_images_per_prompt": 0}, "num_images_per_prompt=0: a whole number of at least 1"),
+    "images float": ({"num_images_per_prompt": 1.5}, "num_images_per_prompt=1.5"),
+    "images bool": ({"num_images_per_prompt": True}, "num_images_per_prompt=True"),
+}
+
+
+@pytest.fixture(scope="module")
+def pipe(sd: Path):
+    with Pipeline.load(sd) as loaded:
+        yield loaded
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_arguments_of_a_call(pipe: Pipeline, case: str) -> None:
+    arguments, expected = CALLS[case]
+    with pytest.raises(InputError) as caught:
+        pipe(**{"prompt": "a cat", "seed": 0, **arguments})
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+    assert pipe("a cat", seed=0, output_type="uint8").images.shape == (1, 64, 64, 3)  # and it still works
+
+
+@pytest.mark.parametrize("options", [{"threads": 0}, {"threads": -1}, {"threads": 1.5}, {"threads": True}])
+def test_threads(sd: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"threads=.*: a whole number of at least 1 was expected"):
+        Pipeline.load(sd, **options)
+
+
+def test_use_after_close(sd: Path) -> None:
+    pipe = Pipeline.load(sd)
+    pipe.close()
+    pipe.close()
+    for use in (lambda: pipe("a cat", seed=0), pipe.warmup):
+        with pytest.raises(TurbochainError, match="the pipeline is closed; load it again"):
+            use()
+
+
+def replace(bundle: Path, graph: str, value: float) -> None:
+    """Put a graph of the same inputs and outputs, all constant, in a bundle; hashes and engine stay consistent."""
+    stage = Bundle.open(bundle).manifest.graphs[graph]
+    types = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8}
+    inputs = [helper.make_tensor_value_info(t.name, types[t.dtype], t.shape) for t in stage.inputs]
+    outputs = [helper.make_tensor_value_info(t.name, types[t.dtype], t.shape) for t in stage.outputs]
+    (output,) = stage.outputs
+    constant = numpy_helper.from_array(np.full(output.shape, value, output.dtype), "constant")
+    nodes = [helper.make_node("Identity", ["constant"], [output.name])]
+    body = helper.make_graph(nodes, graph, inputs, outputs, [constant])
+    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, bundle / stage.file)
+    description = json.loads((bundle / "bundle.json").read_text())
+    description["files"][stage.file] = vars(files.describe(bundle / stage.file))
+    (bundle / "bundle.json").write_text(json.dumps(description))
+    (engine,) = bundle.glob("engines/*/engine.json")
+    key = json.loads(engine.read_text())["key"]
+    edit_json(engine, key={**key, "graphs": Bundle.open(bundle).graph_digests()})
+
+
+PICTURES = {
+    "one value": ("vae_decoder", 128, "the model made a picture of one single value"),
+    "NaN": ("unet", float("nan"), "the model made NaN or infinite latents"),
+    "infinite": ("unet", float("inf"), "the model made NaN or infinite latents"),
+}
+
+
+@pytest.mark.parametrize("case", PICTURES)
+def test_what_is_no_picture_is_never_returned(sd: Path, copy_of, tmp_path: Path, case: str) -> None:
+    bundle, (graph, value, expected) = copy_of(sd), PICTURES[case]
+    replace(bundle, graph, value)
+    with Pipeline.load(bundle) as pipe:
+        for output_type in ("pil", "np", "uint8"):
+            with pytest.raises(PictureError, match=expected):
+                pipe("a cat", seed=0, output_type=output_type)
+    said = refused(command("turbochain", "generate", bundle, "a cat", "-o", tmp_path / "out.png"), status=1)
+    assert expected in said and f"turbochain verify {bundle}" in said and not (tmp_path / "out.png").exists()
+    done = command("turbochain", "verify", bundle)
+    assert done.returncode == 1 and f"{graph}: " in done.stderr and "FAILED" in done.stdout

@@ -1,0 +1,214 @@
+"""The same picture as diffusers, made in a process that has no torch."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, SIZE, BundleFactory
+from diffusers import DiffusionPipeline
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from turbochain.engines import build
+from turbochain.export import synthetic
+
+Call = dict[str, Any]  # arguments of Pipeline.__call__ as JSON values
+Pictures = np.ndarray[Any, Any]  # [N, H, W, 3] uint8
+
+SEEDS = (0, 1, 42, 1234, 2**31, 2**32 - 1, 2**32, 10**15 + 7, 2**63, 2**64 - 1)
+STEPS = (1, 2, 3, 4)
+PROMPTS = (
+    "a photo of a cat wearing a red hat, studio light",
+    "",
+    "рыжий кот на подоконнике, мягкий свет",
+    "窓辺に座っている小さな猫の写真",
+    "قطة صغيرة على النافذة",
+    "खिड़की पर बैठी एक छोटी बिल्ली",
+    "cat 🐈 family 👨‍👩‍👧‍👦 flag 🇮🇸 robot 🤖",
+    "an extraordinarily detailed oil painting of a lighthouse on a cliff at dusk, " * 8,
+    "一只橘猫坐在窗台上柔和的傍晚光线" * 12,
+    "!!! <|endoftext|> a!b  Ångström\n\ttabs",
+)
+
+OURS = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from turbochain.runtime import Pipeline
+
+bundle, calls, result = sys.argv[1:]
+pictures = {}
+with Pipeline.load(bundle) as pipe:
+    for name, call in json.loads(Path(calls).read_text()).items():
+        if "latents" in call:
+            call["latents"] = np.array(call["latents"], np.float32)
+        pictures[name] = pipe(**call, guidance_scale=0.0, output_type="uint8").images
+np.savez(result, **pictures)
+banned = {"torch", "diffusers", "transformers", "onnx", "turbochain.export"}
+assert not banned & set(sys.modules), banned & set(sys.modules)
+"""
+
+
+def ours(bundle: Path, calls: dict[str, Call], folder: Path) -> dict[str, Pictures]:
+    """Name of a call → pictures, made in a process of its own."""
+    question, answer = folder / "calls.json", folder / "pictures.npz"
+    question.write_text(json.dumps(calls))
+    line = [sys.executable, "-c", OURS, str(bundle), str(question), str(answer)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    with np.load(answer) as file:
+        return dict(file)
+
+
+def theirs(pipe: Any, call: Call) -> Pictures:
+    """What diffusers' pipeline makes of the same call."""
+    arguments = dict(call)
+    seed = arguments.pop("seed")
+    generators = [torch.Generator("cpu").manual_seed(s) for s in (seed if isinstance(seed, list) else [seed])]
+    if "latents" in arguments:
+        arguments["latents"] = torch.tensor(arguments["latents"], dtype=torch.float32)
+    result = pipe(
+        **arguments,
+        generator=generators if isinstance(seed, list) else generators[0],
+        guidance_scale=0.0,
+        height=SIZE[1],
+        width=SIZE[0],
+    )
+    return np.stack([np.asarray(picture) for picture in result.images])
+
+
+def load_diffusers(checkpoint: Path) -> Any:
+    pipe = DiffusionPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def assert_same_picture(result: Pictures, reference: Pictures) -> None:
+    """DESIGN.md's bound for fp32: at most 1 level, and at most 0.1% of a picture's values."""
+    assert result.dtype == np.uint8
+    assert result.shape == reference.shape
+    difference = np.abs(result.astype(int) - reference)
+    assert difference.max() <= 1
+    assert max((d > 0).mean() for d in difference) <= 1e-3
+
+
+@pytest.fixture(scope="module")
+def diffusers_pipes(checkpoints: dict[str, Path]) -> dict[str, Any]:
+    return {family: load_diffusers(folder) for family, folder in checkpoints.items()}
+
+
+def _prompts(first: int, count: int) -> list[str]:
+    return [PROMPTS[(first + i) % len(PROMPTS)] for i in range(count)]
+
+
+def _grid(batch: int, steps: int) -> dict[str, Call]:
+    """One call per seed; every prompt meets another seed in every step count."""
+    return {
+        f"{steps} steps, seed {seed}": {
+            "prompt": _prompts(i + steps, batch),
+            "num_inference_steps": steps,
+            "seed": seed,
+        }
+        for i, seed in enumerate(SEEDS)
+    }
+
+
+def _arguments() -> dict[str, Call]:
+    """Each argument that decides which noise a picture gets; four or five pictures, so that bundles of 1 and 3 loop."""
+    latents = np.random.default_rng(0).standard_normal((5, 4, SIZE[1] // 8, SIZE[0] // 8)).astype(np.float32)
+    five = {"prompt": _prompts(0, 5), "num_inference_steps": 2}
+    return {
+        "one generator for all": {**five, "seed": 3},
+        "one generator each": {**five, "seed": [3, 0, 2**64 - 1, 3, 8]},
+        "latents": {**five, "seed": 3, "latents": latents.tolist()},
+        "latents, one generator each": {**five, "seed": [1, 2, 3, 4, 5], "latents": latents.tolist()},
+        "two per prompt": {**five, "prompt": _prompts(5, 2), "num_images_per_prompt": 2, "seed": 3},
+        "two per prompt, one generator each": {
+            **five,
+            "prompt": _prompts(5, 2),
+            "num_images_per_prompt": 2,
+            "seed": [9, 8, 7, 6],
+        },
+        "a prompt that is no list": {**five, "prompt": PROMPTS[0], "num_images_per_prompt": 4, "seed": 3},
+    }
+
+
+@pytest.fixture(scope="module", params=[(f, b) for f in FAMILIES for b in (1, 3)], ids=lambda p: f"{p[0]}-{p[1]}")
+def made(
+    request: pytest.FixtureRequest, bundle_of: BundleFactory, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, int, dict[str, Pictures]]:
+    """Family, batch, and every picture of that bundle, made in one process."""
+    family, batch = request.param
+    calls = _arguments()
+    for steps in STEPS:
+        calls |= _grid(batch, steps)
+    return family, batch, ours(bundle_of(family, batch), calls, tmp_path_factory.mktemp("ours"))
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_ten_seeds_give_diffusers_pictures(
+    made: tuple[str, int, dict[str, Pictures]], diffusers_pipes: dict[str, Any], steps: int
+) -> None:
+    family, batch, pictures = made
+    for name, call in _grid(batch, steps).items():
+        assert_same_picture(pictures[name], theirs(diffusers_pipes[family], call))
+
+
+@pytest.mark.parametrize("name", _arguments())
+def test_arguments_mean_what_they_mean_in_diffusers(
+    made: tuple[str, int, dict[str, Pictures]], diffusers_pipes: dict[str, Any], name: str
+) -> None:
+    family, _, pictures = made
+    assert_same_picture(pictures[name], theirs(diffusers_pipes[family], _arguments()[name]))
+
+
+def _v_prediction(checkpoints: dict[str, Path], folder: Path) -> None:
+    shutil.copytree(checkpoints["sd"], folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    assert config["prediction_type"] == "epsilon"
+    path.write_text(json.dumps(config | {"prediction_type": "v_prediction"}))
+
+
+def _true_eos(_: dict[str, Path], folder: Path) -> None:
+    """transformers then pools at the first end marker; with 2, as hubs have it, at the largest id."""
+    synthetic.write_checkpoint("sdxl-turbo-mini", folder, eos_token_id=49407)
+
+
+@pytest.mark.parametrize(("write", "steps"), [(_v_prediction, [1, 2]), (_true_eos, [1])])
+def test_other_checkpoints(
+    write: Callable[[dict[str, Path], Path], None], steps: list[int], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    folder, bundle = tmp_path / "checkpoint", tmp_path / "other.bundle"
+    write(checkpoints, folder)
+    build(str(folder), bundle, precision="fp32", size=SIZE, batch=1, steps=steps, quiet=True)
+    calls = {
+        f"{count} steps, seed {seed}": {"prompt": prompt, "num_inference_steps": count, "seed": seed}
+        for count in steps
+        for seed, prompt in enumerate(PROMPTS)
+    }
+    pictures, pipe = ours(bundle, calls, tmp_path), load_diffusers(folder)
+    for name, call in calls.items():
+        assert_same_picture(pictures[name], theirs(pipe, call))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp16_is_within_its_bounds(
+    family: str, bundle_of: BundleFactory, diffusers_pipes: dict[str, Any], tmp_path: Path
+) -> None:
+    calls = {
+        f"{steps} steps, seed {seed}": {"prompt": PROMPTS[seed], "num_inference_steps": steps, "seed": seed}
+        for steps in (1, 4)
+        for seed in range(len(PROMPTS))
+    }
+    pictures = ours(bundle_of(family, 1, "fp16"), calls, tmp_path)
+    for name, call in calls.items():
+        (result,), (reference,) = pictures[name], theirs(diffusers_pipes[family], call)
+        assert peak_signal_noise_ratio(reference, result, data_range=255) >= 38
+        assert structural_similarity(reference, result, data_range=255, channel_axis=-1) >= 0.98
