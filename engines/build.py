@@ -63,6 +63,8 @@ def build(
     """
     backend, reason = _choose(backend)
     device = backends.get(backend).device(device)
+    if not quiet:
+        print(f"backend {backend} on {device}: {reason}", file=sys.stderr)
     asked = _asked(precision, size, batch, steps)
     output = Path(output) if output is not None else _default_output(source)
     phases: list[PhaseReport] = []

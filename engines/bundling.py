@@ -20,11 +20,16 @@ def export(session: Session, request: dict[str, Any], folder: Path, output: Path
     _require_export()
     state = Progress(folder, request)
     common = {"request": request, "folder": str(folder)}
-    prepared = state.once(
-        "prepare",
-        lambda: session.run("load", "turbochain.export.jobs:prepare", force=force, **common),
-        lambda result: [*result["terms"], *(t["file"] for t in result["tokenizers"].values())],
-    )
+    try:
+        prepared = state.once(
+            "prepare",
+            lambda: session.run("load", "turbochain.export.jobs:prepare", force=force, **common),
+            lambda result: [*result["terms"], *(t["file"] for t in result["tokenizers"].values())],
+        )
+    except InputError:  # refused before anything was made: leave nothing behind
+        empty(folder)
+        folder.rmdir()
+        raise
     common["prepared"] = prepared
     state.once(
         "reference",

@@ -15,12 +15,18 @@ _SMALL = ("*.json", "*.txt", "*.md", "LICENSE*", "*/*.json", "*/*.txt")
 
 
 def fetch(
-    repository: str, revision: str | None, variant: str | None, progress: Callable[[int, int], None]
+    repository: str,
+    revision: str | None,
+    variant: str | None,
+    progress: Callable[[int, int], None],
+    before_weights: Callable[[Path, dict[str, int], int], None],
 ) -> tuple[Path, str]:
     """Download what a bundle needs of a hub repository (or find it in the hub's cache).
 
-    Returns the local folder and the commit. `progress(done, total)` in bytes. Raises InputError for an
-    unknown id, a gated one, or where neither the network nor the cache has it.
+    Returns the local folder and the commit. `progress(done, total)` in bytes. `before_weights(folder, counts,
+    bytes)` is called when all but the weights is there, with the values that each component will have and
+    the bytes to come; it may raise. Raises InputError for an unknown id, a gated one, or where neither the network
+    nor the cache has it.
     """
     import huggingface_hub as hub
     from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
@@ -36,12 +42,28 @@ def fetch(
     sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
     wanted = select(list(sizes), variant)
     done, total = 0, sum(sizes[name] for name in wanted)
+    folder: Path | None = None
+    weights = next((n for n in wanted if n.endswith(".safetensors")), None)  # the small files come before them
     for name in wanted:
+        if name == weights and folder:
+            before_weights(folder, _counts(wanted, sizes), total - done)
         progress(done, total)
         file = hub.hf_hub_download(repository, name, revision=info.sha)
+        folder = Path(file).parents[name.count("/")]
         done += sizes[name]
-    folder = Path(file).parents[name.count("/")]
+    if folder is None:
+        raise InputError(f"{repository} has no file that a checkpoint in diffusers' format has")
     return folder, str(info.sha)
+
+
+def _counts(names: list[str], sizes: dict[str, int]) -> dict[str, int]:
+    """Component → values in its weights, judged by the files' sizes."""
+    counts: dict[str, int] = {}
+    for name in names:
+        if name.endswith(".safetensors"):
+            component = name.split("/")[0]
+            counts[component] = counts.get(component, 0) + sizes[name] // (2 if "16" in Path(name).name else 4)
+    return counts
 
 
 def select(names: list[str], variant: str | None) -> list[str]:

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbochain.export import families
 from turbochain.export.families import Family, Shape
-from turbochain.export.source import Checkpoint
 from turbochain.runtime import console
 from turbochain.runtime.errors import InputError
 
@@ -36,45 +34,20 @@ class Needs:
     disk: float  # beside the bundle, at the highest point
 
 
-def of_synthetic(preset: str, shape: Shape | None = None, precision: str = "fp32") -> Needs:
-    """What building a synthetic checkpoint needs, its own weights included (without `shape`: only those)."""
-    from turbochain.export import synthetic
-
-    parts = synthetic.models(preset)
-    count = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    written = sum(count.values()) * (2 if synthetic.PRESETS[preset].fp16 else 4)
-    if shape is None:
-        return Needs({"load": _BASE}, disk=written)
-    family = families.of(synthetic.PRESETS[preset].pipeline)
-    configs = {name: getattr(part.config, "to_dict", lambda part=part: part.config)() for name, part in parts.items()}
-    needs = _needs(family, configs, count, shape, dict.fromkeys(family.stages, precision))
-    return Needs(needs.memory, needs.disk + written)
-
-
-def of_checkpoint(checkpoint: Checkpoint, shape: Shape, precisions: Mapping[str, str]) -> Needs:
-    """What export, compilation and verification need; `precisions` is that of every stage."""
-    family = checkpoint.family
-    count = {c: checkpoint.parameters(c) for c in family.components}
-    return _needs(family, checkpoint.configs, count, shape, precisions)
-
-
-def _needs(
-    family: Family,
-    configs: Mapping[str, Any],
-    count: Mapping[str, int],
-    shape: Shape,
-    precisions: Mapping[str, str],
+def needs(
+    family: Family, configs: Mapping[str, Any], counts: Mapping[str, int], shape: Shape, precision: str, fetched: float
 ) -> Needs:
-    """`count`: component → number of weights."""
-    weights = {name: count[s.component] * _BYTES[precisions[name]] for name, s in family.stages.items()}
+    """What a build needs. `counts`: component → values in its weights; `fetched`: bytes to download or draw first."""
+    precisions = family.precisions(configs, precision)
+    weights = {name: counts[s.component] * _BYTES[precisions[name]] for name, s in family.stages.items()}
     activations = _ACTIVATIONS * _widest(configs, shape)
     engine = sum(size * _ENGINE[precisions[name]] for name, size in weights.items())
     memory = {
-        "reference": _BASE + 4 * sum(count.values()) + activations,
+        "reference": _BASE + 4 * sum(counts.values()) + activations,
         "export": _BASE + _EXPORT * max(weights.values()),
         "verify": _BASE / 3 + engine + activations,
     }
-    return Needs(memory, disk=1.02 * sum(weights.values()))
+    return Needs(memory, disk=fetched + 1.02 * sum(weights.values()))
 
 
 def require(needs: Needs, folder: Path, force: bool) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from turbochain.export import download, estimate, source
-from turbochain.export.families import Shape
+from turbochain.export import download, estimate, families, source
+from turbochain.export.families import Family, Shape
 from turbochain.export.source import SYNTHETIC, Checkpoint
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.files import describe
 
 Progress = Callable[[int, int], None]
+CheckRoom = Callable[[Family, dict[str, Any], dict[str, int], int], None]
 TERMS = ("LICENSE*", "LICENCE*", "README.md")  # copied into the bundle: licence and model card
 
 
@@ -24,11 +25,13 @@ def prepare(progress: Progress, *, request: dict[str, Any], folder: str, force: 
     load.
     """
     shape, root = Shape(request["height"], request["width"], request["batch"]), Path(folder)
-    checkpoint, commit = _open(request, root, progress, force)
-    family, configs = checkpoint.family, checkpoint.configs
-    upcast = family.upcast(configs) if request["precision"] == "fp16" else ()
-    precisions = {n: "fp32" if s.component in upcast else request["precision"] for n, s in family.stages.items()}
-    estimate.require(estimate.of_checkpoint(checkpoint, shape, precisions), root, force)
+
+    def check_room(family: Family, configs: dict[str, Any], counts: dict[str, int], fetched: int) -> None:
+        needs = estimate.needs(family, configs, counts, shape, request["precision"], fetched)
+        estimate.require(needs, root, force)
+
+    checkpoint, commit = _open(request, root, progress, check_room)
+    family = checkpoint.family
 
     from turbochain.export import tables
 
@@ -44,7 +47,7 @@ def prepare(progress: Progress, *, request: dict[str, Any], folder: str, force: 
             for paths in checkpoint.weights.values()
             for path in paths
         },
-        "precisions": precisions,
+        "precisions": family.precisions(checkpoint.configs, request["precision"]),
         "chain": dataclasses.asdict(family.chain),
         "tokenizers": tables.tokenizers(checkpoint, root),
         "schedules": tables.schedules(checkpoint, request["steps"]),
@@ -72,27 +75,47 @@ def graph(
     return dataclasses.asdict(tracer.export(_checkpoint(prepared), name, shape, precision, Path(folder)))
 
 
-def _open(request: dict[str, Any], root: Path, progress: Progress, force: bool) -> tuple[Checkpoint, str | None]:
+def _open(
+    request: dict[str, Any], root: Path, progress: Progress, check_room: CheckRoom
+) -> tuple[Checkpoint, str | None]:
+    """The checkpoint on disk and its commit; `check_room` is called before anything large is fetched or drawn."""
     name, variant = request["source"], request["variant"]
     if name.startswith(SYNTHETIC):
-        from turbochain.export import synthetic
-
-        preset = name.removeprefix(SYNTHETIC)
-        estimate.require(estimate.of_synthetic(preset), root, force)
-        folder = root / "checkpoint"
-        synthetic.write_checkpoint(preset, folder, progress=progress)
-        return source.open_folder(folder, variant), None
+        return _draw(name.removeprefix(SYNTHETIC), root / "checkpoint", progress, check_room), None
     if Path(name).exists():
         if not Path(name).is_dir():
             raise InputError(
                 f"{name} is a file; a folder in diffusers' format was expected: load the file with diffusers' "
                 "from_single_file(...) and call save_pretrained(FOLDER)"
             )
-        return source.open_folder(Path(name).resolve(), variant), None
-    if not source.is_hub_id(name):
+        checkpoint, commit = source.open_folder(Path(name).resolve(), variant), None
+    elif source.is_hub_id(name):
+
+        def before_weights(folder: Path, counts: dict[str, int], fetched: int) -> None:
+            coming = Checkpoint(folder, variant)
+            check_room(coming.family, coming.configs, counts, fetched)
+
+        folder, commit = download.fetch(name, request["revision"], variant, progress, before_weights)
+        checkpoint = source.open_folder(folder, variant)
+    else:
         raise InputError(f"{name} is neither a folder here, nor a hub id (owner/name), nor {SYNTHETIC}NAME")
-    folder, commit = download.fetch(name, request["revision"], variant, progress)
-    return source.open_folder(folder, variant), commit
+    counts = {c: checkpoint.parameters(c) for c in checkpoint.family.components}
+    check_room(checkpoint.family, checkpoint.configs, counts, 0)
+    return checkpoint, commit
+
+
+def _draw(preset: str, folder: Path, progress: Progress, check_room: CheckRoom) -> Checkpoint:
+    from turbochain.export import synthetic
+
+    parts = synthetic.models(preset)
+    counts = {c: sum(p.numel() for p in part.parameters()) for c, part in parts.items()}
+    configs = {
+        c: part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config) for c, part in parts.items()
+    }
+    drawn = synthetic.PRESETS[preset]
+    check_room(families.of(drawn.pipeline), configs, counts, sum(counts.values()) * (2 if drawn.fp16 else 4))
+    synthetic.write_checkpoint(preset, folder, progress=progress)
+    return source.open_folder(folder, None)
 
 
 def _checkpoint(prepared: dict[str, Any]) -> Checkpoint:

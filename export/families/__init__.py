@@ -52,6 +52,11 @@ class Family:
     upcast: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda configs: ()
     # component → config: the components that diffusers itself runs in fp32 where the others are fp16
 
+    def precisions(self, configs: Mapping[str, Any], asked: str) -> dict[str, str]:
+        """Graph → precision, where the user asked for `asked`."""
+        upcast = self.upcast(configs) if asked == "fp16" else ()
+        return {name: "fp32" if stage.component in upcast else asked for name, stage in self.stages.items()}
+
 
 def load() -> dict[str, Family]:
     """Every family by the diffusers pipeline class that it serves."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ from turbochain.runtime.errors import InputError
 MINIS = ["sd-turbo-mini", "sdxl-turbo-mini"]
 SIZE = 128
 PROMPT = "a photo of a cat"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Networks this small only lose time to threads, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +130,7 @@ def test_loads_without_a_warning_or_a_missing_key(name: str, folders: dict[str, 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.simplefilter("ignore", DeprecationWarning)  # between the libraries, not about the files
             assert type(load(folders[name])).__name__ == PRESETS[name].pipeline
             for component, part in models(name).items():
                 kind: Any = getattr(diffusers, type(part).__name__, None)

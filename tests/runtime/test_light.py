@@ -1,0 +1,136 @@
+"""The runtime is light: what it imports, what it costs, and what its wheel needs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from turbochain.runtime import Pipeline
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("export", "engines", "runtime")
+HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "turbochain.export")
+
+
+def python(script: str, *arguments: object) -> str:
+    """What the script prints in a process of its own."""
+    line = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+IMPORT = """
+import sys, time
+start = time.perf_counter()
+import turbochain.runtime
+seconds = time.perf_counter() - start
+with open("/proc/self/status") as file:
+    peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+print(seconds, peak / 1000, *sys.modules)
+"""
+
+
+def test_import_takes_under_a_fifth_of_a_second_and_60_MB() -> None:
+    runs = [python(IMPORT).split() for _ in range(5)]
+    assert min(float(run[0]) for run in runs) < 0.2  # seconds; the fastest, as other processes only slow it
+    assert min(float(run[1]) for run in runs) < 60  # MB
+    imported = set(runs[0][2:])
+    assert "numpy" in imported
+    assert not imported & {*HEAVY, "onnxruntime", "tokenizers", "PIL", "safetensors", "turbochain.engines"}
+
+
+COMMAND = """
+import sys
+from turbochain.runtime.cli import main
+status = main(sys.argv[1:])
+assert status == 0, status
+print(*sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "{bundle}", "a cat", "--steps", "2", "-o", "{folder}/cat.png"),
+        ("verify", "{bundle}"),
+        ("bench", "{bundle}", "--runs", "1", "--warmup", "0"),
+        ("inspect", "{bundle}"),
+        ("inspect", "{bundle}", "--json"),
+    ],
+    ids=lambda a: " ".join(w for w in a if w.isalpha() or w == "--json"),
+)
+def test_commands_import_nothing_heavy(arguments: tuple[str, ...], sdxl: Path, tmp_path: Path) -> None:
+    words = [word.format(bundle=sdxl, folder=tmp_path) for word in arguments]
+    imported = set(python(COMMAND, *words).splitlines()[-1].split())
+    assert "turbochain.runtime.bundle" in imported
+    assert not imported & set(HEAVY)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source")
+    line = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, folder / "source"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_packages_are_the_folders_with_code() -> None:
+    """An unlisted one imports when editable and is missing from the wheel."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {file.parent.relative_to(ROOT) for name in PACKAGES for file in (ROOT / name).rglob("*.py")}
+    assert sorted(listed) == sorted("turbochain." + ".".join(folder.parts) for folder in folders)
+
+
+def test_the_wheel_has_every_module_and_what_goes_with_it(wheel: Path) -> None:
+    files = {p.relative_to(ROOT).as_posix() for n in PACKAGES for p in (ROOT / n).rglob("*.py")}
+    files |= {"runtime/FORMAT.md", "runtime/py.typed"}
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (terms,) = (name for name in archive.namelist() if name.endswith("/LICENSE"))
+        assert archive.read(terms) == (ROOT / "LICENSE").read_bytes()
+    assert names == {f"turbochain/{name}" for name in files}
+
+
+NEEDED = ("numpy", "onnxruntime", "tokenizers", "safetensors", "pillow")
+PRESENT = """
+import importlib.util, json, sys
+print(json.dumps([name for name in sys.argv[1:] if importlib.util.find_spec(name)]))
+"""
+
+
+def test_an_empty_environment_makes_the_same_picture(wheel: Path, sd: Path, tmp_path: Path) -> None:
+    constraints = tmp_path / "constraints.txt"
+    constraints.write_text("".join(f"{name}=={metadata.version(name)}\n" for name in NEEDED))
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+
+    def run(*line: object) -> str:
+        done = subprocess.run([*map(str, line)], capture_output=True, text=True, timeout=300, env=clean, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(sys.executable, "-m", "venv", "venv")
+    programs = tmp_path / "venv" / "bin"
+    run(programs / "python", "-m", "pip", "install", "-q", "-c", constraints, f"{wheel}[cpu]")
+    heavy = [name for name in HEAVY if "." not in name]
+    assert json.loads(run(programs / "python", "-c", PRESENT, "onnxruntime", *heavy)) == ["onnxruntime"]
+    run(programs / "turbochain", "generate", sd, "a red fox 🦊", "--seed", 7, "--steps", 3, "-o", "fox.png")
+    with Pipeline.load(sd) as pipe:
+        expected = pipe("a red fox 🦊", seed=7, num_inference_steps=3, output_type="uint8").images[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "fox.png")), expected)
