@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BENCH ?= synthetic:sd-turbo
 PRECISION ?= fp32
 
-.PHONY: setup demo test check check-full check-gpu bench clean
+.PHONY: setup demo test check check-full bench clean
 
 setup: $(VENV)/.installed
 
@@ -34,10 +34,7 @@ check: setup
 	$(BIN)/mypy
 
 check-full: check
-	$(BIN)/python -m pytest -q -m 'not gpu'
-
-check-gpu: setup
-	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python -m pytest -q -m ''
 
 bench: setup
 	$(BIN)/python benchmarks/measure.py $(BENCH) --precision $(PRECISION)

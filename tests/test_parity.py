@@ -84,7 +84,7 @@ def theirs(pipe: Any, call: Call) -> Pictures:
 
 
 def load_diffusers(checkpoint: Path) -> Any:
-    pipe = DiffusionPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32, local_files_only=True)
+    pipe = DiffusionPipeline.from_pretrained(checkpoint, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
