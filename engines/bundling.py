@@ -17,10 +17,10 @@ VERSIONS = ("turbochain", "torch", "diffusers", "transformers", "onnx", "onnxscr
 
 def export(session: Session, request: dict[str, Any], folder: Path, output: Path, force: bool) -> None:
     """Make the bundle `output` of what `request` asks for, in the locked `folder`."""
-    _require_export()
     state = Progress(folder, request)
     common = {"request": request, "folder": str(folder)}
     try:
+        _require_export()
         prepared = state.once(
             "prepare",
             lambda: session.run("load", "turbochain.export.jobs:prepare", force=force, **common),

@@ -39,6 +39,8 @@ def install(session: Session, bundle: Bundle, backend: str, device: str) -> tupl
     except VerificationError:
         empty(building)
         building.rmdir()
+        if session.log:
+            session.log.unlink(missing_ok=True)
         raise
     except OSError as error:
         raise InputError(f"cannot write {final}: {error.strerror}") from error

@@ -97,8 +97,7 @@ def main() -> None:
         kind, message = _describe(function, error)
         send(error=message, kind=kind.__name__)
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        send(result=result, peak_bytes=peak * (1 if sys.platform == "darwin" else 1024))
+        send(result=result, peak_bytes=_peak_bytes())
     sys.stdout.flush()
     os._exit(0)  # no library's exit handlers: some of them take seconds
 
@@ -118,6 +117,16 @@ def _describe(function: str, error: Exception) -> tuple[type[TurbochainError], s
         TurbochainError,
         f"the phase {function} failed: {type(error).__name__}: {lines[0][:300]} (-v shows all)",
     )
+
+
+def _peak_bytes() -> int:
+    """Peak resident memory of this process."""
+    try:  # on Linux, ru_maxrss begins with what the parent had when it forked
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024)
 
 
 def _end_with_parent() -> None:

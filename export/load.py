@@ -18,6 +18,7 @@ def component(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Any:
     options: dict[str, Any] = {"dtype": dtype} if library == "transformers" else {"torch_dtype": dtype}
     if library == "transformers":
         options["attn_implementation"] = "eager"  # the fused one does not trace to what TensorRT fuses
+        options["ignore_mismatched_sizes"] = True  # they are refused below: its own message does not name them
     folder = checkpoint.folder / name
     try:
         model, info = getattr(importlib.import_module(library), cls).from_pretrained(
@@ -34,7 +35,8 @@ def component(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Any:
     if missing:
         raise InputError(f"the weights in {folder} lack {', '.join(missing[:5])} ({len(missing)} in all)")
     if wrong := info.get("mismatched_keys"):
-        raise InputError(f"weights in {folder} have a wrong shape: {', '.join(str(k) for k in list(wrong)[:5])}")
+        shapes = (f"{key} is {list(found)} and should be {list(expected)}" for key, found, expected in list(wrong)[:5])
+        raise InputError(f"weights in {folder} have a wrong shape: {', '.join(shapes)}")
     return model.eval().requires_grad_(False)
 
 

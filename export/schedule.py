@@ -8,6 +8,7 @@ trajectory is then compared, and a scheduler that is not of this form is refused
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,8 @@ def tabulate(scheduler: Any, steps: int, embed: Callable[[torch.Tensor], torch.T
     for a scheduler whose step is not linear in sample, prediction and noise alone.
     """
     scheduler = type(scheduler).from_config(scheduler.config)
+    if "generator" not in inspect.signature(scheduler.step).parameters:  # those of higher order that draw nothing
+        raise _refusal(scheduler, "is not a first-order linear sampler")
     scheduler.set_timesteps(steps)
     if len(scheduler.timesteps) != steps:
         raise _refusal(scheduler, f"evaluates the network {len(scheduler.timesteps)} times in {steps} steps")

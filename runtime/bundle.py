@@ -1,6 +1,7 @@
 """An opened bundle: its manifest checked, its files hashed before anything parses them."""
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ TEXT_TO_IMAGE = "text-to-image"
 REFERENCE = "reference.safetensors"
 """What diffusers produced, in every bundle."""
 
+PRECISIONS = ("fp32", "fp16", "bf16")
 DTYPES = ("float32", "float16", "int32", "uint8")
 
 
@@ -55,9 +57,35 @@ class Bundle:
         problems += [f"{who} names {file}, which is not in files" for file, who in named.items() if file not in m.files]
         for name, chain in m.chains.items():
             problems += chains.wiring_problems(name, chain, m.graphs)
+        problems += [
+            f"graph {n} has the precision {g.precision}" for n, g in m.graphs.items() if g.precision not in PRECISIONS
+        ]
         for steps, schedule in m.schedules.items():
             if steps != str(len(schedule.rows)):
                 problems.append(f"the schedule for {steps} steps has {len(schedule.rows)} rows")
+        if not m.schedules:
+            problems.append("there is no schedule")
+        return problems or self._text_to_image_problems()
+
+    def _text_to_image_problems(self) -> list[str]:
+        """What the chain, its wiring being sound, does not agree with the tokenizers and schedules about."""
+        chain, tensors = self.chain, self.tensors
+        problems = []
+        if tensors[chain.output].dtype != "uint8" or len(tensors[chain.output].shape) != 4:
+            problems.append(f"the output {chain.output} is no picture: it should be uint8 [B, H, W, 3]")
+        if not chain.carry:
+            problems.append("the chain carries nothing from one step to the next")
+        for name in {*chain.inputs, *self.manifest.tokenizers} - {"latents"}:
+            length = self.manifest.tokenizers[name].max_length if name in self.manifest.tokenizers else None
+            if name not in chain.inputs or length != tensors[name].shape[-1]:
+                problems.append(f"the tokenizer for {name} gives {length} ids, which is not what the chain reads")
+        for steps, schedule in self.manifest.schedules.items():
+            for row in schedule.rows:
+                for column in (n for n in chain.step_inputs if n != "noise"):
+                    value = getattr(row, column, None)
+                    values = value if isinstance(value, tuple) else (value,)
+                    if len(values) != math.prod(tensors[column].shape):
+                        problems.append(f"the schedule for {steps} steps has {len(values)} values in {column}")
         return problems
 
     @property

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -73,7 +74,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _format(path: Path) -> str:
     from PIL import Image
 
-    known = Image.registered_extensions()
+    known = {ending: name for ending, name in Image.registered_extensions().items() if name in Image.SAVE}
     if path.suffix.lower() not in known:
         raise InputError(f"cannot write {path}: the ending {path.suffix!r} names no picture format; try .png")
     return known[path.suffix.lower()]
@@ -82,9 +83,9 @@ def _format(path: Path) -> str:
 def _check_writable(path: Path) -> None:
     """Refuse before the model is loaded, not after the picture is made."""
     _format(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(f"cannot write {path}: it is a folder")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise InputError(f"cannot write {path}: there is no folder {path.parent}")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"cannot write {path}: no permission to write in {path.parent}")
@@ -98,7 +99,10 @@ def _verify(arguments: argparse.Namespace) -> None:
     checks = verify.verify(bundle, executor)
     if arguments.json:
         passed = all(c.passed for c in checks)
-        values = {"engine": name, "passed": passed, "checks": [dataclasses.asdict(c) for c in checks]}
+        plain = [dataclasses.asdict(c) for c in checks]
+        for check in plain:
+            check["value"] = check["value"] if math.isfinite(check["value"]) else None  # JSON has no NaN
+        values = {"engine": name, "passed": passed, "checks": plain}
         print(json.dumps(values, indent=2))
     else:
         print(checks_table(checks))

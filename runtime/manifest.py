@@ -169,7 +169,7 @@ class Engine:
 def read(kind: type[T], path: Path) -> T:
     """Read `path` (JSON) as the dataclass `kind`; BundleError lists every problem."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), parse_constant=_no_constant)
     except FileNotFoundError:
         raise BundleError(f"{path.parent} is not a bundle: it has no {path.name}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -181,10 +181,16 @@ def read(kind: type[T], path: Path) -> T:
             "pip install --upgrade turbochain"
         )
     problems: list[str] = []
+    if isinstance(version, int) and version < 1:
+        problems.append(f"there is no format version {version}")
     result = _convert(kind, value, "", problems)
     if problems:
         raise BundleError(f"{path} is not valid: " + "; ".join(problems))
     return result
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"it holds {name}")
 
 
 def write(value: Any) -> str:

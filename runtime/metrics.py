@@ -32,9 +32,9 @@ def cosine(result: Array, reference: Array) -> float:
 
 
 def psnr(result: Array, reference: Array) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures in dB: 10·log₁₀(255² / MSE); inf where equal."""
-    error = np.mean((result.astype(np.float64) - reference) ** 2)
-    return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
+    """Peak signal-to-noise ratio of two uint8 pictures in dB: 10·log₁₀(255² / MSE), at most 120 (equal ones)."""
+    error = float(np.mean((result.astype(np.float64) - reference) ** 2))
+    return float(10 * np.log10(255.0**2 / max(error, 255.0**2 / 1e12)))
 
 
 def ssim(result: Array, reference: Array) -> float:

@@ -148,10 +148,10 @@ class Pipeline:
         output_type: str,
     ) -> None:
         size = self.bundle.size
-        if (height, width) != (None, None) and (height or size[0], width or size[1]) != size:
+        if (size[0] if height is None else height, size[1] if width is None else width) != size:
             raise InputError(
-                f"height={height}, width={width}: this bundle is built for {size[0]}x{size[1]}; build another with "
-                f"build-engine SOURCE --size {width or size[1]}x{height or size[0]}"
+                f"height={height}, width={width}: this bundle is built for height {size[0]} and width {size[1]}; "
+                f"build another with build-engine SOURCE --size {width or size[1]}x{height or size[0]}"
             )
         try:
             guided = math.isnan(guidance_scale) or guidance_scale > 1
@@ -225,7 +225,7 @@ class Pipeline:
 
 
 def _check_prompts(prompt: object, repeats: object) -> list[str]:
-    prompts = [prompt] if isinstance(prompt, str) or not isinstance(prompt, Sequence) else list(prompt)
+    prompts = [prompt] if isinstance(prompt, str) or not isinstance(prompt, list | tuple) else list(prompt)
     if not prompts:
         raise InputError("prompt=[]: at least one prompt was expected")
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:

@@ -20,18 +20,18 @@ from turbochain.runtime.errors import BackendMissing, InputError
 
 def names() -> list[str]:
     """Every backend that this version has, installed or not, best first."""
-    found = [m.name for m in pkgutil.iter_modules(__path__) if m.name != "host"]
-    return sorted(found, key=lambda name: -get(name).RANK)
+    return sorted(_modules(), key=lambda name: -get(name).RANK)
+
+
+def _modules() -> list[str]:
+    return [m.name for m in pkgutil.iter_modules(__path__) if m.name != "host"]
 
 
 def get(name: str) -> ModuleType:
     """The backend's module; InputError where there is none of that name."""
-    try:
-        return importlib.import_module(f"{__name__}.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"{__name__}.{name}":
-            raise
-        raise InputError(f"there is no backend {name!r}: choose from {', '.join(names())}") from None
+    if name not in _modules():
+        raise InputError(f"there is no backend {name!r}: choose from {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{name}")
 
 
 def library(name: str) -> tuple[str, str] | None:

@@ -15,6 +15,8 @@ from turbochain.export import download, schedule, source
 from turbochain.export.source import Checkpoint
 from turbochain.runtime import InputError
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own, about numpy
+
 CONFIGS = ["model_index.json", "README.md", "LICENSE.md", "scheduler/scheduler_config.json"]
 TOKENIZER = [f"tokenizer/{n}" for n in ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json")]
 OTHERS = [".gitattributes", "output_tile.jpg", "images/a.png"]

@@ -9,6 +9,7 @@ import onnx
 import pytest
 from conftest import FAMILIES, SIZE, BundleFactory
 from onnx.reference import ReferenceEvaluator
+
 from turbochain.runtime import Bundle, InputError, backends, engine
 from turbochain.runtime.chain import Copy, Download, Run, Upload, plan, stage_plan
 from turbochain.runtime.manifest import Tensor
@@ -116,7 +117,12 @@ def test_an_executor_may_hold_a_single_graph(backend: str, sd: Path) -> None:
     name, made = engine.select(bundle, backend)
     module = backends.get(backend)
     executor = module.Executor(
-        bundle, sd / "engines" / name, made.key.options, device=module.device(None), threads=None, graphs=["vae_decoder"]
+        bundle,
+        sd / "engines" / name,
+        made.key.options,
+        device=module.device(None),
+        threads=None,
+        graphs=["vae_decoder"],
     )
     tensors = bundle.manifest.graphs["vae_decoder"]
     feeds = {t.name: random_value(np.random.default_rng(3), t) for t in tensors.inputs}
@@ -140,7 +146,7 @@ def test_every_backend_says_what_it_needs(backend: str) -> None:
 def test_the_best_backend_is_installed_and_ranks_highest() -> None:
     name, reason = backends.best()
     assert name in INSTALLED
-    assert backends.get(name).RANK == max(backends.get(n).RANK for n in INSTALLED)
+    assert max(backends.get(n).RANK for n in INSTALLED) == backends.get(name).RANK
     assert reason == backends.get(name).REASON
 
 

@@ -127,8 +127,8 @@ def wrong_q(path: Path) -> None:
     (path / "bundle.json").write_text(json.dumps(manifest))
 
 
-def zeroed(output: str) -> Callable[[Any], None]:
-    return lambda graph: then(graph, output, "Mul", np.float32(0))
+def pooled_zeroed(graph: Any) -> None:
+    then(graph, "pooled_prompt_embeds", "Mul", np.float32(0))
 
 
 def channels_swapped(graph: Any) -> None:
@@ -145,7 +145,7 @@ MUTATIONS: dict[str, tuple[str, Change, set[str]]] = {
     "timestep - 1": ("sdxl", in_rows(timestep(-1)), {"schedule", "unet", "image"}),
     "c = 0": ("sdxl", in_rows(lambda row: {"c": 0.0}), {"schedule", "image"}),
     "noise not drawn": ("sdxl", in_rows(lambda row: {"draws_noise": False}), {"image"}),
-    "pooled embeds zeroed": ("sdxl", in_graph("text_encoder_2", zeroed("pooled_prompt_embeds")), {"text_encoder_2", "image"}),
+    "pooled embeds zeroed": ("sdxl", in_graph("text_encoder_2", pooled_zeroed), {"text_encoder_2", "image"}),
     "pooled embeds not read": ("sdxl", in_graph("unet", blind_to_pooled), {"unet", "image"}),
     "floor for round": ("sd", in_graph("vae_decoder", floor_for_round), {"vae_decoder", "image"}),
     "channels swapped": ("sdxl", in_graph("vae_decoder", channels_swapped), {"vae_decoder", "image"}),
@@ -155,7 +155,7 @@ MUTATIONS: dict[str, tuple[str, Change, set[str]]] = {
     "c": ("sdxl", in_rows(scaled("c", 1.02)), {"schedule", "image"}),
     "input_scale": ("sd", in_rows(scaled("input_scale", 1.02)), {"unet", "image"}),
     "q": ("sd", wrong_q, {"image"}),
-}  # fmt: skip
+}
 """What is wrong → family, change, and the stages that must be named."""
 
 

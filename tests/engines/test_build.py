@@ -1,0 +1,248 @@
+"""Building: once, resumable, whole or not at all, and checked before it is installed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import command
+from safetensors.torch import load_file, save_file
+
+from turbochain.engines import build
+from turbochain.runtime import Bundle, InputError, Pipeline, manifest
+from turbochain.runtime.manifest import Engine
+
+BUILD = Path(sys.executable).with_name("build-engine")
+GRAPHS = ("text_encoder", "unet", "vae_decoder")
+ALL = ["load", "reference", *(f"export {g}" for g in GRAPHS), *(f"compile {g}" for g in GRAPHS), "verify"]
+
+
+def phases(stderr: str, end: str = "done") -> list[str]:
+    """The phases that the lines on stderr say were done (or failed)."""
+    lines = [line.rsplit(None, 3) for line in stderr.splitlines() if line.endswith(" s")]
+    return [name.strip() for name, how, _, _ in lines if how == end]
+
+
+def sizes(folder: Path) -> dict[str, tuple[int, int]]:
+    found = {str(p.relative_to(folder)): p.stat() for p in folder.rglob("*") if p.is_file()}
+    return {name: (status.st_size, status.st_mtime_ns) for name, status in found.items()}
+
+
+def edit_json(path: Path, edit: Any) -> None:
+    value = json.loads(path.read_text())
+    edit(value)
+    path.write_text(json.dumps(value))
+
+
+def without_torch(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run code in a process, and see that it imported none of the exporter's libraries."""
+    check = "\nimport sys\nheavy = {'torch', 'diffusers', 'transformers', 'onnx', 'turbochain.export'}"
+    line = [sys.executable, "-c", f"{code}{check}\nassert not heavy & set(sys.modules), heavy & set(sys.modules)"]
+    return subprocess.run([*line, *map(str, arguments)], capture_output=True, text=True, timeout=100)
+
+
+def test_a_second_build_does_nothing(sd: Path, checkpoints: dict[str, Path]) -> None:
+    before = sizes(sd)
+    for source in (checkpoints["sd"], sd):
+        start = time.monotonic()
+        done = command("build-engine", source, "-o", sd, "--size", "64x64", "--precision", "fp32", "--steps", "1-4")
+        seconds = time.monotonic() - start
+        assert done.returncode == 0 and "nothing to do: it is built and verified already" in done.stdout, done
+        assert phases(done.stderr) == [] and seconds < 2
+    assert sizes(sd) == before
+
+
+def test_a_second_build_imports_no_torch(sd: Path, checkpoints: dict[str, Path]) -> None:
+    code = (
+        "import sys; from turbochain.engines import build\n"
+        "assert build(sys.argv[1], sys.argv[2], size=(64, 64)).phases == []"
+    )
+    done = without_torch(code, checkpoints["sd"], sd)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_new_engine_imports_no_torch(sd: Path, copy_of) -> None:
+    bundle = copy_of(sd)
+    shutil.rmtree(bundle / "engines")
+    code = (
+        "import sys; from turbochain.engines import build\nprint([phase.name for phase in build(sys.argv[1]).phases])"
+    )
+    done = without_torch(code, bundle)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{ALL[5:]}\n" and phases(done.stderr) == ALL[5:]
+    assert [p.name for p in bundle.glob("engines/*")] == [p.name for p in sd.glob("engines/*")]
+    assert command("turbochain", "verify", bundle).returncode == 0
+
+
+@pytest.mark.parametrize("damage", ["{", '{"format_version": 1}'])
+def test_a_damaged_engine_is_built_again(sd: Path, copy_of, damage: str) -> None:
+    bundle = copy_of(sd)
+    (engine,) = bundle.glob("engines/*/engine.json")
+    engine.write_text(damage)
+    done = command("build-engine", bundle)
+    assert done.returncode == 0 and phases(done.stderr) == ALL[5:], done
+    assert [p.name for p in bundle.glob("engines/*/*")] == ["engine.json"]
+    with Pipeline.load(bundle) as pipe:
+        assert pipe("a cat", seed=0, output_type="uint8").images.any()
+
+
+MUTATIONS = {
+    "noise and sample": (lambda row: row.update(a=1.01), "schedule: relative_l2 is"),
+    "time embedding": (lambda row: row["timestep_embedding"].__setitem__(0, 0.5), "schedule: max_abs is"),
+    "input scale": (lambda row: row.update(input_scale=row["input_scale"] * 1.5), "unet: relative_l2 is"),
+}
+
+
+@pytest.mark.parametrize("case", MUTATIONS)
+def test_an_engine_that_fails_is_not_installed(sd: Path, copy_of, case: str) -> None:
+    bundle, (mutate, expected) = copy_of(sd), MUTATIONS[case]
+    shutil.rmtree(bundle / "engines")
+    edit_json(bundle / "bundle.json", lambda m: mutate(m["schedules"]["1"]["rows"][0]))
+    before = sizes(bundle)
+    done = command("build-engine", bundle)
+    assert (done.returncode, done.stdout) == (1, ""), done
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("build-engine: error: the result differs from what diffusers produced: ")
+    assert expected in last and "the bound is ≤ " in last and "Traceback" not in done.stderr
+    assert sizes(bundle) == before and not list(bundle.glob("engines/*"))
+
+
+def test_the_summary_and_the_phases(sd: Path, copy_of) -> None:
+    bundle = copy_of(sd)
+    shutil.rmtree(bundle / "engines")
+    done = command("build-engine", bundle)
+    head, rule, *rows = done.stdout.splitlines()
+    assert head.split("  ")[0] == "stage" and set(rule) == {"-", " "}
+    columns = [c.strip() for c in head.split("  ") if c.strip()]
+    assert columns == ["stage", "precision", "engine size", "build time", "error", "bound"]
+    assert [row.split()[0] for row in rows[:7]] == ["schedule", "schedule", *GRAPHS, "vae_decoder", "image"]
+    assert "fp32" in rows[2] and "MiB" in rows[2] and " s " in rows[2] and "max_abs" in rows[2] and "≤ 0.001" in rows[2]
+    assert f"{bundle}: built and verified in " in done.stdout and "backend onnxruntime (" in done.stdout
+    engine = manifest.read(Engine, next(bundle.glob("engines/*/engine.json")))
+    assert set(engine.build_seconds) == set(GRAPHS) and all(seconds > 0 for seconds in engine.build_seconds.values())
+    assert engine.checks and all(check.passed for check in engine.checks)
+
+
+def test_the_result_as_json(sd: Path) -> None:
+    done = command("build-engine", sd, "--json")
+    result = json.loads(done.stdout)
+    assert result["bundle"] == str(sd) and result["phases"] == [] and result["backend"] == "onnxruntime"
+    assert result["precision"] == dict.fromkeys(GRAPHS, "fp32") and all(c["passed"] for c in result["checks"])
+
+
+def test_peaks_are_those_of_the_phase(sd: Path, copy_of) -> None:
+    """Not of the process that started it: this one has torch in it."""
+    bundle, ballast = copy_of(sd), b"turbochain" * 60_000_000
+    shutil.rmtree(bundle / "engines")
+    peaks = [phase.peak_bytes for phase in build(str(bundle), quiet=True).phases]
+    assert len(ballast) == 600e6 and all(20e6 < peak < 500e6 for peak in peaks), peaks
+
+
+def test_the_default_name(tmp_path: Path, sd: Path, copy_of) -> None:
+    """The source's own name, here; told from which lock is taken, so nothing is built."""
+    (tmp_path / "hub").mkdir()
+    for source, name in {
+        "stabilityai/sd-turbo": "sd-turbo",
+        "synthetic:sd-turbo": "sd-turbo",
+        "some/where/x/": "x",
+        "x.y": "x.y",
+    }.items():
+        (tmp_path / f"{name}.bundle").mkdir(exist_ok=True)
+        done = command("build-engine", source, cwd=tmp_path)
+        assert f"error: {name}.bundle exists and is not a bundle" in done.stderr
+    bundle = copy_of(sd)
+    assert command("build-engine", bundle, cwd=tmp_path / "hub").stdout.count(f"{bundle}: nothing to do") == 1
+
+
+def test_a_changed_source_is_noticed(sd: Path, checkpoints: dict[str, Path], copy_of, tmp_path: Path) -> None:
+    source, bundle = tmp_path / "c", copy_of(sd)
+    shutil.copytree(checkpoints["sd"], source)
+    before = sizes(bundle)
+
+    def again() -> Any:
+        return build(str(source), bundle, size=(64, 64), quiet=True)
+
+    edit_json(bundle / "bundle.json", lambda m: m["request"].update(source=str(source)))
+    before = sizes(bundle)
+    assert again().phases == []
+    os.utime(source / "unet/config.json")
+    with pytest.raises(InputError, match=r"holds another build \(stamp is .*: choose another path with -o"):
+        again()
+    assert sizes(bundle) == before
+
+
+@pytest.fixture(scope="module")
+def fp16_only(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The SD miniature as an fp16-only folder of the hub has it."""
+    folder = tmp_path_factory.mktemp("source") / "fp16"
+    shutil.copytree(checkpoints["sd"], folder)
+    for path in folder.glob("*/*.safetensors"):
+        tensors = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
+        save_file(tensors, path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+        path.unlink()
+    return folder
+
+
+STORY = """
+mount -t tmpfs -o size=200m none disk
+head -c 186m /dev/zero > disk/ballast
+"$@" --force 2> full; echo full $?; ls disk
+rm disk/ballast
+"$@" 2> killed & builder=$!
+until grep -q "graph text_encoder" disk/x.bundle.partial/state.json; do sleep 0.1; done; sleep 1
+worker=$(pgrep -P $builder); kill -KILL $builder
+runs() { grep -qs "^State:.[RSD]" /proc/$worker/status; }
+for i in $(seq 100); do runs || break; sleep 0.1; done; runs || echo its worker has gone; ls disk
+"$@" > first.out 2> first & first=$!
+"$@" > second.out 2> second & second=$!
+wait $first; echo first $?; wait $second; echo second $?; ls -A disk
+cp -r disk/x.bundle .
+"""
+TOLD = "full 2 ballast x.bundle.partial its worker has gone x.bundle.partial first 0 second 0 x.bundle"
+
+
+def test_a_full_disk_a_kill_and_two_at_once(fp16_only: Path, tmp_path: Path) -> None:
+    """One build, of a folder that has only fp16 weights, that meets all three, and does nothing twice.
+
+    On a small file system in a mount namespace of its own, which needs no privilege.
+    """
+    (tmp_path / "disk").mkdir()
+    own = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", STORY, "sh"]
+    line = [BUILD, fp16_only, "-o", "disk/x.bundle", "--size", "64x64", "--steps", "1,2", "--precision", "fp32"]
+    done = subprocess.run([*own, *line], cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.stdout.split() == TOLD.split(), done
+    full, killed, first, second = ((tmp_path / name).read_text() for name in ("full", "killed", "first", "second"))
+    assert phases(full) == ALL[:2] and phases(full, "failed") == ALL[2:3] and phases(killed) == ALL[2:3]
+    said = full.splitlines()[-1]
+    assert said.startswith("build-engine: error: ") and "no space left" in said and "Traceback" not in full
+    assert sorted([phases(first), phases(second)]) == [[], ALL[3:]], (first, second)
+    assert (first + second).count("waiting: another build of disk/x.bundle.partial is running") == 1
+    told = sorted((tmp_path / f"{name}.out").read_text() for name in ("first", "second"))
+    assert all("disk/x.bundle: " in text for text in told)
+    assert sum("nothing to do: it is built and verified already" in text for text in told) == 1
+    assert Bundle.open(tmp_path / "x.bundle").manifest.checkpoint.variant == "fp16"
+    assert command("turbochain", "verify", tmp_path / "x.bundle").returncode == 0
+
+
+CHATTER = """
+import sys, warnings
+print("printed"); warnings.warn("warned"); sys.stderr.write("written\\n")
+"""
+
+
+def test_chatter_is_hidden_unless_verbose(sd: Path, copy_of, tmp_path: Path) -> None:
+    """A library that talks: one that Python imports into every process that has this folder on its path."""
+    bundle = copy_of(sd)
+    (tmp_path / "onnxruntime.py").write_text(CHATTER + "raise RuntimeError('no')")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for options, seen in (((), False), (("-v",), True)):
+        shutil.rmtree(bundle / "engines", ignore_errors=True)
+        done = command("build-engine", bundle, *options, env=env)
+        assert done.returncode == 1 and "build-engine: error: the phase compile failed: RuntimeError: no" in done.stderr
+        assert [word in done.stderr for word in ("printed", "warned", "written")] == [seen] * 3, done.stderr
+        assert done.stdout == ""
