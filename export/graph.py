@@ -28,7 +28,7 @@ def export(checkpoint: Checkpoint, name: str, shape: Shape, precision: str, bund
     exporter lost an input or changed a shape.
     """
     stage = checkpoint.family.stages[name]
-    model = load.component(checkpoint, stage.component, TORCH_DTYPES[precision])
+    model = load.component(checkpoint, stage.component, TORCH_DTYPES[precision], traceable=True)
     module = getattr(stages, stage.module)(model, *stage.arguments(shape)).eval()
     inputs = stage.inputs(checkpoint.configs, shape)
     # Every example is a tensor of its own: two inputs that are one object would be merged silently.

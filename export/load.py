@@ -9,15 +9,16 @@ from turbochain.export.source import Checkpoint
 from turbochain.runtime.errors import InputError
 
 
-def component(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Any:
+def component(checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, traceable: bool = False) -> Any:
     """One component (`unet`, `vae`, `text_encoder`, …) in evaluation mode, weights in `dtype`.
 
-    Raises InputError where a weight is missing, damaged or of a wrong shape.
+    `traceable`: with the attention of a text encoder spelled out, which traces to what TensorRT fuses. Raises
+    InputError where a weight is missing, damaged or of a wrong shape.
     """
     library, cls = checkpoint.index[name]
     options: dict[str, Any] = {"dtype": dtype} if library == "transformers" else {"torch_dtype": dtype}
     if library == "transformers":
-        options["attn_implementation"] = "eager"  # the fused one does not trace to what TensorRT fuses
+        options |= {"attn_implementation": "eager"} if traceable else {}
         options["ignore_mismatched_sizes"] = True  # they are refused below: its own message does not name them
     folder = checkpoint.folder / name
     try:

@@ -150,7 +150,7 @@ class Pipeline:
         size = self.bundle.size
         if (size[0] if height is None else height, size[1] if width is None else width) != size:
             raise InputError(
-                f"height={height}, width={width}: this bundle is built for height {size[0]} and width {size[1]}; "
+                f"height={height}, width={width}: this bundle is built for {size[1]}x{size[0]}; "
                 f"build another with build-engine SOURCE --size {width or size[1]}x{height or size[0]}"
             )
         try:
