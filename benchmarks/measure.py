@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--size", default="512x512")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--steps", nargs="+", default=["1", "4"], help="step counts to time (default 1 4)")
     parser.add_argument("--keep", type=Path, help="folder for the bundle")
     parser.add_argument("--name", help="name of the results file (default: from source and precision)")
     arguments = parser.parse_args()
@@ -92,11 +93,10 @@ def main() -> None:
                 "build-engine", arguments.source, "-o", bundle, "--precision", arguments.precision,
                 "--size", arguments.size, "--json",
             ),
-            "verify": command("turbochain", "verify", bundle, "--json"),
             "load": script(LOAD, bundle),
             "bench": {
                 steps: command("turbochain", "bench", bundle, "--steps", steps, "--runs", arguments.runs, "--json")
-                for steps in ("1", "4")
+                for steps in arguments.steps
             },
         }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
