@@ -67,13 +67,8 @@ def build(
         print(f"backend {backend} on {device}: {reason}", file=sys.stderr)
     asked = _asked(precision, size, batch, steps)
     output = Path(output) if output is not None else _default_output(source)
+    request = _request(source, asked, revision, variant)
     phases: list[PhaseReport] = []
-    if _is_bundle(source) or _is_bundle(output):
-        request = asked
-    else:
-        defaults = {"precision": backends.get(backend).PRECISION, "height": 512, "width": 512, "batch": 1}
-        request = {**defaults, "steps": [1, 2, 3, 4], **asked}
-    request = {"source": source, "revision": revision, "variant": variant, "stamp": _stamp(source), **request}
     if not _is_bundle(output):
         if output.exists():
             raise InputError(f"{output} exists and is not a bundle: choose another path with -o")
@@ -81,9 +76,12 @@ def build(
         with _locked(partial, quiet) as lock:
             if _is_bundle(output):  # the owner of the lock that we waited for made it
                 partial.rmdir()
+            elif _is_bundle(source):
+                bundling.copy(Bundle.open(source), partial, output)
             else:
                 session = Session(lock, None if verbose else partial / LOG, quiet, phases)
-                bundling.export(session, request, partial, output, force)
+                request = {"precision": backends.get(backend).PRECISION, **request}
+                bundling.export(session, source, request, partial, output, force)
     with _locked(output, quiet) as lock:
         bundle = Bundle.open(output)
         _check_same(bundle, source, request)
@@ -145,14 +143,24 @@ def _default_output(source: str) -> Path:
     return Path(source.rstrip("/").replace(":", "/").rpartition("/")[2] + ".bundle")
 
 
-def _stamp(source: str) -> str | None:
-    """A digest of a local folder's file names, sizes and times, so that a changed source is noticed."""
+def _request(source: str, asked: dict[str, Any], revision: str | None, variant: str | None) -> dict[str, Any]:
+    """What the bundle will say that it was asked for; of a bundle as source, only what was asked explicitly.
+
+    Of a local folder it keeps the name and a digest of its files' names, sizes and times: a bundle that is given
+    away need not tell where it was built, and a changed source is noticed.
+    """
+    if _is_bundle(source):
+        given = {"revision": revision, "variant": variant, **asked}
+        return {k: v for k, v in given.items() if v is not None}
     folder = Path(source)
-    if not folder.is_dir() or _is_bundle(source):
-        return None
-    seen = sorted((str(p.relative_to(folder)), p.stat()) for p in folder.rglob("*") if p.is_file())
-    lines = [f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in seen]
-    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+    stamp = None
+    if folder.is_dir():
+        seen = sorted((str(p.relative_to(folder)), p.stat()) for p in folder.rglob("*") if p.is_file())
+        lines = [f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in seen]
+        stamp = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+        source = folder.resolve().name
+    shape = {"height": 512, "width": 512, "batch": 1, "steps": [1, 2, 3, 4], **asked}
+    return {"source": source, "revision": revision, "variant": variant, "stamp": stamp, **shape}
 
 
 @contextmanager
@@ -167,11 +175,9 @@ def _locked(path: Path, quiet: bool) -> Iterator[int]:
 
 def _check_same(bundle: Bundle, source: str, request: dict[str, Any]) -> None:
     """InputError where an existing bundle is not what is asked for."""
-    if _is_bundle(source) and Path(source).resolve() != bundle.path.resolve():
-        raise InputError(f"{bundle.path} exists already; to add an engine to {source} leave out -o")
     have = bundle.manifest.request
-    wanted = {k: v for k, v in request.items() if not (_is_bundle(source) and k in ("source", "stamp"))}
-    wanted = {k: v for k, v in wanted.items() if v is not None or not _is_bundle(source)}
-    other = [f"{k} is {have.get(k)!r} there and {v!r} here" for k, v in wanted.items() if have.get(k) != v]
+    other = [f"{k} is {have.get(k)!r} there and {v!r} here" for k, v in request.items() if have.get(k) != v]
+    if _is_bundle(source) and Bundle.open(source).manifest.files != bundle.manifest.files:
+        other = [f"its files are not those of {source}"]
     if other:
         raise InputError(f"{bundle.path} holds another build ({'; '.join(other)}): choose another path with -o")

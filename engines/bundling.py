@@ -1,5 +1,6 @@
 """Checkpoint → bundle: the export's phases, in a folder that is renamed when it is whole."""
 
+import shutil
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +16,18 @@ from turbochain.runtime.manifest import FORMAT_VERSION, Checkpoint, Graph, Manif
 VERSIONS = ("turbochain", "torch", "diffusers", "transformers", "onnx", "onnxscript", "numpy", "tokenizers")
 
 
-def export(session: Session, request: dict[str, Any], folder: Path, output: Path, force: bool) -> None:
+def copy(source: Bundle, folder: Path, output: Path) -> None:
+    """Make the bundle `output` a copy of another, without its engines, in the locked `folder`."""
+    source.check_files(full=True)
+    empty(folder)
+    for name in (*source.manifest.files, "bundle.json"):
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.path / name, target)
+    files.install_directory(folder, output)
+
+
+def export(session: Session, source: str, request: dict[str, Any], folder: Path, output: Path, force: bool) -> None:
     """Make the bundle `output` of what `request` asks for, in the locked `folder`."""
     state = Progress(folder, request)
     common = {"request": request, "folder": str(folder)}
@@ -23,7 +35,7 @@ def export(session: Session, request: dict[str, Any], folder: Path, output: Path
         _require_export()
         prepared = state.once(
             "prepare",
-            lambda: session.run("load", "turbochain.export.jobs:prepare", force=force, **common),
+            lambda: session.run("load", "turbochain.export.jobs:prepare", source=source, force=force, **common),
             lambda result: [*result["terms"], *(t["file"] for t in result["tokenizers"].values())],
         )
     except InputError:  # refused before anything was made: leave nothing behind

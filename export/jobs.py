@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from turbochain.export import download, estimate, families, source
+from turbochain.export import download, estimate, families
 from turbochain.export.families import Family, Shape
-from turbochain.export.source import SYNTHETIC, Checkpoint
+from turbochain.export.source import SYNTHETIC, Checkpoint, is_hub_id, open_folder
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.files import describe
 
@@ -17,12 +17,11 @@ CheckRoom = Callable[[Family, dict[str, Any], dict[str, int], int], None]
 TERMS = ("LICENSE*", "LICENCE*", "README.md")  # copied into the bundle: licence and model card
 
 
-def prepare(progress: Progress, *, request: dict[str, Any], folder: str, force: bool) -> dict[str, Any]:
+def prepare(progress: Progress, *, source: str, request: dict[str, Any], folder: str, force: bool) -> dict[str, Any]:
     """Get the checkpoint onto this disk, and write into `folder` everything of it that needs no tracing.
 
-    Returns what the later jobs and the manifest need. Everything that can be refused is refused here, before
-    the long work: first what needs no torch, then memory and disk (unless `force`), then weights that do not
-    load.
+    Returns what the later jobs and the manifest need. What can be refused without loading weights is refused
+    here, before the long work: first what needs no torch, then too little memory or disk (unless `force`).
     """
     shape, root = Shape(request["height"], request["width"], request["batch"]), Path(folder)
 
@@ -30,7 +29,7 @@ def prepare(progress: Progress, *, request: dict[str, Any], folder: str, force: 
         needs = estimate.needs(family, configs, counts, shape, request["precision"], fetched)
         estimate.require(needs, root, force)
 
-    checkpoint, commit = _open(request, root, progress, check_room)
+    checkpoint, commit = _open(source, request, root, progress, check_room)
     family = checkpoint.family
 
     from turbochain.export import tables
@@ -76,10 +75,10 @@ def graph(
 
 
 def _open(
-    request: dict[str, Any], root: Path, progress: Progress, check_room: CheckRoom
+    name: str, request: dict[str, Any], root: Path, progress: Progress, check_room: CheckRoom
 ) -> tuple[Checkpoint, str | None]:
     """The checkpoint on disk and its commit; `check_room` is called before anything large is fetched or drawn."""
-    name, variant = request["source"], request["variant"]
+    variant = request["variant"]
     if name.startswith(SYNTHETIC):
         return _draw(name.removeprefix(SYNTHETIC), root / "checkpoint", progress, check_room), None
     if Path(name).exists():
@@ -88,15 +87,15 @@ def _open(
                 f"{name} is a file; a folder in diffusers' format was expected: load the file with diffusers' "
                 "from_single_file(...) and call save_pretrained(FOLDER)"
             )
-        checkpoint, commit = source.open_folder(Path(name).resolve(), variant), None
-    elif source.is_hub_id(name):
+        checkpoint, commit = open_folder(Path(name).resolve(), variant), None
+    elif is_hub_id(name):
 
         def before_weights(folder: Path, counts: dict[str, int], fetched: int) -> None:
             coming = Checkpoint(folder, variant)
             check_room(coming.family, coming.configs, counts, fetched)
 
         folder, commit = download.fetch(name, request["revision"], variant, progress, before_weights)
-        checkpoint = source.open_folder(folder, variant)
+        checkpoint = open_folder(folder, variant)
     else:
         raise InputError(f"{name} is neither a folder here, nor a hub id (owner/name), nor {SYNTHETIC}NAME")
     counts = {c: checkpoint.parameters(c) for c in checkpoint.family.components}
@@ -115,7 +114,7 @@ def _draw(preset: str, folder: Path, progress: Progress, check_room: CheckRoom) 
     drawn = synthetic.PRESETS[preset]
     check_room(families.of(drawn.pipeline), configs, counts, sum(counts.values()) * (2 if drawn.fp16 else 4))
     synthetic.write_checkpoint(preset, folder, progress=progress)
-    return source.open_folder(folder, None)
+    return open_folder(folder, None)
 
 
 def _checkpoint(prepared: dict[str, Any]) -> Checkpoint:

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from turbochain.runtime import chain as chains
 from turbochain.runtime import files, manifest, onnx_refs
 from turbochain.runtime.errors import BundleError, InputError
@@ -161,8 +163,6 @@ class Bundle:
 
     def feeds(self, steps: int) -> dict[str, Any]:
         """The schedule's columns as rows of arrays: name → [steps, *shape] fp32, for `Upload(name, row)`."""
-        import numpy as np
-
         rows = self.schedule(steps).rows
         columns = [n for n in self.chain.step_inputs if n != "noise"]
         return {

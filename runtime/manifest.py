@@ -103,7 +103,7 @@ class TokenizerFile:
 class Checkpoint:
     """Where the weights came from."""
 
-    source: str  # as the user named it: hub id, folder, synthetic:…
+    source: str  # hub id, name of a local folder, or synthetic:…
     revision: str | None  # commit of a hub checkpoint
     variant: str | None
     pipeline_class: str  # diffusers' _class_name

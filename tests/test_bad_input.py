@@ -397,18 +397,23 @@ def test_arguments_of_turbochain(sd: Path, tmp_path: Path, case: str) -> None:
     assert expected in refused(done) and not list(tmp_path.iterdir())
 
 
-def test_an_output_that_exists(sd: Path, checkpoints: dict[str, Path], copy_of, tmp_path: Path) -> None:
+def test_an_output_that_exists(sd: Path, sdxl: Path, checkpoints: dict[str, Path], copy_of, tmp_path: Path) -> None:
     folder, bundle, source = tmp_path / "photos", copy_of(sd), checkpoints["sd"]
     folder.mkdir()
     (folder / "cat.png").write_text("kept")
     before = listing(bundle)
     said = refused(command("build-engine", source, "-o", folder))
     assert "exists and is not a bundle: choose another path with -o" in said
-    for option, named in (("--size=128x64", "width is 64 there and 128 here"), ("--batch=2", "batch is 1 there")):
-        said = refused(command("build-engine", source, "-o", bundle, "--size", "64x64", option))
+    cases = {
+        ("--size=128x64",): "width is 64 there and 128 here",
+        ("--size=64x64", "--batch=2"): "batch is 1 there and 2 here",
+        (): "height is 64 there and 512 here",
+    }
+    for options, named in cases.items():
+        said = refused(command("build-engine", source, "-o", bundle, *options))
         assert "holds another build" in said and named in said and "choose another path with -o" in said
-    said = refused(command("build-engine", sd, "-o", bundle))
-    assert "exists already; to add an engine" in said and "leave out -o" in said
+    said = refused(command("build-engine", sdxl, "-o", bundle))
+    assert "holds another build (its files are not those of" in said and "choose another path with -o" in said
     assert listing(bundle) == before and (folder / "cat.png").read_text() == "kept"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", bundle.name]
 

@@ -1,0 +1,40 @@
+"""What the README says is true of this tree."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from turbochain.engines import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_its_figures_are_those_of_the_results() -> None:
+    report = runpy.run_path(str(ROOT / "benchmarks/report.py"))
+    block = README.split(report["START"])[1].split(report["END"])[0]
+    assert block == report["figures"]()
+
+
+def test_its_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.M)
+    assert phony
+    named = set(re.findall(r"make ([a-z-]+)", README))
+    assert named <= set(phony[1].split()) and {"demo", "test", "check", "check-full", "bench"} <= named
+
+
+def test_its_options_exist(capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    told = capsys.readouterr().out
+    row = next(line for line in README.splitlines() if line.startswith("| `build-engine SOURCE"))
+    options = re.findall(r"(?<![\w-])(--[a-z]+)", row)
+    assert len(options) > 5 and all(option in told for option in options)
+
+
+def test_its_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
