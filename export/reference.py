@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from turbochain.export import load
 from turbochain.export.families import Shape
@@ -66,7 +66,7 @@ def record(
                 tensors[f"{i}/{name}"] = value
             advance()
     tensors |= {f"magnitude/{name}": np.array([largest], np.float32) for name, largest in magnitudes.items()}
-    save_file(tensors, path, metadata={"cases": json.dumps(cases)})
+    path.write_bytes(save(tensors, metadata={"cases": json.dumps(cases)}))
 
 
 def run_case(pipeline: Any, checkpoint: Checkpoint, shape: Shape, case: dict[str, Any]) -> dict[str, np.ndarray]:

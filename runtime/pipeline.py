@@ -119,7 +119,9 @@ class Pipeline:
             rows = [min(i, len(prompts) - 1) for i in range(first, first + batch)]  # short: the last one again
             picture = self._run(steps, {k: v[rows] for k, v in ids.items()}, start[rows], noise[:, rows])
             pictures.append(picture[: len(prompts) - first])
-        return PipelineOutput(_as(output_type, np.concatenate(pictures)), seed if isinstance(seed, int) else list(seed))
+        return PipelineOutput(
+            _as(output_type, np.concatenate(pictures)), int(seed) if isinstance(seed, int | np.integer) else list(seed)
+        )
 
     def warmup(self, num_inference_steps: int | None = None) -> None:
         """Make one picture and throw it away, so that the next call meets no first-time cost."""

@@ -291,6 +291,12 @@ def test_no_seed_draws_one_that_can_be_given_again(one: Pipeline) -> None:
         np.testing.assert_array_equal(uint8(one, "a cat", seed=out.seed), out.images)
 
 
+def test_a_seed_may_be_numpys(one: Pipeline) -> None:
+    theirs = one("a cat", seed=np.uint64(2**64 - 1), output_type="uint8")
+    assert theirs.seed == 2**64 - 1 and type(theirs.seed) is int
+    assert np.array_equal(theirs.images, one("a cat", seed=2**64 - 1, output_type="uint8").images)
+
+
 def test_seed_0_is_a_seed(one: Pipeline) -> None:
     outs = [one("a cat", seed=0, output_type="uint8") for _ in range(2)]
     assert [out.seed for out in outs] == [0, 0]
