@@ -75,4 +75,4 @@ def command(*arguments: object, **options: object) -> subprocess.CompletedProces
     """Run `turbochain` or `build-engine` (the first argument) as a user would; output captured as text."""
     script = Path(sys.executable).with_name(str(arguments[0]))
     line = [str(script), *map(str, arguments[1:])]
-    return subprocess.run(line, capture_output=True, text=True, timeout=600, **options)  # type: ignore[call-overload]
+    return subprocess.run(line, capture_output=True, text=True, **{"timeout": 600, **options})  # type: ignore[call-overload]
