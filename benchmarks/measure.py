@@ -44,7 +44,7 @@ def watch():
     while loading:
         peak = max(peak, anonymous())
         time.sleep(0.005)
-watcher = threading.Thread(target=watch)
+watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 start = time.perf_counter()
 pipe = Pipeline.load(sys.argv[1])

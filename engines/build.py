@@ -140,7 +140,8 @@ def _is_bundle(path: str | Path) -> bool:
 def _default_output(source: str) -> Path:
     if _is_bundle(source):
         return Path(source)
-    return Path(source.rstrip("/").replace(":", "/").rpartition("/")[2] + ".bundle")
+    name = Path(source).resolve().name if Path(source).is_dir() else source.replace(":", "/").rpartition("/")[2]
+    return Path(name + ".bundle")
 
 
 def _request(source: str, asked: dict[str, Any], revision: str | None, variant: str | None) -> dict[str, Any]:
@@ -177,6 +178,7 @@ def _check_same(bundle: Bundle, source: str, request: dict[str, Any]) -> None:
     """InputError where an existing bundle is not what is asked for."""
     have = bundle.manifest.request
     other = [f"{k} is {have.get(k)!r} there and {v!r} here" for k, v in request.items() if have.get(k) != v]
+    other = [o if not o.startswith("stamp is") else f"the files of {source} have changed" for o in other]
     if _is_bundle(source) and Bundle.open(source).manifest.files != bundle.manifest.files:
         other = [f"its files are not those of {source}"]
     if other:

@@ -10,7 +10,7 @@ from turbochain.engines.resume import Progress, empty
 from turbochain.engines.session import Session, now, versions
 from turbochain.runtime import files, manifest
 from turbochain.runtime.bundle import REFERENCE, TEXT_TO_IMAGE, Bundle
-from turbochain.runtime.errors import InputError
+from turbochain.runtime.errors import InputError, NoSpace, PictureError
 from turbochain.runtime.manifest import FORMAT_VERSION, Checkpoint, Graph, Manifest
 
 VERSIONS = ("turbochain", "torch", "diffusers", "transformers", "onnx", "onnxscript", "numpy", "tokenizers")
@@ -18,30 +18,43 @@ VERSIONS = ("turbochain", "torch", "diffusers", "transformers", "onnx", "onnxscr
 
 def copy(source: Bundle, folder: Path, output: Path) -> None:
     """Make the bundle `output` a copy of another, without its engines, in the locked `folder`."""
-    source.check_files(full=True)
-    empty(folder)
-    for name in (*source.manifest.files, "bundle.json"):
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.path / name, target)
+    try:
+        for name in (*source.manifest.files, "bundle.json"):
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with files.atomic_write(target) as file, (source.path / name).open("rb") as original:
+                shutil.copyfileobj(original, file, 2**20)
+        Bundle.open(folder).check_files(full=True)
+    except (InputError, OSError):
+        _leave_nothing(folder)
+        raise
     files.install_directory(folder, output)
 
 
 def export(session: Session, source: str, request: dict[str, Any], folder: Path, output: Path, force: bool) -> None:
-    """Make the bundle `output` of what `request` asks for, in the locked `folder`."""
+    """Make the bundle `output` of what `request` asks for, in the locked `folder`.
+
+    What cannot be built leaves nothing behind; a full disk, a failure or a kill leaves what was finished.
+    """
+    try:
+        _export(session, source, request, folder, force)
+    except NoSpace:
+        raise
+    except (InputError, PictureError):
+        _leave_nothing(folder)
+        raise
+    files.install_directory(folder, output)
+
+
+def _export(session: Session, source: str, request: dict[str, Any], folder: Path, force: bool) -> None:
+    _require_export()
     state = Progress(folder, request)
     common = {"request": request, "folder": str(folder)}
-    try:
-        _require_export()
-        prepared = state.once(
-            "prepare",
-            lambda: session.run("load", "turbochain.export.jobs:prepare", source=source, force=force, **common),
-            lambda result: [*result["terms"], *(t["file"] for t in result["tokenizers"].values())],
-        )
-    except InputError:  # refused before anything was made: leave nothing behind
-        empty(folder)
-        folder.rmdir()
-        raise
+    prepared = state.once(
+        "prepare",
+        lambda: session.run("load", "turbochain.export.jobs:prepare", source=source, force=force, **common),
+        lambda result: [*result["terms"], *(t["file"] for t in result["tokenizers"].values())],
+    )
     common["prepared"] = prepared
     state.once(
         "reference",
@@ -61,7 +74,11 @@ def export(session: Session, source: str, request: dict[str, Any], folder: Path,
     files.write_atomically(folder / "bundle.json", text)
     Bundle.open(folder)
     empty(folder, keep)
-    files.install_directory(folder, output)
+
+
+def _leave_nothing(folder: Path) -> None:
+    empty(folder)
+    folder.rmdir()
 
 
 def _require_export() -> None:
@@ -98,7 +115,6 @@ def _manifest(
         created_by=versions(*VERSIONS),
         tokenizers={k: manifest.TokenizerFile(**v) for k, v in prepared["tokenizers"].items()},
         graphs={k: Graph(**v) for k, v in graphs.items()},
-        chains={TEXT_TO_IMAGE: manifest.Chain(**prepared["chain"])},
-        schedules=prepared["schedules"],
+        chains={TEXT_TO_IMAGE: manifest.Chain(**prepared["chain"] | {"schedules": prepared["schedules"]})},
         files=records,
     )

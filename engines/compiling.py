@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib
 import json
 from functools import partial
 from pathlib import Path
@@ -11,21 +12,20 @@ from turbochain.engines.resume import Progress, empty
 from turbochain.engines.session import Session, now, versions
 from turbochain.runtime import backends, engine, files, manifest, verify
 from turbochain.runtime.bundle import Bundle
-from turbochain.runtime.errors import InputError, VerificationError
+from turbochain.runtime.errors import BundleError, InputError, VerificationError
 from turbochain.runtime.manifest import FORMAT_VERSION, Check, Engine, EngineKey
 
 
 def install(session: Session, bundle: Bundle, backend: str, device: str) -> tuple[str, Engine]:
     """The engine of this backend and machine in a locked bundle, built and verified if there is none."""
     library, version = backends.require(backend)
-    key = EngineKey(backend, device, library, version, options={}, graphs=bundle.graph_digests())
+    options = importlib.import_module(f"turbochain.engines.{backend}").OPTIONS
+    key = EngineKey(backend, device, library, version, options, graphs=bundle.graph_digests())
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(key), sort_keys=True).encode()).hexdigest()
     name = f"{backend}-{device}-{digest[:12]}"
     final, building = bundle.path / "engines" / name, bundle.path / "engines" / ".building"
-    existing = bundle.engines().get(name)
-    if isinstance(existing, Engine) and engine.misfit(bundle, existing) is None:
-        engine.check_inputs(bundle)
-        files.check_all(final, existing.files, full=False)
+    engine.check_inputs(bundle)
+    if existing := _intact(bundle, name):
         return name, existing
     try:
         building.mkdir(parents=True, exist_ok=True)
@@ -47,6 +47,18 @@ def install(session: Session, bundle: Bundle, backend: str, device: str) -> tupl
     if session.log:
         session.log.unlink(missing_ok=True)
     return name, made
+
+
+def _intact(bundle: Bundle, name: str) -> Engine | None:
+    """The installed engine of this name, unless it is missing or damaged."""
+    existing = bundle.engines().get(name)
+    if not isinstance(existing, Engine) or engine.misfit(bundle, existing) is not None:
+        return None
+    try:
+        files.check_all(bundle.path / "engines" / name, existing.files, full=False)
+    except BundleError:
+        return None
+    return existing
 
 
 def _compile_and_check(session: Session, bundle: Bundle, key: EngineKey, folder: Path) -> Engine:

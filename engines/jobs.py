@@ -26,7 +26,7 @@ def compile(
     bundle = Bundle.open(path)
     bundle.check_files(bundle.manifest.graphs[name].files)
     module = importlib.import_module(f"turbochain.engines.{backend}")
-    return list(module.compile(bundle, name, Path(folder), options, device))
+    return list(module.compile(bundle, name, Path(folder), options, device, progress))
 
 
 def check(

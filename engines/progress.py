@@ -1,4 +1,4 @@
-"""One line per phase on stderr: a bar with elapsed time on a terminal, a plain line elsewhere."""
+"""Phases on stderr: a bar with elapsed time on a terminal, a line at the start and at the end elsewhere."""
 
 import sys
 import threading
@@ -26,6 +26,8 @@ class Phase:
 
     def __enter__(self) -> "Phase":
         self._start = time.perf_counter()
+        if not self._live and not self._quiet:
+            print(f"{self.name} …", file=self._stream, flush=True)
         if self._live:
             self._ticker = threading.Thread(target=self._tick, daemon=True)
             self._ticker.start()
@@ -49,8 +51,9 @@ class Phase:
 
     def _line(self) -> str:
         elapsed = time.perf_counter() - self._start
-        if not self._total:
-            return f"{self.name:<32} {elapsed:8.1f} s"
+        if not self._total:  # no telling how much there is: something moves
+            at = int(4 * elapsed) % _WIDTH
+            return f"{self.name:<32} [{'-' * at}#{'-' * (_WIDTH - at - 1)}]      {elapsed:8.1f} s"
         filled = _WIDTH * min(self._done, self._total) // self._total
         share = 100 * self._done // self._total
         return f"{self.name:<32} [{'#' * filled}{'-' * (_WIDTH - filled)}] {share:3d}% {elapsed:8.1f} s"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from turbochain.runtime import errors
-from turbochain.runtime.errors import InputError, TurbochainError
+from turbochain.runtime.errors import InputError, NoSpace, TurbochainError
 
 Progress = Callable[[int, int], None]
 
@@ -34,7 +34,7 @@ def run(job: str, arguments: dict[str, Any], *, progress: Progress, lock: int, l
     output = log.open("ab") if log else None
     try:
         child = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import main; main()"],
+            [sys.executable, "-P", "-c", f"from {__name__} import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=output,
@@ -107,7 +107,7 @@ def _describe(function: str, error: Exception) -> tuple[type[TurbochainError], s
     full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
     if full:
         return (
-            InputError,
+            NoSpace,
             "no space left on the disk of the bundle; free some, and run the same command again",
         )
     if isinstance(error, ModuleNotFoundError):

@@ -1,5 +1,6 @@
 """The files of a hub checkpoint that are needed, and their download."""
 
+import errno
 import fnmatch
 import os
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from turbochain.runtime.errors import InputError
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the build has its own
 
-_SMALL = ("*.json", "*.txt", "*.md", "LICENSE*", "*/*.json", "*/*.txt")
+_SMALL = ("*.json", "*.txt", "*.md", "LICENSE*", "LICENCE*", "*/*.json", "*/*.txt")
 
 
 def fetch(
@@ -34,7 +35,7 @@ def fetch(
     try:
         info = hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
     except GatedRepoError:
-        raise InputError(f"{repository} is gated: accept its licence on its page, then run: hf auth login") from None
+        raise _gated(repository) from None
     except RevisionNotFoundError:
         raise InputError(f"{repository} has no revision {revision!r}") from None
     except Exception as error:  # unknown, offline, unreachable: a copy in the cache still serves
@@ -48,12 +49,29 @@ def fetch(
         if name == weights and folder:
             before_weights(folder, _counts(wanted, sizes), total - done)
         progress(done, total)
-        file = hub.hf_hub_download(repository, name, revision=info.sha)
+        try:
+            file = hub.hf_hub_download(repository, name, revision=info.sha)
+        except GatedRepoError:
+            raise _gated(repository) from None
+        except Exception as error:  # the network's errors have no common base class
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
+            raise InputError(
+                f"the download of {name} of {repository} failed ({_first_line(error)}); the same command goes on"
+            ) from error
         folder = Path(file).parents[name.count("/")]
         done += sizes[name]
     if folder is None:
         raise InputError(f"{repository} has no file that a checkpoint in diffusers' format has")
     return folder, str(info.sha)
+
+
+def _gated(repository: str) -> InputError:
+    return InputError(f"{repository} is gated: accept its licence on its page, then run: hf auth login")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _counts(names: list[str], sizes: dict[str, int]) -> dict[str, int]:
@@ -74,6 +92,8 @@ def select(names: list[str], variant: str | None) -> list[str]:
     weights = [n for n in names if n.endswith(".safetensors") and n.count("/") == 1 and any(s in n for s in stems)]
     components = {c for family in families.load().values() for c in family.components}
     folders = sorted({n.split("/")[0] for n in weights} & components)
+    if variant and not any(f".{variant}." in n or f".{variant}-" in n for n in weights):
+        raise InputError(f"the repository has no weights of variant {variant!r}")
     for folder in folders:
         here = [n for n in weights if n.startswith(f"{folder}/")]
         plain = [n for n in here if n.split("/")[1].count(".") == 1]
@@ -93,9 +113,8 @@ def _cached(repository: str, revision: str | None, error: Exception) -> tuple[Pa
     try:
         folder = Path(hub.snapshot_download(repository, revision=revision, local_files_only=True))
     except Exception:  # whatever it is, there is no copy here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"{repository} is neither on the hub under that name nor in the local cache, or there is no network "
-            f"({reason}); check the id, or give the path of a local folder"
+            f"({_first_line(error)}); check the id, or give the path of a local folder"
         ) from None
     return folder, folder.name

@@ -58,6 +58,7 @@ def export(checkpoint: Checkpoint, name: str, shape: Shape, precision: str, bund
     (bundle / names).write_text(json.dumps(name_map(model, path), indent=0, sort_keys=True) + "\n")
     return Graph(
         role=stage.role,
+        component=stage.component,
         file=file,
         data=(f"{file}.data",),
         names=names,

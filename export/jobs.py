@@ -8,7 +8,7 @@ from typing import Any
 
 from turbochain.export import download, estimate, families
 from turbochain.export.families import Family, Shape
-from turbochain.export.source import SYNTHETIC, Checkpoint, is_hub_id, open_folder
+from turbochain.export.source import SYNTHETIC, Checkpoint, check_configs, is_hub_id, open_folder
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.files import describe
 
@@ -92,6 +92,9 @@ def _open(
 
         def before_weights(folder: Path, counts: dict[str, int], fetched: int) -> None:
             coming = Checkpoint(folder, variant)
+            check_configs(coming)
+            if missing := [c for c in coming.family.components if c not in counts]:
+                raise InputError(f"{name} has no safetensors weights of {', '.join(missing)}")
             check_room(coming.family, coming.configs, counts, fetched)
 
         folder, commit = download.fetch(name, request["revision"], variant, progress, before_weights)

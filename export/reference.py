@@ -37,7 +37,8 @@ def record(
 
     Tensors of case i, with S steps: `i/<text input>` [B, 77], `i/<embeds>`, `i/latents`, `i/noise`,
     `i/prediction`, `i/next_latents` [S, B, 4, h, w], `i/timestep_embedding` [S, 1, n], `i/image` [B, H, W, 3];
-    `magnitude/<component>/<module>` is the largest absolute value that the module put out in any case. The metadata
+    `magnitude/<component>/<module>` [1] is the largest absolute value that the module put out in any case, and
+    `magnitude/<component>/<attention>.scores` that of its unscaled Q·Kᵀ. The metadata
     key `cases` is JSON: a list of {"prompt": [...], "seed": int, "num_inference_steps": int}.
     """
     pipeline = load.pipeline(checkpoint)
@@ -148,20 +149,48 @@ def _watch_steps(scheduler: Any, steps: list[dict[str, torch.Tensor]]) -> Iterat
 
 @contextlib.contextmanager
 def _magnitudes(pipeline: Any, checkpoint: Checkpoint) -> Iterator[dict[str, float]]:
-    """Component/module → the largest absolute value in its output so far."""
+    """Component/module → the largest absolute value in its output so far; of attention also `….scores`, Q·Kᵀ."""
     largest: dict[str, float] = {}
+
+    def see(key: str, value: torch.Tensor) -> None:
+        low, high = torch.aminmax(value)  # one pass, no copy
+        largest[key] = float(np.max([largest.get(key, 0.0), -float(low), float(high)]))  # NaN stays NaN
+
+    def see_output(key: str, _: Any, __: Any, output: Any) -> None:
+        for value in _tensors(output):
+            see(key, value)
+
     with contextlib.ExitStack() as stack:
         for component in checkpoint.family.components:
             for path, module in getattr(pipeline, component).named_modules():
                 key = f"{component}/{path}" if path else component
-
-                def after(_: Any, __: Any, output: Any, key: str = key) -> None:
-                    for value in _tensors(output):
-                        low, high = torch.aminmax(value)  # one pass, no copy
-                        largest[key] = max(largest.get(key, 0.0), -float(low), float(high))
-
-                stack.callback(module.register_forward_hook(after).remove)
+                stack.callback(module.register_forward_hook(partial(see_output, key)).remove)
+                _watch_scores(stack, module, partial(see, f"{key}.scores"))
         yield largest
+
+
+def _watch_scores(stack: contextlib.ExitStack, attention: Any, see: Callable[[torch.Tensor], None]) -> None:
+    """Call `see` with an attention's unscaled scores Q·Kᵀ, [queries, keys], head by head; other modules have none.
+
+    They are what fp16 overflows in first, and no module puts them out.
+    """
+    names = next((n for n in (("to_q", "to_k"), ("q_proj", "k_proj")) if all(hasattr(attention, i) for i in n)), None)
+    if names is None:
+        return
+    heads = attention.heads if hasattr(attention, "heads") else attention.num_heads
+    projected: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, _: Any, __: Any, output: torch.Tensor) -> None:
+        projected[name] = output
+
+    def after(_: Any, __: Any, ___: Any) -> None:
+        query, key = (projected.pop(n).unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1) for n in names)
+        for q, k in zip(query, key, strict=True):
+            see(q @ k.T)
+
+    for name in names:
+        stack.callback(getattr(attention, name).register_forward_hook(partial(keep, name)).remove)
+    stack.callback(attention.register_forward_hook(after).remove)
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:

@@ -73,10 +73,9 @@ class Checkpoint:
         return found.get("license_name") or found.get("license")
 
 
-def open_folder(folder: Path, variant: str | None) -> Checkpoint:
-    """A checked checkpoint; InputError lists every problem of the folder at once."""
-    checkpoint = Checkpoint(folder, variant)
-    family = checkpoint.family
+def check_configs(checkpoint: Checkpoint) -> None:
+    """InputError where the classes and configs, without the weights, are not of a supported family."""
+    folder, family = checkpoint.folder, checkpoint.family
     parts = (*family.components, *family.tokenizers.values(), "scheduler")
     if unnamed := [part for part in parts if not _is_class(checkpoint.index.get(part))]:
         raise InputError(f"{folder}/model_index.json names no class of {' or '.join(LIBRARIES)} as {unnamed[0]}")
@@ -89,6 +88,13 @@ def open_folder(folder: Path, variant: str | None) -> Checkpoint:
         raise InputError(f"{folder} is not supported: a config.json in it lacks the key {error}") from None
     if problems:
         raise InputError(f"{folder} is not supported: " + "; ".join(problems))
+
+
+def open_folder(folder: Path, variant: str | None) -> Checkpoint:
+    """A checked checkpoint; InputError where something of it is missing, damaged or not supported."""
+    checkpoint = Checkpoint(folder, variant)
+    check_configs(checkpoint)
+    family = checkpoint.family
     variants = sorted({v for c in family.components for v in _variants(folder / c)})
     if variant is None and len(variants) == 1 and not any(_found(folder / c, None) for c in family.components):
         checkpoint = Checkpoint(folder, variants[0])  # an fp16-only folder is recognised by itself

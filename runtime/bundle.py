@@ -21,7 +21,7 @@ TEXT_TO_IMAGE = "text-to-image"
 REFERENCE = "reference.safetensors"
 """What diffusers produced, in every bundle."""
 
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16")
 DTYPES = ("float32", "float16", "int32", "uint8")
 
 
@@ -57,22 +57,23 @@ class Bundle:
                     problems.append(f"graph {name}: {t.name} has dtype {t.dtype} and shape {list(t.shape)}")
         named |= {t.file: f"tokenizer {name}" for name, t in m.tokenizers.items()}
         problems += [f"{who} names {file}, which is not in files" for file, who in named.items() if file not in m.files]
-        for name, chain in m.chains.items():
-            problems += chains.wiring_problems(name, chain, m.graphs)
         problems += [
             f"graph {n} has the precision {g.precision}" for n, g in m.graphs.items() if g.precision not in PRECISIONS
         ]
-        for steps, schedule in m.schedules.items():
-            if steps != str(len(schedule.rows)):
-                problems.append(f"the schedule for {steps} steps has {len(schedule.rows)} rows")
-        if not m.schedules:
-            problems.append("there is no schedule")
+        for name, chain in m.chains.items():
+            problems += chains.wiring_problems(name, chain, m.graphs)
+            if name == TEXT_TO_IMAGE:
+                problems += [
+                    f"the schedule for {steps} steps has {len(schedule.rows)} rows"
+                    for steps, schedule in chain.schedules.items()
+                    if steps != str(len(schedule.rows))
+                ]
         return problems or self._text_to_image_problems()
 
     def _text_to_image_problems(self) -> list[str]:
         """What the chain, its wiring being sound, does not agree with the tokenizers and schedules about."""
         chain, tensors = self.chain, self.tensors
-        problems = []
+        problems = [] if chain.schedules else ["there is no schedule"]
         if tensors[chain.output].dtype != "uint8" or len(tensors[chain.output].shape) != 4:
             problems.append(f"the output {chain.output} is no picture: it should be uint8 [B, H, W, 3]")
         if not chain.carry:
@@ -81,13 +82,11 @@ class Bundle:
             length = self.manifest.tokenizers[name].max_length if name in self.manifest.tokenizers else None
             if name not in chain.inputs or length != tensors[name].shape[-1]:
                 problems.append(f"the tokenizer for {name} gives {length} ids, which is not what the chain reads")
-        for steps, schedule in self.manifest.schedules.items():
-            for row in schedule.rows:
-                for column in (n for n in chain.step_inputs if n != "noise"):
-                    value = getattr(row, column, None)
-                    values = value if isinstance(value, tuple) else (value,)
-                    if len(values) != math.prod(tensors[column].shape):
-                        problems.append(f"the schedule for {steps} steps has {len(values)} values in {column}")
+        for steps, schedule in chain.schedules.items():
+            for column in chain.table_inputs:
+                wanted = math.prod(tensors[column].shape)
+                if any(np.size(getattr(row, column, ())) != wanted for row in schedule.rows):
+                    problems.append(f"the schedule for {steps} steps should have {wanted} values a row in {column}")
         return problems
 
     @property
@@ -114,14 +113,14 @@ class Bundle:
     @property
     def steps(self) -> list[int]:
         """The step counts that the bundle has tables for, ascending."""
-        return sorted(map(int, self.manifest.schedules))
+        return sorted(map(int, self.chain.schedules))
 
     def schedule(self, steps: object) -> Schedule:
         """The table for `steps` steps; InputError where the bundle has none."""
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps not in self.steps:
+        if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps not in self.steps:
             choices = ", ".join(map(str, self.steps))
             raise InputError(f"num_inference_steps={steps!r}: this bundle has tables for {choices} steps")
-        return self.manifest.schedules[str(steps)]
+        return self.chain.schedules[str(steps)]
 
     def check_files(self, names: Iterable[str] | None = None, *, full: bool = False) -> None:
         """Hash the named files (default: all) and see that no graph reads outside the bundle.
@@ -141,8 +140,8 @@ class Bundle:
         return hashlib.sha256(joined.encode()).hexdigest()
 
     def graph_digests(self) -> dict[str, str]:
-        """`graph_digest` of every graph of the text-to-image chain."""
-        return {name: self.graph_digest(name) for name in self.chain.graphs}
+        """`graph_digest` of every graph."""
+        return {name: self.graph_digest(name) for name in self.manifest.graphs}
 
     def weight_bytes(self) -> int:
         """Size on disk of the external data of the text-to-image chain's graphs."""
@@ -162,10 +161,9 @@ class Bundle:
         return found
 
     def feeds(self, steps: int) -> dict[str, Any]:
-        """The schedule's columns as rows of arrays: name → [steps, *shape] fp32, for `Upload(name, row)`."""
+        """The schedule's columns as rows of arrays: name → [steps, *shape] fp32, for `Constant(name, row)`."""
         rows = self.schedule(steps).rows
-        columns = [n for n in self.chain.step_inputs if n != "noise"]
         return {
             n: np.array([getattr(row, n) for row in rows], np.float32).reshape(steps, *self.tensors[n].shape)
-            for n in columns
+            for n in self.chain.table_inputs
         }

@@ -19,6 +19,14 @@ class Upload:
 
 
 @dataclass(frozen=True)
+class Constant:
+    """A row of the schedule's column → the buffer of the same name. It never changes: a GPU keeps it there."""
+
+    name: str
+    row: int
+
+
+@dataclass(frozen=True)
 class Run:
     """One launch of a graph on the buffers that its inputs and outputs name."""
 
@@ -40,7 +48,8 @@ class Download:
     name: str
 
 
-Plan = tuple[Upload | Run | Copy | Download, ...]
+Operation = Upload | Constant | Run | Copy | Download
+Plan = tuple[Operation, ...]
 
 
 def plan(
@@ -59,13 +68,14 @@ def plan(
     before = [g for g in chain.before if not all(o.name in given for o in graphs[g].outputs)]
     runs = [*before, *chain.loop, *chain.after]
     wanted = {i.name for g in runs for i in graphs[g].inputs}
-    operations: list[Upload | Run | Copy | Download] = []
+    operations: list[Operation] = []
     operations += [Upload(name) for name in (*chain.inputs, *given) if name in wanted]
     operations += [Run(g) for g in before]
     for row in range(steps):
         if row:
             operations += [Copy(source, target) for source, target in chain.carry.items()]
         operations += [Upload(name, row) for name in chain.step_inputs]
+        operations += [Constant(name, row) for name in chain.table_inputs]
         operations += [Run(g) for g in chain.loop]
     operations += [Run(g) for g in chain.after]
     return (*operations, *(Download(name) for name in (*downloads, chain.output)))
@@ -93,7 +103,7 @@ def wiring_problems(name: str, chain: Chain, graphs: Mapping[str, Graph]) -> lis
     problems: list[str] = []
     made: dict[str, str] = {}
     ends: dict[str, tuple[Tensor, str]] = {}
-    fed = {*chain.inputs, *chain.step_inputs}
+    fed = {*chain.inputs, *chain.step_inputs, *chain.table_inputs}
     known = set(fed)
     for g in chain.graphs:
         for tensor in (*graphs[g].inputs, *graphs[g].outputs):
@@ -122,11 +132,13 @@ def wiring_problems(name: str, chain: Chain, graphs: Mapping[str, Graph]) -> lis
 
 
 def _carry_problems(name: str, chain: Chain, graphs: Mapping[str, Graph]) -> list[str]:
+    """What is carried starts as something fed once, or made before the loop, and its two ends are alike."""
+    starts = {*chain.inputs, *(t.name for g in chain.before for t in graphs[g].outputs)}
     produced = {t.name: t for g in chain.loop for t in graphs[g].outputs}
     read = {t.name: t for g in chain.loop for t in graphs[g].inputs}
     problems = []
     for source, target in chain.carry.items():
-        if source not in produced or target not in read or target not in chain.inputs:
+        if source not in produced or target not in read or target not in starts:
             problems.append(f"chain {name}: carry {source} → {target} does not join an output and an input of the loop")
         elif (produced[source].dtype, produced[source].shape) != (read[target].dtype, read[target].shape):
             problems.append(f"chain {name}: carry {source} → {target} joins tensors of different dtype or shape")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from turbochain.runtime import bench, console, engine, verify
+from turbochain.runtime import bench, console, verify
 from turbochain.runtime.bundle import Bundle
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.files import write_atomically
@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(commands: Any, name: str, function: console.Command, text: str, *, machine: bool = True) -> Any:
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(command=function)
+    console.add_debug(parser)
     parser.add_argument("bundle", type=Path)
     if machine:
         parser.add_argument("--backend", help="default: the best engine in the bundle that fits this machine")
@@ -92,11 +93,7 @@ def _check_writable(path: Path) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    bundle = Bundle.open(arguments.bundle)
-    bundle.check_files(full=True)
-    name, chosen = engine.select(bundle, arguments.backend, arguments.device)
-    executor = engine.open_executor(bundle, name, chosen, device=arguments.device, threads=arguments.threads)
-    checks = verify.verify(bundle, executor)
+    name, checks = verify.verify_bundle(arguments.bundle, **_machine(arguments))
     if arguments.json:
         passed = all(c.passed for c in checks)
         plain = [dataclasses.asdict(c) for c in checks]

@@ -16,7 +16,8 @@ def run(parser: argparse.ArgumentParser, command: Command, argv: Sequence[str] |
 
     A traceback is printed with `--debug` only.
     """
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(debug=False)
+    add_debug(parser)
     arguments = parser.parse_args(argv)
     try:
         command(arguments)
@@ -39,6 +40,12 @@ def run(parser: argparse.ArgumentParser, command: Command, argv: Sequence[str] |
         message = f"{type(error).__name__}: {error} (--debug shows where)"
         print(f"{parser.prog}: error: {message}", file=sys.stderr)
         return 1
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """`--debug`, which may stand before or after a subcommand."""
+    help = "show the traceback of an error"
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=help)
 
 
 def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:

@@ -19,9 +19,13 @@ def misfit(bundle: Bundle, engine: Engine, device: str | None = None) -> str | N
         return f"its backend {key.backend} is not installed: {backends.get(key.backend).INSTALL}"
     if library != (key.library, key.version):
         return f"it was built with {key.library} {key.version}, and this machine has {' '.join(library)}"
-    if key.device != backends.get(key.backend).device(device):
-        return f"it is for the device {key.device}"
-    if key.graphs != bundle.graph_digests():
+    try:
+        here = backends.get(key.backend).device(device)
+    except InputError as error:  # no such device here
+        return str(error)
+    if key.device != here:
+        return f"it is for the device {key.device}, and this one is {here}"
+    if any(key.graphs.get(g) != bundle.graph_digest(g) for g in bundle.chain.graphs):
         return "it was built from other graphs"
     return None
 
@@ -36,7 +40,7 @@ def select(bundle: Bundle, backend: str | None = None, device: str | None = None
             reasons.append(str(engine))
         elif backend not in (None, engine.key.backend):
             reasons.append(f"{name}: it is for the backend {engine.key.backend}")
-        elif reason := _misfit(bundle, engine, device):
+        elif reason := misfit(bundle, engine, device):
             reasons.append(f"{name}: {reason}")
         else:
             fitting.append((name, engine))
@@ -51,13 +55,6 @@ def select(bundle: Bundle, backend: str | None = None, device: str | None = None
     )
 
 
-def _misfit(bundle: Bundle, engine: Engine, device: str | None) -> str | None:
-    try:
-        return misfit(bundle, engine, device)
-    except InputError as error:  # a device that this engine's backend does not know
-        return str(error)
-
-
 def open_executor(
     bundle: Bundle,
     name: str,
@@ -65,21 +62,20 @@ def open_executor(
     *,
     device: str | None = None,
     threads: int | None = None,
-    full: bool = False,
 ) -> Any:
-    """Hash everything that the engine reads, then load it. `full` hashes large files in any case."""
+    """Hash everything that the engine reads, then load it. Its own files are code, so they are always hashed."""
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads={threads!r}: a whole number of at least 1 was expected")
     folder = bundle.path / "engines" / name
-    files.check_all(folder, engine.files, full=full)
-    check_inputs(bundle, full=full)
+    files.check_all(folder, engine.files, full=True)
+    check_inputs(bundle)
     return executor(bundle, engine.key.backend, folder, engine.key.options, device=device, threads=threads)
 
 
-def check_inputs(bundle: Bundle, *, full: bool = False) -> None:
+def check_inputs(bundle: Bundle) -> None:
     """Hash what the text-to-image chain reads."""
     graphs = [f for g in bundle.chain.graphs for f in bundle.manifest.graphs[g].files]
-    bundle.check_files([*graphs, *(t.file for t in bundle.manifest.tokenizers.values())], full=full)
+    bundle.check_files([*graphs, *(t.file for t in bundle.manifest.tokenizers.values())])
 
 
 def executor(

@@ -21,6 +21,10 @@ class BundleError(InputError):
     """The bundle is damaged, tampered with, contradictory, or of a format this version cannot read."""
 
 
+class NoSpace(InputError):
+    """The disk is full. What was finished is kept: after making room, the same command goes on."""
+
+
 class BackendMissing(InputError):
     """The backend's package is not installed; the message holds the `pip install` line that mends it."""
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from turbochain.runtime.errors import BundleError, InputError
+from turbochain.runtime.errors import BundleError, InputError, NoSpace
 
 CHUNK = 64 * 2**20  # bytes hashed as one; a file of at most this size has its plain SHA-256 as digest
 _READ = 2**18  # stays in a core's L2 cache between the read and the hash
@@ -82,7 +82,7 @@ def check_all(root: _Path, records: Mapping[str, FileRecord], *, full: bool, pro
                 _leave_stamp(path, status, found)
     if problems:
         several = f"{len(problems)} files are not what the manifest says: " if len(problems) > 1 else ""
-        remedy = "Copy the bundle again, or rebuild it with build-engine."
+        remedy = "Copy the bundle again, or remove it and run build-engine SOURCE again."
         raise BundleError(f"in the bundle {root}, {several}{'; '.join(problems)}. {remedy}")
 
 
@@ -256,7 +256,7 @@ def _cannot_write(path: _Path, error: OSError, size: int | None = None) -> Input
         return InputError(f"cannot write {path}: {error.strerror}")
     needed = "" if size is None else f"{size} bytes are needed, "
     free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
-    return InputError(f"no space left to write {path}: {needed}{free} bytes are free")
+    return NoSpace(f"no space left to write {path}: {needed}{free} bytes are free")
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def as_json(bundle: Bundle) -> dict[str, Any]:
                 "q": s.q,
                 "rows": [{k: v for k, v in vars(r).items() if k != "timestep_embedding"} for r in s.rows],
             }
-            for steps, s in m.schedules.items()
+            for steps, s in bundle.chain.schedules.items()
         },
         "engines": {name: _engine(bundle, name) for name in bundle.engines()},
         "created": m.created,
@@ -38,11 +38,15 @@ def wiring(bundle: Bundle) -> list[dict[str, str]]:
     """One entry per wire of the text-to-image chain: name, where it comes from, where it goes."""
     chain, graphs = bundle.chain, bundle.manifest.graphs
     made = {t.name: g for g in chain.graphs for t in graphs[g].outputs}
+    sources = {
+        **dict.fromkeys(chain.inputs, "caller"),
+        **dict.fromkeys(chain.step_inputs, "caller, each step"),
+        **dict.fromkeys(chain.table_inputs, "schedule, each step"),
+    }
     wires = []
     for g in chain.graphs:
         for t in graphs[g].inputs:
-            fed = "caller, each step" if t.name in chain.step_inputs else "caller"
-            wires.append({"name": t.name, "from": made.get(t.name, fed), "to": g})
+            wires.append({"name": t.name, "from": made.get(t.name) or sources[t.name], "to": g})
     wires += [{"name": a, "from": made[a], "to": f"{b} of the next step"} for a, b in chain.carry.items()]
     return [*wires, {"name": chain.output, "from": made[chain.output], "to": "caller"}]
 
@@ -61,7 +65,7 @@ def as_text(bundle: Bundle) -> str:
         tensor = bundle.tensors[w["name"]]
         wires.append([w["name"], w["from"], w["to"], f"{tensor.dtype} {list(tensor.shape)}"])
     steps = [["steps", "row", "timestep", "input_scale", "a", "b", "c"]]
-    for count, schedule in m.schedules.items():
+    for count, schedule in bundle.chain.schedules.items():
         for i, r in enumerate(schedule.rows):
             figures = (f"{v:.6g}" for v in (r.timestep, r.input_scale, r.a, r.b, r.c))
             steps.append([count if i == 0 else "", str(i), *figures])

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,10 +34,11 @@ class Tensor:
 class Graph:
     """One ONNX graph: a stage that an engine compiles and a chain runs."""
 
-    role: str  # diffusers' component name: text_encoder, text_encoder_2, unet, vae_decoder, …
+    role: str  # what it does in a chain: text_encoder, text_encoder_2, unet, vae_decoder, …
+    component: str  # the checkpoint's component that its parameters are of: unet, vae, …
     file: str  # graphs/<graph>.onnx, relative to the bundle
     data: tuple[str, ...]  # its external data files, relative to the bundle
-    names: str  # JSON: parameter name → {"initializer": name, "transposed": bool}
+    names: str  # JSON: parameter of the component → {"initializer": name, "transposed": bool}, or null
     precision: str  # fp32, fp16 or bf16: what the network inside computes in
     opset: int
     inputs: tuple[Tensor, ...]
@@ -47,24 +48,6 @@ class Graph:
     def files(self) -> tuple[str, ...]:
         """Every file that a backend reads for this graph."""
         return (self.file, *self.data)
-
-
-@dataclass(frozen=True)
-class Chain:
-    """The graphs of one task in order, and what the caller feeds."""
-
-    before: tuple[str, ...]  # graphs that run once, first (their outputs may be cached by the caller)
-    loop: tuple[str, ...]  # graphs that run once per step
-    after: tuple[str, ...]  # graphs that run once, last
-    carry: dict[str, str]  # output of the loop → input of the loop, copied between steps
-    inputs: tuple[str, ...]  # fed once per call
-    step_inputs: tuple[str, ...]  # fed once per step
-    output: str  # the name of the result
-
-    @property
-    def graphs(self) -> tuple[str, ...]:
-        """The graphs in the order in which they first run."""
-        return (*self.before, *self.loop, *self.after)
 
 
 @dataclass(frozen=True)
@@ -87,6 +70,26 @@ class Schedule:
     p: float
     q: float
     rows: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The graphs of one task in order, and what the caller feeds."""
+
+    before: tuple[str, ...]  # graphs that run once, first (their outputs may be cached by the caller)
+    loop: tuple[str, ...]  # graphs that run once per step
+    after: tuple[str, ...]  # graphs that run once, last
+    carry: dict[str, str]  # output of the loop → input of the loop, copied between steps
+    inputs: tuple[str, ...]  # fed once per call
+    step_inputs: tuple[str, ...]  # fed once per step
+    table_inputs: tuple[str, ...]  # columns of the schedule, a row per step: constants of the bundle
+    output: str  # the name of the result
+    schedules: dict[str, Schedule] = field(default_factory=dict)  # text-to-image: step count as a decimal → table
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The graphs in the order in which they first run."""
+        return (*self.before, *self.loop, *self.after)
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,6 @@ class Manifest:
     tokenizers: dict[str, TokenizerFile]  # chain input that takes the ids → tokenizer
     graphs: dict[str, Graph]
     chains: dict[str, Chain]
-    schedules: dict[str, Schedule]  # step count, as a decimal → table
     files: dict[str, FileRecord]  # every file of the bundle but bundle.json and engines/
 
 
@@ -229,9 +231,11 @@ def _convert(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
 
 
 def _convert_dataclass(kind: Any, value: dict[str, Any], where: str, problems: list[str]) -> Any:
+    """A field with a default may be missing: so a later version can add one and still read this version's files."""
     hints = typing.get_type_hints(kind)
+    required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
     prefix = where.lstrip(".") or "the top level"
     problems += [f"{prefix} has the unknown key {k!r}" for k in value if k not in hints]
-    problems += [f"{prefix} lacks the key {k!r}" for k in hints if k not in value]
+    problems += [f"{prefix} lacks the key {k!r}" for k in hints if k in required and k not in value]
     known = {k: _convert(h, value[k], f"{where}.{k}", problems) for k, h in hints.items() if k in value}
-    return kind(**known) if len(known) == len(hints) else None
+    return kind(**known) if required <= set(known) else None

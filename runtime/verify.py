@@ -8,11 +8,12 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from turbochain.runtime import metrics
+from turbochain.runtime import engine, metrics
 from turbochain.runtime.bundle import REFERENCE, Bundle
 from turbochain.runtime.chain import plan, stage_plan
 from turbochain.runtime.errors import BundleError, VerificationError
@@ -86,6 +87,20 @@ def verify(
     return list(worst.values())
 
 
+def verify_bundle(
+    path: str | Path, *, backend: str | None = None, device: str | None = None, threads: int | None = None
+) -> tuple[str, list[Check]]:
+    """Hash every file of a bundle anew and verify its best engine for this machine: the engine's name, its checks.
+
+    The Python twin of `turbochain verify`. Raises what Pipeline.load raises; `require` raises where a check failed.
+    """
+    bundle = Bundle.open(path)
+    bundle.check_files(full=True)
+    name, chosen = engine.select(bundle, backend, device)
+    executor = engine.open_executor(bundle, name, chosen, device=device, threads=threads)
+    return name, verify(bundle, executor)
+
+
 def require(checks: list[Check]) -> None:
     """Raise VerificationError that names every stage, figure and bound which failed."""
     failed = [c for c in checks if not c.passed]
@@ -150,7 +165,7 @@ def _check_stage(bundle: Bundle, executor: Any, name: str, case: Case) -> Iterat
         results = executor.execute(stage, feeds)
         yield from _judge(name, bounds["decoder"], results[bundle.chain.output], recorded["image"])
     else:
-        per_step = {*bundle.chain.step_inputs, "latents"}
+        per_step = {*bundle.chain.step_inputs, *bundle.chain.table_inputs, *bundle.chain.carry.values()}
         for row in range(case.steps):
             feeds = {k: v[row] if k in per_step else v for k, v in recorded.items()}
             out = executor.execute(stage, feeds)["next_latents"].astype(np.float64)

@@ -66,8 +66,8 @@ def ours(bundle: Path, calls: dict[str, Call], folder: Path) -> dict[str, Pictur
         return dict(file)
 
 
-def theirs(pipe: Any, call: Call) -> Pictures:
-    """What diffusers' pipeline makes of the same call."""
+def theirs(pipe: Any, call: Call, size: tuple[int, int] = SIZE) -> Pictures:
+    """What diffusers' pipeline makes of the same call; `size` is width, height."""
     arguments = dict(call)
     seed = arguments.pop("seed")
     generators = [torch.Generator("cpu").manual_seed(s) for s in (seed if isinstance(seed, list) else [seed])]
@@ -77,8 +77,8 @@ def theirs(pipe: Any, call: Call) -> Pictures:
         **arguments,
         generator=generators if isinstance(seed, list) else generators[0],
         guidance_scale=0.0,
-        height=SIZE[1],
-        width=SIZE[0],
+        height=size[1],
+        width=size[0],
     )
     return np.stack([np.asarray(picture) for picture in result.images])
 
@@ -184,13 +184,17 @@ def _true_eos(_: dict[str, Path], folder: Path) -> None:
     synthetic.write_checkpoint("sdxl-turbo-mini", folder, eos_token_id=49407)
 
 
-@pytest.mark.parametrize(("write", "steps"), [(_v_prediction, [1, 2]), (_true_eos, [1])])
-def test_other_checkpoints(
-    write: Callable[[dict[str, Path], Path], None], steps: list[int], checkpoints: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize(("write", "steps", "size"), [(_v_prediction, [1, 2], (128, 64)), (_true_eos, [1], (64, 128))])
+def test_other_checkpoints_and_sizes(
+    write: Callable[[dict[str, Path], Path], None],
+    steps: list[int],
+    size: tuple[int, int],
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     folder, bundle = tmp_path / "checkpoint", tmp_path / "other.bundle"
     write(checkpoints, folder)
-    build(str(folder), bundle, precision="fp32", size=SIZE, batch=1, steps=steps, quiet=True)
+    build(str(folder), bundle, precision="fp32", size=size, batch=1, steps=steps, quiet=True)
     calls = {
         f"{count} steps, seed {seed}": {"prompt": prompt, "num_inference_steps": count, "seed": seed}
         for count in steps
@@ -198,7 +202,7 @@ def test_other_checkpoints(
     }
     pictures, pipe = ours(bundle, calls, tmp_path), load_diffusers(folder)
     for name, call in calls.items():
-        assert_same_picture(pictures[name], theirs(pipe, call))
+        assert_same_picture(pictures[name], theirs(pipe, call, size))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

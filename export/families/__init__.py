@@ -26,7 +26,7 @@ class Shape:
 class Stage:
     """One graph to trace."""
 
-    role: str  # diffusers' component name, as the manifest has it
+    role: str  # as the manifest has it
     component: str  # the checkpoint's folder that holds its weights
     module: str  # the class in export.stages that is traced; its first argument is the loaded component
     inputs: Callable[[Mapping[str, Any], Shape], dict[str, tuple[str, tuple[int, ...]]]]

@@ -31,7 +31,7 @@ def step_inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
     }
 
 
-STEP_INPUTS = ("noise", "timestep_embedding", "input_scale", "a", "b", "c")
+TABLE_INPUTS = ("timestep_embedding", "input_scale", "a", "b", "c")
 
 
 def decoder_inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
@@ -107,7 +107,8 @@ FAMILY = Family(
         after=("vae_decoder",),
         carry={"next_latents": "latents"},
         inputs=("input_ids", "latents"),
-        step_inputs=STEP_INPUTS,
+        step_inputs=("noise",),
+        table_inputs=TABLE_INPUTS,
         output="image",
     ),
     pipeline_options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from turbochain.export.families import Family, Shape, Stage
-from turbochain.export.families.sd import STEP_INPUTS, VAE_DECODER, Inputs, check, ids, step_inputs, tokens
+from turbochain.export.families.sd import TABLE_INPUTS, VAE_DECODER, Inputs, check, ids, step_inputs, tokens
 from turbochain.runtime.manifest import Chain
 
 
@@ -70,7 +70,8 @@ FAMILY = Family(
         after=("vae_decoder",),
         carry={"next_latents": "latents"},
         inputs=("input_ids", "input_ids_2", "latents"),
-        step_inputs=STEP_INPUTS,
+        step_inputs=("noise",),
+        table_inputs=TABLE_INPUTS,
         output="image",
     ),
     pipeline_options={"add_watermarker": False},

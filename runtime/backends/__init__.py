@@ -5,6 +5,7 @@
 - `RANK`: which is preferred where several are installed (higher wins), with `REASON`, a phrase;
 - `PRECISION`: what a bundle is exported in for it where the user does not say;
 - `device(name: str | None) -> str`: the identity of the device that `name` means (None: the default one);
+  InputError where there is none, with the reason;
 - `Executor(bundle, folder, options, *, device, threads, graphs)`: see `host.HostExecutor`, the one for host memory.
 
 Nothing here imports a backend's library before an `Executor` is made.
@@ -52,9 +53,17 @@ def require(name: str) -> tuple[str, str]:
     return found
 
 
+def _has_device(name: str) -> bool:
+    try:
+        get(name).device(None)
+    except InputError:
+        return False
+    return True
+
+
 def best() -> tuple[str, str]:
     """The best installed backend and the reason for the choice; BackendMissing where there is none."""
-    installed = [name for name in names() if library(name)]
+    installed = [name for name in names() if library(name) and _has_device(name)]
     if not installed:
         lines = "; or ".join(get(name).INSTALL for name in names())
         raise BackendMissing(f"no backend is installed: {lines}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from turbochain.runtime.bundle import Bundle
-from turbochain.runtime.chain import Copy, Download, Plan, Run, Upload
+from turbochain.runtime.chain import Constant, Copy, Download, Plan, Run, Upload
 
 Observe = Callable[[str, float], None]
 """Called with a graph's name and the seconds that one launch of it took."""
@@ -54,7 +54,7 @@ class HostExecutor(ABC):
             match operation:
                 case Upload(name, None):
                     np.copyto(self.buffers[name], feeds[name])
-                case Upload(name, row):
+                case Upload(name, row) | Constant(name, row):
                     np.copyto(self.buffers[name], feeds[name][row])
                 case Copy(source, target):
                     np.copyto(self.buffers[target], self.buffers[source])

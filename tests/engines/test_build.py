@@ -102,7 +102,7 @@ MUTATIONS = {
 def test_an_engine_that_fails_is_not_installed(sd: Path, copy_of, case: str) -> None:
     bundle, (mutate, expected) = copy_of(sd), MUTATIONS[case]
     shutil.rmtree(bundle / "engines")
-    edit_json(bundle / "bundle.json", lambda m: mutate(m["schedules"]["1"]["rows"][0]))
+    edit_json(bundle / "bundle.json", lambda m: mutate(m["chains"]["text-to-image"]["schedules"]["1"]["rows"][0]))
     before = sizes(bundle)
     done = command("build-engine", bundle)
     assert (done.returncode, done.stdout) == (1, ""), done
@@ -185,7 +185,9 @@ def test_a_changed_source_is_noticed(sd: Path, checkpoints: dict[str, Path], cop
     before = sizes(bundle)
     assert again().phases == []
     os.utime(source / "unet/config.json")
-    with pytest.raises(InputError, match=r"holds another build \(stamp is .*: choose another path with -o"):
+    with pytest.raises(
+        InputError, match=r"holds another build \(the files of .* have changed\): choose another path with -o"
+    ):
         again()
     assert sizes(bundle) == before
 

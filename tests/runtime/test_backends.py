@@ -11,7 +11,7 @@ from conftest import FAMILIES, SIZE, BundleFactory
 from onnx.reference import ReferenceEvaluator
 
 from turbochain.runtime import Bundle, InputError, backends, engine
-from turbochain.runtime.chain import Copy, Download, Run, Upload, plan, stage_plan
+from turbochain.runtime.chain import Constant, Copy, Download, Run, Upload, plan, stage_plan
 from turbochain.runtime.manifest import Tensor
 
 INSTALLED = [name for name in backends.names() if backends.library(name)]
@@ -87,7 +87,7 @@ def test_a_chain_is_its_stages_joined_by_name(executors: dict[str, Any], family:
     sequence = [*chain.before, *(g for row in range(steps) for g in (row, *chain.loop)), *chain.after]
     for item in sequence:
         if isinstance(item, int):
-            values |= {name: feeds[name][item] for name in chain.step_inputs}
+            values |= {name: feeds[name][item] for name in (*chain.step_inputs, *chain.table_inputs)}
             values |= {target: values[source] for source, target in chain.carry.items() if item}
         else:
             values |= right(bundle, item, {t.name: values[t.name] for t in graphs[item].inputs})
@@ -156,11 +156,11 @@ def test_an_unknown_backend_is_refused_with_the_known_ones(name: str, sd: Path) 
         engine.select(Bundle.open(sd), name)
 
 
-STEP = ("noise", "timestep_embedding", "input_scale", "a", "b", "c")
+TABLE = ("timestep_embedding", "input_scale", "a", "b", "c")
 
 
-def _row(row: int) -> list[Upload | Run | Copy | Download]:
-    return [*(Upload(name, row) for name in STEP), Run("unet")]
+def _row(row: int) -> list[Upload | Constant | Run]:
+    return [Upload("noise", row), *(Constant(name, row) for name in TABLE), Run("unet")]
 
 
 def test_plan_of_one_step(sd: Path) -> None:

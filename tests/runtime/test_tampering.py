@@ -71,12 +71,15 @@ MANIFEST_EDITS = {
     "unknown key": (put("speed", value="fast"), "the top level has the unknown key 'speed'"),
     "unknown nested key": (put(*UNET, "speed", value=1), "graphs.unet has the unknown key 'speed'"),
     "unknown key in a row": (
-        put("schedules", "2", "rows", 1, "d", value=0.0),
-        "schedules.2.rows[1] has the unknown key 'd'",
+        put("chains", CHAIN, "schedules", "2", "rows", 1, "d", value=0.0),
+        f"chains.{CHAIN}.schedules.2.rows[1] has the unknown key 'd'",
     ),
     "missing key": (drop("family"), "the top level lacks the key 'family'"),
     "missing nested key": (drop("chains", CHAIN, "carry"), "chains.text-to-image lacks the key 'carry'"),
-    "text for a number": (put("schedules", "1", "q", value="14"), 'schedules.1.q should be float, and is "14"'),
+    "text for a number": (
+        put("chains", CHAIN, "schedules", "1", "q", value="14"),
+        f'chains.{CHAIN}.schedules.1.q should be float, and is "14"',
+    ),
     "true for a number": (put(*UNET, "opset", value=True), "graphs.unet.opset should be int, and is true"),
     "number for text": (put("created", value=3), "created should be str, and is 3"),
     "object for a list": (put(*UNET, "data", value={}), "graphs.unet.data should be tuple"),
@@ -133,19 +136,19 @@ MANIFEST_EDITS = {
     "output that is no picture": (put("chains", CHAIN, "output", value="prompt_embeds"), "prompt_embeds"),
     "precision unknown": (put(*UNET, "precision", value="fp4"), "fp4"),
     "row too few": (
-        lambda m: m["schedules"]["2"]["rows"].pop(),
+        lambda m: m["chains"][CHAIN]["schedules"]["2"]["rows"].pop(),
         "the schedule for 2 steps has 1 rows",
     ),
     "row too many": (
-        lambda m: m["schedules"]["1"]["rows"].extend(m["schedules"]["2"]["rows"]),
+        lambda m: m["chains"][CHAIN]["schedules"]["1"]["rows"].extend(m["chains"][CHAIN]["schedules"]["2"]["rows"]),
         "the schedule for 1 steps has 3 rows",
     ),
-    "no schedule": (put("schedules", value={}), "schedule"),
+    "no schedule": (put("chains", CHAIN, "schedules", value={}), "schedule"),
     "short timestep embedding": (
-        lambda m: m["schedules"]["1"]["rows"][0]["timestep_embedding"].pop(),
+        lambda m: m["chains"][CHAIN]["schedules"]["1"]["rows"][0]["timestep_embedding"].pop(),
         "timestep_embedding",
     ),
-    "NaN in a schedule": (put("schedules", "1", "rows", 0, "a", value=float("nan")), "NaN"),
+    "NaN in a schedule": (put("chains", CHAIN, "schedules", "1", "rows", 0, "a", value=float("nan")), "NaN"),
     "file that is not listed": (
         put(*UNET, "file", value="graphs/other.onnx"),
         "graph unet names graphs/other.onnx, which is not in files",
@@ -187,7 +190,7 @@ def test_every_problem_of_a_manifest_is_listed(sd: Path, copy_of) -> None:
     wiring = (
         put(*DECODER, "outputs", 0, "name", value="film"),
         lambda m: m["chains"][CHAIN]["step_inputs"].remove("noise"),
-        lambda m: m["schedules"]["2"]["rows"].pop(),
+        lambda m: m["chains"][CHAIN]["schedules"]["2"]["rows"].pop(),
     )
     edit_json(bundle / "bundle.json", together(*wiring))
     message = refusal(bundle)

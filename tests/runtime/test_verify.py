@@ -69,7 +69,7 @@ def in_rows(change: Callable[[dict[str, Any]], dict[str, Any]], *, at_step: int 
 
     def apply(path: Path) -> None:
         manifest = json.loads((path / "bundle.json").read_text())
-        for schedule in manifest["schedules"].values():
+        for schedule in manifest["chains"]["text-to-image"]["schedules"].values():
             if at_step < len(schedule["rows"]):
                 row = schedule["rows"][at_step]
                 schedule["rows"][at_step] = row | change(row)
@@ -122,7 +122,7 @@ def scaled(key: str, factor: float) -> Callable[[dict[str, Any]], dict[str, Any]
 
 def wrong_q(path: Path) -> None:
     manifest = json.loads((path / "bundle.json").read_text())
-    for schedule in manifest["schedules"].values():
+    for schedule in manifest["chains"]["text-to-image"]["schedules"].values():
         schedule["q"] *= 1.01
     (path / "bundle.json").write_text(json.dumps(manifest))
 
