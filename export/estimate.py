@@ -17,13 +17,11 @@ from turbochain.runtime.errors import InputError
 GiB = 2**30
 _BASE = 0.9 * GiB  # the libraries themselves
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-_EXPORT = 2.2  # × a component's weights in its precision, while it is traced and folded
-_ENGINE = {
-    "fp32": 1.15,
-    "fp16": 2.5,
-    "bf16": 2.5,
-}  # × weights: ONNX Runtime's CPU provider casts fp16 to fp32
-_ACTIVATIONS = 6  # × the decoder's widest tensor
+_REFERENCE = 1.15  # × all weights in fp32
+_EXPORT = 1.2  # × a component's weights in its precision, while it is traced and folded
+_ENGINE = {"fp32": 1.15, "fp16": 2.5, "bf16": 2.5}  # × weights: ONNX Runtime's CPU provider casts fp16 to fp32
+_ACTIVATIONS = 9  # × the decoder's widest tensor
+_SCORES = 2  # × the largest attention's scores, which ONNX Runtime keeps whole
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,9 @@ def needs(
     activations = _ACTIVATIONS * _widest(configs, shape)
     engine = sum(size * _ENGINE[precisions[name]] for name, size in weights.items())
     memory = {
-        "reference": _BASE + 4 * sum(counts.values()) + activations,
+        "reference": _BASE + _REFERENCE * 4 * sum(counts.values()) + activations,
         "export": _BASE + _EXPORT * max(weights.values()),
-        "verify": _BASE / 3 + engine + activations,
+        "verify": _BASE / 3 + engine + activations + _SCORES * _scores(configs, shape),
     }
     return Needs(memory, disk=fetched + 1.02 * sum(weights.values()))
 
@@ -89,3 +87,16 @@ def _widest(configs: Mapping[str, Any], shape: Shape) -> float:
     """Bytes of the decoder's largest tensor: the input of its last block, fp32 at full resolution."""
     channels = configs["vae"]["block_out_channels"]
     return 4.0 * channels[min(1, len(channels) - 1)] * shape.height * shape.width * shape.batch
+
+
+def _scores(configs: Mapping[str, Any], shape: Shape) -> float:
+    """Bytes of the largest Q·Kᵀ, fp32: heads · pixels², of the UNet's levels that attend and the VAE."""
+    unet, pixels = configs["unet"], shape.height * shape.width / 64
+    heads = unet["attention_head_dim"]  # diffusers' name for the number of heads
+    heads = heads if isinstance(heads, list | tuple) else [heads] * len(unet["down_block_types"])
+    levels = [
+        count * (pixels / 4**i) ** 2
+        for i, (count, block) in enumerate(zip(heads, unet["down_block_types"], strict=True))
+        if "Attn" in block
+    ]
+    return 4.0 * shape.batch * max([pixels**2, *levels])

@@ -1,0 +1,44 @@
+"""What is expected before a build against what builds took."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from turbochain.export import estimate, families, synthetic
+from turbochain.export.families import Shape
+
+RESULTS = sorted((Path(__file__).parents[2] / "benchmarks/results").glob("synthetic-*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_it_is_what_a_measured_build_took_or_a_little_more(path: Path) -> None:
+    result = json.loads(path.read_text())
+    source, precision, size, _ = result["what"].split(", ")
+    preset = source.removeprefix("synthetic:")
+    parts = synthetic.models(preset)
+    needs = estimate.needs(
+        families.of(synthetic.PRESETS[preset].pipeline),
+        {name: dict(part.config.to_dict() if name.startswith("text") else part.config) for name, part in parts.items()},
+        {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
+        Shape(*map(int, size.split("x")), batch=1),
+        precision,
+        fetched=0,
+    )
+    peaks = {p["name"]: p["peak_bytes"] for p in result["build"]["phases"]}
+    peaks["export"] = max(peak for name, peak in peaks.items() if name.startswith("export "))
+    for phase, expected in needs.memory.items():
+        assert peaks[phase] <= expected <= 1.5 * peaks[phase], phase
+    written = sum(result["build"]["engine_bytes"].values())
+    assert 0.95 * written <= needs.disk <= 1.1 * written
+
+
+def test_it_grows_with_the_picture() -> None:
+    parts = synthetic.models("sd-turbo-mini")
+    configs = {n: p.config.to_dict() if n.startswith("text") else dict(p.config) for n, p in parts.items()}
+    counts = dict.fromkeys(parts, 10**6)
+    needs = [
+        estimate.needs(families.of("StableDiffusionPipeline"), configs, counts, shape, "fp32", 0).memory["verify"]
+        for shape in (Shape(512, 512, 1), Shape(512, 512, 4), Shape(2048, 2048, 1), Shape(4096, 4096, 1))
+    ]
+    assert needs == sorted(needs) and needs[3] > 100 * 2**30  # attention alone has 512² · 512² scores
