@@ -29,6 +29,8 @@ def export(checkpoint: Checkpoint, name: str, shape: Shape, precision: str, bund
     """
     stage = checkpoint.family.stages[name]
     model = load.component(checkpoint, stage.component, TORCH_DTYPES[precision], traceable=True)
+    if precision == "fp32":  # in lower precision a GPU's own GroupNormalization is wanted
+        stages.replace_group_norms(model)
     module = getattr(stages, stage.module)(model, *stage.arguments(shape)).eval()
     inputs = stage.inputs(checkpoint.configs, shape)
     # Every example is a tensor of its own: two inputs that are one object would be merged silently.
@@ -101,16 +103,15 @@ def _ends(name: str, values: Any, expected: dict[str, Any], proto: Any) -> tuple
 def name_map(model: torch.nn.Module, path: Path) -> dict[str, dict[str, Any] | None]:
     """Parameter name → the initializer that holds it and whether transposed; None where this graph has no use for it.
 
-    The exporter renames what it folds (a Linear's weight becomes a transposed constant), so values decide:
-    an initializer holds a parameter when their bytes are equal, as they are or transposed. Where several
-    parameters have equal bytes, the exporter's own name decides.
+    The exporter renames what it folds (a Linear's weight becomes a transposed constant), so values decide: an
+    initializer holds a parameter when it has the same values in the same order, or in that of the transposed
+    matrix; its shape may differ by sizes of 1 or by groups. Where several parameters have equal values, the
+    exporter's own name decides.
     """
     holders: dict[tuple[Any, ...], list[str]] = defaultdict(list)
-    names = set()
     for tensor in onnx.load(str(path), load_external_data=False).graph.initializer:
         array = onnx.numpy_helper.to_array(tensor, base_dir=str(path.parent))
         holders[_fingerprint(array)].append(tensor.name)
-        names.add(tensor.name)
     mapped: dict[str, dict[str, Any] | None] = {}
     for name, parameter in model.named_parameters():
         value = parameter.detach().numpy()
@@ -125,7 +126,4 @@ def name_map(model: torch.nn.Module, path: Path) -> dict[str, dict[str, Any] | N
 
 
 def _fingerprint(array: np.ndarray) -> tuple[Any, ...]:
-    shape = array.shape
-    while shape[:1] == (1,):  # the position embedding is folded to [1, 77, D]
-        shape = shape[1:]
-    return shape, str(array.dtype), hashlib.sha256(np.ascontiguousarray(array).data).digest()
+    return array.size, str(array.dtype), hashlib.sha256(np.ascontiguousarray(array).data).digest()
