@@ -79,6 +79,7 @@ def main() -> None:
         result = {
             "what": f"{arguments.source}, {arguments.precision}, {arguments.size}, batch 1",
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": commit(),
             "machine": machine(),
             "versions": {p: metadata.version(p) for p in PACKAGES},
             "includes": {
@@ -104,6 +105,12 @@ def main() -> None:
     text = json.dumps(result, indent=1).replace(str(bundle), bundle.name)
     path.write_text(text + "\n")
     print(path)
+
+
+def commit() -> str:
+    """The commit of this tree, marked where it was changed since."""
+    line = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(line, cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def machine() -> dict[str, Any]:

@@ -140,7 +140,11 @@ def _is_bundle(path: str | Path) -> bool:
 def _default_output(source: str) -> Path:
     if _is_bundle(source):
         return Path(source)
-    name = Path(source).resolve().name if Path(source).is_dir() else source.replace(":", "/").rpartition("/")[2]
+    name = (
+        Path(source).resolve().name
+        if Path(source).is_dir()
+        else source.rstrip("/").replace(":", "/").rpartition("/")[2]
+    )
     return Path(name + ".bundle")
 
 

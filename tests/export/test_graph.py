@@ -146,8 +146,8 @@ def test_name_map_leads_every_parameter_to_its_values(
         expected = weights[prefix + parameter].astype(dtype)
         found = held[place["initializer"]]
         assert found.dtype == dtype
-        found = found.reshape(found.shape[found.ndim - expected.ndim :])
-        np.testing.assert_array_equal(found.T if place["transposed"] else found, expected, err_msg=parameter)
+        expected = expected.T if place["transposed"] else expected
+        np.testing.assert_array_equal(found.reshape(expected.shape), expected, err_msg=parameter)
         mapped[place["initializer"]].append(parameter)
     assert all(len(parameters) == 1 for parameters in mapped.values())
     consumed = {i for node in proto.graph.node for i in node.input}

@@ -64,7 +64,6 @@ WEIGHTS = {
     "sdxl-turbo": (SDXL_TURBO, None, named("", second=True)),
     "sdxl-turbo fp16": (SDXL_TURBO, "fp16", named(".fp16", second=True)),
     "fp16 only": (repository(".fp16"), None, named(".fp16")),
-    "no such variant": (repository(""), "fp16", named("")),
     "a safety checker": (SD_15, None, named("")),
     "sharded": (SHARDED, None, {*named("") - {"unet/diffusion_pytorch_model.safetensors"}, *SHARDS}),
     "sharded fp16": (
@@ -84,6 +83,11 @@ def test_only_the_weights_that_are_needed_are_downloaded(case: str) -> None:
     assert large == expected
     assert {*CONFIGS, *TOKENIZER} <= set(chosen)
     assert {n for n in names if n.endswith("config.json") and n.split("/")[0] in ("unet", "vae")} <= set(chosen)
+
+
+def test_a_variant_that_the_hub_lacks_is_refused_before_the_download() -> None:
+    with pytest.raises(InputError, match="the repository has no weights of variant 'fp16'"):
+        download.select(repository(""), "fp16")
 
 
 @pytest.mark.parametrize("ending", [".bin", ".ckpt"])

@@ -232,7 +232,7 @@ def test_a_damaged_file_is_not_loaded(sd: Path, copy_of, name: str, damage: str)
     bundle, (break_, expected) = copy_of(sd), DAMAGES[damage]
     break_(bundle / name)
     message = refusal(bundle)
-    assert f"{name!r} {expected}" in message and "rebuild it with build-engine" in message
+    assert f"{name!r} {expected}" in message and "remove it and run build-engine SOURCE again" in message
 
 
 def test_every_listed_file_is_checked_in_full(sd: Path, copy_of) -> None:
