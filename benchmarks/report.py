@@ -43,6 +43,7 @@ def _row(cells: list[str]) -> str:
 def _column(r: dict[str, Any]) -> dict[str, str]:
     phases, load, bench = r["build"]["phases"], r["load"], r["bench"]["1"]
     column = {
+        "commit": r["commit"],
         "build, whole": f"{sum(p['seconds'] for p in phases):.0f} s",
         "build, largest peak of a phase": _largest(phases),
         "load": f"{load['seconds']:.1f} s",
