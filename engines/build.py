@@ -69,35 +69,40 @@ def build(
     output = Path(output) if output is not None else _default_output(source)
     request = _request(source, asked, revision, variant)
     phases: list[PhaseReport] = []
+
+    def finish(lock: int) -> BuildResult:
+        bundle = Bundle.open(output)
+        _check_same(bundle, source, request)
+        session = Session(lock, None if verbose else output / "engines" / LOG, quiet, phases)
+        name, made = compiling.install(session, bundle, backend, device)
+        return BuildResult(
+            bundle=output,
+            engine=name,
+            precision={g: bundle.manifest.graphs[g].precision for g in bundle.chain.graphs},
+            engine_bytes=made.bytes,
+            build_seconds=made.build_seconds,
+            checks=list(made.checks),
+            phases=phases,
+            backend=backend,
+            reason=reason,
+        )
+
     if not _is_bundle(output):
         if output.exists():
             raise InputError(f"{output} exists and is not a bundle: choose another path with -o")
         partial = output.with_name(output.name + ".partial")
         with _locked(partial, quiet) as lock:
-            if _is_bundle(output):  # the owner of the lock that we waited for made it
-                partial.rmdir()
-            elif _is_bundle(source):
-                bundling.copy(Bundle.open(source), partial, output)
-            else:
-                session = Session(lock, None if verbose else partial / LOG, quiet, phases)
-                request = {"precision": backends.get(backend).PRECISION, **request}
-                bundling.export(session, source, request, partial, output, force)
+            if not _is_bundle(output):
+                if _is_bundle(source):
+                    bundling.copy(Bundle.open(source), partial, output)
+                else:
+                    session = Session(lock, None if verbose else partial / LOG, quiet, phases)
+                    request = {"precision": backends.get(backend).PRECISION, **request}
+                    bundling.export(session, source, request, partial, output, force)
+                return finish(lock)  # the folder was renamed, so the same lock is now the bundle's
+            partial.rmdir()  # the owner of the lock that we waited for made the bundle
     with _locked(output, quiet) as lock:
-        bundle = Bundle.open(output)
-        _check_same(bundle, source, request)
-        session = Session(lock, None if verbose else output / "engines" / LOG, quiet, phases)
-        name, made = compiling.install(session, bundle, backend, device)
-    return BuildResult(
-        bundle=output,
-        engine=name,
-        precision={g: bundle.manifest.graphs[g].precision for g in bundle.chain.graphs},
-        engine_bytes=made.bytes,
-        build_seconds=made.build_seconds,
-        checks=list(made.checks),
-        phases=phases,
-        backend=backend,
-        reason=reason,
-    )
+        return finish(lock)
 
 
 def _choose(backend: str | None) -> tuple[str, str]:

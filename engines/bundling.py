@@ -6,7 +6,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from turbochain.engines.resume import Progress, empty
+from turbochain.engines.resume import STATE, Finished, empty
 from turbochain.engines.session import Session, now, versions
 from turbochain.runtime import files, manifest
 from turbochain.runtime.bundle import REFERENCE, TEXT_TO_IMAGE, Bundle
@@ -19,6 +19,7 @@ VERSIONS = ("turbochain", "torch", "diffusers", "transformers", "onnx", "onnxscr
 def copy(source: Bundle, folder: Path, output: Path) -> None:
     """Make the bundle `output` a copy of another, without its engines, in the locked `folder`."""
     try:
+        source.check_files()
         for name in (*source.manifest.files, "bundle.json"):
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -34,21 +35,20 @@ def copy(source: Bundle, folder: Path, output: Path) -> None:
 def export(session: Session, source: str, request: dict[str, Any], folder: Path, output: Path, force: bool) -> None:
     """Make the bundle `output` of what `request` asks for, in the locked `folder`.
 
-    What cannot be built leaves nothing behind; a full disk, a failure or a kill leaves what was finished.
+    What cannot be built leaves nothing behind; a full disk, a failure or a kill leaves what was finished, if anything.
     """
     try:
         _export(session, source, request, folder, force)
-    except NoSpace:
-        raise
-    except (InputError, PictureError):
-        _leave_nothing(folder)
+    except (InputError, PictureError) as error:
+        if not isinstance(error, NoSpace) or not (folder / STATE).exists():
+            _leave_nothing(folder)
         raise
     files.install_directory(folder, output)
 
 
 def _export(session: Session, source: str, request: dict[str, Any], folder: Path, force: bool) -> None:
     _require_export()
-    state = Progress(folder, request)
+    state = Finished(folder, request)
     common = {"request": request, "folder": str(folder)}
     prepared = state.once(
         "prepare",

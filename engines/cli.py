@@ -48,7 +48,6 @@ def text(result: BuildResult) -> str:
     rows = [["stage", "precision", "engine size", "build time", "error", "bound"]]
     for c in result.checks:
         known = c.stage in result.precision
-        sign = "≥" if c.metric in verify.AT_LEAST else "≤"
         rows.append(
             [
                 c.stage,
@@ -56,7 +55,7 @@ def text(result: BuildResult) -> str:
                 console.size(result.engine_bytes[c.stage]) if known else "",
                 f"{result.build_seconds[c.stage]:.1f} s" if known else "",
                 f"{c.metric} {c.value:.3g}",
-                f"{sign} {c.bound:g}",
+                verify.bound_text(c),
             ]
         )
     did = "built and verified" if result.phases else "nothing to do: it is built and verified already"

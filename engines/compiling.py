@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from turbochain.engines.resume import Progress, empty
+from turbochain.engines.resume import Finished, empty
 from turbochain.engines.session import Session, now, versions
 from turbochain.runtime import backends, engine, files, manifest, verify
 from turbochain.runtime.bundle import Bundle
@@ -69,7 +69,7 @@ def _compile_and_check(session: Session, bundle: Bundle, key: EngineKey, folder:
         "options": key.options,
         "device": key.device,
     }
-    state = Progress(folder, dataclasses.asdict(key))
+    state = Finished(folder, dataclasses.asdict(key))
     done = {
         name: state.once(f"compile {name}", partial(_compile, session, name, common), lambda result: result["files"])
         for name in key.graphs
@@ -93,6 +93,6 @@ def _compile_and_check(session: Session, bundle: Bundle, key: EngineKey, folder:
 
 
 def _compile(session: Session, name: str, common: dict[str, Any]) -> dict[str, Any]:
-    files = session.run(f"compile {name}", "turbochain.engines.jobs:compile", name=name, **common)
+    written = session.run(f"compile {name}", "turbochain.engines.jobs:compile", name=name, **common)
     report = session.phases[-1]
-    return {"files": files, "seconds": report.seconds, "peak_bytes": report.peak_bytes}
+    return {"files": written, "seconds": report.seconds, "peak_bytes": report.peak_bytes}

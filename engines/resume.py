@@ -12,7 +12,7 @@ from turbochain.runtime.errors import BundleError
 STATE = "state.json"
 
 
-class Progress:
+class Finished:
     """`state.json` in a locked folder: what was asked, and what of it is done and with which files.
 
     A folder that was left by another request is emptied.

@@ -16,10 +16,10 @@ from turbochain.runtime.errors import InputError
 
 GiB = 2**30
 _BASE = 0.9 * GiB  # the libraries themselves
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_BYTES = {"fp32": 4, "fp16": 2}
 _REFERENCE = 1.15  # × all weights in fp32
 _EXPORT = 1.2  # × a component's weights in its precision, while it is traced and folded
-_ENGINE = {"fp32": 1.15, "fp16": 2.5, "bf16": 2.5}  # × weights: ONNX Runtime's CPU provider casts fp16 to fp32
+_ENGINE = {"fp32": 1.15, "fp16": 2.5}  # × weights: ONNX Runtime's CPU provider casts fp16 to fp32
 _ACTIVATIONS = 9  # × the decoder's widest tensor
 _SCORES = 2  # × the largest attention's scores, which ONNX Runtime keeps whole
 

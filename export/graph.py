@@ -16,9 +16,8 @@ from turbochain.export.source import Checkpoint
 from turbochain.runtime.errors import TurbochainError
 from turbochain.runtime.manifest import Graph, Tensor
 
-OPSET = 21  # the first whose attention TensorRT fuses in every stage; see DTYPES for what crosses a boundary
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-DTYPES = {torch.float32: "float32", torch.int32: "int32", torch.uint8: "uint8"}
+OPSET = 21  # the first whose attention TensorRT fuses in every stage
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def export(checkpoint: Checkpoint, name: str, shape: Shape, precision: str, bundle: Path, opset: int = OPSET) -> Graph:

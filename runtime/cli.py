@@ -110,8 +110,7 @@ def checks_table(checks: Sequence[Check]) -> str:
     """The figures of a verification as text."""
     rows = [["stage", "metric", "value", "bound", ""]]
     for c in checks:
-        sign = "≥" if c.metric in verify.AT_LEAST else "≤"
-        rows.append([c.stage, c.metric, f"{c.value:.3g}", f"{sign} {c.bound:g}", "ok" if c.passed else "FAILED"])
+        rows.append([c.stage, c.metric, f"{c.value:.3g}", verify.bound_text(c), "ok" if c.passed else "FAILED"])
     return console.table(rows)
 
 

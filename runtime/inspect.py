@@ -7,6 +7,7 @@ from turbochain.runtime import console
 from turbochain.runtime.bundle import Bundle
 from turbochain.runtime.engine import misfit
 from turbochain.runtime.errors import BundleError
+from turbochain.runtime.manifest import Engine
 
 
 def as_json(bundle: Bundle) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def as_json(bundle: Bundle) -> dict[str, Any]:
             }
             for steps, s in bundle.chain.schedules.items()
         },
-        "engines": {name: _engine(bundle, name) for name in bundle.engines()},
+        "engines": {name: _engine(bundle, found) for name, found in bundle.engines().items()},
         "created": m.created,
         "created_by": m.created_by,
     }
@@ -54,6 +55,7 @@ def wiring(bundle: Bundle) -> list[dict[str, str]]:
 def as_text(bundle: Bundle) -> str:
     """The same for a person."""
     m = bundle.manifest
+    engines = bundle.engines()
     height, width = bundle.size
     c = m.checkpoint
     source = c.source + (f" at {c.revision}" if c.revision else "")
@@ -75,15 +77,14 @@ def as_text(bundle: Bundle) -> str:
         console.table(stages),
         console.table(wires, left=4),
         console.table(steps),
-        *(_engine_text(name, _engine(bundle, name)) for name in bundle.engines()),
+        *(_engine_text(name, _engine(bundle, found)) for name, found in engines.items()),
     ]
-    if not bundle.engines():
+    if not engines:
         parts.append(f"no engine; build one: build-engine {bundle.path}")
     return "\n\n".join(parts)
 
 
-def _engine(bundle: Bundle, name: str) -> dict[str, Any]:
-    found = bundle.engines()[name]
+def _engine(bundle: Bundle, found: Engine | BundleError) -> dict[str, Any]:
     if isinstance(found, BundleError):
         return {"fits": False, "reason": str(found)}
     reason = misfit(bundle, found)

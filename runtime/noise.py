@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from turbochain.runtime.errors import InputError
+from turbochain.runtime.manifest import Schedule
 
 
 class Generator:
@@ -90,6 +91,22 @@ def draw(generators: Sequence[Generator], shape: Sequence[int]) -> np.ndarray:
             "batch, or one for each of its images."
         )
     return np.concatenate([generator.randn(1, *shape[1:]) for generator in generators])
+
+
+def draw_run(
+    schedule: Schedule, generators: Sequence[Generator], shape: Sequence[int], latents: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what one run of a schedule starts from and adds, fp32: scaled latents `shape`, noise [steps, *shape].
+
+    The order of the draws is diffusers': the latents, unless unit noise is given as `latents`, then every step that
+    draws; the others have zeros.
+    """
+    start = draw(generators, shape) if latents is None else latents
+    noise = np.zeros((len(schedule.rows), *shape), np.float32)
+    for row, step in zip(noise, schedule.rows, strict=True):
+        if step.draws_noise:
+            row[:] = draw(generators, shape)
+    return np.float32(schedule.q) * start, noise
 
 
 def _checked(seed: object) -> int:

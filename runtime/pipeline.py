@@ -16,7 +16,7 @@ from turbochain.runtime.bundle import Bundle
 from turbochain.runtime.chain import Plan, plan
 from turbochain.runtime.errors import InputError, PictureError, TurbochainError
 from turbochain.runtime.manifest import Schedule
-from turbochain.runtime.noise import Generator, draw
+from turbochain.runtime.noise import Generator, draw_run
 from turbochain.runtime.prompts import PromptCache
 from turbochain.runtime.tokenizer import Tokenizer, check_prompt
 
@@ -175,12 +175,7 @@ class Pipeline:
         if not isinstance(seeds, Sequence) or isinstance(seeds, str) or (seeds is seed and len(seeds) != count):
             raise InputError(f"seed={seed!r}: an integer, or a list with one integer for each of {count} pictures")
         generators = [Generator(s) for s in seeds]
-        start = draw(generators, shape) if latents is None else _check_latents(latents, shape)
-        noise = np.zeros((len(schedule.rows), *shape), np.float32)
-        for row, step in zip(noise, schedule.rows, strict=True):
-            if step.draws_noise:
-                row[:] = draw(generators, shape)
-        return np.float32(schedule.q) * start, noise
+        return draw_run(schedule, generators, shape, None if latents is None else _check_latents(latents, shape))
 
     def _warn_of_truncation(self, prompts: Sequence[str]) -> None:
         for prompt in dict.fromkeys(prompts):

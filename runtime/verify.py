@@ -18,7 +18,7 @@ from turbochain.runtime.bundle import REFERENCE, Bundle
 from turbochain.runtime.chain import plan, stage_plan
 from turbochain.runtime.errors import BundleError, VerificationError
 from turbochain.runtime.manifest import Check
-from turbochain.runtime.noise import Generator, draw
+from turbochain.runtime.noise import Generator, draw_run
 
 Arrays = dict[str, np.ndarray]
 Bounds = dict[str, float]
@@ -105,11 +105,13 @@ def require(checks: list[Check]) -> None:
     """Raise VerificationError that names every stage, figure and bound which failed."""
     failed = [c for c in checks if not c.passed]
     if failed:
-        figures = "; ".join(
-            f"{c.stage}: {c.metric} is {c.value:.3g}, the bound is {'≥' if c.metric in AT_LEAST else '≤'} {c.bound:g}"
-            for c in failed
-        )
+        figures = "; ".join(f"{c.stage}: {c.metric} is {c.value:.3g}, the bound is {bound_text(c)}" for c in failed)
         raise VerificationError(f"the result differs from what diffusers produced: {figures}")
+
+
+def bound_text(check: Check) -> str:
+    """A check's bound and its direction: "≤ 0.001"."""
+    return f"{'≥' if check.metric in AT_LEAST else '≤'} {check.bound:g}"
 
 
 def _badness(check: Check) -> float:
@@ -175,13 +177,10 @@ def _check_stage(bundle: Bundle, executor: Any, name: str, case: Case) -> Iterat
 
 def _check_chain(bundle: Bundle, executor: Any, case: Case) -> Iterator[Check]:
     """Ids → picture with our own noise; the bound is that of the least precise stage."""
-    schedule = bundle.schedule(case.steps)
-    latents = bundle.tensors["latents"]
-    generators = [Generator(case.seed)]
-    start = np.float32(schedule.q) * draw(generators, latents.shape)
-    rows = [draw(generators, latents.shape) if r.draws_noise else np.zeros(latents.shape) for r in schedule.rows]
+    shape = bundle.tensors["latents"].shape
+    start, noise = draw_run(bundle.schedule(case.steps), [Generator(case.seed)], shape)
     ids = {name: case.tensors[name] for name in bundle.manifest.tokenizers}
-    feeds = {**bundle.feeds(case.steps), **ids, "latents": start, "noise": np.stack(rows)}
+    feeds = {**bundle.feeds(case.steps), **ids, "latents": start, "noise": noise}
     steps = plan(bundle.chain, bundle.manifest.graphs, case.steps)
     image = executor.execute(steps, feeds)[bundle.chain.output]
     precisions = {bundle.manifest.graphs[g].precision for g in bundle.chain.graphs}

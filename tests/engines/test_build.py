@@ -170,6 +170,16 @@ def test_a_bundle_is_copied_without_torch(sd: Path, tmp_path: Path) -> None:
     assert (pictures[0] == pictures[1]).all() and not list(tmp_path.glob("*.partial"))
 
 
+def test_a_damaged_bundle_is_not_copied(sd: Path, copy_of, tmp_path: Path) -> None:
+    bundle = copy_of(sd)
+    (bundle / "graphs/unet.onnx.data").unlink()
+    done = command("build-engine", bundle, "-o", tmp_path / "copy.bundle")
+    assert (
+        done.returncode == 2 and "'graphs/unet.onnx.data' is missing" in done.stderr and "Traceback" not in done.stderr
+    )
+    assert [p.name for p in tmp_path.iterdir()] == [bundle.name]
+
+
 def test_a_bundle_does_not_tell_where_it_was_built(sd: Path, checkpoints: dict[str, Path]) -> None:
     text = (sd / "bundle.json").read_text()
     assert checkpoints["sd"].name in text and str(checkpoints["sd"].parent) not in text
