@@ -15,7 +15,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(PIP) install -q -c constraints.txt -e '.[cpu,export,dev]'
+	$(PIP) install -q -c constraints.txt -e '.[cpu,export,tensorrt-rtx,dev]'
 	$(PIP) install -q -c constraints.txt --no-deps open_clip_torch
 	touch $@
 
@@ -34,7 +34,7 @@ check: setup
 	$(BIN)/mypy
 
 check-full: check
-	$(BIN)/python -m pytest -q -m ''
+	$(BIN)/python -m pytest -q -m 'not gpu'
 
 bench: setup
 	$(BIN)/python benchmarks/measure.py $(BENCH) --precision $(PRECISION)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from turbochain.engines import bundling, compiling
+from turbochain.engines.compiling import Order
 from turbochain.engines.session import LOG, PhaseReport, Session
 from turbochain.runtime import backends, files
 from turbochain.runtime.bundle import Bundle
@@ -42,6 +43,7 @@ def build(
     *,
     backend: str | None = None,
     device: str | None = None,
+    target: str | None = None,
     precision: str | None = None,
     size: tuple[int, int] | None = None,
     batch: int | None = None,
@@ -55,16 +57,19 @@ def build(
     """Build `output` (default: the source's name + ".bundle", here) with an engine for this machine.
 
     `source`: a hub id, a local folder in diffusers' format, "synthetic:NAME", or a bundle. `backend`: default
-    the best installed one. `precision`: "fp32" or "fp16" (default: the backend's). `size`: width and height in
-    pixels, multiples of 64 (default 512×512). `steps`: step counts (default 1 to 4). `force` skips the check
-    of memory and disk. A second call with the same arguments finds the result and does nothing. Raises
-    InputError for what cannot be built, VerificationError where the engine differs from diffusers by more
-    than its bounds (the engine is then not installed).
+    the best for this machine. `device`: of this machine, such as "cpu" or "cuda:1". `target`: build for another
+    machine's GPU, such as "sm89" (TensorRT-RTX); the engine is verified when it is first loaded there.
+    `precision`: "fp32" or "fp16" (default: the backend's). `size`: width and height in pixels, multiples of 64
+    (default 512×512). `steps`: step counts (default 1 to 4). `force` skips the check of memory and disk. A
+    second call with the same arguments finds the result and does nothing. Raises InputError for what cannot be
+    built, VerificationError where the engine differs from diffusers by more than its bounds (the engine is then
+    not installed).
     """
-    backend, reason = _choose(backend)
-    device = backends.get(backend).device(device)
+    backend, reason = _choose(backend, device, target)
+    order = Order(backend, device, target)
+    where = compiling.device(backend, device, target)
     if not quiet:
-        print(f"backend {backend} on {device}: {reason}", file=sys.stderr)
+        print(f"backend {backend} on {where}: {reason}", file=sys.stderr)
     asked = _asked(precision, size, batch, steps)
     output = Path(output) if output is not None else _default_output(source)
     request = _request(source, asked, revision, variant)
@@ -74,7 +79,7 @@ def build(
         bundle = Bundle.open(output)
         _check_same(bundle, source, request)
         session = Session(lock, None if verbose else output / "engines" / LOG, quiet, phases)
-        name, made = compiling.install(session, bundle, backend, device)
+        name, made = compiling.install(session, bundle, order)
         return BuildResult(
             bundle=output,
             engine=name,
@@ -97,7 +102,7 @@ def build(
                     bundling.copy(Bundle.open(source), partial, output)
                 else:
                     session = Session(lock, None if verbose else partial / LOG, quiet, phases)
-                    request = {"precision": backends.get(backend).PRECISION, **request}
+                    request = {"precision": backends.preference(backend, where).precision, **request}
                     bundling.export(session, source, request, partial, output, force)
                 return finish(lock)  # the folder was renamed, so the same lock is now the bundle's
             partial.rmdir()  # the owner of the lock that we waited for made the bundle
@@ -105,9 +110,11 @@ def build(
         return finish(lock)
 
 
-def _choose(backend: str | None) -> tuple[str, str]:
+def _choose(backend: str | None, device: str | None, target: str | None) -> tuple[str, str]:
     if backend is None:
-        return backends.best()
+        if target is not None:
+            return "tensorrt", f"it builds for {target} without such a GPU"
+        return backends.best(device)
     backends.get(backend)
     backends.require(backend)
     return backend, "as asked"

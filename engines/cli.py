@@ -21,8 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("source", help="a hub id, a local folder in diffusers' format, synthetic:NAME, or a bundle")
     add("-o", "--output", help="the bundle (default: the source's name with .bundle, in this folder)")
-    add("--backend", help="default: the best installed one")
+    add("--backend", help="default: the best for this machine")
     add("--device", help="default: the backend's own choice")
+    add("--target", help="build for GPUs of another machine, such as sm89 (TensorRT-RTX; needs no GPU here)")
     add("--precision", help="fp32 or fp16 (default: fp32 for a CPU backend, fp16 for a GPU backend)")
     add("--size", help="width x height in pixels, multiples of 64 (default 512x512)")
     add("--batch", type=int, help="pictures per pass (default 1)")

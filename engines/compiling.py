@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import importlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,25 +13,53 @@ from typing import Any
 from turbochain.engines.resume import Finished, empty
 from turbochain.engines.session import Session, now, versions
 from turbochain.runtime import backends, engine, files, manifest, verify
+from turbochain.runtime.backends import Device
 from turbochain.runtime.bundle import Bundle
 from turbochain.runtime.errors import BundleError, InputError, VerificationError
 from turbochain.runtime.manifest import FORMAT_VERSION, Check, Engine, EngineKey
 
 
-def install(session: Session, bundle: Bundle, backend: str, device: str) -> tuple[str, Engine]:
-    """The engine of this backend and machine in a locked bundle, built and verified if there is none."""
+@dataclass(frozen=True)
+class Order:
+    """What engine to build."""
+
+    backend: str
+    device: str | None = None  # of this machine; None: the default one
+    target: str | None = None  # an architecture such as "sm89", to build for another machine
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the backend, those that are not its defaults
+    cache: Path | None = None  # where the backend may keep what makes later builds quicker (None: beside the bundle)
+
+
+def device(backend: str, name: str | None, target: str | None) -> Device:
+    """The device that an engine is for; InputError where there is none such or the backend cannot build for it."""
+    module = backends.get(backend)
+    if target is None:
+        return module.device(name)
+    if not hasattr(module, "target"):
+        raise InputError(f"target {target!r}: the backend {backend} builds only for the machine that it runs on")
+    return module.target(target)
+
+
+def install(session: Session, bundle: Bundle, order: Order) -> tuple[str, Engine]:
+    """The engine that was ordered in a locked bundle, built and verified if there is none.
+
+    One for another machine cannot be verified here: it has no checks until it is loaded there.
+    """
+    backend = order.backend
+    where = device(backend, order.device, order.target)
     library, version = backends.require(backend)
     options = importlib.import_module(f"turbochain.engines.{backend}").OPTIONS
-    key = EngineKey(backend, device, library, version, options, graphs=bundle.graph_digests())
+    key = EngineKey(backend, where.kind, library, version, options, bundle.graph_digests(), where.gpu)
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(key), sort_keys=True).encode()).hexdigest()
-    name = f"{backend}-{device}-{digest[:12]}"
+    short = f"sm{where.gpu.compute_capability.replace('.', '')}" if where.gpu else where.kind
+    name = f"{backend}-{short}-{digest[:12]}"
     final, building = bundle.path / "engines" / name, bundle.path / "engines" / ".building"
     engine.check_inputs(bundle)
-    if existing := _intact(bundle, name):
+    if existing := _intact(bundle, name, key):
         return name, existing
     try:
         building.mkdir(parents=True, exist_ok=True)
-        made = _compile_and_check(session, bundle, key, building)
+        made = _compile_and_check(session, bundle, key, order, building)
         files.write_atomically(building / "engine.json", manifest.write(made))
         empty(building, keep=(*made.files, "engine.json"))
         if final.exists():  # damaged
@@ -49,10 +79,10 @@ def install(session: Session, bundle: Bundle, backend: str, device: str) -> tupl
     return name, made
 
 
-def _intact(bundle: Bundle, name: str) -> Engine | None:
-    """The installed engine of this name, unless it is missing or damaged."""
+def _intact(bundle: Bundle, name: str, key: EngineKey) -> Engine | None:
+    """The installed engine of this name and key, unless it is missing or damaged."""
     existing = bundle.engines().get(name)
-    if not isinstance(existing, Engine) or engine.misfit(bundle, existing) is not None:
+    if not isinstance(existing, Engine) or existing.key != key:
         return None
     try:
         files.check_all(bundle.path / "engines" / name, existing.files, full=False)
@@ -61,22 +91,25 @@ def _intact(bundle: Bundle, name: str) -> Engine | None:
     return existing
 
 
-def _compile_and_check(session: Session, bundle: Bundle, key: EngineKey, folder: Path) -> Engine:
+def _compile_and_check(session: Session, bundle: Bundle, key: EngineKey, order: Order, folder: Path) -> Engine:
     common = {
         "path": str(bundle.path),
         "backend": key.backend,
         "folder": str(folder),
         "options": key.options,
-        "device": key.device,
+        "device": order.device,
     }
+    compiler = {**common, "target": order.target, "cache": str(order.cache or bundle.path.parent)}
     state = Finished(folder, dataclasses.asdict(key))
     done = {
-        name: state.once(f"compile {name}", partial(_compile, session, name, common), lambda result: result["files"])
+        name: state.once(f"compile {name}", partial(_compile, session, name, compiler), lambda result: result["files"])
         for name in key.graphs
     }
     written = state.records()
-    checks = [Check(**c) for c in session.run("verify", "turbochain.engines.jobs:check", **common)]
-    verify.require(checks)
+    checks: list[Check] = []
+    if order.target is None:
+        checks = [Check(**c) for c in session.run("verify", "turbochain.engines.jobs:check", **common)]
+        verify.require(checks)
     sizes = {**bundle.manifest.files, **written}
     graphs = bundle.manifest.graphs
     return Engine(
@@ -85,7 +118,10 @@ def _compile_and_check(session: Session, bundle: Bundle, key: EngineKey, folder:
         files=written,
         bytes={g: sum(sizes[f].size for f in done[g]["files"] or graphs[g].files) for g in key.graphs},
         build_seconds={g: done[g]["seconds"] for g in key.graphs},
-        peak_bytes={**{g: done[g]["peak_bytes"] for g in key.graphs}, "verify": session.phases[-1].peak_bytes},
+        peak_bytes={
+            **{g: done[g]["peak_bytes"] for g in key.graphs},
+            **({"verify": session.phases[-1].peak_bytes} if checks else {}),
+        },
         checks=tuple(checks),
         created=now(),
         created_by=versions("turbochain", key.library, "numpy"),

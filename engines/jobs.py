@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from turbochain.engines import compiling
 from turbochain.runtime import engine, verify
 from turbochain.runtime.bundle import REFERENCE, Bundle
 
@@ -19,18 +20,21 @@ def compile(
     backend: str,
     folder: str,
     options: dict[str, Any],
-    device: str,
+    device: str | None,
+    target: str | None,
+    cache: str,
     name: str,
 ) -> list[str]:
     """Compile one graph of the bundle into `folder`; returns the names of the files that it wrote there."""
     bundle = Bundle.open(path)
     bundle.check_files(bundle.manifest.graphs[name].files)
     module = importlib.import_module(f"turbochain.engines.{backend}")
-    return list(module.compile(bundle, name, Path(folder), options, device, progress))
+    where = compiling.device(backend, device, target)
+    return list(module.compile(bundle, name, Path(folder), options, where, Path(cache), progress))
 
 
 def check(
-    progress: Progress, *, path: str, backend: str, folder: str, options: dict[str, Any], device: str
+    progress: Progress, *, path: str, backend: str, folder: str, options: dict[str, Any], device: str | None
 ) -> list[dict[str, Any]]:
     """Verify the engine in `folder`; returns the checks, passed or not."""
     bundle = Bundle.open(path)

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from turbochain.runtime.backends.onnxruntime import Executor
+from turbochain.runtime.backends import Device
+from turbochain.runtime.backends.onnxruntime import executor
 from turbochain.runtime.bundle import Bundle
 
 OPTIONS: dict[str, Any] = {}
@@ -16,12 +17,13 @@ def compile(
     graph: str,
     folder: Path,
     options: dict[str, Any],
-    device: str,
+    device: Device,
+    cache: Path,
     progress: Callable[[int, int], None],
 ) -> list[str]:
     """See that ONNX Runtime takes the graph; returns the names of the files written into `folder`: none.
 
     Raises TurbochainError where it does not take it.
     """
-    Executor(bundle, folder, options, device=device, threads=None, graphs=[graph]).close()
+    executor(bundle, folder, options, device=device, threads=None, graphs=[graph]).close()
     return []

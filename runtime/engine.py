@@ -1,12 +1,14 @@
 """Which engine of a bundle fits this machine, and opening it."""
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from turbochain.runtime import backends, files
 from turbochain.runtime.bundle import Bundle
 from turbochain.runtime.errors import BundleError, InputError
-from turbochain.runtime.manifest import Engine
+from turbochain.runtime.manifest import Engine, EngineKey
 
 
 def misfit(bundle: Bundle, engine: Engine, device: str | None = None) -> str | None:
@@ -14,20 +16,21 @@ def misfit(bundle: Bundle, engine: Engine, device: str | None = None) -> str | N
     key = engine.key
     if key.backend not in backends.names():
         return f"it is for the backend {key.backend}, which this version does not have"
-    library = backends.library(key.backend)
+    module, library = backends.get(key.backend), backends.library(key.backend)
     if library is None:
-        return f"its backend {key.backend} is not installed: {backends.get(key.backend).INSTALL}"
-    if library != (key.library, key.version):
-        return f"it was built with {key.library} {key.version}, and this machine has {' '.join(library)}"
+        return f"its backend {key.backend} is not installed: {module.INSTALL}"
     try:
-        here = backends.get(key.backend).device(device)
+        reason = module.misfit(key, library, module.device(device))
     except InputError as error:  # no such device here
         return str(error)
-    if key.device != here:
-        return f"it is for the device {key.device}, and this one is {here}"
-    if any(key.graphs.get(g) != bundle.graph_digest(g) for g in bundle.chain.graphs):
-        return "it was built from other graphs"
-    return None
+    if reason is None and any(key.graphs.get(g) != bundle.graph_digest(g) for g in bundle.chain.graphs):
+        reason = "it was built from other graphs"
+    return reason
+
+
+def rebuild(bundle: Bundle, key: EngineKey) -> str:
+    """The command that builds an engine of this key's backend for this machine."""
+    return f"build-engine {shlex.quote(str(bundle.path))} --backend {key.backend}"
 
 
 def select(bundle: Bundle, backend: str | None = None, device: str | None = None) -> tuple[str, Engine]:
@@ -45,9 +48,9 @@ def select(bundle: Bundle, backend: str | None = None, device: str | None = None
         else:
             fitting.append((name, engine))
     if fitting:
-        return max(fitting, key=lambda item: backends.get(item[1].key.backend).RANK)
+        return max(fitting, key=lambda item: backends.get(item[1].key.backend).PREFERENCES[item[1].key.device].rank)
     if backend is None:
-        backends.best()  # with no backend at all, its `pip install` line is what helps
+        backends.best(device)  # with no backend at all, its `pip install` line is what helps
     why = "; ".join(reasons) or "it has none"
     option = f" --backend {backend}" if backend else ""
     raise BundleError(
@@ -86,7 +89,8 @@ def executor(
     *,
     device: str | None,
     threads: int | None,
+    graphs: Sequence[str] | None = None,
 ) -> Any:
-    """The backend's executor for an engine's folder, whose files have been hashed."""
+    """The backend's executor for an engine's folder, whose files have been hashed (`graphs`: only these, or all)."""
     module = backends.get(backend)
-    return module.Executor(bundle, folder, options, device=module.device(device), threads=threads)
+    return module.executor(bundle, folder, options, device=module.device(device), threads=threads, graphs=graphs)

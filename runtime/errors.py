@@ -29,6 +29,22 @@ class BackendMissing(InputError):
     """The backend's package is not installed; the message holds the `pip install` line that mends it."""
 
 
+class NoGpu(InputError):
+    """There is no usable NVIDIA GPU: no driver, one that is too old, no device, or not the one asked for."""
+
+
+class OutOfMemory(TurbochainError):
+    """The GPU's memory does not suffice; what was taken has been given back, and the process goes on."""
+
+
+class CudaError(TurbochainError):
+    """A CUDA call failed; the process can go on using the GPU."""
+
+
+class CudaFault(TurbochainError):
+    """An error after which CUDA refuses every call of this process: it must be restarted."""
+
+
 class VerificationError(TurbochainError):
     """A result differs from what diffusers produced by more than its bound."""
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from turbochain.runtime import console
 from turbochain.runtime.bundle import Bundle
-from turbochain.runtime.engine import misfit
+from turbochain.runtime.engine import misfit, rebuild
 from turbochain.runtime.errors import BundleError
-from turbochain.runtime.manifest import Engine
+from turbochain.runtime.manifest import Engine, Gpu
 
 
 def as_json(bundle: Bundle) -> dict[str, Any]:
@@ -88,16 +88,22 @@ def _engine(bundle: Bundle, found: Engine | BundleError) -> dict[str, Any]:
     if isinstance(found, BundleError):
         return {"fits": False, "reason": str(found)}
     reason = misfit(bundle, found)
-    return {"fits": reason is None, "reason": reason, **dataclasses.asdict(found)}
+    mend = None if reason is None else rebuild(bundle, found.key)
+    return {"fits": reason is None, "reason": reason, "rebuild": mend, **dataclasses.asdict(found)}
 
 
 def _engine_text(name: str, engine: dict[str, Any]) -> str:
     fits = "fits this machine" if engine["fits"] else f"does not fit: {engine['reason']}"
     if "key" not in engine:
         return f"engine {name}: {fits}"
+    if not engine["fits"]:
+        fits += f"\n  one that fits: {engine['rebuild']}"
     worst = "; ".join(f"{c['stage']} {c['metric']} {c['value']:.3g}" for c in engine["checks"])
     key = engine["key"]
+    where = Gpu(**key["gpu"]) if key["gpu"] else key["device"]
+    options = "".join(f", {k}={v}" for k, v in key["options"].items())
     return (
-        f"engine {name}: {fits}\n  {key['backend']} on {key['device']}, {key['library']} {key['version']}, "
-        f"{console.size(sum(engine['bytes'].values()))}\n  checked: {worst}"
+        f"engine {name}: {fits}\n  {key['backend']} on {where}, {key['library']} {key['version']}{options}, "
+        f"{console.size(sum(engine['bytes'].values()))}\n  "
+        + (f"checked: {worst}" if worst else "unverified: it is checked when it is first loaded on such a machine")
     )

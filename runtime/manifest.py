@@ -131,15 +131,29 @@ class Manifest:
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """A GPU; name and memory are None where only the architecture was asked for (`build-engine --target`)."""
+
+    name: str | None
+    compute_capability: str  # major.minor, such as "8.9"
+    memory_bytes: int | None
+
+    def __str__(self) -> str:
+        memory = f", {self.memory_bytes / 2**30:.0f} GiB" if self.memory_bytes else ""
+        return f"{self.name or 'any GPU of the architecture'} (sm{self.compute_capability.replace('.', '')}{memory})"
+
+
+@dataclass(frozen=True)
 class EngineKey:
-    """What an engine depends on. An engine fits a machine when every field but `options` is equal there."""
+    """What an engine depends on; `backends.<backend>.misfit` says what of it must be equal on a machine."""
 
     backend: str
-    device: str  # "cpu"; a GPU backend puts the GPU's identity here
+    device: str  # "cpu" or "cuda"
     library: str  # the distribution that runs it
     version: str
     options: dict[str, Any]
     graphs: dict[str, str]  # graph → digest of its files
+    gpu: Gpu | None = None  # where the device is "cuda"
 
 
 @dataclass(frozen=True)
@@ -163,7 +177,7 @@ class Engine:
     bytes: dict[str, int]  # graph → what its engine reads from disk, in bytes
     build_seconds: dict[str, float]  # graph → time its compilation took
     peak_bytes: dict[str, int]  # graph, or "verify" → peak resident memory of the process that did it
-    checks: tuple[Check, ...]  # the verification that let it be installed
+    checks: tuple[Check, ...]  # the verification; empty while one built for another machine has not met that machine
     created: str
     created_by: dict[str, str]
 

@@ -2,30 +2,56 @@
 
 - `LIBRARIES`: the distributions that provide it, in order of preference;
 - `INSTALL`: the command that installs it;
-- `RANK`: which is preferred where several are installed (higher wins), with `REASON`, a phrase;
-- `PRECISION`: what a bundle is exported in for it where the user does not say;
-- `device(name: str | None) -> str`: the identity of the device that `name` means (None: the default one);
-  InputError where there is none, with the reason;
-- `Executor(bundle, folder, options, *, device, threads, graphs)`: see `host.HostExecutor`, the one for host memory.
+- `PREFERENCES`: kind of device ("cpu", "cuda") → `Preference`;
+- `device(name: str | None) -> Device`: the device that `name` means (None: the default one); InputError where
+  there is none, with the reason;
+- `misfit(key, library, device) -> str | None`: why an engine of this key does not run there, as a phrase
+  (`exact` where nothing may differ);
+- `executor(bundle, folder, options, *, device, threads, graphs)`: a `host.HostExecutor` or a `device.DeviceExecutor`.
 
-Nothing here imports a backend's library before an `Executor` is made.
+Nothing here imports a backend's library before an executor is made.
 """
 
 import importlib
 import pkgutil
+from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
 
 from turbochain.runtime.errors import BackendMissing, InputError
+from turbochain.runtime.manifest import EngineKey, Gpu
+
+_SHARED = ("host", "device")
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where an executor runs."""
+
+    kind: str  # "cpu" or "cuda"
+    index: int = 0  # the CUDA ordinal
+    gpu: Gpu | None = None  # where the kind is "cuda"
+
+    def __str__(self) -> str:
+        return str(self.gpu) if self.gpu else self.kind
+
+
+@dataclass(frozen=True)
+class Preference:
+    """What a backend is like on one kind of device."""
+
+    rank: int  # which backend is chosen where several could be: the highest
+    reason: str  # why, as a phrase
+    precision: str  # what a bundle is exported in for it where the user does not say
 
 
 def names() -> list[str]:
     """Every backend that this version has, installed or not, best first."""
-    return sorted(_modules(), key=lambda name: -get(name).RANK)
+    return sorted(_modules(), key=lambda name: -max(p.rank for p in get(name).PREFERENCES.values()))
 
 
 def _modules() -> list[str]:
-    return [m.name for m in pkgutil.iter_modules(__path__) if m.name != "host"]
+    return [m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SHARED]
 
 
 def get(name: str) -> ModuleType:
@@ -53,18 +79,30 @@ def require(name: str) -> tuple[str, str]:
     return found
 
 
-def _has_device(name: str) -> bool:
-    try:
-        get(name).device(None)
-    except InputError:
-        return False
-    return True
+def preference(name: str, device: Device) -> Preference:
+    """What the backend is like on that device."""
+    return get(name).PREFERENCES[device.kind]
 
 
-def best() -> tuple[str, str]:
-    """The best installed backend and the reason for the choice; BackendMissing where there is none."""
-    installed = [name for name in names() if library(name) and _has_device(name)]
-    if not installed:
-        lines = "; or ".join(get(name).INSTALL for name in names())
-        raise BackendMissing(f"no backend is installed: {lines}")
-    return installed[0], get(installed[0]).REASON
+def exact(key: EngineKey, library: tuple[str, str], device: Device) -> str | None:
+    """The strictest `misfit`: same library, same version, same device."""
+    if library != (key.library, key.version):
+        return f"it was built with {key.library} {key.version}, and this machine has {' '.join(library)}"
+    if (key.device, key.gpu) != (device.kind, device.gpu):
+        return f"it is for {key.gpu or key.device}, and this device is {device}"
+    return None
+
+
+def best(device: str | None = None) -> tuple[str, str]:
+    """The best backend for a device of this machine (None: any) and the reason; BackendMissing where there is none."""
+    usable, reasons = [], []
+    for name in names():
+        try:
+            require(name)
+            usable.append((preference(name, get(name).device(device)), name))
+        except InputError as error:
+            reasons.append(str(error))
+    if not usable:
+        raise BackendMissing("no backend can run here: " + "; ".join(reasons))
+    found, name = max(usable, key=lambda item: item[0].rank)
+    return name, found.reason

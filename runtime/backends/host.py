@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from turbochain.runtime.backends import Device
 from turbochain.runtime.bundle import Bundle
 from turbochain.runtime.chain import Constant, Copy, Download, Plan, Run, Upload
 
@@ -28,13 +29,15 @@ class HostExecutor(ABC):
         folder: Path,
         options: Mapping[str, Any],
         *,
-        device: str,
-        threads: int | None,
+        device: Device,
+        threads: int | None = None,
         graphs: Sequence[str] | None = None,
     ) -> None:
         """`graphs`: load only these of the chain (None: all of it)."""
         self.bundle, self.folder, self.options = bundle, folder, dict(options)
         self.device, self.threads = device, threads
+        self.seconds = 0.0
+        """How long the graphs' launches of the last `execute` took."""
         self.buffers = {name: np.zeros(t.shape, t.dtype) for name, t in bundle.tensors.items()}
         self._graphs = {name: self.load(name) for name in graphs or bundle.chain.graphs}
 
@@ -50,6 +53,7 @@ class HostExecutor(ABC):
         Returns the downloads: views of the buffers, valid until the next call.
         """
         results = {}
+        self.seconds = 0.0
         for operation in plan:
             match operation:
                 case Upload(name, None):
@@ -61,8 +65,10 @@ class HostExecutor(ABC):
                 case Run(graph):
                     start = time.perf_counter()
                     self._graphs[graph]()
+                    seconds = time.perf_counter() - start
+                    self.seconds += seconds
                     if observe:
-                        observe(graph, time.perf_counter() - start)
+                        observe(graph, seconds)
                 case Download(name):
                     results[name] = self.buffers[name]
         return results

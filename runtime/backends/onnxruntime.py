@@ -1,18 +1,26 @@
-"""ONNX Runtime: reads the bundle's graphs directly, on its CPU provider."""
+"""ONNX Runtime: reads the bundle's graphs directly, on its CPU provider or, with onnxruntime-gpu, on a GPU."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from turbochain.runtime import backends
+import numpy as np
+
+from turbochain.runtime import backends, cuda
+from turbochain.runtime.backends import Device, Preference
+from turbochain.runtime.backends.device import DeviceExecutor, Stage
 from turbochain.runtime.backends.host import HostExecutor
-from turbochain.runtime.errors import BundleError, InputError, TurbochainError
+from turbochain.runtime.bundle import Bundle
+from turbochain.runtime.errors import BundleError, InputError, OutOfMemory, TurbochainError
+from turbochain.runtime.manifest import Graph
 
 LIBRARIES = ("onnxruntime", "onnxruntime-gpu")
 INSTALL = "pip install 'turbochain[cpu]'"
-RANK = 10
-REASON = "it runs on any CPU"
-PRECISION = "fp32"
+PREFERENCES = {
+    "cpu": Preference(10, "it runs on any CPU", "fp32"),
+    "cuda": Preference(50, "it runs on any NVIDIA GPU", "fp16"),
+}
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -22,54 +30,88 @@ _DTYPES = {
 }
 
 
-def device(name: str | None) -> str:
-    """`cpu`, the only device so far; InputError for another."""
-    if name not in (None, "cpu"):
-        raise InputError(f"device={name!r}: the backend onnxruntime runs on 'cpu'")
-    return "cpu"
+def device(name: str | None) -> Device:
+    """ "cpu", or with onnxruntime-gpu the GPU that "cuda" or "cuda:N" means; None: a GPU where there is one.
+
+    InputError for another name, NoGpu where there is no such GPU.
+    """
+    gpu = (backends.library("onnxruntime") or ("",))[0] == "onnxruntime-gpu"
+    if name == "cpu" or (name is None and not gpu):
+        return Device("cpu")
+    if not gpu:
+        raise InputError(
+            f"device={name!r}: onnxruntime runs on 'cpu'; on a GPU with pip uninstall onnxruntime, then "
+            "pip install 'turbochain[cuda]'"
+        )
+    try:
+        index, found = cuda.find(name)
+    except InputError:
+        if name is None:  # no GPU, no driver or no cuda-bindings: its CPU provider is there
+            return Device("cpu")
+        raise
+    return Device("cuda", index, found)
 
 
-class Executor(HostExecutor):
+misfit = backends.exact
+
+
+def executor(
+    bundle: Bundle, folder: Path, options: Mapping[str, Any], *, device: Device, **where: Any
+) -> "HostExecutor | DeviceExecutor":
+    """An executor on the CPU or CUDA provider, by the kind of `device`; see theirs for the rest."""
+    kind = CudaExecutor if device.kind == "cuda" else CpuExecutor
+    return kind(bundle, folder, options, device=device, **where)
+
+
+class CpuExecutor(HostExecutor):
     """Every graph is a session, bound once to the buffers."""
 
     def load(self, graph: str) -> Callable[[], None]:
         """Create the graph's session; TurbochainError where ONNX Runtime cannot."""
-        ort = _library()
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # errors only: its warnings are about nodes that it places well
+        options = _options()
         # Each graph has its own threads, and they must not spin while those of the next graph work.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
-        path = self.bundle.path / self.bundle.manifest.graphs[graph].file
-        try:
-            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime has no common base class for what it raises
-            raise TurbochainError(f"onnxruntime cannot load {path}: {_first_line(error)}") from error
-        return self._bind(graph, session)
+        session = _session(self.bundle, graph, options, ["CPUExecutionProvider"])
+        at = {name: buffer.ctypes.data for name, buffer in self.buffers.items()}
+        binding = _bind(self.bundle.manifest.graphs[graph], session, "cpu", 0, at)
+        return lambda: _run(graph, session, binding, None)
 
-    def _bind(self, graph: str, session: Any) -> Callable[[], None]:
-        stage, binding = self.bundle.manifest.graphs[graph], session.io_binding()
-        ends = (
-            (stage.inputs, session.get_inputs(), "input"),
-            (stage.outputs, session.get_outputs(), "output"),
-        )
-        for declared, found, kind in ends:
-            expected = {t.name: (t.dtype, list(t.shape)) for t in declared}
-            actual = {t.name: (_DTYPES.get(t.type, t.type), t.shape) for t in found}
-            if expected != actual:
-                raise BundleError(f"{stage.file}: the {kind}s are {actual}, and bundle.json says {expected}")
-            for name, (_, shape) in expected.items():
-                bind = getattr(binding, f"bind_{kind}")
-                bind(name, "cpu", 0, self.buffers[name].dtype, shape, self.buffers[name].ctypes.data)
 
-        def launch() -> None:
-            try:
-                session.run_with_iobinding(binding)
-            except Exception as error:
-                raise TurbochainError(f"onnxruntime failed in {graph}: {_first_line(error)}") from error
+class CudaExecutor(DeviceExecutor):
+    """Every graph is a session on the executor's stream, bound to the executor's buffers."""
 
-        return launch
+    concurrent = False  # a session is tied to one stream when it is made
+
+    def load(self, graph: str) -> Stage:
+        """Create the graph's session on the GPU; TurbochainError where ONNX Runtime cannot."""
+        provider = {
+            "device_id": str(self.device.index),
+            "user_compute_stream": str(int(self.stream)),
+            "use_tf32": "0",  # fp32 means fp32
+            "arena_extend_strategy": "kSameAsRequested",
+        }
+        # With the CPU's provider behind it ONNX Runtime would compute there, silently, what it cannot do on the GPU.
+        options = _options()
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        session = _session(self.bundle, graph, options, [("CUDAExecutionProvider", provider)])
+        return _CudaStage(graph, self.bundle.manifest.graphs[graph], session, self.device.index)
+
+
+class _CudaStage(Stage):
+    def __init__(self, graph: str, stage: Graph, session: Any, index: int) -> None:
+        self.graph, self.stage, self.session, self.index = graph, stage, session, index
+        self.options = _library().RunOptions()
+        # The end of a run must not wait for the stream: it may be being captured.
+        self.options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self.bindings: dict[tuple[tuple[str, int], ...], Any] = {}
+
+    def enqueue(self, addresses: Mapping[str, int], stream: Any) -> None:
+        key = tuple(addresses.items())
+        if key not in self.bindings:
+            self.bindings[key] = _bind(self.stage, self.session, "cuda", self.index, addresses)
+        _run(self.graph, self.session, self.bindings[key], self.options)
 
 
 def _library() -> Any:
@@ -77,5 +119,49 @@ def _library() -> Any:
     return importlib.import_module("onnxruntime")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
+def _options() -> Any:
+    options = _library().SessionOptions()
+    options.log_severity_level = 3  # errors only: its warnings are about nodes that it places well
+    return options
+
+
+def _session(bundle: Bundle, graph: str, options: Any, providers: list[Any]) -> Any:
+    path = bundle.path / bundle.manifest.graphs[graph].file
+    try:
+        session = _library().InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # ONNX Runtime has no common base class for what it raises
+        raise _failure(f"cannot load {path}", error) from error
+    wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if session.get_providers()[0] != wanted:  # where CUDA's libraries are missing it only warns
+        raise TurbochainError(f"onnxruntime cannot use its {wanted}: check that CUDA and cuDNN are installed")
+    return session
+
+
+def _bind(stage: Graph, session: Any, device: str, index: int, addresses: Mapping[str, int]) -> Any:
+    """A session's inputs and outputs at these addresses; BundleError where they are not those of bundle.json."""
+    binding = session.io_binding()
+    ends = (
+        (stage.inputs, session.get_inputs(), "input"),
+        (stage.outputs, session.get_outputs(), "output"),
+    )
+    for declared, found, kind in ends:
+        expected = {t.name: (t.dtype, list(t.shape)) for t in declared}
+        actual = {t.name: (_DTYPES.get(t.type, t.type), t.shape) for t in found}
+        if expected != actual:
+            raise BundleError(f"{stage.file}: the {kind}s are {actual}, and bundle.json says {expected}")
+        for name, (dtype, shape) in expected.items():
+            getattr(binding, f"bind_{kind}")(name, device, index, np.dtype(dtype), shape, addresses[name])
+    return binding
+
+
+def _run(graph: str, session: Any, binding: Any, options: Any) -> None:
+    try:
+        session.run_with_iobinding(binding, options)
+    except Exception as error:
+        raise _failure(f"failed in {graph}", error) from error
+
+
+def _failure(what: str, error: Exception) -> TurbochainError:
+    reason = str(error).strip().splitlines()[0][:300]
+    no_memory = "out of memory" in reason or "Failed to allocate memory" in reason
+    return (OutOfMemory if no_memory else TurbochainError)(f"onnxruntime {what}: {reason}")

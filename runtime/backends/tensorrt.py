@@ -1,0 +1,162 @@
+"""TensorRT: one plan per graph, for one kind of NVIDIA GPU. `tensorrt` and `tensorrt_rtx` are one code path."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from turbochain.runtime import backends, cuda
+from turbochain.runtime.backends import Device, Preference
+from turbochain.runtime.backends.device import DeviceExecutor, Stage
+from turbochain.runtime.bundle import Bundle
+from turbochain.runtime.errors import BundleError, CudaError, InputError, TurbochainError
+from turbochain.runtime.manifest import EngineKey, Gpu, Graph
+
+LIBRARIES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12")
+INSTALL = "pip install 'turbochain[tensorrt]' (or 'turbochain[tensorrt-rtx]')"
+PREFERENCES = {"cuda": Preference(100, "compiled for this very GPU, it is the fastest", "fp16")}
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+else:
+
+    class _Library:
+        """The installed library's module, imported when a name of it is first used."""
+
+        def __getattr__(self, name: str) -> Any:
+            distribution, _ = backends.require("tensorrt")
+            module = importlib.import_module("tensorrt_rtx" if "rtx" in distribution else "tensorrt")
+            self.__dict__.update(vars(module))
+            return getattr(module, name)
+
+    trt = _Library()
+
+
+def device(name: str | None) -> Device:
+    """The GPU that "cuda" (or None) or "cuda:N" means; InputError for another name, NoGpu where there is none."""
+    index, gpu = cuda.find(name)
+    return Device("cuda", index, gpu)
+
+
+def target(name: str) -> Device:
+    """The GPUs of an architecture such as "sm89", to build for on another machine; InputError where impossible."""
+    library, version = backends.require("tensorrt")
+    if "rtx" not in library:
+        raise InputError(
+            f"target {name!r}: {library} {version} builds only for the GPU that it runs on; TensorRT-RTX builds for "
+            "others: pip install 'turbochain[tensorrt-rtx]'"
+        )
+    known = {m.lower(): m for m in trt.ComputeCapability.__members__ if m.startswith("SM")}
+    if name not in known:
+        raise InputError(f"target {name!r}: {library} {version} builds for {', '.join(known)}")
+    digits = name.removeprefix("sm")
+    return Device("cuda", gpu=Gpu(None, f"{digits[:-1]}.{digits[-1]}", None))
+
+
+def misfit(key: EngineKey, library: tuple[str, str], device: Device) -> str | None:
+    """A plan runs with the library version and on the GPU that it was built for, but for what its options relax."""
+    if key.library != library[0] or (key.version != library[1] and not _version_compatible(key, library[1])):
+        return f"it was built with {key.library} {key.version}, and this machine has {' '.join(library)}"
+    assert key.gpu and device.gpu
+    built, here = key.gpu, device.gpu
+    levels = {
+        "none": (built.name in (None, here.name) and built.compute_capability == here.compute_capability),
+        "same_compute_capability": built.compute_capability == here.compute_capability,
+        "ampere_plus": int(here.compute_capability.split(".")[0]) >= 8,
+    }
+    if not levels[key.options.get("hardware_compatibility", "none")]:
+        return f"it is for {built}, and this GPU is {here}"
+    # The builder may have chosen kernels that need the memory it saw.
+    if (built.memory_bytes or 0) > 1.05 * (here.memory_bytes or 0):
+        return f"it was built on {built}, and this GPU has less memory: {here}"
+    return None
+
+
+def _version_compatible(key: EngineKey, version: str) -> bool:
+    return bool(key.options.get("version_compatible")) and key.version.split(".")[0] == version.split(".")[0]
+
+
+def logger(echo: Callable[[str], None] | None = None) -> Any:
+    """A logger whose `errors` are what TensorRT complained of, to be quoted; `echo` is given every message."""
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(msg)
+            if echo:
+                echo(msg)
+
+    return Logger()
+
+
+def executor(bundle: Bundle, folder: Path, options: Mapping[str, Any], **where: Any) -> "Executor":
+    """An executor for the plans in `folder`; see DeviceExecutor for the rest."""
+    return Executor(bundle, folder, options, **where)
+
+
+class Executor(DeviceExecutor):
+    """Every graph is an engine with one execution context."""
+
+    def load(self, graph: str) -> Stage:
+        """Deserialise the graph's plan; BundleError where it is another graph's, OutOfMemory or TurbochainError."""
+        log = logger()
+        runtime = trt.Runtime(log)
+        # A version-compatible plan carries the code that runs it; its file has been hashed.
+        runtime.engine_host_code_allowed = bool(self.options.get("version_compatible"))
+        path = self.folder / f"{graph}.plan"
+        plan = np.memmap(path, np.uint8, "r")
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise self._failure(log, f"cannot load {path}", plan.size)
+        del plan
+        stage = self.bundle.manifest.graphs[graph]
+        if self.options.get("strip_plan"):
+            refitter = trt.Refitter(engine, log)
+            source = trt.OnnxParserRefitter(refitter, log)
+            if not source.refit_from_file(str(self.bundle.path / stage.file)) or not refitter.refit_cuda_engine():
+                raise self._failure(log, f"cannot put the weights of {stage.file} into {path}", 0)
+        _check_ends(engine, stage, path)
+        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise self._failure(log, f"cannot make a context for {path}", 0)
+        return _Stage(graph, (runtime, engine), context, engine.device_memory_size_v2, log)
+
+    def _failure(self, log: Any, what: str, size: int) -> TurbochainError:
+        """OutOfMemory where the GPU has less than `size` bytes left or TensorRT says so; else what TensorRT said."""
+        if cuda.free_bytes() < size or any("out of memory" in e.lower() for e in log.errors):
+            return self.session.out_of_memory(size, what.removeprefix("cannot "))
+        return TurbochainError(f"TensorRT {what}: {'; '.join(log.errors) or 'it gave no reason'}")
+
+
+class _Stage(Stage):
+    def __init__(self, graph: str, owners: tuple[Any, ...], context: Any, scratch_bytes: int, log: Any) -> None:
+        self.graph, self.context, self.scratch_bytes, self.log = graph, context, scratch_bytes, log
+        self.owners = owners  # what must live as long as the context
+
+    def place(self, address: int, size: int) -> None:
+        self.context.set_device_memory(address, size)
+
+    def enqueue(self, addresses: Mapping[str, int], stream: Any) -> None:
+        bound = all(self.context.set_tensor_address(name, address) for name, address in addresses.items())
+        if not bound or not self.context.execute_async_v3(int(stream)):
+            raise CudaError(f"TensorRT failed in {self.graph}: {'; '.join(self.log.errors) or 'it gave no reason'}")
+
+
+def _check_ends(engine: "trt.ICudaEngine", stage: Graph, path: Path) -> None:
+    """BundleError where a plan's inputs and outputs are not those that bundle.json declares."""
+    for declared, mode in ((stage.inputs, trt.TensorIOMode.INPUT), (stage.outputs, trt.TensorIOMode.OUTPUT)):
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        expected = {t.name: (t.dtype, t.shape) for t in declared}
+        actual = {
+            n: (np.dtype(trt.nptype(engine.get_tensor_dtype(n))).name, tuple(engine.get_tensor_shape(n)))
+            for n in names
+            if engine.get_tensor_mode(n) == mode
+        }
+        if expected != actual:
+            raise BundleError(f"{path}: the {mode.name.lower()}s are {actual}, and bundle.json says {expected}")
