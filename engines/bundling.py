@@ -61,14 +61,14 @@ def _export(session: Session, source: str, request: dict[str, Any], folder: Path
         lambda: session.run("reference", "turbochain.export.jobs:reference", **common),
         lambda _: [REFERENCE],
     )
-    graphs = {
-        name: state.once(
-            f"graph {name}",
-            partial(session.run, f"export {name}", "turbochain.export.jobs:graph", name=name, **common),
-            lambda graph: [graph["file"], *graph["data"], graph["names"]],
+    graphs: dict[str, Any] = {}
+    for component in prepared["components"]:
+        phase = f"export {component}"
+        graphs |= state.once(
+            phase,
+            partial(session.run, phase, "turbochain.export.jobs:graphs", component=component, **common),
+            lambda made: [file for g in made.values() for file in (g["file"], *g["data"], g["names"])],
         )
-        for name in prepared["precisions"]
-    }
     text = manifest.write(_manifest(request, prepared, graphs, state.records()))
     keep = {*state.records(), "bundle.json"}
     files.write_atomically(folder / "bundle.json", text)

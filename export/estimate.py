@@ -37,7 +37,8 @@ def needs(
 ) -> Needs:
     """What a build needs. `counts`: component → values in its weights; `fetched`: bytes to download or draw first."""
     precisions = family.precisions(configs, precision)
-    weights = {name: counts[s.component] * _BYTES[precisions[name]] for name, s in family.stages.items()}
+    stages = {name: s for name, s in family.stages.items() if name not in family.chain.once}  # those are small
+    weights = {name: counts[s.component] * _BYTES[precisions[name]] for name, s in stages.items()}
     activations = _ACTIVATIONS * _widest(configs, shape)
     engine = sum(size * _ENGINE[precisions[name]] for name, size in weights.items())
     memory = {

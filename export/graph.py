@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import onnx
 import torch
 
 from turbochain.export import load, stages
-from turbochain.export.families import Shape
+from turbochain.export.families import Shape, Stage
 from turbochain.export.source import Checkpoint
 from turbochain.runtime.errors import TurbochainError
 from turbochain.runtime.manifest import Graph, Tensor
@@ -20,18 +21,44 @@ OPSET = 21  # the first whose attention TensorRT fuses in every stage
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
-def export(checkpoint: Checkpoint, name: str, shape: Shape, precision: str, bundle: Path, opset: int = OPSET) -> Graph:
-    """Trace the stage `name` into `bundle/graphs` and return what the manifest says of it.
+def export(
+    checkpoint: Checkpoint,
+    component: str,
+    shape: Shape,
+    precisions: Mapping[str, str],
+    bundle: Path,
+    opset: int = OPSET,
+) -> dict[str, Graph]:
+    """Trace every stage of `component` into `bundle/graphs` and return what the manifest says of each.
 
-    Files: graphs/NAME.onnx, graphs/NAME.onnx.data, graphs/NAME.names.json. Raises TurbochainError where the
-    exporter lost an input or changed a shape.
+    `precisions`: graph → precision. Files: graphs/NAME.onnx, graphs/NAME.onnx.data, graphs/NAME.names.json. Raises
+    TurbochainError where the exporter lost an input or changed a shape.
     """
-    stage = checkpoint.family.stages[name]
-    model = load.component(checkpoint, stage.component, TORCH_DTYPES[precision], traceable=True)
-    if precision == "fp32":  # in lower precision a GPU's own GroupNormalization is wanted
-        stages.replace_group_norms(model)
-    module = getattr(stages, stage.module)(model, *stage.arguments(shape)).eval()
-    inputs = stage.inputs(checkpoint.configs, shape)
+    traced = {name: stage for name, stage in checkpoint.family.stages.items() if stage.component == component}
+    (loaded,) = {precisions[name] for name, stage in traced.items() if stage.precision is None}
+    model = load.component(checkpoint, component, TORCH_DTYPES[loaded], traceable=True)
+    parameters = dict(model.named_parameters())  # before a stage puts something in the place of a part
+    graphs: dict[str, Graph] = {}
+    for name, stage in traced.items():
+        made = {t.name: (t.dtype, t.shape) for graph in graphs.values() for t in graph.outputs}
+        inputs = {k: v or made[k] for k, v in stage.inputs(checkpoint.configs, shape).items()}
+        module = getattr(stages, stage.module)(model, *stage.arguments(shape)).eval()
+        if precisions[name] == "fp32":  # in lower precision a GPU's own GroupNormalization is wanted
+            stages.replace_group_norms(module)
+        graphs[name] = _trace(name, stage, module, inputs, parameters, precisions[name], bundle, opset)
+    return graphs
+
+
+def _trace(
+    name: str,
+    stage: Stage,
+    module: torch.nn.Module,
+    inputs: dict[str, tuple[str, tuple[int, ...]]],
+    parameters: Mapping[str, torch.Tensor],
+    precision: str,
+    bundle: Path,
+    opset: int,
+) -> Graph:
     # Every example is a tensor of its own: two inputs that are one object would be merged silently.
     examples = tuple(_example(dtype, size) for dtype, size in inputs.values())
     program = torch.onnx.export(
@@ -56,7 +83,8 @@ def export(checkpoint: Checkpoint, name: str, shape: Shape, precision: str, bund
     path.write_bytes(proto.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path))
     names = f"graphs/{name}.names.json"
-    (bundle / names).write_text(json.dumps(name_map(model, path), indent=0, sort_keys=True) + "\n")
+    found = name_map(parameters, path, TORCH_DTYPES[precision], getattr(module, "folded", ()))
+    (bundle / names).write_text(json.dumps(found, indent=0, sort_keys=True) + "\n")
     return Graph(
         role=stage.role,
         component=stage.component,
@@ -65,7 +93,7 @@ def export(checkpoint: Checkpoint, name: str, shape: Shape, precision: str, bund
         names=names,
         precision=precision,
         opset=opset,
-        inputs=_ends(name, proto.graph.input, {k: (d, s) for k, (d, s) in inputs.items()}, proto),
+        inputs=_ends(name, proto.graph.input, inputs, proto),
         outputs=_ends(name, proto.graph.output, dict.fromkeys(stage.outputs), proto),
     )
 
@@ -99,22 +127,30 @@ def _ends(name: str, values: Any, expected: dict[str, Any], proto: Any) -> tuple
     return tuple(found[key] for key in expected)
 
 
-def name_map(model: torch.nn.Module, path: Path) -> dict[str, dict[str, Any] | None]:
+def name_map(
+    parameters: Mapping[str, torch.Tensor], path: Path, dtype: torch.dtype, folded: Collection[str] = ()
+) -> dict[str, dict[str, Any] | None]:
     """Parameter name → the initializer that holds it and whether transposed; None where this graph has no use for it.
 
+    Of the parameters in `folded` the graph holds what was computed of them: {"folded": true}.
+
     The exporter renames what it folds (a Linear's weight becomes a transposed constant), so values decide: an
-    initializer holds a parameter when it has the same values in the same order, or in that of the transposed
-    matrix; its shape may differ by sizes of 1 or by groups. Where several parameters have equal values, the
-    exporter's own name decides.
+    initializer holds a parameter when it has the same values (in `dtype`) in the same order, or in that of the
+    transposed matrix; its shape may differ by sizes of 1 or by groups. Where several parameters have equal values,
+    the exporter's own name decides.
     """
     holders: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    sizes = set()
     for tensor in onnx.load(str(path), load_external_data=False).graph.initializer:
         array = onnx.numpy_helper.to_array(tensor, base_dir=str(path.parent))
         holders[_fingerprint(array)].append(tensor.name)
+        sizes.add(array.size)
     mapped: dict[str, dict[str, Any] | None] = {}
-    for name, parameter in model.named_parameters():
-        value = parameter.detach().numpy()
-        mapped[name] = None
+    for name, parameter in parameters.items():
+        mapped[name] = {"folded": True} if name in folded else None
+        if name in folded or parameter.numel() not in sizes:
+            continue
+        value = parameter.detach().to(dtype).numpy()
         for transposed in (False, True) if value.ndim == 2 else (False,):
             found = holders.get(_fingerprint(value.T if transposed else value), [])
             own = [h for h in found if h.endswith(f".{name}")]

@@ -46,6 +46,7 @@ def prepare(progress: Progress, *, source: str, request: dict[str, Any], folder:
             for paths in checkpoint.weights.values()
             for path in paths
         },
+        "components": list(family.components),
         "precisions": family.precisions(checkpoint.configs, request["precision"]),
         "chain": dataclasses.asdict(family.chain),
         "tokenizers": tables.tokenizers(checkpoint, root),
@@ -63,15 +64,15 @@ def reference(progress: Progress, *, request: dict[str, Any], prepared: dict[str
     recorder.record(_checkpoint(prepared), shape, request["steps"], Path(folder, REFERENCE), progress)
 
 
-def graph(
-    progress: Progress, *, request: dict[str, Any], prepared: dict[str, Any], folder: str, name: str
-) -> dict[str, Any]:
-    """Trace one stage into `folder`; returns its entry in the manifest."""
+def graphs(
+    progress: Progress, *, request: dict[str, Any], prepared: dict[str, Any], folder: str, component: str
+) -> dict[str, dict[str, Any]]:
+    """Trace every stage of one component into `folder`; returns their entries in the manifest."""
     from turbochain.export import graph as tracer
 
     shape = Shape(request["height"], request["width"], request["batch"])
-    precision = prepared["precisions"][name]
-    return dataclasses.asdict(tracer.export(_checkpoint(prepared), name, shape, precision, Path(folder)))
+    made = tracer.export(_checkpoint(prepared), component, shape, prepared["precisions"], Path(folder))
+    return {name: dataclasses.asdict(graph) for name, graph in made.items()}
 
 
 def _open(

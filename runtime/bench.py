@@ -91,7 +91,7 @@ def bench(
             includes=INCLUDES,
             load_ms=1e3 * (loaded - start),
             first_image_ms=1e3 * (first - loaded),
-            stages={name: timing(stages[name]) for name in pipe.bundle.chain.graphs},
+            stages={g: timing(stages[g]) for g in pipe.bundle.chain.graphs if g not in pipe.bundle.chain.once},
             end_to_end=timing(whole),
             end_to_end_cached=timing(cached),
             overhead=timing(overhead),

@@ -160,8 +160,8 @@ class Bundle:
                 found[folder.name] = error
         return found
 
-    def feeds(self, steps: int) -> dict[str, Any]:
-        """The schedule's columns as rows of arrays: name → [steps, *shape] fp32, for `Constant(name, row)`."""
+    def columns(self, steps: int) -> dict[str, Any]:
+        """The schedule's columns as rows of arrays: name → [steps, *shape] fp32; see also `engine.feeds`."""
         rows = self.schedule(steps).rows
         return {
             n: np.array([getattr(row, n) for row in rows], np.float32).reshape(steps, *self.tensors[n].shape)

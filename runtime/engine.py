@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from turbochain.runtime import backends, files
 from turbochain.runtime.bundle import Bundle
+from turbochain.runtime.chain import stage_plan
 from turbochain.runtime.errors import BundleError, InputError
 from turbochain.runtime.manifest import Engine, EngineKey
 
@@ -94,3 +97,21 @@ def executor(
     """The backend's executor for an engine's folder, whose files have been hashed (`graphs`: only these, or all)."""
     module = backends.get(backend)
     return module.executor(bundle, folder, options, device=module.device(device), threads=threads, graphs=graphs)
+
+
+def feeds(bundle: Bundle, executor: Any, steps: int) -> dict[str, np.ndarray]:
+    """What the chain reads as `Constant(name, row)`: name → [steps, *shape].
+
+    The schedule's columns, and what the chain's `once` graphs, which the executor must hold, make of each row.
+    """
+    columns = bundle.columns(steps)
+    made = dict(columns)
+    for graph in bundle.chain.once:
+        tensors = bundle.manifest.graphs[graph]
+        plan = stage_plan(graph, tensors)
+        rows: list[dict[str, np.ndarray]] = []
+        for row in range(steps):
+            results = executor.execute(plan, {t.name: columns[t.name][row] for t in tensors.inputs})
+            rows.append({name: value.copy() for name, value in results.items()})
+        made |= {t.name: np.stack([row[t.name] for row in rows]) for t in tensors.outputs}
+    return made

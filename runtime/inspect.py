@@ -42,12 +42,12 @@ def wiring(bundle: Bundle) -> list[dict[str, str]]:
     sources = {
         **dict.fromkeys(chain.inputs, "caller"),
         **dict.fromkeys(chain.step_inputs, "caller, each step"),
-        **dict.fromkeys(chain.table_inputs, "schedule, each step"),
     }
     wires = []
     for g in chain.graphs:
+        column = "schedule, at load" if g in chain.once else "schedule, each step"
         for t in graphs[g].inputs:
-            wires.append({"name": t.name, "from": made.get(t.name) or sources[t.name], "to": g})
+            wires.append({"name": t.name, "from": made.get(t.name) or sources.get(t.name, column), "to": g})
     wires += [{"name": a, "from": made[a], "to": f"{b} of the next step"} for a, b in chain.carry.items()]
     return [*wires, {"name": chain.output, "from": made[chain.output], "to": "caller"}]
 

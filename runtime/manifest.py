@@ -38,7 +38,7 @@ class Graph:
     component: str  # the checkpoint's component that its parameters are of: unet, vae, …
     file: str  # graphs/<graph>.onnx, relative to the bundle
     data: tuple[str, ...]  # its external data files, relative to the bundle
-    names: str  # JSON: parameter of the component → {"initializer": name, "transposed": bool}, or null
+    names: str  # JSON: what became of each parameter of the component: see FORMAT.md
     precision: str  # fp32, fp16 or bf16: what the network inside computes in
     opset: int
     inputs: tuple[Tensor, ...]
@@ -84,12 +84,13 @@ class Chain:
     step_inputs: tuple[str, ...]  # fed once per step
     table_inputs: tuple[str, ...]  # columns of the schedule, a row per step: constants of the bundle
     output: str  # the name of the result
+    once: tuple[str, ...] = ()  # graphs that read columns alone: run at load for each row, they make further columns
     schedules: dict[str, Schedule] = field(default_factory=dict)  # text-to-image: step count as a decimal → table
 
     @property
     def graphs(self) -> tuple[str, ...]:
         """The graphs in the order in which they first run."""
-        return (*self.before, *self.loop, *self.after)
+        return (*self.once, *self.before, *self.loop, *self.after)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,9 @@ class Pipeline:
             for name, t in bundle.manifest.tokenizers.items()
         }
         self._embeds = [t.name for g in bundle.chain.before for t in bundle.manifest.graphs[g].outputs]
-        self._rows = {steps: bundle.feeds(steps) for steps in bundle.steps}
+        self._rows = {steps: engines.feeds(bundle, executor, steps) for steps in bundle.steps}
+        for graph in bundle.chain.once:
+            executor.unload(graph)
         self._plans: dict[tuple[int, bool], Plan] = {}
         self._lock = threading.Lock()
         self.prompt_cache = PromptCache(prompt_cache_bytes)

@@ -128,15 +128,17 @@ def _judge(stage: str, bounds: Bounds, result: np.ndarray, reference: np.ndarray
 
 
 def _checks(bundle: Bundle, executor: Any, case: Case) -> Iterator[Check]:
-    yield from _check_schedule(bundle, case)
+    table = engine.feeds(bundle, executor, case.steps)
+    yield from _check_schedule(table, case)
     for name in bundle.chain.graphs:
-        yield from _check_stage(bundle, executor, name, case)
-    yield from _check_chain(bundle, executor, case)
+        if name not in bundle.chain.once:  # what these make is in the table, which the loop's stages read
+            yield from _check_stage(bundle, executor, name, table, case)
+    yield from _check_chain(bundle, executor, table, case)
 
 
-def _check_schedule(bundle: Bundle, case: Case) -> Iterator[Check]:
+def _check_schedule(table: Arrays, case: Case) -> Iterator[Check]:
     """The table against what the scheduler did: the timestep embedding and each step's arithmetic."""
-    table, recorded = bundle.feeds(case.steps), case.tensors
+    recorded = case.tensors
     yield from _judge(
         "schedule",
         {"max_abs": EMBEDDING_BOUND},
@@ -153,10 +155,10 @@ def _check_schedule(bundle: Bundle, case: Case) -> Iterator[Check]:
     )
 
 
-def _check_stage(bundle: Bundle, executor: Any, name: str, case: Case) -> Iterator[Check]:
+def _check_stage(bundle: Bundle, executor: Any, name: str, table: Arrays, case: Case) -> Iterator[Check]:
     graph = bundle.manifest.graphs[name]
     bounds = BOUNDS[graph.precision]
-    table, stage = bundle.feeds(case.steps), stage_plan(name, graph)
+    stage = stage_plan(name, graph)
     recorded = {**case.tensors, **table}
     if name in bundle.chain.before:
         results = executor.execute(stage, recorded)
@@ -167,7 +169,7 @@ def _check_stage(bundle: Bundle, executor: Any, name: str, case: Case) -> Iterat
         results = executor.execute(stage, feeds)
         yield from _judge(name, bounds["decoder"], results[bundle.chain.output], recorded["image"])
     else:
-        per_step = {*bundle.chain.step_inputs, *bundle.chain.table_inputs, *bundle.chain.carry.values()}
+        per_step = {*bundle.chain.step_inputs, *table, *bundle.chain.carry.values()}
         for row in range(case.steps):
             feeds = {k: v[row] if k in per_step else v for k, v in recorded.items()}
             out = executor.execute(stage, feeds)["next_latents"].astype(np.float64)
@@ -175,12 +177,12 @@ def _check_stage(bundle: Bundle, executor: Any, name: str, case: Case) -> Iterat
             yield from _judge(name, bounds["prediction"], prediction, recorded["prediction"][row])
 
 
-def _check_chain(bundle: Bundle, executor: Any, case: Case) -> Iterator[Check]:
+def _check_chain(bundle: Bundle, executor: Any, table: Arrays, case: Case) -> Iterator[Check]:
     """Ids → picture with our own noise; the bound is that of the least precise stage."""
     shape = bundle.tensors["latents"].shape
     start, noise = draw_run(bundle.schedule(case.steps), [Generator(case.seed)], shape)
     ids = {name: case.tensors[name] for name in bundle.manifest.tokenizers}
-    feeds = {**bundle.feeds(case.steps), **ids, "latents": start, "noise": noise}
+    feeds = {**table, **ids, "latents": start, "noise": noise}
     steps = plan(bundle.chain, bundle.manifest.graphs, case.steps)
     image = executor.execute(steps, feeds)[bundle.chain.output]
     precisions = {bundle.manifest.graphs[g].precision for g in bundle.chain.graphs}

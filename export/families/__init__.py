@@ -12,6 +12,9 @@ from typing import Any
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.manifest import Chain
 
+Inputs = dict[str, tuple[str, tuple[int, ...]] | None]
+"""Input name → (dtype, shape); None: as an earlier graph of the same component puts it out."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -29,10 +32,11 @@ class Stage:
     role: str  # as the manifest has it
     component: str  # the checkpoint's folder that holds its weights
     module: str  # the class in export.stages that is traced; its first argument is the loaded component
-    inputs: Callable[[Mapping[str, Any], Shape], dict[str, tuple[str, tuple[int, ...]]]]
-    # (component → config, shape) → input name → (dtype, shape), in the module's order
+    inputs: Callable[[Mapping[str, Any], Shape], Inputs]
+    # (component → config, shape) → the inputs in the module's order
     outputs: tuple[str, ...]
     arguments: Callable[[Shape], tuple[Any, ...]] = lambda shape: ()  # the module's further arguments
+    precision: str | None = None  # this one, whatever is asked for
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Family:
     pipeline_class: str  # model_index.json's _class_name
     components: tuple[str, ...]  # folders with weights
     tokenizers: Mapping[str, str]  # chain input that takes the ids → the checkpoint's tokenizer folder
-    stages: Mapping[str, Stage]  # graph → stage
+    stages: Mapping[str, Stage]  # graph → stage; those of one component are traced in this order
     chain: Chain
     pipeline_options: Mapping[str, Any]  # further arguments of the diffusers pipeline's constructor
     embeds: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
@@ -55,7 +59,10 @@ class Family:
     def precisions(self, configs: Mapping[str, Any], asked: str) -> dict[str, str]:
         """Graph → precision, where the user asked for `asked`."""
         upcast = self.upcast(configs) if asked == "fp16" else ()
-        return {name: "fp32" if stage.component in upcast else asked for name, stage in self.stages.items()}
+        return {
+            name: stage.precision or ("fp32" if stage.component in upcast else asked)
+            for name, stage in self.stages.items()
+        }
 
 
 def load() -> dict[str, Family]:

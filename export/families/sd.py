@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from turbochain.export.families import Family, Shape, Stage
+from turbochain.export.families import Family, Inputs, Shape, Stage
 from turbochain.runtime.manifest import Chain
-
-Inputs = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def tokens(configs: Mapping[str, Any], component: str) -> int:
@@ -19,14 +17,22 @@ def ids(name: str, component: str) -> Any:
     return lambda configs, shape: {name: ("int32", (shape.batch, tokens(configs, component)))}
 
 
-def step_inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
-    """The inputs that every UNet step has, in `stages.UNetStep.forward`'s order."""
-    unet = configs["unet"]
-    latents = (shape.batch, unet["out_channels"], shape.height // 8, shape.width // 8)
+def latents(configs: Mapping[str, Any], shape: Shape) -> tuple[str, tuple[int, ...]]:
+    """What goes round the loop: [B, 4, H/8, W/8] fp32."""
+    return "float32", (shape.batch, configs["unet"]["out_channels"], shape.height // 8, shape.width // 8)
+
+
+def time_inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
+    """A timestep as its sinusoidal embedding: [1, n] fp32."""
+    return {"timestep_embedding": ("float32", (1, configs["unet"]["block_out_channels"][0]))}
+
+
+def step_inputs(configs: Mapping[str, Any], shape: Shape, time: str) -> Inputs:
+    """The inputs that every UNet step has, in `stages.UNetStep.forward`'s order; `time`: the output of that graph."""
     return {
-        "latents": ("float32", latents),
-        "noise": ("float32", latents),
-        "timestep_embedding": ("float32", (1, unet["block_out_channels"][0])),
+        "latents": latents(configs, shape),
+        "noise": latents(configs, shape),
+        time: None,
         **dict.fromkeys(("input_scale", "a", "b", "c"), ("float32", (1,))),
     }
 
@@ -36,7 +42,7 @@ TABLE_INPUTS = ("timestep_embedding", "input_scale", "a", "b", "c")
 
 def decoder_inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
     """The decoder reads what the last step made."""
-    return {"next_latents": step_inputs(configs, shape)["latents"]}
+    return {"next_latents": latents(configs, shape)}
 
 
 VAE_DECODER = Stage(
@@ -73,10 +79,24 @@ def check(configs: Mapping[str, Any], addition: str | None = None) -> list[str]:
     return problems
 
 
+def _check(configs: Mapping[str, Any]) -> list[str]:
+    """`check`, and whether every ResNet reads the time through a projection of its own, as `TimeProjections` has it."""
+    unet = configs["unet"]
+    blocks = (*unet["down_block_types"], *unet["up_block_types"])
+    kinds = {unet.get("resnet_time_scale_shift", "default"), *("ada_group" for b in blocks if b.startswith("K"))}
+    return [
+        *check(configs),
+        *(
+            f"the UNet's ResNets read the time as {k!r}, supported are 'default' and 'scale_shift'"
+            for k in sorted(kinds - {"default", "scale_shift"})
+        ),
+    ]
+
+
 def _inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
     text = configs["text_encoder"]
     states = (shape.batch, tokens(configs, "text_encoder"), text["hidden_size"])
-    return {**step_inputs(configs, shape), "prompt_embeds": ("float32", states)}
+    return {**step_inputs(configs, shape, "time_projections"), "prompt_embeds": ("float32", states)}
 
 
 FAMILY = Family(
@@ -92,10 +112,18 @@ FAMILY = Family(
             inputs=ids("input_ids", "text_encoder"),
             outputs=("prompt_embeds",),
         ),
+        "time": Stage(
+            role="time_embedding",
+            component="unet",
+            module="TimeProjections",
+            inputs=time_inputs,
+            outputs=("time_projections",),
+            precision="fp32",  # it runs at load, where speed does not count
+        ),
         "unet": Stage(
             role="unet",
             component="unet",
-            module="UNetStep",
+            module="SDUNetStep",
             inputs=_inputs,
             outputs=("next_latents",),
         ),
@@ -110,8 +138,9 @@ FAMILY = Family(
         step_inputs=("noise",),
         table_inputs=TABLE_INPUTS,
         output="image",
+        once=("time",),
     ),
     pipeline_options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     embeds=lambda configs, call: {"prompt_embeds": call["encoder_hidden_states"]},
-    check=check,
+    check=_check,
 )

@@ -3,21 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
-from turbochain.export.families import Family, Shape, Stage
-from turbochain.export.families.sd import TABLE_INPUTS, VAE_DECODER, Inputs, check, ids, step_inputs, tokens
+from turbochain.export.families import Family, Inputs, Shape, Stage
+from turbochain.export.families.sd import TABLE_INPUTS, VAE_DECODER, check, ids, step_inputs, time_inputs, tokens
 from turbochain.runtime.manifest import Chain
 
 
 def _time_ids(shape: Shape) -> tuple[Any, ...]:
     size = (shape.height, shape.width)  # diffusers' defaults: original size = target size, no crop
-    return ([[*size, 0, 0, *size]] * shape.batch,)
+    return ((*size, 0, 0, *size),)
 
 
 def _inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
     first, second = configs["text_encoder"], configs["text_encoder_2"]
     length = tokens(configs, "text_encoder")
     return {
-        **step_inputs(configs, shape),
+        **step_inputs(configs, shape, "time_embeds"),
         "prompt_embeds": ("float32", (shape.batch, length, first["hidden_size"])),
         "prompt_embeds_2": ("float32", (shape.batch, length, second["hidden_size"])),
         "pooled_prompt_embeds": ("float32", (shape.batch, second["projection_dim"])),
@@ -54,6 +54,14 @@ FAMILY = Family(
             inputs=ids("input_ids_2", "text_encoder_2"),
             outputs=("prompt_embeds_2", "pooled_prompt_embeds"),
         ),
+        "time": Stage(
+            role="time_embedding",
+            component="unet",
+            module="TimeEmbedding",
+            inputs=time_inputs,
+            outputs=("time_embeds",),
+            precision="fp32",
+        ),
         "unet": Stage(
             role="unet",
             component="unet",
@@ -73,6 +81,7 @@ FAMILY = Family(
         step_inputs=("noise",),
         table_inputs=TABLE_INPUTS,
         output="image",
+        once=("time",),
     ),
     pipeline_options={"add_watermarker": False},
     embeds=_embeds,

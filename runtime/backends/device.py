@@ -14,7 +14,7 @@ from turbochain.runtime.backends import Device
 from turbochain.runtime.backends.host import Observe
 from turbochain.runtime.bundle import Bundle
 from turbochain.runtime.capture import Launch, OnDevice, Recording, ToDevice, Together, ToHost
-from turbochain.runtime.chain import Plan, plan
+from turbochain.runtime.chain import Plan, Run, plan
 from turbochain.runtime.errors import CudaFault, TurbochainError
 
 log = logging.getLogger("turbochain")
@@ -227,9 +227,12 @@ class DeviceExecutor(ABC):
         self._stages[launch.graph].enqueue({name: at[buffer] for name, buffer in launch.buffers}, stream)
 
     def unload(self, graph: str) -> None:
-        """Give back a graph that no later plan runs."""
+        """Give back the memory of a graph that no later plan runs."""
         self.session.synchronize()
-        self._stages.pop(graph, None)
+        of_it = [p for p in self._programs if any(isinstance(o, Run) and o.graph == graph for o in p)]
+        for program in of_it:
+            del self._programs[program]
+        del self._stages[graph]
 
     def close(self) -> None:
         """Give back the graphs, the buffers and the stages; a second call does nothing."""

@@ -73,6 +73,10 @@ class HostExecutor(ABC):
                     results[name] = self.buffers[name]
         return results
 
+    def unload(self, graph: str) -> None:
+        """Give back the memory of a graph that no later plan runs."""
+        del self._graphs[graph]
+
     def close(self) -> None:
         """Give back the graphs and the buffers."""
         self._graphs.clear()
