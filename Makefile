@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+GPU_BIN ?= $(BIN)
 BENCH ?= synthetic:sd-turbo
 PRECISION ?= fp32
 
-.PHONY: setup demo test check check-full bench clean
+.PHONY: setup demo test check check-full check-gpu bench clean
 
 setup: $(VENV)/.installed
 
@@ -35,6 +36,10 @@ check: setup
 
 check-full: check
 	$(BIN)/python -m pytest -q -m 'not gpu'
+
+# With an NVIDIA GPU, and TensorRT or onnxruntime-gpu in the environment (GPU_BIN: the bin/ folder of another one).
+check-gpu:
+	$(GPU_BIN)/python -m pytest -q -m gpu
 
 bench: setup
 	$(BIN)/python benchmarks/measure.py $(BENCH) --precision $(PRECISION)

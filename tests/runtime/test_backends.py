@@ -10,40 +10,47 @@ import pytest
 from conftest import FAMILIES, SIZE, BundleFactory
 from onnx.reference import ReferenceEvaluator
 
+from turbochain.engines import build
 from turbochain.runtime import Bundle, InputError, backends, engine
 from turbochain.runtime.chain import Constant, Copy, Download, Run, Upload, plan, stage_plan
 from turbochain.runtime.manifest import Tensor
 
 
-def _usable(name: str) -> bool:
-    """Whether a backend is installed and finds its device on this machine."""
+def _usable(name: str, device: str) -> bool:
+    """Whether a backend is installed and finds a device of this kind on this machine."""
     try:
         backends.require(name)
-        backends.get(name).device(None)
+        backends.get(name).device(device)
     except InputError:
         return False
     return True
 
 
-USABLE = [name for name in backends.names() if _usable(name)]
+USABLE = [(name, device) for name in backends.names() for device in ("cpu", "cuda") if _usable(name, device)]
 GRAPHS = [("sd", g) for g in ("text_encoder", "unet", "vae_decoder")] + [
     ("sdxl", g) for g in ("text_encoder", "text_encoder_2", "unet", "vae_decoder")
 ]
 CLOSE = {"float32": 1e-4, "uint8": 1.0}  # relative to the largest value; levels
 
 
-@pytest.fixture(scope="module", params=USABLE)
-def backend(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(u, id=" on ".join(u), marks=[pytest.mark.gpu] if u[1] == "cuda" else []) for u in USABLE],
+)
+def where(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A backend and a device that it runs on here."""
     return request.param
 
 
 @pytest.fixture(scope="module")
-def executors(backend: str, bundle_of: BundleFactory) -> Iterator[dict[str, Any]]:
+def executors(where: tuple[str, str], bundle_of: BundleFactory) -> Iterator[dict[str, Any]]:
     """Family → an executor with every graph of a bundle of one picture."""
+    backend, device = where
     made = {}
     for family in FAMILIES:
         bundle = Bundle.open(bundle_of(family))
-        made[family] = engine.open_executor(bundle, *engine.select(bundle, backend))
+        build(str(bundle.path), bundle.path, backend=backend, device=device, quiet=True)  # mostly there already
+        made[family] = engine.open_executor(bundle, *engine.select(bundle, backend, device), device=device)
     yield made
     for executor in made.values():
         executor.close()
@@ -123,15 +130,18 @@ def test_feeds_are_left_alone(executors: dict[str, Any]) -> None:
     np.testing.assert_array_equal(again["next_latents"], first["next_latents"])
 
 
-def test_an_executor_may_hold_a_single_graph(backend: str, sd: Path) -> None:
-    bundle = Bundle.open(sd)
-    name, made = engine.select(bundle, backend)
+def test_an_executor_may_hold_a_single_graph(
+    where: tuple[str, str], executors: dict[str, Any], bundle_of: BundleFactory
+) -> None:
+    backend, device = where
+    bundle = Bundle.open(bundle_of("sd"))
+    name, made = engine.select(bundle, backend, device)
     module = backends.get(backend)
     executor = module.executor(
         bundle,
-        sd / "engines" / name,
+        bundle.path / "engines" / name,
         made.key.options,
-        device=module.device(None),
+        device=module.device(device),
         threads=None,
         graphs=["vae_decoder"],
     )
@@ -144,21 +154,23 @@ def test_an_executor_may_hold_a_single_graph(backend: str, sd: Path) -> None:
     executor.close()
 
 
-def test_every_backend_says_what_it_needs(backend: str) -> None:
+def test_every_backend_says_what_it_needs(where: tuple[str, str]) -> None:
+    backend, device = where
     module = backends.get(backend)
     assert backends.library(backend)[0] in module.LIBRARIES
     assert module.INSTALL.startswith("pip install ")
     assert all(p.precision in ("fp32", "fp16") for p in module.PREFERENCES.values())
-    assert module.device(None).kind in module.PREFERENCES
+    assert module.device(device).kind == device
+    assert device in module.PREFERENCES
     with pytest.raises(InputError, match="no-such-device"):
         module.device("no-such-device")
 
 
 def test_the_best_backend_is_installed_and_ranks_highest() -> None:
     name, reason = backends.best()
-    preferences = {n: backends.preference(n, backends.get(n).device(None)) for n in USABLE}
-    assert preferences[name].rank == max(p.rank for p in preferences.values())
-    assert reason == preferences[name].reason
+    preferences = {u: backends.get(u[0]).PREFERENCES[u[1]] for u in USABLE}
+    best = max(USABLE, key=lambda u: preferences[u].rank)
+    assert (name, reason) == (best[0], preferences[best].reason)
 
 
 @pytest.mark.parametrize("name", ["no_such_backend", "os", "host.x", ""])
