@@ -59,6 +59,7 @@ def _trace(
     bundle: Path,
     opset: int,
 ) -> Graph:
+    """Write the three files of one stage; `parameters` are those of its component as it was loaded."""
     # Every example is a tensor of its own: two inputs that are one object would be merged silently.
     examples = tuple(_example(dtype, size) for dtype, size in inputs.values())
     program = torch.onnx.export(

@@ -107,6 +107,14 @@ FOLDERS: dict[str, tuple[Callable[[Folder], object], tuple[str, ...]]] = {
         lambda f: edit_json(f / "unet/config.json", in_channels=9),
         ("is not supported: the UNet reads 9 channels and predicts 4",),
     ),
+    "ResNets of another kind": (
+        lambda f: edit_json(f / "unet/config.json", resnet_time_scale_shift="ada_group"),
+        ("is not supported: the UNet's ResNets read the time as 'ada_group', supported are 'default' and",),
+    ),
+    "blocks of another kind": (
+        lambda f: edit_json(f / "unet/config.json", down_block_types=["KDownBlock2D"] * 4),
+        ("is not supported: the UNet's ResNets read the time as 'ada_group', supported are 'default' and",),
+    ),
     "only .bin": (only_pickles(".bin"), ("pickles are refused", "safe_serialization=True")),
     "only .ckpt": (only_pickles(".ckpt"), ("pickles are refused", "safe_serialization=True")),
     "no weights": (lambda f: (f / UNET).unlink(), ("unet has no safetensors weights",)),

@@ -27,8 +27,8 @@ def _usable(name: str, device: str) -> bool:
 
 
 USABLE = [(name, device) for name in backends.names() for device in ("cpu", "cuda") if _usable(name, device)]
-GRAPHS = [("sd", g) for g in ("text_encoder", "unet", "vae_decoder")] + [
-    ("sdxl", g) for g in ("text_encoder", "text_encoder_2", "unet", "vae_decoder")
+GRAPHS = [("sd", g) for g in ("text_encoder", "time", "unet", "vae_decoder")] + [
+    ("sdxl", g) for g in ("text_encoder", "text_encoder_2", "time", "unet", "vae_decoder")
 ]
 CLOSE = {"float32": 1e-4, "uint8": 1.0}  # relative to the largest value; levels
 
@@ -98,14 +98,18 @@ def test_a_chain_is_its_stages_joined_by_name(executors: dict[str, Any], family:
     bundle = executor.bundle
     chain, graphs, tensors = bundle.chain, bundle.manifest.graphs, bundle.tensors
     feeds = {name: random_value(random, tensors[name]) for name in chain.inputs}
-    feeds |= bundle.feeds(steps)
+    feeds |= engine.feeds(bundle, executor, steps)
     feeds["noise"] = random.standard_normal((steps, *tensors["noise"].shape)).astype(np.float32)
 
     values = {name: feeds[name] for name in chain.inputs}
+    columns = bundle.columns(steps)
     sequence = [*chain.before, *(g for row in range(steps) for g in (row, *chain.loop)), *chain.after]
     for item in sequence:
         if isinstance(item, int):
-            values |= {name: feeds[name][item] for name in (*chain.step_inputs, *chain.table_inputs)}
+            values |= {name: feeds[name][item] for name in chain.step_inputs}
+            values |= {name: column[item] for name, column in columns.items()}
+            for g in chain.once:
+                values |= right(bundle, g, {t.name: values[t.name] for t in graphs[g].inputs})
             values |= {target: values[source] for source, target in chain.carry.items() if item}
         else:
             values |= right(bundle, item, {t.name: values[t.name] for t in graphs[item].inputs})
@@ -154,6 +158,23 @@ def test_an_executor_may_hold_a_single_graph(
     executor.close()
 
 
+def test_a_graph_that_was_unloaded_is_gone(
+    where: tuple[str, str], executors: dict[str, Any], bundle_of: BundleFactory
+) -> None:
+    backend, device = where
+    bundle = Bundle.open(bundle_of("sd"))
+    executor = engine.open_executor(bundle, *engine.select(bundle, backend, device), device=device)
+    before = engine.feeds(bundle, executor, 2)
+    executor.unload("time")
+    with pytest.raises(KeyError):
+        engine.feeds(bundle, executor, 2)
+    random = np.random.default_rng(4)
+    feeds = {name: random_value(random, bundle.tensors[name]) for name in bundle.chain.inputs} | before
+    feeds["noise"] = random.standard_normal((2, *bundle.tensors["noise"].shape), np.float32)
+    assert executor.execute(plan(bundle.chain, bundle.manifest.graphs, 2), feeds)["image"].any()
+    executor.close()
+
+
 def test_every_backend_says_what_it_needs(where: tuple[str, str]) -> None:
     backend, device = where
     module = backends.get(backend)
@@ -179,11 +200,9 @@ def test_an_unknown_backend_is_refused_with_the_known_ones(name: str, sd: Path) 
         engine.select(Bundle.open(sd), name)
 
 
-TABLE = ("timestep_embedding", "input_scale", "a", "b", "c")
-
-
-def _row(row: int) -> list[Upload | Constant | Run]:
-    return [Upload("noise", row), *(Constant(name, row) for name in TABLE), Run("unet")]
+def _row(row: int, time: str = "time_embeds") -> list[Upload | Constant | Run]:
+    columns = ("input_scale", "a", "b", "c", time)  # and what made the last of these is no part of a picture
+    return [Upload("noise", row), *(Constant(name, row) for name in columns), Run("unet")]
 
 
 def test_plan_of_one_step(sd: Path) -> None:
@@ -192,7 +211,7 @@ def test_plan_of_one_step(sd: Path) -> None:
         Upload("input_ids"),
         Upload("latents"),
         Run("text_encoder"),
-        *_row(0),
+        *_row(0, "time_projections"),
         Run("vae_decoder"),
         Download("image"),
     )
