@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +11,34 @@ import numpy as np
 import onnx
 import torch
 
-from turbochain.export import load, stages
+from turbochain.export import attention, load, stages
 from turbochain.export.families import Shape
+from turbochain.export.ranges import Remedy
+from turbochain.export.rescale import rescale
 from turbochain.export.source import Checkpoint
 from turbochain.runtime.errors import TurbochainError
 from turbochain.runtime.manifest import Graph, Tensor
 
 OPSET = 21  # the first whose attention TensorRT fuses in every stage
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def export(checkpoint: Checkpoint, name: str, shape: Shape, precision: str, bundle: Path, opset: int = OPSET) -> Graph:
-    """Trace the stage `name` into `bundle/graphs` and return what the manifest says of it.
+def export(checkpoint: Checkpoint, name: str, shape: Shape, remedy: Remedy, bundle: Path, opset: int = OPSET) -> Graph:
+    """Trace the stage `name`, in the precision and with the changes of `remedy`, into `bundle/graphs`.
+
+    Returns what the manifest says of it.
 
     Files: graphs/NAME.onnx, graphs/NAME.onnx.data, graphs/NAME.names.json. Raises TurbochainError where the
     exporter lost an input or changed a shape.
     """
     stage = checkpoint.family.stages[name]
-    model = load.component(checkpoint, stage.component, TORCH_DTYPES[precision], traceable=True)
-    if precision == "fp32":  # in lower precision a GPU's own GroupNormalization is wanted
+    dtype = TORCH_DTYPES[remedy.precision]
+    # What overflows in fp16 may do so as a weight, so the weights are rescaled before they are rounded.
+    model = load.component(checkpoint, stage.component, torch.float32 if remedy.exponents else dtype, traceable=True)
+    factors = rescale(model, remedy.exponents) if remedy.exponents else {}
+    model.to(dtype)
+    attention.upcast(model, remedy.attention)
+    if remedy.precision == "fp32":  # in lower precision a GPU's own GroupNormalization is wanted
         stages.replace_group_norms(model)
     module = getattr(stages, stage.module)(model, *stage.arguments(shape)).eval()
     inputs = stage.inputs(checkpoint.configs, shape)
@@ -56,17 +66,18 @@ def export(checkpoint: Checkpoint, name: str, shape: Shape, precision: str, bund
     path.write_bytes(proto.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path))
     names = f"graphs/{name}.names.json"
-    (bundle / names).write_text(json.dumps(name_map(model, path), indent=0, sort_keys=True) + "\n")
+    (bundle / names).write_text(json.dumps(name_map(model, path, factors), indent=0, sort_keys=True) + "\n")
     return Graph(
         role=stage.role,
         component=stage.component,
         file=file,
         data=(f"{file}.data",),
         names=names,
-        precision=precision,
+        precision=remedy.precision,
         opset=opset,
         inputs=_ends(name, proto.graph.input, {k: (d, s) for k, (d, s) in inputs.items()}, proto),
         outputs=_ends(name, proto.graph.output, dict.fromkeys(stage.outputs), proto),
+        remedy=remedy.phrase,
     )
 
 
@@ -99,8 +110,12 @@ def _ends(name: str, values: Any, expected: dict[str, Any], proto: Any) -> tuple
     return tuple(found[key] for key in expected)
 
 
-def name_map(model: torch.nn.Module, path: Path) -> dict[str, dict[str, Any] | None]:
+def name_map(
+    model: torch.nn.Module, path: Path, factors: Mapping[str, float] | None = None
+) -> dict[str, dict[str, Any] | None]:
     """Parameter name → the initializer that holds it and whether transposed; None where this graph has no use for it.
+
+    `factors`: parameter → what the checkpoint's value was multiplied by (`rescale`); the entry says so as "factor".
 
     The exporter renames what it folds (a Linear's weight becomes a transposed constant), so values decide: an
     initializer holds a parameter when it has the same values in the same order, or in that of the transposed
@@ -113,15 +128,24 @@ def name_map(model: torch.nn.Module, path: Path) -> dict[str, dict[str, Any] | N
         holders[_fingerprint(array)].append(tensor.name)
     mapped: dict[str, dict[str, Any] | None] = {}
     for name, parameter in model.named_parameters():
-        value = parameter.detach().numpy()
+        value = _numpy(parameter.detach())
         mapped[name] = None
         for transposed in (False, True) if value.ndim == 2 else (False,):
             found = holders.get(_fingerprint(value.T if transposed else value), [])
             own = [h for h in found if h.endswith(f".{name}")]
             if found:
                 mapped[name] = {"initializer": (own or found)[0], "transposed": transposed}
+                if factors and name in factors:
+                    mapped[name] |= {"factor": factors[name]}
                 break
     return mapped
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    """As onnx gives an initializer: bfloat16, which numpy lacks, as the type of ml_dtypes."""
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    return tensor.view(torch.int16).numpy().view(onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.BFLOAT16))
 
 
 def _fingerprint(array: np.ndarray) -> tuple[Any, ...]:

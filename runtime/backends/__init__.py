@@ -4,6 +4,7 @@
 - `INSTALL`: the command that installs it;
 - `RANK`: which is preferred where several are installed (higher wins), with `REASON`, a phrase;
 - `PRECISION`: what a bundle is exported in for it where the user does not say;
+- `PRECISIONS`: those of `bundle.PRECISIONS` that it can compute in;
 - `device(name: str | None) -> str`: the identity of the device that `name` means (None: the default one);
   InputError where there is none, with the reason;
 - `Executor(bundle, folder, options, *, device, threads, graphs)`: see `host.HostExecutor`, the one for host memory.
@@ -51,6 +52,15 @@ def require(name: str) -> tuple[str, str]:
     if found is None:
         raise BackendMissing(f"the backend {name} is not installed: {get(name).INSTALL}")
     return found
+
+
+def require_precision(name: str, precision: str) -> None:
+    """InputError where the backend cannot compute in this precision."""
+    if precision not in (able := get(name).PRECISIONS):
+        raise InputError(
+            f"the backend {name} cannot compute in {precision}, only in {' and '.join(able)}: choose another precision "
+            "with build-engine's --precision or --vae-precision, or another backend with --backend"
+        )
 
 
 def _has_device(name: str) -> bool:

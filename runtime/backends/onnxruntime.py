@@ -13,6 +13,7 @@ INSTALL = "pip install 'turbochain[cpu]'"
 RANK = 10
 REASON = "it runs on any CPU"
 PRECISION = "fp32"
+PRECISIONS = ("fp32", "fp16")  # its CPU provider has no bf16 convolution
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -35,6 +36,7 @@ class Executor(HostExecutor):
     def load(self, graph: str) -> Callable[[], None]:
         """Create the graph's session; TurbochainError where ONNX Runtime cannot."""
         ort = _library()
+        backends.require_precision("onnxruntime", self.bundle.manifest.graphs[graph].precision)
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors only: its warnings are about nodes that it places well
         # Each graph has its own threads, and they must not spin while those of the next graph work.
