@@ -1,6 +1,7 @@
 """Checkpoint → bundle: the export's phases, in a folder that is renamed when it is whole."""
 
 import shutil
+import sys
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -56,17 +57,20 @@ def _export(session: Session, source: str, request: dict[str, Any], folder: Path
         lambda result: [*result["terms"], *(t["file"] for t in result["tokenizers"].values())],
     )
     common["prepared"] = prepared
-    state.once(
+    remedies = state.once(
         "reference",
         lambda: session.run("reference", "turbochain.export.jobs:reference", **common),
         lambda _: [REFERENCE],
     )
+    _tell(session, remedies)
     graphs: dict[str, Any] = {}
     for component in prepared["components"]:
         phase = f"export {component}"
         graphs |= state.once(
             phase,
-            partial(session.run, phase, "turbochain.export.jobs:graphs", component=component, **common),
+            partial(
+                session.run, phase, "turbochain.export.jobs:graphs", component=component, remedies=remedies, **common
+            ),
             lambda made: [file for g in made.values() for file in (g["file"], *g["data"], g["names"])],
         )
     text = manifest.write(_manifest(request, prepared, graphs, state.records()))
@@ -74,6 +78,14 @@ def _export(session: Session, source: str, request: dict[str, Any], folder: Path
     files.write_atomically(folder / "bundle.json", text)
     Bundle.open(folder)
     empty(folder, keep)
+
+
+def _tell(session: Session, remedies: dict[str, dict[str, Any]]) -> None:
+    """Say which stages fp16 asked a remedy for, where any stage was to be in fp16."""
+    remedied = [f"{name}: {remedy['phrase']}" for name, remedy in remedies.items() if remedy["phrase"]]
+    if not session.quiet and (remedied or any(r["precision"] == "fp16" for r in remedies.values())):
+        others = "every stage fits" if not remedied else "the others fit" if len(remedied) < len(remedies) else ""
+        print(f"the range of fp16: {'; '.join(filter(None, [*remedied, others]))}", file=sys.stderr)
 
 
 def _leave_nothing(folder: Path) -> None:

@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--device", help="default: the backend's own choice")
     add("--target", help="build for GPUs of another machine, such as sm89 (TensorRT-RTX; needs no GPU here)")
     add("--precision", help="fp32 or fp16 (default: fp32 for a CPU backend, fp16 for a GPU backend)")
+    add("--vae-precision", help="fp32 or bf16, for the VAE instead of --precision")
     add("--size", help="width x height in pixels, multiples of 64 (default 512x512)")
     add("--batch", type=int, help="pictures per pass (default 1)")
     add("--steps", help="step counts, such as 1-4 or 1,2,4 (default 1-4)")
@@ -46,7 +47,7 @@ def _build(arguments: argparse.Namespace) -> None:
 
 def text(result: BuildResult) -> str:
     """One summary: what was done, with which backend, and the table of stages."""
-    rows = [["stage", "precision", "engine size", "build time", "error", "bound"]]
+    rows = [["stage", "precision", "engine size", "build time", "error", "bound", "remedy"]]
     for c in result.checks:
         known = c.stage in result.precision
         rows.append(
@@ -57,6 +58,7 @@ def text(result: BuildResult) -> str:
                 f"{result.build_seconds[c.stage]:.1f} s" if known else "",
                 f"{c.metric} {c.value:.3g}",
                 verify.bound_text(c),
+                result.remedy[c.stage] if known else "",
             ]
         )
     did = "built and verified" if result.phases else "nothing to do: it is built and verified already"

@@ -59,9 +59,10 @@ def as_text(bundle: Bundle) -> str:
     height, width = bundle.size
     c = m.checkpoint
     source = c.source + (f" at {c.revision}" if c.revision else "")
-    stages = [["stage", "precision", "weights"]]
+    stages = [["stage", "precision", "weights", "remedy"]]
     for name, graph in m.graphs.items():
-        stages.append([name, graph.precision, console.size(sum(m.files[f].size for f in graph.data))])
+        size = console.size(sum(m.files[f].size for f in graph.data))
+        stages.append([name, graph.precision, size, graph.remedy])
     wires = [["wire", "from", "to", "tensor"]]
     for w in wiring(bundle):
         tensor = bundle.tensors[w["name"]]

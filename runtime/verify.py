@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from turbochain.runtime import engine, metrics
-from turbochain.runtime.bundle import REFERENCE, Bundle
+from turbochain.runtime.bundle import PRECISIONS, REFERENCE, Bundle
 from turbochain.runtime.chain import plan, stage_plan
 from turbochain.runtime.errors import BundleError, VerificationError
 from turbochain.runtime.manifest import Check
@@ -186,5 +186,5 @@ def _check_chain(bundle: Bundle, executor: Any, table: Arrays, case: Case) -> It
     steps = plan(bundle.chain, bundle.manifest.graphs, case.steps)
     image = executor.execute(steps, feeds)[bundle.chain.output]
     precisions = {bundle.manifest.graphs[g].precision for g in bundle.chain.graphs}
-    bounds = BOUNDS["fp32" if precisions == {"fp32"} else "fp16"]
+    bounds = BOUNDS[max(precisions, key=PRECISIONS.index)]
     yield from _judge("image", bounds["image"], image, case.tensors["image"])

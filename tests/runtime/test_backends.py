@@ -12,6 +12,7 @@ from onnx.reference import ReferenceEvaluator
 
 from turbochain.engines import build
 from turbochain.runtime import Bundle, InputError, backends, engine
+from turbochain.runtime.bundle import PRECISIONS
 from turbochain.runtime.chain import Constant, Copy, Download, Run, Upload, plan, stage_plan
 from turbochain.runtime.manifest import Tensor
 
@@ -180,7 +181,7 @@ def test_every_backend_says_what_it_needs(where: tuple[str, str]) -> None:
     module = backends.get(backend)
     assert backends.library(backend)[0] in module.LIBRARIES
     assert module.INSTALL.startswith("pip install ")
-    assert all(p.precision in ("fp32", "fp16") for p in module.PREFERENCES.values())
+    assert all(set(p.precisions) <= set(PRECISIONS) for p in module.PREFERENCES.values())
     assert module.device(device).kind == device
     assert device in module.PREFERENCES
     with pytest.raises(InputError, match="no-such-device"):
