@@ -7,7 +7,7 @@ GPU_BIN ?= $(BIN)
 BENCH ?= synthetic:sd-turbo
 PRECISION ?= fp32
 
-.PHONY: setup demo test check check-full check-gpu bench clean
+.PHONY: setup demo test check check-full gpu check-gpu bench clean
 
 setup: $(VENV)/.installed
 
@@ -37,8 +37,15 @@ check: setup
 check-full: check
 	$(BIN)/python -m pytest -q -m 'not gpu'
 
-# With an NVIDIA GPU, and TensorRT or onnxruntime-gpu in the environment (GPU_BIN: the bin/ folder of another one).
-check-gpu:
+# GPU_BIN: the bin/ folder of another environment that has torch for CUDA, TensorRT and the packages of constraints.txt.
+ifeq ($(GPU_BIN),$(BIN))
+gpu: setup
+	$(PIP) install -q -c constraints.txt -e '.[tensorrt]'
+else
+gpu:
+endif
+
+check-gpu: gpu
 	$(GPU_BIN)/python -m pytest -q -m gpu
 
 bench: setup
