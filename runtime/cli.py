@@ -146,7 +146,8 @@ def bench_text(result: bench.BenchResult) -> str:
             console.table(rows),
             f"load {result.load_ms:.0f} ms; first picture after it {result.first_image_ms:.0f} ms",
             result.includes,
-            "overhead: end to end less the stages that it ran",
+            "overhead: end to end less what the device worked",
+            *([f"not one CUDA graph: {result.uncaptured}"] if result.uncaptured else []),
         ]
     )
 

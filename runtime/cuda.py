@@ -65,14 +65,11 @@ def _no_gpu(status: int) -> NoGpu:
         return NoGpu("there is no NVIDIA driver on this machine: install one, or use a backend for the CPU")
     if status == _INSUFFICIENT_DRIVER:
         return NoGpu(
-            f"the NVIDIA driver serves CUDA {_version(driver)}, and cuda-bindings needs CUDA {_version(needed)}: "
-            f"update the driver, or pip install 'cuda-bindings<{driver // 1000 + 1}'"
+            f"the NVIDIA driver is too old: it serves CUDA {driver // 1000}.{driver % 1000 // 10}, and the installed "
+            f"cuda-bindings needs CUDA {needed // 1000}; update the driver, or pip install "
+            f"'cuda-bindings<{driver // 1000 + 1}'"
         )
     return NoGpu("the NVIDIA driver sees no GPU: check CUDA_VISIBLE_DEVICES, or use a backend for the CPU")
-
-
-def _version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def find(name: str | None) -> tuple[int, Gpu]:

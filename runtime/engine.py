@@ -40,6 +40,7 @@ def select(bundle: Bundle, backend: str | None = None, device: str | None = None
     """The folder name and manifest of the best engine that fits; BundleError says why none does."""
     if backend is not None:
         backends.require(backend)
+        backends.get(backend).device(device)  # where there is none, that is what helps
     reasons, fitting = [], []
     for name, engine in bundle.engines().items():
         if isinstance(engine, BundleError):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from turbochain.runtime import engine as engines
+from turbochain.runtime.backends import Device
 from turbochain.runtime.bundle import Bundle
 from turbochain.runtime.chain import Plan, plan
 from turbochain.runtime.errors import InputError, PictureError, TurbochainError
@@ -122,8 +123,29 @@ class Pipeline:
             picture = self._run(steps, {k: v[rows] for k, v in ids.items()}, start[rows], noise[:, rows])
             pictures.append(picture[: len(prompts) - first])
         return PipelineOutput(
-            _as(output_type, np.concatenate(pictures)), int(seed) if isinstance(seed, int | np.integer) else list(seed)
+            _as(output_type, pictures[0] if len(pictures) == 1 else np.concatenate(pictures)),
+            int(seed) if isinstance(seed, int | np.integer) else list(seed),
         )
+
+    @property
+    def device(self) -> Device:
+        """Where it runs."""
+        return self._opened().device
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long the device worked on the last pass of the chain; the rest of a call's time is the host's."""
+        return self._opened().seconds
+
+    @property
+    def uncaptured(self) -> str | None:
+        """On a GPU, why the chain does not run as one CUDA graph; None where it does, and on a CPU."""
+        return getattr(self._opened(), "uncaptured", None)
+
+    def _opened(self) -> Any:
+        if self._executor is None:
+            raise TurbochainError("the pipeline is closed; load it again")
+        return self._executor
 
     def warmup(self, num_inference_steps: int | None = None) -> None:
         """Make one picture and throw it away, so that the next call meets no first-time cost."""
@@ -190,8 +212,7 @@ class Pipeline:
         """One pass of the chain: pictures [B, H, W, 3] uint8."""
         keys = [b"".join(value[i].tobytes() for value in ids.values()) for i in range(len(start))]
         with self._lock:
-            if self._executor is None:
-                raise TurbochainError("the pipeline is closed; load it again")
+            executor = self._opened()
             embeds = self.prompt_cache.get(keys)
             feeds = {
                 **self._rows[steps],
@@ -199,13 +220,13 @@ class Pipeline:
                 "noise": noise,
                 **(ids if embeds is None else embeds),
             }
-            results = self._executor.execute(self._plan(steps, embeds is not None), feeds, self.observe)
+            results = executor.execute(self._plan(steps, embeds is not None), feeds, self.observe)
             if embeds is None:
                 self.prompt_cache.put(keys, {name: results[name] for name in self._embeds})
             pictures = results[self.bundle.chain.output].copy()
             finite = all(np.isfinite(results[name]).all() for name in self.bundle.chain.carry)
         for picture in pictures:
-            if not finite or (picture == picture[0, 0, 0]).all():
+            if not finite or _is_uniform(picture):
                 what = "a picture of one single value" if finite else "NaN or infinite latents"
                 raise PictureError(
                     f"the model made {what}; check the engine with: turbochain verify {self.bundle.path}"
@@ -241,6 +262,11 @@ def _check_latents(latents: object, shape: tuple[int, ...]) -> np.ndarray:
     if not np.isfinite(latents).all():
         raise InputError("latents holds NaN or infinite values")
     return latents
+
+
+def _is_uniform(picture: np.ndarray) -> bool:
+    value = picture[0, 0, 0]
+    return bool((picture[0] == value).all() and (picture == value).all())  # the first row says no in microseconds
 
 
 def _as(output_type: str, pictures: np.ndarray) -> Any:

@@ -1,6 +1,7 @@
 """TensorRT: one plan per graph, for one kind of NVIDIA GPU. `tensorrt` and `tensorrt_rtx` are one code path."""
 
 import importlib
+import mmap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ def device(name: str | None) -> Device:
 def target(name: str) -> Device:
     """The GPUs of an architecture such as "sm89", to build for on another machine; InputError where impossible."""
     library, version = backends.require("tensorrt")
-    if "rtx" not in library:
+    if not hasattr(trt, "ComputeCapability"):
         raise InputError(
             f"target {name!r}: {library} {version} builds only for the GPU that it runs on; TensorRT-RTX builds for "
             "others: pip install 'turbochain[tensorrt-rtx]'"
@@ -113,11 +114,10 @@ class Executor(DeviceExecutor):
         # A version-compatible plan carries the code that runs it; its file has been hashed.
         runtime.engine_host_code_allowed = bool(self.options.get("version_compatible"))
         path = self.folder / f"{graph}.plan"
-        plan = np.memmap(path, np.uint8, "r")
-        engine = runtime.deserialize_cuda_engine(plan)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+            engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise self._failure(log, f"cannot load {path}", plan.size)
-        del plan
+            raise self._failure(log, f"cannot load {path}", path.stat().st_size)
         stage = self.bundle.manifest.graphs[graph]
         if self.options.get("strip_plan"):
             refitter = trt.Refitter(engine, log)
@@ -138,7 +138,9 @@ class Executor(DeviceExecutor):
 
 
 class _Stage(Stage):
-    def __init__(self, graph: str, owners: tuple[Any, ...], context: Any, scratch_bytes: int, log: Any) -> None:
+    def __init__(
+        self, graph: str, owners: tuple[Any, ...], context: "trt.IExecutionContext", scratch_bytes: int, log: Any
+    ) -> None:
         self.graph, self.context, self.scratch_bytes, self.log = graph, context, scratch_bytes, log
         self.owners = owners  # what must live as long as the context
 
