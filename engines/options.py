@@ -84,11 +84,10 @@ def parse(assignments: list[str]) -> dict[str, str]:
 
 def described() -> str:
     """Every backend's options, for `--help`."""
-    lines = []
+    lines: list[str] = []
     for backend in backends.names():
-        for name, option in of(backend).items():
-            if not any(line.startswith(f"options of {backend}") for line in lines):
-                lines.append(f"options of {backend} (-O NAME=VALUE):")
-            default = str(option.default).lower()
-            lines.append(f"  {name}: {option.help} ({option.expected}; default {default})")
+        found = of(backend)
+        lines += [f"options of {backend} (-O NAME=VALUE):"] if found else []
+        for name, option in found.items():
+            lines.append(f"  {name}: {option.help} ({option.expected}; default {str(option.default).lower()})")
     return "\n".join(lines)

@@ -168,9 +168,10 @@ def _configure(config: "trt.IBuilderConfig", options: Mapping[str, Any]) -> None
 def _aim(config: "trt.IBuilderConfig", device: Device) -> None:
     """Say which GPUs the plan is for, where the library lets that be said: else it is the one that it runs on."""
     assert device.gpu
-    if hasattr(config, "num_compute_capabilities") and hasattr(trt, "ComputeCapability"):
-        architecture = "CURRENT" if device.gpu.name else "SM" + device.gpu.compute_capability.replace(".", "")
+    architecture = "CURRENT" if device.gpu.name else "SM" + device.gpu.compute_capability.replace(".", "")
+    if hasattr(config, "num_compute_capabilities"):
         config.num_compute_capabilities = 1
+    if hasattr(config, "set_compute_capability") and hasattr(trt, "ComputeCapability"):
         config.set_compute_capability(trt.ComputeCapability.__members__[architecture], 0)
 
 

@@ -71,7 +71,9 @@ def graphs(
     from turbochain.export import graph as tracer
 
     shape = Shape(request["height"], request["width"], request["batch"])
-    made = tracer.export(_checkpoint(prepared), component, shape, prepared["precisions"], Path(folder))
+    made = tracer.export(
+        _checkpoint(prepared), component, shape, prepared["precisions"], Path(folder), request["opset"]
+    )
     return {name: dataclasses.asdict(graph) for name, graph in made.items()}
 
 
