@@ -7,13 +7,14 @@ interrupted build goes on where it stopped.
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from turbochain.engines import bundling, compiling
+from turbochain.engines import options as backend_options
 from turbochain.engines.compiling import Order
 from turbochain.engines.session import LOG, PhaseReport, Session
 from turbochain.runtime import backends, files
@@ -32,7 +33,7 @@ class BuildResult:
     remedy: dict[str, str]  # graph → what makes it right in fp16, or why it is not in fp16; "" for nothing
     engine_bytes: dict[str, int]  # graph → bytes that the engine reads
     build_seconds: dict[str, float]  # graph → compilation
-    checks: list[Check]
+    checks: list[Check]  # empty where the engine is for another machine, and has not met one such yet
     phases: list[PhaseReport] = field(default_factory=list)  # empty where there was nothing to do
     backend: str = ""
     reason: str = ""  # why this backend
@@ -50,8 +51,11 @@ def build(
     size: tuple[int, int] | None = None,
     batch: int | None = None,
     steps: list[int] | None = None,
+    opset: int | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    options: Mapping[str, object] | None = None,
+    timing_cache: str | Path | None = None,
     force: bool = False,
     quiet: bool = False,
     verbose: bool = False,
@@ -63,17 +67,26 @@ def build(
     machine's GPU, such as "sm89" (TensorRT-RTX); the engine is verified when it is first loaded there.
     `precision`: "fp32" or "fp16" (default: the backend's); where fp16 would overflow, the stage gets a remedy
     (`BuildResult.remedy`). `vae_precision`: "fp32" or "bf16", for the VAE instead. `size`: width and height in
-    pixels, multiples of 64 (default 512×512). `steps`: step counts (default 1 to 4). `force` skips the check of
+    pixels, multiples of 64 (default 512×512). `steps`: step counts (default 1 to 4). `opset`: of the ONNX graphs,
+    18 to 23 (default 21). `options`: the backend's own, such as {"builder_optimization_level": 5}; see `OPTIONS`
+    in its module in `turbochain.engines`. `timing_cache`: the folder where TensorRT's timings are kept and found,
+    one file per GPU and library version (default: the folder that the bundle is in). `force` skips the check of
     memory and disk. A second call with the same arguments finds the result and does nothing. Raises InputError
     for what cannot be built, VerificationError where the engine differs from diffusers by more than its bounds
     (the engine is then not installed).
     """
     backend, reason = _choose(backend, device, target)
-    order = Order(backend, device, target)
+    order = Order(
+        backend,
+        device,
+        target,
+        backend_options.resolve(backend, options or {}),
+        None if timing_cache is None else _folder(timing_cache),
+    )
     where = compiling.device(backend, device, target)
     if not quiet:
         print(f"backend {backend} on {where}: {reason}", file=sys.stderr)
-    asked = _asked(precision, vae_precision, size, batch, steps)
+    asked = _asked(precision, vae_precision, size, batch, steps, opset)
     for option in asked.keys() & {"precision", "vae_precision"}:
         backends.require_precision(backend, where, asked[option])
     output = Path(output) if output is not None else _default_output(source)
@@ -132,6 +145,7 @@ def _asked(
     size: tuple[int, int] | None,
     batch: int | None,
     steps: list[int] | None,
+    opset: int | None,
 ) -> dict[str, Any]:
     """The options that were given, checked; InputError for the first that cannot be."""
     asked: dict[str, Any] = {}
@@ -156,7 +170,17 @@ def _asked(
         if not steps or min(steps) < 1 or max(steps) > 50:
             raise InputError(f"steps {steps}: counts from 1 to 50 were expected, such as 1-4 or 1,2,4")
         asked["steps"] = sorted(set(steps))
+    if opset is not None:
+        if not 18 <= opset <= 23:
+            raise InputError(f"opset {opset}: 18 to 23 was expected")
+        asked["opset"] = opset
     return asked
+
+
+def _folder(path: str | Path) -> Path:
+    if Path(path).exists() and not Path(path).is_dir():
+        raise InputError(f"timing cache {path}: a folder was expected, with one file per GPU and library version")
+    return Path(path)
 
 
 def _is_bundle(path: str | Path) -> bool:
@@ -190,7 +214,7 @@ def _request(source: str, asked: dict[str, Any], revision: str | None, variant: 
         lines = [f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in seen]
         stamp = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
         source = folder.resolve().name
-    shape = {"height": 512, "width": 512, "batch": 1, "steps": [1, 2, 3, 4], **asked}
+    shape = {"height": 512, "width": 512, "batch": 1, "steps": [1, 2, 3, 4], "opset": 21, **asked}
     return {"source": source, "revision": revision, "variant": variant, "stamp": stamp, **shape}
 
 

@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from turbochain.engines.resume import STATE, Finished, empty
+from turbochain.engines.resume import STATE, Finished, empty, leave_nothing
 from turbochain.engines.session import Session, now, versions
 from turbochain.runtime import files, manifest
 from turbochain.runtime.bundle import REFERENCE, TEXT_TO_IMAGE, Bundle
@@ -28,7 +28,7 @@ def copy(source: Bundle, folder: Path, output: Path) -> None:
                 shutil.copyfileobj(original, file, 2**20)
         Bundle.open(folder).check_files(full=True)
     except (InputError, OSError):
-        _leave_nothing(folder)
+        leave_nothing(folder)
         raise
     files.install_directory(folder, output)
 
@@ -42,7 +42,7 @@ def export(session: Session, source: str, request: dict[str, Any], folder: Path,
         _export(session, source, request, folder, force)
     except (InputError, PictureError) as error:
         if not isinstance(error, NoSpace) or not (folder / STATE).exists():
-            _leave_nothing(folder)
+            leave_nothing(folder)
         raise
     files.install_directory(folder, output)
 
@@ -86,11 +86,6 @@ def _tell(session: Session, remedies: dict[str, dict[str, Any]]) -> None:
     if not session.quiet and (remedied or any(r["precision"] == "fp16" for r in remedies.values())):
         others = "every stage fits" if not remedied else "the others fit" if len(remedied) < len(remedies) else ""
         print(f"the range of fp16: {'; '.join(filter(None, [*remedied, others]))}", file=sys.stderr)
-
-
-def _leave_nothing(folder: Path) -> None:
-    empty(folder)
-    folder.rmdir()
 
 
 def _require_export() -> None:

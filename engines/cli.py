@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 
+from turbochain.engines import options
 from turbochain.engines.build import BuildResult, build
 from turbochain.runtime import console, verify
 from turbochain.runtime.errors import InputError
@@ -17,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "build-engine",
         description="Build a bundle with an engine for this machine, checked against diffusers.",
+        epilog=options.described(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("source", help="a hub id, a local folder in diffusers' format, synthetic:NAME, or a bundle")
@@ -29,8 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--size", help="width x height in pixels, multiples of 64 (default 512x512)")
     add("--batch", type=int, help="pictures per pass (default 1)")
     add("--steps", help="step counts, such as 1-4 or 1,2,4 (default 1-4)")
+    add("--opset", type=int, help="of the ONNX graphs, 18 to 23 (default 21)")
     add("--revision", help="branch, tag or commit of a hub id")
     add("--variant", help="weight files' variant, such as fp16")
+    add("-O", metavar="NAME=VALUE", action="append", default=[], help="an option of the backend; see below")
+    add("--timing-cache", metavar="FOLDER", help="where TensorRT's timings are kept (default: beside the bundle)")
     add("--force", action="store_true", help="build even where memory or disk look too small")
     add("--json", action="store_true", help="print the result as JSON")
     add("-v", "--verbose", action="store_true", help="show what the exporter and the libraries print")
@@ -38,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    options = {k: v for k, v in vars(arguments).items() if k not in ("json", "debug")}
-    options["size"] = _size(arguments.size) if arguments.size else None
-    options["steps"] = _steps(arguments.steps) if arguments.steps else None
-    result = build(**options)
+    given = {k: v for k, v in vars(arguments).items() if k not in ("json", "debug", "O")}
+    given["size"] = _size(arguments.size) if arguments.size else None
+    given["steps"] = _steps(arguments.steps) if arguments.steps else None
+    result = build(**given, options=options.parse(arguments.O))
     print(json.dumps(dataclasses.asdict(result), default=str, indent=2) if arguments.json else text(result))
 
 
@@ -49,24 +55,31 @@ def text(result: BuildResult) -> str:
     """One summary: what was done, with which backend, and the table of stages."""
     rows = [["stage", "precision", "engine size", "build time", "error", "bound", "remedy"]]
     for c in result.checks:
-        known = c.stage in result.precision
-        rows.append(
-            [
-                c.stage,
-                result.precision[c.stage] if known else "",
-                console.size(result.engine_bytes[c.stage]) if known else "",
-                f"{result.build_seconds[c.stage]:.1f} s" if known else "",
-                f"{c.metric} {c.value:.3g}",
-                verify.bound_text(c),
-                result.remedy[c.stage] if known else "",
-            ]
-        )
-    did = "built and verified" if result.phases else "nothing to do: it is built and verified already"
-    seconds = f" in {sum(p.seconds for p in result.phases):.1f} s" if result.phases else ""
+        remedy = result.remedy.get(c.stage, "")
+        rows.append([*_stage(result, c.stage), f"{c.metric} {c.value:.3g}", verify.bound_text(c), remedy])
+    if not result.checks:
+        rows += [[*_stage(result, name), "", "", result.remedy[name]] for name in result.precision]
+    seconds = f" in {sum(p.seconds for p in result.phases):.1f} s"
+    if result.checks:
+        did = f"built and verified{seconds}" if result.phases else "nothing to do: it is built and verified already"
+    else:
+        did = f"built{seconds}" if result.phases else "nothing to do: it is built already"
+        did += ", unverified: it is checked when it is first loaded on such a machine"
     return (
-        f"{console.table(rows)}\n{result.bundle}: {did}{seconds}\n"
+        f"{console.table(rows)}\n{result.bundle}: {did}\n"
         f"backend {result.backend} ({result.reason}), engine {result.engine}"
     )
+
+
+def _stage(result: BuildResult, name: str) -> list[str]:
+    if name not in result.precision:
+        return [name, "", "", ""]
+    return [
+        name,
+        result.precision[name],
+        console.size(result.engine_bytes[name]),
+        f"{result.build_seconds[name]:.1f} s",
+    ]
 
 
 def _size(value: str) -> tuple[int, int]:

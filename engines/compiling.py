@@ -2,20 +2,21 @@
 
 import dataclasses
 import hashlib
-import importlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from turbochain.engines.resume import Finished, empty
+from turbochain.engines import options
+from turbochain.engines.resume import Finished, empty, leave_nothing
 from turbochain.engines.session import Session, now, versions
 from turbochain.runtime import backends, engine, files, manifest, verify
 from turbochain.runtime.backends import Device
 from turbochain.runtime.bundle import Bundle
-from turbochain.runtime.errors import BundleError, InputError, VerificationError
+from turbochain.runtime.errors import BundleError, InputError, NoSpace, PhaseDied, TurbochainError
 from turbochain.runtime.manifest import FORMAT_VERSION, Check, Engine, EngineKey
 
 
@@ -26,8 +27,8 @@ class Order:
     backend: str
     device: str | None = None  # of this machine; None: the default one
     target: str | None = None  # an architecture such as "sm89", to build for another machine
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the backend, those that are not its defaults
-    cache: Path | None = None  # where the backend may keep what makes later builds quicker (None: beside the bundle)
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the backend; those that are missing are its defaults
+    cache: Path | None = None  # folder for what makes later builds quicker (None: the one that the bundle is in)
 
 
 def device(backend: str, name: str | None, target: str | None) -> Device:
@@ -43,16 +44,10 @@ def device(backend: str, name: str | None, target: str | None) -> Device:
 def install(session: Session, bundle: Bundle, order: Order) -> tuple[str, Engine]:
     """The engine that was ordered in a locked bundle, built and verified if there is none.
 
-    One for another machine cannot be verified here: it has no checks until it is loaded there.
+    One for another machine cannot be verified here: it has no checks until it is loaded there. A build that fails or
+    is cancelled leaves nothing behind; one that is killed, or finds the disk full, what was finished.
     """
-    backend = order.backend
-    where = device(backend, order.device, order.target)
-    library, version = backends.require(backend)
-    options = importlib.import_module(f"turbochain.engines.{backend}").OPTIONS
-    key = EngineKey(backend, where.kind, library, version, options, bundle.graph_digests(), where.gpu)
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(key), sort_keys=True).encode()).hexdigest()
-    short = f"sm{where.gpu.compute_capability.replace('.', '')}" if where.gpu else where.kind
-    name = f"{backend}-{short}-{digest[:12]}"
+    name, key = _key(bundle, order)
     final, building = bundle.path / "engines" / name, bundle.path / "engines" / ".building"
     engine.check_inputs(bundle)
     if existing := _intact(bundle, name, key):
@@ -66,17 +61,34 @@ def install(session: Session, bundle: Bundle, order: Order) -> tuple[str, Engine
             empty(final)
             final.rmdir()
         files.install_directory(building, final)
-    except VerificationError:
-        empty(building)
-        building.rmdir()
-        if session.log:
-            session.log.unlink(missing_ok=True)
+    except (NoSpace, PhaseDied):
+        raise
+    except (TurbochainError, KeyboardInterrupt):
+        _drop_log(session)
+        with suppress(OSError):  # other engines are there
+            leave_nothing(building)
+            building.parent.rmdir()
         raise
     except OSError as error:
         raise InputError(f"cannot write {final}: {error.strerror}") from error
+    _drop_log(session)
+    return name, made
+
+
+def _key(bundle: Bundle, order: Order) -> tuple[str, EngineKey]:
+    """What the engine that was ordered depends on, and the name of its folder."""
+    where = device(order.backend, order.device, order.target)
+    library, version = backends.require(order.backend)
+    chosen = options.resolve(order.backend, order.options)
+    key = EngineKey(order.backend, where.kind, library, version, chosen, bundle.graph_digests(), where.gpu)
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(key), sort_keys=True).encode()).hexdigest()
+    short = f"sm{where.gpu.compute_capability.replace('.', '')}" if where.gpu else where.kind
+    return f"{order.backend}-{short}-{digest[:12]}", key
+
+
+def _drop_log(session: Session) -> None:
     if session.log:
         session.log.unlink(missing_ok=True)
-    return name, made
 
 
 def _intact(bundle: Bundle, name: str, key: EngineKey) -> Engine | None:
@@ -123,6 +135,7 @@ def _compile_and_check(session: Session, bundle: Bundle, key: EngineKey, order: 
             **({"verify": session.phases[-1].peak_bytes} if checks else {}),
         },
         checks=tuple(checks),
+        ordered=options.changed(key.backend, key.options),
         created=now(),
         created_by=versions("turbochain", key.library, "numpy"),
     )

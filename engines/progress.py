@@ -40,8 +40,8 @@ class Phase:
             self._ticker.join()
             self._stream.write("\r\x1b[K")
         if not self._quiet:
-            end = "done" if kind is None else "failed"
-            self._stream.write(f"{self.name:<32} {end:>6} {self.seconds:8.1f} s\n")
+            end = "done" if kind is None else "cancelled" if kind is KeyboardInterrupt else "failed"
+            self._stream.write(f"{self.name:<32} {end:>9} {self.seconds:8.1f} s\n")
             self._stream.flush()
 
     def _tick(self) -> None:

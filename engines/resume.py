@@ -62,3 +62,9 @@ def empty(folder: Path, keep: Collection[str] = ()) -> None:
                 path.rmdir()
         elif str(path.relative_to(folder)) not in keep:
             path.unlink()
+
+
+def leave_nothing(folder: Path) -> None:
+    """Remove the folder with everything in it."""
+    empty(folder)
+    folder.rmdir()

@@ -34,7 +34,7 @@ class Session:
     def run(self, name: str, job: str, /, **arguments: Any) -> Any:
         """Run a job in a process of its own, with a progress bar; see `worker.run`."""
         with Phase(name, quiet=self.quiet) as phase:
-            result, peak = worker.run(job, arguments, progress=phase, lock=self.lock, log=self.log)
+            result, peak = worker.run(job, arguments, progress=phase, lock=self.lock, printed=self.log)
         self.phases.append(PhaseReport(name, phase.seconds, peak))
         return result
 

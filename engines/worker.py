@@ -1,39 +1,79 @@
 """Heavy phases run in a process of their own, so that their memory is returned.
 
 The parent writes one JSON line (`{"job": "module:function", "arguments": {…}}`) to the child's stdin and keeps
-it open: when it closes, the child ends, so a killed build leaves nothing running. The child writes JSON lines:
-`{"progress": [done, total]}`, and last `{"result": …, "peak_bytes": …}` or `{"error": …, "kind": …}`.
+it open: when it closes, the child ends, so a killed build leaves nothing running. The child hears of Ctrl-C in no
+other way: its job's next call of `progress` raises KeyboardInterrupt, and soon after it ends in any case. The child
+writes JSON lines: `{"progress": [done, total]}`, `{"warning": text}`, and last `{"result": …, "peak_bytes": …}` or
+`{"error": …, "kind": …}`.
 """
 
 import errno
 import importlib
 import json
+import logging
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from turbochain.runtime import errors
-from turbochain.runtime.errors import InputError, NoSpace, TurbochainError
+from turbochain.runtime.errors import InputError, NoSpace, PhaseDied, TurbochainError
 
 Progress = Callable[[int, int], None]
 
+log = logging.getLogger("turbochain")
 
-def run(job: str, arguments: dict[str, Any], *, progress: Progress, lock: int, log: Path | None) -> tuple[Any, int]:
+_GRACE = 1.0  # seconds that a job has to end by itself
+
+
+def run(job: str, arguments: dict[str, Any], *, progress: Progress, lock: int, printed: Path | None) -> tuple[Any, int]:
     """Run `job` in a child; returns its result and its peak resident memory in bytes.
 
     `lock` is a file descriptor that the child keeps open, so that a lock outlives this process as long as the
-    child does. What libraries print goes to the file `log`, or to stderr where it is None. Raises what the
-    child raised, if it is a TurbochainError; else TurbochainError.
+    child does. What libraries print goes to the file `printed`, or to stderr where it is None. Raises what the
+    child raised, if it is a TurbochainError, or a TurbochainError that describes it; PhaseDied where the child ended
+    without a word.
     """
-    output = log.open("ab") if log else None
+    # The child inherits that it does not hear of Ctrl-C, which a terminal sends to both.
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        child = subprocess.Popen(
+        child = _start(lock, printed)
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+        raise
+    assert child.stdin and child.stdout
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+        child.stdin.write(json.dumps({"job": job, "arguments": arguments}) + "\n")
+        child.stdin.flush()
+        last: dict[str, Any] = {}
+        for line in child.stdout:
+            last = json.loads(line)
+            if "progress" in last:
+                progress(*last["progress"])
+            if "warning" in last:
+                log.warning("%s", last["warning"])
+        status = child.wait()
+    except BaseException:
+        _end(child)
+        raise
+    if "result" in last:
+        return last["result"], last["peak_bytes"]
+    raise _failure(job, last, status, printed)
+
+
+def _start(lock: int, printed: Path | None) -> "subprocess.Popen[str]":
+    output = printed.open("ab") if printed else None
+    try:
+        return subprocess.Popen(
             [sys.executable, "-P", "-c", f"from {__name__} import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -44,26 +84,21 @@ def run(job: str, arguments: dict[str, Any], *, progress: Progress, lock: int, l
     finally:
         if output:
             output.close()
-    assert child.stdin and child.stdout
+
+
+def _end(child: "subprocess.Popen[str]") -> None:
+    """Let the child end by itself, or else, or at a second Ctrl-C, kill it."""
+    assert child.stdin
     try:
-        child.stdin.write(json.dumps({"job": job, "arguments": arguments}) + "\n")
-        child.stdin.flush()
-        last: dict[str, Any] = {}
-        for line in child.stdout:
-            last = json.loads(line)
-            if "progress" in last:
-                progress(*last["progress"])
-        status = child.wait()
-    except BaseException:
+        with suppress(OSError, subprocess.TimeoutExpired):
+            child.stdin.close()
+            child.wait(2 * _GRACE)
+    finally:
         child.kill()
         child.wait()
-        raise
-    if "result" in last:
-        return last["result"], last["peak_bytes"]
-    raise _failure(job, last, status, log)
 
 
-def _failure(job: str, last: dict[str, Any], status: int, log: Path | None) -> TurbochainError:
+def _failure(job: str, last: dict[str, Any], status: int, printed: Path | None) -> TurbochainError:
     if "error" in last:
         return getattr(errors, last["kind"])(last["error"])
     name = job.rpartition(":")[2]
@@ -71,14 +106,15 @@ def _failure(job: str, last: dict[str, Any], status: int, log: Path | None) -> T
         reason = f"was killed by signal {-status}" + (" (out of memory?)" if status == -9 else "")
     else:
         reason = f"ended with status {status}"
-    where = f"; what it printed is in {log}" if log else ""
-    return TurbochainError(f"the phase {name} {reason}{where}")
+    where = f"; what it printed is in {printed}" if printed else ""
+    return PhaseDied(f"the phase {name} {reason}{where}")
 
 
 def main() -> None:
     """The child's side."""
     request = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    cancelled = threading.Event()
+    threading.Thread(target=_end_with_parent, args=(cancelled,), daemon=True).start()
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not be taken for an event
     sys.stdout = sys.stderr
@@ -86,10 +122,19 @@ def main() -> None:
     def send(**event: Any) -> None:
         events.write(json.dumps(event) + "\n")
 
+    def progress(done: int, total: int) -> None:
+        if cancelled.is_set():
+            raise KeyboardInterrupt
+        send(progress=[done, total])
+
+    log.addHandler(_Forward(send))
+    log.propagate = False
     module, _, function = request["job"].partition(":")
     try:
         job = getattr(importlib.import_module(module), function)
-        result = job(lambda done, total: send(progress=[done, total]), **request["arguments"])
+        result = job(progress, **request["arguments"])
+    except KeyboardInterrupt:
+        pass  # nobody listens any more
     except TurbochainError as error:
         send(error=str(error), kind=type(error).__name__)
     except Exception as error:
@@ -129,6 +174,19 @@ def _peak_bytes() -> int:
         return peak * (1 if sys.platform == "darwin" else 1024)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(cancelled: threading.Event) -> None:
     sys.stdin.read()
+    cancelled.set()
+    time.sleep(_GRACE)
     os._exit(1)
+
+
+class _Forward(logging.Handler):
+    """What this process warns of is said by its parent."""
+
+    def __init__(self, send: Callable[..., None]) -> None:
+        super().__init__(logging.WARNING)
+        self.send = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.send(warning=record.getMessage())

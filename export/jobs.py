@@ -84,7 +84,7 @@ def graphs(
 
     shape = Shape(request["height"], request["width"], request["batch"])
     decided = {name: ranges.Remedy(**remedy) for name, remedy in remedies.items()}
-    made = tracer.export(_checkpoint(prepared), component, shape, decided, Path(folder))
+    made = tracer.export(_checkpoint(prepared), component, shape, decided, Path(folder), request["opset"])
     return {name: dataclasses.asdict(graph) for name, graph in made.items()}
 
 

@@ -24,7 +24,7 @@ def run(parser: argparse.ArgumentParser, command: Command, argv: Sequence[str] |
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        print(f"{parser.prog}: cancelled", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader (head, less) has gone; say nothing

@@ -11,7 +11,7 @@ from turbochain.runtime import backends, files
 from turbochain.runtime.bundle import Bundle
 from turbochain.runtime.chain import stage_plan
 from turbochain.runtime.errors import BundleError, InputError
-from turbochain.runtime.manifest import Engine, EngineKey
+from turbochain.runtime.manifest import Engine
 
 
 def misfit(bundle: Bundle, engine: Engine, device: str | None = None) -> str | None:
@@ -31,9 +31,19 @@ def misfit(bundle: Bundle, engine: Engine, device: str | None = None) -> str | N
     return reason
 
 
-def rebuild(bundle: Bundle, key: EngineKey) -> str:
-    """The command that builds an engine of this key's backend for this machine."""
-    return f"build-engine {shlex.quote(str(bundle.path))} --backend {key.backend}"
+def rebuild(bundle: Bundle, engine: Engine) -> str:
+    """The command that builds such an engine for this machine."""
+    options = "".join(f" -O {name}={value}" for name, value in engine.ordered.items())
+    return f"build-engine {shlex.quote(str(bundle.path))} --backend {engine.key.backend}{options}"
+
+
+def has_device(backend: str) -> bool:
+    """Whether this machine has a device that the backend runs on."""
+    try:
+        backends.get(backend).device(None)
+    except InputError:
+        return False
+    return True
 
 
 def select(bundle: Bundle, backend: str | None = None, device: str | None = None) -> tuple[str, Engine]:

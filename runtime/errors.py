@@ -25,6 +25,10 @@ class NoSpace(InputError):
     """The disk is full. What was finished is kept: after making room, the same command goes on."""
 
 
+class PhaseDied(TurbochainError):
+    """A process of a build was killed, or crashed. What was finished is kept: the same command goes on."""
+
+
 class BackendMissing(InputError):
     """The backend's package is not installed; the message holds the `pip install` line that mends it."""
 

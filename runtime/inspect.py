@@ -5,7 +5,7 @@ from typing import Any
 
 from turbochain.runtime import console
 from turbochain.runtime.bundle import Bundle
-from turbochain.runtime.engine import misfit, rebuild
+from turbochain.runtime.engine import has_device, misfit, rebuild
 from turbochain.runtime.errors import BundleError
 from turbochain.runtime.manifest import Engine, Gpu
 
@@ -89,7 +89,7 @@ def _engine(bundle: Bundle, found: Engine | BundleError) -> dict[str, Any]:
     if isinstance(found, BundleError):
         return {"fits": False, "reason": str(found)}
     reason = misfit(bundle, found)
-    mend = None if reason is None else rebuild(bundle, found.key)
+    mend = rebuild(bundle, found) if reason and has_device(found.key.backend) else None
     return {"fits": reason is None, "reason": reason, "rebuild": mend, **dataclasses.asdict(found)}
 
 
@@ -97,12 +97,12 @@ def _engine_text(name: str, engine: dict[str, Any]) -> str:
     fits = "fits this machine" if engine["fits"] else f"does not fit: {engine['reason']}"
     if "key" not in engine:
         return f"engine {name}: {fits}"
-    if not engine["fits"]:
+    if engine["rebuild"]:
         fits += f"\n  one that fits: {engine['rebuild']}"
     worst = "; ".join(f"{c['stage']} {c['metric']} {c['value']:.3g}" for c in engine["checks"])
     key = engine["key"]
     where = Gpu(**key["gpu"]) if key["gpu"] else key["device"]
-    options = "".join(f", {k}={v}" for k, v in key["options"].items())
+    options = "".join(f", {k}={v}" for k, v in engine["ordered"].items())
     return (
         f"engine {name}: {fits}\n  {key['backend']} on {where}, {key['library']} {key['version']}{options}, "
         f"{console.size(sum(engine['bytes'].values()))}\n  "

@@ -182,6 +182,7 @@ class Engine:
     checks: tuple[Check, ...]  # the verification; empty while one built for another machine has not met that machine
     created: str
     created_by: dict[str, str]
+    ordered: dict[str, Any] = field(default_factory=dict)  # of the key's options those that are not the defaults
 
 
 def read(kind: type[T], path: Path) -> T:

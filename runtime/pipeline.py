@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from turbochain.runtime import engine as engines
+from turbochain.runtime import verify
 from turbochain.runtime.backends import Device
 from turbochain.runtime.bundle import Bundle
 from turbochain.runtime.chain import Plan, plan
@@ -80,11 +81,12 @@ class Pipeline:
 
         `threads`: how many CPU threads one launch may use (None: the backend's own choice).
         `prompt_cache_bytes`: bound of the prompt embeddings that are kept. Raises BundleError where the
-        bundle is damaged or has no engine that fits, BackendMissing where the backend is not installed.
+        bundle is damaged or has no engine that fits, BackendMissing where the backend is not installed,
+        VerificationError where an engine that was built on another machine fails its checks on this one.
         """
         bundle = Bundle.open(path)
         name, engine = engines.select(bundle, backend, device)
-        executor = engines.open_executor(bundle, name, engine, device=device, threads=threads)
+        executor = verify.open_verified(bundle, name, engine, device=device, threads=threads)
         return cls(bundle, executor, engine_name=name, prompt_cache_bytes=prompt_cache_bytes)
 
     def __call__(

@@ -4,7 +4,9 @@ The reference was recorded from diffusers' own pipeline in fp32 when the bundle 
 neither torch nor the checkpoint.
 """
 
+import dataclasses
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from turbochain.runtime import engine, metrics
+from turbochain.runtime import engine, files, manifest, metrics
 from turbochain.runtime.bundle import PRECISIONS, REFERENCE, Bundle
 from turbochain.runtime.chain import plan, stage_plan
-from turbochain.runtime.errors import BundleError, VerificationError
-from turbochain.runtime.manifest import Check
+from turbochain.runtime.errors import BundleError, InputError, VerificationError
+from turbochain.runtime.manifest import Check, Engine
 from turbochain.runtime.noise import Generator, draw_run
+
+log = logging.getLogger("turbochain")
 
 Arrays = dict[str, np.ndarray]
 Bounds = dict[str, float]
@@ -98,7 +102,40 @@ def verify_bundle(
     bundle.check_files(full=True)
     name, chosen = engine.select(bundle, backend, device)
     executor = engine.open_executor(bundle, name, chosen, device=device, threads=threads)
-    return name, verify(bundle, executor)
+    checks = verify(bundle, executor)
+    if not chosen.checks and all(c.passed for c in checks):
+        _keep(bundle, name, chosen, checks)
+    return name, checks
+
+
+def open_verified(
+    bundle: Bundle, name: str, chosen: Engine, *, device: str | None = None, threads: int | None = None
+) -> Any:
+    """`engine.open_executor`; an engine that was built for this machine on another one is verified first.
+
+    The checks are then kept in its engine.json. Raises VerificationError, with nothing kept, where it fails them.
+    """
+    executor = engine.open_executor(bundle, name, chosen, device=device, threads=threads)
+    if chosen.checks:
+        return executor
+    log.warning("the engine %s was built on another machine: it is verified now, as this is its first load", name)
+    try:
+        bundle.check_files([REFERENCE])
+        checks = verify(bundle, executor)
+        require(checks)
+    except BaseException:
+        executor.close()
+        raise
+    _keep(bundle, name, chosen, checks)
+    return executor
+
+
+def _keep(bundle: Bundle, name: str, chosen: Engine, checks: list[Check]) -> None:
+    path = bundle.path / "engines" / name / "engine.json"
+    try:
+        files.write_atomically(path, manifest.write(dataclasses.replace(chosen, checks=tuple(checks))))
+    except InputError as error:
+        log.warning("the engine %s is verified anew at each load: %s", name, error)
 
 
 def require(checks: list[Check]) -> None:

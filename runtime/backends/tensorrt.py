@@ -79,8 +79,11 @@ def _version_compatible(key: EngineKey, version: str) -> bool:
     return bool(key.options.get("version_compatible")) and key.version.split(".")[0] == version.split(".")[0]
 
 
-def logger(echo: Callable[[str], None] | None = None) -> Any:
-    """A logger whose `errors` are what TensorRT complained of, to be quoted; `echo` is given every message."""
+def logger(echo: Callable[[str, str], None] | None = None) -> Any:
+    """A logger whose `errors` are what TensorRT complained of, to be quoted.
+
+    `echo` is given every message: the name of its severity, and its text.
+    """
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:
@@ -91,7 +94,7 @@ def logger(echo: Callable[[str], None] | None = None) -> Any:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(msg)
             if echo:
-                echo(msg)
+                echo(severity.name, msg)
 
     return Logger()
 

@@ -183,4 +183,4 @@ def test_an_engine_for_a_gpu_says_why_it_does_not_fit_and_what_builds_one(sd: Pa
     )
     foreign = dataclasses.replace(made, key=key)
     assert engine.misfit(bundle, foreign) == NO_DRIVER
-    assert engine.rebuild(bundle, key) == f"build-engine {sd} --backend tensorrt"
+    assert engine.rebuild(bundle, foreign) == f"build-engine {sd} --backend tensorrt"
