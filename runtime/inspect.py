@@ -89,7 +89,7 @@ def _engine(bundle: Bundle, found: Engine | BundleError) -> dict[str, Any]:
     if isinstance(found, BundleError):
         return {"fits": False, "reason": str(found)}
     reason = misfit(bundle, found)
-    mend = rebuild(bundle, found) if reason and has_device(found.key.backend) else None
+    mend = rebuild(bundle, found) if reason else None
     return {"fits": reason is None, "reason": reason, "rebuild": mend, **dataclasses.asdict(found)}
 
 
@@ -98,7 +98,8 @@ def _engine_text(name: str, engine: dict[str, Any]) -> str:
     if "key" not in engine:
         return f"engine {name}: {fits}"
     if engine["rebuild"]:
-        fits += f"\n  one that fits: {engine['rebuild']}"
+        here = has_device(engine["key"]["backend"])
+        fits += f"\n  {'one that fits' if here else 'on a machine that has one'}: {engine['rebuild']}"
     worst = "; ".join(f"{c['stage']} {c['metric']} {c['value']:.3g}" for c in engine["checks"])
     key = engine["key"]
     where = Gpu(**key["gpu"]) if key["gpu"] else key["device"]
