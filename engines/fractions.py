@@ -32,8 +32,9 @@ class Fractions:
 
     def step(self, name: str, index: int) -> None:
         """The step of this number, from 0, is done."""
-        if phase := self._running.get(name):
-            phase.done = min(phase.steps, max(phase.done, index + 1))
+        phase = self._running.get(name)
+        if phase and index >= phase.done:
+            phase.done = min(phase.steps, index + 1)
             phase.inside.clear()
 
     def finish(self, name: str) -> None:

@@ -4,6 +4,7 @@ What one of them lacks is looked for, not known by version. The network is stron
 say what is computed in which precision.
 """
 
+import hashlib
 import logging
 import re
 import sys
@@ -183,26 +184,35 @@ def timing_file(folder: Path, device: Device) -> Path:
 
 
 def load_timings(config: "trt.IBuilderConfig", path: Path) -> None:
-    """Give the builder the timings in `path`; where there are none that it takes, it begins anew, with a warning."""
+    """Give the builder the timings in `path`; where there are none that are of use, it begins anew, with a warning.
+
+    The file holds the SHA-256 of what TensorRT serialised, then that: TensorRT takes damaged timings for none at all,
+    and says so to nobody.
+    """
+    known, wrong = b"", ""
     try:
-        known = path.read_bytes()
+        data = path.read_bytes()
+        known = data[32:]
+        wrong = "" if hashlib.sha256(known).digest() == data[:32] else "is damaged"
     except FileNotFoundError:
-        known = b""
+        pass
     except OSError as error:
-        log.warning("the timing cache %s cannot be read (%s): every kernel is timed anew", path, error.strerror)
-        known = b""
-    taken = config.create_timing_cache(known)
-    if taken is None or not config.set_timing_cache(taken, False):
-        log.warning("the timing cache %s is damaged or of another GPU: every kernel is timed anew", path)
+        wrong = f"cannot be read ({error.strerror})"
+    if not wrong and not config.set_timing_cache(config.create_timing_cache(known), False):
+        wrong = "is of another GPU or library"
+    if wrong:
+        log.warning("the timing cache %s %s: every kernel is timed anew", path, wrong)
         config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
 def save_timings(config: "trt.IBuilderConfig", path: Path) -> None:
     """Keep the builder's timings in `path` for later builds; where that cannot be, a warning says so."""
+    timings = memoryview(config.get_timing_cache().serialize())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with files.atomic_write(path) as file:
-            file.write(memoryview(config.get_timing_cache().serialize()))
+        with files.atomic_write(path, size=timings.nbytes) as file:
+            file.write(hashlib.sha256(timings).digest())
+            file.write(timings)
     except (InputError, OSError) as error:
         log.warning("the timings of this build are not kept: %s", error)
 

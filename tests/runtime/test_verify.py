@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from transformers import CLIPTextModel
 
 from turbochain.export import stages
-from turbochain.runtime import Bundle, VerificationError, engine, files, metrics, verify
+from turbochain.runtime import Bundle, Pipeline, VerificationError, engine, files, metrics, verify
 from turbochain.runtime.manifest import Check
 
 Copy = Callable[[Path], Path]
@@ -332,3 +334,56 @@ def test_levels_do_not_wrap_around() -> None:
     high[0, 0, 0, 0] = 255
     assert metrics.max_abs(low, high) == metrics.max_abs(high, low) == 255
     assert metrics.fraction_differing(low, high) == 1 / 12
+
+
+@pytest.fixture
+def foreign(sd: Path, copy_of: Copy) -> Path:
+    """A bundle whose engine has not been verified, as one that was built on another machine."""
+    bundle = copy_of(sd)
+    (path,) = bundle.glob("engines/*/engine.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"checks": []}))
+    return bundle
+
+
+def kept(bundle: Path) -> list[dict[str, Any]]:
+    (path,) = bundle.glob("engines/*/engine.json")
+    return json.loads(path.read_text())["checks"]
+
+
+def test_an_unverified_engine_is_verified_on_its_first_load(
+    sd: Path, foreign: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert "unverified: " in command("turbochain", "inspect", foreign).stdout
+    Pipeline.load(foreign).close()
+    assert "it is verified now, as this is its first load" in caplog.text
+    assert kept(foreign) == kept(sd) and [p.name for p in foreign.glob("engines/*/*")] == ["engine.json"]
+    assert "unverified: " not in command("turbochain", "inspect", foreign).stdout
+    caplog.clear()
+    with Pipeline.load(foreign) as pipe:
+        assert pipe("a cat", seed=0, output_type="uint8").images.any()
+    assert not caplog.records
+
+
+def test_verify_keeps_what_it_found_of_an_unverified_engine(sd: Path, foreign: Path) -> None:
+    assert command("turbochain", "verify", foreign).returncode == 0
+    assert kept(foreign) == kept(sd)
+
+
+def test_an_unverified_engine_that_errs_is_refused_each_time(foreign: Path) -> None:
+    in_rows(lambda row: {"a": 1.01})(foreign)
+    for _ in range(2):
+        with pytest.raises(VerificationError, match=r"schedule: relative_l2 is .*, the bound is ≤ 0\.0001"):
+            Pipeline.load(foreign)
+    assert command("turbochain", "verify", foreign).returncode == 1
+    assert kept(foreign) == []
+
+
+def test_an_unverified_engine_in_a_folder_that_cannot_be_written(foreign: Path, tmp_path: Path) -> None:
+    """In a mount namespace of its own, which needs no privilege."""
+    script = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && exec "$2" generate "$1" "a cat" -o "$3"'
+    own = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
+    turbochain = Path(sys.executable).with_name("turbochain")
+    line = [*own, foreign, turbochain, tmp_path / "cat.png"]
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and (tmp_path / "cat.png").exists(), done
+    assert "is verified anew at each load: cannot write " in done.stderr and kept(foreign) == []
