@@ -20,23 +20,28 @@ from turbochain.runtime.errors import TurbochainError
 from turbochain.runtime.manifest import Graph, Tensor
 
 OPSET = 21  # the first whose attention TensorRT fuses in every stage
+OPSET_BF16 = 22  # the first with bf16 convolutions
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def export(checkpoint: Checkpoint, name: str, shape: Shape, remedy: Remedy, bundle: Path, opset: int = OPSET) -> Graph:
+def export(
+    checkpoint: Checkpoint, name: str, shape: Shape, remedy: Remedy, bundle: Path, opset: int | None = None
+) -> Graph:
     """Trace the stage `name`, in the precision and with the changes of `remedy`, into `bundle/graphs`.
 
-    Returns what the manifest says of it.
+    Returns what the manifest says of it. `opset` is by default the one for that precision.
 
     Files: graphs/NAME.onnx, graphs/NAME.onnx.data, graphs/NAME.names.json. Raises TurbochainError where the
     exporter lost an input or changed a shape.
     """
     stage = checkpoint.family.stages[name]
+    opset = opset or (OPSET_BF16 if remedy.precision == "bf16" else OPSET)
     dtype = TORCH_DTYPES[remedy.precision]
     # What overflows in fp16 may do so as a weight, so the weights are rescaled before they are rounded.
     model = load.component(checkpoint, stage.component, torch.float32 if remedy.exponents else dtype, traceable=True)
     factors = rescale(model, remedy.exponents) if remedy.exponents else {}
-    model.to(dtype)
+    if factors:
+        model.to(dtype)
     attention.upcast(model, remedy.attention)
     if remedy.precision == "fp32":  # in lower precision a GPU's own GroupNormalization is wanted
         stages.replace_group_norms(model)
@@ -149,4 +154,4 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _fingerprint(array: np.ndarray) -> tuple[Any, ...]:
-    return array.size, str(array.dtype), hashlib.sha256(np.ascontiguousarray(array).data).digest()
+    return array.size, str(array.dtype), hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).digest()
