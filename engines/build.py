@@ -59,8 +59,8 @@ def build(
     `source`: a hub id, a local folder in diffusers' format, "synthetic:NAME", or a bundle. `backend`: default
     the best installed one. `precision`: "fp32" or "fp16" (default: the backend's); where fp16 would overflow, the
     stage gets a remedy (`BuildResult.remedy`). `vae_precision`: "fp32" or "bf16", for the VAE instead. `size`: width
-    and height in pixels, multiples of 64 (default 512×512). `steps`: step counts (default 1 to 4). `force` skips the check
-    of memory and disk. A second call with the same arguments finds the result and does nothing. Raises
+    and height in pixels, multiples of 64 (default 512×512). `steps`: step counts (default 1 to 4). `force` skips the
+    check of memory and disk. A second call with the same arguments finds the result and does nothing. Raises
     InputError for what cannot be built, VerificationError where the engine differs from diffusers by more
     than its bounds (the engine is then not installed).
     """

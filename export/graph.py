@@ -115,9 +115,7 @@ def _ends(name: str, values: Any, expected: dict[str, Any], proto: Any) -> tuple
     return tuple(found[key] for key in expected)
 
 
-def name_map(
-    model: torch.nn.Module, path: Path, factors: Mapping[str, float] | None = None
-) -> dict[str, dict[str, Any] | None]:
+def name_map(model: torch.nn.Module, path: Path, factors: Mapping[str, float]) -> dict[str, dict[str, Any] | None]:
     """Parameter name → the initializer that holds it and whether transposed; None where this graph has no use for it.
 
     `factors`: parameter → what the checkpoint's value was multiplied by (`rescale`); the entry says so as "factor".
@@ -139,9 +137,8 @@ def name_map(
             found = holders.get(_fingerprint(value.T if transposed else value), [])
             own = [h for h in found if h.endswith(f".{name}")]
             if found:
-                mapped[name] = {"initializer": (own or found)[0], "transposed": transposed}
-                if factors and name in factors:
-                    mapped[name] |= {"factor": factors[name]}
+                factor = {"factor": factors[name]} if name in factors else {}
+                mapped[name] = {"initializer": (own or found)[0], "transposed": transposed, **factor}
                 break
     return mapped
 

@@ -82,9 +82,7 @@ def graph(
     from turbochain.export import graph as tracer
 
     shape = Shape(request["height"], request["width"], request["batch"])
-    return dataclasses.asdict(
-        tracer.export(_checkpoint(prepared), name, shape, ranges.Remedy(**remedy), Path(folder))
-    )
+    return dataclasses.asdict(tracer.export(_checkpoint(prepared), name, shape, ranges.Remedy(**remedy), Path(folder)))
 
 
 def _open(

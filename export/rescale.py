@@ -18,11 +18,12 @@ from torch import nn
 
 
 def rescale(vae: nn.Module, exponents: Mapping[str, int]) -> dict[str, float]:
-    """Change the weights of `vae` (fp32 or fp64, in place) so that each named module puts out 2⁻ᵉ or less of what it did.
+    """Change the weights of `vae` (fp32 or fp64, in place): each named module puts out 2⁻ᵉ or less of what it did.
 
     `exponents`: module → e. The modules are those of the stream (conv_in, resnets, attentions, samplers and the
-    convolutions in them) and conv1; a block's own name says nothing more than that of its last module. No scale is larger than what its stretch of the stream asks for: small weights
-    become subnormal in fp16. Returns parameter → the factor that it was multiplied by, where that is not 1.
+    convolutions in them) and conv1; a block's own name says no more than that of its last module. A scale is no
+    larger than its stretch of the stream asks for: small weights become subnormal in fp16. Returns parameter → the
+    factor that it was multiplied by, where that is not 1.
     """
     factors: dict[str, float] = {}
     for name, part in vae.named_children():
@@ -70,7 +71,7 @@ def _shrink_epsilon(norm: nn.GroupNorm, exponent: int) -> None:
 
 def _wanted(name: str, exponents: Mapping[str, int]) -> int:
     """What a module of the stream and the parts of it that add to the stream ask for."""
-    mine = (e for m, e in exponents.items() if m == name or m.startswith(f"{name}.") and not m.endswith(".conv1"))
+    mine = (e for m, e in exponents.items() if m == name or (m.startswith(f"{name}.") and not m.endswith(".conv1")))
     return max(mine, default=0)
 
 

@@ -119,7 +119,7 @@ def test_the_summary_and_the_phases(sd: Path, copy_of) -> None:
     head, rule, *rows = done.stdout.splitlines()
     assert head.split("  ")[0] == "stage" and set(rule) == {"-", " "}
     columns = [c.strip() for c in head.split("  ") if c.strip()]
-    assert columns == ["stage", "precision", "engine size", "build time", "error", "bound"]
+    assert columns == ["stage", "precision", "engine size", "build time", "error", "bound", "remedy"]
     assert [row.split()[0] for row in rows[:7]] == ["schedule", "schedule", *GRAPHS, "vae_decoder", "image"]
     assert "fp32" in rows[2] and "MiB" in rows[2] and " s " in rows[2] and "max_abs" in rows[2] and "≤ 0.001" in rows[2]
     assert f"{bundle}: built and verified in " in done.stdout and "backend onnxruntime (" in done.stdout

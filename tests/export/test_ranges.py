@@ -105,7 +105,7 @@ def test_an_islands_attention_is_right_where_fp16_is_not(tmp_path: Path, context
         (results[name],) = run_strictly(tmp_path / name, feeds)
     assert not np.isfinite(results["plain"]).all()
     assert results["island"].dtype == np.float16
-    assert metrics.relative_l2(results["island"], right) < 2e-3
+    assert metrics.relative_l2(results["island"], right) < 1e-2  # fp32 itself knows a score of 90,000 to 0.008
 
 
 def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -180,13 +180,11 @@ def built(large: Path) -> tuple[Bundle, subprocess.CompletedProcess[str]]:
 def test_a_build_says_what_it_remedied(built: tuple[Bundle, subprocess.CompletedProcess[str]]) -> None:
     bundle, done = built
     graphs = bundle.manifest.graphs
-    told = re.search(r"^the range of fp16: (.*)$", done.stderr, re.M)
-    assert told
     shown = command("turbochain", "inspect", bundle.path).stdout
     for name, phrase in TOLD.items():
         assert re.fullmatch(phrase, graphs[name].remedy), graphs[name].remedy
         assert graphs[name].precision == ("fp32" if name == "text_encoder_2" else "fp16")
-        assert f"{name}: {graphs[name].remedy}" in told[1]
+        assert re.search(rf"^range of fp16: {name} +{re.escape(graphs[name].remedy)}$", done.stderr, re.M)
         for table in (done.stdout, shown):
             assert re.search(rf"^{name} .* {re.escape(graphs[name].remedy)}$", table, re.M)
 

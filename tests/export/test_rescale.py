@@ -1,4 +1,4 @@
-"""A VAE that overflows fp16, before and after it is rescaled: torch on the CPU rounds every fp16 result, so it shows."""
+"""A VAE that overflows fp16, before and after it is rescaled: torch on the CPU rounds every fp16 result and shows it."""
 
 import copy
 import random
@@ -167,5 +167,3 @@ def test_the_scale_changes_where_the_stream_passes_a_convolution(vae: Any) -> No
         for i, conv in ((0, "conv2"), (0, "conv_shortcut"), (1, "conv2"))
         for p in ("weight", "bias")
     }
-
-
