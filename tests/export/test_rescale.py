@@ -1,4 +1,4 @@
-"""A VAE that overflows fp16, before and after it is rescaled: torch on the CPU rounds every fp16 result and shows it."""
+"""A VAE that overflows fp16, before and after it is rescaled: torch on the CPU rounds every fp16 result."""
 
 import copy
 import random
