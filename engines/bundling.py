@@ -81,11 +81,11 @@ def _export(session: Session, source: str, request: dict[str, Any], folder: Path
 
 
 def _tell(session: Session, remedies: dict[str, dict[str, Any]]) -> None:
-    """Say which stages fp16 asked a remedy for, where any stage was to be in fp16."""
-    remedied = [f"{name}: {remedy['phrase']}" for name, remedy in remedies.items() if remedy["phrase"]]
-    if not session.quiet and (remedied or any(r["precision"] == "fp16" for r in remedies.values())):
-        others = "every stage fits" if not remedied else "the others fit" if len(remedied) < len(remedies) else ""
-        print(f"the range of fp16: {'; '.join(filter(None, [*remedied, others]))}", file=sys.stderr)
+    """Say what keeps each stage in fp16's range, where any stage was to be in fp16."""
+    judged = {name: r["phrase"] for name, r in remedies.items() if r["phrase"] or r["precision"] == "fp16"}
+    for name, phrase in judged.items():
+        if not session.quiet:
+            print(f"range of fp16: {name:<17} {phrase or 'fits'}", file=sys.stderr)
 
 
 def _require_export() -> None:

@@ -5,6 +5,7 @@ import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from turbochain.runtime.errors import TurbochainError
 from turbochain.runtime.manifest import Graph, Tensor
 
 OPSET = 21  # the first whose attention TensorRT fuses in every stage
+OPSET_BF16 = 22  # the first with bf16 convolutions
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -62,7 +64,8 @@ def _load(checkpoint: Checkpoint, component: str, remedies: list[Remedy]) -> tup
     dtype = TORCH_DTYPES[precision]
     model = load.component(checkpoint, component, torch.float32 if exponents else dtype, traceable=True)
     factors = rescale(model, exponents) if exponents else {}
-    model.to(dtype)
+    if factors:
+        model.to(dtype)
     attention.upcast(model, {name for r in remedies for name in r.attention})
     return model, factors
 
@@ -79,6 +82,7 @@ def _trace(
     opset: int,
 ) -> Graph:
     """Write the three files of one stage; `parameters` are those of its component, `factors` as `_load` gives them."""
+    opset = max(opset, OPSET_BF16) if remedy.precision == "bf16" else opset
     # Every example is a tensor of its own: two inputs that are one object would be merged silently.
     examples = tuple(_example(dtype, size) for dtype, size in inputs.values())
     program = torch.onnx.export(
@@ -153,7 +157,7 @@ def name_map(
     path: Path,
     dtype: torch.dtype,
     folded: Collection[str] = (),
-    factors: Mapping[str, float] | None = None,
+    factors: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, dict[str, Any] | None]:
     """Parameter name → the initializer that holds it and whether transposed; None where this graph has no use for it.
 
@@ -181,7 +185,7 @@ def name_map(
             found = holders.get(_fingerprint(value.T if transposed else value), [])
             own = [h for h in found if h.endswith(f".{name}")]
             if found:
-                factor = {"factor": factors[name]} if factors and name in factors else {}
+                factor = {"factor": factors[name]} if name in factors else {}
                 mapped[name] = {"initializer": (own or found)[0], "transposed": transposed, **factor}
                 break
     return mapped
@@ -195,4 +199,4 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _fingerprint(array: np.ndarray) -> tuple[Any, ...]:
-    return array.size, str(array.dtype), hashlib.sha256(np.ascontiguousarray(array).data).digest()
+    return array.size, str(array.dtype), hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).digest()

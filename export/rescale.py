@@ -18,11 +18,12 @@ from torch import nn
 
 
 def rescale(vae: nn.Module, exponents: Mapping[str, int]) -> dict[str, float]:
-    """Change the weights of `vae` (fp32 or fp64, in place) so that each named module puts out 2⁻ᵉ or less of what it did.
+    """Change the weights of `vae` (fp32 or fp64, in place): each named module puts out 2⁻ᵉ or less of what it did.
 
     `exponents`: module → e. The modules are those of the stream (conv_in, resnets, attentions, samplers and the
-    convolutions in them) and conv1. No scale is larger than what its stretch of the stream asks for: small weights
-    become subnormal in fp16. Returns parameter → the factor that it was multiplied by, where that is not 1.
+    convolutions in them) and conv1; a block's own name says no more than that of its last module. A scale is no
+    larger than its stretch of the stream asks for: small weights become subnormal in fp16. Returns parameter → the
+    factor that it was multiplied by, where that is not 1.
     """
     factors: dict[str, float] = {}
     for name, part in vae.named_children():

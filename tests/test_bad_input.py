@@ -244,6 +244,12 @@ OPTIONS = {
     "steps negative": (["--steps=-1"], "--steps -1: a range or a list was expected"),
     "batch": (["--batch", "0"], "batch 0: at least 1 was expected"),
     "precision": (["--precision", "int8"], "precision 'int8': choose fp32 or fp16"),
+    "precision of the VAE": (["--vae-precision", "fp16"], "precision 'fp16' of the VAE: choose fp32 or bf16"),
+    "precision of another backend": (
+        ["--backend", "onnxruntime", "--vae-precision", "bf16"],
+        "the backend onnxruntime cannot compute in bf16 on cpu, only in fp32 and fp16: choose another precision with "
+        "build-engine's --precision or --vae-precision, or another backend with --backend",
+    ),
     "backend": (["--backend", "abacus"], "there is no backend 'abacus': choose from onnxruntime"),
     "backend's helper": (["--backend", "host"], "there is no backend 'host': choose from onnxruntime"),
     "backend with a dot": (["--backend", "a.b"], "there is no backend 'a.b': choose from onnxruntime"),

@@ -120,7 +120,7 @@ def test_the_summary_and_the_phases(sd: Path, copy_of) -> None:
     head, rule, *rows = done.stdout.splitlines()
     assert head.split("  ")[0] == "stage" and set(rule) == {"-", " "}
     columns = [c.strip() for c in head.split("  ") if c.strip()]
-    assert columns == ["stage", "precision", "engine size", "build time", "error", "bound"]
+    assert columns == ["stage", "precision", "engine size", "build time", "error", "bound", "remedy"]
     judged = ["schedule", "schedule", "text_encoder", "unet", "vae_decoder", "vae_decoder", "image"]
     assert [row.split()[0] for row in rows[:7]] == judged
     assert "fp32" in rows[2] and "MiB" in rows[2] and " s " in rows[2] and "max_abs" in rows[2] and "≤ 0.001" in rows[2]

@@ -1,6 +1,7 @@
 """One conformance test over every backend that is installed, and the plans that they carry out."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from conftest import FAMILIES, SIZE, BundleFactory
 from onnx.reference import ReferenceEvaluator
 
 from turbochain.engines import build
-from turbochain.runtime import Bundle, InputError, backends, engine
+from turbochain.runtime import Bundle, InputError, Pipeline, backends, engine
 from turbochain.runtime.bundle import PRECISIONS
 from turbochain.runtime.chain import Constant, Copy, Download, Run, Upload, plan, stage_plan
 from turbochain.runtime.manifest import Tensor
@@ -186,6 +187,15 @@ def test_every_backend_says_what_it_needs(where: tuple[str, str]) -> None:
     assert device in module.PREFERENCES
     with pytest.raises(InputError, match="no-such-device"):
         module.device("no-such-device")
+
+
+def test_a_graph_in_a_precision_that_the_backend_lacks(sd: Path, copy_of: Callable[[Path], Path]) -> None:
+    path = copy_of(sd)
+    value = json.loads((path / "bundle.json").read_text())
+    value["graphs"]["vae_decoder"]["precision"] = "bf16"
+    (path / "bundle.json").write_text(json.dumps(value))
+    with pytest.raises(InputError, match="onnxruntime cannot compute in bf16 on cpu, only in fp32 and fp16: choose another"):
+        Pipeline.load(path, backend="onnxruntime")
 
 
 def test_the_best_backend_is_installed_and_ranks_highest() -> None:
