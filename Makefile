@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BENCH ?= synthetic:sd-turbo
 PRECISION ?= fp32
+BENCH_GPU ?=
 
-.PHONY: setup demo test check check-full bench clean
+.PHONY: setup demo test check check-full bench bench-gpu clean
 
 setup: $(VENV)/.installed
 
@@ -38,6 +39,10 @@ check-full: check
 
 bench: setup
 	$(BIN)/python benchmarks/measure.py $(BENCH) --precision $(PRECISION)
+
+# With BIN=DIRECTORY that one's python, as it is: .venv may have PyTorch for the CPU alone.
+bench-gpu: $(if $(filter file,$(origin BIN)),setup)
+	$(BIN)/python benchmarks/gpu.py $(BENCH_GPU)
 
 clean:
 	rm -rf $(VENV) demo.bundle demo.bundle.partial demo.png build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
