@@ -125,6 +125,8 @@ def ceilings(device: str) -> Ceilings:
     dtype = torch.float16 if gpu else torch.float32
     shapes = [(4096, 4096, 4096), (8192, 8192, 8192), (16384, 8192, 4096)] if gpu else [(512, 512, 512)]
     sizes = [2**30, 2**32] if gpu else [2**26]
+    if gpu:
+        sizes = [size for size in sizes if 3 * size < torch.cuda.mem_get_info(device)[0]]
 
     def product(m: int, n: int, k: int) -> float:
         # Random values: zeros draw less power, and so run faster than any picture.

@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--warmup", type=int, default=5, help="samples of each that do not count (default 5)")
     add("--budget-seconds", type=float, default=float("inf"), help="begin nothing after this time")
     add("--folder", type=Path, default=FOLDER, help="where checkpoints, bundles and kernels are kept")
+    add("--commit", help="what to write as this tree's commit, where git cannot say it")
     add("--results", type=Path, default=RESULTS, help="where the results and their plot go")
     return console.run(parser, _bench, argv)
 
@@ -95,8 +96,13 @@ def _bench(arguments: argparse.Namespace) -> None:
         raise InputError(f"--contenders {min(unknown)}: choose from {', '.join(c.name for c in known)}")
     say("the device's matrix rate and copy bandwidth")
     ceilings = floor.ceilings(arguments.device)
-    settings = {"prompt": PROMPT, "seed": contenders.SEED, "warmup": arguments.warmup}
-    run = environment.describe(arguments.device) | {"ceilings": asdict(ceilings), **settings}
+    run = environment.describe(arguments.device) | {
+        "ceilings": asdict(ceilings),
+        "prompt": PROMPT,
+        "seed": contenders.SEED,
+        "warmup": arguments.warmup,
+        **({"commit": arguments.commit} if arguments.commit else {}),
+    }
     for source in arguments.source:
         checkpoint = contenders.checkpoint(source, arguments.folder)
         source = Path(source).resolve().name if Path(source).is_dir() else source
@@ -144,7 +150,7 @@ def _check_device(device: str) -> None:
         except NoGpu as error:
             raise NoGpu(f"this measures an NVIDIA GPU, and {error}") from None
         raise InputError(f"PyTorch {torch.__version__} cannot use the GPU here; {ELSEWHERE}")
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(torch.device(device).index or 0)
 
 
 def _cell(task: Any, steps: int, rows: list[dict[str, Any]], ceilings: floor.Ceilings) -> dict[str, Any]:
