@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-GPU_BIN ?= $(BIN)
+# What a GPU needs besides; with BIN=DIRECTORY on the command line that one's python is taken, as it is.
+GPU := $(if $(filter file,$(origin BIN)),$(VENV)/.gpu)
 BENCH ?= synthetic:sd-turbo
 PRECISION ?= fp32
+BENCH_GPU ?=
 
-.PHONY: setup demo test check check-full gpu check-gpu bench clean
+.PHONY: setup demo test check check-full check-gpu bench bench-gpu clean
 
 setup: $(VENV)/.installed
 
@@ -18,6 +20,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) install -q -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	$(PIP) install -q -c constraints.txt -e '.[cpu,export,tensorrt-rtx,dev]'
 	$(PIP) install -q -c constraints.txt --no-deps open_clip_torch
+	touch $@
+
+$(VENV)/.gpu: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e '.[tensorrt]'
 	touch $@
 
 demo: setup
@@ -37,19 +43,14 @@ check: setup
 check-full: check
 	$(BIN)/python -m pytest -q -m 'not gpu'
 
-# GPU_BIN: the bin/ folder of another environment that has torch for CUDA, TensorRT and the packages of constraints.txt.
-ifeq ($(GPU_BIN),$(BIN))
-gpu: setup
-	$(PIP) install -q -c constraints.txt -e '.[tensorrt]'
-else
-gpu:
-endif
-
-check-gpu: gpu
-	$(GPU_BIN)/python -m pytest -q -m gpu
+check-gpu: $(GPU)
+	$(BIN)/python -m pytest -q -m gpu
 
 bench: setup
 	$(BIN)/python benchmarks/measure.py $(BENCH) --precision $(PRECISION)
+
+bench-gpu: $(GPU)
+	$(BIN)/python benchmarks/gpu.py $(BENCH_GPU)
 
 clean:
 	rm -rf $(VENV) demo.bundle demo.bundle.partial demo.png build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
