@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from turbochain.engines.resume import STATE, Finished, empty, leave_nothing
-from turbochain.engines.session import Session, now, versions
+from turbochain.engines.session import SMALL, Session, now, versions
 from turbochain.runtime import files, manifest
 from turbochain.runtime.bundle import REFERENCE, TEXT_TO_IMAGE, Bundle
 from turbochain.runtime.errors import InputError, NoSpace, PictureError
@@ -40,6 +40,7 @@ def export(session: Session, source: str, request: dict[str, Any], folder: Path,
     """
     try:
         _export(session, source, request, folder, force)
+        session.release()
     except (InputError, PictureError) as error:
         if not isinstance(error, NoSpace) or not (folder / STATE).exists():
             leave_nothing(folder)
@@ -53,13 +54,14 @@ def _export(session: Session, source: str, request: dict[str, Any], folder: Path
     common = {"request": request, "folder": str(folder)}
     prepared = state.once(
         "prepare",
-        lambda: session.run("load", "turbochain.export.jobs:prepare", source=source, force=force, **common),
+        lambda: session.run("load", "turbochain.export.jobs:prepare", keep=True, source=source, force=force, **common),
         lambda result: [*result["terms"], *(t["file"] for t in result["tokenizers"].values())],
     )
     common["prepared"] = prepared
+    run = partial(session.run, keep=sum(w["size"] for w in prepared["weights"].values()) <= SMALL)
     remedies = state.once(
         "reference",
-        lambda: session.run("reference", "turbochain.export.jobs:reference", **common),
+        lambda: run("reference", "turbochain.export.jobs:reference", **common),
         lambda _: [REFERENCE],
     )
     _tell(session, remedies)
@@ -68,9 +70,7 @@ def _export(session: Session, source: str, request: dict[str, Any], folder: Path
         phase = f"export {component}"
         graphs |= state.once(
             phase,
-            partial(
-                session.run, phase, "turbochain.export.jobs:graphs", component=component, remedies=remedies, **common
-            ),
+            partial(run, phase, "turbochain.export.jobs:graphs", component=component, remedies=remedies, **common),
             lambda made: [file for g in made.values() for file in (g["file"], *g["data"], g["names"])],
         )
     text = manifest.write(_manifest(request, prepared, graphs, state.records()))
