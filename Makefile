@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BENCH ?= synthetic:sd-turbo
 PRECISION ?= fp32
 
-.PHONY: setup demo test check check-full bench clean
+.PHONY: setup demo test check check-full bench inspect-engines clean
 
 setup: $(VENV)/.installed
 
@@ -38,6 +38,9 @@ check-full: check
 
 bench: setup
 	$(BIN)/python benchmarks/measure.py $(BENCH) --precision $(PRECISION)
+
+inspect-engines: setup
+	$(BIN)/python benchmarks/inspect_engines.py $(BUNDLE)
 
 clean:
 	rm -rf $(VENV) demo.bundle demo.bundle.partial demo.png build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
