@@ -9,7 +9,7 @@ BENCH ?= synthetic:sd-turbo
 PRECISION ?= fp32
 BENCH_GPU ?=
 
-.PHONY: setup demo test check check-full check-gpu bench bench-gpu clean
+.PHONY: setup demo test check check-full check-gpu bench bench-gpu inspect-engines clean
 
 setup: $(VENV)/.installed
 
@@ -51,6 +51,9 @@ bench: setup
 
 bench-gpu: $(GPU)
 	$(BIN)/python benchmarks/gpu.py $(BENCH_GPU)
+
+inspect-engines: setup
+	$(BIN)/python benchmarks/inspect_engines.py $(BUNDLE)
 
 clean:
 	rm -rf $(VENV) demo.bundle demo.bundle.partial demo.png build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

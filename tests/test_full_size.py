@@ -2,13 +2,16 @@
 
 import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import command
 from PIL import Image
 
-MEASURE = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks/measure.py"))
+ROOT = Path(__file__).parents[1]
+MEASURE = runpy.run_path(str(ROOT / "benchmarks/measure.py"))
 
 
 @pytest.mark.full
@@ -28,3 +31,15 @@ def test_full_size(source: str, precision: str, tmp_path: Path) -> None:
 
     if precision == "fp32":
         assert MEASURE["script"](MEASURE["LOAD"], bundle)["ratio"] <= 1.1
+    else:
+        check_tensorrt(bundle)
+
+
+def check_tensorrt(bundle: Path) -> None:
+    """TensorRT-RTX builds the largest stages for another machine, with every attention of the UNet fused."""
+    line = [sys.executable, ROOT / "benchmarks/inspect_engines.py", bundle, "--stage", "unet", "--stage", "vae_decoder"]
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, done.stderr
+    rows = {row[0]: row for row in map(str.split, done.stdout.splitlines())}
+    assert rows["unet"][2] == "140" and int(rows["unet"][1]) > 140  # two in each of 70 transformer blocks
+    assert rows["vae_decoder"][2] == "0" and int(rows["vae_decoder"][1]) > 50  # its one attention has a single head

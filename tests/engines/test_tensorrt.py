@@ -7,6 +7,7 @@ import os
 import pty
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -344,3 +345,37 @@ def test_a_fraction_counts_steps_and_what_is_inside_them() -> None:
     assert told.value < 2 / 4
     told.step("whole", 1)
     assert told.value == 2 / 4
+
+
+@pytest.fixture(scope="module")
+def inspector() -> dict[str, Any]:
+    return runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/inspect_engines.py"))
+
+
+def test_the_inspector_lists_layers_and_fusions(
+    inspector: dict[str, Any], bundle_of: BundleFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = bundle_of("sd", 1, "fp16")
+    assert inspector["main"]([str(bundle), "--stage", "text_encoder", "--layers"]) == 0
+    shown = capsys.readouterr()
+    assert f"nothing is compared: {NO_DRIVER}" in shown.err
+    stage, layers, fused, *types = shown.out.splitlines()[2].split()
+    assert (stage, fused) == ("text_encoder", "3") and shown.out.count("_mha_") == 3
+    assert int(layers) == sum(int(n) for n in types[::2]) == len(shown.out.split("\n\n")[1].splitlines()) - 2
+    assert inspector["main"]([str(bundle), "--stage", "tower"]) == 2
+    assert "there is no stage tower: choose from " in capsys.readouterr().err
+
+
+def test_the_inspector_compares_stage_by_stage(inspector: dict[str, Any], bundle_of: BundleFactory) -> None:
+    """The fp32 graphs in the place of plans: each errs as fp16 does, and less than the next stages would inherit."""
+    from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+
+    half, single = (Bundle.open(bundle_of("sd", 1, precision)) for precision in ("fp16", "fp32"))
+
+    def runner(stage: str) -> OnnxrtRunner:
+        return OnnxrtRunner(SessionFromOnnx(str(single.path / single.manifest.graphs[stage].file)), name="fp32")
+
+    _, *rows = inspector["comparison"](half, runner)
+    assert [row[0] for row in rows] == list(half.chain.graphs)
+    errors = {stage: float(error) for stage, _, error, _, _ in rows}
+    assert all(1e-5 < error < 1e-2 for error in errors.values()), errors

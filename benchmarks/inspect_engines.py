@@ -1,0 +1,133 @@
+"""What TensorRT made of each stage, for developers: `make inspect-engines BUNDLE=sd-turbo.bundle`.
+
+On a machine where the bundle has a TensorRT engine that fits, polygraphy runs each stage's plan and the same graph on
+ONNX Runtime's CPU provider side by side, stage after stage on what ONNX Runtime made, and the plans' layers are read
+from them. On any other machine TensorRT-RTX builds each stage anew, without installing it, and the layers are those
+that its builder tells of. `--layers` lists them all, not only the figures.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from turbochain.engines import options, tensorrt
+from turbochain.engines.progress import Phase
+from turbochain.runtime import backends, console, engine, metrics, verify
+from turbochain.runtime.backends.tensorrt import target, trt
+from turbochain.runtime.bundle import Bundle
+from turbochain.runtime.errors import InputError
+
+Layers = list[tuple[str, str]]  # name, type
+Feed = dict[str, np.ndarray]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables; returns the exit status (see console.run)."""
+    parser = argparse.ArgumentParser("inspect_engines", description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--target", default="sm89", help="where no engine fits: build for these GPUs (default sm89)")
+    parser.add_argument("--stage", action="append", help="only this one; may be repeated")
+    parser.add_argument("--layers", action="store_true", help="list every layer")
+    return console.run(parser, _inspect, argv)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    bundle = Bundle.open(arguments.bundle)
+    bundle.check_files()
+    unknown = set(arguments.stage or ()) - set(bundle.chain.graphs)
+    if unknown:
+        raise InputError(f"there is no stage {', '.join(unknown)}: choose from {', '.join(bundle.chain.graphs)}")
+    stages = [g for g in bundle.chain.graphs if g in (arguments.stage or bundle.chain.graphs)]
+    try:
+        name, _ = engine.select(bundle, "tensorrt")
+    except InputError as reason:
+        print(f"nothing is compared: {reason}", file=sys.stderr)
+        layers = {stage: built_layers(bundle, stage, arguments.target) for stage in stages}
+    else:
+        folder = bundle.path / "engines" / name
+        print(console.table(comparison(bundle, lambda stage: plan_runner(folder / f"{stage}.plan"))) + "\n")
+        layers = {stage: plan_layers(folder / f"{stage}.plan") for stage in stages}
+    print(console.table(summary(layers)))
+    if arguments.layers:
+        for stage, found in layers.items():
+            print("\n" + console.table([[stage, "type"], *map(list, found)], left=2))
+
+
+def summary(layers: dict[str, Layers]) -> list[list[str]]:
+    """A row per stage: how many layers, how many of them are fused attentions, and how many there are of each type."""
+    rows = [["stage", "layers", "fused attentions", "types"]]
+    for stage, found in layers.items():
+        types = ", ".join(f"{count} {kind}" for kind, count in Counter(kind for _, kind in found).most_common())
+        rows.append([stage, str(len(found)), str(sum("mha" in name for name, _ in found)), types])
+    return rows
+
+
+def built_layers(bundle: Bundle, stage: str, architecture: str) -> Layers:
+    """The layers that the builder tells of, where TensorRT-RTX builds the stage for an architecture such as "sm89"."""
+    said: list[str] = []
+    path = bundle.path / bundle.manifest.graphs[stage].file
+    chosen = options.resolve("tensorrt", {})
+    with Phase(f"build {stage}") as phase:
+        tensorrt.serialize(
+            path, stage, chosen, target(architecture), path.parent, phase, lambda _, text: said.append(text)
+        )
+    return re.findall(r"^Name: ([^,]+), LayerType: (\w+)", "\n".join(said), re.M)
+
+
+def plan_layers(path: Path) -> Layers:
+    """The layers of a plan for this machine's GPU."""
+    plan = trt.Runtime(trt.Logger()).deserialize_cuda_engine(path.read_bytes())
+    text = plan.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return [(layer["Name"], layer["LayerType"]) for layer in json.loads(text)["Layers"]]
+
+
+def comparison(bundle: Bundle, runner: Callable[[str], Any]) -> list[list[str]]:
+    """A row per stage and output: how far what `runner` makes is from ONNX Runtime's, both fed what the latter made."""
+    from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+    from polygraphy.comparator import Comparator
+    from polygraphy.logger import G_LOGGER
+
+    G_LOGGER.module_severity = G_LOGGER.WARNING
+    rows = [["stage", "output", "relative L2", "largest difference", "largest value"]]
+    known = first_inputs(bundle)
+    for stage in bundle.chain.graphs:
+        graph = bundle.manifest.graphs[stage]
+        path = str(bundle.path / graph.file)
+        expected = OnnxrtRunner(SessionFromOnnx(path, providers=["CPUExecutionProvider"]), name="onnxruntime")
+        feed = {t.name: known[t.name] for t in graph.inputs}
+        results = Comparator.run([expected, runner(stage)], data_loader=[feed])
+        (_, (right,)), (_, (found,)) = results
+        for t in graph.outputs:
+            known[t.name], got = np.array(right[t.name]), np.array(found[t.name])
+            error, most = metrics.relative_l2(got, known[t.name]), metrics.max_abs(got, known[t.name])
+            rows.append([stage, t.name, f"{error:.3g}", f"{most:.3g}", f"{np.abs(known[t.name]).max():.3g}"])
+    return rows
+
+
+def plan_runner(path: Path) -> Any:
+    """polygraphy's runner of a plan."""
+    if "rtx" in backends.require("tensorrt")[0]:
+        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read when polygraphy is imported
+    from polygraphy.backend.trt import EngineFromPath, TrtRunner
+
+    return TrtRunner(EngineFromPath(str(path)), name="tensorrt")
+
+
+def first_inputs(bundle: Bundle) -> Feed:
+    """What the first recorded case fed from outside, for its first step."""
+    case = verify.read_cases(bundle)[0]
+    row = {name: column[0] for name, column in bundle.columns(case.steps).items()}
+    fed = {name: case.tensors[name] for name in bundle.manifest.tokenizers}
+    return {**row, **fed, "latents": case.tensors["latents"][0], "noise": case.tensors["noise"][0]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
