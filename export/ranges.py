@@ -60,7 +60,10 @@ def remedy(role: str, reached: Mapping[str, float]) -> Remedy:
     in fp32; for anything else that comes near it the whole graph is, as diffusers' `force_upcast` does.
     """
     part = re.compile(rf"(?:{_PARTS.get(role, '.*')})(?:\..*)?")
-    over = {m: v for m, v in reached.items() if part.fullmatch(m) and not v <= LIMIT}  # NaN is over
+    mine = {m: v for m, v in reached.items() if part.fullmatch(m)}
+    if not mine:
+        return Remedy("fp32", phrase="fp32: the reference did not run it")
+    over = {m: v for m, v in mine.items() if not v <= LIMIT}  # NaN is over
     attention = tuple(sorted(m.removesuffix(_SCORES) for m in over if m.endswith(_SCORES)))
     exponents = {
         m: math.ceil(math.log2(v / LIMIT))

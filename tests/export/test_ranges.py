@@ -61,6 +61,12 @@ def test_the_streams_of_a_vae_are_rescaled_below_the_limit() -> None:
     assert ranges.remedy("unet", reached).precision == "fp32"  # its stream is read by more than norms
 
 
+def test_what_was_not_recorded_is_not_taken_to_fit() -> None:
+    assert ranges.remedy("vae_encoder", {"decoder": 1.0, "decoder.conv_in": 1.0, "post_quant_conv": 1.0}) == Remedy(
+        "fp32", phrase="fp32: the reference did not run it"
+    )
+
+
 def test_attentions_near_the_limit_are_islands() -> None:
     reached = {"b.attn1.scores": 2e4, "a.attn2.scores": 9e9, "c.attn1.scores": LARGEST / 4, "c": 3.0}
     decided = ranges.remedy("unet", reached)
