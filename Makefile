@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# What a GPU needs besides; with BIN=DIRECTORY on the command line that one's python is taken, as it is.
+GPU := $(if $(filter file,$(origin BIN)),$(VENV)/.gpu)
 BENCH ?= synthetic:sd-turbo
 PRECISION ?= fp32
+BENCH_GPU ?=
 
-.PHONY: setup demo test check check-full bench inspect-engines clean
+.PHONY: setup demo test check check-full check-gpu bench bench-gpu inspect-engines clean
 
 setup: $(VENV)/.installed
 
@@ -17,6 +20,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) install -q -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	$(PIP) install -q -c constraints.txt -e '.[cpu,export,tensorrt-rtx,dev]'
 	$(PIP) install -q -c constraints.txt --no-deps open_clip_torch
+	touch $@
+
+$(VENV)/.gpu: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e '.[tensorrt]'
 	touch $@
 
 demo: setup
@@ -36,11 +43,17 @@ check: setup
 check-full: check
 	$(BIN)/python -m pytest -q -m 'not gpu'
 
+check-gpu: $(GPU)
+	$(BIN)/python -m pytest -q -m gpu
+
 bench: setup
 	$(BIN)/python benchmarks/measure.py $(BENCH) --precision $(PRECISION)
 
-inspect-engines: setup
+inspect-engines: $(if $(filter file,$(origin BIN)),setup)
 	$(BIN)/python benchmarks/inspect_engines.py $(BUNDLE)
+
+bench-gpu: $(GPU)
+	$(BIN)/python benchmarks/gpu.py $(BENCH_GPU)
 
 clean:
 	rm -rf $(VENV) demo.bundle demo.bundle.partial demo.png build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

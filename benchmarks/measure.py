@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -109,6 +110,8 @@ def main() -> None:
 
 def commit() -> str:
     """The commit of this tree, marked where it was changed since."""
+    if not shutil.which("git"):
+        return "unknown"
     line = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     return subprocess.run(line, cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip() or "unknown"
 

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from turbochain.runtime import console
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 START, END = "<!-- figures: python benchmarks/report.py -->\n", "<!-- end of figures -->"
@@ -20,8 +22,15 @@ def main() -> None:
 
 
 def figures() -> str:
-    """The block: a table with a column per results file, and what it was measured on."""
-    results = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("synthetic-*.json"))]
+    """The block: the tables of every results file."""
+    results = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
+    on_cpu = [r for r in results if "build" in r]
+    on_gpu = [r for r in results if "cells" in r and r["gpu"] != "cpu"]
+    return f"{cpu_table(on_cpu)}\n{gpu_tables(on_gpu)}"
+
+
+def cpu_table(results: list[dict[str, Any]]) -> str:
+    """measure.py's results: a column for each, and what it was measured on."""
     columns = [_column(r) for r in results]
     heading = ["", *(f"{r['what']}" for r in results)]
     lines = [_row(heading), _row(["---"] * len(heading))]
@@ -34,6 +43,85 @@ def figures() -> str:
         "End to end is prompt string to uint8 picture in host memory; overhead is what of it no stage accounts for."
     )
     return "\n".join([*lines, "", *notes]) + "\n"
+
+
+def gpu_tables(results: list[dict[str, Any]]) -> str:
+    """gpu.py's results: for each a row per contender and a column per cell, and what of it does not count."""
+    if not results:
+        return "On a GPU nothing has been measured yet; `make bench-gpu` does it.\n"
+    return "\n".join(_gpu_table(r) for r in results)
+
+
+def _gpu_table(result: dict[str, Any]) -> str:
+    cells = result["cells"]
+    run = result["runs"][cells[-1]["run"]]
+    used = {"driver": run["gpu"]["driver"], "CUDA": run["gpu"]["cuda"]}
+    used |= {
+        k: v for k, v in run["versions"].items() if k.startswith(("torch", "diffusers", "tensorrt", "onnxruntime"))
+    }
+    lines = [
+        f"**{result['source']} on {result['gpu']}**, {result['date']}, commit {run['commit']}, "
+        f"{', '.join(f'{k} {v}' for k, v in used.items() if v)}. "
+        "Milliseconds, prompt string to uint8 picture in host memory: p50 / p99 (p50 ÷ floor).",
+        "",
+        _row(["", *map(_cell_name, cells)]),
+        _row(["---"] * (1 + len(cells))),
+    ]
+    names = dict.fromkeys(row["contender"] for cell in cells for row in cell["rows"])
+    rows = [{row["contender"]: row for row in cell["rows"]} for cell in cells]
+    lines += [_row([name, *(_figure(of.get(name)) for of in rows)]) for name in names]
+    lines.append(_row(["floor", *(number(c["floor"] and c["floor"]["ms"]) for c in cells)]))
+    return "\n".join([*lines, "", *dict.fromkeys(n for c in cells for n in _notes(c))]) + "\n"
+
+
+def _cell_name(cell: dict[str, Any]) -> str:
+    return f"{cell['width']}x{cell['height']} {cell['precision']}, steps {cell['steps']}, batch {cell['batch']}"
+
+
+def _figure(row: dict[str, Any] | None) -> str:
+    if row is None or row["wall"] is None:
+        return row["status"] if row else ""
+    over = f" ({row['over_floor']:.1f}×)" if row["over_floor"] else ""
+    mark = "*" if row["differs"] or row["remark"] else ""
+    wrong = "" if row["status"] == "ok" else f", {row['status']}"
+    return f"{number(row['wall']['p50_ms'])} / {number(row['wall']['p99_ms'])}{mark}{over}{wrong}"
+
+
+def number(value: float | None) -> str:
+    """Three digits; nothing for None."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _notes(cell: dict[str, Any]) -> list[str]:
+    """What of a cell's rows is missing, wrong or not like for like, and the bars."""
+    notes = []
+    for row in cell["rows"]:
+        said = [row["differs"], row["remark"], row["reason"] and f"{row['status']}: {row['reason']}"]
+        notes += [f"- {row['contender']}: {what}" for what in said if what]
+    verdicts = {True: "passed", False: "missed", None: "not decided"}
+    for bar in cell["bars"]:
+        value = f"{number(bar['value'])} ({bar['contender']})" if bar["value"] else "no row counts"
+        notes.append(
+            f"- bar, {_cell_name(cell)}: {bar['what']} {bar['bound']:g}: {value}, **{verdicts[bar['passed']]}**"
+        )
+    return notes
+
+
+def cell_text(cell: dict[str, Any]) -> str:
+    """A cell of gpu.py as text for a terminal."""
+    rows = [["contender", "p50 ms", "p90", "p99", "min", "n", "GPU p50", "× floor", "load s", "first s", "GPU MiB", ""]]
+    for row in cell["rows"]:
+        wall, memory = row["wall"] or {}, row["gpu_memory_bytes"]
+        figures = [number(wall.get(k)) for k in ("p50_ms", "p90_ms", "p99_ms", "min_ms")]
+        figures += [str(wall.get("n", "")), number(row["gpu"] and row["gpu"]["p50_ms"]), number(row["over_floor"])]
+        figures += [number(row["load_seconds"]), number(row["first_image_seconds"])]
+        figures += ["" if memory is None else f"{memory / 2**20:.0f}"]
+        rows.append([row["contender"], *figures, "" if row["status"] == "ok" else row["status"]])
+    floor = cell["floor"]
+    least = f"floor {floor['ms']:.3g} ms, {floor['cached_ms']:.3g} ms without text encoders" if floor else "no floor"
+    return "\n".join([_cell_name(cell), console.table(rows), least, *_notes(cell)])
 
 
 def _row(cells: list[str]) -> str:

@@ -30,6 +30,7 @@ class BuildResult:
     bundle: Path
     engine: str  # the folder's name in engines/
     precision: dict[str, str]  # graph → precision
+    remedy: dict[str, str]  # graph → what makes it right in fp16, or why it is not in fp16; "" for nothing
     engine_bytes: dict[str, int]  # graph → bytes that the engine reads
     build_seconds: dict[str, float]  # graph → compilation
     checks: list[Check]  # empty where the engine is for another machine, and has not met one such yet
@@ -46,6 +47,7 @@ def build(
     device: str | None = None,
     target: str | None = None,
     precision: str | None = None,
+    vae_precision: str | None = None,
     size: tuple[int, int] | None = None,
     batch: int | None = None,
     steps: list[int] | None = None,
@@ -63,14 +65,15 @@ def build(
     `source`: a hub id, a local folder in diffusers' format, "synthetic:NAME", or a bundle. `backend`: default
     the best for this machine. `device`: of this machine, such as "cpu" or "cuda:1". `target`: build for another
     machine's GPU, such as "sm89" (TensorRT-RTX); the engine is verified when it is first loaded there.
-    `precision`: "fp32" or "fp16" (default: the backend's). `size`: width and height in pixels, multiples of 64
-    (default 512×512). `steps`: step counts (default 1 to 4). `opset`: of the ONNX graphs, 18 to 23 (default 21).
-    `options`: the backend's own, such as {"builder_optimization_level": 5}; see `OPTIONS` in its module in
-    `turbochain.engines`. `timing_cache`: the folder where TensorRT's timings are kept and found, one file per GPU
-    and library version (default: the folder that the bundle is in). `force` skips the check of memory and disk. A
-    second call with the same arguments finds the result and does nothing. Raises InputError for what cannot be
-    built, VerificationError where the engine differs from diffusers by more than its bounds (the engine is then
-    not installed).
+    `precision`: "fp32" or "fp16" (default: the backend's); where fp16 would overflow, the stage gets a remedy
+    (`BuildResult.remedy`). `vae_precision`: "fp32" or "bf16", for the VAE instead. `size`: width and height in
+    pixels, multiples of 64 (default 512×512). `steps`: step counts (default 1 to 4). `opset`: of the ONNX graphs,
+    18 to 23 (default 21). `options`: the backend's own, such as {"builder_optimization_level": 5}; see `OPTIONS`
+    in its module in `turbochain.engines`. `timing_cache`: the folder where TensorRT's timings are kept and found,
+    one file per GPU and library version (default: the folder that the bundle is in). `force` skips the check of
+    memory and disk. A second call with the same arguments finds the result and does nothing. Raises InputError
+    for what cannot be built, VerificationError where the engine differs from diffusers by more than its bounds
+    (the engine is then not installed).
     """
     backend, reason = _choose(backend, device, target)
     order = Order(
@@ -83,7 +86,9 @@ def build(
     where = compiling.device(backend, device, target)
     if not quiet:
         print(f"backend {backend} on {where}: {reason}", file=sys.stderr)
-    asked = _asked(precision, size, batch, steps, opset)
+    asked = _asked(precision, vae_precision, size, batch, steps, opset)
+    for option in asked.keys() & {"precision", "vae_precision"}:
+        backends.require_precision(backend, where, asked[option])
     output = Path(output) if output is not None else _default_output(source)
     request = _request(source, asked, revision, variant)
     phases: list[PhaseReport] = []
@@ -97,6 +102,7 @@ def build(
             bundle=output,
             engine=name,
             precision={g: bundle.manifest.graphs[g].precision for g in bundle.chain.graphs},
+            remedy={g: bundle.manifest.graphs[g].remedy for g in bundle.chain.graphs},
             engine_bytes=made.bytes,
             build_seconds=made.build_seconds,
             checks=list(made.checks),
@@ -115,7 +121,7 @@ def build(
                     bundling.copy(Bundle.open(source), partial, output)
                 else:
                     session = Session(lock, None if verbose else partial / LOG, quiet, phases)
-                    request = {"precision": backends.preference(backend, where).precision, **request}
+                    request = {"precision": backends.preference(backend, where).precisions[0], **request}
                     bundling.export(session, source, request, partial, output, force)
                 return finish(lock)  # the folder was renamed, so the same lock is now the bundle's
             partial.rmdir()  # the owner of the lock that we waited for made the bundle
@@ -135,6 +141,7 @@ def _choose(backend: str | None, device: str | None, target: str | None) -> tupl
 
 def _asked(
     precision: str | None,
+    vae_precision: str | None,
     size: tuple[int, int] | None,
     batch: int | None,
     steps: list[int] | None,
@@ -146,6 +153,10 @@ def _asked(
         if precision not in ("fp32", "fp16"):
             raise InputError(f"precision {precision!r}: choose fp32 or fp16")
         asked["precision"] = precision
+    if vae_precision is not None:
+        if vae_precision not in ("fp32", "bf16"):
+            raise InputError(f"precision {vae_precision!r} of the VAE: choose fp32 or bf16")
+        asked["vae_precision"] = vae_precision
     if size is not None:
         width, height = size
         if min(size) < 64 or width % 64 or height % 64:

@@ -1,13 +1,14 @@
 """Checkpoint → bundle: the export's phases, in a folder that is renamed when it is whole."""
 
 import shutil
+import sys
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from turbochain.engines.resume import STATE, Finished, empty, leave_nothing
-from turbochain.engines.session import Session, now, versions
+from turbochain.engines.session import SMALL, Session, now, versions
 from turbochain.runtime import files, manifest
 from turbochain.runtime.bundle import REFERENCE, TEXT_TO_IMAGE, Bundle
 from turbochain.runtime.errors import InputError, NoSpace, PictureError
@@ -39,6 +40,7 @@ def export(session: Session, source: str, request: dict[str, Any], folder: Path,
     """
     try:
         _export(session, source, request, folder, force)
+        session.release()
     except (InputError, PictureError) as error:
         if not isinstance(error, NoSpace) or not (folder / STATE).exists():
             leave_nothing(folder)
@@ -52,21 +54,23 @@ def _export(session: Session, source: str, request: dict[str, Any], folder: Path
     common = {"request": request, "folder": str(folder)}
     prepared = state.once(
         "prepare",
-        lambda: session.run("load", "turbochain.export.jobs:prepare", source=source, force=force, **common),
+        lambda: session.run("load", "turbochain.export.jobs:prepare", keep=True, source=source, force=force, **common),
         lambda result: [*result["terms"], *(t["file"] for t in result["tokenizers"].values())],
     )
     common["prepared"] = prepared
-    state.once(
+    run = partial(session.run, keep=sum(w["size"] for w in prepared["weights"].values()) <= SMALL)
+    remedies = state.once(
         "reference",
-        lambda: session.run("reference", "turbochain.export.jobs:reference", **common),
+        lambda: run("reference", "turbochain.export.jobs:reference", **common),
         lambda _: [REFERENCE],
     )
+    _tell(session, remedies)
     graphs: dict[str, Any] = {}
     for component in prepared["components"]:
         phase = f"export {component}"
         graphs |= state.once(
             phase,
-            partial(session.run, phase, "turbochain.export.jobs:graphs", component=component, **common),
+            partial(run, phase, "turbochain.export.jobs:graphs", component=component, remedies=remedies, **common),
             lambda made: [file for g in made.values() for file in (g["file"], *g["data"], g["names"])],
         )
     text = manifest.write(_manifest(request, prepared, graphs, state.records()))
@@ -74,6 +78,14 @@ def _export(session: Session, source: str, request: dict[str, Any], folder: Path
     files.write_atomically(folder / "bundle.json", text)
     Bundle.open(folder)
     empty(folder, keep)
+
+
+def _tell(session: Session, remedies: dict[str, dict[str, Any]]) -> None:
+    """Say what keeps each stage in fp16's range, where any stage was to be in fp16."""
+    judged = {name: r["phrase"] for name, r in remedies.items() if r["phrase"] or r["precision"] == "fp16"}
+    for name, phrase in judged.items():
+        if not session.quiet:
+            print(f"range of fp16: {name:<17} {phrase or 'fits'}", file=sys.stderr)
 
 
 def _require_export() -> None:

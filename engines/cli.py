@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--device", help="default: the backend's own choice")
     add("--target", help="build for GPUs of another machine, such as sm89 (TensorRT-RTX; needs no GPU here)")
     add("--precision", help="fp32 or fp16 (default: fp32 for a CPU backend, fp16 for a GPU backend)")
+    add("--vae-precision", help="fp32 or bf16, for the VAE instead of --precision")
     add("--size", help="width x height in pixels, multiples of 64 (default 512x512)")
     add("--batch", type=int, help="pictures per pass (default 1)")
     add("--steps", help="step counts, such as 1-4 or 1,2,4 (default 1-4)")
@@ -52,11 +53,12 @@ def _build(arguments: argparse.Namespace) -> None:
 
 def text(result: BuildResult) -> str:
     """One summary: what was done, with which backend, and the table of stages."""
-    rows = [["stage", "precision", "engine size", "build time", "error", "bound"]]
+    rows = [["stage", "precision", "engine size", "build time", "error", "bound", "remedy"]]
     for c in result.checks:
-        rows.append([*_stage(result, c.stage), f"{c.metric} {c.value:.3g}", verify.bound_text(c)])
+        remedy = result.remedy.get(c.stage, "")
+        rows.append([*_stage(result, c.stage), f"{c.metric} {c.value:.3g}", verify.bound_text(c), remedy])
     if not result.checks:
-        rows += [[*_stage(result, name), "", ""] for name in result.precision]
+        rows += [[*_stage(result, name), "", "", result.remedy[name]] for name in result.precision]
     seconds = f" in {sum(p.seconds for p in result.phases):.1f} s"
     if result.checks:
         did = f"built and verified{seconds}" if result.phases else "nothing to do: it is built and verified already"

@@ -12,7 +12,7 @@ from typing import Any
 
 from turbochain.engines import options
 from turbochain.engines.resume import Finished, empty, leave_nothing
-from turbochain.engines.session import Session, now, versions
+from turbochain.engines.session import SMALL, Session, now, versions
 from turbochain.runtime import backends, engine, files, manifest, verify
 from turbochain.runtime.backends import Device
 from turbochain.runtime.bundle import Bundle
@@ -112,16 +112,24 @@ def _compile_and_check(session: Session, bundle: Bundle, key: EngineKey, order: 
         "device": order.device,
     }
     compiler = {**common, "target": order.target, "cache": str(order.cache or bundle.path.parent)}
+    run = partial(session.run, keep=bundle.weight_bytes() <= SMALL)
     state = Finished(folder, dataclasses.asdict(key))
+
+    def compile(name: str) -> dict[str, Any]:
+        written = run(f"compile {name}", "turbochain.engines.jobs:compile", name=name, **compiler)
+        report = session.phases[-1]
+        return {"files": written, "seconds": report.seconds, "peak_bytes": report.peak_bytes}
+
     done = {
-        name: state.once(f"compile {name}", partial(_compile, session, name, compiler), lambda result: result["files"])
+        name: state.once(f"compile {name}", partial(compile, name), lambda result: result["files"])
         for name in key.graphs
     }
     written = state.records()
     checks: list[Check] = []
     if order.target is None:
-        checks = [Check(**c) for c in session.run("verify", "turbochain.engines.jobs:check", **common)]
-        verify.require(checks)
+        checks = [Check(**c) for c in run("verify", "turbochain.engines.jobs:check", **common)]
+    session.release()
+    verify.require(checks)
     sizes = {**bundle.manifest.files, **written}
     graphs = bundle.manifest.graphs
     return Engine(
@@ -139,9 +147,3 @@ def _compile_and_check(session: Session, bundle: Bundle, key: EngineKey, order: 
         created=now(),
         created_by=versions("turbochain", key.library, "numpy"),
     )
-
-
-def _compile(session: Session, name: str, common: dict[str, Any]) -> dict[str, Any]:
-    written = session.run(f"compile {name}", "turbochain.engines.jobs:compile", name=name, **common)
-    report = session.phases[-1]
-    return {"files": written, "seconds": report.seconds, "peak_bytes": report.peak_bytes}

@@ -6,11 +6,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from turbochain.engines import worker
 from turbochain.engines.progress import Phase
+from turbochain.engines.worker import Worker
 
 LOG = "build.log"
 """What libraries print during a build; removed when it is done."""
+
+SMALL = 2**28
+"""Weights, in bytes, up to which all phases share a process: starting one takes longer than its memory is worth."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,34 @@ class Session:
     log: Path | None
     quiet: bool
     phases: list[PhaseReport]
+    _kept: Worker | None = None
 
-    def run(self, name: str, job: str, /, **arguments: Any) -> Any:
-        """Run a job in a process of its own, with a progress bar; see `worker.run`."""
+    def run(self, name: str, job: str, /, *, keep: bool = False, **arguments: Any) -> Any:
+        """Run a job in a process of its own, with a progress bar; see `Worker.run`.
+
+        `keep`: in the process that the last phase with `keep` left, for phases whose memory need not be returned.
+        """
+        if not keep:
+            self.release()
         with Phase(name, quiet=self.quiet) as phase:
-            result, peak = worker.run(job, arguments, progress=phase, lock=self.lock, printed=self.log)
+            worker = self._kept or Worker(self.lock, self.log)
+            self._kept = worker if keep else None
+            try:
+                result, peak = worker.run(job, arguments, phase)
+            except BaseException:
+                self.release()
+                raise
+            finally:
+                if not keep:
+                    worker.close()
         self.phases.append(PhaseReport(name, phase.seconds, peak))
         return result
+
+    def release(self) -> None:
+        """End the process that was kept."""
+        kept, self._kept = self._kept, None
+        if kept:
+            kept.close()
 
 
 def now() -> str:

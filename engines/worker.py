@@ -1,10 +1,10 @@
 """Heavy phases run in a process of their own, so that their memory is returned.
 
-The parent writes one JSON line (`{"job": "module:function", "arguments": {…}}`) to the child's stdin and keeps
-it open: when it closes, the child ends, so a killed build leaves nothing running. The child hears of Ctrl-C in no
-other way: its job's next call of `progress` raises KeyboardInterrupt, and soon after it ends in any case. The child
-writes JSON lines: `{"progress": [done, total]}`, `{"warning": text}`, and last `{"result": …, "peak_bytes": …}` or
-`{"error": …, "kind": …}`.
+The parent writes a JSON line for each job (`{"job": "module:function", "arguments": {…}}`) to the child's stdin and
+keeps it open: when it closes, the child ends, so a killed build leaves nothing running. The child hears of Ctrl-C in
+no other way: its job's next call of `progress` raises KeyboardInterrupt, and soon after it ends in any case. The child
+writes JSON lines: `{"progress": [done, total]}`, `{"warning": text}`, and last of each job `{"result": …,
+"peak_bytes": …}` or `{"error": …, "kind": …}`.
 """
 
 import errno
@@ -12,6 +12,7 @@ import importlib
 import json
 import logging
 import os
+import queue
 import resource
 import signal
 import subprocess
@@ -34,40 +35,66 @@ log = logging.getLogger("turbochain")
 _GRACE = 1.0  # seconds that a job has to end by itself
 
 
-def run(job: str, arguments: dict[str, Any], *, progress: Progress, lock: int, printed: Path | None) -> tuple[Any, int]:
-    """Run `job` in a child; returns its result and its peak resident memory in bytes.
+class Worker:
+    """A child that runs jobs, one after the other. It ends with the `with` block, or with a job that fails."""
 
-    `lock` is a file descriptor that the child keeps open, so that a lock outlives this process as long as the
-    child does. What libraries print goes to the file `printed`, or to stderr where it is None. Raises what the
-    child raised, if it is a TurbochainError, or a TurbochainError that describes it; PhaseDied where the child ended
-    without a word.
-    """
-    # The child inherits that it does not hear of Ctrl-C, which a terminal sends to both.
-    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        child = _start(lock, printed)
-    except BaseException:
-        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
-        raise
-    assert child.stdin and child.stdout
-    try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
-        child.stdin.write(json.dumps({"job": job, "arguments": arguments}) + "\n")
-        child.stdin.flush()
+    def __init__(self, lock: int, printed: Path | None) -> None:
+        """`lock` is a file descriptor that the child keeps open, so a lock outlives this process as long as the child.
+
+        What libraries print goes to the file `printed`, or to stderr where it is None.
+        """
+        self._printed = printed
+        # The child inherits that it does not hear of Ctrl-C, which a terminal sends to both.
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._child = _start(lock, printed)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+
+    def run(self, job: str, arguments: dict[str, Any], progress: Progress) -> tuple[Any, int]:
+        """Run a job; returns its result and the peak of the child's resident memory meanwhile, in bytes.
+
+        Raises what the child raised, if it is a TurbochainError, or a TurbochainError that describes it; PhaseDied
+        where the child ended without a word.
+        """
+        child = self._child
+        assert child.stdin and child.stdout
         last: dict[str, Any] = {}
-        for line in child.stdout:
-            last = json.loads(line)
-            if "progress" in last:
-                progress(*last["progress"])
-            if "warning" in last:
-                log.warning("%s", last["warning"])
-        status = child.wait()
-    except BaseException:
-        _end(child)
-        raise
-    if "result" in last:
-        return last["result"], last["peak_bytes"]
-    raise _failure(job, last, status, printed)
+        try:
+            with suppress(BrokenPipeError):  # it has died: that shows below
+                child.stdin.write(json.dumps({"job": job, "arguments": arguments}) + "\n")
+                child.stdin.flush()
+            for line in child.stdout:
+                last = json.loads(line)
+                if "progress" in last:
+                    progress(*last["progress"])
+                if "warning" in last:
+                    log.warning("%s", last["warning"])
+                if "result" in last:
+                    return last["result"], last["peak_bytes"]
+                if "error" in last:
+                    break
+        except BaseException:
+            self.close()
+            raise
+        raise _failure(job, last, None if "error" in last else child.wait(), self._printed)
+
+    def close(self) -> None:
+        """Let the child end by itself, or else, or at a second Ctrl-C, kill it."""
+        assert self._child.stdin
+        try:
+            with suppress(OSError, subprocess.TimeoutExpired):
+                self._child.stdin.close()
+                self._child.wait(2 * _GRACE)
+        finally:
+            self._child.kill()
+            self._child.wait()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _start(lock: int, printed: Path | None) -> "subprocess.Popen[str]":
@@ -86,20 +113,8 @@ def _start(lock: int, printed: Path | None) -> "subprocess.Popen[str]":
             output.close()
 
 
-def _end(child: "subprocess.Popen[str]") -> None:
-    """Let the child end by itself, or else, or at a second Ctrl-C, kill it."""
-    assert child.stdin
-    try:
-        with suppress(OSError, subprocess.TimeoutExpired):
-            child.stdin.close()
-            child.wait(2 * _GRACE)
-    finally:
-        child.kill()
-        child.wait()
-
-
-def _failure(job: str, last: dict[str, Any], status: int, printed: Path | None) -> TurbochainError:
-    if "error" in last:
+def _failure(job: str, last: dict[str, Any], status: int | None, printed: Path | None) -> TurbochainError:
+    if status is None:
         return getattr(errors, last["kind"])(last["error"])
     name = job.rpartition(":")[2]
     if status < 0:
@@ -112,9 +127,9 @@ def _failure(job: str, last: dict[str, Any], status: int, printed: Path | None) 
 
 def main() -> None:
     """The child's side."""
-    request = json.loads(sys.stdin.readline())
+    requests: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     cancelled = threading.Event()
-    threading.Thread(target=_end_with_parent, args=(cancelled,), daemon=True).start()
+    threading.Thread(target=_listen, args=(requests, cancelled), daemon=True).start()
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not be taken for an event
     sys.stdout = sys.stderr
@@ -129,10 +144,18 @@ def main() -> None:
 
     log.addHandler(_Forward(send))
     log.propagate = False
-    module, _, function = request["job"].partition(":")
+    while line := requests.get():
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory begins anew
+        _carry_out(**json.loads(line), progress=progress, send=send)
+        sys.stdout.flush()
+    os._exit(0)  # no library's exit handlers: some of them take seconds
+
+
+def _carry_out(job: str, arguments: dict[str, Any], progress: Progress, send: Callable[..., None]) -> None:
+    module, _, function = job.partition(":")
     try:
-        job = getattr(importlib.import_module(module), function)
-        result = job(progress, **request["arguments"])
+        result = getattr(importlib.import_module(module), function)(progress, **arguments)
     except KeyboardInterrupt:
         pass  # nobody listens any more
     except TurbochainError as error:
@@ -143,8 +166,6 @@ def main() -> None:
         send(error=message, kind=kind.__name__)
     else:
         send(result=result, peak_bytes=_peak_bytes())
-    sys.stdout.flush()
-    os._exit(0)  # no library's exit handlers: some of them take seconds
 
 
 def _describe(function: str, error: Exception) -> tuple[type[TurbochainError], str]:
@@ -174,9 +195,11 @@ def _peak_bytes() -> int:
         return peak * (1 if sys.platform == "darwin" else 1024)
 
 
-def _end_with_parent(cancelled: threading.Event) -> None:
-    sys.stdin.read()
+def _listen(requests: "queue.SimpleQueue[str | None]", cancelled: threading.Event) -> None:
+    for line in sys.stdin:
+        requests.put(line)
     cancelled.set()
+    requests.put(None)
     time.sleep(_GRACE)
     os._exit(1)
 

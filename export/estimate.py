@@ -16,10 +16,10 @@ from turbochain.runtime.errors import InputError
 
 GiB = 2**30
 _BASE = 0.9 * GiB  # the libraries themselves
-_BYTES = {"fp32": 4, "fp16": 2}
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _REFERENCE = 1.15  # × all weights in fp32
 _EXPORT = 1.2  # × a component's weights in its precision, while it is traced and folded
-_ENGINE = {"fp32": 1.15, "fp16": 2.5}  # × weights: ONNX Runtime's CPU provider casts fp16 to fp32
+_ENGINE = {"fp32": 1.15, "fp16": 2.5, "bf16": 2.5}  # × weights: ONNX Runtime's CPU provider casts fp16 to fp32
 _ACTIVATIONS = 9  # × the decoder's widest tensor
 _SCORES = 2  # × the largest attention's scores, which ONNX Runtime keeps whole
 
@@ -33,10 +33,17 @@ class Needs:
 
 
 def needs(
-    family: Family, configs: Mapping[str, Any], counts: Mapping[str, int], shape: Shape, precision: str, fetched: float
+    family: Family,
+    configs: Mapping[str, Any],
+    counts: Mapping[str, int],
+    shape: Shape,
+    precisions: Mapping[str, str],
+    fetched: float,
 ) -> Needs:
-    """What a build needs. `counts`: component → values in its weights; `fetched`: bytes to download or draw first."""
-    precisions = family.precisions(configs, precision)
+    """What a build needs. `counts`: component → values in its weights; `precisions`: graph → the one asked for.
+
+    `fetched`: bytes to download or draw first.
+    """
     stages = {name: s for name, s in family.stages.items() if name not in family.chain.once}  # those are small
     weights = {name: counts[s.component] * _BYTES[precisions[name]] for name, s in stages.items()}
     activations = _ACTIVATIONS * _widest(configs, shape)

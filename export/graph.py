@@ -5,48 +5,69 @@ import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
 
-from turbochain.export import load, stages
+from turbochain.export import attention, load, stages
 from turbochain.export.families import Shape, Stage
+from turbochain.export.ranges import Remedy
+from turbochain.export.rescale import rescale
 from turbochain.export.source import Checkpoint
 from turbochain.runtime.errors import TurbochainError
 from turbochain.runtime.manifest import Graph, Tensor
 
 OPSET = 21  # the first whose attention TensorRT fuses in every stage
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+OPSET_BF16 = 22  # the first with bf16 convolutions
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def export(
     checkpoint: Checkpoint,
     component: str,
     shape: Shape,
-    precisions: Mapping[str, str],
+    remedies: Mapping[str, Remedy],
     bundle: Path,
     opset: int = OPSET,
 ) -> dict[str, Graph]:
     """Trace every stage of `component` into `bundle/graphs` and return what the manifest says of each.
 
+    `remedies`: graph → the precision and the changes that it is made with. Files: graphs/NAME.onnx,
+    graphs/NAME.onnx.data, graphs/NAME.names.json. Raises TurbochainError where the exporter lost an input or
+    changed a shape.
+
     `precisions`: graph → precision. Files: graphs/NAME.onnx, graphs/NAME.onnx.data, graphs/NAME.names.json. Raises
     TurbochainError where the exporter lost an input or changed a shape.
     """
     traced = {name: stage for name, stage in checkpoint.family.stages.items() if stage.component == component}
-    (loaded,) = {precisions[name] for name, stage in traced.items() if stage.precision is None}
-    model = load.component(checkpoint, component, TORCH_DTYPES[loaded], traceable=True)
+    model, factors = _load(checkpoint, component, [remedies[n] for n, s in traced.items() if s.precision is None])
     parameters = dict(model.named_parameters())  # before a stage puts something in the place of a part
     graphs: dict[str, Graph] = {}
     for name, stage in traced.items():
         made = {t.name: (t.dtype, t.shape) for graph in graphs.values() for t in graph.outputs}
         inputs = {k: v or made[k] for k, v in stage.inputs(checkpoint.configs, shape).items()}
         module = getattr(stages, stage.module)(model, *stage.arguments(shape)).eval()
-        if precisions[name] == "fp32":  # in lower precision a GPU's own GroupNormalization is wanted
+        if remedies[name].precision == "fp32":  # in lower precision a GPU's own GroupNormalization is wanted
             stages.replace_group_norms(module)
-        graphs[name] = _trace(name, stage, module, inputs, parameters, precisions[name], bundle, opset)
+        graphs[name] = _trace(name, stage, module, inputs, parameters, factors, remedies[name], bundle, opset)
     return graphs
+
+
+def _load(checkpoint: Checkpoint, component: str, remedies: list[Remedy]) -> tuple[torch.nn.Module, dict[str, float]]:
+    """The component with the remedies of its graphs, and parameter → what its values were multiplied by."""
+    (precision,) = {r.precision for r in remedies}
+    exponents = {module: e for r in remedies for module, e in r.exponents.items()}
+    # What overflows in fp16 may do so as a weight, so the weights are rescaled before they are rounded.
+    dtype = TORCH_DTYPES[precision]
+    model = load.component(checkpoint, component, torch.float32 if exponents else dtype, traceable=True)
+    factors = rescale(model, exponents) if exponents else {}
+    if factors:
+        model.to(dtype)
+    attention.upcast(model, {name for r in remedies for name in r.attention})
+    return model, factors
 
 
 def _trace(
@@ -55,10 +76,13 @@ def _trace(
     module: torch.nn.Module,
     inputs: dict[str, tuple[str, tuple[int, ...]]],
     parameters: Mapping[str, torch.Tensor],
-    precision: str,
+    factors: Mapping[str, float],
+    remedy: Remedy,
     bundle: Path,
     opset: int,
 ) -> Graph:
+    """Write the three files of one stage; `parameters` are those of its component, `factors` as `_load` gives them."""
+    opset = max(opset, OPSET_BF16) if remedy.precision == "bf16" else opset
     # Every example is a tensor of its own: two inputs that are one object would be merged silently.
     examples = tuple(_example(dtype, size) for dtype, size in inputs.values())
     program = torch.onnx.export(
@@ -83,7 +107,7 @@ def _trace(
     path.write_bytes(proto.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path))
     names = f"graphs/{name}.names.json"
-    found = name_map(parameters, path, TORCH_DTYPES[precision], getattr(module, "folded", ()))
+    found = name_map(parameters, path, TORCH_DTYPES[remedy.precision], getattr(module, "folded", ()), factors)
     (bundle / names).write_text(json.dumps(found, indent=0, sort_keys=True) + "\n")
     return Graph(
         role=stage.role,
@@ -91,10 +115,11 @@ def _trace(
         file=file,
         data=(f"{file}.data",),
         names=names,
-        precision=precision,
+        precision=remedy.precision,
         opset=opset,
         inputs=_ends(name, proto.graph.input, inputs, proto),
         outputs=_ends(name, proto.graph.output, dict.fromkeys(stage.outputs), proto),
+        remedy=remedy.phrase,
     )
 
 
@@ -128,11 +153,16 @@ def _ends(name: str, values: Any, expected: dict[str, Any], proto: Any) -> tuple
 
 
 def name_map(
-    parameters: Mapping[str, torch.Tensor], path: Path, dtype: torch.dtype, folded: Collection[str] = ()
+    parameters: Mapping[str, torch.Tensor],
+    path: Path,
+    dtype: torch.dtype,
+    folded: Collection[str] = (),
+    factors: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, dict[str, Any] | None]:
     """Parameter name → the initializer that holds it and whether transposed; None where this graph has no use for it.
 
-    Of the parameters in `folded` the graph holds what was computed of them: {"folded": true}.
+    Of the parameters in `folded` the graph holds what was computed of them: {"folded": true}. `factors`: parameter →
+    what the checkpoint's value was multiplied by (`rescale`); the entry says so as "factor".
 
     The exporter renames what it folds (a Linear's weight becomes a transposed constant), so values decide: an
     initializer holds a parameter when it has the same values (in `dtype`) in the same order, or in that of the
@@ -150,15 +180,23 @@ def name_map(
         mapped[name] = {"folded": True} if name in folded else None
         if name in folded or parameter.numel() not in sizes:
             continue
-        value = parameter.detach().to(dtype).numpy()
+        value = _numpy(parameter.detach().to(dtype))
         for transposed in (False, True) if value.ndim == 2 else (False,):
             found = holders.get(_fingerprint(value.T if transposed else value), [])
             own = [h for h in found if h.endswith(f".{name}")]
             if found:
-                mapped[name] = {"initializer": (own or found)[0], "transposed": transposed}
+                factor = {"factor": factors[name]} if name in factors else {}
+                mapped[name] = {"initializer": (own or found)[0], "transposed": transposed, **factor}
                 break
     return mapped
 
 
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    """As onnx gives an initializer: bfloat16, which numpy lacks, as the type of ml_dtypes."""
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    return tensor.view(torch.int16).numpy().view(onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.BFLOAT16))
+
+
 def _fingerprint(array: np.ndarray) -> tuple[Any, ...]:
-    return array.size, str(array.dtype), hashlib.sha256(np.ascontiguousarray(array).data).digest()
+    return array.size, str(array.dtype), hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).digest()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from turbochain.export import download, estimate, families
+from turbochain.export import download, estimate, families, ranges
 from turbochain.export.families import Family, Shape
 from turbochain.export.source import SYNTHETIC, Checkpoint, check_configs, is_hub_id, open_folder
 from turbochain.runtime.errors import InputError
@@ -26,7 +26,8 @@ def prepare(progress: Progress, *, source: str, request: dict[str, Any], folder:
     shape, root = Shape(request["height"], request["width"], request["batch"]), Path(folder)
 
     def check_room(family: Family, configs: dict[str, Any], counts: dict[str, int], fetched: int) -> None:
-        needs = estimate.needs(family, configs, counts, shape, request["precision"], fetched)
+        precisions = family.precisions(request["precision"], request.get("vae_precision"))
+        needs = estimate.needs(family, configs, counts, shape, precisions, fetched)
         estimate.require(needs, root, force)
 
     checkpoint, commit = _open(source, request, root, progress, check_room)
@@ -47,7 +48,6 @@ def prepare(progress: Progress, *, source: str, request: dict[str, Any], folder:
             for path in paths
         },
         "components": list(family.components),
-        "precisions": family.precisions(checkpoint.configs, request["precision"]),
         "chain": dataclasses.asdict(family.chain),
         "tokenizers": tables.tokenizers(checkpoint, root),
         "schedules": tables.schedules(checkpoint, request["steps"]),
@@ -55,25 +55,36 @@ def prepare(progress: Progress, *, source: str, request: dict[str, Any], folder:
     }
 
 
-def reference(progress: Progress, *, request: dict[str, Any], prepared: dict[str, Any], folder: str) -> None:
-    """Run diffusers' own pipeline and record it in `folder`."""
+def reference(
+    progress: Progress, *, request: dict[str, Any], prepared: dict[str, Any], folder: str
+) -> dict[str, dict[str, Any]]:
+    """Run diffusers' own pipeline and record it in `folder`; returns graph → `ranges.Remedy`, as a dict."""
     from turbochain.export import reference as recorder
     from turbochain.runtime.bundle import REFERENCE
 
     shape = Shape(request["height"], request["width"], request["batch"])
-    recorder.record(_checkpoint(prepared), shape, request["steps"], Path(folder, REFERENCE), progress)
+    checkpoint, path = _checkpoint(prepared), Path(folder, REFERENCE)
+    recorder.record(checkpoint, shape, request["steps"], path, progress)
+    asked = checkpoint.family.precisions(request["precision"], request.get("vae_precision"))
+    decided = ranges.decide(checkpoint.family.stages, asked, path)
+    return {name: dataclasses.asdict(remedy) for name, remedy in decided.items()}
 
 
 def graphs(
-    progress: Progress, *, request: dict[str, Any], prepared: dict[str, Any], folder: str, component: str
+    progress: Progress,
+    *,
+    request: dict[str, Any],
+    prepared: dict[str, Any],
+    folder: str,
+    component: str,
+    remedies: dict[str, dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
     """Trace every stage of one component into `folder`; returns their entries in the manifest."""
     from turbochain.export import graph as tracer
 
     shape = Shape(request["height"], request["width"], request["batch"])
-    made = tracer.export(
-        _checkpoint(prepared), component, shape, prepared["precisions"], Path(folder), request["opset"]
-    )
+    decided = {name: ranges.Remedy(**remedy) for name, remedy in remedies.items()}
+    made = tracer.export(_checkpoint(prepared), component, shape, decided, Path(folder), request["opset"])
     return {name: dataclasses.asdict(graph) for name, graph in made.items()}
 
 

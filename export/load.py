@@ -41,11 +41,11 @@ def component(checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, traceabl
     return model.eval().requires_grad_(False)
 
 
-def pipeline(checkpoint: Checkpoint) -> Any:
-    """diffusers' own pipeline in fp32 on the CPU."""
+def pipeline(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
+    """diffusers' own pipeline on the CPU, weights in `dtype`."""
     diffusers = importlib.import_module("diffusers")
     family = checkpoint.family
-    parts: dict[str, Any] = {c: component(checkpoint, c, torch.float32) for c in family.components}
+    parts: dict[str, Any] = {c: component(checkpoint, c, dtype) for c in family.components}
     parts |= {folder: tokenizer(checkpoint, folder) for folder in family.tokenizers.values()}
     parts["scheduler"] = scheduler(checkpoint)
     return getattr(diffusers, family.pipeline_class)(**parts, **family.pipeline_options)

@@ -38,7 +38,7 @@ def record(
     Tensors of case i, with S steps: `i/<text input>` [B, 77], `i/<embeds>`, `i/latents`, `i/noise`,
     `i/prediction`, `i/next_latents` [S, B, 4, h, w], `i/timestep_embedding` [S, 1, n], `i/image` [B, H, W, 3];
     `magnitude/<component>/<module>` [1] is the largest absolute value that the module put out in any case, and
-    `magnitude/<component>/<attention>.scores` that of its unscaled Q·Kᵀ. The metadata
+    `magnitude/<component>/<attention>.scores` that of Q·Kᵀ as its graph forms it (see `_watch_scores`). The metadata
     key `cases` is JSON: a list of {"prompt": [...], "seed": int, "num_inference_steps": int}.
     """
     pipeline = load.pipeline(checkpoint)
@@ -170,14 +170,15 @@ def _magnitudes(pipeline: Any, checkpoint: Checkpoint) -> Iterator[dict[str, flo
 
 
 def _watch_scores(stack: contextlib.ExitStack, attention: Any, see: Callable[[torch.Tensor], None]) -> None:
-    """Call `see` with an attention's unscaled scores Q·Kᵀ, [queries, keys], head by head; other modules have none.
+    """Call `see` with an attention's scores Q·Kᵀ, [queries, keys], head by head; other modules have none.
 
-    They are what fp16 overflows in first, and no module puts them out.
+    They are what fp16 overflows in first, and no module puts them out. As the exported graphs form them: of
+    diffusers' attention Q and K are scaled before the product, of CLIP's the product is scaled afterwards.
     """
     names = next((n for n in (("to_q", "to_k"), ("q_proj", "k_proj")) if all(hasattr(attention, i) for i in n)), None)
     if names is None:
         return
-    heads = attention.heads if hasattr(attention, "heads") else attention.num_heads
+    heads, scale = (attention.heads, attention.scale) if hasattr(attention, "heads") else (attention.num_heads, 1.0)
     projected: dict[str, torch.Tensor] = {}
 
     def keep(name: str, _: Any, __: Any, output: torch.Tensor) -> None:
@@ -186,7 +187,7 @@ def _watch_scores(stack: contextlib.ExitStack, attention: Any, see: Callable[[to
     def after(_: Any, __: Any, ___: Any) -> None:
         query, key = (projected.pop(n).unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1) for n in names)
         for q, k in zip(query, key, strict=True):
-            see(q @ k.T)
+            see(q @ k.T * scale)
 
     for name in names:
         stack.callback(getattr(attention, name).register_forward_hook(partial(keep, name)).remove)

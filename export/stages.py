@@ -87,9 +87,7 @@ class UNetStep(nn.Module):
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
-        unet.get_time_embed = lambda sample, timestep: timestep.to(
-            sample.dtype
-        )  # one row: it is added to every picture
+        unet.get_time_embed = lambda sample, timestep: timestep.to(sample.dtype)  # [1, D]: all pictures add the same
         unet.time_embedding = _Given()
 
     def condition(self, prompt_embeds: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:

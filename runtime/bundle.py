@@ -21,7 +21,8 @@ TEXT_TO_IMAGE = "text-to-image"
 REFERENCE = "reference.safetensors"
 """What diffusers produced, in every bundle."""
 
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "bf16")
+"""What a graph may compute in, the most precise first."""
 DTYPES = ("float32", "float16", "int32", "uint8")
 
 

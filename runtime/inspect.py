@@ -59,9 +59,10 @@ def as_text(bundle: Bundle) -> str:
     height, width = bundle.size
     c = m.checkpoint
     source = c.source + (f" at {c.revision}" if c.revision else "")
-    stages = [["stage", "precision", "weights"]]
+    stages = [["stage", "precision", "weights", "remedy"]]
     for name, graph in m.graphs.items():
-        stages.append([name, graph.precision, console.size(sum(m.files[f].size for f in graph.data))])
+        size = console.size(sum(m.files[f].size for f in graph.data))
+        stages.append([name, graph.precision, size, graph.remedy])
     wires = [["wire", "from", "to", "tensor"]]
     for w in wiring(bundle):
         tensor = bundle.tensors[w["name"]]
@@ -88,7 +89,7 @@ def _engine(bundle: Bundle, found: Engine | BundleError) -> dict[str, Any]:
     if isinstance(found, BundleError):
         return {"fits": False, "reason": str(found)}
     reason = misfit(bundle, found)
-    mend = rebuild(bundle, found) if reason and has_device(found.key.backend) else None
+    mend = rebuild(bundle, found) if reason else None
     return {"fits": reason is None, "reason": reason, "rebuild": mend, **dataclasses.asdict(found)}
 
 
@@ -97,7 +98,8 @@ def _engine_text(name: str, engine: dict[str, Any]) -> str:
     if "key" not in engine:
         return f"engine {name}: {fits}"
     if engine["rebuild"]:
-        fits += f"\n  one that fits: {engine['rebuild']}"
+        here = has_device(engine["key"]["backend"])
+        fits += f"\n  {'one that fits' if here else 'on a machine that has one'}: {engine['rebuild']}"
     worst = "; ".join(f"{c['stage']} {c['metric']} {c['value']:.3g}" for c in engine["checks"])
     key = engine["key"]
     where = Gpu(**key["gpu"]) if key["gpu"] else key["device"]

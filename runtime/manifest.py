@@ -43,6 +43,7 @@ class Graph:
     opset: int
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    remedy: str = ""  # what makes it right in that precision, or why it is in another than asked for; for people
 
     @property
     def files(self) -> tuple[str, ...]:

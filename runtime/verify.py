@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from turbochain.runtime import engine, files, manifest, metrics
-from turbochain.runtime.bundle import REFERENCE, Bundle
+from turbochain.runtime.bundle import PRECISIONS, REFERENCE, Bundle
 from turbochain.runtime.chain import plan, stage_plan
 from turbochain.runtime.errors import BundleError, InputError, VerificationError
 from turbochain.runtime.manifest import Check, Engine
@@ -39,6 +39,16 @@ BOUNDS: dict[str, dict[str, Bounds]] = {
         "text": {"cosine": 0.9999},
         "prediction": {"relative_l2": 1e-2},
         "decoder": {"psnr": 45.0},
+        "image": {"psnr": 38.0, "ssim": 0.98},
+    },
+    # 1.25 times what eager diffusers' bf16 errs by against its fp32, the worst over the miniatures of both families,
+    # 3 prompts, steps 1, 2 and 4, random weights, torch 2.13 on a CPU: decoder 48.8 dB (full size at 512×512, with
+    # the rounding of each module's result emulated: 49.0 dB), prediction 0.0147 (time embedding in fp32). Text
+    # 0.99997 and picture 48.1 dB are better than what fp16 is allowed, which stands for both.
+    "bf16": {
+        "text": {"cosine": 0.9999},
+        "prediction": {"relative_l2": 1.8e-2},
+        "decoder": {"psnr": 46.8},
         "image": {"psnr": 38.0, "ssim": 0.98},
     },
 }
@@ -223,5 +233,5 @@ def _check_chain(bundle: Bundle, executor: Any, table: Arrays, case: Case) -> It
     steps = plan(bundle.chain, bundle.manifest.graphs, case.steps)
     image = executor.execute(steps, feeds)[bundle.chain.output]
     precisions = {bundle.manifest.graphs[g].precision for g in bundle.chain.graphs}
-    bounds = BOUNDS["fp32" if precisions == {"fp32"} else "fp16"]
+    bounds = BOUNDS[max(precisions, key=PRECISIONS.index)]
     yield from _judge("image", bounds["image"], image, case.tensors["image"])

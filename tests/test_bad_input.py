@@ -107,6 +107,14 @@ FOLDERS: dict[str, tuple[Callable[[Folder], object], tuple[str, ...]]] = {
         lambda f: edit_json(f / "unet/config.json", in_channels=9),
         ("is not supported: the UNet reads 9 channels and predicts 4",),
     ),
+    "ResNets of another kind": (
+        lambda f: edit_json(f / "unet/config.json", resnet_time_scale_shift="ada_group"),
+        ("is not supported: the UNet's ResNets read the time as 'ada_group', supported are 'default' and",),
+    ),
+    "blocks of another kind": (
+        lambda f: edit_json(f / "unet/config.json", down_block_types=["KDownBlock2D"] * 4),
+        ("is not supported: the UNet's ResNets read the time as 'ada_group', supported are 'default' and",),
+    ),
     "only .bin": (only_pickles(".bin"), ("pickles are refused", "safe_serialization=True")),
     "only .ckpt": (only_pickles(".ckpt"), ("pickles are refused", "safe_serialization=True")),
     "no weights": (lambda f: (f / UNET).unlink(), ("unet has no safetensors weights",)),
@@ -236,6 +244,12 @@ OPTIONS = {
     "steps negative": (["--steps=-1"], "--steps -1: a range or a list was expected"),
     "batch": (["--batch", "0"], "batch 0: at least 1 was expected"),
     "precision": (["--precision", "int8"], "precision 'int8': choose fp32 or fp16"),
+    "precision of the VAE": (["--vae-precision", "fp16"], "precision 'fp16' of the VAE: choose fp32 or bf16"),
+    "precision of another backend": (
+        ["--backend", "onnxruntime", "--vae-precision", "bf16"],
+        "the backend onnxruntime cannot compute in bf16 on cpu, only in fp32 and fp16: choose another precision with "
+        "build-engine's --precision or --vae-precision, or another backend with --backend",
+    ),
     "backend": (["--backend", "abacus"], "there is no backend 'abacus': choose from onnxruntime"),
     "backend's helper": (["--backend", "host"], "there is no backend 'host': choose from onnxruntime"),
     "backend with a dot": (["--backend", "a.b"], "there is no backend 'a.b': choose from onnxruntime"),

@@ -53,14 +53,11 @@ class Family:
     embeds: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
     # (component → config, the UNet call's arguments) → what the text stages must have produced
     check: Callable[[Mapping[str, Any]], list[str]]  # component → config: what is unsupported, as phrases
-    upcast: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda configs: ()
-    # component → config: the components that diffusers itself runs in fp32 where the others are fp16
 
-    def precisions(self, configs: Mapping[str, Any], asked: str) -> dict[str, str]:
-        """Graph → precision, where the user asked for `asked`."""
-        upcast = self.upcast(configs) if asked == "fp16" else ()
+    def precisions(self, asked: str, vae: str | None = None) -> dict[str, str]:
+        """Graph → precision, where the user asked for `asked`, and for `vae` of the VAE."""
         return {
-            name: stage.precision or ("fp32" if stage.component in upcast else asked)
+            name: stage.precision or (vae if vae and stage.component == "vae" else asked)
             for name, stage in self.stages.items()
         }
 

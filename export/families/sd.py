@@ -80,17 +80,13 @@ def check(configs: Mapping[str, Any], addition: str | None = None) -> list[str]:
 
 
 def _check(configs: Mapping[str, Any]) -> list[str]:
-    """`check`, and whether every ResNet reads the time through a projection of its own, as `TimeProjections` has it."""
-    unet = configs["unet"]
+    """`check`, and whether every ResNet adds a projection of the time, as `stages.TimeProjections` has it."""
+    problems, unet = check(configs), configs["unet"]
     blocks = (*unet["down_block_types"], *unet["up_block_types"])
     kinds = {unet.get("resnet_time_scale_shift", "default"), *("ada_group" for b in blocks if b.startswith("K"))}
-    return [
-        *check(configs),
-        *(
-            f"the UNet's ResNets read the time as {k!r}, supported are 'default' and 'scale_shift'"
-            for k in sorted(kinds - {"default", "scale_shift"})
-        ),
-    ]
+    for kind in sorted(kinds - {"default", "scale_shift"}):
+        problems.append(f"the UNet's ResNets read the time as {kind!r}, supported are 'default' and 'scale_shift'")
+    return problems
 
 
 def _inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:

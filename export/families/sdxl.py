@@ -86,5 +86,4 @@ FAMILY = Family(
     pipeline_options={"add_watermarker": False},
     embeds=_embeds,
     check=lambda configs: check(configs, addition="text_time"),
-    upcast=lambda configs: ("vae",) if configs["vae"].get("force_upcast", True) else (),  # it overflows fp16
 )

@@ -42,7 +42,7 @@ class Preference:
 
     rank: int  # which backend is chosen where several could be: the highest
     reason: str  # why, as a phrase
-    precision: str  # what a bundle is exported in for it where the user does not say
+    precisions: tuple[str, ...]  # what it computes in; the first is what a bundle is exported in by default
 
 
 def names() -> list[str]:
@@ -82,6 +82,15 @@ def require(name: str) -> tuple[str, str]:
 def preference(name: str, device: Device) -> Preference:
     """What the backend is like on that device."""
     return get(name).PREFERENCES[device.kind]
+
+
+def require_precision(name: str, device: Device, precision: str) -> None:
+    """InputError where the backend cannot compute in this precision on that device."""
+    if precision not in (able := preference(name, device).precisions):
+        raise InputError(
+            f"the backend {name} cannot compute in {precision} on {device}, only in {' and '.join(able)}: choose "
+            "another precision with build-engine's --precision or --vae-precision, or another backend with --backend"
+        )
 
 
 def exact(key: EngineKey, library: tuple[str, str], device: Device) -> str | None:

@@ -81,6 +81,7 @@ class DeviceExecutor(ABC):
         try:
             self.stream = self.session.stream()
             self._side: list[tuple[Any, Any, Any]] = []  # stream, fork, join
+            self._events: list[tuple[Any, Any]] = []  # start, end
             self._start, self._end = self.session.event(timing=True), self.session.event(timing=True)
             for name in graphs or bundle.chain.graphs:
                 self._stages[name] = self.load(name)
@@ -199,13 +200,19 @@ class DeviceExecutor(ABC):
                     cuda.copy(at[target], at[source], size, self.stream)
                 case Together(launches) if timed is not None:
                     for launch in launches:
-                        start, end = self.session.event(timing=True), self.session.event(timing=True)
+                        start, end = self._timers(len(timed))
                         cuda.record(start, self.stream)
                         self._launch(launch, at, self.stream)
                         cuda.record(end, self.stream)
                         timed.append((launch.graph, start, end))
                 case Together(launches):
                     self._branch(launches, at)
+
+    def _timers(self, index: int) -> tuple[Any, Any]:
+        """The events around the launch of this number; they are kept for the next time."""
+        if index == len(self._events):
+            self._events.append((self.session.event(timing=True), self.session.event(timing=True)))
+        return self._events[index]
 
     def _branch(self, launches: Sequence[Launch], at: Mapping[str, int]) -> None:
         """The first launch on the stream itself, each other one on a side stream that leaves it and comes back."""

@@ -18,8 +18,8 @@ from turbochain.runtime.manifest import Graph
 LIBRARIES = ("onnxruntime", "onnxruntime-gpu")
 INSTALL = "pip install 'turbochain[cpu]'"
 PREFERENCES = {
-    "cpu": Preference(10, "it runs on any CPU", "fp32"),
-    "cuda": Preference(50, "it runs on any NVIDIA GPU", "fp16"),
+    "cpu": Preference(10, "it runs on any CPU", ("fp32", "fp16")),  # it has no bf16 convolution
+    "cuda": Preference(50, "it runs on any NVIDIA GPU", ("fp16", "fp32", "bf16")),
 }
 
 _DTYPES = {
@@ -68,6 +68,7 @@ class CpuExecutor(HostExecutor):
 
     def load(self, graph: str) -> Callable[[], None]:
         """Create the graph's session; TurbochainError where ONNX Runtime cannot."""
+        backends.require_precision("onnxruntime", self.device, self.bundle.manifest.graphs[graph].precision)
         options = _options()
         # Each graph has its own threads, and they must not spin while those of the next graph work.
         options.add_session_config_entry("session.force_spinning_stop", "1")

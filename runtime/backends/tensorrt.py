@@ -17,7 +17,7 @@ from turbochain.runtime.manifest import EngineKey, Gpu, Graph
 
 LIBRARIES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12")
 INSTALL = "pip install 'turbochain[tensorrt]' (or 'turbochain[tensorrt-rtx]')"
-PREFERENCES = {"cuda": Preference(100, "compiled for this very GPU, it is the fastest", "fp16")}
+PREFERENCES = {"cuda": Preference(100, "compiled for this very GPU, it is the fastest", ("fp16", "fp32", "bf16"))}
 
 if TYPE_CHECKING:
     import tensorrt as trt

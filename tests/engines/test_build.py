@@ -18,8 +18,9 @@ from turbochain.runtime import Bundle, InputError, Pipeline, manifest
 from turbochain.runtime.manifest import Engine
 
 BUILD = Path(sys.executable).with_name("build-engine")
-GRAPHS = ("text_encoder", "unet", "vae_decoder")
-ALL = ["load", "reference", *(f"export {g}" for g in GRAPHS), *(f"compile {g}" for g in GRAPHS), "verify"]
+GRAPHS = ("text_encoder", "time", "unet", "vae_decoder")
+COMPONENTS = ("text_encoder", "unet", "vae")
+ALL = ["load", "reference", *(f"export {c}" for c in COMPONENTS), *(f"compile {g}" for g in GRAPHS), "verify"]
 
 
 def phases(stderr: str, end: str = "done") -> list[str]:
@@ -119,8 +120,9 @@ def test_the_summary_and_the_phases(sd: Path, copy_of) -> None:
     head, rule, *rows = done.stdout.splitlines()
     assert head.split("  ")[0] == "stage" and set(rule) == {"-", " "}
     columns = [c.strip() for c in head.split("  ") if c.strip()]
-    assert columns == ["stage", "precision", "engine size", "build time", "error", "bound"]
-    assert [row.split()[0] for row in rows[:7]] == ["schedule", "schedule", *GRAPHS, "vae_decoder", "image"]
+    assert columns == ["stage", "precision", "engine size", "build time", "error", "bound", "remedy"]
+    judged = ["schedule", "schedule", "text_encoder", "unet", "vae_decoder", "vae_decoder", "image"]
+    assert [row.split()[0] for row in rows[:7]] == judged
     assert "fp32" in rows[2] and "MiB" in rows[2] and " s " in rows[2] and "max_abs" in rows[2] and "≤ 0.001" in rows[2]
     assert f"{bundle}: built and verified in " in done.stdout and "backend onnxruntime (" in done.stdout
     engine = manifest.read(Engine, next(bundle.glob("engines/*/engine.json")))
@@ -220,7 +222,7 @@ head -c 186m /dev/zero > disk/ballast
 "$@" --force 2> full; echo full $?; ls disk
 rm disk/ballast
 "$@" 2> killed & builder=$!
-until grep -q "graph text_encoder" disk/x.bundle.partial/state.json; do sleep 0.1; done; sleep 1
+until grep -q "export text_encoder" disk/x.bundle.partial/state.json; do sleep 0.1; done; sleep 1
 worker=$(pgrep -P $builder); kill -KILL $builder
 runs() { grep -qs "^State:.[RSD]" /proc/$worker/status; }
 for i in $(seq 100); do runs || break; sleep 0.1; done; runs || echo its worker has gone; ls disk

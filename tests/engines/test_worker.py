@@ -1,5 +1,6 @@
 """A phase in a process of its own: what it says reaches its parent, and it ends when nobody waits for it."""
 
+import functools
 import logging
 import os
 import time
@@ -17,6 +18,12 @@ import logging, os, signal, time
 def warns(progress):
     logging.getLogger("turbochain").warning("mind the %s", "gap")
     return 3
+
+def pid(progress):
+    return os.getpid()
+
+def holds(progress, megabytes):
+    return len(bytearray(megabytes * 2**20))
 
 def dies(progress):
     print("its last words", flush=True)
@@ -45,7 +52,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lock = os.open(tmp_path, os.O_RDONLY)
 
     def run(name: str, progress: worker.Progress = lambda done, total: None) -> Any:
-        return worker.run(f"jobs:{name}", {}, progress=progress, lock=lock, printed=tmp_path / "printed")
+        with worker.Worker(lock, tmp_path / "printed") as child:
+            return child.run(f"jobs:{name}", {}, progress)
 
     yield run
     os.close(lock)
@@ -79,3 +87,17 @@ def test_ctrl_c_ends_it(run, tmp_path: Path, job: str, ended: bool) -> None:
         run(job, interrupted)
     assert time.monotonic() - start < 10
     assert (tmp_path / "ended").exists() == ended and (tmp_path / "printed").read_text() == ""
+
+
+def test_it_runs_one_job_after_the_other_and_measures_each(tmp_path: Path, run) -> None:
+    lock = os.open(tmp_path, os.O_RDONLY)
+    with worker.Worker(lock, None) as child:
+        ask = functools.partial(child.run, progress=lambda done, total: None)
+        first, _ = ask("jobs:pid", {})
+        large, peak = ask("jobs:holds", {"megabytes": 300})
+        second, after = ask("jobs:pid", {})
+    os.close(lock)
+    assert first == second != os.getpid()
+    assert large == 300 * 2**20 < peak and after < peak - 200 * 2**20
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)

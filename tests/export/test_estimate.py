@@ -17,12 +17,13 @@ def test_it_is_what_a_measured_build_took_or_a_little_more(path: Path) -> None:
     source, precision, size, _ = result["what"].split(", ")
     preset = source.removeprefix("synthetic:")
     parts = synthetic.models(preset)
+    family = families.of(synthetic.PRESETS[preset].pipeline)
     needs = estimate.needs(
-        families.of(synthetic.PRESETS[preset].pipeline),
+        family,
         {name: dict(part.config.to_dict() if name.startswith("text") else part.config) for name, part in parts.items()},
         {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
         Shape(*map(int, size.split("x")), batch=1),
-        precision,
+        family.precisions(precision),
         fetched=0,
     )
     peaks = {p["name"]: p["peak_bytes"] for p in result["build"]["phases"]}
@@ -37,8 +38,9 @@ def test_it_grows_with_the_picture() -> None:
     parts = synthetic.models("sd-turbo-mini")
     configs = {n: p.config.to_dict() if n.startswith("text") else dict(p.config) for n, p in parts.items()}
     counts = dict.fromkeys(parts, 10**6)
+    family = families.of("StableDiffusionPipeline")
     needs = [
-        estimate.needs(families.of("StableDiffusionPipeline"), configs, counts, shape, "fp32", 0).memory["verify"]
+        estimate.needs(family, configs, counts, shape, family.precisions("fp32"), 0).memory["verify"]
         for shape in (Shape(512, 512, 1), Shape(512, 512, 4), Shape(2048, 2048, 1), Shape(4096, 4096, 1))
     ]
     assert needs == sorted(needs) and needs[3] > 100 * 2**30  # attention alone has 512² · 512² scores

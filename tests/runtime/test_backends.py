@@ -1,6 +1,7 @@
 """One conformance test over every backend that is installed, and the plans that they carry out."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,40 +11,48 @@ import pytest
 from conftest import FAMILIES, SIZE, BundleFactory
 from onnx.reference import ReferenceEvaluator
 
-from turbochain.runtime import Bundle, InputError, backends, engine
+from turbochain.engines import build
+from turbochain.runtime import Bundle, InputError, Pipeline, backends, engine
+from turbochain.runtime.bundle import PRECISIONS
 from turbochain.runtime.chain import Constant, Copy, Download, Run, Upload, plan, stage_plan
 from turbochain.runtime.manifest import Tensor
 
 
-def _usable(name: str) -> bool:
-    """Whether a backend is installed and finds its device on this machine."""
+def _usable(name: str, device: str) -> bool:
+    """Whether a backend is installed and finds a device of this kind on this machine."""
     try:
         backends.require(name)
-        backends.get(name).device(None)
+        backends.get(name).device(device)
     except InputError:
         return False
     return True
 
 
-USABLE = [name for name in backends.names() if _usable(name)]
-GRAPHS = [("sd", g) for g in ("text_encoder", "unet", "vae_decoder")] + [
-    ("sdxl", g) for g in ("text_encoder", "text_encoder_2", "unet", "vae_decoder")
+USABLE = [(name, device) for name in backends.names() for device in ("cpu", "cuda") if _usable(name, device)]
+GRAPHS = [("sd", g) for g in ("text_encoder", "time", "unet", "vae_decoder")] + [
+    ("sdxl", g) for g in ("text_encoder", "text_encoder_2", "time", "unet", "vae_decoder")
 ]
 CLOSE = {"float32": 1e-4, "uint8": 1.0}  # relative to the largest value; levels
 
 
-@pytest.fixture(scope="module", params=USABLE)
-def backend(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(u, id=" on ".join(u), marks=[pytest.mark.gpu] if u[1] == "cuda" else []) for u in USABLE],
+)
+def where(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A backend and a device that it runs on here."""
     return request.param
 
 
 @pytest.fixture(scope="module")
-def executors(backend: str, bundle_of: BundleFactory) -> Iterator[dict[str, Any]]:
+def executors(where: tuple[str, str], bundle_of: BundleFactory) -> Iterator[dict[str, Any]]:
     """Family → an executor with every graph of a bundle of one picture."""
+    backend, device = where
     made = {}
     for family in FAMILIES:
         bundle = Bundle.open(bundle_of(family))
-        made[family] = engine.open_executor(bundle, *engine.select(bundle, backend))
+        build(str(bundle.path), bundle.path, backend=backend, device=device, quiet=True)  # mostly there already
+        made[family] = engine.open_executor(bundle, *engine.select(bundle, backend, device), device=device)
     yield made
     for executor in made.values():
         executor.close()
@@ -91,14 +100,18 @@ def test_a_chain_is_its_stages_joined_by_name(executors: dict[str, Any], family:
     bundle = executor.bundle
     chain, graphs, tensors = bundle.chain, bundle.manifest.graphs, bundle.tensors
     feeds = {name: random_value(random, tensors[name]) for name in chain.inputs}
-    feeds |= bundle.feeds(steps)
+    feeds |= engine.feeds(bundle, executor, steps)
     feeds["noise"] = random.standard_normal((steps, *tensors["noise"].shape)).astype(np.float32)
 
     values = {name: feeds[name] for name in chain.inputs}
+    columns = bundle.columns(steps)
     sequence = [*chain.before, *(g for row in range(steps) for g in (row, *chain.loop)), *chain.after]
     for item in sequence:
         if isinstance(item, int):
-            values |= {name: feeds[name][item] for name in (*chain.step_inputs, *chain.table_inputs)}
+            values |= {name: feeds[name][item] for name in chain.step_inputs}
+            values |= {name: column[item] for name, column in columns.items()}
+            for g in chain.once:
+                values |= right(bundle, g, {t.name: values[t.name] for t in graphs[g].inputs})
             values |= {target: values[source] for source, target in chain.carry.items() if item}
         else:
             values |= right(bundle, item, {t.name: values[t.name] for t in graphs[item].inputs})
@@ -123,15 +136,18 @@ def test_feeds_are_left_alone(executors: dict[str, Any]) -> None:
     np.testing.assert_array_equal(again["next_latents"], first["next_latents"])
 
 
-def test_an_executor_may_hold_a_single_graph(backend: str, sd: Path) -> None:
-    bundle = Bundle.open(sd)
-    name, made = engine.select(bundle, backend)
+def test_an_executor_may_hold_a_single_graph(
+    where: tuple[str, str], executors: dict[str, Any], bundle_of: BundleFactory
+) -> None:
+    backend, device = where
+    bundle = Bundle.open(bundle_of("sd"))
+    name, made = engine.select(bundle, backend, device)
     module = backends.get(backend)
     executor = module.executor(
         bundle,
-        sd / "engines" / name,
+        bundle.path / "engines" / name,
         made.key.options,
-        device=module.device(None),
+        device=module.device(device),
         threads=None,
         graphs=["vae_decoder"],
     )
@@ -144,21 +160,49 @@ def test_an_executor_may_hold_a_single_graph(backend: str, sd: Path) -> None:
     executor.close()
 
 
-def test_every_backend_says_what_it_needs(backend: str) -> None:
+def test_a_graph_that_was_unloaded_is_gone(
+    where: tuple[str, str], executors: dict[str, Any], bundle_of: BundleFactory
+) -> None:
+    backend, device = where
+    bundle = Bundle.open(bundle_of("sd"))
+    executor = engine.open_executor(bundle, *engine.select(bundle, backend, device), device=device)
+    before = engine.feeds(bundle, executor, 2)
+    executor.unload("time")
+    with pytest.raises(KeyError):
+        engine.feeds(bundle, executor, 2)
+    random = np.random.default_rng(4)
+    feeds = {name: random_value(random, bundle.tensors[name]) for name in bundle.chain.inputs} | before
+    feeds["noise"] = random.standard_normal((2, *bundle.tensors["noise"].shape), np.float32)
+    assert executor.execute(plan(bundle.chain, bundle.manifest.graphs, 2), feeds)["image"].any()
+    executor.close()
+
+
+def test_every_backend_says_what_it_needs(where: tuple[str, str]) -> None:
+    backend, device = where
     module = backends.get(backend)
     assert backends.library(backend)[0] in module.LIBRARIES
     assert module.INSTALL.startswith("pip install ")
-    assert all(p.precision in ("fp32", "fp16") for p in module.PREFERENCES.values())
-    assert module.device(None).kind in module.PREFERENCES
+    assert all(set(p.precisions) <= set(PRECISIONS) for p in module.PREFERENCES.values())
+    assert module.device(device).kind == device
+    assert device in module.PREFERENCES
     with pytest.raises(InputError, match="no-such-device"):
         module.device("no-such-device")
 
 
+def test_a_graph_in_a_precision_that_the_backend_lacks(sd: Path, copy_of: Callable[[Path], Path]) -> None:
+    path = copy_of(sd)
+    value = json.loads((path / "bundle.json").read_text())
+    value["graphs"]["vae_decoder"]["precision"] = "bf16"
+    (path / "bundle.json").write_text(json.dumps(value))
+    with pytest.raises(InputError, match="cannot compute in bf16 on cpu, only in fp32 and fp16: choose another"):
+        Pipeline.load(path, backend="onnxruntime")
+
+
 def test_the_best_backend_is_installed_and_ranks_highest() -> None:
     name, reason = backends.best()
-    preferences = {n: backends.preference(n, backends.get(n).device(None)) for n in USABLE}
-    assert preferences[name].rank == max(p.rank for p in preferences.values())
-    assert reason == preferences[name].reason
+    preferences = {u: backends.get(u[0]).PREFERENCES[u[1]] for u in USABLE}
+    best = max(USABLE, key=lambda u: preferences[u].rank)
+    assert (name, reason) == (best[0], preferences[best].reason)
 
 
 @pytest.mark.parametrize("name", ["no_such_backend", "os", "host.x", ""])
@@ -167,11 +211,9 @@ def test_an_unknown_backend_is_refused_with_the_known_ones(name: str, sd: Path) 
         engine.select(Bundle.open(sd), name)
 
 
-TABLE = ("timestep_embedding", "input_scale", "a", "b", "c")
-
-
-def _row(row: int) -> list[Upload | Constant | Run]:
-    return [Upload("noise", row), *(Constant(name, row) for name in TABLE), Run("unet")]
+def _row(row: int, time: str = "time_embeds") -> list[Upload | Constant | Run]:
+    columns = ("input_scale", "a", "b", "c", time)  # and what made the last of these is no part of a picture
+    return [Upload("noise", row), *(Constant(name, row) for name in columns), Run("unet")]
 
 
 def test_plan_of_one_step(sd: Path) -> None:
@@ -180,7 +222,7 @@ def test_plan_of_one_step(sd: Path) -> None:
         Upload("input_ids"),
         Upload("latents"),
         Run("text_encoder"),
-        *_row(0),
+        *_row(0, "time_projections"),
         Run("vae_decoder"),
         Download("image"),
     )

@@ -21,7 +21,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from turbochain.runtime import Bundle, InputError, Pipeline, TurbochainError, engine
+from turbochain.runtime.bench import bench
 from turbochain.runtime.chain import plan
+from turbochain.runtime.inspect import wiring
 from turbochain.runtime.prompts import PromptCache
 
 PROMPTS = ["a red fox", "", "рыжий кот", "a robot 🤖", "a cat, oil painting", "a lighthouse", "窓辺の猫"]
@@ -132,7 +134,10 @@ def test_buffers_stay_where_they_are(sd: Path) -> None:
     random = np.random.default_rng(0)
     for steps in (1, 3, 1):
         feeds = {n: random.standard_normal((steps, *t.shape), np.float32) for n, t in bundle.tensors.items()}
-        feeds |= bundle.feeds(steps) | {"latents": feeds["latents"][0], "input_ids": np.full((1, 77), 7, np.int32)}
+        feeds |= engine.feeds(bundle, executor, steps) | {
+            "latents": feeds["latents"][0],
+            "input_ids": np.full((1, 77), 7, np.int32),
+        }
         operations = plan(bundle.chain, bundle.manifest.graphs, steps, downloads=["next_latents"])
         results = executor.execute(operations, feeds)
         assert {n: a.ctypes.data for n, a in results.items()} == {n: addresses[n] for n in ("next_latents", "image")}
@@ -342,6 +347,22 @@ def test_height_and_width_may_be_the_bundles(one: Pipeline) -> None:
 def test_steps_default_to_the_fewest(one: Pipeline, ran: Counter[str]) -> None:
     np.testing.assert_array_equal(uint8(one, "a cat", seed=1), uint8(one, "a cat", seed=1, num_inference_steps=1))
     assert ran["unet"] == 2
+
+
+def test_the_bench_times_what_runs_for_a_picture(sd: Path) -> None:
+    result = bench(sd, runs=2, warmup=0, steps=3)
+    assert {name: timing.n for name, timing in result.stages.items()} == {
+        "text_encoder": 2,
+        "unet": 12,
+        "vae_decoder": 4,
+    }
+
+
+def test_the_wiring_tells_when(one: Pipeline) -> None:
+    wires = [(w["name"], w["from"], w["to"]) for w in wiring(one.bundle)]
+    assert wires[0] == ("timestep_embedding", "schedule, at load", "time")
+    assert ("time_projections", "time", "unet") in wires and ("a", "schedule, each step", "unet") in wires
+    assert [name for name, _, _ in wires].count("timestep_embedding") == 1
 
 
 def test_warmup_runs_everything_and_changes_nothing(sd: Path, one: Pipeline) -> None:

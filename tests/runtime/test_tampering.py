@@ -112,6 +112,35 @@ MANIFEST_EDITS = {
         put("graphs", "text_encoder", "inputs", 0, "name", value="image"),
         "the input image of text_encoder has no source",
     ),
+    "input that only a step has": (
+        put("graphs", "text_encoder", "inputs", 0, "name", value="noise"),
+        "the input noise of text_encoder has no source",
+    ),
+    "input that only the loop has": (
+        put("graphs", "text_encoder", "inputs", 0, "name", value="time_projections"),
+        "the input time_projections of text_encoder has no source",
+    ),
+    "no graph of the time": (
+        drop("graphs", "time"),
+        "chain text-to-image names the graph time, which the bundle lacks",
+    ),
+    "nothing runs at load": (
+        drop("chains", CHAIN, "once"),
+        "the input time_projections of unet has no source; chain text-to-image: nothing reads the fed input "
+        "timestep_embedding",
+    ),
+    "a graph at load that reads no column": (
+        put("graphs", "time", "inputs", 0, "name", value="latents"),
+        "the input latents of time has no source",
+    ),
+    "a graph at load that reads another's output": (
+        put("graphs", "time", "inputs", 0, "name", value="time_projections"),
+        "the input time_projections of time has no source",
+    ),
+    "a column that is made and fed": (
+        put("graphs", "time", "outputs", 0, "name", value="a"),
+        "a is produced twice, by the caller and time",
+    ),
     "fed and not read": (
         lambda m: m["chains"][CHAIN]["inputs"].append("mask"),
         "nothing reads the fed input mask",
@@ -222,7 +251,7 @@ DAMAGES = {
 }
 READ = (
     "tokenizer.json",
-    *(f"graphs/{g}.onnx{end}" for g in ("text_encoder", "unet", "vae_decoder") for end in ("", ".data")),
+    *(f"graphs/{g}.onnx{end}" for g in ("text_encoder", "time", "unet", "vae_decoder") for end in ("", ".data")),
 )
 
 
