@@ -52,7 +52,7 @@ bench: setup
 bench-gpu: $(GPU)
 	$(BIN)/python benchmarks/gpu.py $(BENCH_GPU)
 
-inspect-engines: setup
+inspect-engines: $(if $(filter file,$(origin BIN)),setup)
 	$(BIN)/python benchmarks/inspect_engines.py $(BUNDLE)
 
 clean:
