@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # What a GPU needs besides; with BIN=DIRECTORY on the command line that one's python is taken, as it is.
 GPU := $(if $(filter file,$(origin BIN)),$(VENV)/.gpu)
+# Half of a test is a single thread, so two run at once; the tests of a file stay together, and share what they build.
+TWO := -n 2 --dist loadfile
 BENCH ?= synthetic:sd-turbo
 PRECISION ?= fp32
 BENCH_GPU ?=
@@ -33,7 +35,7 @@ demo: setup
 	$(BIN)/turbochain bench demo.bundle
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(TWO)
 
 check: setup
 	$(BIN)/ruff check .
@@ -41,7 +43,8 @@ check: setup
 	$(BIN)/mypy
 
 check-full: check
-	$(BIN)/python -m pytest -q -m 'not gpu'
+	$(BIN)/python -m pytest -q $(TWO) -m 'not gpu and not full'
+	$(BIN)/python -m pytest -q -m full
 
 check-gpu: $(GPU)
 	$(BIN)/python -m pytest -q -m gpu

@@ -1,8 +1,17 @@
-"""Miniature checkpoints of the true architecture, and bundles built from them once per session."""
+"""Miniature checkpoints of the true architecture, and bundles built from them once per session.
 
+The session runs in two processes (`make test`), which share the checkpoints and the bundles.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a thread for each process is what two cores have
+
+import contextlib
+import fcntl
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,24 +27,52 @@ BundleFactory = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this session see."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    with path.open("a") as file:
+        fcntl.flock(file, kind)
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """While a test marked `alone` runs, the other process waits."""
+    alone = item.get_closest_marker("alone") is not None
+    lock = Path(item.config.cache.mkdir("turbochain")) / "lock"  # type: ignore[union-attr]
+    with locked(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
+        return (yield)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(shared: Path) -> dict[str, Path]:
     """Family → folder of a miniature checkpoint in diffusers' format. Tests must not change it."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    folders = {family: root / f"{family}-turbo-mini" for family in FAMILIES}
-    for folder in folders.values():
-        synthetic.write_checkpoint(folder.name, folder)
+    folders = {family: shared / f"{family}-turbo-mini" for family in FAMILIES}
+    with locked(shared / "lock"):
+        for folder in folders.values():
+            if not folder.exists():
+                synthetic.write_checkpoint(folder.name, folder)
     return folders
 
 
 @pytest.fixture(scope="session")
-def bundle_of(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> BundleFactory:
+def bundle_of(checkpoints: dict[str, Path], shared: Path) -> BundleFactory:
     """(family, batch=1, precision="fp32") → a built bundle of 64×64 with 1 to 4 steps. Tests must not change it."""
-    root = tmp_path_factory.mktemp("bundles")
+    root = shared / "bundles"
+    root.mkdir(exist_ok=True)
 
     def make(family: str, batch: int = 1, precision: str = "fp32") -> Path:
         path = root / f"{family}-{batch}-{precision}.bundle"
-        if not path.exists():
-            build(str(checkpoints[family]), path, precision=precision, size=SIZE, batch=batch, quiet=True)
+        with locked(root / f"{path.name}.lock"):  # the other process may be building it
+            if not path.exists():
+                build(str(checkpoints[family]), path, precision=precision, size=SIZE, batch=batch, quiet=True)
         return path
 
     return make

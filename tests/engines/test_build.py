@@ -47,6 +47,7 @@ def without_torch(code: str, *arguments: object) -> subprocess.CompletedProcess[
     return subprocess.run([*line, *map(str, arguments)], capture_output=True, text=True, timeout=100)
 
 
+@pytest.mark.alone
 def test_a_second_build_does_nothing(sd: Path, checkpoints: dict[str, Path]) -> None:
     before = sizes(sd)
     for source in (checkpoints["sd"], sd):

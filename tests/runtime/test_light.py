@@ -40,6 +40,7 @@ print(seconds, peak / 1000, *sys.modules)
 """
 
 
+@pytest.mark.alone
 def test_import_takes_under_a_fifth_of_a_second_and_60_MB() -> None:
     """Processor time: what elapses on a machine with nothing else to do, as an import is one thread."""
     runs = [python(IMPORT).split() for _ in range(5)]
