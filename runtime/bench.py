@@ -85,7 +85,6 @@ def bench(
             pipe.observe = None if apart else observe
             whole.append(_call(pipe, steps))
             overhead.append(whole[-1] - 1e3 * pipe.busy_seconds)
-            pipe.observe = None
             cached.append(_call(pipe, steps))
             if apart:
                 pipe.prompt_cache.clear()

@@ -15,7 +15,6 @@ Nothing here imports a backend's library before an executor is made.
 import importlib
 import pkgutil
 from dataclasses import dataclass
-from importlib import metadata
 from types import ModuleType
 
 from turbochain.runtime.errors import BackendMissing, InputError
@@ -63,6 +62,8 @@ def get(name: str) -> ModuleType:
 
 def library(name: str) -> tuple[str, str] | None:
     """The installed distribution behind a backend and its version, or None."""
+    from importlib import metadata  # 20 ms that an import of the package need not take
+
     for distribution in get(name).LIBRARIES:
         try:
             return distribution, metadata.version(distribution)

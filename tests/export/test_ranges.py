@@ -28,6 +28,7 @@ from turbochain.export.families import Shape
 from turbochain.export.ranges import LARGEST, Remedy
 from turbochain.export.source import open_folder
 from turbochain.runtime import Bundle, metrics, verify
+from turbochain.runtime.backends import Device
 from turbochain.runtime.backends.host import HostExecutor
 
 CONV1, STREAM = "decoder.up_blocks.2.resnets.0.conv1", "decoder.mid_block.resnets.1"
@@ -38,7 +39,8 @@ UNET_ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0"
 def test_a_checkpoint_that_fits_needs_nothing(bundle_of: BundleFactory, family: str) -> None:
     """Not SDXL's VAE either, whose config has `force_upcast`."""
     bundle = Bundle.open(bundle_of(family, 1, "fp16"))
-    assert {(g.precision, g.remedy) for g in bundle.manifest.graphs.values()} == {("fp16", "")}
+    graphs = bundle.manifest.graphs
+    assert {(g.precision, g.remedy) for name, g in graphs.items() if name != "time"} == {("fp16", "")}
     stages = families.of(bundle.manifest.checkpoint.pipeline_class).stages
     decided = ranges.decide(stages, dict.fromkeys(stages, "fp16"), bundle.path / "reference.safetensors")
     assert decided == dict.fromkeys(stages, Remedy("fp16"))
@@ -77,7 +79,7 @@ def test_attentions_near_the_limit_are_islands() -> None:
 def test_another_precision_is_not_judged(tmp_path: Path, sd: Path) -> None:
     stages = families.of("StableDiffusionPipeline").stages
     asked = families.of("StableDiffusionPipeline").precisions("fp32", "bf16")
-    assert asked == {"text_encoder": "fp32", "unet": "fp32", "vae_decoder": "bf16"}
+    assert asked == {"text_encoder": "fp32", "time": "fp32", "unet": "fp32", "vae_decoder": "bf16"}
     decided = ranges.decide(stages, asked, sd / "reference.safetensors")
     assert decided == {name: Remedy(precision) for name, precision in asked.items()}
 
@@ -212,8 +214,8 @@ class StrictExecutor(HostExecutor):
 
 def test_what_was_built_is_right_in_strict_fp16(built: tuple[Bundle, subprocess.CompletedProcess[str]]) -> None:
     bundle, _ = built
-    checks = verify.verify(bundle, StrictExecutor(bundle, bundle.path, {}, device="cpu", threads=None))
-    assert {check.stage for check in checks} == {*bundle.manifest.graphs, "schedule", "image"}
+    checks = verify.verify(bundle, StrictExecutor(bundle, bundle.path, {}, device=Device("cpu")))
+    assert {check.stage for check in checks} == {*bundle.manifest.graphs, "schedule", "image"} - {"time"}
     verify.require(checks)
 
 
@@ -223,7 +225,9 @@ def test_without_its_remedy_it_is_not(
 ) -> None:
     """So it is the remedy that the test above passes by."""
     bundle, _ = built
-    graph = tracer.export(open_folder(large, None), name, Shape(*SIZE, 1), Remedy("fp16"), tmp_path)
+    component = bundle.manifest.graphs[name].component
+    plain = {name: Remedy("fp16")}
+    graph = tracer.export(open_folder(large, None), component, Shape(*SIZE, 1), plain, tmp_path)[name]
     (case,) = verify.read_cases(bundle)
     feeds = case.tensors | {"next_latents": case.tensors["next_latents"][-1]}
     path = tmp_path / graph.file
@@ -255,7 +259,8 @@ def test_the_name_map_says_by_what_a_parameter_was_multiplied(
 
 def test_a_bf16_decoder_is_valid_and_within_its_bound(sd: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     bundle, checkpoint = Bundle.open(sd), open_folder(checkpoints["sd"], None)
-    graph = tracer.export(checkpoint, "vae_decoder", Shape(*SIZE, 1), Remedy("bf16"), tmp_path)
+    remedies = {"vae_decoder": Remedy("bf16")}
+    graph = tracer.export(checkpoint, "vae", Shape(*SIZE, 1), remedies, tmp_path)["vae_decoder"]
     onnx.checker.check_model(tmp_path / graph.file, full_check=True)
     names = json.loads((tmp_path / graph.names).read_text())
     assert names["decoder.conv_in.weight"] and names["encoder.conv_in.weight"] is None

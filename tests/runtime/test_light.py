@@ -32,21 +32,27 @@ def python(script: str, *arguments: object) -> str:
 IMPORT = """
 import sys, time
 start = time.process_time()
+import numpy
+yardstick = time.process_time() - start
 import turbochain.runtime
 seconds = time.process_time() - start
 with open("/proc/self/status") as file:
     peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
-print(seconds, peak / 1000, *sys.modules)
+print(seconds, yardstick, peak / 1000, *sys.modules)
 """
 
 
 @pytest.mark.alone
 def test_import_takes_under_a_fifth_of_a_second_and_60_MB() -> None:
-    """Processor time: what elapses on a machine with nothing else to do, as an import is one thread."""
+    """Processor time: what elapses on a machine with nothing else to do, as an import is one thread.
+
+    On a machine where numpy's own import takes over 50 ms, the time grows with it.
+    """
     runs = [python(IMPORT).split() for _ in range(5)]
-    assert min(float(run[0]) for run in runs) < 0.2  # seconds; the fastest, as other processes only slow it
-    assert min(float(run[1]) for run in runs) < 60  # MB
-    imported = set(runs[0][2:])
+    seconds, yardstick = (min(float(run[i]) for run in runs) for i in (0, 1))  # other processes only slow it
+    assert seconds < 0.2 * max(1, yardstick / 0.05)
+    assert min(float(run[2]) for run in runs) < 60  # MB
+    imported = set(runs[0][3:])
     assert "numpy" in imported
     assert not imported & {*HEAVY, "onnxruntime", "tokenizers", "PIL", "safetensors", "turbochain.engines"}
 

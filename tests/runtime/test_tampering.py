@@ -364,7 +364,7 @@ def test_a_graph_that_is_not_what_the_manifest_says(sd: Path, copy_of) -> None:
 ENGINE_EDITS = {
     "another version": (put("key", "version", value="0.0.1"), "it was built with onnxruntime 0.0.1"),
     "another library": (put("key", "library", value="onnxruntime-gpu"), "it was built with onnxruntime-gpu"),
-    "another device": (put("key", "device", value="sm_90"), "it is for the device sm_90"),
+    "another device": (put("key", "device", value="sm_90"), "it is for sm_90, and this device is cpu"),
     "another backend": (put("key", "backend", value="abacus"), "the backend abacus, which this version does not have"),
     "no backend": (put("key", "backend", value="host"), "the backend host, which this version does not have"),
     "other graphs": (put("key", "graphs", "unet", value="00"), "it was built from other graphs"),
