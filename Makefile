@@ -2,9 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
-# What a GPU needs besides; with BIN=DIRECTORY on the command line that one's python is taken, as it is.
-GPU := $(if $(filter file,$(origin BIN)),$(VENV)/.gpu)
+EXTRAS := cpu,export,tensorrt-rtx,dev
+# A GPU's libraries exclude some of the CPU's, so it has an environment of its own; with BIN=DIRECTORY on the command
+# line that one's python is taken, as it is.
+GPU_EXTRAS := cuda,export,tensorrt,dev
+GPU_VENV := $(if $(filter file,$(origin BIN)),.venv-gpu)
+GPU_BIN := $(if $(GPU_VENV),$(GPU_VENV)/bin,$(BIN))
 # Half of a test is a single thread, so two run at once; the tests of a file stay together, and share what they build.
 TWO := -n 2 --dist loadfile
 BENCH ?= synthetic:sd-turbo
@@ -17,16 +20,19 @@ setup: $(VENV)/.installed
 
 # torch first and by its exact version: a range may bring a build with gigabytes of CUDA libraries.
 # open_clip_torch only for the CLIP vocabulary that it carries, so without its dependencies.
-$(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(PIP) install -q -c constraints.txt -e '.[cpu,export,tensorrt-rtx,dev]'
-	$(PIP) install -q -c constraints.txt --no-deps open_clip_torch
+define INSTALL
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[$(1)]'
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt --no-deps open_clip_torch
 	touch $@
+endef
 
-$(VENV)/.gpu: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt -e '.[tensorrt]'
-	touch $@
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call INSTALL,$(value EXTRAS))
+
+.venv-gpu/.installed: pyproject.toml constraints.txt
+	$(call INSTALL,$(value GPU_EXTRAS))
 
 demo: setup
 	$(BIN)/build-engine synthetic:sd-turbo-mini -o demo.bundle
@@ -46,17 +52,17 @@ check-full: check
 	$(BIN)/python -m pytest -q $(TWO) -m 'not gpu and not full'
 	$(BIN)/python -m pytest -q -m full
 
-check-gpu: $(GPU)
-	$(BIN)/python -m pytest -q -m gpu
+check-gpu: $(addsuffix /.installed,$(GPU_VENV))
+	$(GPU_BIN)/python -m pytest -q -m gpu
 
 bench: setup
 	$(BIN)/python benchmarks/measure.py $(BENCH) --precision $(PRECISION)
 
-bench-gpu: $(GPU)
-	$(BIN)/python benchmarks/gpu.py $(BENCH_GPU)
+bench-gpu: $(addsuffix /.installed,$(GPU_VENV))
+	$(GPU_BIN)/python benchmarks/gpu.py $(BENCH_GPU)
 
 inspect-engines: $(if $(filter file,$(origin BIN)),setup)
 	$(BIN)/python benchmarks/inspect_engines.py $(BUNDLE)
 
 clean:
-	rm -rf $(VENV) demo.bundle demo.bundle.partial demo.png build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-gpu demo.bundle demo.bundle.partial demo.png build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -79,6 +79,7 @@ class Contest:
         if time.monotonic() > self.end:
             return Entry(LEFT_OUT, "the time was spent")
         say(f"load {name}")
+        loaded = None
         try:
             load = PIPELINES[name](self.task)
             _collect()
@@ -90,6 +91,8 @@ class Contest:
                 end = time.perf_counter()
             return Entry(OK, None, loaded, ready - start, end - ready, memory.peak_bytes)
         except Exception as error:  # the libraries have no common base class
+            if loaded is not None:
+                loaded.close()
             _collect()
             return Entry(*_failure(error))
 

@@ -97,6 +97,9 @@ def build(
         bundle = Bundle.open(output)
         _check_same(bundle, source, request)
         session = Session(lock, None if verbose else output / "engines" / LOG, quiet, phases)
+        usual = backends.preference(backend, where).precisions[0]
+        if where.kind == "cuda" and usual not in {g.precision for g in bundle.manifest.graphs.values()} and not quiet:
+            print(f"the bundle is not in {usual}, so neither is its engine: export it again for speed", file=sys.stderr)
         name, made = compiling.install(session, bundle, order)
         return BuildResult(
             bundle=output,

@@ -41,4 +41,7 @@ def check(
     bundle.check_files([REFERENCE])
     engine.check_inputs(bundle)
     executor = engine.executor(bundle, backend, Path(folder), options, device=device, threads=None)
-    return [dataclasses.asdict(c) for c in verify.verify(bundle, executor, progress)]
+    try:
+        return [dataclasses.asdict(c) for c in verify.verify(bundle, executor, progress)]
+    finally:
+        executor.close()

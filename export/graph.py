@@ -38,9 +38,6 @@ def export(
     `remedies`: graph → the precision and the changes that it is made with. Files: graphs/NAME.onnx,
     graphs/NAME.onnx.data, graphs/NAME.names.json. Raises TurbochainError where the exporter lost an input or
     changed a shape.
-
-    `precisions`: graph → precision. Files: graphs/NAME.onnx, graphs/NAME.onnx.data, graphs/NAME.names.json. Raises
-    TurbochainError where the exporter lost an input or changed a shape.
     """
     traced = {name: stage for name, stage in checkpoint.family.stages.items() if stage.component == component}
     model, factors = _load(checkpoint, component, [remedies[n] for n, s in traced.items() if s.precision is None])
@@ -104,6 +101,7 @@ def _trace(
     del program
     proto = onnx.load(str(path), load_external_data=False)
     _strip(proto)
+    _argmax_of_floats(proto)
     path.write_bytes(proto.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path))
     names = f"graphs/{name}.names.json"
@@ -134,6 +132,16 @@ def _strip(proto: Any) -> None:
     for item in (*proto.graph.node, *proto.graph.initializer, *proto.graph.input, *proto.graph.output):
         item.doc_string = ""
         del item.metadata_props[:]
+
+
+def _argmax_of_floats(proto: Any) -> None:
+    """Let ArgMax read token ids (below 2²⁴, so exact) as fp32: ONNX Runtime's CUDA provider takes no integers there."""
+    casts = {node.output[0]: node for node in proto.graph.node if node.op_type == "Cast"}
+    for argmax in (node for node in proto.graph.node if node.op_type == "ArgMax"):
+        cast = casts.get(argmax.input[0])
+        readers = [node for node in proto.graph.node if argmax.input[0] in node.input]
+        if cast and readers == [argmax]:
+            cast.attribute[0].i = onnx.TensorProto.FLOAT
 
 
 def _ends(name: str, values: Any, expected: dict[str, Any], proto: Any) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ import functools
 import importlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from typing import Any
 
@@ -80,7 +80,7 @@ def find(name: str | None) -> tuple[int, Gpu]:
     match = re.fullmatch(r"cuda(?::(\d{1,3}))?", name or "cuda")
     if not match:
         raise InputError(f"device={name!r}: cuda, or cuda:N for the GPU of number N, was expected")
-    index, count = int(match[1] or 0), call("cudaGetDeviceCount")
+    index, count = int(match[1] or 0), _count()
     if index >= count:
         raise NoGpu(f"device={name!r}: this machine has {count} GPU{'s' * (count != 1)}, numbered from 0")
     properties = call("cudaGetDeviceProperties", index)
@@ -91,6 +91,14 @@ def find(name: str | None) -> tuple[int, Gpu]:
     )
 
 
+def _count() -> int:
+    try:
+        return call("cudaGetDeviceCount")
+    except (CudaError, CudaFault, OutOfMemory) as error:  # such as a service of the driver that is not running
+        way_out = "mend it, or use a backend for the CPU"
+        raise NoGpu(f"the NVIDIA driver gives no access to a GPU; {way_out}: {error}") from None
+
+
 class Session:
     """One GPU and everything that was made on it; `close` gives all of it back, last made first."""
 
@@ -98,6 +106,7 @@ class Session:
         """`index`: the CUDA ordinal. Raises what `call` raises."""
         self.index = index
         self._owned = ExitStack()
+        self._streams: list[Any] = []
         self.activate()
 
     def activate(self) -> None:
@@ -129,14 +138,19 @@ class Session:
     def pinned(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         """Zeros in page-locked host memory, which the GPU reads and writes by itself."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
-        address = self._own(call("cudaMallocHost", size), "cudaFreeHost")
+        try:
+            address = self._own(call("cudaMallocHost", size), "cudaFreeHost")
+        except OutOfMemory:
+            raise OutOfMemory(f"the machine has no {math.ceil(size / 2**20)} MiB of memory left to page-lock") from None
         array = np.frombuffer(memoryview((ctypes.c_char * size).from_address(address)), dtype).reshape(shape)
         array[...] = 0
         return array
 
     def stream(self) -> Any:
         """A stream that does not wait for the default one."""
-        return self._own(call("cudaStreamCreateWithFlags", _runtime().cudaStreamNonBlocking), "cudaStreamDestroy")
+        made = self._own(call("cudaStreamCreateWithFlags", _runtime().cudaStreamNonBlocking), "cudaStreamDestroy")
+        self._streams.append(made)
+        return made
 
     def event(self, *, timing: bool = False) -> Any:
         """An event; one for ordering alone is cheaper."""
@@ -144,11 +158,11 @@ class Session:
         flags = runtime.cudaEventDefault if timing else runtime.cudaEventDisableTiming
         return self._own(call("cudaEventCreateWithFlags", flags), "cudaEventDestroy")
 
-    def capture(self, stream: Any, enqueue: Callable[[], None]) -> Any:
+    def capture(self, stream: Any, enqueue: Callable[[], None], check: Callable[[Any], None] | None = None) -> Any:
         """What `enqueue` puts on `stream`, not carried out but as an executable graph.
 
-        Raises what `enqueue` raises, and CudaError where something in it cannot be captured; the stream is
-        usable again in either case.
+        Raises what `enqueue` and `check`, which is given the graph, raise, and CudaError where something cannot be
+        captured; the stream is usable again in either case.
         """
         mode = _runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         call("cudaStreamBeginCapture", stream, mode)
@@ -162,26 +176,54 @@ class Session:
             raise
         graph = call("cudaStreamEndCapture", stream)
         try:
+            if check:
+                check(graph)
             return self._own(call("cudaGraphInstantiate", graph, 0), "cudaGraphExecDestroy")
         finally:
             _runtime().cudaGraphDestroy(graph)
 
     def synchronize(self) -> None:
-        """Wait until nothing runs on the GPU; after a fault nothing does."""
+        """Wait until the streams of this session are done; after a fault they are.
+
+        Not for the whole GPU: that would break what another session is capturing.
+        """
         runtime = _runtime()
         runtime.cudaSetDevice(self.index)
-        runtime.cudaDeviceSynchronize()
+        for stream in self._streams:
+            runtime.cudaStreamSynchronize(stream)
         runtime.cudaGetLastError()
 
     def close(self) -> None:
         """Wait for the GPU and give everything back; a second call does nothing."""
         self.synchronize()
+        self._streams.clear()
         self._owned.close()
 
 
 def launch(graph: Any, stream: Any) -> None:
     """Put an executable graph on a stream."""
     call("cudaGraphLaunch", graph, stream)
+
+
+def refuse_host(graph: Any, addresses: Collection[int]) -> None:
+    """CudaError where a captured graph would call a function of the host, or copy from or to memory of it that is not
+    at one of these addresses: it was its maker's for one run, and may be another's by the next.
+    """
+    runtime = _runtime()
+    kinds = runtime.cudaGraphNodeType
+    on_device = (runtime.cudaMemoryType.cudaMemoryTypeDevice, runtime.cudaMemoryType.cudaMemoryTypeManaged)
+    *_, count = call("cudaGraphGetNodes", graph, 0)
+    nodes, _ = call("cudaGraphGetNodes", graph, count)
+    for node in nodes:
+        kind = call("cudaGraphNodeGetType", node)
+        if kind == kinds.cudaGraphNodeTypeHost:
+            raise CudaError("it calls a function of the host")
+        if kind == kinds.cudaGraphNodeTypeMemcpy:
+            copied = call("cudaGraphMemcpyNodeGetParams", node)
+            for address in (int(copied.srcPtr.ptr), int(copied.dstPtr.ptr)):
+                where = call("cudaPointerGetAttributes", address).type
+                if where not in on_device and address not in addresses:
+                    raise CudaError("it copies from or to memory of the host that is another's")
 
 
 def copy(target: int, source: int, size: int, stream: Any) -> None:

@@ -31,10 +31,16 @@ def misfit(bundle: Bundle, engine: Engine, device: str | None = None) -> str | N
     return reason
 
 
-def rebuild(bundle: Bundle, engine: Engine) -> str:
+def rebuild(bundle: Bundle, engine: Engine, device: str | None = None) -> str:
     """The command that builds such an engine for this machine."""
     options = "".join(f" -O {name}={value}" for name, value in engine.ordered.items())
-    return f"build-engine {shlex.quote(str(bundle.path))} --backend {engine.key.backend}{options}"
+    return _command(bundle, engine.key.backend, device) + options
+
+
+def _command(bundle: Bundle, backend: str | None, device: str | None) -> str:
+    given = (("--backend", backend), ("--device", device))
+    chosen = "".join(f" {option} {shlex.quote(value)}" for option, value in given if value is not None)
+    return f"build-engine {shlex.quote(str(bundle.path))}{chosen}"
 
 
 def has_device(backend: str) -> bool:
@@ -66,9 +72,8 @@ def select(bundle: Bundle, backend: str | None = None, device: str | None = None
     if backend is None:
         backends.best(device)  # with no backend at all, its `pip install` line is what helps
     why = "; ".join(reasons) or "it has none"
-    option = f" --backend {backend}" if backend else ""
     raise BundleError(
-        f"{bundle.path} has no engine for this machine ({why}); build one: build-engine {bundle.path}{option}"
+        f"{bundle.path} has no engine for this machine ({why}); build one: {_command(bundle, backend, device)}"
     )
 
 

@@ -87,7 +87,11 @@ class Pipeline:
         bundle = Bundle.open(path)
         name, engine = engines.select(bundle, backend, device)
         executor = verify.open_verified(bundle, name, engine, device=device, threads=threads)
-        return cls(bundle, executor, engine_name=name, prompt_cache_bytes=prompt_cache_bytes)
+        try:
+            return cls(bundle, executor, engine_name=name, prompt_cache_bytes=prompt_cache_bytes)
+        except BaseException:
+            executor.close()
+            raise
 
     def __call__(
         self,

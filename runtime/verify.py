@@ -112,7 +112,10 @@ def verify_bundle(
     bundle.check_files(full=True)
     name, chosen = engine.select(bundle, backend, device)
     executor = engine.open_executor(bundle, name, chosen, device=device, threads=threads)
-    checks = verify(bundle, executor)
+    try:
+        checks = verify(bundle, executor)
+    finally:
+        executor.close()
     if not chosen.checks and all(c.passed for c in checks):
         _keep(bundle, name, chosen, checks)
     return name, checks

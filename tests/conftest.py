@@ -71,8 +71,9 @@ def bundle_of(checkpoints: dict[str, Path], shared: Path) -> BundleFactory:
     def make(family: str, batch: int = 1, precision: str = "fp32") -> Path:
         path = root / f"{family}-{batch}-{precision}.bundle"
         with locked(root / f"{path.name}.lock"):  # the other process may be building it
-            if not path.exists():
-                build(str(checkpoints[family]), path, precision=precision, size=SIZE, batch=batch, quiet=True)
+            if not (path / "engines").exists():  # by the CPU's backend on every machine, so that it is the same there
+                where = {"backend": "onnxruntime", "device": "cpu"}
+                build(str(checkpoints[family]), path, precision=precision, size=SIZE, batch=batch, quiet=True, **where)
         return path
 
     return make

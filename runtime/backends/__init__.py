@@ -95,10 +95,11 @@ def require_precision(name: str, device: Device, precision: str) -> None:
 
 
 def exact(key: EngineKey, library: tuple[str, str], device: Device) -> str | None:
-    """The strictest `misfit`: same library, same version, same device."""
+    """The strictest `misfit`: same library, same version, same kind of device."""
     if library != (key.library, key.version):
         return f"it was built with {key.library} {key.version}, and this machine has {' '.join(library)}"
-    if (key.device, key.gpu) != (device.kind, device.gpu):
+    built, here = ((g.name, g.compute_capability) if g else None for g in (key.gpu, device.gpu))
+    if (key.device, built) != (device.kind, here):
         return f"it is for {key.gpu or key.device}, and this device is {device}"
     return None
 

@@ -41,6 +41,7 @@ class _Program:
     recording: Recording
     addresses: dict[str, int]  # buffer → where it is on the GPU
     graph: Any = None  # the captured chain; None where it could not be captured
+    uncaptured: str | None = None  # why not
 
 
 class DeviceExecutor(ABC):
@@ -71,12 +72,13 @@ class DeviceExecutor(ABC):
         self.seconds = 0.0
         """How long the GPU worked on the last `execute`, copies included."""
         self.uncaptured: str | None = None
-        """Why the last plan that was new is not one CUDA graph; None where it is."""
+        """Why the last plan that was carried out is not one CUDA graph; None where it is."""
         self._fault: str | None = None
         self._programs: dict[Plan, _Program] = {}
         self._stages: dict[str, Stage] = {}
         self._device_buffers: dict[str, int] = {}
         self._host_buffers: dict[str, np.ndarray] = {}
+        self._constants: dict[tuple[str, int, int], int] = {}  # column, row, of how many → where it is
         self.session = cuda.Session(device.index)
         try:
             self.stream = self.session.stream()
@@ -122,17 +124,32 @@ class DeviceExecutor(ABC):
             timed = self._enqueue(program, observe)
             cuda.record(self._end, self.stream)
             cuda.synchronize(self.stream)
-        except CudaFault as fault:
-            self._fault = str(fault)
+        except TurbochainError as error:
+            self._fault = self._find_fault(error)
+            if self._fault and not isinstance(error, CudaFault):
+                raise CudaFault(self._fault) from error
             raise
+        self.uncaptured = program.uncaptured
         self.seconds = cuda.elapsed(self._start, self._end)
         for graph, start, end in timed:
             assert observe
             observe(graph, cuda.elapsed(start, end))
         return {name: self._host_buffers[buffer] for name, buffer in program.recording.downloads.items()}
 
+    def _find_fault(self, error: TurbochainError) -> str | None:
+        """What CUDA says where no further call can succeed: a library's own error may hide that."""
+        if isinstance(error, CudaFault):
+            return str(error)
+        try:
+            cuda.synchronize(self.stream)
+        except CudaFault as fault:
+            return str(fault)
+        except TurbochainError:
+            pass
+        return None
+
     def _prepare(self, plan: Plan, feeds: Mapping[str, np.ndarray]) -> _Program:
-        """Allocate what a new plan needs, run it once (libraries set themselves up then), and capture it."""
+        """Allocate what a new plan needs, run it twice (libraries set themselves up then), and capture it."""
         recording = capture.record(plan, self.bundle.manifest.graphs)
         addresses = {}
         for buffer, tensor in recording.tensors.items():
@@ -149,21 +166,29 @@ class DeviceExecutor(ABC):
                 self._host_buffers[buffer] = self.session.pinned(tensor.shape, tensor.dtype)
         program = _Program(recording, addresses)
         self._fill(recording, feeds)
-        self._walk(program)
-        cuda.synchronize(self.stream)
+        for _ in range(2):  # ONNX Runtime still allocates in the second run
+            self._walk(program)
+            cuda.synchronize(self.stream)
         try:
-            program.graph = self.session.capture(self.stream, lambda: self._walk(program))
-            self.uncaptured = None
-        except CudaFault:
-            raise
+            program.graph = self.session.capture(self.stream, lambda: self._walk(program), self.check_captured)
         except TurbochainError as error:
-            self.uncaptured = str(error)
+            if self._find_fault(error):
+                raise
+            program.uncaptured = str(error)
             log.warning("the chain runs stage by stage, because it cannot be captured as one CUDA graph: %s", error)
         self._programs[plan] = program
         return program
 
+    def check_captured(self, graph: Any) -> None:  # noqa: B027 (most may be launched)
+        """Raise TurbochainError where a captured graph must not be launched."""
+
     def _constant(self, feeds: Mapping[str, np.ndarray], name: str, row: int) -> int:
-        value = np.ascontiguousarray(feeds[name][row])
+        key = (name, row, len(feeds[name]))
+        if key not in self._constants:
+            self._constants[key] = self._upload(np.ascontiguousarray(feeds[name][row]), name)
+        return self._constants[key]
+
+    def _upload(self, value: np.ndarray, name: str) -> int:
         address = self.session.allocate(value.nbytes, f"the schedule's {name}")
         cuda.copy(address, value.ctypes.data, value.nbytes, self.stream)
         cuda.synchronize(self.stream)  # the array may go
@@ -246,6 +271,6 @@ class DeviceExecutor(ABC):
         self.session.synchronize()
         self._programs.clear()
         self._stages.clear()
-        self._device_buffers.clear()
-        self._host_buffers.clear()
+        for buffers in (self._device_buffers, self._host_buffers, self._constants):
+            buffers.clear()
         self.session.close()

@@ -96,8 +96,13 @@ class CudaExecutor(DeviceExecutor):
         # With the CPU's provider behind it ONNX Runtime would compute there, silently, what it cannot do on the GPU.
         options = _options()
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        options.enable_mem_pattern = False  # it would allocate in later runs, which cannot be captured
         session = _session(self.bundle, graph, options, [("CUDAExecutionProvider", provider)])
         return _CudaStage(graph, self.bundle.manifest.graphs[graph], session, self.device.index)
+
+    def check_captured(self, graph: Any) -> None:
+        """Some of its kernels leave work to the host, or copy what they have freed since: such a graph must not run."""
+        cuda.refuse_host(graph, {array.ctypes.data for array in self._host_buffers.values()})
 
 
 class _CudaStage(Stage):
@@ -128,13 +133,18 @@ def _options() -> Any:
 
 def _session(bundle: Bundle, graph: str, options: Any, providers: list[Any]) -> Any:
     path = bundle.path / bundle.manifest.graphs[graph].file
+    if hasattr(_library(), "preload_dlls") and providers != ["CPUExecutionProvider"]:
+        _library().preload_dlls()  # CUDA's and cuDNN's, where pip has installed them
     try:
         session = _library().InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime has no common base class for what it raises
         raise _failure(f"cannot load {path}", error) from error
     wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
     if session.get_providers()[0] != wanted:  # where CUDA's libraries are missing it only warns
-        raise TurbochainError(f"onnxruntime cannot use its {wanted}: check that CUDA and cuDNN are installed")
+        raise TurbochainError(
+            f"onnxruntime cannot use its {wanted}: CUDA's or cuDNN's libraries are missing, or of another version: "
+            "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        )
     return session
 
 
@@ -164,5 +174,6 @@ def _run(graph: str, session: Any, binding: Any, options: Any) -> None:
 
 def _failure(what: str, error: Exception) -> TurbochainError:
     reason = str(error).strip().splitlines()[0][:300]
-    no_memory = "out of memory" in reason or "Failed to allocate memory" in reason
-    return (OutOfMemory if no_memory else TurbochainError)(f"onnxruntime {what}: {reason}")
+    signs = ("out of memory", "Failed to allocate memory", "ALLOC_FAILED", "cudaErrorMemoryAllocation")
+    kind = OutOfMemory if any(sign in str(error) for sign in signs) else TurbochainError
+    return kind(f"onnxruntime {what}: {reason}")

@@ -2,6 +2,7 @@
 
 import importlib
 import mmap
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,7 @@ def target(name: str) -> Device:
     if not hasattr(trt, "ComputeCapability"):
         raise InputError(
             f"target {name!r}: {library} {version} builds only for the GPU that it runs on; TensorRT-RTX builds for "
-            "others: pip install 'turbochain[tensorrt-rtx]'"
+            f"others: pip uninstall {library}, then pip install 'turbochain[tensorrt-rtx]'"
         )
     known = {m.lower(): m for m in trt.ComputeCapability.__members__ if m.startswith("SM")}
     if name not in known:
@@ -60,14 +61,15 @@ def misfit(key: EngineKey, library: tuple[str, str], device: Device) -> str | No
     """A plan runs with the library version and on the GPU that it was built for, but for what its options relax."""
     if key.library != library[0] or (key.version != library[1] and not _version_compatible(key, library[1])):
         return f"it was built with {key.library} {key.version}, and this machine has {' '.join(library)}"
-    assert key.gpu and device.gpu
+    if key.gpu is None or device.gpu is None:
+        return "it does not say which GPU it is for"
     built, here = key.gpu, device.gpu
     levels = {
         "none": (built.name in (None, here.name) and built.compute_capability == here.compute_capability),
         "same_compute_capability": built.compute_capability == here.compute_capability,
         "ampere_plus": int(here.compute_capability.split(".")[0]) >= 8,
     }
-    if not levels[key.options.get("hardware_compatibility", "none")]:
+    if not levels.get(key.options.get("hardware_compatibility", "none")):
         return f"it is for {built}, and this GPU is {here}"
     # The builder may have chosen kernels that need the memory it saw.
     if (built.memory_bytes or 0) > 1.05 * (here.memory_bytes or 0):
@@ -76,7 +78,8 @@ def misfit(key: EngineKey, library: tuple[str, str], device: Device) -> str | No
 
 
 def _version_compatible(key: EngineKey, version: str) -> bool:
-    return bool(key.options.get("version_compatible")) and key.version.split(".")[0] == version.split(".")[0]
+    built, here = (tuple(int(n) for n in re.findall(r"\d+", v)) for v in (key.version, version))
+    return bool(key.options.get("version_compatible")) and built[:1] == here[:1] and built <= here
 
 
 def logger(echo: Callable[[str, str], None] | None = None) -> Any:
@@ -114,25 +117,26 @@ class Executor(DeviceExecutor):
         # A version-compatible plan carries the code that runs it; its file has been hashed.
         runtime.engine_host_code_allowed = bool(self.options.get("version_compatible"))
         path = self.folder / f"{graph}.plan"
+        size = path.stat().st_size
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
             engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise self._failure(log, f"cannot load {path}", path.stat().st_size)
+            raise self._failure(log, f"cannot load {path}", size)
         stage = self.bundle.manifest.graphs[graph]
         if self.options.get("strip_plan"):
             refitter = trt.Refitter(engine, log)
             source = trt.OnnxParserRefitter(refitter, log)
             if not source.refit_from_file(str(self.bundle.path / stage.file)) or not refitter.refit_cuda_engine():
-                raise self._failure(log, f"cannot put the weights of {stage.file} into {path}", 0)
+                raise self._failure(log, f"cannot put the weights of {stage.file} into {path}", size)
         _check_ends(engine, stage, path)
         context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
-            raise self._failure(log, f"cannot make a context for {path}", 0)
+            raise self._failure(log, f"cannot make a context for {path}", engine.device_memory_size_v2)
         return _Stage(graph, (runtime, engine), context, engine.device_memory_size_v2, log)
 
     def _failure(self, log: Any, what: str, size: int) -> TurbochainError:
         """OutOfMemory where the GPU has less than `size` bytes left or TensorRT says so; else what TensorRT said."""
-        if cuda.free_bytes() < size or any("out of memory" in e.lower() for e in log.errors):
+        if cuda.free_bytes() < size or any("outofmemory" in e.lower().replace(" ", "") for e in log.errors):
             return self.session.out_of_memory(size, what.removeprefix("cannot "))
         return TurbochainError(f"TensorRT {what}: {'; '.join(log.errors) or 'it gave no reason'}")
 

@@ -327,3 +327,15 @@ def test_magnitudes_cover_every_component(bundle: Bundle, checkpoints: dict[str,
     assert all(v.shape == (1,) and np.isfinite(v).all() and v > 0 for v in magnitudes.values())
     modules = {w.rpartition(".")[0] for w in checkpoint_weights(checkpoints[family] / "unet")}
     assert {f"unet/{module}" for module in modules} <= set(magnitudes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_argmax_reads_integers(bundle_of: BundleFactory, family: str) -> None:
+    """ONNX Runtime's CUDA provider has no such kernel, and would leave the node to the CPU."""
+    bundle = Bundle.open(bundle_of(family, 1, "fp16"))
+    found = []
+    for graph in bundle.manifest.graphs.values():
+        model = onnx.shape_inference.infer_shapes(onnx.load(bundle.path / graph.file, load_external_data=False))
+        types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.input)}
+        found += [types[node.input[0]] for node in model.graph.node if node.op_type == "ArgMax"]
+    assert found == [onnx.TensorProto.FLOAT] * {"sd": 0, "sdxl": 1}[family]

@@ -52,7 +52,7 @@ def theirs(request: pytest.FixtureRequest, folders: tuple[Path, Path]) -> Iterat
     pipe = DiffusionPipeline.from_pretrained(folders[0], torch_dtype=getattr(torch, request.param)).to("cuda")
     pipe.set_progress_bar_config(disable=True)
     yield pipe
-    del pipe
+    pipe.to("cpu")  # pytest holds it to the end
     torch.cuda.empty_cache()
 
 

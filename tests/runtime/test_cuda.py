@@ -21,8 +21,8 @@ NO_DRIVER = r"there is no NVIDIA driver on this machine: install one, or use a b
 
 DRIVER = """
 int cuDriverGetVersion(int *version) { *version = VERSION; return 0; }
-int cuInit(unsigned flags) { return 100; }
-static int other(void) { return 100; }
+int cuInit(unsigned flags) { return INIT; }
+static int other(void) { return INIT; }
 static int same(const char *a, const char *b) { while (*a && *a == *b) a++, b++; return *a == *b; }
 int cuGetProcAddress_v2(const char *name, void **function, int version, unsigned long long flags, void *status) {
     *function = same(name, "cuDriverGetVersion") ? (void *)cuDriverGetVersion
@@ -33,7 +33,7 @@ int cuGetProcAddress_v2(const char *name, void **function, int version, unsigned
 int cuGetProcAddress(const char *name, void **function, int version, unsigned long long flags) {
     return cuGetProcAddress_v2(name, function, version, flags, 0);
 }
-int cuGetExportTable(const void **table, const void *id) { return 100; }
+int cuGetExportTable(const void **table, const void *id) { return INIT; }
 """
 
 
@@ -147,16 +147,32 @@ def test_without_cuda_bindings_the_install_line_is_given() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "message"),
+    ("version", "init", "message"),
     [
-        (11040, r"the NVIDIA driver is too old: it serves CUDA 11\.4, .* pip install 'cuda-bindings<12'"),
-        (99000, r"the NVIDIA driver sees no GPU: check CUDA_VISIBLE_DEVICES, or use a backend for the CPU"),
+        (11040, 100, r"the NVIDIA driver is too old: it serves CUDA 11\.4, .* pip install 'cuda-bindings<12'"),
+        (99000, 100, r"the NVIDIA driver sees no GPU: check CUDA_VISIBLE_DEVICES, or use a backend for the CPU"),
+        # A service of the driver does not run (cudaErrorSystemNotReady).
+        (
+            99000,
+            802,
+            r"the NVIDIA driver gives no access to a GPU; mend it, or use a backend .*not yet .*",
+        ),
     ],
 )
-def test_a_driver_that_is_of_no_use_is_told_from_none(tmp_path: Path, version: int, message: str) -> None:
+def test_a_driver_that_is_of_no_use_is_told_from_none(tmp_path: Path, version: int, init: int, message: str) -> None:
     source = tmp_path / "driver.c"
     source.write_text(DRIVER)
-    line = ["cc", "-shared", "-fPIC", "-w", f"-DVERSION={version}", "-o", tmp_path / "libcuda.so.1", source]
+    line = [
+        "cc",
+        "-shared",
+        "-fPIC",
+        "-w",
+        f"-DVERSION={version}",
+        f"-DINIT={init}",
+        "-o",
+        tmp_path / "libcuda.so.1",
+        source,
+    ]
     subprocess.run(line, check=True)
     script = (
         "from turbochain.runtime import cuda\n"

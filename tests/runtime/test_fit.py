@@ -95,3 +95,14 @@ def test_the_strict_rule_allows_no_difference() -> None:
     )
     cpu = EngineKey("onnxruntime", "cpu", "onnxruntime", "1.31.1", {}, {})
     assert exact(cpu, ("onnxruntime", "1.31.1"), on(L4)) == "it is for cpu, and this device is NVIDIA L4 (sm89, 24 GiB)"
+
+
+@pytest.mark.parametrize(("version", "fits"), [("10.16.1.11", True), ("10.16.0.72", False), ("10.9.0.34", False)])
+def test_a_version_compatible_plan_needs_no_older_library_than_its_builder(version: str, fits: bool) -> None:
+    assert (misfit(key(L4, version_compatible=True), ("tensorrt", version), on(L4)) is None) == fits
+
+
+def test_a_key_that_was_edited_is_refused_in_words() -> None:
+    nowhere = dataclasses.replace(key(L4), gpu=None)
+    assert misfit(nowhere, LIBRARY, on(L4)) == "it does not say which GPU it is for"
+    assert (misfit(key(L4, hardware_compatibility="all"), LIBRARY, on(L4)) or "").startswith("it is for NVIDIA L4")
