@@ -23,8 +23,14 @@ class Generator:
 
     def __init__(self, seed: int):
         # RandomState is MT19937 with the legacy seeding that PyTorch shares; numpy guarantees its stream.
-        self._twister = np.random.RandomState(_checked(seed) & 0xFFFFFFFF)
+        self._twister = np.random.RandomState(0)
+        self.manual_seed(seed)
+
+    def manual_seed(self, seed: int) -> "Generator":
+        """Begin the stream of `seed` anew, as PyTorch's method of this name; much quicker than another generator."""
+        self._twister.seed(_checked(seed) & 0xFFFFFFFF)
         self._cached: float | None = None
+        return self
 
     def randn(self, *shape: int) -> np.ndarray:
         """Return the next fp32 standard normal values, of `shape`, as `torch.randn(shape, generator=…)` does.

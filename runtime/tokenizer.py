@@ -1,5 +1,6 @@
 """Prompts to token ids, as transformers' CLIPTokenizer makes them, without transformers."""
 
+import functools
 from collections.abc import Sequence
 from os import PathLike
 
@@ -39,6 +40,7 @@ class Tokenizer:
             )
         self.max_length = max_length
         self._pad_id = pad_id
+        self._encoding = functools.lru_cache(16)(self._tokenizer.encode)  # of one prompt several things are asked
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
         """Return the ids of `prompts`, int32 [len(prompts), max_length].
@@ -48,7 +50,7 @@ class Tokenizer:
         """
         ids = np.full((len(prompts), self.max_length), self._pad_id, np.int32)
         for row, prompt in zip(ids, prompts, strict=True):
-            tokens = self._tokenizer.encode(prompt).ids
+            tokens = self._encoding(prompt).ids
             if len(tokens) > self.max_length:
                 tokens = tokens[: self.max_length - 1] + tokens[-1:]
             row[: len(tokens)] = tokens
@@ -60,7 +62,7 @@ class Tokenizer:
         The tail begins with the first character that did not reach the model whole. A long word (or a
         script without spaces) may be cut inside.
         """
-        encoding = self._tokenizer.encode(prompt)
+        encoding = self._encoding(prompt)
         if len(encoding) <= self.max_length:
             return ""
         start, _ = encoding.offsets[self.max_length - 1]  # of the first token that lost its place

@@ -141,3 +141,14 @@ def test_the_message_for_a_huge_seed_is_short():
     with pytest.raises(InputError) as caught:
         Generator(10**1000)
     assert len(str(caught.value)) < 200
+
+
+def test_a_generator_that_is_seeded_again_begins_anew():
+    used = Generator(3)
+    used.randn(5)  # an odd number of small draws leaves one waiting
+    assert used.manual_seed(7) is used
+    theirs = torch.Generator("cpu").manual_seed(7)
+    for shape in ((3,), (1, 4, 8, 8), (2,)):
+        np.testing.assert_allclose(used.randn(*shape), torch.randn(shape, generator=theirs).numpy(), atol=1e-6)
+    with pytest.raises(InputError, match="seed"):
+        used.manual_seed(-1)
