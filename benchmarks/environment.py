@@ -5,13 +5,13 @@ import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from measure import PACKAGES, commit, machine
+from turbochain.engines.session import versions
 from turbochain.runtime import backends
 
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu")
@@ -28,7 +28,10 @@ def describe(device: str) -> dict[str, Any]:
         "commit": commit(),
         "machine": host,
         "gpu": _gpu(device),
-        "versions": _versions(dict.fromkeys((*PACKAGES, "triton", "cuda-bindings", *libraries))),
+        "versions": {
+            **versions(*dict.fromkeys((*PACKAGES, "triton", "cuda-bindings", *libraries))),
+            "torch": torch.__version__,  # with what it was built for
+        },
     }
 
 
@@ -65,13 +68,3 @@ def _smi(device: str, *fields: str) -> dict[str, str] | None:
     done = subprocess.run(line, capture_output=True, text=True)
     values = [value.strip() for value in done.stdout.strip().split(",")]
     return dict(zip(fields, values, strict=True)) if done.returncode == 0 and len(values) == len(fields) else None
-
-
-def _versions(names: dict[str, None]) -> dict[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found | {"torch": torch.__version__}

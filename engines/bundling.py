@@ -40,11 +40,12 @@ def export(session: Session, source: str, request: dict[str, Any], folder: Path,
     """
     try:
         _export(session, source, request, folder, force)
-        session.release()
     except (InputError, PictureError) as error:
         if not isinstance(error, NoSpace) or not (folder / STATE).exists():
             leave_nothing(folder)
         raise
+    finally:
+        session.release()
     files.install_directory(folder, output)
 
 

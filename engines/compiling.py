@@ -71,6 +71,8 @@ def install(session: Session, bundle: Bundle, order: Order) -> tuple[str, Engine
         raise
     except OSError as error:
         raise InputError(f"cannot write {final}: {error.strerror}") from error
+    finally:
+        session.release()
     _drop_log(session)
     return name, made
 
@@ -128,7 +130,6 @@ def _compile_and_check(session: Session, bundle: Bundle, key: EngineKey, order: 
     checks: list[Check] = []
     if order.target is None:
         checks = [Check(**c) for c in run("verify", "turbochain.engines.jobs:check", **common)]
-    session.release()
     verify.require(checks)
     sizes = {**bundle.manifest.files, **written}
     graphs = bundle.manifest.graphs

@@ -6,11 +6,14 @@ problem at once: an unknown key, a missing one and a value of the wrong type are
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from turbochain.runtime.errors import BundleError
 from turbochain.runtime.files import FileRecord
@@ -28,6 +31,11 @@ class Tensor:
     name: str
     dtype: str  # a numpy name: float32, float16, int32, uint8
     shape: tuple[int, ...]  # fixed; every size is at least 1
+
+    @property
+    def nbytes(self) -> int:
+        """What its values take."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)

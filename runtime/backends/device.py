@@ -157,8 +157,7 @@ class DeviceExecutor(ABC):
                 addresses[buffer] = self._constant(feeds, *recording.constants[buffer])
                 continue
             if buffer not in self._device_buffers:
-                size = int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize
-                self._device_buffers[buffer] = self.session.allocate(size, f"the buffer {buffer}")
+                self._device_buffers[buffer] = self.session.allocate(tensor.nbytes, f"the buffer {buffer}")
             addresses[buffer] = self._device_buffers[buffer]
         for buffer in (*recording.uploads, *recording.downloads.values()):
             if buffer not in self._host_buffers:
@@ -220,9 +219,7 @@ class DeviceExecutor(ABC):
                     array = self._host_buffers[buffer]
                     cuda.copy(array.ctypes.data, at[buffer], array.nbytes, self.stream)
                 case OnDevice(source, target):
-                    tensor = program.recording.tensors[source]
-                    size = int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize
-                    cuda.copy(at[target], at[source], size, self.stream)
+                    cuda.copy(at[target], at[source], program.recording.tensors[source].nbytes, self.stream)
                 case Together(launches) if timed is not None:
                     for launch in launches:
                         start, end = self._timers(len(timed))
