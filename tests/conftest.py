@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a thread for each
 
 import contextlib
 import fcntl
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -20,6 +21,8 @@ from turbochain.engines import build
 from turbochain.export import synthetic
 from turbochain.runtime import Bundle
 
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("runtime", "export", "engines")
 SIZE = (64, 64)
 FAMILIES = ("sd", "sdxl")
 
@@ -89,6 +92,23 @@ def sd(bundle_of: BundleFactory) -> Path:
 def sdxl(bundle_of: BundleFactory) -> Path:
     """The SDXL miniature, fp32, three pictures per pass."""
     return bundle_of("sdxl", batch=3)
+
+
+@pytest.fixture(scope="session")
+def wheel(shared: Path) -> Path:
+    """A wheel built from a copy of the sources."""
+    folder = shared / "wheel"
+    with locked(shared / "wheel.lock"):
+        if not folder.exists():
+            for name in PACKAGES:
+                shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+            for name in ("pyproject.toml", "README.md", "LICENSE"):
+                shutil.copy(ROOT / name, folder / "source")
+            line = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, folder / "source"]
+            done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
 
 
 @pytest.fixture

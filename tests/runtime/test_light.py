@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import PACKAGES, ROOT
 from PIL import Image
 
 from turbochain.runtime import Pipeline
 
-ROOT = Path(__file__).parents[2]
-PACKAGES = ("export", "engines", "runtime")
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "turbochain.export")
 
 
@@ -84,21 +82,6 @@ def test_commands_import_nothing_heavy(arguments: tuple[str, ...], sdxl: Path, t
     assert not imported & set(HEAVY)
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the sources."""
-    folder = tmp_path_factory.mktemp("wheel")
-    for name in PACKAGES:
-        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder / "source")
-    line = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, folder / "source"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    (path,) = folder.glob("*.whl")
-    return path
-
-
 def test_packages_are_the_folders_with_code() -> None:
     """An unlisted one imports when editable and is missing from the wheel."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
@@ -109,6 +92,7 @@ def test_packages_are_the_folders_with_code() -> None:
 def test_the_wheel_has_every_module_and_what_goes_with_it(wheel: Path) -> None:
     files = {p.relative_to(ROOT).as_posix() for n in PACKAGES for p in (ROOT / n).rglob("*.py")}
     files |= {"runtime/FORMAT.md", "runtime/py.typed"}
+    files |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "export/demo").rglob("*") if p.is_file()}
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         (terms,) = (name for name in archive.namelist() if name.endswith("/LICENSE"))

@@ -1,0 +1,414 @@
+"""Train the demo model: the VAE, the text encoder, then, from pure noise in one step, the UNet with it.
+
+    python tests/demo_model/train.py [--work FOLDER] [--minutes N] [--start CHECKPOINT] [STAGE ...]
+
+Stages, in order: vae, text, latents-256, small, latents-512, generator. Each continues where it was stopped (Ctrl-C,
+SIGTERM, `--minutes`) from what FOLDER holds, and is passed over when it is done. The data of a step depend on
+the seed and the step's number alone, so a run in parts sees what a run in one piece sees. A CUDA GPU is used
+where there is one. `small` trains at 256×256, where a picture costs a quarter; `generator` goes on at 512×512.
+`--start` takes the VAE and the text encoder, as their stages left them, from a checkpoint.
+`export.py` makes a checkpoint in diffusers' format of it, and `evaluate.py` measures that.
+"""
+
+import argparse
+import json
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import cos, pi
+from pathlib import Path
+from typing import Any
+
+import architecture
+import numpy as np
+import scenes
+import torch
+from diffusers import AutoencoderKL
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+SEED = 0
+SAVE_EVERY = 60.0  # seconds
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def processor() -> str:
+    """What it trains on, in words."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name(DEVICE)
+    return f"{torch.get_num_threads()} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
+
+
+class Stop(Exception):
+    """It was asked to stop, or the minutes are over; everything is saved."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One stage of optimisation: AdamW, a warm-up and a cosine to `low`, exponential mean of the weights."""
+
+    steps: int
+    batch: int
+    high: float
+    low: float
+    mean: float  # the mean's decay per step
+    betas: tuple[float, float] = (0.9, 0.99)
+
+
+PLANS = {
+    "vae": Plan(3200, 16, 3e-3, 1e-4, 0.995),
+    "text": Plan(1500, 64, 2e-3, 1e-4, 0.99),
+    "small": Plan(3500, 16, 1.5e-3, 3e-4, 0.998),
+    "generator": Plan(4200, 8, 1e-3, 2e-5, 0.998),
+}
+PICTURES = {256: 20000, 512: 6000}
+
+
+def main() -> None:
+    """Run the stages that are asked for, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", default=[])
+    parser.add_argument("--work", type=Path, default=Path(__file__).parent / "work")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop, saved, after so long")
+    parser.add_argument("--start", type=Path, help="a checkpoint whose VAE and text encoder are taken")
+    arguments = parser.parse_args()
+    run = Run(arguments.work, time.monotonic() + 60 * arguments.minutes)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: run.stop())
+    if arguments.start:
+        run.take(arguments.start)
+    stages: dict[str, Callable[[Run], None]] = {
+        "vae": train_vae,
+        "text": train_text,
+        "latents-256": lambda run: encode(run, 256),
+        "small": lambda run: train_generator(run, "small", 256),
+        "latents-512": lambda run: encode(run, 512),
+        "generator": lambda run: train_generator(run, "generator", 512),
+    }
+    for name in arguments.stages or stages:
+        try:
+            stages[name](run)
+        except Stop:
+            print(f"stopped in {name}; the same command goes on")
+            return
+
+
+@dataclass
+class Run:
+    """Where the work lies, and when to stop."""
+
+    work: Path
+    until: float = float("inf")
+
+    def __post_init__(self) -> None:
+        self.work.mkdir(parents=True, exist_ok=True)
+
+    def stop(self) -> None:
+        """Let the step at hand be the last."""
+        self.until = 0.0
+
+    def require_time(self) -> None:
+        """Raise Stop where there is none left."""
+        if time.monotonic() > self.until:
+            raise Stop
+
+    def tokenizer(self) -> CLIPTokenizer:
+        """The reduced tokenizer, written on first use."""
+        folder = self.work / "tokenizer"
+        if not folder.is_dir():
+            architecture.write_tokenizer(folder)
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+    def state(self, stage: str) -> dict[str, Any]:
+        """What a stage has saved so far."""
+        return torch.load(self.work / f"{stage}.pt", map_location="cpu", weights_only=True)
+
+    def history(self, stage: str) -> dict[str, Any]:
+        """Steps, batch, seconds and losses (200 means) of a stage so far."""
+        state = self.state(stage)
+        if "taken" in state:
+            return dict(state["taken"])
+        losses = np.array_split(state["losses"], min(200, len(state["losses"])))
+        means = [round(float(part.mean()), 5) for part in losses]
+        done = {"steps": len(state["losses"]), "batch": PLANS[stage].batch, "seconds": round(state["seconds"])}
+        return {**done, "losses": means}
+
+    def take(self, checkpoint: Path) -> None:
+        """Save a checkpoint's VAE and text encoder as those with which their stages ended."""
+        vae = AutoencoderKL.from_pretrained(checkpoint / "vae", torch_dtype=torch.float32)
+        text = CLIPTextModel.from_pretrained(checkpoint / "text_encoder", dtype=torch.float32)
+        trained = json.loads((checkpoint / "training.json").read_text())["stages"]
+        scale = float(vae.config.scaling_factor)
+        taken = {"taken": trained["vae"], "mean": {"vae": vae.state_dict()}, "scale": scale}
+        torch.save(taken, self.work / "vae.pt")
+        torch.save({"taken": trained["text"], "mean": {"text_encoder": text.state_dict()}}, self.work / "text.pt")
+
+
+@dataclass
+class Fit:
+    """The optimisation of one stage, which saves itself and goes on from what it saved."""
+
+    run: Run
+    stage: str
+    modules: dict[str, torch.nn.Module]
+    first: dict[str, Any] | None = None  # weights to begin with
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    taken: bool = False  # from a checkpoint: there is nothing to do
+
+    def __post_init__(self) -> None:
+        self.plan = PLANS[self.stage]
+        self.modules = {n: m.to(DEVICE).to(memory_format=torch.channels_last) for n, m in self.modules.items()}
+        for name, weights in (self.first or {}).items():
+            if name in self.modules:
+                self.modules[name].load_state_dict(weights)
+        self.parameters = [p for m in self.modules.values() for p in m.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, betas=self.plan.betas, weight_decay=0.01)
+        self.mean = {n: {k: v.detach().clone() for k, v in m.state_dict().items()} for n, m in self.modules.items()}
+        if (self.run.work / f"{self.stage}.pt").is_file():
+            self._load(self.run.state(self.stage))
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        self.taken = "taken" in saved
+        if self.taken:
+            return
+        self.losses, self.seconds = saved["losses"], saved["seconds"]
+        self.mean = {n: {k: v.to(DEVICE) for k, v in weights.items()} for n, weights in saved["mean"].items()}
+        for name, module in self.modules.items():
+            module.load_state_dict(saved["now"][name])
+        self.optimizer.load_state_dict(saved["optimizer"])
+
+    def save(self) -> None:
+        """Write everything, in a way that a crash leaves the old or the new."""
+        path = self.run.work / f"{self.stage}.pt"
+        now = {n: m.state_dict() for n, m in self.modules.items()}
+        optimizer = self.optimizer.state_dict()
+        kept = {"losses": self.losses, "seconds": self.seconds, "mean": self.mean, "now": now, "optimizer": optimizer}
+        torch.save(kept, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+    def steps(self, loss: Callable[[int], torch.Tensor]) -> None:
+        """Minimise `loss(step)`, until the plan's last step or the run's end (Stop)."""
+        if self.taken:
+            return
+        bar = tqdm(total=self.plan.steps, initial=len(self.losses), desc=self.stage, mininterval=5)
+        saved = began = time.monotonic()
+        before = self.seconds
+        try:
+            while (step := len(self.losses)) < self.plan.steps:
+                self.losses.append(self._step(step, loss))
+                bar.update()
+                now = time.monotonic()
+                self.seconds = before + now - began
+                if now - saved > SAVE_EVERY:
+                    bar.set_postfix(loss=f"{np.mean(self.losses[-200:]):.5f}")
+                    self.save()
+                    saved = now
+                self.run.require_time()
+        finally:
+            bar.close()
+            self.save()
+
+    def _step(self, step: int, loss: Callable[[int], torch.Tensor]) -> float:
+        plan = self.plan
+        rate = plan.low + (plan.high - plan.low) * (1 + cos(pi * step / plan.steps)) / 2
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 100)
+        torch.manual_seed(hash((SEED, step)))
+        value = loss(step)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        decay = min(plan.mean, (step + 1) / (step + 10))
+        for name, module in self.modules.items():
+            for key, value_now in module.state_dict().items():
+                if value_now.is_floating_point():
+                    self.mean[name][key].lerp_(value_now.detach(), 1 - decay)
+        return value.item()
+
+
+def train_vae(run: Run) -> None:
+    """Reconstruct drawn pictures: most of them small, which cost less and look alike, and in full size at the end."""
+    model = architecture.vae()
+    fit = Fit(run, "vae", {"vae": model})
+
+    def loss(step: int) -> torch.Tensor:
+        done = step / fit.plan.steps
+        batch, pixels = (16, 128) if done < 0.8 else (6, 256) if done < 0.95 else (2, 512)
+        pictures = torch.stack([_picture(np.random.default_rng((SEED, 1, step, i)), pixels) for i in range(batch)])
+        pictures = pictures.to(DEVICE, memory_format=torch.channels_last)
+        latents = model.encode(pictures).latent_dist
+        given = latents.sample()
+        given = given + 0.05 * given.detach().std() * torch.randn_like(given)  # the UNet will err as much
+        error = model.decode(given).sample - pictures
+        kl = 0.5 * (latents.mean.square() + latents.var - 1 - latents.logvar).mean()
+        return error.square().mean() + 0.2 * error.abs().mean() + 3e-6 * kl
+
+    fit.steps(loss)
+
+
+def _picture(random: np.random.Generator, pixels: int) -> torch.Tensor:
+    """A training picture, (3, pixels, pixels) in [-1, 1]."""
+    drawn = scenes.draw(scenes.training_scene(random), random.standard_normal(2), pixels)
+    return torch.from_numpy(drawn.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
+
+
+@torch.inference_mode()
+def encode(run: Run, pixels: int) -> None:
+    """Draw training pictures and keep their latents, scaled to unit variance, with their prompts and places."""
+    path, count, part = run.work / f"latents-{pixels}.npy", PICTURES[pixels], 500
+    vae = architecture.vae().to(DEVICE, memory_format=torch.channels_last).eval()
+    vae.load_state_dict(run.state("vae")["mean"]["vae"])
+    parts, at_once = [], 10 if pixels < 512 else 2  # as many as a CPU's cache likes
+    for first in tqdm(range(0, count, part), desc=path.stem):
+        piece = path.with_name(f"{path.stem}-{first}.npy")
+        if not path.exists() and not piece.exists():
+            kept = [_latents(vae, range(i, i + at_once), pixels) for i in range(first, first + part, at_once)]
+            np.save(piece, np.concatenate(kept))
+        parts.append(piece)
+        run.require_time()
+    if not path.exists():
+        np.save(path, np.concatenate([np.load(piece) for piece in parts]))
+        for piece in parts:
+            piece.unlink()
+
+
+def drawing(pixels: int, i: int) -> tuple[scenes.Scene, np.ndarray]:
+    """The i-th training scene and its place."""
+    random = np.random.default_rng((SEED, 2, pixels, i))
+    return scenes.training_scene(random), random.standard_normal(2).astype(np.float32)
+
+
+def _latents(vae: torch.nn.Module, numbers: range, pixels: int) -> np.ndarray:
+    drawn = np.stack([scenes.draw(*drawing(pixels, i), pixels) for i in numbers])
+    given = torch.from_numpy(drawn).to(DEVICE).permute(0, 3, 1, 2).float() / 127.5 - 1  # channels last
+    return vae.encode(given).latent_dist.mean.cpu().numpy().astype(np.float16)
+
+
+def scale(run: Run) -> float:
+    """The VAE's scaling_factor: 1 / the standard deviation of its latents."""
+    state = run.state("vae")
+    if "scale" in state:
+        return float(state["scale"])
+    return float(1 / np.load(run.work / "latents-256.npy", mmap_mode="r")[:2000].astype(np.float32).std())
+
+
+def train_text(run: Run) -> None:
+    """Teach the text encoder to read: what the prompt says can be told from the end-of-text token by a linear layer."""
+    tokenizer = run.tokenizer()
+    text = architecture.text_encoder(tokenizer)
+    sizes, colours, shapes = (("none", *names) for names in (scenes.DIAMETERS, scenes.COLOURS, scenes.SHAPES))
+    told = (sizes, colours, shapes, sizes, colours, shapes, ("", *scenes.RELATIONS), colours)
+    probe = torch.nn.Linear(text.config.hidden_size, sum(map(len, told)))
+    fit = Fit(run, "text", {"text_encoder": text, "probe": probe})
+
+    def loss(step: int) -> torch.Tensor:
+        random = np.random.default_rng((SEED, 4, step))
+        asked = [scenes.training_scene(random) for _ in range(fit.plan.batch)]
+        ids = tokenizer([str(scene) for scene in asked], padding=True, return_tensors="pt").input_ids.to(DEVICE)
+        states = text(ids).last_hidden_state
+        ends = (ids == tokenizer.eos_token_id).int().argmax(1)
+        logits = probe(states[torch.arange(len(ids)), ends]).split([*map(len, told)], 1)
+        losses = []
+        for i, (choices, scores) in enumerate(zip(told, logits, strict=True)):
+            right = torch.tensor([choices.index(_told(scene)[i]) for scene in asked], device=DEVICE)
+            losses.append(torch.nn.functional.cross_entropy(scores, right))
+        return torch.stack(losses).sum()
+
+    fit.steps(loss)
+
+
+def _told(scene: scenes.Scene) -> list[str]:
+    things = [word for thing in scene.things for word in (thing.size, thing.colour, thing.shape)]
+    return [*things, *["none"] * (6 - len(things)), scene.relation, scene.background]
+
+
+class Guides(torch.nn.Module):
+    """Linear layers on the inner blocks' outputs, for training only: they pull out what every position must know.
+
+    That is where the noise puts the objects (`scenes.place`), the position itself, which the UNet can only tell from
+    the zeros beyond the borders, and the picture there, coarsely. Without them the first of these is found late.
+    """
+
+    def __init__(self, unet: torch.nn.Module) -> None:
+        super().__init__()
+        widths = unet.config.block_out_channels
+        blocks = {unet.mid_block: widths[-1], unet.up_blocks[0]: widths[-1], unet.up_blocks[1]: widths[-2]}
+        self.layers = torch.nn.ModuleList(torch.nn.Conv2d(width, 2 + 2 + 4, 1) for width in blocks.values())
+        self.seen: dict[int, torch.Tensor] = {}
+        for i, block in enumerate(blocks):
+            block.register_forward_hook(lambda block, given, made, i=i: self.seen.update({i: made}))
+
+    def loss(self, places: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+        """How badly they tell it: `places` (n, 2), `clean` latents (n, 4, h, w)."""
+        total = clean.new_zeros(())
+        for i, layer in enumerate(self.layers):
+            made = self.seen[i].float()
+            n, _, h, w = made.shape
+            y, x = torch.meshgrid(*(torch.linspace(-1, 1, s, device=made.device) for s in (h, w)), indexing="ij")
+            wanted = (
+                torch.tanh(0.8 * places)[:, :, None, None].expand(n, 2, h, w),
+                torch.stack([x, y]).expand(n, 2, h, w),
+                torch.nn.functional.adaptive_avg_pool2d(clean, (h, w)),
+            )
+            total = total + (layer(made) - torch.cat(wanted, 1)).square().mean()
+        return total
+
+
+def train_generator(run: Run, stage: str, pixels: int) -> None:
+    """Predict the latents of the picture that belongs to a prompt and a noise, mostly from the noise alone."""
+    tokenizer = run.tokenizer()
+    text, unet = architecture.text_encoder(tokenizer), architecture.unet()
+    guides = Guides(unet)
+    before = run.state("small" if stage == "generator" else "text")["mean"]
+    before.pop("guides", None)  # another size, another grid of positions
+    fit = Fit(run, stage, {"text_encoder": text, "unet": unet, "guides": guides}, before)
+    latents = np.load(run.work / f"latents-{pixels}.npy", mmap_mode="r")
+    drawn = [drawing(pixels, i) for i in range(len(latents))]
+    ids = tokenizer([str(scene) for scene, _ in drawn], padding="max_length", return_tensors="pt").input_ids
+    places = np.stack([placed for _, placed in drawn])
+    factor, sigma = scale(run), architecture.sigmas()
+
+    def loss(step: int) -> torch.Tensor:
+        random = np.random.default_rng((SEED, 3, step))
+        chosen = random.integers(len(latents), size=fit.plan.batch)
+        clean = torch.from_numpy(latents[chosen].astype(np.float32) * factor).to(DEVICE)
+        noise = torch.from_numpy(_noise(random, places[chosen], clean.shape)).to(DEVICE)
+        t = random.choice(list(sigma), fit.plan.batch, p=_shares(step / fit.plan.steps, len(sigma)))
+        s = torch.tensor([sigma[int(i)] for i in t], dtype=torch.float32, device=DEVICE)[:, None, None, None]
+        # One step starts from noise alone, whose sample holds nothing of the picture.
+        start = torch.from_numpy(t == max(sigma)).to(DEVICE)[:, None, None, None]
+        sample = torch.where(start, s * noise, clean + s * noise)
+        target = (sample / (s**2 + 1) - clean) * (s**2 + 1).sqrt() / s
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            states = text(ids[chosen].to(DEVICE)).last_hidden_state
+            given = (sample / (s**2 + 1).sqrt()).contiguous(memory_format=torch.channels_last)
+            predicted = unet(given, torch.from_numpy(t).to(DEVICE), states).sample
+        guided = guides.loss(torch.from_numpy(places[chosen]).to(DEVICE), clean)
+        return (predicted.float() - target).square().mean() + 0.2 * guided
+
+    fit.steps(loss)
+
+
+def _shares(done: float, timesteps: int) -> list[float]:
+    """How often each timestep is trained, the first (one step) most.
+
+    The others come late: they show where the objects are, and with them from the start nothing looks for it in the
+    noise (after 300 steps the error of the place was 0.06 without them and 0.34 with them, its variance being 0.31).
+    """
+    others = 0.3 * min(1.0, max(0.0, (done - 0.4) / 0.2))
+    return [1 - others, *[others / (timesteps - 1)] * (timesteps - 1)]
+
+
+def _noise(random: np.random.Generator, places: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal noise whose `scenes.place` is `places`."""
+    noise = random.standard_normal(shape, dtype=np.float32)
+    missing = (places - scenes.place(noise)) / np.float32(np.sqrt(shape[-2] * shape[-1]))
+    noise[..., :2, :, :] += missing[..., None, None]
+    return noise
+
+
+if __name__ == "__main__":
+    main()
