@@ -17,7 +17,6 @@ from turbochain.engines import bundling, compiling
 from turbochain.engines import options as backend_options
 from turbochain.engines.compiling import Order
 from turbochain.engines.session import LOG, PhaseReport, Session
-from turbochain.export.source import local
 from turbochain.runtime import backends, files
 from turbochain.runtime.bundle import Bundle
 from turbochain.runtime.errors import InputError
@@ -63,10 +62,9 @@ def build(
 ) -> BuildResult:
     """Build `output` (default: the source's name + ".bundle", here) with an engine for this machine.
 
-    `source`: a hub id, a local folder in diffusers' format, "demo" (the small trained model that comes with
-    this package), "synthetic:NAME", or a bundle. `backend`: default the best for this machine. `device`: of this
-    machine, such as "cpu" or "cuda:1". `target`: build for another machine's GPU, such as "sm89" (TensorRT-RTX);
-    the engine is verified when it is first loaded there.
+    `source`: a hub id, a local folder in diffusers' format, "synthetic:NAME", or a bundle. `backend`: default
+    the best for this machine. `device`: of this machine, such as "cpu" or "cuda:1". `target`: build for another
+    machine's GPU, such as "sm89" (TensorRT-RTX); the engine is verified when it is first loaded there.
     `precision`: "fp32" or "fp16" (default: the backend's); where fp16 would overflow, the stage gets a remedy
     (`BuildResult.remedy`). `vae_precision`: "fp32" or "bf16", for the VAE instead. `size`: width and height in
     pixels, multiples of 64 (default 512×512). `steps`: step counts (default 1 to 4). `opset`: of the ONNX graphs,
@@ -212,7 +210,7 @@ def _request(source: str, asked: dict[str, Any], revision: str | None, variant: 
     if _is_bundle(source):
         given = {"revision": revision, "variant": variant, **asked}
         return {k: v for k, v in given.items() if v is not None}
-    folder = local(source)
+    folder = Path(source)
     stamp = None
     if folder.is_dir():
         seen = sorted((str(p.relative_to(folder)), p.stat()) for p in folder.rglob("*") if p.is_file())
