@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import scenes
 import score
-from evaluate import theirs
+from grade import theirs
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 

@@ -7,7 +7,7 @@ SIGTERM, `--minutes`) from what FOLDER holds, and is passed over when it is done
 the seed and the step's number alone, so a run in parts sees what a run in one piece sees. A CUDA GPU is used
 where there is one. `small` trains at 256×256, where a picture costs a quarter; `generator` goes on at 512×512.
 `--start` takes the VAE and the text encoder, as their stages left them, from a checkpoint.
-`export.py` makes a checkpoint in diffusers' format of it, and `evaluate.py` measures that.
+`checkpoint.py` makes a checkpoint in diffusers' format of it, and `grade.py` measures that.
 """
 
 import argparse

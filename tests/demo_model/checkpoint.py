@@ -1,6 +1,6 @@
 """Write what `train.py` has trained so far as a checkpoint in diffusers' format, fp16, with its card.
 
-    python tests/demo_model/export.py [--work FOLDER] [--output export/demo]
+    python tests/demo_model/checkpoint.py [--work FOLDER] [--output export/demo]
 
 Also draws the loss of every stage into loss.png, beside this file.
 """

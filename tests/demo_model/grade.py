@@ -1,6 +1,6 @@
 """Measure the demo model on prompts that show combinations it was never trained on.
 
-    python tests/demo_model/evaluate.py [--single 150] [--double 350] [--steps 1 2 4] [-o metrics.json]
+    python tests/demo_model/grade.py [--single 150] [--double 350] [--steps 1 2 4] [-o metrics.json]
 
 Builds bundles of export/demo (fp32 and fp16) and asks for one picture per prompt, each with a seed of its own, of
 diffusers in fp32 and of both bundles. `score.faults` says of each whether it shows what the prompt says.
