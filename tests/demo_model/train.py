@@ -300,7 +300,7 @@ def train_text(run: Run) -> None:
     tokenizer = run.tokenizer()
     text = architecture.text_encoder(tokenizer)
     sizes, colours, shapes = (("none", *names) for names in (scenes.DIAMETERS, scenes.COLOURS, scenes.SHAPES))
-    told = (sizes, colours, shapes, sizes, colours, shapes, ("", *scenes.RELATIONS), colours)
+    told = (*(sizes, colours, shapes) * 6, ("", *scenes.RELATIONS), colours)
     probe = torch.nn.Linear(text.config.hidden_size, sum(map(len, told)))
     fit = Fit(run, "text", {"text_encoder": text, "probe": probe})
 
@@ -321,8 +321,14 @@ def train_text(run: Run) -> None:
 
 
 def _told(scene: scenes.Scene) -> list[str]:
-    things = [word for thing in scene.things for word in (thing.size, thing.colour, thing.shape)]
-    return [*things, *["none"] * (6 - len(things)), scene.relation, scene.background]
+    """The first and the second object, those on each side, where there are two, the relation and the background."""
+    sides = dict.fromkeys(scenes.RELATIONS.values())
+    if scene.relation:
+        x, y = scenes.RELATIONS[scene.relation]
+        sides |= {(x, y): scene.things[0], (-x, -y): scene.things[1]}
+    things = [*scene.things, *[None] * (2 - len(scene.things)), *sides.values()]
+    words = [w for thing in things for w in ((thing.size, thing.colour, thing.shape) if thing else ["none"] * 3)]
+    return [*words, scene.relation, scene.background]
 
 
 class Guides(torch.nn.Module):
