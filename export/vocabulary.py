@@ -45,9 +45,13 @@ def write_tokenizer(folder: Path, *, pad_token: str) -> None:
     `pad_token` is what fills a prompt up to 77 tokens: "!" in SD 2.1 and SDXL's second tokenizer, else
     "<|endoftext|>". The files hold no truncation or padding state. Raises InputError as `clip_vocabulary`.
     """
+    save_tokenizer(folder, *clip_vocabulary(), pad_token=pad_token)
+
+
+def save_tokenizer(folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]], *, pad_token: str) -> None:
+    """Like `write_tokenizer`, with another vocabulary (token → id) and its merges, in order of precedence."""
     from transformers import CLIPTokenizer
 
-    vocabulary, merges = clip_vocabulary()
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=MAX_TOKENS)
     tokenizer.save_pretrained(folder)
     # transformers 5 no longer writes these two; older readers and the folders on the hub have them.

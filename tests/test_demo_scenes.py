@@ -106,19 +106,19 @@ def changed(**changes: str) -> Scene:
 @pytest.mark.parametrize(
     ("drawn", "said"),
     [
-        (changed(colour="green"), ["nothing is blue", "2% of the picture"]),
-        (changed(shape="triangle"), ["a large blue star is a"]),
-        (changed(size="small"), ["a large blue star is a small star"]),
-        (dataclasses.replace(PAIR, relation="right of"), ["a red circle is not left of a large blue star"]),
-        (dataclasses.replace(PAIR, relation="above"), ["is not left of"]),
-        (dataclasses.replace(PAIR, background="white"), ["of the picture is neither an object nor yellow"]),
-        (dataclasses.replace(PAIR, things=PAIR.things[:1], relation=""), ["nothing is blue"]),
+        (changed(colour="green"), "nothing is blue"),
+        (changed(shape="triangle"), "a large blue star is a"),
+        (changed(size="small"), "a large blue star is a small star"),
+        (dataclasses.replace(PAIR, relation="right of"), "a red circle is not left of a large blue star"),
+        (dataclasses.replace(PAIR, relation="above"), "is not left of"),
+        (dataclasses.replace(PAIR, background="white"), "of the picture is neither an object nor yellow"),
+        (dataclasses.replace(PAIR, things=PAIR.things[:1], relation=""), "nothing is blue"),
     ],
     ids=["colour", "shape", "size", "relation", "direction", "background", "missing"],
 )
-def test_a_wrong_picture_is_told(drawn: Scene, said: list[str]) -> None:
+def test_a_wrong_picture_is_told(drawn: Scene, said: str) -> None:
     found = score.faults(scenes.draw(drawn, HERE), PAIR)
-    assert found and said[0] in "; ".join(found), found
+    assert found and said in "; ".join(found), found
 
 
 def test_a_third_object_and_a_blot_are_told() -> None:

@@ -1,7 +1,6 @@
 """The demo model's parts: SD-Turbo's classes and scheduler at narrow widths, with a reduced CLIP vocabulary."""
 
 import itertools
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from turbochain.export.vocabulary import BEGIN, END, MAX_TOKENS, clip_vocabulary
+from turbochain.export.vocabulary import BEGIN, END, MAX_TOKENS, clip_vocabulary, save_tokenizer
 
 TIMESTEPS = (999, 749, 666, 499, 332, 249)
 """The trailing timesteps of 1, 2, 3 and 4 steps."""
@@ -33,10 +32,7 @@ def write_tokenizer(folder: Path) -> None:
     kept = [merge for merge in merges if merge in needed]
     tokens = [*list(vocabulary)[:512], *("".join(merge) for merge in kept), BEGIN, END]
     ids = {token: i for i, token in enumerate(tokens)}
-    CLIPTokenizer(vocab=ids, merges=kept, pad_token="!", model_max_length=MAX_TOKENS).save_pretrained(folder)
-    (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False), encoding="utf-8")
-    lines = "".join(f"{first} {second}\n" for first, second in kept)
-    (folder / "merges.txt").write_text(f"#version: 0.2\n{lines}", encoding="utf-8")
+    save_tokenizer(folder, ids, kept, pad_token="!")
 
 
 def _merged(word: str, merges: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -16,7 +16,8 @@ import matplotlib
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from train import PICTURES, Run, processor, scale
+from fitting import Run, processor
+from train import PICTURES, scale
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
