@@ -46,8 +46,8 @@ class Plan:
 PLANS = {
     "vae": Plan(3200, 16, 3e-3, 1e-4, 0.995),
     "text": Plan(1500, 64, 2e-3, 1e-4, 0.99),
-    "small": Plan(3500, 16, 1.5e-3, 3e-4, 0.998),
-    "generator": Plan(4200, 8, 1e-3, 2e-5, 0.998),
+    "small": Plan(4000, 16, 1.5e-3, 3e-4, 0.998),
+    "generator": Plan(5000, 8, 1e-3, 2e-5, 0.998),
 }
 
 
