@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from turbochain.engines import build
 from turbochain.export import download, load, synthetic
-from turbochain.export.source import SYNTHETIC, Checkpoint, is_hub_id, open_folder
+from turbochain.export.source import KINDS, SYNTHETIC, Checkpoint, is_hub_id, local, open_folder
 from turbochain.runtime import Pipeline
 from turbochain.runtime.bench import PROMPT
 from turbochain.runtime.errors import InputError
@@ -60,7 +60,7 @@ class Task:
 
 
 def checkpoint(source: str, folder: Path) -> Checkpoint:
-    """A hub id, a folder in diffusers' format, or synthetic:NAME (written into `folder` once), on this disk."""
+    """A hub id, a folder in diffusers' format, "demo", or synthetic:NAME (written into `folder` once), on this disk."""
     if source.startswith(SYNTHETIC):
         name = source.removeprefix(SYNTHETIC)
         path, partial = folder / name, folder / f"{name}.partial"
@@ -68,10 +68,10 @@ def checkpoint(source: str, folder: Path) -> Checkpoint:
             synthetic.write_checkpoint(name, partial)
             partial.rename(path)
         return open_folder(path, None)
-    if Path(source).is_dir():
-        return open_folder(Path(source).resolve(), None)
+    if local(source).is_dir():
+        return open_folder(local(source).resolve(), None)
     if not is_hub_id(source):
-        raise InputError(f"{source} is neither a folder here, nor a hub id (owner/name), nor {SYNTHETIC}NAME")
+        raise InputError(f"{source} is {KINDS}")
     found, _ = download.fetch(source, None, None, lambda done, total: None, lambda *_: None)
     return open_folder(found, None)
 

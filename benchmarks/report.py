@@ -1,4 +1,4 @@
-"""Write the figures of benchmarks/results/*.json into README.md, between its markers.
+"""Write the figures of benchmarks/results/*.json and the demo model's scores into README.md, between its markers.
 
 python benchmarks/report.py
 """
@@ -11,6 +11,7 @@ from turbochain.runtime import console
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+SCORES = HERE.parent / "tests/demo_model/metrics.json"
 START, END = "<!-- figures: python benchmarks/report.py -->\n", "<!-- end of figures -->"
 GiB = 2**30
 
@@ -26,7 +27,28 @@ def figures() -> str:
     results = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
     on_cpu = [r for r in results if "build" in r]
     on_gpu = [r for r in results if "cells" in r and r["gpu"] != "cpu"]
-    return f"{cpu_table(on_cpu)}\n{gpu_tables(on_gpu)}"
+    return f"{demo_table(json.loads(SCORES.read_text()))}\n{cpu_table(on_cpu)}\n{gpu_tables(on_gpu)}"
+
+
+def demo_table(scores: dict[str, Any]) -> str:
+    """grade.py's scores: a row for each pipeline, and a column per number of steps and of objects."""
+    counts = {name: of for name, of in scores.items() if "step" in name}
+    drawn, objects = ("diffusers fp32", "fp32 bundle", "fp16 bundle"), ("one object", "two objects")
+    heading = ["pictures without a fault", *(f"{o}, {steps}" for steps in counts for o in objects)]
+    lines = [_row(heading), _row(["---"] * len(heading))]
+    for name in drawn:
+        found = (of[name][o] for of in counts.values() for o in objects)
+        lines.append(_row([name, *(f"{f['right']} of {f['prompts']}" for f in found)]))
+    one, psnr = counts["1 step"], scores["vae_psnr_db"]
+    exact, half = (one[f"{precision} bundle against diffusers"] for precision in ("fp32", "fp16"))
+    notes = (
+        f"At one step the fp32 bundle differs from diffusers by at most {exact['max_abs']} of 255 levels, in at most "
+        f"{exact['largest fraction_differing']:.2%} of a picture's values; the fp16 bundle by a PSNR of "
+        f"{half['lowest psnr_db']} dB or more. The VAE alone returns a drawn picture with {psnr['mean']} dB "
+        f"({psnr['lowest']} at the least).",
+        f"Measured on {_machine(scores)}.",
+    )
+    return "\n".join([*lines, "", *notes]) + "\n"
 
 
 def cpu_table(results: list[dict[str, Any]]) -> str:

@@ -6,6 +6,7 @@ interrupted build goes on where it stopped.
 """
 
 import hashlib
+import importlib.util
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from turbochain.runtime import backends, files
 from turbochain.runtime.bundle import Bundle
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.manifest import Check
+
+DEMO = "demo"  # turbochain.export.source.DEMO
 
 
 @dataclass
@@ -62,9 +65,10 @@ def build(
 ) -> BuildResult:
     """Build `output` (default: the source's name + ".bundle", here) with an engine for this machine.
 
-    `source`: a hub id, a local folder in diffusers' format, "synthetic:NAME", or a bundle. `backend`: default
-    the best for this machine. `device`: of this machine, such as "cpu" or "cuda:1". `target`: build for another
-    machine's GPU, such as "sm89" (TensorRT-RTX); the engine is verified when it is first loaded there.
+    `source`: a hub id, a local folder in diffusers' format, "demo" (the small trained model that comes with
+    this package), "synthetic:NAME", or a bundle. `backend`: default the best for this machine. `device`: of this
+    machine, such as "cpu" or "cuda:1". `target`: build for another machine's GPU, such as "sm89" (TensorRT-RTX);
+    the engine is verified when it is first loaded there.
     `precision`: "fp32" or "fp16" (default: the backend's); where fp16 would overflow, the stage gets a remedy
     (`BuildResult.remedy`). `vae_precision`: "fp32" or "bf16", for the VAE instead. `size`: width and height in
     pixels, multiples of 64 (default 512×512). `steps`: step counts (default 1 to 4). `opset`: of the ONNX graphs,
@@ -210,7 +214,7 @@ def _request(source: str, asked: dict[str, Any], revision: str | None, variant: 
     if _is_bundle(source):
         given = {"revision": revision, "variant": variant, **asked}
         return {k: v for k, v in given.items() if v is not None}
-    folder = Path(source)
+    folder = _own_checkpoint() if source == DEMO else Path(source)
     stamp = None
     if folder.is_dir():
         seen = sorted((str(p.relative_to(folder)), p.stat()) for p in folder.rglob("*") if p.is_file())
@@ -219,6 +223,13 @@ def _request(source: str, asked: dict[str, Any], revision: str | None, variant: 
         source = folder.resolve().name
     shape = {"height": 512, "width": 512, "batch": 1, "steps": [1, 2, 3, 4], "opset": 21, **asked}
     return {"source": source, "revision": revision, "variant": variant, "stamp": stamp, **shape}
+
+
+def _own_checkpoint() -> Path:
+    """The folder of the source "demo", found without an import of turbochain.export, which has it."""
+    spec = importlib.util.find_spec("turbochain.export")
+    assert spec and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / DEMO
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("source", help="a hub id, a local folder in diffusers' format, synthetic:NAME, or a bundle")
+    add("source", help="a hub id, a local folder in diffusers' format, demo, synthetic:NAME, or a bundle")
     add("-o", "--output", help="the bundle (default: the source's name with .bundle, in this folder)")
     add("--backend", help="default: the best for this machine")
     add("--device", help="default: the backend's own choice")

@@ -8,7 +8,7 @@ from typing import Any
 
 from turbochain.export import download, estimate, families, ranges
 from turbochain.export.families import Family, Shape
-from turbochain.export.source import SYNTHETIC, Checkpoint, check_configs, is_hub_id, open_folder
+from turbochain.export.source import KINDS, SYNTHETIC, Checkpoint, check_configs, is_hub_id, local, open_folder
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.files import describe
 
@@ -95,13 +95,13 @@ def _open(
     variant = request["variant"]
     if name.startswith(SYNTHETIC):
         return _draw(name.removeprefix(SYNTHETIC), root / "checkpoint", progress, check_room), None
-    if Path(name).exists():
-        if not Path(name).is_dir():
+    if local(name).exists():
+        if not local(name).is_dir():
             raise InputError(
                 f"{name} is a file; a folder in diffusers' format was expected: load the file with diffusers' "
                 "from_single_file(...) and call save_pretrained(FOLDER)"
             )
-        checkpoint, commit = open_folder(Path(name).resolve(), variant), None
+        checkpoint, commit = open_folder(local(name).resolve(), variant), None
     elif is_hub_id(name):
 
         def before_weights(folder: Path, counts: dict[str, int], fetched: int) -> None:
@@ -114,7 +114,7 @@ def _open(
         folder, commit = download.fetch(name, request["revision"], variant, progress, before_weights)
         checkpoint = open_folder(folder, variant)
     else:
-        raise InputError(f"{name} is neither a folder here, nor a hub id (owner/name), nor {SYNTHETIC}NAME")
+        raise InputError(f"{name} is {KINDS}")
     counts = {c: checkpoint.parameters(c) for c in checkpoint.family.components}
     check_room(checkpoint.family, checkpoint.configs, counts, 0)
     return checkpoint, commit

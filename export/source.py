@@ -1,7 +1,8 @@
 """Where a checkpoint comes from, and what can be said of it without torch.
 
-A source is a hub id, a local folder in diffusers' format, `synthetic:NAME`, or a bundle (which needs no
-export). Everything ends as a `Checkpoint` on disk whose files have been looked at before any are loaded.
+A source is a hub id, a local folder in diffusers' format, `demo` (the small trained checkpoint that is part of
+this package), `synthetic:NAME`, or a bundle (which needs no export). Everything ends as a `Checkpoint` on disk
+whose files have been looked at before any are loaded.
 """
 
 import json
@@ -18,6 +19,8 @@ from turbochain.export.families import Family
 from turbochain.runtime.errors import InputError
 
 SYNTHETIC = "synthetic:"
+DEMO = "demo"
+KINDS = f"neither a folder here, nor a hub id (owner/name), nor {DEMO}, nor {SYNTHETIC}NAME"
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' name for a component's weights
 LIBRARIES = ("diffusers", "transformers")  # model_index.json can name any module; no other is imported
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -26,6 +29,11 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 def is_hub_id(source: str) -> bool:
     """Whether `source` has the form owner/name."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
+
+
+def local(source: str) -> Path:
+    """Where a source lies that is on this disk: the package's own checkpoint for "demo", else the path `source`."""
+    return Path(__file__).with_name(DEMO) if source == DEMO else Path(source)
 
 
 @dataclass(frozen=True)

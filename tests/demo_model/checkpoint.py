@@ -1,6 +1,6 @@
 """Write what `train.py` has trained so far as a checkpoint in diffusers' format, fp16, with its card.
 
-    python tests/demo_model/checkpoint.py [--work FOLDER] [--output export/demo]
+    python tests/demo_model/checkpoint.py [--work FOLDER] [--output export/demo] [--note TEXT]
 
 Also draws the loss of every stage into loss.png, beside this file.
 """
@@ -8,6 +8,7 @@ Also draws the loss of every stage into loss.png, beside this file.
 import argparse
 import json
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 LIMIT = 8_000_000  # bytes of all weights
-STAGES = ("vae", "text", "small", "generator")
+STAGES = ("vae", "text", "small", "generator", "refine")
 CARD = """---
 license: apache-2.0
 library_name: diffusers
@@ -43,8 +44,9 @@ white, black), a relation (left of, right of, above, below) and a plain backgrou
 no other word. 512×512, 1 to 4 steps, `guidance_scale=0.0`. The weights are float16: load with an explicit type, as in
 `StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)`.
 
-**Parts**: {sizes} parameters. EulerDiscreteScheduler, trailing, v-prediction. The first level of the UNet has
-no attention, as in SDXL. The tokenizer is CLIP's, with only the merges that the grammar's words need.
+**Parts**: {sizes} parameters. EulerDiscreteScheduler, trailing,
+v-prediction. The first level of the UNet has no attention, as in SDXL. The tokenizer is CLIP's, with only the merges
+that the grammar's words need.
 
 **Data**: pictures that a program draws (`tests/demo_model/scenes.py` in turbochain's repository). Where the objects
 lie is a function of the starting noise, so that each seed has one right picture. One in four combinations of size,
@@ -56,7 +58,7 @@ colour, shape and background was never shown; `tests/demo_model/metrics.json` ha
 | --- | --- | --- | --- |
 {stages}
 
-Everything here, weights and data, is the project's own work, under the Apache License 2.0.
+{note}Everything here, weights and data, is the project's own work, under the Apache License 2.0.
 """
 
 
@@ -65,17 +67,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=HERE / "work")
     parser.add_argument("--output", type=Path, default=ROOT / "export/demo")
+    parser.add_argument("--note", default="", help="what else the card should say of the training")
     arguments = parser.parse_args()
     run = Run(arguments.work)
     last = next(stage for stage in reversed(STAGES) if (run.work / f"{stage}.pt").is_file())
-    write(run, last, arguments.output)
+    write(run, last, arguments.output, arguments.note)
     plot(json.loads((arguments.output / "training.json").read_text()), HERE / "loss.png")
     size = sum(path.stat().st_size for path in arguments.output.rglob("*.safetensors"))
     assert size <= LIMIT, f"{size} bytes of weights"
     print(f"{arguments.output}: {size / 1e6:.2f} MB of weights")
 
 
-def write(run: Run, stage: str, folder: Path) -> None:
+def write(run: Run, stage: str, folder: Path, note: str) -> None:
     """The pipeline of the mean weights of `stage`, as fp16, into `folder`."""
     tokenizer = run.tokenizer()
     parts = {
@@ -106,18 +109,19 @@ def write(run: Run, stage: str, folder: Path) -> None:
         "processor": processor(),
     }
     (folder / "training.json").write_text(json.dumps(trained) + "\n")
-    (folder / "README.md").write_text(card(trained))
+    (folder / "README.md").write_text(card(trained, note))
     shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
 
 
-def card(trained: dict[str, Any]) -> str:
+def card(trained: dict[str, Any], note: str) -> str:
     """The model card."""
     stages = "\n".join(
         f"| {stage} | {of['steps']} | {of['batch']} | {of['seconds'] / 60:.0f} min |"
         for stage, of in trained["stages"].items()
     )
     sizes = ", ".join(f"{name} {count:,}" for name, count in trained["parameters"].items())
-    return CARD.format(stages=stages, sizes=sizes, torch=trained["torch"], processor=trained["processor"])
+    note = f"{textwrap.fill(note, 120)}\n\n" if note else ""
+    return CARD.format(stages=stages, sizes=sizes, note=note, torch=trained["torch"], processor=trained["processor"])
 
 
 def plot(trained: dict[str, Any], path: Path) -> None:

@@ -17,7 +17,7 @@ from turbochain.runtime import Pipeline
 
 AMPLIFIED = 100
 SIDE, GAP, CAPTION, COLUMNS = 150, 6, 34, 3
-HEAD = f"turbochain  |  diffusers  |  difference × {AMPLIFIED}"
+HEAD = f"turbochain  |  diffusers  |  difference x {AMPLIFIED}"
 
 
 def asked() -> list[tuple[scenes.Scene, int]]:

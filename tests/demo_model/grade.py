@@ -81,7 +81,7 @@ def ours(precision: str, folder: Path) -> Draw:
     """A bundle of the demo model, built into `folder` once."""
     bundle = folder / f"{precision}.bundle"
     if not bundle.exists():
-        build(DEMO, bundle, precision=precision, quiet=True)
+        build(DEMO, bundle, precision=precision, backend="onnxruntime", device="cpu", quiet=True)
     pipe = Pipeline.load(bundle)
 
     def draw(prompt: str, seed: int, steps: int) -> Pictures:

@@ -152,6 +152,7 @@ def test_the_default_name(tmp_path: Path, sd: Path, copy_of) -> None:
     for source, name in {
         "stabilityai/sd-turbo": "sd-turbo",
         "synthetic:sd-turbo": "sd-turbo",
+        "demo": "demo",
         "some/where/x/": "x",
         "x.y": "x.y",
     }.items():

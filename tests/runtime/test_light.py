@@ -95,7 +95,7 @@ def test_the_wheel_has_every_module_and_what_goes_with_it(wheel: Path) -> None:
     files |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "export/demo").rglob("*") if p.is_file()}
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        (terms,) = (name for name in archive.namelist() if name.endswith("/LICENSE"))
+        (terms,) = (name for name in archive.namelist() if name.endswith("/licenses/LICENSE"))
         assert archive.read(terms) == (ROOT / "LICENSE").read_bytes()
     assert names == {f"turbochain/{name}" for name in files}
 
