@@ -66,7 +66,8 @@ bench-gpu: $(addsuffix /.installed,$(GPU_VENV))
 inspect-engines: $(if $(filter file,$(origin BIN)),setup)
 	$(BIN)/python benchmarks/inspect_engines.py $(BUNDLE)
 
-# Hours on a CPU, minutes on a GPU; stopped, the same command goes on. The bundle's tests then need new metrics.
+# Hours on a CPU, minutes on a GPU; stopped, the same command goes on. README's picture and figures are then old:
+# contact_sheet.py draws the one, benchmarks/report.py writes the others.
 train-demo: setup
 	$(BIN)/python tests/demo_model/train.py
 	$(BIN)/python tests/demo_model/checkpoint.py

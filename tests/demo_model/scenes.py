@@ -34,6 +34,7 @@ RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": 
 
 # Sides, distance from the centre to a side's line in diameters, angle of the first side's normal.
 _POLYGONS = {"square": (4, 0.44, 0.0), "triangle": (3, 0.32, -pi / 2), "star": (5, 0.18, pi / 10)}
+SQUASH = 0.8  # tanh of so many times a normal number is close to uniform
 _APART = 216  # between two objects' centres, along their relation, in pixels: two large ones never touch
 _WANDER = 80  # how far the noise moves a centre at most, in pixels
 
@@ -117,7 +118,7 @@ def centres(scene: Scene, placed: NDArray[np.float32]) -> list[tuple[float, floa
 
     A single object wanders in both directions; of two, each wanders across their relation.
     """
-    wander = (PIXELS / 2 + _WANDER * np.tanh(0.8 * placed)).tolist()  # close to uniform
+    wander = (PIXELS / 2 + _WANDER * np.tanh(SQUASH * placed)).tolist()
     if not scene.relation:
         return [(wander[0], wander[1])]
     x, y = RELATIONS[scene.relation]

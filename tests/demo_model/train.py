@@ -189,7 +189,7 @@ class Guides(torch.nn.Module):
             second = to.square().sum(2).argmin(1)[:, None].bool()
             nearest = torch.where(second, objects[:, 1, 2:, None, None], objects[:, 0, 2:, None, None])
             wanted = (
-                torch.tanh(0.8 * places)[:, :, None, None].expand(n, 2, h, w),
+                torch.tanh(scenes.SQUASH * places)[:, :, None, None].expand(n, 2, h, w),
                 here.expand(n, 2, h, w),
                 torch.nn.functional.adaptive_avg_pool2d(clean, (h, w)),
                 torch.tanh(4 * torch.where(second, to[:, 1], to[:, 0])),
