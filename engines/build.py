@@ -32,7 +32,7 @@ class BuildResult:
 
     bundle: Path
     engine: str  # the folder's name in engines/
-    precision: dict[str, str]  # graph → precision
+    precision: dict[str, str]  # graph → what its engine computes in
     remedy: dict[str, str]  # graph → what makes it right in fp16, or why it is not in fp16; "" for nothing
     engine_bytes: dict[str, int]  # graph → bytes that the engine reads
     build_seconds: dict[str, float]  # graph → compilation
@@ -51,6 +51,7 @@ def build(
     target: str | None = None,
     precision: str | None = None,
     vae_precision: str | None = None,
+    vae: str | None = None,
     size: tuple[int, int] | None = None,
     batch: int | None = None,
     steps: list[int] | None = None,
@@ -70,7 +71,9 @@ def build(
     machine, such as "cpu" or "cuda:1". `target`: build for another machine's GPU, such as "sm89" (TensorRT-RTX);
     the engine is verified when it is first loaded there.
     `precision`: "fp32" or "fp16" (default: the backend's); where fp16 would overflow, the stage gets a remedy
-    (`BuildResult.remedy`). `vae_precision`: "fp32" or "bf16", for the VAE instead. `size`: width and height in
+    (`BuildResult.remedy`). `vae_precision`: "fp32" or "bf16", for the VAE instead. `vae`: another VAE than the
+    checkpoint's own, "tiny" (the family's AutoencoderTiny, many times faster, pictures slightly softer), a hub id or
+    a local folder; what diffusers makes with it is then the reference. `size`: width and height in
     pixels, multiples of 64 (default 512×512). `steps`: step counts (default 1 to 4). `opset`: of the ONNX graphs,
     18 to 23 (default 21). `options`: the backend's own, such as {"builder_optimization_level": 5}; see `OPTIONS`
     in its module in `turbochain.engines`. `timing_cache`: the folder where TensorRT's timings are kept and found,
@@ -80,36 +83,42 @@ def build(
     (the engine is then not installed).
     """
     backend, reason = _choose(backend, device, target)
+    options = dict(options or {})
+    if precision == "fp32" and "inference_precision" in backend_options.of(backend):
+        options.setdefault("inference_precision", precision)  # who asks for fp32 wants all of it in fp32
     order = Order(
         backend,
         device,
         target,
-        backend_options.resolve(backend, options or {}),
+        backend_options.resolve(backend, options),
         None if timing_cache is None else _folder(timing_cache),
     )
     where = compiling.device(backend, device, target)
     if not quiet:
         print(f"backend {backend} on {where}: {reason}", file=sys.stderr)
     asked = _asked(precision, vae_precision, size, batch, steps, opset)
+    if vae is not None:
+        asked["vae"] = _name(Path(vae)) if Path(vae).is_dir() else vae
     for option in asked.keys() & {"precision", "vae_precision"}:
         backends.require_precision(backend, where, asked[option])
     output = Path(output) if output is not None else _default_output(source)
-    request = _request(source, asked, revision, variant)
+    request = _request(source, asked, revision, variant, vae)
     phases: list[PhaseReport] = []
 
     def finish(lock: int) -> BuildResult:
         bundle = Bundle.open(output)
         _check_same(bundle, source, request)
         session = Session(lock, None if verbose else output / "engines" / LOG, quiet, phases)
+        graphs = bundle.manifest.graphs
         usual = backends.preference(backend, where).precisions[0]
-        if where.kind == "cuda" and usual not in {g.precision for g in bundle.manifest.graphs.values()} and not quiet:
+        if where.kind == "cuda" and usual not in {g.precision for g in graphs.values()} and not quiet:
             print(f"the bundle is not in {usual}, so neither is its engine: export it again for speed", file=sys.stderr)
         name, made = compiling.install(session, bundle, order)
         return BuildResult(
             bundle=output,
             engine=name,
-            precision={g: bundle.manifest.graphs[g].precision for g in bundle.chain.graphs},
-            remedy={g: bundle.manifest.graphs[g].remedy for g in bundle.chain.graphs},
+            precision=backends.precisions(backend, made.options, {g: graphs[g] for g in bundle.chain.graphs}),
+            remedy={g: graphs[g].remedy for g in bundle.chain.graphs},
             engine_bytes=made.bytes,
             build_seconds=made.build_seconds,
             checks=list(made.checks),
@@ -129,7 +138,7 @@ def build(
                 else:
                     session = Session(lock, None if verbose else partial / LOG, quiet, phases)
                     request = {"precision": backends.preference(backend, where).precisions[0], **request}
-                    bundling.export(session, source, request, partial, output, force)
+                    bundling.export(session, source, vae, request, partial, output, force)
                 return finish(lock)  # the folder was renamed, so the same lock is now the bundle's
             partial.rmdir()  # the owner of the lock that we waited for made the bundle
     with _locked(output, quiet) as lock:
@@ -205,7 +214,9 @@ def _default_output(source: str) -> Path:
     return Path(name + ".bundle")
 
 
-def _request(source: str, asked: dict[str, Any], revision: str | None, variant: str | None) -> dict[str, Any]:
+def _request(
+    source: str, asked: dict[str, Any], revision: str | None, variant: str | None, vae: str | None
+) -> dict[str, Any]:
     """What the bundle will say that it was asked for; of a bundle as source, only what was asked explicitly.
 
     Of a local folder it keeps the name and a digest of its files' names, sizes and times: a bundle that is given
@@ -215,14 +226,21 @@ def _request(source: str, asked: dict[str, Any], revision: str | None, variant: 
         given = {"revision": revision, "variant": variant, **asked}
         return {k: v for k, v in given.items() if v is not None}
     folder = _own_checkpoint() if source == DEMO else Path(source)
-    stamp = None
-    if folder.is_dir():
-        seen = sorted((str(p.relative_to(folder)), p.stat()) for p in folder.rglob("*") if p.is_file())
-        lines = [f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in seen]
-        stamp = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
-        source = folder.resolve().name
+    stamps = [_stamp(f) for f in (folder, Path(vae or "")) if f.is_dir() and f != Path()]
+    stamp = hashlib.sha256("\n".join(stamps).encode(errors="surrogateescape")).hexdigest() if stamps else None
+    source = _name(folder) if folder.is_dir() else source
     shape = {"height": 512, "width": 512, "batch": 1, "steps": [1, 2, 3, 4], "opset": 21, **asked}
     return {"source": source, "revision": revision, "variant": variant, "stamp": stamp, **shape}
+
+
+def _name(folder: Path) -> str:
+    return folder.resolve().name
+
+
+def _stamp(folder: Path) -> str:
+    """A line for each file: its name, size and time."""
+    seen = sorted((str(p.relative_to(folder)), p.stat()) for p in folder.rglob("*") if p.is_file())
+    return "\n".join(f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in seen)
 
 
 def _own_checkpoint() -> Path:

@@ -33,13 +33,15 @@ def copy(source: Bundle, folder: Path, output: Path) -> None:
     files.install_directory(folder, output)
 
 
-def export(session: Session, source: str, request: dict[str, Any], folder: Path, output: Path, force: bool) -> None:
-    """Make the bundle `output` of what `request` asks for, in the locked `folder`.
+def export(
+    session: Session, source: str, vae: str | None, request: dict[str, Any], folder: Path, output: Path, force: bool
+) -> None:
+    """Make the bundle `output` of what `request` asks for, in the locked `folder`; `source`, `vae` as in `build`.
 
     What cannot be built leaves nothing behind; a full disk, a failure or a kill leaves what was finished, if anything.
     """
     try:
-        _export(session, source, request, folder, force)
+        _export(session, {"source": source, "vae": vae, "force": force}, request, folder)
     except (InputError, PictureError) as error:
         if not isinstance(error, NoSpace) or not (folder / STATE).exists():
             leave_nothing(folder)
@@ -49,13 +51,13 @@ def export(session: Session, source: str, request: dict[str, Any], folder: Path,
     files.install_directory(folder, output)
 
 
-def _export(session: Session, source: str, request: dict[str, Any], folder: Path, force: bool) -> None:
+def _export(session: Session, given: dict[str, Any], request: dict[str, Any], folder: Path) -> None:
     _require_export()
     state = Finished(folder, request)
     common = {"request": request, "folder": str(folder)}
     prepared = state.once(
         "prepare",
-        lambda: session.run("load", "turbochain.export.jobs:prepare", keep=True, source=source, force=force, **common),
+        lambda: session.run("load", "turbochain.export.jobs:prepare", keep=True, **given, **common),
         lambda result: [*result["terms"], *(t["file"] for t in result["tokenizers"].values())],
     )
     common["prepared"] = prepared

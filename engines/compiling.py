@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ from turbochain.engines.session import SMALL, Session, now, versions
 from turbochain.runtime import backends, engine, files, manifest, verify
 from turbochain.runtime.backends import Device
 from turbochain.runtime.bundle import Bundle
-from turbochain.runtime.errors import BundleError, InputError, NoSpace, PhaseDied, TurbochainError
+from turbochain.runtime.errors import BundleError, InputError, NoSpace, PhaseDied, TurbochainError, VerificationError
 from turbochain.runtime.manifest import FORMAT_VERSION, Check, Engine, EngineKey
 
 
@@ -81,7 +82,7 @@ def _key(bundle: Bundle, order: Order) -> tuple[str, EngineKey]:
     """What the engine that was ordered depends on, and the name of its folder."""
     where = device(order.backend, order.device, order.target)
     library, version = backends.require(order.backend)
-    chosen = options.resolve(order.backend, order.options)
+    chosen = options.settled(order.backend, options.resolve(order.backend, order.options))
     key = EngineKey(order.backend, where.kind, library, version, chosen, bundle.graph_digests(), where.gpu)
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(key), sort_keys=True).encode()).hexdigest()
     short = f"sm{where.gpu.compute_capability.replace('.', '')}" if where.gpu else where.kind
@@ -110,10 +111,11 @@ def _compile_and_check(session: Session, bundle: Bundle, key: EngineKey, order: 
         "path": str(bundle.path),
         "backend": key.backend,
         "folder": str(folder),
-        "options": key.options,
         "device": order.device,
     }
-    compiler = {**common, "target": order.target, "cache": str(order.cache or bundle.path.parent)}
+    candidates = options.candidates(key.backend, key.options)
+    first = {**key.options, **candidates[0]}
+    compiler = {**common, "options": first, "target": order.target, "cache": str(order.cache or bundle.path.parent)}
     run = partial(session.run, keep=bundle.weight_bytes() <= SMALL)
     state = Finished(folder, dataclasses.asdict(key))
 
@@ -127,24 +129,49 @@ def _compile_and_check(session: Session, bundle: Bundle, key: EngineKey, order: 
         for name in key.graphs
     }
     written = state.records()
+    settled = candidates[0]
     checks: list[Check] = []
     if order.target is None:
-        checks = [Check(**c) for c in run("verify", "turbochain.engines.jobs:check", **common)]
-    verify.require(checks)
+        check = partial(run, "verify", "turbochain.engines.jobs:check", **common)
+        settled, checks = _first_within_bounds(session, candidates, lambda c: check(options={**key.options, **c}))
     sizes = {**bundle.manifest.files, **written}
-    graphs = bundle.manifest.graphs
+    read = bundle.manifest.graphs if options.reads_graphs(key.backend) else {}
     return Engine(
         format_version=FORMAT_VERSION,
         key=key,
         files=written,
-        bytes={g: sum(sizes[f].size for f in done[g]["files"] or graphs[g].files) for g in key.graphs},
+        bytes={
+            g: sum(sizes[f].size for f in (*done[g]["files"], *(read[g].files if read else ()))) for g in key.graphs
+        },
         build_seconds={g: done[g]["seconds"] for g in key.graphs},
         peak_bytes={
             **{g: done[g]["peak_bytes"] for g in key.graphs},
             **({"verify": session.phases[-1].peak_bytes} if checks else {}),
         },
         checks=tuple(checks),
-        ordered=options.changed(key.backend, key.options),
+        ordered=options.changed(key.backend, options.resolve(key.backend, order.options)),
         created=now(),
         created_by=versions("turbochain", key.library, "numpy"),
+        settled=settled,
     )
+
+
+def _first_within_bounds(
+    session: Session, candidates: list[dict[str, Any]], check: Callable[[dict[str, Any]], list[dict[str, Any]]]
+) -> tuple[dict[str, Any], list[Check]]:
+    """The first of the candidates that passes and its checks; raises VerificationError where the last one fails."""
+    for candidate, other in zip(candidates, [*candidates[1:], None], strict=True):
+        checks = [Check(**c) for c in check(candidate)]
+        try:
+            verify.require(checks)
+            break
+        except VerificationError as error:
+            if other is None:
+                raise
+            if not session.quiet:
+                print(f"{_text(candidate)}: {error}; next: {_text(other)}", file=sys.stderr)
+    return candidate, checks
+
+
+def _text(settled: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settled.items())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from turbochain.engines import compiling
-from turbochain.runtime import engine, verify
+from turbochain.runtime import backends, engine, verify
 from turbochain.runtime.bundle import REFERENCE, Bundle
 
 Progress = Callable[[int, int], None]
@@ -25,12 +25,20 @@ def compile(
     cache: str,
     name: str,
 ) -> list[str]:
-    """Compile one graph of the bundle into `folder`; returns the names of the files that it wrote there."""
+    """Compile one graph of the bundle into `folder`; returns the names of the files that it wrote there.
+
+    With `READS_GRAPHS` a backend's engine reads the bundle's graphs: it is tried whether it takes this one.
+    """
     bundle = Bundle.open(path)
     bundle.check_files(bundle.manifest.graphs[name].files)
     module = importlib.import_module(f"turbochain.engines.{backend}")
-    where = compiling.device(backend, device, target)
-    return list(module.compile(bundle, name, Path(folder), options, where, Path(cache), progress))
+    written: list[str] = []
+    if hasattr(module, "compile"):
+        where = compiling.device(backend, device, target)
+        written = list(module.compile(bundle, name, Path(folder), options, where, Path(cache), progress))
+    if module.READS_GRAPHS:
+        engine.executor(bundle, backend, Path(folder), options, device=device, threads=None, graphs=[name]).close()
+    return written
 
 
 def check(
@@ -41,7 +49,8 @@ def check(
     bundle.check_files([REFERENCE])
     engine.check_inputs(bundle)
     executor = engine.executor(bundle, backend, Path(folder), options, device=device, threads=None)
+    computed = backends.precisions(backend, options, bundle.manifest.graphs)
     try:
-        return [dataclasses.asdict(c) for c in verify.verify(bundle, executor, progress)]
+        return [dataclasses.asdict(c) for c in verify.verify(bundle, executor, computed, progress)]
     finally:
         executor.close()

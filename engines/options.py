@@ -69,6 +69,25 @@ def resolve(backend: str, given: Mapping[str, object]) -> dict[str, Value]:
     return chosen
 
 
+def settled(backend: str, chosen: Mapping[str, Value]) -> dict[str, Value]:
+    """`chosen`, and for each option that this machine decides what it decides: `settle(chosen)` in the module."""
+    settle = getattr(importlib.import_module(f"turbochain.engines.{backend}"), "settle", dict)
+    decided: dict[str, Value] = settle(chosen)
+    return decided
+
+
+def reads_graphs(backend: str) -> bool:
+    """Whether its engines read the bundle's graphs: `READS_GRAPHS` in the module."""
+    return bool(importlib.import_module(f"turbochain.engines.{backend}").READS_GRAPHS)
+
+
+def candidates(backend: str, settled: Mapping[str, Value]) -> list[dict[str, Value]]:
+    """What an engine may be, best first, where verification decides: `candidates(settled)` in the module."""
+    module = importlib.import_module(f"turbochain.engines.{backend}")
+    found: list[dict[str, Value]] = module.candidates(settled) if hasattr(module, "candidates") else [{}]
+    return found
+
+
 def changed(backend: str, chosen: Mapping[str, Value]) -> dict[str, Value]:
     """Those that are not the backend's defaults."""
     return {name: value for name, value in chosen.items() if value != of(backend)[name].default}

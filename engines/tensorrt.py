@@ -25,6 +25,7 @@ from turbochain.runtime.errors import InputError, TurbochainError
 Progress = Callable[[int, int], None]
 Echo = Callable[[str, str], None]  # severity, message
 
+READS_GRAPHS = False
 OPTIONS = {
     "builder_optimization_level": Option(3, "how hard the builder searches; 5 may take many times as long", most=5),
     "tiling_optimization_level": Option(

@@ -61,11 +61,12 @@ def bench(
     steps: int | None = None,
     backend: str | None = None,
     device: str | None = None,
+    engine: str | None = None,
     threads: int | None = None,
 ) -> BenchResult:
     """Time `runs` calls after `warmup` calls that are not counted. Raises what Pipeline.load raises."""
     start = time.perf_counter()
-    pipe = Pipeline.load(path, backend=backend, device=device, threads=threads)
+    pipe = Pipeline.load(path, backend=backend, device=device, engine=engine, threads=threads)
     loaded = time.perf_counter()
     with pipe:
         steps = pipe.bundle.steps[0] if steps is None else steps

@@ -22,6 +22,7 @@ REFERENCE = "reference.safetensors"
 """What diffusers produced, in every bundle."""
 
 PRECISIONS = ("fp32", "fp16", "bf16")
+COMPUTED = (*PRECISIONS, "int8")  # what a backend may compute a graph in, the most precise first
 """What a graph may compute in, the most precise first."""
 DTYPES = ("float32", "float16", "int32", "uint8")
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from turbochain.runtime import bench, console, verify
+from turbochain.runtime import bench, console, profile, verify
 from turbochain.runtime.bundle import Bundle
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.files import write_atomically
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     timing.add_argument("--runs", type=int, default=10, help="counted runs (default 10)")
     timing.add_argument("--warmup", type=int, default=2, help="runs before those (default 2)")
     timing.add_argument("--steps", type=int, help="step count (default: the fewest that the bundle has)")
+    timing.add_argument("--profile", action="store_true", help="also the slowest operators of each stage (on a CPU)")
     timing.add_argument("--json", action="store_true")
     return console.run(parser, lambda arguments: arguments.command(arguments), argv)
 
@@ -53,12 +54,13 @@ def _command(commands: Any, name: str, function: console.Command, text: str, *, 
     if machine:
         parser.add_argument("--backend", help="default: the best engine in the bundle that fits this machine")
         parser.add_argument("--device", help="default: the backend's own choice")
+        parser.add_argument("--engine", help="the engine of this folder name in the bundle's engines/")
         parser.add_argument("--threads", type=int, help="CPU threads per launch (default: the backend's own choice)")
     return parser
 
 
 def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {"backend": arguments.backend, "device": arguments.device, "threads": arguments.threads}
+    return {name: getattr(arguments, name) for name in ("backend", "device", "engine", "threads")}
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -129,7 +131,14 @@ def _bench(arguments: argparse.Namespace) -> None:
         steps=arguments.steps,
         **_machine(arguments),
     )
-    print(json.dumps(result.to_json(), indent=2) if arguments.json else bench_text(result))
+    operators = {}
+    if arguments.profile:
+        operators = profile.profile(arguments.bundle, steps=arguments.steps, **_machine(arguments))
+    if arguments.json:
+        profiled = {graph: [dataclasses.asdict(o) for o in of] for graph, of in operators.items()}
+        print(json.dumps({**result.to_json(), **({"profile": profiled} if profiled else {})}, indent=2))
+    else:
+        print(bench_text(result), *([profile.as_text(operators)] if operators else []), sep="\n\n")
 
 
 def bench_text(result: bench.BenchResult) -> str:

@@ -1,5 +1,6 @@
 """Which engine of a bundle fits this machine, and opening it."""
 
+import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from turbochain.runtime import backends, files
 from turbochain.runtime.bundle import Bundle
 from turbochain.runtime.chain import stage_plan
 from turbochain.runtime.errors import BundleError, InputError
-from turbochain.runtime.manifest import Engine
+from turbochain.runtime.manifest import Engine, EngineKey
 
 
 def misfit(bundle: Bundle, engine: Engine, device: str | None = None) -> str | None:
@@ -23,7 +24,7 @@ def misfit(bundle: Bundle, engine: Engine, device: str | None = None) -> str | N
     if library is None:
         return f"its backend {key.backend} is not installed: {module.INSTALL}"
     try:
-        reason = module.misfit(key, library, module.device(device))
+        reason = module.misfit(dataclasses.replace(key, options=engine.options), library, module.device(device))
     except InputError as error:  # no such device here
         return str(error)
     if reason is None and any(key.graphs.get(g) != bundle.graph_digest(g) for g in bundle.chain.graphs):
@@ -52,29 +53,44 @@ def has_device(backend: str) -> bool:
     return True
 
 
-def select(bundle: Bundle, backend: str | None = None, device: str | None = None) -> tuple[str, Engine]:
-    """The folder name and manifest of the best engine that fits; BundleError says why none does."""
+def select(
+    bundle: Bundle, backend: str | None = None, device: str | None = None, engine: str | None = None
+) -> tuple[str, Engine]:
+    """The folder name and manifest of the best engine that fits, of several such the one that was built last.
+
+    `engine`: only the one of this folder name. BundleError says why none does.
+    """
     if backend is not None:
         backends.require(backend)
         backends.get(backend).device(device)  # where there is none, that is what helps
     reasons, fitting = [], []
-    for name, engine in bundle.engines().items():
-        if isinstance(engine, BundleError):
-            reasons.append(str(engine))
-        elif backend not in (None, engine.key.backend):
-            reasons.append(f"{name}: it is for the backend {engine.key.backend}")
-        elif reason := misfit(bundle, engine, device):
+    found = bundle.engines()
+    if engine not in (None, *found):
+        raise InputError(f"{bundle.path} has no engine {engine!r}: choose from {', '.join(found) or 'none'}")
+    for name, made in found.items():
+        if engine not in (None, name):
+            continue
+        if isinstance(made, BundleError):
+            reasons.append(str(made))
+        elif backend not in (None, made.key.backend):
+            reasons.append(f"{name}: it is for the backend {made.key.backend}")
+        elif reason := misfit(bundle, made, device):
             reasons.append(f"{name}: {reason}")
         else:
-            fitting.append((name, engine))
+            fitting.append((name, made))
     if fitting:
-        return max(fitting, key=lambda item: backends.get(item[1].key.backend).PREFERENCES[item[1].key.device].rank)
+        return max(fitting, key=lambda item: (_rank(item[1].key), item[1].created))
     if backend is None:
         backends.best(device)  # with no backend at all, its `pip install` line is what helps
     why = "; ".join(reasons) or "it has none"
     raise BundleError(
         f"{bundle.path} has no engine for this machine ({why}); build one: {_command(bundle, backend, device)}"
     )
+
+
+def _rank(key: EngineKey) -> int:
+    rank: int = backends.get(key.backend).PREFERENCES[key.device].rank
+    return rank
 
 
 def open_executor(
@@ -84,6 +100,7 @@ def open_executor(
     *,
     device: str | None = None,
     threads: int | None = None,
+    profile: bool = False,
 ) -> Any:
     """Hash everything that the engine reads, then load it. Its own files are code, so they are always hashed."""
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
@@ -91,7 +108,8 @@ def open_executor(
     folder = bundle.path / "engines" / name
     files.check_all(folder, engine.files, full=True)
     check_inputs(bundle)
-    return executor(bundle, engine.key.backend, folder, engine.key.options, device=device, threads=threads)
+    key = engine.key
+    return executor(bundle, key.backend, folder, engine.options, device=device, threads=threads, profile=profile)
 
 
 def check_inputs(bundle: Bundle) -> None:
@@ -109,10 +127,15 @@ def executor(
     device: str | None,
     threads: int | None,
     graphs: Sequence[str] | None = None,
+    profile: bool = False,
 ) -> Any:
-    """The backend's executor for an engine's folder, whose files have been hashed (`graphs`: only these, or all)."""
+    """The backend's executor for an engine's folder, whose files have been hashed.
+
+    `graphs`: only these, or all. `profile`: its `operators` will be asked for, which a GPU's executor does not have.
+    """
     module = backends.get(backend)
-    return module.executor(bundle, folder, options, device=module.device(device), threads=threads, graphs=graphs)
+    where = {"device": module.device(device), "threads": threads, "graphs": graphs}
+    return module.executor(bundle, folder, options, **where, **({"profile": True} if profile else {}))
 
 
 def feeds(bundle: Bundle, executor: Any, steps: int) -> dict[str, np.ndarray]:

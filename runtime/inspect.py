@@ -103,7 +103,7 @@ def _engine_text(name: str, engine: dict[str, Any]) -> str:
     worst = "; ".join(f"{c['stage']} {c['metric']} {c['value']:.3g}" for c in engine["checks"])
     key = engine["key"]
     where = Gpu(**key["gpu"]) if key["gpu"] else key["device"]
-    options = "".join(f", {k}={v}" for k, v in engine["ordered"].items())
+    options = "".join(f", {k}={v}" for k, v in (engine["ordered"] | engine["settled"]).items())
     return (
         f"engine {name}: {fits}\n  {key['backend']} on {where}, {key['library']} {key['version']}{options}, "
         f"{console.size(sum(engine['bytes'].values()))}\n  "

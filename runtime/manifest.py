@@ -191,6 +191,12 @@ class Engine:
     created: str
     created_by: dict[str, str]
     ordered: dict[str, Any] = field(default_factory=dict)  # of the key's options those that are not the defaults
+    settled: dict[str, Any] = field(default_factory=dict)  # options that the verification decided, such as "auto"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it runs with."""
+        return {**self.key.options, **self.settled}
 
 
 def read(kind: type[T], path: Path) -> T:

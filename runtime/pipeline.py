@@ -75,19 +75,21 @@ class Pipeline:
         *,
         backend: str | None = None,
         device: str | None = None,
+        engine: str | None = None,
         threads: int | None = None,
         prompt_cache_bytes: int = PROMPT_CACHE_BYTES,
     ) -> "Pipeline":
-        """Open a bundle's best engine for this machine (or the one of `backend`), every file hashed first.
+        """Open a bundle's best engine for this machine, every file hashed first.
 
+        `backend`, `device`: the best one of these. `engine`: the one of this folder name in `engines/`.
         `threads`: how many CPU threads one launch may use (None: the backend's own choice).
         `prompt_cache_bytes`: bound of the prompt embeddings that are kept. Raises BundleError where the
         bundle is damaged or has no engine that fits, BackendMissing where the backend is not installed,
         VerificationError where an engine that was built on another machine fails its checks on this one.
         """
         bundle = Bundle.open(path)
-        name, engine = engines.select(bundle, backend, device)
-        executor = verify.open_verified(bundle, name, engine, device=device, threads=threads)
+        name, chosen = engines.select(bundle, backend, device, engine)
+        executor = verify.open_verified(bundle, name, chosen, device=device, threads=threads)
         try:
             return cls(bundle, executor, engine_name=name, prompt_cache_bytes=prompt_cache_bytes)
         except BaseException:

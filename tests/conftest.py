@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("runtime", "export", "engines")
 SIZE = (64, 64)
 FAMILIES = ("sd", "sdxl")
+ON = {"backend": "onnxruntime", "device": "cpu"}  # where a test builds, on every machine, unless it is about another
+ON_ARGUMENTS = ("--backend", "onnxruntime", "--device", "cpu")
 
 BundleFactory = Callable[..., Path]
 
@@ -74,9 +76,8 @@ def bundle_of(checkpoints: dict[str, Path], shared: Path) -> BundleFactory:
     def make(family: str, batch: int = 1, precision: str = "fp32") -> Path:
         path = root / f"{family}-{batch}-{precision}.bundle"
         with locked(root / f"{path.name}.lock"):  # the other process may be building it
-            if not (path / "engines").exists():  # by the CPU's backend on every machine, so that it is the same there
-                where = {"backend": "onnxruntime", "device": "cpu"}
-                build(str(checkpoints[family]), path, precision=precision, size=SIZE, batch=batch, quiet=True, **where)
+            if not (path / "engines").exists():
+                build(str(checkpoints[family]), path, precision=precision, size=SIZE, batch=batch, quiet=True, **ON)
         return path
 
     return make

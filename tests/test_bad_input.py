@@ -250,9 +250,15 @@ OPTIONS = {
         "the backend onnxruntime cannot compute in bf16 on cpu, only in fp32 and fp16: choose another precision with "
         "build-engine's --precision or --vae-precision, or another backend with --backend",
     ),
-    "backend": (["--backend", "abacus"], "there is no backend 'abacus': choose from tensorrt, onnxruntime"),
-    "backend's helper": (["--backend", "host"], "there is no backend 'host': choose from tensorrt, onnxruntime"),
-    "backend with a dot": (["--backend", "a.b"], "there is no backend 'a.b': choose from tensorrt, onnxruntime"),
+    "backend": (["--backend", "abacus"], "there is no backend 'abacus': choose from tensorrt, onnxruntime, openvino"),
+    "backend's helper": (
+        ["--backend", "host"],
+        "there is no backend 'host': choose from tensorrt, onnxruntime, openvino",
+    ),
+    "backend with a dot": (
+        ["--backend", "a.b"],
+        "there is no backend 'a.b': choose from tensorrt, onnxruntime, openvino",
+    ),
     "device": (["--backend", "onnxruntime", "--device", "tpu"], "device='tpu': onnxruntime runs on 'cpu'; on a GPU"),
     "device of no backend": (["--device", "tpu"], "no backend can run here: device='tpu': cuda, or cuda:N for"),
 }

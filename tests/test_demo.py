@@ -18,7 +18,7 @@ import pytest
 import scenes
 import score
 import torch
-from conftest import command, locked
+from conftest import ON, ON_ARGUMENTS, command, locked
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from test_parity import Pictures, assert_same_picture, ours, theirs
@@ -53,7 +53,7 @@ def bundle(shared: Path) -> Path:
     path = shared / "demo.bundle"
     with locked(shared / "demo.lock"):
         if not (path / "engines").exists():
-            done = command("build-engine", "demo", "-o", path, "--backend", "onnxruntime", "--device", "cpu")
+            done = command("build-engine", "demo", "-o", path, *ON_ARGUMENTS)
             assert done.returncode == 0, done.stderr
     return path
 
@@ -133,7 +133,7 @@ def test_fp32_is_diffusers_picture(bundle: Path, diffusers: Any, steps: int) -> 
 
 
 def test_fp16_is_close_to_diffusers_in_fp32(diffusers: Any, tmp_path: Path) -> None:
-    result = build("demo", tmp_path / "half.bundle", precision="fp16", backend="onnxruntime", device="cpu", quiet=True)
+    result = build("demo", tmp_path / "half.bundle", precision="fp16", quiet=True, **ON)
     assert result.precision["unet"] == result.precision["vae_decoder"] == "fp16"
     with Pipeline.load(result.bundle) as pipe:
         for i in (1, SINGLE + 2, SINGLE + 3):
@@ -187,7 +187,7 @@ def test_the_bundle_names_its_source_and_licence(bundle: Path) -> None:
 def test_demo_is_the_models_name_wherever_it_is_called(bundle: Path, tmp_path: Path) -> None:
     """Also where a folder has that name: `./demo` is the folder."""
     (tmp_path / "demo").mkdir()
-    where = ("--backend", "onnxruntime", "--device", "cpu")
+    where = ON_ARGUMENTS
     assert command("build-engine", "demo", "-o", bundle, *where, cwd=tmp_path).stdout.count("nothing to do") == 1
     said = command("build-engine", "./demo", "-o", "x.bundle", cwd=tmp_path)
     assert said.returncode == 2 and "has no model_index.json" in said.stderr
@@ -198,7 +198,7 @@ def test_an_installed_wheel_has_it(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
     code = "import turbochain.engines.cli as cli, sys; print(cli.__file__); sys.exit(cli.main(sys.argv[1:]))"
-    line = [sys.executable, "-c", code, "demo", "-o", "demo.bundle", "--size", "64x64", "--steps", "1"]
+    line = [sys.executable, "-c", code, "demo", "-o", "demo.bundle", "--size", "64x64", "--steps", "1", *ON_ARGUMENTS]
     there = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
     done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=there, timeout=300)
     assert done.returncode == 0 and str(tmp_path / "installed") in done.stdout, done.stderr

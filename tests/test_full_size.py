@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import command
+from conftest import ON_ARGUMENTS, command
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +18,9 @@ MEASURE = runpy.run_path(str(ROOT / "benchmarks/measure.py"))
 @pytest.mark.parametrize(("source", "precision"), [("synthetic:sd-turbo", "fp32"), ("synthetic:sdxl-turbo", "fp16")])
 def test_full_size(source: str, precision: str, tmp_path: Path) -> None:
     bundle, picture = tmp_path / "full.bundle", tmp_path / "cat.png"
-    built = command("build-engine", source, "-o", bundle, "--precision", precision, "--json", timeout=3600)
+    built = command(
+        "build-engine", source, "-o", bundle, "--precision", precision, "--json", *ON_ARGUMENTS, timeout=3600
+    )
     assert built.returncode == 0, built.stderr
     assert all(check["passed"] for check in json.loads(built.stdout)["checks"])
 

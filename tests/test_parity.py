@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, SIZE, BundleFactory
+from conftest import FAMILIES, ON, SIZE, BundleFactory
 from diffusers import DiffusionPipeline
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -194,7 +194,7 @@ def test_other_checkpoints_and_sizes(
 ) -> None:
     folder, bundle = tmp_path / "checkpoint", tmp_path / "other.bundle"
     write(checkpoints, folder)
-    build(str(folder), bundle, precision="fp32", size=size, batch=1, steps=steps, quiet=True)
+    build(str(folder), bundle, precision="fp32", size=size, batch=1, steps=steps, quiet=True, **ON)
     calls = {
         f"{count} steps, seed {seed}": {"prompt": prompt, "num_inference_steps": count, "seed": seed}
         for count in steps

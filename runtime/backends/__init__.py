@@ -7,6 +7,8 @@
   there is none, with the reason;
 - `misfit(key, library, device) -> str | None`: why an engine of this key does not run there, as a phrase
   (`exact` where nothing may differ);
+- perhaps `precision(graph, options) -> str`: what an engine with these options computes a graph in, where that is not
+  the graph's own precision;
 - `executor(bundle, folder, options, *, device, threads, graphs)`: a `host.HostExecutor` or a `device.DeviceExecutor`.
 
 Nothing here imports a backend's library before an executor is made.
@@ -14,13 +16,15 @@ Nothing here imports a backend's library before an executor is made.
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from turbochain.runtime.errors import BackendMissing, InputError
-from turbochain.runtime.manifest import EngineKey, Gpu
+from turbochain.runtime.manifest import EngineKey, Gpu, Graph
 
-_SHARED = ("host", "device")
+_SHARED = ("host", "device", "openvino_model")
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,14 @@ def require(name: str) -> tuple[str, str]:
 def preference(name: str, device: Device) -> Preference:
     """What the backend is like on that device."""
     return get(name).PREFERENCES[device.kind]
+
+
+def precisions(name: str, options: Mapping[str, Any], graphs: Mapping[str, Graph]) -> dict[str, str]:
+    """Graph → what an engine of the backend with these options computes it in."""
+    module = get(name)
+    if not hasattr(module, "precision"):
+        return {g: graph.precision for g, graph in graphs.items()}
+    return {g: module.precision(graph, options) for g, graph in graphs.items()}
 
 
 def require_precision(name: str, device: Device, precision: str) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,11 @@ class HostExecutor(ABC):
         device: Device,
         threads: int | None = None,
         graphs: Sequence[str] | None = None,
+        profile: bool = False,
     ) -> None:
-        """`graphs`: load only these of the chain (None: all of it)."""
+        """`graphs`: load only these of the chain (None: all of it). `profile`: `operators` will be asked for."""
         self.bundle, self.folder, self.options = bundle, folder, dict(options)
-        self.device, self.threads = device, threads
+        self.device, self.threads, self.profile = device, threads, profile
         self.seconds = 0.0
         """How long the graphs' launches of the last `execute` took."""
         self.buffers = {name: np.zeros(t.shape, t.dtype) for name, t in bundle.tensors.items()}
@@ -44,6 +45,15 @@ class HostExecutor(ABC):
     @abstractmethod
     def load(self, graph: str) -> Callable[[], None]:
         """Load a graph, bind its inputs and outputs to `self.buffers`, and return what launches it."""
+
+    @abstractmethod
+    def operators(self, graph: str) -> Iterable[tuple[str, float]]:
+        """With `profile`: the kind of every operator of a graph, and its mean seconds of one launch; asked for once."""
+
+    @property
+    def loaded(self) -> set[str]:
+        """The graphs that are loaded."""
+        return set(self._graphs)
 
     def execute(
         self, plan: Plan, feeds: Mapping[str, np.ndarray], observe: Observe | None = None

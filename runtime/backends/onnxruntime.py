@@ -1,7 +1,11 @@
 """ONNX Runtime: reads the bundle's graphs directly, on its CPU provider or, with onnxruntime-gpu, on a GPU."""
 
 import importlib
-from collections.abc import Callable, Mapping
+import json
+import os
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +70,10 @@ def executor(
 class CpuExecutor(HostExecutor):
     """Every graph is a session, bound once to the buffers."""
 
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        self._profiled: dict[str, Any] = {}  # graph → its session
+        super().__init__(*arguments, **more)
+
     def load(self, graph: str) -> Callable[[], None]:
         """Create the graph's session; TurbochainError where ONNX Runtime cannot."""
         backends.require_precision("onnxruntime", self.device, self.bundle.manifest.graphs[graph].precision)
@@ -74,10 +82,28 @@ class CpuExecutor(HostExecutor):
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
+        if self.profile and graph not in self.bundle.chain.once:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(tempfile.gettempdir()) / f"turbochain-{os.getpid()}-{graph}")
         session = _session(self.bundle, graph, options, ["CPUExecutionProvider"])
+        if options.enable_profiling:
+            self._profiled[graph] = session
         at = {name: buffer.ctypes.data for name, buffer in self.buffers.items()}
         binding = _bind(self.bundle.manifest.graphs[graph], session, "cpu", 0, at)
         return lambda: _run(graph, session, binding, None)
+
+    def operators(self, graph: str) -> Iterable[tuple[str, float]]:
+        """See HostExecutor: ONNX's operators, and those that ONNX Runtime makes of several."""
+        path = Path(self._profiled.pop(graph).end_profiling())
+        events = json.loads(path.read_text())
+        path.unlink()
+        launches = sum(event["name"] == "model_run" for event in events)
+        seconds: dict[tuple[str, str], float] = defaultdict(float)
+        for event in events:
+            if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
+                seconds[event["name"], event["args"]["op_name"]] += 1e-6 * event["dur"] / launches
+        for (_, kind), mean in seconds.items():
+            yield kind, mean
 
 
 class CudaExecutor(DeviceExecutor):

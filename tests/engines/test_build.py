@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import command
+from conftest import ON, ON_ARGUMENTS, command
 from safetensors.torch import load_file, save_file
 
 from turbochain.engines import build
@@ -52,7 +52,7 @@ def test_a_second_build_does_nothing(sd: Path, checkpoints: dict[str, Path]) -> 
     before = sizes(sd)
     for source in (checkpoints["sd"], sd):
         start = time.monotonic()
-        done = command("build-engine", source, "-o", sd, "--size", "64x64", "--precision", "fp32", "--steps", "1-4")
+        done = command("build-engine", source, "-o", sd, "--size", "64x64", "--steps", "1-4", *ON_ARGUMENTS)
         seconds = time.monotonic() - start
         assert done.returncode == 0 and "nothing to do: it is built and verified already" in done.stdout, done
         assert phases(done.stderr) == [] and seconds < 2
@@ -62,7 +62,7 @@ def test_a_second_build_does_nothing(sd: Path, checkpoints: dict[str, Path]) -> 
 def test_a_second_build_imports_no_torch(sd: Path, checkpoints: dict[str, Path]) -> None:
     code = (
         "import sys; from turbochain.engines import build\n"
-        "assert build(sys.argv[1], sys.argv[2], size=(64, 64)).phases == []"
+        "assert build(sys.argv[1], sys.argv[2], size=(64, 64), backend='onnxruntime').phases == []"
     )
     done = without_torch(code, checkpoints["sd"], sd)
     assert done.returncode == 0, done.stderr
@@ -72,7 +72,8 @@ def test_a_new_engine_imports_no_torch(sd: Path, copy_of) -> None:
     bundle = copy_of(sd)
     shutil.rmtree(bundle / "engines")
     code = (
-        "import sys; from turbochain.engines import build\nprint([phase.name for phase in build(sys.argv[1]).phases])"
+        "import sys; from turbochain.engines import build\n"
+        "print([phase.name for phase in build(sys.argv[1], backend='onnxruntime').phases])"
     )
     done = without_torch(code, bundle)
     assert done.returncode == 0, done.stderr
@@ -86,7 +87,7 @@ def test_a_damaged_engine_is_built_again(sd: Path, copy_of, damage: str) -> None
     bundle = copy_of(sd)
     (engine,) = bundle.glob("engines/*/engine.json")
     engine.write_text(damage)
-    done = command("build-engine", bundle)
+    done = command("build-engine", bundle, *ON_ARGUMENTS)
     assert done.returncode == 0 and phases(done.stderr) == ALL[5:], done
     assert [p.name for p in bundle.glob("engines/*/*")] == ["engine.json"]
     with Pipeline.load(bundle) as pipe:
@@ -106,7 +107,7 @@ def test_an_engine_that_fails_is_not_installed(sd: Path, copy_of, case: str) -> 
     shutil.rmtree(bundle / "engines")
     edit_json(bundle / "bundle.json", lambda m: mutate(m["chains"]["text-to-image"]["schedules"]["1"]["rows"][0]))
     before = sizes(bundle)
-    done = command("build-engine", bundle)
+    done = command("build-engine", bundle, *ON_ARGUMENTS)
     assert (done.returncode, done.stdout) == (1, ""), done
     last = done.stderr.splitlines()[-1]
     assert last.startswith("build-engine: error: the result differs from what diffusers produced: ")
@@ -117,7 +118,7 @@ def test_an_engine_that_fails_is_not_installed(sd: Path, copy_of, case: str) -> 
 def test_the_summary_and_the_phases(sd: Path, copy_of) -> None:
     bundle = copy_of(sd)
     shutil.rmtree(bundle / "engines")
-    done = command("build-engine", bundle)
+    done = command("build-engine", bundle, *ON_ARGUMENTS)
     head, rule, *rows = done.stdout.splitlines()
     assert head.split("  ")[0] == "stage" and set(rule) == {"-", " "}
     columns = [c.strip() for c in head.split("  ") if c.strip()]
@@ -132,7 +133,7 @@ def test_the_summary_and_the_phases(sd: Path, copy_of) -> None:
 
 
 def test_the_result_as_json(sd: Path) -> None:
-    done = command("build-engine", sd, "--json")
+    done = command("build-engine", sd, "--json", *ON_ARGUMENTS)
     result = json.loads(done.stdout)
     assert result["bundle"] == str(sd) and result["phases"] == [] and result["backend"] == "onnxruntime"
     assert result["precision"] == dict.fromkeys(GRAPHS, "fp32") and all(c["passed"] for c in result["checks"])
@@ -142,7 +143,7 @@ def test_peaks_are_those_of_the_phase(sd: Path, copy_of) -> None:
     """Not of the process that started it: this one has torch in it."""
     bundle, ballast = copy_of(sd), b"turbochain" * 60_000_000
     shutil.rmtree(bundle / "engines")
-    peaks = [phase.peak_bytes for phase in build(str(bundle), quiet=True).phases]
+    peaks = [phase.peak_bytes for phase in build(str(bundle), quiet=True, **ON).phases]
     assert len(ballast) == 600e6 and all(20e6 < peak < 500e6 for peak in peaks), peaks
 
 
@@ -160,11 +161,12 @@ def test_the_default_name(tmp_path: Path, sd: Path, copy_of) -> None:
         done = command("build-engine", source, cwd=tmp_path)
         assert f"error: {name}.bundle exists and is not a bundle" in done.stderr
     bundle = copy_of(sd)
-    assert command("build-engine", bundle, cwd=tmp_path / "hub").stdout.count(f"{bundle}: nothing to do") == 1
+    done = command("build-engine", bundle, *ON_ARGUMENTS, cwd=tmp_path / "hub")
+    assert done.stdout.count(f"{bundle}: nothing to do") == 1
 
 
 def test_a_bundle_is_copied_without_torch(sd: Path, tmp_path: Path) -> None:
-    code = "import sys\nfrom turbochain.engines import build\nbuild(sys.argv[1], sys.argv[2])"
+    code = "import sys\nfrom turbochain.engines import build\nbuild(sys.argv[1], sys.argv[2], backend='onnxruntime')"
     done = without_torch(code, sd, tmp_path / "copy.bundle")
     assert done.returncode == 0 and phases(done.stderr) == [*(f"compile {g}" for g in GRAPHS), "verify"], done.stderr
     pictures = []
@@ -177,7 +179,7 @@ def test_a_bundle_is_copied_without_torch(sd: Path, tmp_path: Path) -> None:
 def test_a_damaged_bundle_is_not_copied(sd: Path, copy_of, tmp_path: Path) -> None:
     bundle = copy_of(sd)
     (bundle / "graphs/unet.onnx.data").unlink()
-    done = command("build-engine", bundle, "-o", tmp_path / "copy.bundle")
+    done = command("build-engine", bundle, "-o", tmp_path / "copy.bundle", *ON_ARGUMENTS)
     assert (
         done.returncode == 2 and "'graphs/unet.onnx.data' is missing" in done.stderr and "Traceback" not in done.stderr
     )
@@ -194,7 +196,7 @@ def test_a_changed_source_is_noticed(sd: Path, checkpoints: dict[str, Path], cop
     shutil.copytree(checkpoints["sd"], source)  # the same names, sizes and times: the same source
 
     def again() -> Any:
-        return build(str(source), bundle, size=(64, 64), quiet=True)
+        return build(str(source), bundle, size=(64, 64), quiet=True, **ON)
 
     before = sizes(bundle)
     assert again().phases == []
@@ -243,7 +245,7 @@ def test_a_full_disk_a_kill_and_two_at_once(fp16_only: Path, tmp_path: Path) -> 
     """
     (tmp_path / "disk").mkdir()
     own = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", STORY, "sh"]
-    line = [BUILD, fp16_only, "-o", "disk/x.bundle", "--size", "64x64", "--steps", "1,2", "--precision", "fp32"]
+    line = [BUILD, fp16_only, "-o", "disk/x.bundle", "--size", "64x64", "--steps", "1,2", *ON_ARGUMENTS]
     done = subprocess.run([*own, *line], cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.stdout.split() == TOLD.split(), done
     full, killed, first, second = ((tmp_path / name).read_text() for name in ("full", "killed", "first", "second"))
@@ -272,7 +274,7 @@ def test_chatter_is_hidden_unless_verbose(sd: Path, copy_of, tmp_path: Path) -> 
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     for options, seen in (((), False), (("-v",), True)):
         shutil.rmtree(bundle / "engines", ignore_errors=True)
-        done = command("build-engine", bundle, *options, env=env)
+        done = command("build-engine", bundle, *options, *ON_ARGUMENTS, env=env)
         assert done.returncode == 1 and "build-engine: error: the phase compile failed: RuntimeError: no" in done.stderr
         assert [word in done.stderr for word in ("printed", "warned", "written")] == [seen] * 3, done.stderr
         assert done.stdout == ""

@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import FAMILIES, SIZE, BundleFactory, command
+from conftest import FAMILIES, ON_ARGUMENTS, SIZE, BundleFactory, command
 from diffusers.models.attention_processor import Attention
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
@@ -180,7 +180,9 @@ def large(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 def built(large: Path) -> tuple[Bundle, subprocess.CompletedProcess[str]]:
     path = large.with_name("large.bundle")
     size = "x".join(map(str, SIZE))
-    done = command("build-engine", large, "-o", path, "--precision", "fp16", "--size", size, "--steps", "1")
+    done = command(
+        "build-engine", large, "-o", path, "--precision", "fp16", "--size", size, "--steps", "1", *ON_ARGUMENTS
+    )
     assert done.returncode == 0, done.stderr
     return Bundle.open(path), done
 
@@ -211,10 +213,14 @@ class StrictExecutor(HostExecutor):
 
         return launch
 
+    def operators(self, graph: str) -> Iterator[tuple[str, float]]:
+        raise NotImplementedError
+
 
 def test_what_was_built_is_right_in_strict_fp16(built: tuple[Bundle, subprocess.CompletedProcess[str]]) -> None:
     bundle, _ = built
-    checks = verify.verify(bundle, StrictExecutor(bundle, bundle.path, {}, device=Device("cpu")))
+    executor = StrictExecutor(bundle, bundle.path, {}, device=Device("cpu"))
+    checks = verify.verify(bundle, executor, {name: graph.precision for name, graph in bundle.manifest.graphs.items()})
     assert {check.stage for check in checks} == {*bundle.manifest.graphs, "schedule", "image"} - {"time"}
     verify.require(checks)
 

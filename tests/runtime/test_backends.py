@@ -1,6 +1,7 @@
 """One conformance test over every backend that is installed, and the plans that they carry out."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from onnx.reference import ReferenceEvaluator
 
 from turbochain.engines import build
 from turbochain.runtime import Bundle, InputError, Pipeline, backends, engine
+from turbochain.runtime.backends import openvino
 from turbochain.runtime.bundle import PRECISIONS
 from turbochain.runtime.chain import Constant, Copy, Download, Run, Upload, plan, stage_plan
-from turbochain.runtime.manifest import Tensor
+from turbochain.runtime.manifest import Engine, Tensor
 
 
 def _usable(name: str, device: str) -> bool:
@@ -29,30 +31,48 @@ def _usable(name: str, device: str) -> bool:
 
 
 USABLE = [(name, device) for name in backends.names() for device in ("cpu", "cuda") if _usable(name, device)]
+WHERE = [
+    (name, device, precision)
+    for name, device in USABLE
+    for precision in (("fp32", "bf16") if name == "openvino" and openvino.has_bf16() else ("fp32",))
+]
 GRAPHS = [("sd", g) for g in ("text_encoder", "time", "unet", "vae_decoder")] + [
     ("sdxl", g) for g in ("text_encoder", "text_encoder_2", "time", "unet", "vae_decoder")
 ]
-CLOSE = {"float32": 1e-4, "uint8": 1.0}  # relative to the largest value; levels
+CLOSE = {"fp32": {"float32": 1e-4, "uint8": 1.0}, "bf16": {"float32": 5e-2, "uint8": 8.0}}
+"""Relative to the largest value; levels. In bf16 a value has 8 bits."""
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(u, id=" on ".join(u), marks=[pytest.mark.gpu] if u[1] == "cuda" else []) for u in USABLE],
+    params=[pytest.param(w, id="{} on {} in {}".format(*w), marks=[pytest.mark.gpu] * (w[1] == "cuda")) for w in WHERE],
 )
-def where(request: pytest.FixtureRequest) -> tuple[str, str]:
-    """A backend and a device that it runs on here."""
+def where(request: pytest.FixtureRequest) -> tuple[str, str, str]:
+    """A backend, a device that it runs on here, and what it computes in."""
     return request.param
 
 
 @pytest.fixture(scope="module")
-def executors(where: tuple[str, str], bundle_of: BundleFactory) -> Iterator[dict[str, Any]]:
-    """Family → an executor with every graph of a bundle of one picture."""
-    backend, device = where
-    made = {}
+def engines(
+    where: tuple[str, str, str], bundle_of: BundleFactory, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Bundle, str, Engine]]:
+    """Family → a bundle of one picture, with an engine of that kind."""
+    backend, device, precision = where
+    options = {"inference_precision": precision} if backend == "openvino" else {}
+    found = {}
     for family in FAMILIES:
-        bundle = Bundle.open(bundle_of(family))
-        build(str(bundle.path), bundle.path, backend=backend, device=device, quiet=True)  # mostly there already
-        made[family] = engine.open_executor(bundle, *engine.select(bundle, backend, device), device=device)
+        path = tmp_path_factory.mktemp("bundle") / family
+        shutil.copytree(bundle_of(family), path)
+        made = build(str(path), path, backend=backend, device=device, options=options, quiet=True)
+        bundle = Bundle.open(path)
+        found[family] = (bundle, made.engine, bundle.engines()[made.engine])
+    return found
+
+
+@pytest.fixture(scope="module")
+def executors(where: tuple[str, str, str], engines: dict[str, tuple[Bundle, str, Engine]]) -> Iterator[dict[str, Any]]:
+    """Family → an executor with every graph of that bundle."""
+    made = {family: engine.open_executor(*of, device=where[1]) for family, of in engines.items()}
     yield made
     for executor in made.values():
         executor.close()
@@ -73,29 +93,33 @@ def right(bundle: Bundle, graph: str, feeds: dict[str, np.ndarray]) -> dict[str,
     return dict(zip(names, ReferenceEvaluator(model).run(names, feeds), strict=True))
 
 
-def assert_close(results: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+def assert_close(results: dict[str, np.ndarray], expected: dict[str, np.ndarray], precision: str) -> None:
     assert set(results) == set(expected)
     for name, reference in expected.items():
         assert (results[name].dtype, results[name].shape) == (reference.dtype, reference.shape)
         difference = np.abs(results[name].astype(np.float64) - reference)
         scale = 1 if reference.dtype == np.uint8 else float(np.abs(reference).max())
-        assert difference.max() <= CLOSE[reference.dtype.name] * scale, name
-        assert reference.dtype != np.uint8 or (difference > 0).mean() <= 1e-3
+        assert difference.max() <= CLOSE[precision][reference.dtype.name] * scale, name
+        assert precision != "fp32" or reference.dtype != np.uint8 or (difference > 0).mean() <= 1e-3
 
 
 @pytest.mark.parametrize(("family", "graph"), GRAPHS)
-def test_a_stage_computes_what_its_graph_says(executors: dict[str, Any], family: str, graph: str) -> None:
+def test_a_stage_computes_what_its_graph_says(
+    where: tuple[str, str, str], executors: dict[str, Any], family: str, graph: str
+) -> None:
     executor, random = executors[family], np.random.default_rng(0)
     tensors = executor.bundle.manifest.graphs[graph]
     for _ in range(2):  # the second launch reuses the buffers
         feeds = {t.name: random_value(random, t) for t in tensors.inputs}
         results = executor.execute(stage_plan(graph, tensors), feeds)
-        assert_close(results, right(executor.bundle, graph, feeds))
+        assert_close(results, right(executor.bundle, graph, feeds), where[2])
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_chain_is_its_stages_joined_by_name(executors: dict[str, Any], family: str, steps: int) -> None:
+def test_a_chain_is_its_stages_joined_by_name(
+    where: tuple[str, str, str], executors: dict[str, Any], family: str, steps: int
+) -> None:
     executor, random = executors[family], np.random.default_rng(1)
     bundle = executor.bundle
     chain, graphs, tensors = bundle.chain, bundle.manifest.graphs, bundle.tensors
@@ -120,7 +144,7 @@ def test_a_chain_is_its_stages_joined_by_name(executors: dict[str, Any], family:
     results = executor.execute(
         plan(chain, graphs, steps, downloads=["next_latents"]), feeds, lambda graph, seconds: launched.append(graph)
     )
-    assert_close(results, {name: values[name] for name in ("next_latents", "image")})
+    assert_close(results, {name: values[name] for name in ("next_latents", "image")}, where[2])
     assert launched == [item for item in sequence if isinstance(item, str)]
 
 
@@ -137,11 +161,10 @@ def test_feeds_are_left_alone(executors: dict[str, Any]) -> None:
 
 
 def test_an_executor_may_hold_a_single_graph(
-    where: tuple[str, str], executors: dict[str, Any], bundle_of: BundleFactory
+    where: tuple[str, str, str], engines: dict[str, tuple[Bundle, str, Engine]]
 ) -> None:
-    backend, device = where
-    bundle = Bundle.open(bundle_of("sd"))
-    name, made = engine.select(bundle, backend, device)
+    backend, device, precision = where
+    bundle, name, made = engines["sd"]
     module = backends.get(backend)
     executor = module.executor(
         bundle,
@@ -154,18 +177,17 @@ def test_an_executor_may_hold_a_single_graph(
     tensors = bundle.manifest.graphs["vae_decoder"]
     feeds = {t.name: random_value(np.random.default_rng(3), t) for t in tensors.inputs}
     results = executor.execute(stage_plan("vae_decoder", tensors), feeds)
-    assert_close(results, right(bundle, "vae_decoder", feeds))
+    assert_close(results, right(bundle, "vae_decoder", feeds), precision)
     with pytest.raises(KeyError):
         executor.execute((Run("unet"),), {})
     executor.close()
 
 
 def test_a_graph_that_was_unloaded_is_gone(
-    where: tuple[str, str], executors: dict[str, Any], bundle_of: BundleFactory
+    where: tuple[str, str, str], engines: dict[str, tuple[Bundle, str, Engine]]
 ) -> None:
-    backend, device = where
-    bundle = Bundle.open(bundle_of("sd"))
-    executor = engine.open_executor(bundle, *engine.select(bundle, backend, device), device=device)
+    bundle = engines["sd"][0]
+    executor = engine.open_executor(*engines["sd"], device=where[1])
     before = engine.feeds(bundle, executor, 2)
     executor.unload("time")
     with pytest.raises(KeyError):
@@ -177,8 +199,8 @@ def test_a_graph_that_was_unloaded_is_gone(
     executor.close()
 
 
-def test_every_backend_says_what_it_needs(where: tuple[str, str]) -> None:
-    backend, device = where
+def test_every_backend_says_what_it_needs(where: tuple[str, str, str]) -> None:
+    backend, device, _ = where
     module = backends.get(backend)
     assert backends.library(backend)[0] in module.LIBRARIES
     assert module.INSTALL.startswith("pip install ")

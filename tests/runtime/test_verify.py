@@ -31,9 +31,10 @@ def checks_of(path: Path) -> list[Check]:
     """Everything hashed, then every figure."""
     bundle = Bundle.open(path)
     bundle.check_files(full=True)
-    executor = engine.open_executor(bundle, *engine.select(bundle))
+    name, chosen = engine.select(bundle)
+    executor = engine.open_executor(bundle, name, chosen)
     try:
-        return verify.verify(bundle, executor)
+        return verify.verify(bundle, executor, verify.precisions(bundle, chosen))
     finally:
         executor.close()
 

@@ -1,0 +1,265 @@
+"""What is OpenVINO's alone; the conformance test is in test_backends.py, the bounds in test_verify.py."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import FAMILIES, BundleFactory, command
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from skimage.metrics import peak_signal_noise_ratio
+from test_parity import assert_same_picture, load_diffusers, theirs
+from torch import nn
+
+from turbochain.engines import build
+from turbochain.runtime import (
+    Bundle,
+    BundleError,
+    InputError,
+    Pipeline,
+    TurbochainError,
+    VerificationError,
+    backends,
+    verify,
+)
+from turbochain.runtime.backends import openvino as backend
+from turbochain.runtime.backends import openvino_model
+from turbochain.runtime.profile import profile
+
+Copy = Callable[[Path], Path]
+openvino = backend.library()
+HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+CALL = {"prompt": "a cat in the snow", "num_inference_steps": 2, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def engines(bundle_of: BundleFactory, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """ "fp32" and "default": copies of the SD miniature, each with one engine."""
+    made = {}
+    for name, arguments in {"fp32": ("--precision", "fp32"), "default": ()}.items():
+        made[name] = tmp_path_factory.mktemp("openvino") / f"{name}.bundle"
+        shutil.copytree(bundle_of("sd"), made[name])
+        shutil.rmtree(made[name] / "engines")
+        done = command("build-engine", made[name], *arguments)
+        assert done.returncode == 0, done.stderr
+        made[name].with_suffix(".txt").write_text(done.stdout + done.stderr)
+    return made
+
+
+def picture(bundle: Path, **where: Any) -> np.ndarray:
+    with Pipeline.load(bundle, **where) as pipe:
+        return pipe(**CALL, output_type="uint8").images
+
+
+def test_it_is_the_default_on_a_cpu_and_says_why(engines: dict[str, Path]) -> None:
+    said = engines["default"].with_suffix(".txt").read_text()
+    assert "backend openvino on cpu: it is the fastest on a CPU, and computes in bf16 where the CPU can" in said
+    computed = {row.split()[0]: row.split()[1] for row in said.splitlines() if " MiB " in row}
+    assert computed == dict.fromkeys(("text_encoder", "unet", "vae_decoder"), "bf16" if HAS_BF16 else "fp32")
+    assert " fp32 " in engines["fp32"].with_suffix(".txt").read_text()
+
+
+def test_nobody_is_told_of_it(engines: dict[str, Path]) -> None:
+    """openvino_telemetry, which is installed here, forks a process that reports each import of openvino."""
+    assert importlib.util.find_spec("openvino_telemetry")
+    code = (
+        "import sys, turbochain.runtime as t, pathlib; p = t.Pipeline.load(sys.argv[1]); p('a cat', seed=0)\n"
+        "print([m for m in sys.modules if m.startswith('openvino_telemetry')])\n"
+        "print([t.read_text() for t in pathlib.Path('/proc/self/task').glob('*/children') if t.read_text()])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, engines["fp32"]], capture_output=True, text=True, timeout=60)
+    loaded, children = done.stdout.splitlines()
+    assert (loaded, children) == ("[]", "[]"), done
+
+
+def test_nothing_of_the_weights_is_written(engines: dict[str, Path]) -> None:
+    for bundle in engines.values():
+        assert [path.name for path in bundle.glob("engines/*/*")] == ["engine.json"]
+
+
+def test_fp32_is_diffusers_picture(engines: dict[str, Path], checkpoints: dict[str, Path]) -> None:
+    assert_same_picture(picture(engines["fp32"]), theirs(load_diffusers(checkpoints["sd"]), CALL))
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16")
+def test_bf16_is_close_to_diffusers_in_fp32(engines: dict[str, Path], checkpoints: dict[str, Path]) -> None:
+    (expected,) = theirs(load_diffusers(checkpoints["sd"]), CALL)
+    assert peak_signal_noise_ratio(expected, picture(engines["default"])[0], data_range=255) >= 38
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16")
+def test_auto_takes_the_fastest_within_its_bounds(tmp_path: Path) -> None:
+    """A trained model, whose objects move where bf16 rounds: what auto refuses fails when it is asked for."""
+    bundle = tmp_path / "demo.bundle"
+    done = command("build-engine", "demo", "-o", bundle, "--size", "256x256", "--steps", "1")
+    assert done.returncode == 0, done.stderr
+    refused, next_one = re.findall(
+        r"^inference_precision=(\w+): the result differs .*; next: (\S+)$", done.stderr, re.M
+    )[-1]
+    chosen = next_one.removeprefix("inference_precision=")
+    assert (refused, chosen) in {("bf16", "mixed"), ("mixed", "fp32")}
+    (path,) = bundle.glob("engines/*/engine.json")
+    written = json.loads(path.read_text())
+    assert written["key"]["options"]["inference_precision"] == "auto" and written["ordered"] == {}
+    assert written["settled"] == {"inference_precision": chosen}
+    assert f"inference_precision={chosen}" in command("turbochain", "inspect", bundle).stdout
+    again = build("demo", bundle, size=(256, 256), steps=[1], quiet=True)
+    assert again.phases == [] and again.precision["unet"] == "fp32"
+    assert again.precision["vae_decoder"] == {"mixed": "bf16", "fp32": "fp32"}[chosen]
+    with pytest.raises(VerificationError, match="the result differs"):
+        build(str(bundle), options={"inference_precision": refused}, quiet=True)
+    assert len(list(bundle.glob("engines/*"))) == 1
+    with Pipeline.load(bundle) as pipe:
+        assert pipe("a large red circle on a white background", seed=0, output_type="uint8").images.any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_vae_in_int8(family: str, bundle_of: BundleFactory, copy_of: Copy, checkpoints: dict[str, Path]) -> None:
+    bundle = copy_of(bundle_of(family))
+    made = build(str(bundle), backend="openvino", options={"vae_int8": True, "inference_precision": "fp32"}, quiet=True)
+    assert made.precision["vae_decoder"] == "int8" and made.precision["unet"] == "fp32"
+    folder = bundle / "engines" / made.engine
+    assert [path.name for path in folder.glob("*.ranges.json")] == ["vae_decoder.ranges.json"]
+    assert made.engine_bytes["vae_decoder"] > (bundle / "graphs/vae_decoder.onnx.data").stat().st_size
+    with Pipeline.load(bundle, engine=made.engine) as pipe:
+        drawn = pipe(**CALL, output_type="uint8").images
+    (expected,) = theirs(load_diffusers(checkpoints[family]), CALL)
+    assert 30 <= peak_signal_noise_ratio(expected, drawn[0], data_range=255) < 60
+    operators = profile(bundle, engine=made.engine, runs=1)
+    convolutions = {o.kind: o.count for o in operators["vae_decoder"] if o.kind.startswith("Convolution ")}
+    eight_bits = sum(count for kind, count in convolutions.items() if kind.endswith("_I8"))  # as OpenVINO names them
+    assert eight_bits == sum(convolutions.values()) - 3 > 20  # but for what reads latents, twice, and the last
+    assert not [o.kind for o in operators["unet"] if o.kind.endswith("_I8")]
+    (folder / "vae_decoder.ranges.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"'vae_decoder\.ranges\.json' is truncated"):
+        Pipeline.load(bundle, engine=made.engine)
+
+
+def test_ranges_hold_what_the_convolutions_read(checkpoints: dict[str, Path], sd: Path, copy_of: Copy) -> None:
+    """Against hooks on diffusers' own VAE."""
+    bundle = copy_of(sd)
+    made = build(str(bundle), backend="openvino", options={"vae_int8": True, "inference_precision": "fp32"}, quiet=True)
+    ranges = json.loads((bundle / "engines" / made.engine / "vae_decoder.ranges.json").read_text())
+    vae = AutoencoderKL.from_pretrained(checkpoints["sd"] / "vae")
+    found: dict[str, list[float]] = {}
+
+    def see(name: str, given: torch.Tensor) -> None:
+        low, high = (float(v) for v in torch.aminmax(given))
+        before = found.get(name, [low, high])
+        found[name] = [min(low, before[0]), max(high, before[1])]
+
+    for name, module in vae.decoder.named_modules():
+        if isinstance(module, nn.Conv2d) and min(module.weight.shape[:2]) >= 8:
+            module.register_forward_hook(lambda m, given, out, name=name: see(name, given[0]))
+    with torch.inference_mode():
+        for case in verify.read_cases(Bundle.open(bundle)):
+            vae.decode(torch.from_numpy(case.tensors["next_latents"][-1]) / vae.config.scaling_factor)
+    ours, expected = (np.sort(list(of.values()), axis=0) for of in (ranges, found))
+    np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16")
+def test_mixed_is_bf16_for_the_vae_alone(engines: dict[str, Path], copy_of: Copy) -> None:
+    bundle = copy_of(engines["fp32"])
+    made = build(str(bundle), options={"inference_precision": "mixed"}, quiet=True)
+    assert made.precision == {"text_encoder": "fp32", "time": "fp32", "unet": "fp32", "vae_decoder": "bf16"}
+    bounds = {check.stage: check.bound for check in made.checks}
+    assert bounds["unet"] == verify.BOUNDS["fp32"]["prediction"]["relative_l2"]
+    assert bounds["vae_decoder"] == verify.BOUNDS["bf16"]["decoder"]["psnr"]
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16")
+def test_the_engine_built_last_is_taken_unless_another_is_named(sd: Path, copy_of: Copy) -> None:
+    bundle = copy_of(sd)
+    shutil.rmtree(bundle / "engines")
+    names = [
+        build(str(bundle), backend="openvino", options={"inference_precision": p}, quiet=True).engine
+        for p in ("bf16", "fp32")
+    ]
+    with Pipeline.load(bundle) as pipe:
+        assert pipe.engine_name == names[1]
+    with Pipeline.load(bundle, engine=names[0]) as pipe:
+        assert pipe.engine_name == names[0]
+    assert command("turbochain", "verify", bundle, "--engine", names[0], "--json").stdout.count(names[0]) == 1
+    assert (picture(bundle, engine=names[0]) != picture(bundle, engine=names[1])).any()
+    with pytest.raises(InputError, match=rf"has no engine 'x': choose from {names[0][:12]}"):
+        Pipeline.load(bundle, engine="x")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_group_norm_becomes_one_operation(
+    family: str, bundle_of: BundleFactory, checkpoints: dict[str, Path]
+) -> None:
+    bundle = bundle_of(family)
+    for graph, kind, folder in (("unet", UNet2DConditionModel, "unet"), ("vae_decoder", AutoencoderKL, "vae")):
+        network = kind.from_pretrained(checkpoints[family] / folder)
+        network = getattr(network, "decoder", network)
+        expected = sum(isinstance(module, nn.GroupNorm) for module in network.modules())
+        model = openvino.Core().read_model(bundle / f"graphs/{graph}.onnx")
+        assert openvino_model.fuse_group_norms(model) == expected > 10
+        assert openvino_model.fuse_group_norms(model) == 0
+
+
+def test_other_square_roots_are_left_alone(tmp_path: Path) -> None:
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4]) for name in "xy")
+    nodes = [onnx.helper.make_node("Sqrt", ["x"], ["r"]), onnx.helper.make_node("Mul", ["r", "x"], ["y"])]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [x], [y]), ir_version=10)
+    onnx.save(model, tmp_path / "x.onnx")
+    read = openvino.Core().read_model(tmp_path / "x.onnx")
+    openvino_model.prepare(read)
+    given = np.float32([1, 4, 9, 16])
+    np.testing.assert_allclose(openvino.compile_model(read, "CPU")(given)[0], given**1.5, rtol=1e-6)
+
+
+def test_threads_change_nothing_but_the_time(engines: dict[str, Path]) -> None:
+    one, two = (picture(engines["fp32"], threads=n) for n in (1, 2))
+    assert np.abs(one.astype(int) - two).max() <= 1
+
+
+def test_an_engine_in_bf16_does_not_fit_a_cpu_without_it(
+    sd: Path, copy_of: Copy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = copy_of(sd)
+    shutil.rmtree(bundle / "engines")
+    build(str(bundle), backend="openvino", quiet=True)
+    monkeypatch.setattr(backend, "has_bf16", lambda: False)  # what the library says of such a CPU
+    if HAS_BF16:
+        with pytest.raises(BundleError, match=r"it computes in bf16, and this CPU does not\); build one: build-engine"):
+            Pipeline.load(bundle)
+    assert build(str(bundle), backend="openvino", quiet=True).precision["unet"] == "fp32"
+    assert picture(bundle).any()
+
+
+def test_a_graph_that_openvino_does_not_read(engines: dict[str, Path], copy_of: Copy) -> None:
+    bundle = Bundle.open(copy_of(engines["fp32"]))
+    options = {"inference_precision": "fp32", "vae_int8": False}
+    (bundle.path / "graphs/unet.onnx").write_bytes(b"no graph")
+    with pytest.raises(TurbochainError, match=r"^openvino cannot load .*unet\.onnx: "):
+        backend.executor(bundle, bundle.path, options, device=backend.device("cpu"), graphs=["unet"])
+    shutil.copy(bundle.path / "graphs/time.onnx", bundle.path / "graphs/vae_decoder.onnx")
+    with pytest.raises(BundleError, match=r"graphs/vae_decoder\.onnx: the inputs are .*and bundle\.json says"):
+        backend.executor(bundle, bundle.path, options, device=backend.device("cpu"), graphs=["vae_decoder"])
+
+
+def test_it_runs_on_no_gpu(engines: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="device='cuda': openvino runs on 'cpu'"):
+        Pipeline.load(engines["fp32"], backend="openvino", device="cuda")
+
+
+def test_its_option_is_checked_and_kept(engines: dict[str, Path]) -> None:
+    said = command("build-engine", engines["fp32"], "--backend", "openvino", "-O", "inference_precision=int4")
+    assert said.returncode == 2 and "inference_precision=int4: auto, bf16, mixed, fp32 was expected" in said.stderr
+    (path,) = engines["fp32"].glob("engines/*/engine.json")
+    written = json.loads(path.read_text())
+    assert written["ordered"] == {"inference_precision": "fp32"}
+    assert written["key"]["options"] == written["ordered"] | {"vae_int8": False}
+    assert backends.get("openvino").LIBRARIES == ("openvino",)
