@@ -66,6 +66,20 @@ def fetch(
     return folder, str(info.sha)
 
 
+def fetch_model(repository: str) -> Path:
+    """Download a single model in diffusers' format, or find it in the hub's cache; InputError where neither has it."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import GatedRepoError
+
+    wanted = ["config.json", *(f"{stem}*.safetensors*" for stem in STEMS), "*.md", "LICENSE*", "LICENCE*"]
+    try:
+        return Path(hub.snapshot_download(repository, allow_patterns=wanted))
+    except GatedRepoError:
+        raise _gated(repository) from None
+    except Exception as error:  # unknown, offline, unreachable, and no copy in the cache
+        raise _nowhere(repository, error) from None
+
+
 def _gated(repository: str) -> InputError:
     return InputError(f"{repository} is gated: accept its licence on its page, then run: hf auth login")
 
@@ -113,8 +127,12 @@ def _cached(repository: str, revision: str | None, error: Exception) -> tuple[Pa
     try:
         folder = Path(hub.snapshot_download(repository, revision=revision, local_files_only=True))
     except Exception:  # whatever it is, there is no copy here
-        raise InputError(
-            f"{repository} is neither on the hub under that name nor in the local cache, or there is no network "
-            f"({_first_line(error)}); check the id, or give the path of a local folder"
-        ) from None
+        raise _nowhere(repository, error) from None
     return folder, folder.name
+
+
+def _nowhere(repository: str, error: Exception) -> InputError:
+    return InputError(
+        f"{repository} is neither on the hub under that name nor in the local cache, or there is no network "
+        f"({_first_line(error)}); check the id, or give the path of a local folder"
+    )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbochain.export.families import Family, Shape
+from turbochain.export.families import Family, Shape, decoder_channels
 from turbochain.runtime import console
 from turbochain.runtime.errors import InputError
 
@@ -93,7 +93,7 @@ def free_memory() -> float:
 
 def _widest(configs: Mapping[str, Any], shape: Shape) -> float:
     """Bytes of the decoder's largest tensor: the input of its last block, fp32 at full resolution."""
-    channels = configs["vae"]["block_out_channels"]
+    channels = decoder_channels(configs["vae"])
     return 4.0 * channels[min(1, len(channels) - 1)] * shape.height * shape.width * shape.batch
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from turbochain.export import download, estimate, families, ranges
+from turbochain.export import download, estimate, families, other_vae, ranges
 from turbochain.export.families import Family, Shape
 from turbochain.export.source import KINDS, SYNTHETIC, Checkpoint, check_configs, is_hub_id, local, open_folder
 from turbochain.runtime.errors import InputError
@@ -17,7 +17,9 @@ CheckRoom = Callable[[Family, dict[str, Any], dict[str, int], int], None]
 TERMS = ("LICENSE*", "LICENCE*", "README.md")  # copied into the bundle: licence and model card
 
 
-def prepare(progress: Progress, *, source: str, request: dict[str, Any], folder: str, force: bool) -> dict[str, Any]:
+def prepare(
+    progress: Progress, *, source: str, vae: str | None, request: dict[str, Any], folder: str, force: bool
+) -> dict[str, Any]:
     """Get the checkpoint onto this disk, and write into `folder` everything of it that needs no tracing.
 
     Returns what the later jobs and the manifest need. What can be refused without loading weights is refused
@@ -30,7 +32,7 @@ def prepare(progress: Progress, *, source: str, request: dict[str, Any], folder:
         needs = estimate.needs(family, configs, counts, shape, precisions, fetched)
         estimate.require(needs, root, force)
 
-    checkpoint, commit = _open(source, request, root, progress, check_room)
+    checkpoint, commit = _open(source, vae, request, root, progress, check_room)
     family = checkpoint.family
 
     from turbochain.export import tables
@@ -38,20 +40,21 @@ def prepare(progress: Progress, *, source: str, request: dict[str, Any], folder:
     return {
         "folder": str(checkpoint.folder),
         "variant": checkpoint.variant,
+        "vae": checkpoint.vae and str(checkpoint.vae),
         "commit": commit,
         "family": family.name,
         "pipeline_class": family.pipeline_class,
         "license": checkpoint.license(),
         "weights": {
-            str(path.relative_to(checkpoint.folder)): dataclasses.asdict(describe(path))
-            for paths in checkpoint.weights.values()
+            f"{component}/{path.name}": dataclasses.asdict(describe(path))
+            for component, paths in checkpoint.weights.items()
             for path in paths
         },
         "components": list(family.components),
         "chain": dataclasses.asdict(family.chain),
         "tokenizers": tables.tokenizers(checkpoint, root),
         "schedules": tables.schedules(checkpoint, request["steps"]),
-        "terms": _copy_terms(checkpoint.folder, root),
+        "terms": [*_copy_terms(checkpoint.folder, root), *_copy_terms(checkpoint.vae, root, "vae-")],
     }
 
 
@@ -89,30 +92,33 @@ def graphs(
 
 
 def _open(
-    name: str, request: dict[str, Any], root: Path, progress: Progress, check_room: CheckRoom
+    name: str, vae: str | None, request: dict[str, Any], root: Path, progress: Progress, check_room: CheckRoom
 ) -> tuple[Checkpoint, str | None]:
     """The checkpoint on disk and its commit; `check_room` is called before anything large is fetched or drawn."""
     variant = request["variant"]
     if name.startswith(SYNTHETIC):
-        return _draw(name.removeprefix(SYNTHETIC), root / "checkpoint", progress, check_room), None
+        folder = root / "checkpoint"
+        drawn = _draw(name.removeprefix(SYNTHETIC), folder, vae == other_vae.TINY, progress, check_room)
+        return open_folder(folder, None, drawn or other_vae.find(folder, vae)), None
     if local(name).exists():
         if not local(name).is_dir():
             raise InputError(
                 f"{name} is a file; a folder in diffusers' format was expected: load the file with diffusers' "
                 "from_single_file(...) and call save_pretrained(FOLDER)"
             )
-        checkpoint, commit = open_folder(local(name).resolve(), variant), None
+        folder = local(name).resolve()
+        checkpoint, commit = open_folder(folder, variant, other_vae.find(folder, vae)), None
     elif is_hub_id(name):
 
         def before_weights(folder: Path, counts: dict[str, int], fetched: int) -> None:
-            coming = Checkpoint(folder, variant)
+            coming = Checkpoint(folder, variant, other_vae.find(folder, vae))
             check_configs(coming)
             if missing := [c for c in coming.family.components if c not in counts]:
                 raise InputError(f"{name} has no safetensors weights of {', '.join(missing)}")
             check_room(coming.family, coming.configs, counts, fetched)
 
         folder, commit = download.fetch(name, request["revision"], variant, progress, before_weights)
-        checkpoint = open_folder(folder, variant)
+        checkpoint = open_folder(folder, variant, other_vae.find(folder, vae))
     else:
         raise InputError(f"{name} is {KINDS}")
     counts = {c: checkpoint.parameters(c) for c in checkpoint.family.components}
@@ -120,7 +126,8 @@ def _open(
     return checkpoint, commit
 
 
-def _draw(preset: str, folder: Path, progress: Progress, check_room: CheckRoom) -> Checkpoint:
+def _draw(preset: str, folder: Path, tiny: bool, progress: Progress, check_room: CheckRoom) -> Path | None:
+    """Write a synthetic checkpoint and, where it is wanted, a tiny VAE for it; returns that one's folder."""
     from turbochain.export import synthetic
 
     parts = synthetic.models(preset)
@@ -131,15 +138,18 @@ def _draw(preset: str, folder: Path, progress: Progress, check_room: CheckRoom) 
     drawn = synthetic.PRESETS[preset]
     check_room(families.of(drawn.pipeline), configs, counts, sum(counts.values()) * (2 if drawn.fp16 else 4))
     synthetic.write_checkpoint(preset, folder, progress=progress)
-    return open_folder(folder, None)
+    if not tiny:
+        return None
+    synthetic.write_tiny_vae(preset, folder / other_vae.TINY)
+    return folder / other_vae.TINY
 
 
 def _checkpoint(prepared: dict[str, Any]) -> Checkpoint:
-    return Checkpoint(Path(prepared["folder"]), prepared["variant"])
+    return Checkpoint(Path(prepared["folder"]), prepared["variant"], prepared["vae"] and Path(prepared["vae"]))
 
 
-def _copy_terms(checkpoint: Path, root: Path) -> list[str]:
-    found = sorted({p.name for pattern in TERMS for p in checkpoint.glob(pattern) if p.is_file()})
-    for name in found:
-        shutil.copyfile(checkpoint / name, root / name)
-    return found
+def _copy_terms(model: Path | None, root: Path, prefix: str = "") -> list[str]:
+    found = sorted({p for pattern in TERMS for p in model.glob(pattern) if p.is_file()}) if model else []
+    for path in found:
+        shutil.copyfile(path, root / (prefix + path.name))
+    return [prefix + path.name for path in found]

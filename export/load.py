@@ -20,7 +20,7 @@ def component(checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, traceabl
     if library == "transformers":
         options |= {"attn_implementation": "eager"} if traceable else {}
         options["ignore_mismatched_sizes"] = True  # they are refused below: its own message does not name them
-    folder = checkpoint.folder / name
+    folder = checkpoint.part(name)
     try:
         model, info = getattr(importlib.import_module(library), cls).from_pretrained(
             folder,

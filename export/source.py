@@ -42,17 +42,25 @@ class Checkpoint:
 
     folder: Path
     variant: str | None  # "fp16" where the weights are model.fp16.safetensors
+    vae: Path | None = None  # the folder of a VAE that takes the place of its own
+
+    def part(self, name: str) -> Path:
+        """The folder of a component."""
+        return self.vae if self.vae and name == "vae" else self.folder / name
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """model_index.json."""
+        """model_index.json, as it would be with the VAE that takes the place of its own."""
         path = self.folder / "model_index.json"
         if not path.is_file():
             raise InputError(
                 f"{self.folder} has no model_index.json, so it is not a checkpoint in diffusers' format; convert a "
                 "single file with diffusers' from_single_file(...).save_pretrained(FOLDER)"
             )
-        return read_json(path)
+        index = read_json(path)
+        if self.vae:
+            index["vae"] = ["diffusers", read_json(self.vae / "config.json").get("_class_name")]
+        return index
 
     @property
     def family(self) -> Family:
@@ -62,12 +70,12 @@ class Checkpoint:
     @cached_property
     def configs(self) -> dict[str, Any]:
         """config.json of every component with weights."""
-        return {c: read_json(self.folder / c / "config.json") for c in self.family.components}
+        return {c: read_json(self.part(c) / "config.json") for c in self.family.components}
 
     @cached_property
     def weights(self) -> dict[str, tuple[Path, ...]]:
         """Component → its safetensors files (several where it is sharded)."""
-        return {c: weight_files(self.folder / c, self.variant) for c in self.family.components}
+        return {c: weight_files(self.part(c), self.variant) for c in self.family.components}
 
     def parameters(self, component: str) -> int:
         """Number of values in a component's weight files, read from their headers."""
@@ -87,7 +95,7 @@ def check_configs(checkpoint: Checkpoint) -> None:
     parts = (*family.components, *family.tokenizers.values(), "scheduler")
     if unnamed := [part for part in parts if not _is_class(checkpoint.index.get(part))]:
         raise InputError(f"{folder}/model_index.json names no class of {' or '.join(LIBRARIES)} as {unnamed[0]}")
-    missing = [c for c in family.components if not (folder / c / "config.json").is_file()]
+    missing = [c for c in family.components if not (checkpoint.part(c) / "config.json").is_file()]
     if missing:
         raise InputError(f"{folder} lacks {', '.join(f'{c}/config.json' for c in missing)}")
     try:
@@ -98,14 +106,15 @@ def check_configs(checkpoint: Checkpoint) -> None:
         raise InputError(f"{folder} is not supported: " + "; ".join(problems))
 
 
-def open_folder(folder: Path, variant: str | None) -> Checkpoint:
+def open_folder(folder: Path, variant: str | None, vae: Path | None = None) -> Checkpoint:
     """A checked checkpoint; InputError where something of it is missing, damaged or not supported."""
-    checkpoint = Checkpoint(folder, variant)
+    checkpoint = Checkpoint(folder, variant, vae)
     check_configs(checkpoint)
     family = checkpoint.family
-    variants = sorted({v for c in family.components for v in _variants(folder / c)})
-    if variant is None and len(variants) == 1 and not any(_found(folder / c, None) for c in family.components):
-        checkpoint = Checkpoint(folder, variants[0])  # an fp16-only folder is recognised by itself
+    parts = {c: checkpoint.part(c) for c in family.components}
+    variants = sorted({v for part in parts.values() for v in _variants(part)})
+    if variant is None and len(variants) == 1 and not any(_found(p, None) for p in parts.values() if p != vae):
+        checkpoint = Checkpoint(folder, variants[0], vae)  # an fp16-only folder is recognised by itself
     if variant is not None and variant not in variants:
         raise InputError(f"{folder} has no variant {variant!r}: it has {', '.join(variants) or 'none'}")
     for component in family.components:

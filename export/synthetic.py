@@ -33,6 +33,7 @@ class Preset:
     scheduler: str
     unet: Config
     vae: Config
+    tiny: Config
     text: tuple[Config, ...]
     pads: tuple[str, ...]
     fp16: bool = False
@@ -49,6 +50,7 @@ _SD_TURBO = Preset(
     scheduler="EulerDiscreteScheduler",
     unet={"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20]},
     vae={"sample_size": 768, "scaling_factor": 0.18215},
+    tiny={},  # TAESD's are diffusers' defaults
     text=(_text(1024, 23, 16, "gelu", 512),),
     pads=("!",),
     extra={
@@ -72,6 +74,7 @@ _SDXL_TURBO = Preset(
         "projection_class_embeddings_input_dim": 1280 + 6 * 256,
     },
     vae={"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
+    tiny={},
     text=(_text(768, 12, 12, "quick_gelu", 768), _text(1280, 32, 20, "gelu", 1280)),
     pads=(END, "!"),
     fp16=True,
@@ -81,6 +84,7 @@ _SDXL_TURBO = Preset(
 # attention_head_dim is, for historical reasons, diffusers' name for the number of heads.
 _MINI_UNET = {"layers_per_block": 1, "norm_num_groups": 8}
 _MINI_VAE = {"block_out_channels": [16, 24, 32, 48], "layers_per_block": 1, "norm_num_groups": 4}
+_MINI_TINY = {f"{part}_block_out_channels": [16] * 4 for part in ("encoder", "decoder")}
 _SD_MINI_UNET = _MINI_UNET | {
     "block_out_channels": [32, 48, 64, 64],
     "attention_head_dim": [2, 3, 4, 4],
@@ -102,12 +106,14 @@ PRESETS: dict[str, Preset] = {
         _SD_TURBO,
         unet=_SD_TURBO.unet | _SD_MINI_UNET,
         vae=_SD_TURBO.vae | _MINI_VAE,
+        tiny=_MINI_TINY,
         text=(_text(64, 3, 4, "gelu", 64),),
     ),
     "sdxl-turbo-mini": replace(
         _SDXL_TURBO,
         unet=_SDXL_TURBO.unet | _SDXL_MINI_UNET,
         vae=_SDXL_TURBO.vae | _MINI_VAE,
+        tiny=_MINI_TINY,
         text=(_text(32, 2, 2, "quick_gelu", 32), _text(64, 3, 4, "gelu", 64)),
         fp16=False,
     ),
@@ -145,6 +151,9 @@ _GAINS: tuple[tuple[str, float], ...] = (
     (r"post_quant_conv", 0.05),
     (r"quant_conv", 2.0),
     (r"decoder\.conv_out", 0.6),
+    (r"layers\.\d+\.conv\.4", 0.5),
+    (r"layers\.\d+\.conv", 1.4),  # before a ReLU, which halves the square
+    (r"decoder\.layers\.18", 0.5),  # AutoencoderTiny's last
     (r"conv_out", 3.0),
     (r"", 1.0),
 )
@@ -223,12 +232,8 @@ def write_checkpoint(
     total = sum(p.numel() for part in parts.values() for p in part.parameters())
     done, generator = 0, torch.Generator().manual_seed(seed)
     for component, part in parts.items():
-        library = "transformers" if component.startswith("text") else "diffusers"
-        index[component] = [library, type(part).__name__]
-        _write_config(part, folder / component, preset.fp16)
-        file = "model" if library == "transformers" else "diffusion_pytorch_model"
-        path = folder / component / f"{file}{'.fp16' if preset.fp16 else ''}.safetensors"
-        for written in _write_weights(path, part, preset.fp16, generator):
+        index[component] = ["transformers" if component.startswith("text") else "diffusers", type(part).__name__]
+        for written in _write(part, folder / component, preset.fp16, generator):
             done += written
             if progress:
                 progress(done, total)
@@ -236,6 +241,16 @@ def write_checkpoint(
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     (folder / "README.md").write_text(_README.format(name=name, seed=seed))
     (folder / "LICENSE").write_text(_LICENSE)
+
+
+def write_tiny_vae(name: str, folder: Path, *, seed: int = 0) -> None:
+    """Write into `folder` (created) an AutoencoderTiny with random weights that decodes the preset's latents."""
+    from diffusers import AutoencoderTiny
+
+    with torch.device("meta"):
+        part = AutoencoderTiny(**_preset(name).tiny)
+    for _ in _write(part, folder, False, torch.Generator().manual_seed(seed)):
+        pass
 
 
 def _preset(name: str) -> Preset:
@@ -246,6 +261,13 @@ def _preset(name: str) -> Preset:
 
 def _numbered(component: str, i: int) -> str:
     return f"{component}_{i + 1}" if i else component
+
+
+def _write(part: torch.nn.Module, folder: Path, fp16: bool, generator: torch.Generator) -> Iterator[int]:
+    """Write a component's config and its weights, tensor by tensor; yields each one's size."""
+    _write_config(part, folder, fp16)
+    file = "diffusion_pytorch_model" if hasattr(part, "save_config") else "model"
+    yield from _write_weights(folder / f"{file}{'.fp16' if fp16 else ''}.safetensors", part, fp16, generator)
 
 
 def _write_config(part: torch.nn.Module, folder: Path, fp16: bool) -> None:
@@ -285,7 +307,8 @@ def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Ten
     """Random float32 values for the parameter `name`: a bias, a norm's weight, or a matrix or convolution."""
     values = torch.randn(shape, generator=generator)
     if len(shape) == 1:
-        return values.mul_(_SPREAD).add_(1.0 if name.endswith("weight") else 0.0)
+        middle = 0.5 if name == "decoder.layers.18.bias" else 0.0  # AutoencoderTiny's pictures are 0 to 1
+        return values.mul_(_SPREAD).add_(1.0 if name.endswith("weight") else middle)
     fan_in = 1 if "embedding.weight" in name else prod(shape[1:])
     gain = next(gain for pattern, gain in _GAINS if re.search(pattern, name))
     values.mul_(gain / fan_in**0.5)

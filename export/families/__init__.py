@@ -25,6 +25,11 @@ class Shape:
     batch: int  # pictures per pass
 
 
+def decoder_channels(vae: Mapping[str, Any]) -> list[int]:
+    """The widths of a VAE's decoder, AutoencoderKL's or AutoencoderTiny's, by level; all but one of them double it."""
+    return vae["decoder_block_out_channels"] if "decoder_block_out_channels" in vae else vae["block_out_channels"]
+
+
 @dataclass(frozen=True)
 class Stage:
     """One graph to trace."""
@@ -53,6 +58,8 @@ class Family:
     embeds: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
     # (component → config, the UNet call's arguments) → what the text stages must have produced
     check: Callable[[Mapping[str, Any]], list[str]]  # component → config: what is unsupported, as phrases
+    tiny_vae: str  # hub id of the AutoencoderTiny that decodes its latents
+    latents_scale: float  # the scaling_factor of the VAE whose latents these are
 
     def precisions(self, asked: str, vae: str | None = None) -> dict[str, str]:
         """Graph → precision, where the user asked for `asked`, and for `vae` of the VAE."""

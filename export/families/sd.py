@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from turbochain.export.families import Family, Inputs, Shape, Stage
+from turbochain.export.families import Family, Inputs, Shape, Stage, decoder_channels
 from turbochain.runtime.manifest import Chain
 
 
@@ -71,8 +71,8 @@ def check(configs: Mapping[str, Any], addition: str | None = None) -> list[str]:
     ]
     if unet["in_channels"] != unet["out_channels"]:
         problems.append(f"the UNet reads {unet['in_channels']} channels and predicts {unet['out_channels']}")
-    if len(vae["block_out_channels"]) != 4:
-        problems.append(f"the VAE reduces by {2 ** (len(vae['block_out_channels']) - 1)}, supported is 8")
+    if (reduces := vae.get("upsampling_scaling_factor", 2) ** (len(decoder_channels(vae)) - 1)) != 8:
+        problems.append(f"the VAE reduces by {reduces}, supported is 8")
     for component in ("text_encoder", "text_encoder_2"):
         if configs.get(component, {}).get("use_attention_mask"):
             problems.append(f"{component} asks for an attention mask")
@@ -139,4 +139,6 @@ FAMILY = Family(
     pipeline_options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     embeds=lambda configs, call: {"prompt_embeds": call["encoder_hidden_states"]},
     check=_check,
+    tiny_vae="madebyollin/taesd",
+    latents_scale=0.18215,
 )

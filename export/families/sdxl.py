@@ -86,4 +86,6 @@ FAMILY = Family(
     pipeline_options={"add_watermarker": False},
     embeds=_embeds,
     check=lambda configs: check(configs, addition="text_time"),
+    tiny_vae="madebyollin/taesdxl",
+    latents_scale=0.13025,
 )
