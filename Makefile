@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := cpu,export,tensorrt-rtx,dev
+EXTRAS := cpu,openvino,export,tensorrt-rtx,dev
 # A GPU's libraries exclude some of the CPU's, so it has an environment of its own; with BIN=DIRECTORY on the command
 # line that one's python is taken, as it is.
 GPU_EXTRAS := cuda,export,tensorrt,dev
@@ -12,10 +12,11 @@ GPU_BIN := $(if $(GPU_VENV),$(GPU_VENV)/bin,$(BIN))
 TWO := -n 2 --dist loadfile
 BENCH ?= synthetic:sd-turbo
 PRECISION ?= fp32
+PEERS := optimum-onnx optimum-intel
 BENCH_GPU ?=
 PROMPT ?= a large red circle left of a small blue square on a yellow background
 
-.PHONY: setup demo test check check-full check-gpu bench bench-gpu inspect-engines train-demo clean
+.PHONY: setup demo test check check-full check-gpu bench bench-smoke bench-setup bench-build bench-gpu inspect-engines train-demo clean
 
 setup: $(VENV)/.installed
 
@@ -36,7 +37,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call INSTALL,$(value GPU_EXTRAS))
 
 demo: setup
-	$(BIN)/build-engine demo -o demo.bundle
+	$(BIN)/build-engine demo -o demo.bundle --precision fp32
 	$(BIN)/turbochain verify demo.bundle
 	$(BIN)/turbochain generate demo.bundle "$(PROMPT)" --seed 0 -o picture.png
 	$(BIN)/turbochain bench demo.bundle
@@ -58,6 +59,22 @@ check-gpu: $(addsuffix /.installed,$(GPU_VENV))
 	$(GPU_BIN)/python -m pytest -q -m gpu
 
 bench: setup
+	$(BIN)/python benchmarks/cpu.py $(BENCH)
+
+bench-smoke: setup
+	$(BIN)/python -m pytest -q tests/benchmarks/test_cpu_bench.py
+
+bench-setup: $(PEERS:%=.bench/%/.installed)
+
+# Each peer wants other versions of what the others want, so it has an environment of its own. Its file lists all that
+# is needed: with dependencies would come torchvision with gigabytes of CUDA, and a package that reports over the network.
+.bench/%/.installed: benchmarks/peers/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q --no-deps -r $<
+	touch $@
+
+bench-build: setup
 	$(BIN)/python benchmarks/measure.py $(BENCH) --precision $(PRECISION)
 
 bench-gpu: $(addsuffix /.installed,$(GPU_VENV))

@@ -31,6 +31,7 @@ HOW = (
     "the host"
 )
 SECONDS = 0.5  # how long each product and copy is repeated: long enough for the clocks to settle
+SECONDS_CPU = 0.1
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,16 @@ def of(bundle: Bundle, steps: int, ceilings: Ceilings) -> dict[str, Any]:
     return {"stages": stages, "ms": sum(ms.values()), "cached_ms": cached}
 
 
-def ceilings(device: str) -> Ceilings:
-    """Measure a GPU ("cuda", "cuda:1"; fp16, seconds) or, to try the harness, a CPU (fp32, small sizes)."""
+def ceilings(device: str, precision: str | None = None) -> Ceilings:
+    """Measure a GPU ("cuda", "cuda:1") or a CPU, in "fp32", "fp16" or "bf16" (None: fp16 on a GPU, fp32 on a CPU)."""
     import torch
 
     gpu = torch.device(device).type == "cuda"
-    dtype = torch.float16 if gpu else torch.float32
-    shapes = [(4096, 4096, 4096), (8192, 8192, 8192), (16384, 8192, 4096)] if gpu else [(512, 512, 512)]
-    sizes = [2**30, 2**32] if gpu else [2**26]
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    dtype = dtypes[precision or ("fp16" if gpu else "fp32")]
+    shapes = [(n, n, n) for n in (512, 1024, 2048)]
+    shapes = [(4096, 4096, 4096), (8192, 8192, 8192), (16384, 8192, 4096)] if gpu else shapes
+    sizes = [2**30, 2**32] if gpu else [2**26, 2**28]
     if gpu:
         sizes = [size for size in sizes if 3 * size < torch.cuda.mem_get_info(device)[0]]
 
@@ -132,12 +135,12 @@ def ceilings(device: str) -> Ceilings:
         # Random values: zeros draw less power, and so run faster than any picture.
         a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (k, n)))
         out = torch.empty((m, n), device=device, dtype=dtype)
-        return 2 * m * n * k / _seconds(lambda: torch.mm(a, b, out=out), device, SECONDS if gpu else 0.02)
+        return 2 * m * n * k / _seconds(lambda: torch.mm(a, b, out=out), device, SECONDS if gpu else SECONDS_CPU)
 
     def copy(size: int) -> float:
         source = torch.randint(0, 256, (size,), device=device, dtype=torch.uint8)
         target = torch.empty_like(source)
-        return 2 * size / _seconds(lambda: target.copy_(source), device, SECONDS if gpu else 0.02)
+        return 2 * size / _seconds(lambda: target.copy_(source), device, SECONDS if gpu else SECONDS_CPU)
 
     with torch.inference_mode():
         matrices = {"x".join(map(str, shape)): product(*shape) for shape in shapes}

@@ -93,7 +93,7 @@ def main() -> None:
             "import": min((script(IMPORT) for _ in range(LIGHT_RUNS)), key=lambda r: r["seconds"]),
             "build": command(
                 "build-engine", arguments.source, "-o", bundle, "--precision", arguments.precision,
-                "--size", arguments.size, "--json",
+                "--size", arguments.size, "--backend", "onnxruntime", "--device", "cpu", "--json",
             ),
             "load": script(LOAD, bundle),
             "bench": {

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import cpu_text
 from turbochain.runtime import console
 
 HERE = Path(__file__).parent
@@ -27,7 +28,9 @@ def figures() -> str:
     results = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
     on_cpu = [r for r in results if "build" in r]
     on_gpu = [r for r in results if "cells" in r and r["gpu"] != "cpu"]
-    return f"{demo_table(json.loads(SCORES.read_text()))}\n{cpu_table(on_cpu)}\n{gpu_tables(on_gpu)}"
+    tables = [demo_table(json.loads(SCORES.read_text()))]
+    tables += [pair_table(r) for r in results if "pairs" in r]
+    return "\n".join([*tables, cpu_table(on_cpu), gpu_tables(on_gpu)])
 
 
 def demo_table(scores: dict[str, Any]) -> str:
@@ -49,6 +52,77 @@ def demo_table(scores: dict[str, Any]) -> str:
         f"Measured on {_machine(scores)}.",
     )
     return "\n".join([*lines, "", *notes]) + "\n"
+
+
+def pair_table(result: dict[str, Any]) -> str:
+    """cpu.py's results: a row for each pair."""
+    heading = ["ours", "seconds", "peer", "seconds", "faster by", "PSNR, ours", "PSNR, peer", "peak GiB", "peer's", ""]
+    lines = [f"**{result['what']}**", "", _row(heading), _row(["---"] * len(heading))]
+    for pair in result["pairs"]:
+        said = "; ".join(filter(None, (pair["differs"], pair["reason"])))
+        if "of" not in pair:
+            lines.append(_row([pair["ours"], "", pair["peer"], *[""] * 6, said]))
+            continue
+        ours, peer, ratio = pair["of"]["ours"], pair["of"]["peer"], pair["ratio"]
+        seconds = [f"{of['median_seconds']:.2f}" for of in (ours, peer)]
+        psnr = [_psnr(of["against_fp32"]["psnr"]) for of in (ours, peer)]
+        memory = [f"{of['peak_rss_bytes'] / GiB:.1f}" for of in (ours, peer)]
+        by = f"**{ratio['median']:.2f}×** ({ratio['least']:.2f} to {ratio['most']:.2f}, n {ratio['n']})"
+        lines.append(_row([pair["ours"], seconds[0], pair["peer"], seconds[1], by, *psnr, *memory, said]))
+    says = result["includes"]
+    notes = (
+        "Medians; one picture of ours, one of the peer's, and again; the ratio is of such neighbours. Seconds: "
+        f"{says['seconds']}. PSNR in dB against eager fp32. Peak: {says['peak_rss_bytes']}.",
+        f"Measured on {_machine(result)}, openvino {result['versions']['openvino']}, commit {result['commit']}.",
+    )
+    return "\n".join([*lines, "", *notes, *_stages(result), *_steps(result), *_batches(result), *_cold(result)]) + "\n"
+
+
+def _stages(result: dict[str, Any]) -> list[str]:
+    """What each stage of ours takes, and how far that is from the floor."""
+    rows = [["ours", "stage", "seconds", "floor", "× floor"], ["---"] * 5]
+    rows += [[*row[:2], *(f"{value:.2f}" for value in row[2:])] for row in cpu_text.stages(result)]
+    return ["", *map(_row, rows), "", f"Floor: {result['includes']['floors']}."]
+
+
+def _steps(result: dict[str, Any]) -> list[str]:
+    """How the time grows with the steps."""
+    lines = []
+    for of in result["steps"]:
+        each = ", ".join(f"{seconds:.2f}" for seconds in of["seconds"].values())
+        lines.append(
+            f"- {of['ours']}, {' to '.join((min(of['seconds']), max(of['seconds'])))} steps: {each} s, "
+            f"{of['slope_seconds']:.2f} s a step; the UNet alone takes {of['unet_seconds']:.2f} s"
+        )
+    return ["", *lines]
+
+
+def _batches(result: dict[str, Any]) -> list[str]:
+    """What a picture costs in a larger batch."""
+    lines = []
+    for of in result["batches"]:
+        each = ", ".join(f"{seconds:.2f}" for seconds in of["seconds"].values())
+        worst = max(ratio["median"] for ratio in of["ratio"].values())
+        lines.append(
+            f"- {of['ours']}, batch {', '.join(map(str, of['seconds']))}: {each} s for each picture, at most "
+            f"{worst:.2f} of what one alone takes"
+        )
+    return lines
+
+
+def _cold(result: dict[str, Any]) -> list[str]:
+    """From the start of a process to a picture on disk."""
+    rows = [["cold start", "seconds", "of it load", "picture", "faster by"], ["---"] * 5]
+    for of in result["cold"]:
+        spread = f"{of['ratio']['median']:.2f}× ({of['ratio']['least']:.2f} to {of['ratio']['most']:.2f})"
+        for name, taken in of["seconds"].items():
+            figures = [f"{taken[key]:.1f}" for key in ("whole", "load", "picture")]
+            rows.append([name, *figures, spread if name == of["ours"] else ""])
+    return ["", *map(_row, rows), "", f"Cold start: {result['includes']['cold']}."] if result["cold"] else []
+
+
+def _psnr(value: float) -> str:
+    return "equal" if value >= 999 else f"{value:.1f}"
 
 
 def cpu_table(results: list[dict[str, Any]]) -> str:

@@ -1,0 +1,303 @@
+"""Compare our engines with the peers on this CPU, pair by pair, A B A B; write benchmarks/results/NAME.json.
+
+    python benchmarks/cpu.py synthetic:sd-turbo
+    python benchmarks/cpu.py synthetic:sd-turbo-mini --size 64x64 --runs 2 --pairs openvino-bf16:eager-fp32
+
+Each contender is a process of its own, in its own environment, loaded for its pair and asked for one picture after the
+other's. Its picture is compared with eager fp32's before its time counts. A peer whose environment is missing has a
+row that says so (`make bench-setup`).
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import cpu_text
+import floor
+import plot_cpu
+from contenders import checkpoint
+from measure import PACKAGES, commit, machine
+from peers import ENGINES, OWN_VAE, PEERS, SEED, Worker, job, with_vae
+from turbochain.engines import build
+from turbochain.engines.session import versions
+from turbochain.export.source import Checkpoint
+from turbochain.runtime import Bundle, console, metrics
+from turbochain.runtime.bench import PROMPT
+from turbochain.runtime.files import write_atomically
+from turbochain.runtime.verify import AT_LEAST, BOUNDS
+
+HERE = Path(__file__).parent
+FOLDER, RESULTS = HERE.parent / ".bench", HERE / "results"
+PAIRS = (
+    "openvino-bf16:eager-bf16-channels-last",
+    "openvino-bf16:eager-fp32",
+    "openvino-fp32:eager-fp32",
+    "onnxruntime-fp32:eager-fp32",
+    "openvino-bf16:compiled-bf16",
+    "openvino-bf16:optimum-intel-bf16",
+    "openvino-fp32:optimum-intel-fp32",
+    "openvino-fp32:optimum-onnx",
+)
+COLD = ("onnxruntime-fp32:eager-fp32", "openvino-fp32:eager-fp32", "openvino-bf16:eager-bf16-channels-last")
+INCLUDES = {
+    "seconds": "prompt string to uint8 pictures in host memory: tokenising, noise and every stage; without loading, "
+    "the first picture and image encoding",
+    "load": "the contender's libraries imported and its pipeline loaded, in a fresh process; files are mostly cached",
+    "first picture": "the first call after loading",
+    "peak_rss_bytes": "VmHWM of the contender's process, from its start to its last picture: mapped files count",
+    "rss_anon_bytes": "RssAnon after the last picture: what is not of files",
+    "ratio": "the peer's seconds ÷ ours, for each two pictures that were drawn one after the other",
+    "order": "one picture of ours, one of the peer, and again",
+    "cold": "from the start of a process to its end, with a PNG on disk: the interpreter, loading (`load`, with the "
+    "imports), the first picture (`picture`) and encoding it; files are in the page cache from the run before",
+    "batches": "seconds for each picture of a batch, drawn by turns with one picture alone; the ratio is of such "
+    "neighbours",
+    "steps": "calls of 1 step, 2 steps and so on by turns; the slope is that of a straight line through the medians",
+    "floors": "per stage the larger of floating-point operations (Conv, MatMul and Gemm of the ONNX graphs; a "
+    "multiply-add is two) ÷ this machine's rate in a large matrix product of that precision, by PyTorch, and bytes "
+    "(weights as stored, inputs, outputs, each once) ÷ its copy bandwidth",
+    "reference": "diffusers, eager, fp32: the same checkpoint, prompt, seed and noise",
+}
+
+
+class Bench:
+    """One checkpoint and shape, with everything that is built for it."""
+
+    def __init__(
+        self, source: str, vae: str | None, folder: Path, size: tuple[int, int], batch: int, steps: int, runs: int
+    ) -> None:
+        self.size, self.batch, self.steps, self.runs = size, batch, steps, runs
+        self.folder = folder
+        self.own = self.checkpoint = checkpoint(source, folder)
+        if vae is not None:
+            self.checkpoint = with_vae(self.own, source, vae, folder)
+        self.name = self.checkpoint.folder.name
+        self.engines: dict[tuple[str, int], str] = {}
+        self.references: dict[Path, Path] = {}
+
+    def bundle(self, batch: int) -> Path:
+        """Where ours is."""
+        return self.folder / f"{self.name}-{self.size[0]}x{self.size[1]}-b{batch}.bundle"
+
+    def reference(self, of: Checkpoint) -> np.ndarray:
+        """What diffusers, eager, fp32 makes of a checkpoint."""
+        if of.folder not in self.references:
+            say(f"reference: diffusers, eager, fp32, {of.folder.name}")
+            self.references[of.folder] = path = self.folder / f"reference-{of.folder.name}.npy"
+            with Worker("eager-fp32", of.folder, self.size, self.batch, variant=of.variant) as worker:
+                worker.draw(self.steps, path)
+        return np.load(self.references[of.folder])
+
+    def of(self, name: str) -> Checkpoint:
+        """The checkpoint that a contender draws with: with OWN_VAE in its name the one without `--vae`."""
+        return self.own if name.endswith(OWN_VAE) else self.checkpoint
+
+    def start(self, name: str, batch: int | None = None, **more: Any) -> Worker:
+        """A contender, loaded; our engine is built first."""
+        batch = self.batch if batch is None else batch
+        if name not in ENGINES:
+            given = self.of(name)
+            name = name.removesuffix(OWN_VAE)
+            return Worker(name, given.folder, self.size, batch, variant=given.variant, **more)
+        bundle = self.bundle(batch)
+        if (name, batch) not in self.engines:
+            first = not bundle.exists()
+            steps = {} if batch == self.batch else {"steps": [self.steps]}
+            shape = {"size": self.size, "batch": batch, "precision": "fp32", **steps} if first else {}
+            source = str(self.checkpoint.folder if first else bundle)
+            made = build(source, bundle, device="cpu", **ENGINES[name], **shape)  # type: ignore[arg-type]
+            self.engines[name, batch] = made.engine
+        return Worker(self.engines[name, batch], bundle, self.size, batch, **more)
+
+    def pair(self, ours: str, peer: str) -> dict[str, Any]:
+        """Both, by turns."""
+        say(f"{ours} : {peer}")
+        precisions = ours.rpartition("-")[2], PEERS[peer.removesuffix(OWN_VAE)][1]
+        differs = None if precisions[0] == precisions[1] else f"{precisions[0]} against {precisions[1]}"
+        if peer.endswith(OWN_VAE):
+            differs = "; ".join(filter(None, (differs, "the peer decodes with the checkpoint's own VAE")))
+        result: dict[str, Any] = {"ours": ours, "peer": peer, "differs": differs, "reason": None}
+        try:
+            with self.start(ours) as a, self.start(peer) as b:
+                rows = [self._first(worker, self.of(name)) for worker, name in ((a, ours), (b, peer))]
+                for _ in range(self.runs):
+                    for worker, row in zip((a, b), rows, strict=True):
+                        row["drawn"].append(worker.draw(self.steps))
+        except RuntimeError as error:
+            say(f"  {error}")
+            return {**result, "reason": str(error)}
+        wrong = [name for name, row in zip((ours, peer), rows, strict=True) if not row["checks"]["passed"]]
+        return {**result, "reason": "; ".join(f"wrong picture: {n}" for n in wrong) or None, **_summary(*rows)}
+
+    def cold(self, ours: str, peer: str) -> dict[str, Any]:
+        """From the start of a process to a PNG on disk and its end, by turns."""
+        say(f"cold start, {ours} : {peer}")
+        taken: dict[str, list[dict[str, float]]] = {ours: [], peer: []}
+        for _ in range(self.runs):
+            for name, of in taken.items():
+                start = time.perf_counter()
+                with self.start(name, once=job(self.steps, self.folder / "cold.png")) as worker:
+                    drawn = worker.read()
+                    worker.process.wait()
+                whole = time.perf_counter() - start
+                of.append({"whole": whole, "load": worker.loaded["load_seconds"], "picture": drawn["seconds"]})
+        ratios = [b["whole"] / a["whole"] for a, b in zip(*taken.values(), strict=True)]
+        medians = {n: {k: float(np.median([t[k] for t in of])) for k in of[0]} for n, of in taken.items()}
+        return {"ours": ours, "peer": peer, "ratio": _spread(np.array(ratios)), "seconds": medians}
+
+    def growth(self, ours: str) -> dict[str, Any]:
+        """How the time grows with the steps: medians of calls by turns, and the slope beside the UNet's own time."""
+        counts = Bundle.open(self.bundle(self.batch)).steps
+        say(f"{ours}: steps {', '.join(map(str, counts))}")
+        drawn: dict[int, list[dict[str, Any]]] = {steps: [] for steps in counts}
+        with self.start(ours) as worker:
+            worker.draw(counts[-1])
+            for _ in range(self.runs):
+                for steps, of in drawn.items():
+                    of.append(worker.draw(steps))
+        seconds = {steps: float(np.median([d["seconds"] for d in of])) for steps, of in drawn.items()}
+        unet = [s for of in drawn.values() for d in of for s in d["stages"]["unet"]]
+        slope = float(np.polyfit(list(seconds), list(seconds.values()), 1)[0])
+        return {"ours": ours, "seconds": seconds, "slope_seconds": slope, "unet_seconds": float(np.median(unet))}
+
+    def floors(self) -> dict[str, Any]:
+        """Precision → the floor of one picture on this machine, by stage."""
+        say("the machine's matrix rate and copy bandwidth")
+        found = {}
+        for precision in ("fp32", "bf16"):
+            ceilings = floor.ceilings("cpu", precision)
+            bundle = Bundle.open(self.bundle(self.batch))
+            found[precision] = {"ceilings": asdict(ceilings), **floor.of(bundle, self.steps, ceilings)}
+        return found
+
+    def batches(self, ours: str, counts: Sequence[int]) -> dict[str, Any]:
+        """What a picture costs in larger batches, each by turns with one picture alone."""
+        alone: list[float] = []
+        seconds, ratios = {}, {}
+        for count in counts:
+            say(f"{ours}: batch {count}")
+            with self.start(ours) as one, self.start(ours, count) as many:
+                for worker in (one, many):
+                    worker.draw(self.steps)
+                drawn = [[w.draw(self.steps)["seconds"] for w in (one, many)] for _ in range(self.runs)]
+            each = np.array(drawn) / (self.batch, count)
+            alone += list(each[:, 0])
+            seconds[count], ratios[count] = float(np.median(each[:, 1])), _spread(each[:, 1] / each[:, 0])
+        return {"ours": ours, "seconds": {self.batch: float(np.median(alone)), **seconds}, "ratio": ratios}
+
+    def _first(self, worker: Worker, given: Checkpoint) -> dict[str, Any]:
+        picture = self.folder / "picture.npy"
+        first = worker.draw(self.steps, picture)
+        checks = check(np.load(picture), self.reference(given))
+        return {"loaded": worker.loaded, "first": first, "checks": checks, "drawn": []}
+
+
+def check(pictures: np.ndarray, references: np.ndarray) -> dict[str, Any]:
+    """How far pictures are from eager fp32's, and whether that is within the bounds of a picture in lower precision."""
+    bound = BOUNDS["bf16"]["image"]
+    found: dict[str, Any] = {metric: getattr(metrics, metric)(pictures, references) for metric in bound}
+    passed = all(found[m] >= b if m in AT_LEAST else found[m] <= b for m, b in bound.items())
+    found["psnr"] = min(found["psnr"], 999.0)  # equal pictures: JSON has no infinity
+    levels = np.abs(pictures.astype(int) - references)
+    return {**found, "mean_abs": float(levels.mean()), "max_abs": int(levels.max()), "passed": bool(passed)}
+
+
+def _summary(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
+    seconds = [np.array([drawn["seconds"] for drawn in row["drawn"]]) for row in (ours, peer)]
+    ratios = seconds[1] / seconds[0]
+    return {
+        "ratio": _spread(ratios),
+        "of": {name: _row(row, s) for name, row, s in zip(("ours", "peer"), (ours, peer), seconds, strict=True)},
+    }
+
+
+def _spread(ratios: np.ndarray) -> dict[str, float]:
+    return {"median": float(np.median(ratios)), "least": ratios.min(), "most": ratios.max(), "n": len(ratios)}
+
+
+def _row(row: dict[str, Any], seconds: np.ndarray) -> dict[str, Any]:
+    last = row["drawn"][-1]
+    stages = {name: [s for drawn in row["drawn"] for s in drawn["stages"][name]] for name in last["stages"]}
+    return {
+        "median_seconds": float(np.median(seconds)),
+        "p90_seconds": float(np.percentile(seconds, 90)),
+        "least_seconds": float(seconds.min()),
+        "stages": {name: float(np.median(of)) for name, of in stages.items()},
+        "load_seconds": row["loaded"]["load_seconds"],
+        "first_picture_seconds": row["first"]["seconds"],
+        "peak_rss_bytes": last["peak_rss_bytes"],
+        "rss_anon_bytes": last["rss_anon_bytes"],
+        "versions": row["loaded"]["versions"],
+        "against_fp32": row["checks"],
+    }
+
+
+def say(what: str) -> None:
+    """A line of progress."""
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what the arguments name; returns the exit status."""
+    parser = argparse.ArgumentParser("bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", help="synthetic:NAME, demo, a folder in diffusers' format, or a hub id")
+    add("--vae", help="with this VAE instead of the checkpoint's own, as in build-engine: tiny, a hub id or a folder")
+    add("--size", type=lambda text: tuple(map(int, text.split("x"))), default=(512, 512), help="width x height")
+    add("--batch", type=int, default=1)
+    add("--steps", type=int, default=1)
+    add("--runs", type=int, default=5, help="pictures of each contender of a pair that count (default 5)")
+    add("--pairs", nargs="+", default=PAIRS, metavar="OURS:PEER", help=f"default: {' '.join(PAIRS)}")
+    add("--cold", nargs="*", default=COLD, metavar="OURS:PEER", help=f"cold starts; default: {' '.join(COLD)}")
+    add(
+        "--batches", type=int, nargs="*", default=(2, 4, 8), help="pictures in a batch, besides --batch (default 2 4 8)"
+    )
+    add("--folder", type=Path, default=FOLDER, help="where checkpoints and bundles are kept")
+    add("--results", type=Path, default=RESULTS, help="where the results go")
+    return console.run(parser, _bench, argv)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    width, height = arguments.size
+    vae = f" with --vae {arguments.vae}" if arguments.vae else ""
+    result: dict[str, Any] = {
+        "what": f"{arguments.source}{vae}, {width}x{height}, batch {arguments.batch}, steps {arguments.steps}",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(*PACKAGES, "openvino"),
+        "includes": INCLUDES,
+        "prompt": PROMPT,
+        "seed": SEED,
+        "pairs": [],
+    }
+    name = re.sub(r"[^a-z0-9]+", "-", result["what"].lower())
+    shape = (arguments.size, arguments.batch, arguments.steps, arguments.runs)
+    bench = Bench(arguments.source, arguments.vae, arguments.folder, *shape)
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    path = arguments.results / f"{name}-cpu-pairs.json"
+    for pair in arguments.pairs:
+        result["pairs"].append(bench.pair(*pair.split(":")))
+        write_atomically(path, json.dumps(result, indent=1) + "\n")
+    engines = list(dict.fromkeys(p.split(":")[0] for p in arguments.pairs))
+    result["steps"] = [bench.growth(ours) for ours in engines]
+    result["floors"] = bench.floors()
+    result["cold"] = [bench.cold(*pair.split(":")) for pair in arguments.cold]
+    result["batches"] = [bench.batches(engines[0], arguments.batches)] if arguments.batches else []
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
+    plot_cpu.draw(result, path.with_suffix(".png"))
+    print(cpu_text.text(result))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

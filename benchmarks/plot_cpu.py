@@ -1,0 +1,95 @@
+"""Four panels of a results file of benchmarks/cpu.py: contenders, stages and their floors, steps, batches.
+
+python benchmarks/plot_cpu.py benchmarks/results/NAME.json
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+import cpu_text
+
+OURS, PEER = "tab:green", "tab:gray"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Write `path` (PNG)."""
+    figure, panels = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    for panel, show in zip(panels.flat, (_contenders, _stages, _steps, _batches), strict=True):
+        show(panel, result)
+    machine = result["machine"]
+    figure.suptitle(
+        f"{result['what']}; {machine['cores']} cores of {machine['cpu']}, {result['date'][:10]}", fontsize=10
+    )
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _contenders(panel: Any, result: dict[str, Any]) -> None:
+    """A bar for each contender: the median, and from the least to the 90th percentile."""
+    rows: dict[str, tuple[dict[str, Any], str]] = {}
+    for pair in (pair for pair in result["pairs"] if "of" in pair):
+        for side, colour in (("ours", OURS), ("peer", PEER)):
+            rows.setdefault(pair[side], (pair["of"][side], colour))
+    for y, (of, colour) in enumerate(rows.values()):
+        median = of["median_seconds"]
+        spread = [[median - of["least_seconds"]], [of["p90_seconds"] - median]]
+        panel.barh(y, median, xerr=spread, color=colour, capsize=2)
+        panel.text(of["p90_seconds"], y, f"  {median:.2f}", va="center", fontsize=8)
+    panel.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    panel.invert_yaxis()
+    panel.margins(x=0.12)
+    _label(panel, "seconds, prompt to picture (median; least to p90)", "")
+
+
+def _stages(panel: Any, result: dict[str, Any]) -> None:
+    """A bar for each stage of ours, with its floor as a black line on it."""
+    rows = cpu_text.stages(result)
+    for y, (_, _, seconds, floor, over) in enumerate(rows):
+        panel.barh(y, seconds, color=OURS)
+        panel.plot([floor] * 2, [y - 0.4, y + 0.4], color="black", linewidth=2)
+        panel.text(seconds, y, f"  {seconds:.2f}, {over:.1f}× floor", va="center", fontsize=8)
+    panel.set_yticks(range(len(rows)), [f"{ours}: {stage}" for ours, stage, *_ in rows], fontsize=8)
+    panel.invert_yaxis()
+    panel.margins(x=0.3)
+    _label(panel, "seconds of a launch; black: the floor", "")
+
+
+def _steps(panel: Any, result: dict[str, Any]) -> None:
+    for of in result.get("steps", ()):
+        panel.plot([int(n) for n in of["seconds"]], list(of["seconds"].values()), marker="o", label=of["ours"])
+    _label(panel, "steps", "seconds")
+    _legend(panel)
+
+
+def _batches(panel: Any, result: dict[str, Any]) -> None:
+    for of in result.get("batches", ()):
+        panel.plot([int(n) for n in of["seconds"]], list(of["seconds"].values()), marker="o", label=of["ours"])
+    _label(panel, "pictures in a batch", "seconds for each picture")
+    _legend(panel)
+
+
+def _label(panel: Any, x: str, y: str) -> None:
+    panel.set_xlabel(x, fontsize=8)
+    panel.set_ylabel(y, fontsize=8)
+    panel.set_xlim(left=0)
+    if y:
+        panel.set_ylim(bottom=0)
+
+
+def _legend(panel: Any) -> None:
+    if panel.get_legend_handles_labels()[0]:
+        panel.legend(fontsize=8)
+    else:
+        panel.text(0.5, 0.5, "not measured", transform=panel.transAxes, ha="center", fontsize=8)
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1])
+    draw(json.loads(source.read_text()), source.with_suffix(".png"))

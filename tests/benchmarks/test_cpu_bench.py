@@ -1,0 +1,80 @@
+"""`make bench-smoke`: the comparison with the peers, on the miniature."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from skimage.metrics import peak_signal_noise_ratio
+
+sys.path.append(str(ROOT / "benchmarks"))
+import cpu
+import peers
+import report
+
+PAIRS = (
+    "openvino-fp32:eager-fp32",
+    "onnxruntime-fp32:eager-bf16-channels-last+own-vae",
+    "openvino-fp32:optimum-onnx",
+)
+
+
+def bench(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    where = ("--folder", folder, "--results", folder / "results")
+    line = [sys.executable, "benchmarks/cpu.py", "synthetic:sd-turbo-mini", "--size", "64x64", *where, *options]
+    return subprocess.run(list(map(str, line)), cwd=ROOT, capture_output=True, text=True, timeout=500)
+
+
+def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = bench(tmp_path, "--vae", "tiny", "--runs", "2", "--pairs", *PAIRS, "--cold", PAIRS[0], "--batches", "2")
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "results").glob("*.json")
+    result = json.loads(path.read_text())
+    assert result["machine"]["cores"] and result["includes"]["seconds"] and result["commit"] and result["versions"]
+    first, second, last = result["pairs"]
+    for pair in (first, second):
+        ours, peer, ratio = pair["of"]["ours"], pair["of"]["peer"], pair["ratio"]
+        assert ratio["n"] == 2 and ratio["least"] <= ratio["median"] <= ratio["most"]
+        assert ratio["least"] <= 2 * peer["median_seconds"] / ours["median_seconds"]
+        assert ours["stages"].keys() == {"text_encoder", "unet", "vae_decoder"} and peer["stages"] == {}
+        assert 0 < sum(ours["stages"].values()) < 1.5 * ours["median_seconds"]
+        for row in (ours, peer):
+            assert row["against_fp32"]["passed"] and row["peak_rss_bytes"] > 50e6
+    assert first["of"]["peer"]["against_fp32"]["max_abs"] == 0  # it is the reference
+    assert first["of"]["ours"]["against_fp32"]["max_abs"] <= 1
+    assert second["differs"] == "fp32 against bf16; the peer decodes with the checkpoint's own VAE"
+    assert second["of"]["peer"]["versions"]["torch"] == result["versions"]["torch"]
+    if not (peers.ENVIRONMENTS / "optimum-onnx").exists():
+        assert last["reason"] == "missing: optimum-onnx is not installed (make bench-setup)"
+        assert last["reason"] in done.stdout
+    assert "faster by" in done.stdout and "× floor" in done.stdout
+    (growth, _) = result["steps"]
+    assert growth["ours"] == "openvino-fp32" and list(growth["seconds"]) == ["1", "2", "3", "4"]
+    assert growth["seconds"]["4"] > growth["seconds"]["1"] and growth["slope_seconds"] > 0
+    (cold,) = result["cold"]
+    for taken in cold["seconds"].values():
+        assert taken["picture"] > 0 and taken["load"] + taken["picture"] < taken["whole"]
+    assert cold["ratio"]["n"] == 2
+    (batches,) = result["batches"]
+    assert list(batches["seconds"]) == ["1", "2"] and batches["ratio"]["2"]["n"] == 2
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    fp32, bf16 = (result["floors"][precision] for precision in ("fp32", "bf16"))
+    assert fp32["stages"]["unet"]["flops"] == bf16["stages"]["unet"]["flops"] > 0
+    assert "| openvino-fp32 | " in report.pair_table(result) and "not installed" in report.pair_table(result)
+
+
+def test_a_wrong_picture_is_noticed() -> None:
+    random = np.random.default_rng(0)
+    picture = random.integers(0, 256, (1, 64, 64, 3)).astype(np.uint8)
+    other = np.clip(picture.astype(int) + random.integers(-9, 10, picture.shape), 0, 255).astype(np.uint8)
+    same, wrong = cpu.check(picture, picture), cpu.check(other, picture)
+    assert same["passed"] and same["max_abs"] == 0 and not wrong["passed"]
+    assert wrong["psnr"] == pytest.approx(peak_signal_noise_ratio(picture, other, data_range=255), abs=1e-6)
+
+
+def test_a_contender_that_fails_has_a_row_that_says_so(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"^failed: "):
+        peers.Worker("eager-fp32", tmp_path / "nothing", (64, 64), 1)
