@@ -9,7 +9,8 @@ GPU_EXTRAS := cuda,export,tensorrt,dev
 GPU_VENV := $(if $(filter file,$(origin BIN)),.venv-gpu)
 GPU_BIN := $(if $(GPU_VENV),$(GPU_VENV)/bin,$(BIN))
 # Half of a test is a single thread, so two run at once; the tests of a file stay together, and share what they build.
-TWO := -n 2 --dist loadfile
+# Files in their order: by the number of their tests, those with few long ones would come last, and one would wait.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 BENCH ?= synthetic:sd-turbo
 PRECISION ?= fp32
 PEERS := optimum-onnx optimum-intel

@@ -128,7 +128,7 @@ class Bench:
         result: dict[str, Any] = {"ours": ours, "peer": peer, "differs": differs, "reason": None}
         try:
             with self.start(ours) as a, self.start(peer) as b:
-                rows = [self._first(worker, self.of(name)) for worker, name in ((a, ours), (b, peer))]
+                rows = [self._first(worker, name) for worker, name in ((a, ours), (b, peer))]
                 for _ in range(self.runs):
                     for worker, row in zip((a, b), rows, strict=True):
                         row["drawn"].append(worker.draw(self.steps))
@@ -194,16 +194,16 @@ class Bench:
             seconds[count], ratios[count] = float(np.median(each[:, 1])), _spread(each[:, 1] / each[:, 0])
         return {"ours": ours, "seconds": {self.batch: float(np.median(alone)), **seconds}, "ratio": ratios}
 
-    def _first(self, worker: Worker, given: Checkpoint) -> dict[str, Any]:
+    def _first(self, worker: Worker, name: str) -> dict[str, Any]:
         picture = self.folder / "picture.npy"
         first = worker.draw(self.steps, picture)
-        checks = check(np.load(picture), self.reference(given))
+        checks = check(np.load(picture), self.reference(self.of(name)), "int8" if "int8" in name else "bf16")
         return {"loaded": worker.loaded, "first": first, "checks": checks, "drawn": []}
 
 
-def check(pictures: np.ndarray, references: np.ndarray) -> dict[str, Any]:
-    """How far pictures are from eager fp32's, and whether that is within the bounds of a picture in lower precision."""
-    bound = BOUNDS["bf16"]["image"]
+def check(pictures: np.ndarray, references: np.ndarray, precision: str = "bf16") -> dict[str, Any]:
+    """How far pictures are from eager fp32's, and whether that is within the bounds of a picture in a precision."""
+    bound = BOUNDS[precision]["image"]
     found: dict[str, Any] = {metric: getattr(metrics, metric)(pictures, references) for metric in bound}
     passed = all(found[m] >= b if m in AT_LEAST else found[m] <= b for m, b in bound.items())
     found["psnr"] = min(found["psnr"], 999.0)  # equal pictures: JSON has no infinity
@@ -280,21 +280,31 @@ def _bench(arguments: argparse.Namespace) -> None:
         "prompt": PROMPT,
         "seed": SEED,
         "pairs": [],
+        "floors": {},
+        "steps": [],
+        "cold": [],
+        "batches": [],
     }
     name = re.sub(r"[^a-z0-9]+", "-", result["what"].lower())
     shape = (arguments.size, arguments.batch, arguments.steps, arguments.runs)
     bench = Bench(arguments.source, arguments.vae, arguments.folder, *shape)
     arguments.results.mkdir(parents=True, exist_ok=True)
     path = arguments.results / f"{name}-cpu-pairs.json"
-    for pair in arguments.pairs:
-        result["pairs"].append(bench.pair(*pair.split(":")))
+
+    def keep(part: str, found: dict[str, Any]) -> None:  # what is measured stays, if the rest is interrupted
+        result[part].append(found)
         write_atomically(path, json.dumps(result, indent=1) + "\n")
-    engines = list(dict.fromkeys(p.split(":")[0] for p in arguments.pairs))
-    result["steps"] = [bench.growth(ours) for ours in engines]
+
+    for pair in arguments.pairs:
+        keep("pairs", bench.pair(*pair.split(":")))
     result["floors"] = bench.floors()
-    result["cold"] = [bench.cold(*pair.split(":")) for pair in arguments.cold]
-    result["batches"] = [bench.batches(engines[0], arguments.batches)] if arguments.batches else []
-    write_atomically(path, json.dumps(result, indent=1) + "\n")
+    engines = list(dict.fromkeys(p.split(":")[0] for p in arguments.pairs))
+    for pair in arguments.cold:
+        keep("cold", bench.cold(*pair.split(":")))
+    for ours in engines:
+        keep("steps", bench.growth(ours))
+    if arguments.batches:
+        keep("batches", bench.batches(engines[0], arguments.batches))
     plot_cpu.draw(result, path.with_suffix(".png"))
     print(cpu_text.text(result))
 

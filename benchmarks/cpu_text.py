@@ -20,7 +20,7 @@ def text(result: dict[str, Any]) -> str:
         seconds = [f"{of['median_seconds']:.2f}" for of in (ours, peer)]
         rows.append([pair["ours"], seconds[0], pair["peer"], seconds[1], *figures, said])
     parts = [result["what"], console.table(rows)]
-    if "floors" in result:
+    if stages(result):
         head = ["ours", "stage", "seconds", "floor", "× floor"]
         parts.append(
             console.table([head, *([*row[:2], *(f"{v:.2f}" for v in row[2:])] for row in stages(result))], left=2)
@@ -48,8 +48,8 @@ def stages(result: dict[str, Any]) -> list[tuple[str, str, float, float, float]]
     rows = []
     first = {pair["ours"]: pair["of"]["ours"] for pair in reversed(result["pairs"]) if "of" in pair}
     for ours, of in first.items():
-        floors = result["floors"][ours.rpartition("-")[2]]["stages"]
-        for stage, seconds in of["stages"].items():
+        floors = result["floors"].get(ours.rpartition("-")[2], {"stages": {}})["stages"]
+        for stage, seconds in of["stages"].items() if floors else ():
             least = 1e-3 * floors[stage]["ms"]
             rows.append((ours, stage, seconds, least, seconds / least))
     return rows

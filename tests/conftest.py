@@ -84,6 +84,17 @@ def bundle_of(checkpoints: dict[str, Path], shared: Path) -> BundleFactory:
 
 
 @pytest.fixture(scope="session")
+def demo(shared: Path) -> Path:
+    """The demo model's bundle, built by the command from the source's name. Tests must not change it."""
+    path = shared / "demo.bundle"
+    with locked(shared / "demo.lock"):
+        if not (path / "engines").exists():
+            done = command("build-engine", "demo", "-o", path, *ON_ARGUMENTS)
+            assert done.returncode == 0, done.stderr
+    return path
+
+
+@pytest.fixture(scope="session")
 def sd(bundle_of: BundleFactory) -> Path:
     """The SD miniature, fp32, one picture per pass."""
     return bundle_of("sd")

@@ -18,7 +18,7 @@ import pytest
 import scenes
 import score
 import torch
-from conftest import ON, ON_ARGUMENTS, command, locked
+from conftest import ON, ON_ARGUMENTS, command
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from test_parity import Pictures, assert_same_picture, ours, theirs
@@ -48,14 +48,8 @@ def draw(pipe: Pipeline, i: int, steps: int = 1) -> Any:
 
 
 @pytest.fixture(scope="module")
-def bundle(shared: Path) -> Path:
-    """The demo model's bundle, built by the command from the source's name."""
-    path = shared / "demo.bundle"
-    with locked(shared / "demo.lock"):
-        if not (path / "engines").exists():
-            done = command("build-engine", "demo", "-o", path, *ON_ARGUMENTS)
-            assert done.returncode == 0, done.stderr
-    return path
+def bundle(demo: Path) -> Path:
+    return demo
 
 
 @pytest.fixture(scope="module")
