@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,9 @@ def test_ctrl_c_leaves_nothing(ahead: Path, copy_of: Callable[[Path], Path], tmp
     before = listing(tmp_path)
     screen, terminal = pty.openpty()
     line = [BUILD, bundle, *AHEAD, "-O", "builder_optimization_level=5", "-v"]  # the longest to build
-    builder = subprocess.Popen(line, stdout=terminal, stderr=terminal, start_new_session=True)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # these tests may run where it is ignored
+    own: Any = {"start_new_session": True, "preexec_fn": heed}
+    builder = subprocess.Popen(line, stdout=terminal, stderr=terminal, **own)
     os.close(terminal)
     shown, interrupted = "", False
     try:

@@ -1,6 +1,7 @@
 """`--vae`: another VAE in the place of the checkpoint's own, against diffusers with the same one."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from test_parity import assert_same_picture, load_diffusers, theirs
 
 from turbochain.engines import build
 from turbochain.export import jobs
+from turbochain.export.other_vae import find
 from turbochain.export.source import local
 from turbochain.runtime import Bundle, InputError, Pipeline
 
@@ -96,8 +98,13 @@ def test_tiny_is_the_familys_own(family: str, checkpoints: dict[str, Path], tiny
         ("tiny", "--vae tiny: madebyollin/taesd decodes latents whose scaling_factor is 0.18215, and the VAE of"),
     ],
 )
-def test_what_is_no_vae(vae: str, message: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    source = local("demo") if vae == "tiny" else checkpoints["sd"]
-    done = command("build-engine", source, "-o", tmp_path / "a.bundle", "--vae", vae, cwd=checkpoints["sd"])
-    assert message in refused(done)
+def test_what_is_no_vae(vae: str, message: str, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkpoints["sd"])
+    with pytest.raises(InputError, match=re.escape(message)):
+        find(local("demo") if vae == "tiny" else checkpoints["sd"], vae)
+
+
+def test_the_command_says_so_and_leaves_nothing(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    done = command("build-engine", checkpoints["sd"], "-o", tmp_path / "a.bundle", "--vae", "nothing")
+    assert "--vae nothing is neither tiny, nor a folder here, nor a hub id (owner/name)" in refused(done)
     assert not list(tmp_path.iterdir())
