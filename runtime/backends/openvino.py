@@ -118,9 +118,8 @@ class CpuExecutor(HostExecutor):
 
     def _properties(self, graph: str, model: Any) -> dict[str, str]:
         # What runs once is worth fp32: the embedding of the time, which the whole UNet reads.
-        precision = (
-            "fp32" if graph in self.bundle.chain.once else _asked(self.bundle.manifest.graphs[graph], self.options)
-        )
+        stage, once = self.bundle.manifest.graphs[graph], graph in self.bundle.chain.once
+        precision = "fp32" if once else _asked(stage, self.options)
         properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _HINTS[precision]}
         if self.profile:
             properties["PERF_COUNT"] = "YES"

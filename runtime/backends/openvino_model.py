@@ -1,4 +1,4 @@
-"""What is changed in a graph that OpenVINO has read, before it compiles it: it computes the same."""
+"""What is changed in a graph that OpenVINO has read, before it compiles it."""
 
 import importlib
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ FEW_CHANNELS = 8
 
 
 def prepare(model: Any) -> None:
-    """Carry out both of these on `model` itself."""
+    """Change `model` itself with `fuse_group_norms` and `compare_integers`: it computes the same."""
     fuse_group_norms(model)
     compare_integers(model)
     model.validate_nodes_and_infer_types()
