@@ -17,7 +17,7 @@ PEERS := optimum-onnx optimum-intel
 BENCH_GPU ?=
 PROMPT ?= a large red circle left of a small blue square on a yellow background
 
-.PHONY: setup demo test check check-full check-gpu bench bench-smoke bench-setup bench-build bench-gpu inspect-engines train-demo clean
+.PHONY: setup demo test check check-full check-gpu bench bench-smoke bench-setup bench-variants bench-build bench-gpu inspect-engines train-demo clean
 
 setup: $(VENV)/.installed
 
@@ -74,6 +74,9 @@ bench-setup: $(PEERS:%=.bench/%/.installed)
 	$(@D)/bin/python -m pip --disable-pip-version-check install -q torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	$(@D)/bin/python -m pip --disable-pip-version-check install -q --no-deps -r $<
 	touch $@
+
+bench-variants: setup
+	$(BIN)/python benchmarks/variants.py $(BUNDLE)
 
 bench-build: setup
 	$(BIN)/python benchmarks/measure.py $(BENCH) --precision $(PRECISION)

@@ -48,25 +48,6 @@ PAIRS = (
     "openvino-fp32:optimum-onnx",
 )
 COLD = ("onnxruntime-fp32:eager-fp32", "openvino-fp32:eager-fp32", "openvino-bf16:eager-bf16-channels-last")
-INCLUDES = {
-    "seconds": "prompt string to uint8 pictures in host memory: tokenising, noise and every stage; without loading, "
-    "the first picture and image encoding",
-    "load": "the contender's libraries imported and its pipeline loaded, in a fresh process; files are mostly cached",
-    "first picture": "the first call after loading",
-    "peak_rss_bytes": "VmHWM of the contender's process, from its start to its last picture: mapped files count",
-    "rss_anon_bytes": "RssAnon after the last picture: what is not of files",
-    "ratio": "the peer's seconds ÷ ours, for each two pictures that were drawn one after the other",
-    "order": "one picture of ours, one of the peer, and again",
-    "cold": "from the start of a process to its end, with a PNG on disk: the interpreter, loading (`load`, with the "
-    "imports), the first picture (`picture`) and encoding it; files are in the page cache from the run before",
-    "batches": "seconds for each picture of a batch, drawn by turns with one picture alone; the ratio is of such "
-    "neighbours",
-    "steps": "calls of 1 step, 2 steps and so on by turns; the slope is that of a straight line through the medians",
-    "floors": "per stage the larger of floating-point operations (Conv, MatMul and Gemm of the ONNX graphs; a "
-    "multiply-add is two) ÷ this machine's rate in a large matrix product of that precision, by PyTorch, and bytes "
-    "(weights as stored, inputs, outputs, each once) ÷ its copy bandwidth",
-    "reference": "diffusers, eager, fp32: the same checkpoint, prompt, seed and noise",
-}
 
 
 class Bench:
@@ -152,10 +133,10 @@ class Bench:
                 of.append({"whole": whole, "load": worker.loaded["load_seconds"], "picture": drawn["seconds"]})
         ratios = [b["whole"] / a["whole"] for a, b in zip(*taken.values(), strict=True)]
         medians = {n: {k: float(np.median([t[k] for t in of])) for k in of[0]} for n, of in taken.items()}
-        return {"ours": ours, "peer": peer, "ratio": _spread(np.array(ratios)), "seconds": medians}
+        return {"ours": ours, "peer": peer, "ratio": spread(np.array(ratios)), "seconds": medians}
 
     def growth(self, ours: str) -> dict[str, Any]:
-        """How the time grows with the steps: medians of calls by turns, and the slope beside the UNet's own time."""
+        """How the time grows with the steps, beside the UNet's own time."""
         counts = Bundle.open(self.bundle(self.batch)).steps
         say(f"{ours}: steps {', '.join(map(str, counts))}")
         drawn: dict[int, list[dict[str, Any]]] = {steps: [] for steps in counts}
@@ -164,10 +145,18 @@ class Bench:
             for _ in range(self.runs):
                 for steps, of in drawn.items():
                     of.append(worker.draw(steps))
-        seconds = {steps: float(np.median([d["seconds"] for d in of])) for steps, of in drawn.items()}
-        unet = [s for of in drawn.values() for d in of for s in d["stages"]["unet"]]
-        slope = float(np.polyfit(list(seconds), list(seconds.values()), 1)[0])
-        return {"ours": ours, "seconds": seconds, "slope_seconds": slope, "unet_seconds": float(np.median(unet))}
+        seconds = np.array([[d["seconds"] for d in of] for of in drawn.values()])  # [steps, rounds]
+        unet = np.array(
+            [np.mean([s for of in drawn.values() for s in of[i]["stages"]["unet"]]) for i in range(self.runs)]
+        )
+        slopes = np.polyfit(counts, seconds, 1)[0]
+        return {
+            "ours": ours,
+            "seconds": dict(zip(counts, np.median(seconds, 1).tolist(), strict=True)),
+            "slope_seconds": float(np.median(slopes)),
+            "unet_seconds": float(np.median(unet)),
+            "ratio": spread(slopes / unet),
+        }
 
     def floors(self) -> dict[str, Any]:
         """Precision → the floor of one picture on this machine, by stage."""
@@ -191,7 +180,7 @@ class Bench:
                 drawn = [[w.draw(self.steps)["seconds"] for w in (one, many)] for _ in range(self.runs)]
             each = np.array(drawn) / (self.batch, count)
             alone += list(each[:, 0])
-            seconds[count], ratios[count] = float(np.median(each[:, 1])), _spread(each[:, 1] / each[:, 0])
+            seconds[count], ratios[count] = float(np.median(each[:, 1])), spread(each[:, 1] / each[:, 0])
         return {"ours": ours, "seconds": {self.batch: float(np.median(alone)), **seconds}, "ratio": ratios}
 
     def _first(self, worker: Worker, name: str) -> dict[str, Any]:
@@ -215,12 +204,13 @@ def _summary(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
     seconds = [np.array([drawn["seconds"] for drawn in row["drawn"]]) for row in (ours, peer)]
     ratios = seconds[1] / seconds[0]
     return {
-        "ratio": _spread(ratios),
+        "ratio": spread(ratios),
         "of": {name: _row(row, s) for name, row, s in zip(("ours", "peer"), (ours, peer), seconds, strict=True)},
     }
 
 
-def _spread(ratios: np.ndarray) -> dict[str, float]:
+def spread(ratios: np.ndarray) -> dict[str, float]:
+    """Their median and extremes."""
     return {"median": float(np.median(ratios)), "least": ratios.min(), "most": ratios.max(), "n": len(ratios)}
 
 
@@ -276,7 +266,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         "commit": commit(),
         "machine": machine(),
         "versions": versions(*PACKAGES, "openvino"),
-        "includes": INCLUDES,
+        "includes": cpu_text.INCLUDES,
         "prompt": PROMPT,
         "seed": SEED,
         "pairs": [],
@@ -301,8 +291,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     engines = list(dict.fromkeys(p.split(":")[0] for p in arguments.pairs))
     for pair in arguments.cold:
         keep("cold", bench.cold(*pair.split(":")))
-    for ours in engines:
-        keep("steps", bench.growth(ours))
+    keep("steps", bench.growth(engines[0]))
     if arguments.batches:
         keep("batches", bench.batches(engines[0], arguments.batches))
     plot_cpu.draw(result, path.with_suffix(".png"))

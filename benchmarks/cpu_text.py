@@ -4,6 +4,29 @@ from typing import Any
 
 from turbochain.runtime import console
 
+INCLUDES = {
+    "seconds": "prompt string to uint8 pictures in host memory: tokenising, noise and every stage; without loading, "
+    "the first picture and image encoding",
+    "load": "the contender's libraries imported and its pipeline loaded, in a fresh process; files are mostly cached",
+    "first picture": "the first call after loading",
+    "peak_rss_bytes": "VmHWM of the contender's process, from its start to its last picture: mapped files count",
+    "rss_anon_bytes": "RssAnon after the last picture: what is not of files",
+    "ratio": "the peer's seconds ÷ ours, for each two pictures that were drawn one after the other",
+    "order": "one picture of ours, one of the peer, and again",
+    "cold": "from the start of a process to its end, with a PNG on disk: the interpreter, loading (`load`, with the "
+    "imports), the first picture (`picture`) and encoding it; files are in the page cache from the run before",
+    "batches": "seconds for each picture of a batch, drawn by turns with one picture alone; the ratio is of such "
+    "neighbours",
+    "steps": "calls of 1 step, 2 steps and so on by turns; the slope is that of a straight line through such a round, "
+    "the ratio that slope ÷ the mean of the UNet's launches in the same round",
+    "floors": "per stage the larger of floating-point operations (Conv, MatMul and Gemm of the ONNX graphs; a "
+    "multiply-add is two) ÷ this machine's rate in a large matrix product or convolution of that precision, by "
+    "PyTorch, and bytes (weights as stored, inputs, outputs, each once) ÷ its copy bandwidth; OpenVINO's graphs do 15% "
+    "fewer operations in the VAE decoder than the ONNX graphs (merged upsampling), so that it can be below",
+    "reference": "diffusers, eager, fp32: the same checkpoint, prompt, seed and noise",
+}
+"""What the figures of a result are of."""
+
 
 def text(result: dict[str, Any]) -> str:
     """The result for a terminal."""

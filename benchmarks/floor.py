@@ -46,7 +46,7 @@ class Work:
 class Ceilings:
     """What a device does at best."""
 
-    matrix: float  # floating-point operations per second in a large matrix product
+    matrix: float  # floating-point operations per second in a large matrix product, on a CPU also in a convolution
     copy: float  # bytes per second, those read plus those written
     dtype: str  # of the matrices
     matrices: dict[str, float]  # shape → rate; `matrix` is the largest
@@ -137,6 +137,13 @@ def ceilings(device: str, precision: str | None = None) -> Ceilings:
         out = torch.empty((m, n), device=device, dtype=dtype)
         return 2 * m * n * k / _seconds(lambda: torch.mm(a, b, out=out), device, SECONDS if gpu else SECONDS_CPU)
 
+    def convolution(channels: int, side: int) -> float:
+        # PyTorch's product in fp32 is MKL's, which is slow on some CPUs; its convolutions are oneDNN's.
+        x, weight = (torch.randn(s).to(dtype) for s in ((1, channels, side, side), (channels, channels, 3, 3)))
+        x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
+        work = 2 * 9 * channels**2 * side**2
+        return work / _seconds(lambda: torch.conv2d(x, weight, padding=1), device, SECONDS_CPU)
+
     def copy(size: int) -> float:
         source = torch.randint(0, 256, (size,), device=device, dtype=torch.uint8)
         target = torch.empty_like(source)
@@ -144,6 +151,10 @@ def ceilings(device: str, precision: str | None = None) -> Ceilings:
 
     with torch.inference_mode():
         matrices = {"x".join(map(str, shape)): product(*shape) for shape in shapes}
+        if not gpu:
+            matrices |= {
+                f"3x3 convolution, {c} channels, {s}x{s}": convolution(c, s) for c, s in ((512, 64), (256, 128))
+            }
         copies = {str(size): copy(size) for size in sizes}
     if gpu:
         torch.cuda.empty_cache()
@@ -151,7 +162,10 @@ def ceilings(device: str, precision: str | None = None) -> Ceilings:
 
 
 def _seconds(run: Callable[[], Any], device: str, at_least: float) -> float:
-    """The mean time of one `run` in a row of them that takes `at_least` seconds, after a first such row."""
+    """The mean time of one `run` in a row of them that takes `at_least` seconds, after a first such row.
+
+    On a CPU, which others may use too, the least mean of five rows.
+    """
     import torch
 
     def row(count: int) -> float:
@@ -162,14 +176,16 @@ def _seconds(run: Callable[[], Any], device: str, at_least: float) -> float:
         wait()
         return time.perf_counter() - start
 
+    gpu = torch.device(device).type == "cuda"
+
     def wait() -> None:
-        if torch.device(device).type == "cuda":
+        if gpu:
             torch.cuda.synchronize(device)
 
     row(3)
     repeats = max(3, math.ceil(3 * at_least / row(3)))
     row(repeats)
-    return row(repeats) / repeats
+    return min(row(repeats) for _ in range(1 if gpu else 5)) / repeats
 
 
 def table(counted: dict[str, Work]) -> str:

@@ -30,6 +30,7 @@ def figures() -> str:
     on_gpu = [r for r in results if "cells" in r and r["gpu"] != "cpu"]
     tables = [demo_table(json.loads(SCORES.read_text()))]
     tables += [pair_table(r) for r in results if "pairs" in r]
+    tables += [variants_table(r) for r in results if "graphs" in r]
     return "\n".join([*tables, cpu_table(on_cpu), gpu_tables(on_gpu)])
 
 
@@ -92,7 +93,8 @@ def _steps(result: dict[str, Any]) -> list[str]:
         each = ", ".join(f"{seconds:.2f}" for seconds in of["seconds"].values())
         lines.append(
             f"- {of['ours']}, {' to '.join((min(of['seconds']), max(of['seconds'])))} steps: {each} s, "
-            f"{of['slope_seconds']:.2f} s a step; the UNet alone takes {of['unet_seconds']:.2f} s"
+            f"{of['slope_seconds']:.2f} s a step; the UNet alone takes {of['unet_seconds']:.2f} s (ratio, round by "
+            f"round: {of['ratio']['median']:.3f})"
         )
     return ["", *lines]
 
@@ -119,6 +121,34 @@ def _cold(result: dict[str, Any]) -> list[str]:
             figures = [f"{taken[key]:.1f}" for key in ("whole", "load", "picture")]
             rows.append([name, *figures, spread if name == of["ours"] else ""])
     return ["", *map(_row, rows), "", f"Cold start: {result['includes']['cold']}."] if result["cold"] else []
+
+
+def variants_table(result: dict[str, Any]) -> str:
+    """variants.py's results: a row for each variant, columns for each graph."""
+    graphs = result["graphs"]
+    heading = [f"tried with OpenVINO, {result['what']}"]
+    heading += [f"{graph}: {what}" for graph in graphs for what in ("speed", "error", "load s")]
+    lines = [_row(heading), _row(["---"] * len(heading))]
+    of = {graph: {row["variant"]: row for row in rows} for graph, rows in graphs.items()}
+    for name in dict.fromkeys(name for rows in of.values() for name in rows):
+        lines.append(_row([name, *(cell for rows in of.values() for cell in _tried(rows.get(name)))]))
+    says = result["includes"]
+    notes = (
+        f"Speed: {says['ratio']}. Error: {says['error']}. Load: {says['load']}.",
+        f"Measured on {_machine(result)}, openvino {result['versions']['openvino']}, commit {result['commit']}.",
+    )
+    return "\n".join([*lines, "", *notes]) + "\n"
+
+
+def _tried(row: dict[str, Any] | None) -> list[str]:
+    if row is None:
+        return ["", "", ""]
+    ratio = row.get("ratio")
+    speed = (
+        f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})" if ratio else f"{row['seconds']:.2f} s"
+    )
+    cache = f", {row['cache_bytes'] / GiB:.1f} GiB on disk" if "cache_bytes" in row else ""
+    return [speed, f"{row['error']:.2g}", f"{row['load_seconds']:.1f}{cache}"]
 
 
 def _psnr(value: float) -> str:

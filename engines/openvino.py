@@ -57,11 +57,11 @@ def compile(
     if not openvino.in_int8(bundle.manifest.graphs[name], options):
         return []
     file = openvino.ranges_file(name)
-    (folder / file).write_text(json.dumps(_ranges(bundle, name, progress), indent=0) + "\n")
+    (folder / file).write_text(json.dumps(measure_ranges(bundle, name, progress), indent=0) + "\n")
     return [file]
 
 
-def _ranges(bundle: Bundle, name: str, progress: Callable[[int, int], None]) -> dict[str, list[float]]:
+def measure_ranges(bundle: Bundle, name: str, progress: Callable[[int, int], None]) -> dict[str, list[float]]:
     """Convolution → the least and the largest value that it reads, over the reference's latents."""
     library, graph = openvino.library(), bundle.manifest.graphs[name]
     ops = library.opset13

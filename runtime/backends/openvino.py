@@ -1,9 +1,11 @@
 """OpenVINO: reads the bundle's graphs directly, and computes in bf16 where the CPU can."""
 
+import ctypes
 import importlib
 import json
+import mmap
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,7 @@ class CpuExecutor(HostExecutor):
         except Exception as error:  # OpenVINO raises RuntimeError and its own
             raise _failure(f"cannot load {path}", error) from error
         self._bind(stage, request)
+        _give_back_pages({str((self.bundle.path / file).resolve()) for file in stage.data})
 
         def launch() -> None:
             try:
@@ -151,6 +154,19 @@ def _name(port: Any, expected: Iterable[str]) -> str:
 def _dtype(port: Any) -> str:
     name = port.element_type.to_string()
     return _DTYPES.get(name, name)
+
+
+def _give_back_pages(files: Set[str]) -> None:
+    """Give back the memory of the pages of mapped files; one that is read again comes from the file.
+
+    OpenVINO keeps the weights mapped for as long as it keeps the compiled graph, which has its own copy of most.
+    """
+    libc = ctypes.CDLL(None)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, name = line.split(maxsplit=5)
+        if name in files:
+            start, end = (int(address, 16) for address in span.split("-"))
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 @cache

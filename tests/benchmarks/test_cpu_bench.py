@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, BundleFactory
 from skimage.metrics import peak_signal_noise_ratio
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -51,7 +51,7 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert last["reason"] == "missing: optimum-onnx is not installed (make bench-setup)"
         assert last["reason"] in done.stdout and last["reason"] in report.pair_table(result)
     assert "faster by" in done.stdout and "× floor" in done.stdout
-    (growth, _) = result["steps"]
+    (growth,) = result["steps"]
     assert growth["ours"] == "openvino-fp32" and list(growth["seconds"]) == ["1", "2", "3", "4"]
     assert growth["seconds"]["4"] > growth["seconds"]["1"] and growth["slope_seconds"] > 0
     (cold,) = result["cold"]
@@ -64,6 +64,20 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fp32, bf16 = (result["floors"][precision] for precision in ("fp32", "bf16"))
     assert fp32["stages"]["unet"]["flops"] == bf16["stages"]["unet"]["flops"] > 0
     assert "| openvino-fp32 | " in report.pair_table(result)
+
+
+def test_every_variant_runs(bundle_of: BundleFactory, tmp_path: Path) -> None:
+    arguments = ("--runs", "2", "--graphs", "vae_decoder", "--results", tmp_path)
+    line = [sys.executable, "benchmarks/variants.py", bundle_of("sd"), *arguments]
+    done = subprocess.run(list(map(str, line)), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    result = json.loads(path.read_text())
+    own, exact, *others = result["graphs"]["vae_decoder"]
+    assert "| one thread | " in report.variants_table(result)
+    assert own["seconds"] > 0 and own["variant"] in done.stdout and exact["error"] < 1e-3
+    assert all(row["ratio"]["n"] == 2 and row["error"] < 0.1 and row["load_seconds"] > 0 for row in others)
+    assert [row["variant"] for row in others if row.get("cache_bytes")] == ["graph from OpenVINO's cache on disk"]
 
 
 def test_a_wrong_picture_is_noticed() -> None:

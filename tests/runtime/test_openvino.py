@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from turbochain.runtime.profile import profile
 
 Copy = Callable[[Path], Path]
 openvino = backend.library()
+ops = openvino.opset13
 HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 CALL = {"prompt": "a cat in the snow", "num_inference_steps": 2, "seed": 3}
 
@@ -207,6 +209,93 @@ def test_every_group_norm_becomes_one_operation(
         model = openvino.Core().read_model(bundle / f"graphs/{graph}.onnx")
         assert openvino_model.fuse_group_norms(model) == expected > 10
         assert openvino_model.fuse_group_norms(model) == 0
+        left = kinds(model)["GroupNormalization"] - openvino_model.split_group_norms(model)
+        assert left == kinds(model)["GroupNormalization"] <= 1  # the attention's, of three dimensions
+
+
+def kinds(model: Any) -> Counter[str]:
+    return Counter(op.get_type_name() for op in model.get_ops())
+
+
+def exported(module: nn.Module, given: torch.Tensor, path: Path) -> Any:
+    torch.onnx.export(module.eval(), (given,), path, dynamo=True, verbose=False)
+    return openvino.Core().read_model(path)
+
+
+def made(model: Any, given: torch.Tensor, precision: str = "f32") -> np.ndarray:
+    model.validate_nodes_and_infer_types()
+    compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    return np.array(compiled(given.numpy())[0])
+
+
+@pytest.mark.parametrize(("mean", "bound"), [(0, 1e-6), (10, 1e-5)])
+def test_a_split_group_norm_is_pytorchs(mean: float, bound: float) -> None:
+    """Also where the values of a group lie many standard deviations from zero, and in a batch."""
+    random = torch.Generator().manual_seed(0)
+    norm = nn.GroupNorm(4, 24, eps=1e-6)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter, generator=random)
+    means = mean * torch.randn((2, 4, 1, 1), generator=random).repeat_interleave(6, 1)
+    given = torch.randn((2, 24, 32, 48), generator=random) + means
+    x = ops.parameter(list(given.shape), np.float32)
+    weight, bias = (parameter.detach().numpy() for parameter in norm.parameters())
+    y = ops.group_normalization(x, weight, bias, 4, 1e-6)
+    model = openvino.Model([y.output(0)], [x])
+    assert openvino_model.split_group_norms(model) == 1 and not kinds(model)["GroupNormalization"]
+    expected = norm.double()(given.double()).detach().numpy()
+    error = np.abs(made(model, given) - expected).max() / np.abs(expected).max()
+    assert error < bound
+    if HAS_BF16:  # of values that bf16 holds
+        coarse = given.bfloat16().float()
+        expected = norm(coarse.double()).detach().numpy()
+        off = made(model, coarse, "bf16") - expected
+        assert np.linalg.norm(off) / np.linalg.norm(expected) < (0.02 if mean else 0.004)
+
+
+class Upsampled(nn.Module):
+    def __init__(
+        self, channels: int = 4, kernel: int = 3, scale: float = 2, mode: str = "nearest", **more: Any
+    ) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, channels + 1, kernel, padding=kernel // 2, **more)
+        self.how = {"scale_factor": float(scale), "mode": mode}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.convolution(nn.functional.interpolate(x, **self.how))
+
+
+@pytest.mark.parametrize(
+    ("changes", "merged"),
+    [
+        ({}, 1),
+        ({"channels": 64}, 0),  # more weights than results
+        ({"kernel": 1}, 0),
+        ({"kernel": 5}, 0),
+        ({"scale": 3}, 0),
+        ({"mode": "bilinear"}, 0),
+        ({"stride": 2}, 0),
+        ({"groups": 1, "dilation": 2}, 0),
+    ],
+)
+def test_upsampling_and_its_convolution_are_one(changes: dict[str, Any], merged: int, tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    module = Upsampled(**changes)
+    given = torch.randn((2, changes.get("channels", 4), 9, 7), generator=random)
+    model = exported(module, given, tmp_path / "x.onnx")
+    assert openvino_model.merge_upsampling(model) == merged
+    assert kinds(model)["ConvolutionBackpropData"] == merged
+    np.testing.assert_allclose(made(model, given), module(given).detach().numpy(), atol=3e-6)
+
+
+def test_the_weights_are_not_in_memory_twice(engines: dict[str, Path]) -> None:
+    """What is mapped of a graph's file takes no memory any more once the graph is compiled."""
+    with Pipeline.load(engines["default"]):
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    mapped = [i for i, line in enumerate(lines) if line.endswith("unet.onnx.data")]
+    assert mapped, "the weights are not mapped"
+    for i in mapped:
+        resident = next(line for line in lines[i:] if line.startswith("Rss:"))
+        assert resident.split()[1] == "0"
 
 
 def test_other_square_roots_are_left_alone(tmp_path: Path) -> None:
