@@ -65,15 +65,14 @@ def measure_ranges(bundle: Bundle, name: str, progress: Callable[[int, int], Non
     """Convolution → the least and the largest value that it reads, over the reference's latents."""
     library, graph = openvino.library(), bundle.manifest.graphs[name]
     ops = library.opset13
-    core = library.Core()
-    model = core.read_model(bundle.path / graph.file)
+    model = openvino.core().read_model(bundle.path / graph.file)
     openvino_model.prepare(model)
     found = openvino_model.convolutions(model)
     axes = ops.constant(np.arange(4))
     reads = [op.input_value(0) for op in found.values()]
     ends = [reduce(value, axes, False) for value in reads for reduce in (ops.reduce_min, ops.reduce_max)]
     watched = library.Model([end.output(0) for end in ends], model.get_parameters())
-    request = core.compile_model(watched, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+    request = openvino.core().compile_model(watched, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
     bundle.check_files([REFERENCE])
     seen, cases = [], verify.read_cases(bundle)
     for i, case in enumerate(cases):

@@ -38,7 +38,7 @@ def device(name: str | None) -> Device:
 @cache
 def has_bf16() -> bool:
     """Whether OpenVINO computes in bf16 on this CPU, and does not emulate it."""
-    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def misfit(key: EngineKey, library: tuple[str, str], device: Device) -> str | None:
@@ -91,12 +91,12 @@ class CpuExecutor(HostExecutor):
         backends.require_precision("openvino", self.device, stage.precision)
         path = self.bundle.path / stage.file
         try:
-            model = _core().read_model(path)  # weights are mapped from the bundle
+            model = core().read_model(path)  # weights are mapped from the bundle
             openvino_model.prepare(model)
             if in_int8(stage, self.options):
                 ranges = json.loads((self.folder / ranges_file(graph)).read_text())
                 openvino_model.quantize(model, ranges)
-            request = _core().compile_model(model, "CPU", self._properties(graph, model)).create_infer_request()
+            request = core().compile_model(model, "CPU", self._properties(graph, model)).create_infer_request()
         except Exception as error:  # OpenVINO raises RuntimeError and its own
             raise _failure(f"cannot load {path}", error) from error
         self._bind(stage, request)
@@ -188,7 +188,8 @@ def library() -> Any:
 
 
 @cache
-def _core() -> Any:
+def core() -> Any:
+    """OpenVINO's devices."""
     return library().Core()
 
 
