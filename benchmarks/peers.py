@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,7 @@ from turbochain.runtime.bench import PROMPT
 HERE = Path(__file__).parent
 ENVIRONMENTS = HERE.parent / ".bench"  # where `make bench-setup` puts those of the peers
 SEED = 0
+LIMIT = 1200.0  # seconds for loading, or for a picture: torch.compile has been seen to take longer
 ENGINES = {
     "openvino-bf16": {"backend": "openvino", "options": {"inference_precision": "bf16"}},
     "openvino-fp32": {"backend": "openvino", "options": {"inference_precision": "fp32"}},
@@ -62,7 +64,13 @@ class Worker:
     def read(self) -> dict[str, Any]:
         """Its next line; RuntimeError with the end of its log where there is none."""
         assert self.process.stdout
+        patience = threading.Timer(LIMIT, self.process.kill)
+        patience.start()
         line = self.process.stdout.readline()
+        in_time = patience.is_alive()
+        patience.cancel()
+        if not line and not in_time:
+            raise RuntimeError(f"failed: no answer within {LIMIT:g} s")
         if not line:
             last = self.log.read_text().strip().splitlines()[-1:]
             raise RuntimeError(f"failed: {' '.join(last)[:300]}")

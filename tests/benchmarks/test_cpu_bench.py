@@ -92,3 +92,9 @@ def test_a_wrong_picture_is_noticed() -> None:
 def test_a_contender_that_fails_has_a_row_that_says_so(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"^failed: "):
         peers.Worker("eager-fp32", tmp_path / "nothing", (64, 64), 1)
+
+
+def test_a_contender_without_an_answer_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "LIMIT", 0.05)
+    with pytest.raises(RuntimeError, match=r"^failed: no answer within 0\.05 s$"):
+        peers.Worker("eager-fp32", tmp_path / "nothing", (64, 64), 1)
