@@ -17,7 +17,7 @@ from turbochain.runtime.bench import PROMPT
 HERE = Path(__file__).parent
 ENVIRONMENTS = HERE.parent / ".bench"  # where `make bench-setup` puts those of the peers
 SEED = 0
-LIMIT = 1200.0  # seconds for loading, or for a picture: torch.compile has been seen to take longer
+LIMIT = 1200.0  # seconds for loading, or for a picture: torch.compile has been seen to hang
 ENGINES = {
     "openvino-bf16": {"backend": "openvino", "options": {"inference_precision": "bf16"}},
     "openvino-fp32": {"backend": "openvino", "options": {"inference_precision": "fp32"}},
