@@ -34,11 +34,15 @@ def split_group_norms(model: Any) -> int:
 
 
 def _group_norm(op: Any) -> Any:
+    """The result of a GroupNormalization [B, C, H, W]."""
     ops = importlib.import_module("openvino.opset13")
     x, attributes = op.input_value(0), op.get_attributes()
     batch, channels, height, width = x.get_shape()
     groups = attributes["num_groups"]
     rows = [batch, groups, channels // groups * height]
+
+    def number(value: float) -> Any:
+        return ops.constant(value, x.get_element_type())
 
     def by_row(reduce: Any) -> Any:
         return ops.reshape(reduce(x, [3], True), rows, False)
@@ -53,9 +57,9 @@ def _group_norm(op: Any) -> Any:
     means, norms = by_row(ops.reduce_mean), by_row(ops.reduce_l2)
     first = mean(means)
     second = mean(ops.subtract(means, first))
-    squares = mean(ops.subtract(ops.multiply(ops.multiply(norms, norms), np.float32(1 / width)), first * first))
+    squares = mean(ops.subtract(ops.multiply(ops.multiply(norms, norms), number(1 / width)), first * first))
     variance = ops.relu(ops.subtract(squares, ops.multiply(second, first + first + second)))
-    inverse = ops.divide(np.ones((1, 1, 1), np.float32), ops.sqrt(ops.add(variance, np.float32(attributes["epsilon"]))))
+    inverse = ops.divide(number(1), ops.sqrt(ops.add(variance, number(attributes["epsilon"]))))
     weight, bias = (ops.unsqueeze(op.input_value(i), [0, 2, 3]) for i in (1, 2))
     centred = ops.subtract(ops.subtract(x, per_channel(first)), per_channel(second))
     return ops.add(ops.multiply(centred, ops.multiply(per_channel(inverse), weight)), bias)
@@ -75,7 +79,8 @@ def merge_upsampling(model: Any) -> int:
         kernel = np.zeros((*weight.shape[1::-1], 4, 4), np.float32)
         for i, j in np.ndindex(2, 2):  # every pixel is four: the sum of four kernels, each moved by one of their places
             kernel[:, :, i : i + 3, j : j + 3] += weight[:, :, ::-1, ::-1].swapaxes(0, 1)
-        _replace(op, ops.convolution_backprop_data(small, ops.constant(kernel), [2, 2], None, [1, 1], [1, 1], [1, 1]))
+        kernel = ops.constant(kernel, small.get_element_type())
+        _replace(op, ops.convolution_backprop_data(small, kernel, [2, 2], None, [1, 1], [1, 1], [1, 1]))
     return len(found)
 
 

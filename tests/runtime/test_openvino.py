@@ -146,6 +146,16 @@ def test_the_vae_in_int8(sd: Path, copy_of: Copy, checkpoints: dict[str, Path]) 
         Pipeline.load(bundle, engine=made.engine)
 
 
+def test_an_fp16_bundle(bundle_of: BundleFactory, checkpoints: dict[str, Path], copy_of: Copy) -> None:
+    """Its graphs hold GroupNormalization, and all that is put into them must be in fp16 too."""
+    bundle = copy_of(bundle_of("sd", precision="fp16"))
+    shutil.rmtree(bundle / "engines")
+    made = build(str(bundle), backend="openvino", options={"inference_precision": "fp32"}, quiet=True)
+    assert made.precision["vae_decoder"] == "fp16"
+    (expected,) = theirs(load_diffusers(checkpoints["sd"]), CALL)
+    assert peak_signal_noise_ratio(expected, picture(bundle)[0], data_range=255) >= 38
+
+
 def test_ranges_hold_what_the_convolutions_read(checkpoints: dict[str, Path], sd: Path, copy_of: Copy) -> None:
     """Against hooks on diffusers' own VAE."""
     bundle = copy_of(sd)
