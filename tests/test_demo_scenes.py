@@ -10,9 +10,11 @@ import pytest
 import scenes
 import score
 import torch
+from diffusers import AutoencoderKL
 from scenes import Scene, Thing
 from transformers import CLIPTokenizer
 
+from turbochain.export.source import local
 from turbochain.export.vocabulary import write_tokenizer
 
 PAIR = Scene((Thing("", "red", "circle"), Thing("large", "blue", "star")), "left of", "yellow")
@@ -58,7 +60,21 @@ def test_the_noise_places_the_objects() -> None:
         noise = torch.randn((2000, 4, side, side), generator=torch.Generator().manual_seed(0)).numpy()
         placed = scenes.place(noise)
         np.testing.assert_allclose(np.cov(placed.T), np.eye(2), atol=0.12)
-        np.testing.assert_allclose(placed[0] / side, noise[0, :2].mean((1, 2)), rtol=1e-5)
+        white = noise[0, :2, ::2, ::2] + noise[0, :2, 1::2, 1::2]
+        black = noise[0, :2, ::2, 1::2] + noise[0, :2, 1::2, ::2]
+        np.testing.assert_allclose(placed[0], (white - black).sum((1, 2)) / side, rtol=1e-3)
+
+
+def test_a_picture_hides_nothing_of_the_place() -> None:
+    """What the noise says of it is still there in a picture that is half drawn: the picture adds next to nothing."""
+    vae = AutoencoderKL.from_pretrained(local("demo") / "vae", torch_dtype=torch.float32)
+    random = np.random.default_rng(0)
+    drawn = np.stack([scenes.draw(scene, random.standard_normal(2)) for scene in scenes.held_out(4, 4)])
+    with torch.inference_mode():
+        given = torch.from_numpy(drawn.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
+        latents = vae.encode(given).latent_dist.mean.numpy() * vae.config.scaling_factor
+    assert np.abs(latents.mean((2, 3))[:, :2]).max() * 64 > 10  # a plain mean would drown
+    assert np.abs(scenes.place(latents)).max() < 0.1
 
 
 @pytest.mark.parametrize("extreme", list(itertools.product((-4, 4), repeat=2)))

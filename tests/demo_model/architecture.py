@@ -120,6 +120,13 @@ def scheduler() -> EulerDiscreteScheduler:
     )
 
 
+def timesteps(steps: int) -> list[int]:
+    """Those of a run of `steps` steps."""
+    made = scheduler()
+    made.set_timesteps(steps)
+    return [int(t) for t in made.timesteps]
+
+
 def sigmas() -> dict[int, float]:
     """Timestep → σ, at TIMESTEPS."""
     kept: Any = scheduler().alphas_cumprod

@@ -48,7 +48,7 @@ PLANS = {
     "text": Plan(1500, 64, 2e-3, 1e-4, 0.99),
     "small": Plan(4000, 16, 1.5e-3, 3e-4, 0.998),
     "generator": Plan(5000, 8, 1e-3, 2e-5, 0.998),
-    "refine": Plan(750, 8, 5e-4, 2e-5, 0.99),
+    "refine": Plan(900, 8, 5e-4, 1e-5, 0.99),
 }
 
 

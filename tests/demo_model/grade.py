@@ -1,6 +1,6 @@
 """Measure the demo model on prompts that show combinations it was never trained on.
 
-    python tests/demo_model/grade.py [--single 150] [--double 350] [--steps 1 2 4] [-o metrics.json]
+    python tests/demo_model/grade.py [--single 150] [--double 350] [--steps 1 2 3 4] [-o metrics.json]
 
 Builds bundles of export/demo (fp32 and fp16) and asks for one picture per prompt, each with a seed of its own, of
 diffusers in fp32 and of both bundles. `score.faults` says of each whether it shows what the prompt says.
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--single", type=int, default=150, help="prompts with one object")
     parser.add_argument("--double", type=int, default=350, help="prompts with two")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="of every fifth prompt, but for 1")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3, 4], help="of every fifth prompt, but for 1")
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).with_name("metrics.json"))
     arguments = parser.parse_args()
     asked = scenes.held_out(arguments.single, arguments.double)

@@ -5,8 +5,9 @@
 Stages, in order: vae, text, latents-256, small, latents-512, generator, refine. Each continues where it was stopped
 (Ctrl-C, SIGTERM, `--minutes`) from what FOLDER holds, and is passed over when it is done. The data of a step depend on
 the seed and the step's number alone, so a run in parts sees what a run in one piece sees. A CUDA GPU is used
-where there is one. `small` trains at 256×256, where a picture costs a quarter; `generator` goes on at 512×512, and in
-`refine` the later steps read what the first one made, so that 2 to 4 steps are better than they were.
+where there is one. `small` trains at 256×256, where a picture costs a quarter; `generator` goes on at 512×512; in
+`refine` whole runs of 1 to 4 steps are trained, each step on what the steps before it made, and every object counts
+alike, however small: without these, errors grew from step to step, and small stars lost their points.
 `--start export/demo` takes the VAE and the text encoder from a checkpoint, so that the UNet alone is trained anew.
 `checkpoint.py` makes a checkpoint in diffusers' format of it, and `grade.py` measures that.
 """
@@ -15,7 +16,9 @@ import argparse
 import signal
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import architecture
 import numpy as np
@@ -25,6 +28,7 @@ from fitting import DEVICE, SEED, Fit, Run, Stop
 from tqdm import tqdm
 
 PICTURES = {256: 20000, 512: 6000}
+BEFORE = {"small": "text", "generator": "small", "refine": "generator"}
 
 
 def main() -> None:
@@ -174,12 +178,18 @@ class Guides(torch.nn.Module):
         told = 2 + 2 + 4 + 3 + len(scenes.SHAPES)
         self.layers = torch.nn.ModuleList(torch.nn.Conv2d(width, told, 1) for width in blocks.values())
         self.seen: dict[int, torch.Tensor] = {}
+        self.pooled = torch.nn.ModuleList(torch.nn.Linear(width, 2) for width in widths[:3])
+        for i, block in enumerate(unet.down_blocks[:3]):
+            block.register_forward_hook(lambda block, given, made, i=i: self.seen.update({10 + i: made[0]}))
         for i, block in enumerate(blocks):
             block.register_forward_hook(lambda block, given, made, i=i: self.seen.update({i: made}))
 
     def loss(self, places: torch.Tensor, objects: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
         """How badly they tell it: `places` (n, 2), `objects` (n, 2, 3 + shapes) of `_objects`, `clean` (n, 4, h, w)."""
         total = clean.new_zeros(())
+        for i, layer in enumerate(self.pooled):
+            told = layer(self.seen[10 + i].float().mean((2, 3)))
+            total = total + (told - torch.tanh(scenes.SQUASH * places)).square().sum(1).mean()
         for i, layer in enumerate(self.layers):
             made = self.seen[i].float()
             n, _, h, w = made.shape
@@ -214,7 +224,7 @@ def train_generator(run: Run, stage: str, pixels: int) -> None:
     tokenizer = run.tokenizer()
     text, unet = architecture.text_encoder(tokenizer), architecture.unet()
     guides = Guides(unet)
-    before = run.state({"small": "text", "generator": "small", "refine": "generator"}[stage])["mean"]
+    before = run.state(BEFORE[stage])["mean"]
     if stage == "generator":
         del before["guides"]  # another size, another grid of positions
     fit = Fit(run, stage, {"text_encoder": text, "unet": unet, "guides": guides}, before)
@@ -223,42 +233,64 @@ def train_generator(run: Run, stage: str, pixels: int) -> None:
     ids = tokenizer([str(scene) for scene, _ in drawn], padding="max_length", return_tensors="pt").input_ids
     places = np.stack([placed for _, placed in drawn])
     objects = np.stack([_objects(*one) for one in drawn])
+    small_stars = [i for i, (scene, _) in enumerate(drawn) if any(_is_small_star(t) for t in scene.things)]
     factor, sigma = scale(run), architecture.sigmas()
     first = torch.full((1, 1, 1, 1), max(sigma.values()), device=DEVICE)
 
-    def predict(sample: torch.Tensor, s: torch.Tensor, t: np.ndarray, states: torch.Tensor) -> torch.Tensor:
+    def step_of(
+        sample: torch.Tensor, t: np.ndarray, states: torch.Tensor, clean: torch.Tensor, weights: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The squared error of one step's v-prediction, weighted, and the latents that it means."""
+        s = torch.tensor([sigma[int(i)] for i in t], dtype=torch.float32, device=DEVICE)[:, None, None, None]
         with torch.autocast(DEVICE.type, torch.bfloat16):
             given = (sample / (s**2 + 1).sqrt()).contiguous(memory_format=torch.channels_last)
-            return unet(given, torch.from_numpy(t).to(DEVICE), states).sample.float()
+            v = unet(given, torch.from_numpy(t).to(DEVICE), states).sample.float()
+        target = (sample / (s**2 + 1) - clean) * (s**2 + 1).sqrt() / s
+        found = sample / (s**2 + 1) - v.detach() * s / (s**2 + 1).sqrt()
+        return (weights * (v - target).square()).mean(), found
 
     def loss(step: int) -> torch.Tensor:
         random = np.random.default_rng((SEED, 3, step))
         chosen = random.integers(len(latents), size=fit.plan.batch)
+        if stage == "refine":
+            chosen[::2] = random.choice(small_stars, len(chosen[::2]))
         clean = torch.from_numpy(latents[chosen].astype(np.float32) * factor).to(DEVICE)
         noise = torch.from_numpy(_noise(random, places[chosen], clean.shape)).to(DEVICE)
-        others = 0.6 if stage == "refine" else _others(step / fit.plan.steps)
-        shares = [1 - others, *[others / (len(sigma) - 1)] * (len(sigma) - 1)]
-        t = random.choice(list(sigma), fit.plan.batch, p=shares)
-        s = torch.tensor([sigma[int(i)] for i in t], dtype=torch.float32, device=DEVICE)[:, None, None, None]
+        known = [torch.from_numpy(of[chosen]).to(DEVICE) for of in (places, objects)]
         with torch.autocast(DEVICE.type, torch.bfloat16):
             states = text(ids[chosen].to(DEVICE)).last_hidden_state
-        found = clean
-        if stage == "refine":
-            with torch.no_grad():
-                found = _clean(first * noise, first, predict(first * noise, first, np.full_like(t, max(sigma)), states))
-        # Euler's way from noise alone, at the first σ, straight to what was found there.
-        sample = (1 - s / first) * found + s * noise
-        target = (sample / (s**2 + 1) - clean) * (s**2 + 1).sqrt() / s
-        error = predict(sample, s, t, states) - target
-        known = (torch.from_numpy(of[chosen]).to(DEVICE) for of in (places, objects))
-        return error.square().mean() + 0.025 * guides.loss(*known, clean)
+        if stage != "refine":
+            others = _others(step / fit.plan.steps)
+            shares = [1 - others, *[others / (len(sigma) - 1)] * (len(sigma) - 1)]
+            t = random.choice(list(sigma), fit.plan.batch, p=shares)
+            s = torch.tensor([sigma[int(i)] for i in t], dtype=torch.float32, device=DEVICE)[:, None, None, None]
+            sample = (1 - s / first) * clean + s * noise  # Euler's way from noise alone straight to the picture
+            return step_of(sample, t, states, clean, 1)[0] + 0.025 * guides.loss(*known, clean)
+        # A pipeline's way: every step reads what those before it made.
+        steps, total, sample = random.choice([1, 2, 3, 4], p=[0.1, 0.25, 0.3, 0.35]), clean.new_zeros(()), first * noise
+        weights = _weights(known[1], *clean.shape[2:])
+        for now, following in pairwise([*architecture.timesteps(int(steps)), None]):
+            error, found = step_of(sample, np.full(len(chosen), now), states, clean, weights)
+            total = total + error + 0.025 * guides.loss(*known, clean)
+            if following is not None:
+                sample = found + (sample - found) * (sigma[following] / sigma[now])
+        return total / int(steps)
 
     fit.steps(loss)
 
 
-def _clean(sample: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The picture's latents that a v-prediction means (diffusers' EulerDiscreteScheduler)."""
-    return sample / (s**2 + 1) - v * s / (s**2 + 1).sqrt()
+def _is_small_star(thing: scenes.Thing) -> bool:
+    return (thing.size, thing.shape) == ("small", "star")
+
+
+def _weights(objects: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """What each position's error counts, (n, 1, h, w): 1, and each object's square gets 0.3 of the picture on top."""
+    y, x = torch.meshgrid(*(torch.linspace(-1, 1, s, device=objects.device) for s in (height, width)), indexing="ij")
+    away = (objects[:, :, :2, None, None] - torch.stack([x, y])).abs().amax(2)  # (n, 2, h, w)
+    diameter = 64 * (objects[:, :, 2] + 2) / scenes.PIXELS  # of `_objects`; half of it in units of -1 to 1
+    inside = (away < diameter[:, :, None, None] + 2 / width).float()
+    each = 0.3 * inside / inside.mean((2, 3), keepdim=True)
+    return 1 + each.sum(1, keepdim=True)
 
 
 def _others(done: float) -> float:
@@ -273,8 +305,9 @@ def _others(done: float) -> float:
 def _noise(random: np.random.Generator, places: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Standard normal noise whose `scenes.place` is `places`."""
     noise = random.standard_normal(shape, dtype=np.float32)
-    missing = (places - scenes.place(noise)) / np.float32(np.sqrt(shape[-2] * shape[-1]))
-    noise[..., :2, :, :] += missing[..., None, None]
+    h, w = shape[-2:]
+    missing = (places - scenes.place(noise)) / np.float32(np.sqrt(h * w))
+    noise[..., :2, :, :] += missing[..., None, None] * scenes.signs(h, w)
     return noise
 
 
