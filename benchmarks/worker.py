@@ -65,7 +65,8 @@ def optimum(spec: dict[str, Any], module: str, **options: Any) -> Draw:
     if module == "optimum.intel":
         width, height = spec["size"]
         pipe = made.from_pretrained(exported, compile=False, **options)
-        pipe.reshape(batch_size=spec["batch"], height=height, width=width, num_images_per_prompt=1)
+        # Given a batch it takes twice as many, for guidance, and then refuses what Turbo asks for: left open.
+        pipe.reshape(batch_size=-1, height=height, width=width, num_images_per_prompt=1)
         pipe.compile()
     else:
         pipe = made.from_pretrained(exported, **options)
