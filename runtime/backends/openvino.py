@@ -5,7 +5,9 @@ import importlib
 import json
 import mmap
 import sys
-from collections.abc import Callable, Iterable, Mapping, Set
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -96,11 +98,11 @@ class CpuExecutor(HostExecutor):
             if in_int8(stage, self.options):
                 ranges = json.loads((self.folder / ranges_file(graph)).read_text())
                 openvino_model.quantize(model, ranges)
-            request = core().compile_model(model, "CPU", self._properties(graph, model)).create_infer_request()
+            with _few_pages({str((self.bundle.path / file).resolve()) for file in stage.data}):
+                request = core().compile_model(model, "CPU", self._properties(graph, model)).create_infer_request()
         except Exception as error:  # OpenVINO raises RuntimeError and its own
             raise _failure(f"cannot load {path}", error) from error
         self._bind(stage, request)
-        _give_back_pages({str((self.bundle.path / file).resolve()) for file in stage.data})
 
         def launch() -> None:
             try:
@@ -156,11 +158,30 @@ def _dtype(port: Any) -> str:
     return _DTYPES.get(name, name)
 
 
-def _give_back_pages(files: Set[str]) -> None:
-    """Give back the memory of the pages of mapped files; one that is read again comes from the file.
+@contextmanager
+def _few_pages(files: Set[str]) -> Iterator[None]:
+    """Give back the memory of mapped files' pages every now and then, and at the end.
 
-    OpenVINO keeps the weights mapped for as long as it keeps the compiled graph, which has its own copy of most.
+    OpenVINO keeps the weights mapped for as long as it keeps the compiled graph, which has its own copy of most: they
+    would be in memory twice. A page that is read again comes from the file.
     """
+    done = threading.Event()
+
+    def give_back() -> None:
+        while not done.wait(0.2):
+            _give_back_pages(files)
+
+    thread = threading.Thread(target=give_back, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        _give_back_pages(files)
+
+
+def _give_back_pages(files: Set[str]) -> None:
     libc = ctypes.CDLL(None)
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, *_, name = line.split(maxsplit=5)
