@@ -153,7 +153,7 @@ def _tried(row: dict[str, Any] | None) -> list[str]:
 
 
 def _psnr(value: float) -> str:
-    return "equal" if value >= 999 else f"{value:.1f}"
+    return "equal" if value >= 120 else f"{value:.1f}"
 
 
 def cpu_table(results: list[dict[str, Any]]) -> str:
