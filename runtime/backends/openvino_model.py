@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 FEW_CHANNELS = 8
+MANY_ROWS = 32
 
 
 def fuse_group_norms(model: Any) -> int:
@@ -19,15 +20,17 @@ def fuse_group_norms(model: Any) -> int:
 
 
 def split_group_norms(model: Any) -> int:
-    """Compute every GroupNormalization of [B, C, H, W] from sums over its rows; how many there were.
+    """Compute each GroupNormalization of [B, C, H, W] with `MANY_ROWS` from sums over these; how many there were.
 
     OpenVINO's own wants each channel's values side by side, convolutions want each pixel's: between the two lay a
     reordering before it and one after it, a seventh of the VAE decoder's time. Sums over rows take either.
     In bf16 a sum over rows has 8 bits. So a group's mean is taken twice, the second time of what the rows are off the
-    first, and its variance from what their squares are off the first one's: the roundings of many rows cancel.
+    first, and its variance from what their squares are off the first one's: the roundings of many rows cancel. Those of
+    few do not, and there the reordering is cheap.
     """
     found = [op for op in model.get_ordered_ops() if op.get_type_name() == "GroupNormalization"]
-    found = [op for op in found if len(op.input_value(0).get_shape()) == 4]
+    shapes = [list(op.input_value(0).get_shape()) for op in found]
+    found = [op for op, shape in zip(found, shapes, strict=True) if len(shape) == 4 and shape[2] >= MANY_ROWS]
     for op in found:
         _replace(op, _group_norm(op))
     return len(found)

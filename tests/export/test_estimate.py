@@ -8,7 +8,7 @@ import pytest
 from turbochain.export import estimate, families, synthetic
 from turbochain.export.families import Shape
 
-RESULTS = sorted((Path(__file__).parents[2] / "benchmarks/results").glob("synthetic-*.json"))
+RESULTS = sorted((Path(__file__).parents[2] / "benchmarks/results").glob("synthetic-*-cpu.json"))
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)

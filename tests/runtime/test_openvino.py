@@ -222,7 +222,7 @@ def test_every_group_norm_becomes_one_operation(
         assert openvino_model.fuse_group_norms(model) == expected > 10
         assert openvino_model.fuse_group_norms(model) == 0
         left = kinds(model)["GroupNormalization"] - openvino_model.split_group_norms(model)
-        assert left == kinds(model)["GroupNormalization"] <= 1  # the attention's, of three dimensions
+        assert left == kinds(model)["GroupNormalization"]  # the attention's, of three dimensions, and small ones
 
 
 def kinds(model: Any) -> Counter[str]:

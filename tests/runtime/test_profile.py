@@ -11,7 +11,7 @@ from conftest import command
 from turbochain.engines import build
 from turbochain.runtime.profile import as_text, profile
 
-CONVOLUTIONS = {"onnxruntime": ("Conv", "FusedConv"), "openvino": ("Convolution ",)}
+CONVOLUTIONS = {"onnxruntime": ("Conv", "FusedConv"), "openvino": ("Convolution ", "ConvolutionBackpropData ")}
 
 
 @pytest.mark.parametrize("backend", CONVOLUTIONS)
