@@ -287,12 +287,12 @@ def _bench(arguments: argparse.Namespace) -> None:
     for pair in arguments.pairs:
         keep("pairs", bench.pair(*pair.split(":")))
     result["floors"] = bench.floors()
-    engines = list(dict.fromkeys(p.split(":")[0] for p in arguments.pairs))
     for pair in arguments.cold:
         keep("cold", bench.cold(*pair.split(":")))
-    keep("steps", bench.growth(engines[0]))
+    ours = arguments.pairs[0].split(":")[0]
+    keep("steps", bench.growth(ours))
     if arguments.batches:
-        keep("batches", bench.batches(engines[0], arguments.batches))
+        keep("batches", bench.batches(ours, arguments.batches))
     plot_cpu.draw(result, path.with_suffix(".png"))
     print(cpu_text.text(result))
 

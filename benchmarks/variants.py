@@ -169,7 +169,7 @@ def _variants(arguments: argparse.Namespace) -> None:
     path = arguments.results / f"{Path(source).name}-{size}-cpu-variants.json"
     write_atomically(path, json.dumps(result, indent=1) + "\n")
     for graph, rows in found.items():
-        print(console.table([["variant", "s", "× ours", "error", "load s"], *map(_cells, rows)]), graph, "", sep="\n")
+        print(console.table([["variant", "s", "speed", "error", "load s"], *map(_cells, rows)]), graph, "", sep="\n")
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -53,7 +53,7 @@ class HostExecutor(ABC):
         """With `profile`: the kind of every operator of a graph, and its mean seconds of one launch; asked for once."""
 
     def _size(self, graph: str) -> int:
-        return sum((self.bundle.path / file).stat().st_size for file in self.bundle.manifest.graphs[graph].data)
+        return sum(self.bundle.manifest.files[file].size for file in self.bundle.manifest.graphs[graph].data)
 
     @property
     def loaded(self) -> set[str]:

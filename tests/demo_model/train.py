@@ -178,9 +178,10 @@ class Guides(torch.nn.Module):
         told = 2 + 2 + 4 + 3 + len(scenes.SHAPES)
         self.layers = torch.nn.ModuleList(torch.nn.Conv2d(width, told, 1) for width in blocks.values())
         self.seen: dict[int, torch.Tensor] = {}
+        self.down: dict[int, torch.Tensor] = {}
         self.pooled = torch.nn.ModuleList(torch.nn.Linear(width, 2) for width in widths[:3])
         for i, block in enumerate(unet.down_blocks[:3]):
-            block.register_forward_hook(lambda block, given, made, i=i: self.seen.update({10 + i: made[0]}))
+            block.register_forward_hook(lambda block, given, made, i=i: self.down.update({i: made[0]}))
         for i, block in enumerate(blocks):
             block.register_forward_hook(lambda block, given, made, i=i: self.seen.update({i: made}))
 
@@ -188,7 +189,7 @@ class Guides(torch.nn.Module):
         """How badly they tell it: `places` (n, 2), `objects` (n, 2, 3 + shapes) of `_objects`, `clean` (n, 4, h, w)."""
         total = clean.new_zeros(())
         for i, layer in enumerate(self.pooled):
-            told = layer(self.seen[10 + i].float().mean((2, 3)))
+            told = layer(self.down[i].float().mean((2, 3)))
             total = total + (told - torch.tanh(scenes.SQUASH * places)).square().sum(1).mean()
         for i, layer in enumerate(self.layers):
             made = self.seen[i].float()
