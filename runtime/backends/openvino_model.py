@@ -173,7 +173,7 @@ def _values(output: Any) -> Any:
 
 def _fuse(root: Any) -> bool:
     """The one whose standard deviation is `root`, if that is what it is."""
-    rows = _back(root, "Add", "ReduceMean", "ReduceMean", "Multiply", "Subtract", "Reshape")
+    rows = _back(root, "Add", *["ReduceMean"] * 3, "Multiply", "Subtract", "Reshape")
     scale = _ahead(root, "Divide", "Multiply")  # 1 / root, times the weight
     shift = _ahead(scale, "Multiply", "Subtract")  # the bias, less the mean times scale
     end = _ahead(shift, "Reshape", "Add")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from conftest import FAMILIES, SIZE, BundleFactory
@@ -18,6 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from turbochain.export import graph as tracer
+from turbochain.export import stages
 from turbochain.export.families import Shape
 from turbochain.export.ranges import Remedy
 from turbochain.export.source import open_folder
@@ -339,3 +341,19 @@ def test_no_argmax_reads_integers(bundle_of: BundleFactory, family: str) -> None
         types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.input)}
         found += [types[node.input[0]] for node in model.graph.node if node.op_type == "ArgMax"]
     assert found == [onnx.TensorProto.FLOAT] * {"sd": 0, "sdxl": 1}[family]
+
+
+def test_a_group_norm_is_precise_where_a_picture_is_plain(tmp_path: Path) -> None:
+    """Of equal numbers each rounding of a sum goes the same way, so there is to be no sum of many."""
+    random = torch.Generator().manual_seed(0)
+    levels = torch.rand((1, 16, 1, 1), generator=random) + 1
+    picture = levels.expand(1, 16, 512, 512).clone()
+    picture[:, :, 200:260, 200:260] += torch.randn((1, 16, 60, 60), generator=random)
+    norm = torch.nn.GroupNorm(4, 16, eps=1e-6)
+    expected = norm.double()(picture.double())[:, :, :100].detach().numpy()
+    ours = torch.nn.Sequential(norm.float())
+    stages.replace_group_norms(ours)
+    torch.onnx.export(ours.eval(), (picture,), tmp_path / "norm.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "norm.onnx")
+    (made,) = session.run(None, {session.get_inputs()[0].name: picture.numpy()})
+    assert np.abs(made[:, :, :100] - expected).max() < 4e-6 * np.abs(expected).max()
