@@ -1,4 +1,4 @@
-"""Four panels of a results file of benchmarks/cpu.py: contenders, stages and their floors, steps, batches.
+"""Five panels of a results file of benchmarks/cpu.py: contenders, stages and their floors, cold start, steps, batches.
 
 python benchmarks/plot_cpu.py benchmarks/results/NAME.json
 """
@@ -20,8 +20,9 @@ OURS, PEER = "tab:green", "tab:gray"
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Write `path` (PNG)."""
-    figure, panels = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
-    for panel, show in zip(panels.flat, (_contenders, _stages, _steps, _batches), strict=True):
+    shown = [[_contenders, _stages], [_contenders, _cold], [_steps, _batches]]
+    figure, panels = pyplot.subplot_mosaic(shown, figsize=(12, 11), layout="constrained")
+    for show, panel in panels.items():
         show(panel, result)
     machine = result["machine"]
     figure.suptitle(
@@ -32,7 +33,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def _contenders(panel: Any, result: dict[str, Any]) -> None:
-    """A bar for each contender: the median, and from the least to the 90th percentile."""
+    """A bar for each contender: the median, and from the least to the 90th percentile; hatched: a wrong picture."""
     rows: dict[str, tuple[dict[str, Any], str]] = {}
     for pair in (pair for pair in result["pairs"] if "of" in pair):
         for side, colour in (("ours", OURS), ("peer", PEER)):
@@ -40,8 +41,10 @@ def _contenders(panel: Any, result: dict[str, Any]) -> None:
     for y, (of, colour) in enumerate(rows.values()):
         median = of["median_seconds"]
         spread = [[median - of["least_seconds"]], [of["p90_seconds"] - median]]
-        panel.barh(y, median, xerr=spread, color=colour, capsize=2)
-        panel.text(of["p90_seconds"], y, f"  {median:.2f}", va="center", fontsize=8)
+        passed = of["against_fp32"]["passed"]
+        panel.barh(y, median, xerr=spread, color=colour, capsize=2, hatch="" if passed else "//", edgecolor="white")
+        said = f"  {median:.2f}" + ("" if passed else ", wrong picture")
+        panel.text(of["p90_seconds"], y, said, va="center", fontsize=8)
     panel.set_yticks(range(len(rows)), list(rows), fontsize=8)
     panel.invert_yaxis()
     panel.margins(x=0.12)
@@ -61,15 +64,36 @@ def _stages(panel: Any, result: dict[str, Any]) -> None:
     _label(panel, "seconds of a launch; black: the floor", "")
 
 
+def _cold(panel: Any, result: dict[str, Any]) -> None:
+    """A bar for each cold start: loading, the first picture, and the rest."""
+    rows: dict[str, dict[str, float]] = {}
+    for of in result["cold"]:
+        for name, taken in of["seconds"].items():
+            rows.setdefault(name, taken)
+    parts = (("load", "tab:blue"), ("picture", "tab:orange"), ("rest", "lightgray"))
+    for y, taken in enumerate(rows.values()):
+        left, rest = 0.0, taken["whole"] - taken["load"] - taken["picture"]
+        for part, colour in parts:
+            width = taken.get(part, rest)
+            panel.barh(y, width, left=left, color=colour, label=None if y else part)
+            left += width
+        panel.text(left, y, f"  {taken['whole']:.1f}", va="center", fontsize=8)
+    panel.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    panel.invert_yaxis()
+    panel.margins(x=0.25)
+    _label(panel, "seconds from the start of a process to a picture on disk", "")
+    _legend(panel)
+
+
 def _steps(panel: Any, result: dict[str, Any]) -> None:
-    for of in result.get("steps", ()):
+    for of in result["steps"]:
         panel.plot([int(n) for n in of["seconds"]], list(of["seconds"].values()), marker="o", label=of["ours"])
     _label(panel, "steps", "seconds")
     _legend(panel)
 
 
 def _batches(panel: Any, result: dict[str, Any]) -> None:
-    for of in result.get("batches", ()):
+    for of in result["batches"]:
         panel.plot([int(n) for n in of["seconds"]], list(of["seconds"].values()), marker="o", label=of["ours"])
     _label(panel, "pictures in a batch", "seconds for each picture")
     _legend(panel)

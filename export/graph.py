@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from onnxscript.optimizer import optimize_ir
 
 from turbochain.export import attention, load, stages
 from turbochain.export.families import Shape, Stage
@@ -87,12 +88,13 @@ def _trace(
         examples,
         dynamo=True,
         opset_version=opset,
-        optimize=True,
+        optimize=False,  # by `_fold`
         input_names=list(inputs),
         output_names=list(stage.outputs),
         verbose=False,
     )
     assert program is not None
+    optimize_ir(program.model, should_fold=_fold)
     file = f"graphs/{name}.onnx"
     path = bundle / file
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +121,15 @@ def _trace(
         outputs=_ends(name, proto.graph.output, dict.fromkeys(stage.outputs), proto),
         remedy=remedy.phrase,
     )
+
+
+def _fold(node: Any) -> bool | None:
+    """What the optimizer is to do with a node that reads constants; None: as it would.
+
+    A Linear's weight stays as the checkpoint has it, and the graph transposes it: that is how OpenVINO wants it, which
+    would transpose it again and keep another copy in memory. ONNX Runtime folds it when it loads the graph.
+    """
+    return False if node.op_type == "Transpose" else None
 
 
 def _example(dtype: str, size: tuple[int, ...]) -> torch.Tensor:
@@ -167,15 +178,14 @@ def name_map(
     folded: Collection[str] = (),
     factors: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, dict[str, Any] | None]:
-    """Parameter name → the initializer that holds it and whether transposed; None where this graph has no use for it.
+    """Parameter name → the initializer that holds it; None where this graph has no use for it.
 
     Of the parameters in `folded` the graph holds what was computed of them: {"folded": true}. `factors`: parameter →
     what the checkpoint's value was multiplied by (`rescale`); the entry says so as "factor".
 
-    The exporter renames what it folds (a Linear's weight becomes a transposed constant), so values decide: an
-    initializer holds a parameter when it has the same values (in `dtype`) in the same order, or in that of the
-    transposed matrix; its shape may differ by sizes of 1 or by groups. Where several parameters have equal values,
-    the exporter's own name decides.
+    The exporter renames what it folds, so values decide: an initializer holds a parameter when it has the same values
+    (in `dtype`) in the same order; its shape may differ by sizes of 1 or by groups. Where several parameters have equal
+    values, the exporter's own name decides.
     """
     holders: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     sizes = set()
@@ -188,14 +198,11 @@ def name_map(
         mapped[name] = {"folded": True} if name in folded else None
         if name in folded or parameter.numel() not in sizes:
             continue
-        value = _numpy(parameter.detach().to(dtype))
-        for transposed in (False, True) if value.ndim == 2 else (False,):
-            found = holders.get(_fingerprint(value.T if transposed else value), [])
-            own = [h for h in found if h.endswith(f".{name}")]
-            if found:
-                factor = {"factor": factors[name]} if name in factors else {}
-                mapped[name] = {"initializer": (own or found)[0], "transposed": transposed, **factor}
-                break
+        found = holders.get(_fingerprint(_numpy(parameter.detach().to(dtype))), [])
+        own = [h for h in found if h.endswith(f".{name}")]
+        if found:
+            factor = {"factor": factors[name]} if name in factors else {}
+            mapped[name] = {"initializer": (own or found)[0], **factor}
     return mapped
 
 

@@ -161,7 +161,6 @@ def test_name_map_leads_every_parameter_to_its_values(
         expected = weights[prefix + parameter].astype(loaded).astype(dtype)
         found = held[place["initializer"]]
         assert found.dtype == dtype
-        expected = expected.T if place["transposed"] else expected
         np.testing.assert_array_equal(found.reshape(expected.shape), expected, err_msg=parameter)
         mapped[place["initializer"]].append(parameter)
     assert all(len(parameters) == 1 for parameters in mapped.values())
@@ -169,11 +168,6 @@ def test_name_map_leads_every_parameter_to_its_values(
     assert set(mapped) <= consumed
     if "text" in name:
         assert any(p.endswith("position_embedding.weight") for (p,) in mapped.values())
-
-
-def test_the_map_tells_transposed_from_straight(sdxl: Path) -> None:
-    places = json.loads((sdxl / "graphs" / "unet.names.json").read_text()).values()
-    assert {place["transposed"] for place in places if place and "transposed" in place} == {True, False}
 
 
 NO_WORK = {"Slice", "Split", "Unsqueeze", "Reshape", "Cast", "Identity"}
