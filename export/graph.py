@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnxscript.optimizer import optimize_ir
 
 from turbochain.export import attention, load, stages
 from turbochain.export.families import Shape, Stage
 from turbochain.export.ranges import Remedy
 from turbochain.export.rescale import rescale
+from turbochain.export.simplify import simplify
 from turbochain.export.source import Checkpoint
 from turbochain.runtime.errors import TurbochainError
 from turbochain.runtime.manifest import Graph, Tensor
@@ -88,13 +88,13 @@ def _trace(
         examples,
         dynamo=True,
         opset_version=opset,
-        optimize=False,  # by `_fold`
+        optimize=False,  # `simplify` does
         input_names=list(inputs),
         output_names=list(stage.outputs),
         verbose=False,
     )
     assert program is not None
-    optimize_ir(program.model, should_fold=_fold)
+    simplify(program.model)
     file = f"graphs/{name}.onnx"
     path = bundle / file
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,15 +121,6 @@ def _trace(
         outputs=_ends(name, proto.graph.output, dict.fromkeys(stage.outputs), proto),
         remedy=remedy.phrase,
     )
-
-
-def _fold(node: Any) -> bool | None:
-    """What the optimizer is to do with a node that reads constants; None: as it would.
-
-    A Linear's weight stays as the checkpoint has it, and the graph transposes it: that is how OpenVINO wants it, which
-    would transpose it again and keep another copy in memory. ONNX Runtime folds it when it loads the graph.
-    """
-    return False if node.op_type == "Transpose" else None
 
 
 def _example(dtype: str, size: tuple[int, ...]) -> torch.Tensor:

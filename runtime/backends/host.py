@@ -3,6 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import numpy as np
 from turbochain.runtime.backends import Device
 from turbochain.runtime.bundle import Bundle
 from turbochain.runtime.chain import Constant, Copy, Download, Plan, Run, Upload
+
+LOADING = 2
+"""Graphs that are loaded at once: a load is for the most part one thread that waits for memory."""
 
 Observe = Callable[[str, float], None]
 """Called with a graph's name and the seconds that one launch of it took."""
@@ -40,9 +44,10 @@ class HostExecutor(ABC):
         self.seconds = 0.0
         """How long the graphs' launches of the last `execute` took."""
         self.buffers = {name: np.zeros(t.shape, t.dtype) for name, t in bundle.tensors.items()}
-        # The largest first: a load needs most at its end, and then the others are not there yet.
+        # The largest first: the others are loaded meanwhile.
         names = sorted(graphs or bundle.chain.graphs, key=self._size, reverse=True)
-        self._graphs = {name: self.load(name) for name in names}
+        with ThreadPoolExecutor(LOADING) as pool:
+            self._graphs = dict(zip(names, pool.map(self.load, names), strict=True))
 
     @abstractmethod
     def load(self, graph: str) -> Callable[[], None]:

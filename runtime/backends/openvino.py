@@ -26,6 +26,7 @@ PREFERENCES = {
 }
 
 _TELEMETRY = "openvino_telemetry"
+_IMPORTING = threading.Lock()
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 _DTYPES = {"f32": "float32", "f16": "float16", "i32": "int32", "u8": "uint8"}
 
@@ -85,6 +86,7 @@ class CpuExecutor(HostExecutor):
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         self._profiles: dict[str, list[Any]] = {}  # graph → what the profiler said of each launch
+        core()  # one for all graphs, which are loaded at once
         super().__init__(*arguments, **more)
 
     def load(self, graph: str) -> Callable[[], None]:
@@ -199,13 +201,14 @@ def library() -> Any:
     """
     backends.require("openvino")
     absent: Any = None  # importing what has this as its module raises ImportError, for which OpenVINO is prepared
-    before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == _TELEMETRY}
-    sys.modules[_TELEMETRY] = absent
-    try:
-        return importlib.import_module("openvino")
-    finally:
-        del sys.modules[_TELEMETRY]
-        sys.modules.update(before)
+    with _IMPORTING:
+        before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == _TELEMETRY}
+        sys.modules[_TELEMETRY] = absent
+        try:
+            return importlib.import_module("openvino")
+        finally:
+            del sys.modules[_TELEMETRY]
+            sys.modules.update(before)
 
 
 @cache

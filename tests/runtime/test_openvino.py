@@ -83,6 +83,16 @@ def test_nobody_is_told_of_it(engines: dict[str, Path]) -> None:
     assert (loaded, children) == ("[]", "[]"), done
 
 
+def test_two_threads_may_be_the_first(engines: dict[str, Path]) -> None:
+    """Both import the library, which is imported in a way of its own."""
+    code = (
+        "import sys, concurrent.futures as c, turbochain.runtime as t; sys.setswitchinterval(1e-6)\n"
+        "print(len(list(c.ThreadPoolExecutor(2).map(t.Pipeline.load, 2 * sys.argv[1:]))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, engines["fp32"]], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "2\n", done
+
+
 def test_nothing_of_the_weights_is_written(engines: dict[str, Path]) -> None:
     for bundle in engines.values():
         assert [path.name for path in bundle.glob("engines/*/*")] == ["engine.json"]
