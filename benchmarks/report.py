@@ -25,13 +25,18 @@ def main() -> None:
 
 def figures() -> str:
     """The block: the tables of every results file."""
-    results = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
+    paths = sorted((HERE / "results").glob("*.json"))
+    results = [json.loads(path.read_text()) for path in paths]
     on_cpu = [r for r in results if "build" in r]
     on_gpu = [r for r in results if "cells" in r and r["gpu"] != "cpu"]
     tables = [demo_table(json.loads(SCORES.read_text()))]
-    tables += [pair_table(r) for r in results if "pairs" in r]
+    tables += [pair_table(r) + _plot(path) for path, r in zip(paths, results, strict=True) if "pairs" in r]
     tables += [variants_table(r) for r in results if "graphs" in r]
     return "\n".join([*tables, cpu_table(on_cpu), gpu_tables(on_gpu)])
+
+
+def _plot(results: Path) -> str:
+    return f"\n![these figures as bars and lines]({results.with_suffix('.png').relative_to(README.parent)})\n"
 
 
 def demo_table(scores: dict[str, Any]) -> str:
