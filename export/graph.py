@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -50,7 +51,8 @@ def export(
         module = getattr(stages, stage.module)(model, *stage.arguments(shape)).eval()
         if remedies[name].precision == "fp32":  # in lower precision a GPU's own GroupNormalization is wanted
             stages.replace_group_norms(module)
-        graphs[name] = _trace(name, stage, module, inputs, parameters, factors, remedies[name], bundle, opset)
+        graph = _trace(name, stage, module, inputs, parameters, factors, remedies[name], bundle, opset)
+        graphs[name] = replace(graph, model_class=type(model).__name__)
     return graphs
 
 

@@ -51,6 +51,7 @@ class Graph:
     opset: int
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    model_class: str = ""  # the component's, as diffusers and transformers name it; its bounds may be its own
     remedy: str = ""  # what makes it right in that precision, or why it is in another than asked for; for people
 
     @property

@@ -19,6 +19,8 @@ from turbochain.export import jobs
 from turbochain.export.other_vae import find
 from turbochain.export.source import local
 from turbochain.runtime import Bundle, InputError, Pipeline
+from turbochain.runtime.backends import openvino
+from turbochain.runtime.verify import BOUNDS
 
 CALL = {"prompt": "a cat in the snow", "num_inference_steps": 2, "seed": 3}
 TINY = {"sd": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}
@@ -47,10 +49,19 @@ def test_it_is_diffusers_picture_with_that_vae(checkpoints: dict[str, Path], tin
         assert_same_picture(ours(**CALL, output_type="uint8").images, theirs(pipe, CALL))
     manifest = Bundle.open(bundle).manifest
     assert manifest.request["vae"] == "our-tiny"
+    assert {name: graph.model_class for name, graph in manifest.graphs.items()} == {
+        "text_encoder": "CLIPTextModel",
+        "time": "UNet2DConditionModel",
+        "unet": "UNet2DConditionModel",
+        "vae_decoder": "AutoencoderTiny",
+    }
     (weights,) = (of for name, of in manifest.checkpoint.weights.items() if name.startswith("vae/"))
     assert weights.size == (vae / "diffusion_pytorch_model.safetensors").stat().st_size
     assert (bundle / "vae-README.md").read_text() == (vae / "README.md").read_text()
     assert build(str(checkpoints["sd"]), bundle, **asked).phases == []
+    if openvino.has_bf16():
+        made = build(str(bundle), backend="openvino", options={"inference_precision": "bf16"}, quiet=True)
+        assert {c.stage: c.bound for c in made.checks}["vae_decoder"] == BOUNDS["bf16"]["AutoencoderTiny"]["psnr"]
     with pytest.raises(InputError, match="vae is 'our-tiny' there and 'tiny' here"):
         build(str(bundle), bundle, vae="tiny", quiet=True, **ON)
     os.utime(vae / "diffusion_pytorch_model.safetensors", (1, 1))
