@@ -48,19 +48,19 @@ def text(result: dict[str, Any]) -> str:
         parts.append(
             console.table([head, *([*row[:2], *(f"{v:.2f}" for v in row[2:])] for row in stages(result))], left=2)
         )
-    for of in result.get("steps", ()):
+    for of in result["steps"]:
         each = ", ".join(f"{seconds:.2f}" for seconds in of["seconds"].values())
         parts.append(
             f"{of['ours']}, steps {', '.join(map(str, of['seconds']))}: {each} s; "
             f"{of['slope_seconds']:.2f} s a step, the UNet alone {of['unet_seconds']:.2f} s"
         )
-    for of in result.get("cold", ()):
+    for of in result["cold"]:
         ours, peer = (
             f"{name} {taken['whole']:.1f} s (load {taken['load']:.1f}, picture {taken['picture']:.1f})"
             for name, taken in of["seconds"].items()
         )
         parts.append(f"cold start: {ours}, {peer}: {of['ratio']['median']:.2f} times as fast")
-    for of in result.get("batches", ()):
+    for of in result["batches"]:
         each = ", ".join(f"{seconds:.2f}" for seconds in of["seconds"].values())
         parts.append(f"{of['ours']}, batch {', '.join(map(str, of['seconds']))}: {each} s for each picture")
     return "\n\n".join(parts)

@@ -45,10 +45,7 @@ def _contenders(panel: Any, result: dict[str, Any]) -> None:
         panel.barh(y, median, xerr=spread, color=colour, capsize=2, hatch="" if passed else "//", edgecolor="white")
         said = f"  {median:.2f}" + ("" if passed else ", wrong picture")
         panel.text(of["p90_seconds"], y, said, va="center", fontsize=8)
-    panel.set_yticks(range(len(rows)), list(rows), fontsize=8)
-    panel.invert_yaxis()
-    panel.margins(x=0.12)
-    _label(panel, "seconds, prompt to picture (median; least to p90)", "")
+    _name(panel, list(rows), 0.12, "seconds, prompt to picture (median; least to p90)")
 
 
 def _stages(panel: Any, result: dict[str, Any]) -> None:
@@ -58,10 +55,7 @@ def _stages(panel: Any, result: dict[str, Any]) -> None:
         panel.barh(y, seconds, color=OURS)
         panel.plot([floor] * 2, [y - 0.4, y + 0.4], color="black", linewidth=2)
         panel.text(seconds, y, f"  {seconds:.2f}, {over:.1f}× floor", va="center", fontsize=8)
-    panel.set_yticks(range(len(rows)), [f"{ours}: {stage}" for ours, stage, *_ in rows], fontsize=8)
-    panel.invert_yaxis()
-    panel.margins(x=0.3)
-    _label(panel, "seconds of a launch; black: the floor", "")
+    _name(panel, [f"{ours}: {stage}" for ours, stage, *_ in rows], 0.3, "seconds of a launch; black: the floor")
 
 
 def _cold(panel: Any, result: dict[str, Any]) -> None:
@@ -78,25 +72,32 @@ def _cold(panel: Any, result: dict[str, Any]) -> None:
             panel.barh(y, width, left=left, color=colour, label=None if y else part)
             left += width
         panel.text(left, y, f"  {taken['whole']:.1f}", va="center", fontsize=8)
-    panel.set_yticks(range(len(rows)), list(rows), fontsize=8)
-    panel.invert_yaxis()
-    panel.margins(x=0.25)
-    _label(panel, "seconds from the start of a process to a picture on disk", "")
+    _name(panel, list(rows), 0.25, "seconds from the start of a process to a picture on disk")
     _legend(panel)
 
 
 def _steps(panel: Any, result: dict[str, Any]) -> None:
-    for of in result["steps"]:
-        panel.plot([int(n) for n in of["seconds"]], list(of["seconds"].values()), marker="o", label=of["ours"])
-    _label(panel, "steps", "seconds")
-    _legend(panel)
+    _lines(panel, result["steps"], "steps", "seconds")
 
 
 def _batches(panel: Any, result: dict[str, Any]) -> None:
-    for of in result["batches"]:
+    _lines(panel, result["batches"], "pictures in a batch", "seconds for each picture")
+
+
+def _lines(panel: Any, found: list[dict[str, Any]], x: str, y: str) -> None:
+    """A line for each engine of ours: how its seconds grow."""
+    for of in found:
         panel.plot([int(n) for n in of["seconds"]], list(of["seconds"].values()), marker="o", label=of["ours"])
-    _label(panel, "pictures in a batch", "seconds for each picture")
+    _label(panel, x, y)
     _legend(panel)
+
+
+def _name(panel: Any, names: list[str], room: float, x: str) -> None:
+    """Name the bars, the first on top; `room` beside the longest is for what is written there."""
+    panel.set_yticks(range(len(names)), names, fontsize=8)
+    panel.invert_yaxis()
+    panel.margins(x=room)
+    _label(panel, x, "")
 
 
 def _label(panel: Any, x: str, y: str) -> None:

@@ -184,8 +184,11 @@ def _few_pages(files: Set[str]) -> Iterator[None]:
 
 
 def _give_back_pages(files: Set[str]) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():  # only Linux says where files are mapped
+        return
     libc = ctypes.CDLL(None)
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in maps.read_text().splitlines():
         span, *_, name = line.split(maxsplit=5)
         if name in files:
             start, end = (int(address, 16) for address in span.split("-"))
