@@ -55,6 +55,9 @@ def text(result: dict[str, Any]) -> str:
             f"{of['slope_seconds']:.2f} s a step, the UNet alone {of['unet_seconds']:.2f} s"
         )
     for of in result["cold"]:
+        if of["reason"]:
+            parts.append(f"cold start: {of['ours']} against {of['peer']}: {of['reason']}")
+            continue
         ours, peer = (
             f"{name} {taken['whole']:.1f} s (load {taken['load']:.1f}, picture {taken['picture']:.1f})"
             for name, taken in of["seconds"].items()

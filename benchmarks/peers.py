@@ -30,6 +30,7 @@ PEERS = {
     "eager-fp32": ("", "fp32"),
     "eager-bf16": ("", "bf16"),
     "eager-bf16-channels-last": ("", "bf16"),
+    "compiled-fp32": ("", "fp32"),
     "compiled-bf16": ("", "bf16"),
     "optimum-onnx": ("optimum-onnx", "fp32"),
     "optimum-intel-fp32": ("optimum-intel", "fp32"),

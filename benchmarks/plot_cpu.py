@@ -61,7 +61,7 @@ def _stages(panel: Any, result: dict[str, Any]) -> None:
 def _cold(panel: Any, result: dict[str, Any]) -> None:
     """A bar for each cold start: loading, the first picture, and the rest."""
     rows: dict[str, dict[str, float]] = {}
-    for of in result["cold"]:
+    for of in (of for of in result["cold"] if not of["reason"]):
         for name, taken in of["seconds"].items():
             rows.setdefault(name, taken)
     parts = (("load", "tab:blue"), ("picture", "tab:orange"), ("rest", "lightgray"))

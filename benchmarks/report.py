@@ -62,26 +62,36 @@ def demo_table(scores: dict[str, Any]) -> str:
 
 def pair_table(result: dict[str, Any]) -> str:
     """cpu.py's results: a row for each pair."""
-    heading = ["ours", "seconds", "peer", "seconds", "faster by", "PSNR, ours", "PSNR, peer", "peak GiB", "peer's", ""]
+    heading = ["ours", "seconds (p90)", "load + first", "peer", "seconds (p90)", "load + first", "faster by"]
+    heading += ["PSNR, ours", "PSNR, peer", "peak GiB", "peer's", ""]
     lines = [f"**{result['what']}**", "", _row(heading), _row(["---"] * len(heading))]
     for pair in result["pairs"]:
         said = "; ".join(filter(None, (pair["differs"], pair["reason"])))
         if "of" not in pair:
-            lines.append(_row([pair["ours"], "", pair["peer"], *[""] * 6, said]))
+            lines.append(_row([pair["ours"], "", "", pair["peer"], *[""] * 7, said]))
             continue
         ours, peer, ratio = pair["of"]["ours"], pair["of"]["peer"], pair["ratio"]
-        seconds = [f"{of['median_seconds']:.2f}" for of in (ours, peer)]
         psnr = [_psnr(of["against_fp32"]["psnr"]) for of in (ours, peer)]
         memory = [f"{of['peak_rss_bytes'] / GiB:.1f}" for of in (ours, peer)]
         by = f"**{ratio['median']:.2f}×** ({ratio['least']:.2f} to {ratio['most']:.2f}, n {ratio['n']})"
-        lines.append(_row([pair["ours"], seconds[0], pair["peer"], seconds[1], by, *psnr, *memory, said]))
+        cells = [cell for name in ("ours", "peer") for cell in (pair[name], *_seconds(pair["of"][name]))]
+        lines.append(_row([*cells, by, *psnr, *memory, said]))
     says = result["includes"]
     notes = (
         "Medians; one picture of ours, one of the peer's, and again; the ratio is of such neighbours. Seconds: "
-        f"{says['seconds']}. PSNR in dB against eager fp32. Peak: {says['peak_rss_bytes']}.",
+        f"{says['seconds']}. Load: {says['load']}; first: {says['first picture']}. PSNR in dB against eager fp32. "
+        f"Peak: {says['peak_rss_bytes']}.",
         f"Measured on {_machine(result)}, openvino {result['versions']['openvino']}, commit {result['commit']}.",
     )
     return "\n".join([*lines, "", *notes, *_stages(result), *_steps(result), *_batches(result), *_cold(result)]) + "\n"
+
+
+def _seconds(of: dict[str, Any]) -> tuple[str, str]:
+    """A contender's median and p90; what it takes to load, and its first picture."""
+    return (
+        f"{of['median_seconds']:.2f} ({of['p90_seconds']:.2f})",
+        f"{of['load_seconds']:.1f} + {of['first_picture_seconds']:.1f}",
+    )
 
 
 def _stages(result: dict[str, Any]) -> list[str]:
@@ -121,6 +131,9 @@ def _cold(result: dict[str, Any]) -> list[str]:
     """From the start of a process to a picture on disk."""
     rows = [["cold start", "seconds", "of it load", "picture", "faster by"], ["---"] * 5]
     for of in result["cold"]:
+        if of["reason"]:
+            rows.append([of["ours"], "", "", "", f"against {of['peer']}: {of['reason']}"])
+            continue
         spread = f"{of['ratio']['median']:.2f}× ({of['ratio']['least']:.2f} to {of['ratio']['most']:.2f})"
         for name, taken in of["seconds"].items():
             figures = [f"{taken[key]:.1f}" for key in ("whole", "load", "picture")]

@@ -92,6 +92,7 @@ CONTENDERS: dict[str, Callable[[dict[str, Any]], Draw]] = {
     "eager-fp32": lambda spec: diffusers(spec, "float32"),
     "eager-bf16": lambda spec: diffusers(spec, "bfloat16"),
     "eager-bf16-channels-last": lambda spec: diffusers(spec, "bfloat16", channels_last=True),
+    "compiled-fp32": lambda spec: diffusers(spec, "float32", channels_last=True, compiled=True),
     "compiled-bf16": lambda spec: diffusers(spec, "bfloat16", channels_last=True, compiled=True),
     "optimum-onnx": lambda spec: optimum(spec, "optimum.onnxruntime"),
     "optimum-intel-fp32": lambda spec: optimum(

@@ -32,7 +32,7 @@ def test_full_size(source: str, precision: str, tmp_path: Path) -> None:
     assert timed["overhead"]["min_ms"] < 5  # the least, as other processes only add to it
 
     if precision == "fp32":
-        assert MEASURE["script"](MEASURE["LOAD"], bundle)["ratio"] <= 1.1
+        assert MEASURE["script"](MEASURE["LOAD"], bundle)["ratio"] <= 0.2  # the weights stay in the file
     else:
         check_tensorrt(bundle)
 

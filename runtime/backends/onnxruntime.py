@@ -5,7 +5,8 @@ import json
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ PREFERENCES = {
     "cpu": Preference(10, "it runs on any CPU", ("fp32", "fp16")),  # it has no bf16 convolution
     "cuda": Preference(50, "it runs on any NVIDIA GPU", ("fp16", "fp32", "bf16")),
 }
+
+_IDENTITY = (  # x → y, float32 [1]: a model that can be run without a file
+    b'\x08\x08\x12\x00:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08'
+    b"\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x15"
+)
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -77,7 +83,9 @@ class CpuExecutor(HostExecutor):
     def load(self, graph: str) -> Callable[[], None]:
         """Create the graph's session; TurbochainError where ONNX Runtime cannot."""
         backends.require_precision("onnxruntime", self.device, self.bundle.manifest.graphs[graph].precision)
+        _share_arena()
         options = _options()
+        options.add_session_config_entry("session.use_env_allocators", "1")
         # Each graph has its own threads, and they must not spin while those of the next graph work.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.threads is not None:
@@ -85,12 +93,18 @@ class CpuExecutor(HostExecutor):
         if self.profile and graph not in self.bundle.chain.once:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(tempfile.gettempdir()) / f"turbochain-{os.getpid()}-{graph}")
-        session = _session(self.bundle, graph, options, ["CPUExecutionProvider"])
+        copying = _keep_mapped(options) if _stays_mapped(self.bundle.manifest.graphs[graph]) else []
+        session = _session(self.bundle, graph, options, ["CPUExecutionProvider"], copying)
         if options.enable_profiling:
             self._profiled[graph] = session
         at = {name: buffer.ctypes.data for name, buffer in self.buffers.items()}
         binding = _bind(self.bundle.manifest.graphs[graph], session, "cpu", 0, at)
         return lambda: _run(graph, session, binding, None)
+
+    def close(self) -> None:
+        """See HostExecutor; and the arena's memory that is free."""
+        super().close()
+        _shrink_arena()
 
     def operators(self, graph: str) -> Iterable[tuple[str, float]]:
         """See HostExecutor: ONNX's operators, and those that ONNX Runtime makes of several."""
@@ -122,7 +136,6 @@ class CudaExecutor(DeviceExecutor):
         # With the CPU's provider behind it ONNX Runtime would compute there, silently, what it cannot do on the GPU.
         options = _options()
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        options.enable_mem_pattern = False  # it would allocate in later runs, which cannot be captured
         session = _session(self.bundle, graph, options, [("CUDAExecutionProvider", provider)])
         return _CudaStage(graph, self.bundle.manifest.graphs[graph], session, self.device.index)
 
@@ -154,15 +167,55 @@ def _library() -> Any:
 def _options() -> Any:
     options = _library().SessionOptions()
     options.log_severity_level = 3  # errors only: its warnings are about nodes that it places well
+    # A pattern of what a run allocates is no quicker, holds twice as much as the runs need, and is allocated in a later
+    # run than the first, which cannot be captured.
+    options.enable_mem_pattern = False
     return options
 
 
-def _session(bundle: Bundle, graph: str, options: Any, providers: list[Any]) -> Any:
+def _stays_mapped(stage: Graph) -> bool:
+    """Whether the graph's weights are used as the bundle's file holds them.
+
+    Optimised and packed they are a second copy, which takes seconds and gigabytes to make, and makes a launch of a UNet
+    or of a text encoder a tenth quicker. The VAE has few weights and many multiplications: there it pays. So it does
+    for fp16, which the CPU provider would convert to fp32 in each launch.
+    """
+    return stage.precision == "fp32" and stage.role != "vae_decoder"
+
+
+def _keep_mapped(options: Any) -> list[str]:
+    """Let a session neither pack nor rewrite weights; returns the optimisers that it must do without."""
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    # The level above this one rearranges the weights of convolutions.
+    options.graph_optimization_level = _library().GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    return ["ConstantFolding"]  # it transposes weights; a MatMul can read them as they are
+
+
+@cache
+def _share_arena() -> None:
+    """One arena for all graphs, which run one after the other: it is as large as the largest needs, not their sum."""
+    library = _library()
+    kind, memory = library.OrtAllocatorType.ORT_ARENA_ALLOCATOR, library.OrtMemType.DEFAULT
+    library.create_and_register_allocator(library.OrtMemoryInfo("Cpu", kind, 0, memory), library.OrtArenaCfg({}))
+
+
+def _shrink_arena() -> None:
+    """Give back what no graph holds; ONNX Runtime does that at the end of a run that asks for it, and only there."""
+    options, run = _options(), _library().RunOptions()
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    run.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    session = _library().InferenceSession(_IDENTITY, options, providers=["CPUExecutionProvider"])
+    session.run(None, {"x": np.zeros(1, np.float32)}, run)
+
+
+def _session(bundle: Bundle, graph: str, options: Any, providers: list[Any], without: Sequence[str] = ()) -> Any:
     path = bundle.path / bundle.manifest.graphs[graph].file
     if hasattr(_library(), "preload_dlls") and providers != ["CPUExecutionProvider"]:
         _library().preload_dlls()  # CUDA's and cuDNN's, where pip has installed them
     try:
-        session = _library().InferenceSession(str(path), options, providers=providers)
+        session = _library().InferenceSession(
+            str(path), options, providers=providers, disabled_optimizers=list(without)
+        )
     except Exception as error:  # ONNX Runtime has no common base class for what it raises
         raise _failure(f"cannot load {path}", error) from error
     wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
