@@ -42,11 +42,13 @@ PAIRS = (
     "openvino-bf16:eager-fp32",
     "openvino-fp32:eager-fp32",
     "onnxruntime-fp32:eager-fp32",
-    "openvino-bf16:compiled-bf16",
-    "openvino-fp32:compiled-fp32",
+    "openvino-int8:eager-bf16-channels-last",
     "openvino-bf16:optimum-intel-bf16",
     "openvino-fp32:optimum-intel-fp32",
     "openvino-fp32:optimum-onnx",
+    "onnxruntime-fp32:optimum-onnx",
+    "openvino-bf16:compiled-bf16",
+    "openvino-fp32:compiled-fp32",
 )
 FAILURES = (RuntimeError, TurbochainError)
 """What becomes a row's reason: a contender that fails, an engine of ours that cannot be built here."""
