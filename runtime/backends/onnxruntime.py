@@ -78,12 +78,12 @@ class CpuExecutor(HostExecutor):
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         self._profiled: dict[str, Any] = {}  # graph → its session
+        _share_arena()  # before the graphs, which are loaded at once
         super().__init__(*arguments, **more)
 
     def load(self, graph: str) -> Callable[[], None]:
         """Create the graph's session; TurbochainError where ONNX Runtime cannot."""
         backends.require_precision("onnxruntime", self.device, self.bundle.manifest.graphs[graph].precision)
-        _share_arena()
         options = _options()
         options.add_session_config_entry("session.use_env_allocators", "1")
         # Each graph has its own threads, and they must not spin while those of the next graph work.

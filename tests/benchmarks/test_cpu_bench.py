@@ -29,7 +29,8 @@ def bench(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = bench(tmp_path, "--vae", "tiny", "--runs", "1", "--pairs", *PAIRS, "--cold", PAIRS[0], "--batches", "1")
+    cold = (PAIRS[0], "openvino-fp32:none-such")
+    done = bench(tmp_path, "--vae", "tiny", "--runs", "1", "--pairs", *PAIRS, "--cold", *cold, "--batches", "1")
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "results").glob("*.json")
     result = json.loads(path.read_text())
@@ -54,7 +55,9 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (growth,) = result["steps"]
     assert growth["ours"] == "openvino-fp32" and list(growth["seconds"]) == ["1", "2", "3", "4"]
     assert growth["seconds"]["4"] > growth["seconds"]["1"] and growth["slope_seconds"] > 0
-    (cold,) = result["cold"]
+    cold, failed = result["cold"]
+    assert failed["reason"].startswith("failed: ") and "seconds" not in failed
+    assert failed["reason"] in done.stdout and failed["reason"] in report.pair_table(result)
     for taken in cold["seconds"].values():
         assert taken["picture"] > 0 and taken["load"] + taken["picture"] < taken["whole"]
     assert cold["ratio"]["n"] == 1
@@ -92,6 +95,15 @@ def test_a_wrong_picture_is_noticed() -> None:
 def test_a_contender_that_fails_has_a_row_that_says_so(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"^failed: "):
         peers.Worker("eager-fp32", tmp_path / "nothing", (64, 64), 1)
+
+
+def test_an_engine_that_cannot_be_built_has_a_row_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cpu.ENGINES, "tensorrt-fp32", {"backend": "tensorrt"})
+    bench = cpu.Bench("synthetic:sd-turbo-mini", None, tmp_path, (64, 64), 1, 1, 1)
+    row = bench.pair("tensorrt-fp32", "eager-fp32")
+    assert "tensorrt" in row["reason"] and "of" not in row
 
 
 def test_a_contender_without_an_answer_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
