@@ -97,7 +97,8 @@ class Bench:
         bundle = self.bundle(batch)
         if (name, batch) not in self.engines:
             first = not bundle.exists()
-            steps = {} if batch == self.batch else {"steps": [self.steps]}
+            # A larger batch is built even where memory looks too small: what fails is a row with its reason.
+            steps = {} if batch == self.batch else {"steps": [self.steps], "force": True}
             shape = {"size": self.size, "batch": batch, "precision": "fp32", **steps} if first else {}
             source = str(self.checkpoint.folder if first else bundle)
             made = build(source, bundle, device="cpu", **ENGINES[name], **shape)  # type: ignore[arg-type]
@@ -185,17 +186,27 @@ class Bench:
     def batches(self, ours: str, counts: Sequence[int]) -> dict[str, Any]:
         """What a picture costs in larger batches, each by turns with one picture alone."""
         alone: list[float] = []
-        seconds, ratios = {}, {}
+        seconds, ratios, reasons = {}, {}, {}
         for count in counts:
             say(f"{ours}: batch {count}")
-            with self.start(ours) as one, self.start(ours, count) as many:
-                for worker in (one, many):
-                    worker.draw(self.steps)
-                drawn = [[w.draw(self.steps)["seconds"] for w in (one, many)] for _ in range(self.runs)]
-            each = np.array(drawn) / (self.batch, count)
+            try:
+                each = self._by_turns(ours, count) / (self.batch, count)
+            except FAILURES as error:
+                say(f"  {error}")
+                reasons[count] = str(error)
+                continue
             alone += list(each[:, 0])
             seconds[count], ratios[count] = float(np.median(each[:, 1])), spread(each[:, 1] / each[:, 0])
-        return {"ours": ours, "seconds": {self.batch: float(np.median(alone)), **seconds}, "ratio": ratios}
+        if alone:
+            seconds = {self.batch: float(np.median(alone)), **seconds}
+        return {"ours": ours, "seconds": seconds, "ratio": ratios, "reasons": reasons}
+
+    def _by_turns(self, ours: str, count: int) -> np.ndarray:
+        """[runs, 2]: the seconds of this batch and of a batch of `count`."""
+        with self.start(ours) as one, self.start(ours, count) as many:
+            for worker in (one, many):
+                worker.draw(self.steps)
+            return np.array([[w.draw(self.steps)["seconds"] for w in (one, many)] for _ in range(self.runs)])
 
     def _first(self, worker: Worker, name: str) -> dict[str, Any]:
         picture = self.folder / "picture.npy"

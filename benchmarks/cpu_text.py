@@ -63,10 +63,23 @@ def text(result: dict[str, Any]) -> str:
             for name, taken in of["seconds"].items()
         )
         parts.append(f"cold start: {ours}, {peer}: {of['ratio']['median']:.2f} times as fast")
-    for of in result["batches"]:
-        each = ", ".join(f"{seconds:.2f}" for seconds in of["seconds"].values())
-        parts.append(f"{of['ours']}, batch {', '.join(map(str, of['seconds']))}: {each} s for each picture")
+    parts += batches(result)
     return "\n\n".join(parts)
+
+
+def batches(result: dict[str, Any]) -> list[str]:
+    """What a picture costs in larger batches, a sentence for each engine, and one for each batch that failed."""
+    lines = []
+    for of in result["batches"]:
+        if of["ratio"]:
+            each = ", ".join(f"{seconds:.2f}" for seconds in of["seconds"].values())
+            worst = max(ratio["median"] for ratio in of["ratio"].values())
+            lines.append(
+                f"{of['ours']}, batch {', '.join(map(str, of['seconds']))}: {each} s for each picture, at most "
+                f"{worst:.2f} of what one alone takes"
+            )
+        lines += [f"{of['ours']}, batch {count}: {reason}" for count, reason in of["reasons"].items()]
+    return lines
 
 
 def stages(result: dict[str, Any]) -> list[tuple[str, str, float, float, float]]:

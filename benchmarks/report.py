@@ -83,7 +83,20 @@ def pair_table(result: dict[str, Any]) -> str:
         f"Peak: {says['peak_rss_bytes']}.",
         f"Measured on {_machine(result)}, openvino {result['versions']['openvino']}, commit {result['commit']}.",
     )
-    return "\n".join([*lines, "", *notes, *_stages(result), *_steps(result), *_batches(result), *_cold(result)]) + "\n"
+    return (
+        "\n".join(
+            [
+                *lines,
+                "",
+                *notes,
+                *_stages(result),
+                *_steps(result),
+                *(f"- {line}" for line in cpu_text.batches(result)),
+                *_cold(result),
+            ]
+        )
+        + "\n"
+    )
 
 
 def _seconds(of: dict[str, Any]) -> tuple[str, str]:
@@ -112,19 +125,6 @@ def _steps(result: dict[str, Any]) -> list[str]:
             f"round: {of['ratio']['median']:.3f})"
         )
     return ["", *lines]
-
-
-def _batches(result: dict[str, Any]) -> list[str]:
-    """What a picture costs in a larger batch."""
-    lines = []
-    for of in result["batches"]:
-        each = ", ".join(f"{seconds:.2f}" for seconds in of["seconds"].values())
-        worst = max(ratio["median"] for ratio in of["ratio"].values())
-        lines.append(
-            f"- {of['ours']}, batch {', '.join(map(str, of['seconds']))}: {each} s for each picture, at most "
-            f"{worst:.2f} of what one alone takes"
-        )
-    return lines
 
 
 def _cold(result: dict[str, Any]) -> list[str]:

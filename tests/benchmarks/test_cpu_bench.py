@@ -97,9 +97,7 @@ def test_a_contender_that_fails_has_a_row_that_says_so(tmp_path: Path) -> None:
         peers.Worker("eager-fp32", tmp_path / "nothing", (64, 64), 1)
 
 
-def test_an_engine_that_cannot_be_built_has_a_row_that_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_cannot_be_built_has_a_row_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cpu.ENGINES, "tensorrt-fp32", {"backend": "tensorrt"})
     bench = cpu.Bench("synthetic:sd-turbo-mini", None, tmp_path, (64, 64), 1, 1, 1)
     row = bench.pair("tensorrt-fp32", "eager-fp32")
