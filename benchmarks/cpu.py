@@ -10,6 +10,7 @@ row that says so (`make bench-setup`).
 
 import argparse
 import json
+import platform
 import re
 import sys
 import time
@@ -173,15 +174,12 @@ class Bench:
             "ratio": spread(slopes / unet),
         }
 
-    def floors(self) -> dict[str, Any]:
-        """Precision → the floor of one picture on this machine, by stage."""
-        say("the machine's matrix rate and copy bandwidth")
-        found = {}
-        for precision in ("fp32", "bf16"):
-            ceilings = floor.ceilings("cpu", precision)
-            bundle = Bundle.open(self.bundle(self.batch))
-            found[precision] = {"ceilings": asdict(ceilings), **floor.of(bundle, self.steps, ceilings)}
-        return found
+    def floor(self, precision: str) -> dict[str, Any]:
+        """The floor of one picture on this machine, by stage."""
+        say(f"the machine's matrix rate in {precision} and copy bandwidth")
+        ceilings = floor.ceilings("cpu", precision)
+        bundle = Bundle.open(self.bundle(self.batch))
+        return {"ceilings": asdict(ceilings), **floor.of(bundle, self.steps, ceilings)}
 
     def batches(self, ours: str, counts: Sequence[int]) -> dict[str, Any]:
         """What a picture costs in larger batches, each by turns with one picture alone."""
@@ -299,11 +297,12 @@ def _bench(arguments: argparse.Namespace) -> None:
         "cold": [],
         "batches": [],
     }
-    name = re.sub(r"[^a-z0-9]+", "-", result["what"].lower())
+    kind = [platform.machine(), *result["machine"]["instruction_sets"]][-1]  # other CPUs' results are kept beside it
+    name = re.sub(r"[^a-z0-9]+", "-", f"{result['what']} cpu {kind}".lower())
     shape = (arguments.size, arguments.batch, arguments.steps, arguments.runs)
     bench = Bench(arguments.source, arguments.vae, arguments.folder, *shape)
     arguments.results.mkdir(parents=True, exist_ok=True)
-    path = arguments.results / f"{name}-cpu-pairs.json"
+    path = arguments.results / f"{name}.json"
 
     def keep(part: str, found: dict[str, Any]) -> None:  # what is measured stays, if the rest is interrupted
         result[part].append(found)
@@ -311,10 +310,13 @@ def _bench(arguments: argparse.Namespace) -> None:
 
     for pair in arguments.pairs:
         keep("pairs", bench.pair(*pair.split(":")))
-    result["floors"] = bench.floors()
+    drawn = [pair["ours"] for pair in result["pairs"] if "of" in pair]
+    # Only of what drew here: without instructions for it, a product in bf16 takes minutes.
+    precisions = {name.rpartition("-")[2] for name in drawn} & {"fp32", "bf16"}
+    result["floors"] = {precision: bench.floor(precision) for precision in sorted(precisions)}
     for pair in arguments.cold:
         keep("cold", bench.cold(*pair.split(":")))
-    for ours in [pair["ours"] for pair in result["pairs"] if "of" in pair][:1]:  # the first that can be built here
+    for ours in drawn[:1]:
         keep("steps", bench.growth(ours))
         if arguments.batches:
             keep("batches", bench.batches(ours, arguments.batches))
