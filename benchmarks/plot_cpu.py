@@ -54,7 +54,7 @@ def _stages(panel: Any, result: dict[str, Any]) -> None:
     for y, (_, _, seconds, floor, over) in enumerate(rows):
         panel.barh(y, seconds, color=OURS)
         panel.plot([floor] * 2, [y - 0.4, y + 0.4], color="black", linewidth=2)
-        panel.text(seconds, y, f"  {seconds:.2f}, {over:.1f}× floor", va="center", fontsize=8)
+        panel.text(max(seconds, floor), y, f"  {seconds:.2f}, {over:.1f}× floor", va="center", fontsize=8)
     _name(panel, [f"{ours}: {stage}" for ours, stage, *_ in rows], 0.3, "seconds of a launch; black: the floor")
 
 
@@ -105,7 +105,7 @@ def _label(panel: Any, x: str, y: str) -> None:
     panel.set_ylabel(y, fontsize=8)
     panel.set_xlim(left=0)
     if y:
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
 
 
 def _legend(panel: Any) -> None:
