@@ -182,8 +182,8 @@ def _seconds(run: Callable[[], Any], device: str, at_least: float) -> float:
         if gpu:
             torch.cuda.synchronize(device)
 
-    row(3)
-    repeats = max(3, math.ceil(3 * at_least / row(3)))
+    row(1)
+    repeats = math.ceil(at_least / row(1))
     row(repeats)
     return min(row(repeats) for _ in range(1 if gpu else 5)) / repeats
 

@@ -45,6 +45,6 @@ def _fold(node: Any) -> bool | None:
     """Whether to fold a node that reads constants; None: as onnxscript would.
 
     A Linear's weight stays as the checkpoint has it, and the graph transposes it: that is how OpenVINO wants it, which
-    would transpose it again and keep another copy in memory. ONNX Runtime folds it when it loads the graph.
+    would transpose it again and keep another copy in memory. ONNX Runtime takes the one or the other.
     """
     return False if node.op_type == "Transpose" else None
