@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+import cpu_rows
 import cpu_text
 import floor
 import plot_cpu
@@ -31,10 +32,9 @@ from peers import ENGINES, OWN_VAE, PEERS, SEED, Worker, job, with_vae
 from turbochain.engines import build
 from turbochain.engines.session import versions
 from turbochain.export.source import Checkpoint
-from turbochain.runtime import Bundle, TurbochainError, console, metrics
+from turbochain.runtime import Bundle, TurbochainError, console
 from turbochain.runtime.bench import PROMPT
 from turbochain.runtime.files import write_atomically
-from turbochain.runtime.verify import AT_LEAST, BOUNDS
 
 HERE = Path(__file__).parent
 FOLDER, RESULTS = HERE.parent / ".bench", HERE / "results"
@@ -124,7 +124,7 @@ class Bench:
             say(f"  {error}")
             return {**result, "reason": str(error)}
         wrong = [name for name, row in zip((ours, peer), rows, strict=True) if not row["checks"]["passed"]]
-        return {**result, "reason": "; ".join(f"wrong picture: {n}" for n in wrong) or None, **_summary(*rows)}
+        return {**result, "reason": "; ".join(f"wrong picture: {n}" for n in wrong) or None, **cpu_rows.summary(*rows)}
 
     def cold(self, ours: str, peer: str) -> dict[str, Any]:
         """From the start of a process to a PNG on disk and its end, by turns."""
@@ -138,7 +138,7 @@ class Bench:
             return {**result, "reason": str(error)}
         ratios = [b["whole"] / a["whole"] for a, b in zip(*taken.values(), strict=True)]
         medians = {n: {k: float(np.median([t[k] for t in of])) for k in of[0]} for n, of in taken.items()}
-        return {**result, "ratio": spread(np.array(ratios)), "seconds": medians}
+        return {**result, "ratio": cpu_rows.spread(np.array(ratios)), "seconds": medians}
 
     def _take_cold(self, taken: dict[str, list[dict[str, float]]]) -> None:
         for turn in range(1 + self.runs):  # the first builds what is missing, and brings files into the page cache
@@ -171,7 +171,7 @@ class Bench:
             "seconds": dict(zip(counts, np.median(seconds, 1).tolist(), strict=True)),
             "slope_seconds": float(np.median(slopes)),
             "unet_seconds": float(np.median(unet)),
-            "ratio": spread(slopes / unet),
+            "ratio": cpu_rows.spread(slopes / unet),
         }
 
     def floor(self, precision: str) -> dict[str, Any]:
@@ -194,7 +194,7 @@ class Bench:
                 reasons[count] = str(error)
                 continue
             alone += list(each[:, 0])
-            seconds[count], ratios[count] = float(np.median(each[:, 1])), spread(each[:, 1] / each[:, 0])
+            seconds[count], ratios[count] = float(np.median(each[:, 1])), cpu_rows.spread(each[:, 1] / each[:, 0])
         if alone:
             seconds = {self.batch: float(np.median(alone)), **seconds}
         return {"ours": ours, "seconds": seconds, "ratio": ratios, "reasons": reasons}
@@ -209,48 +209,8 @@ class Bench:
     def _first(self, worker: Worker, name: str) -> dict[str, Any]:
         picture = self.folder / "picture.npy"
         first = worker.draw(self.steps, picture)
-        checks = check(np.load(picture), self.reference(self.of(name)), "int8" if "int8" in name else "bf16")
+        checks = cpu_rows.check(np.load(picture), self.reference(self.of(name)), "int8" if "int8" in name else "bf16")
         return {"loaded": worker.loaded, "first": first, "checks": checks, "drawn": []}
-
-
-def check(pictures: np.ndarray, references: np.ndarray, precision: str = "bf16") -> dict[str, Any]:
-    """How far pictures are from eager fp32's, and whether that is within the bounds of a picture in a precision."""
-    bound = BOUNDS[precision]["image"]
-    found: dict[str, Any] = {metric: getattr(metrics, metric)(pictures, references) for metric in bound}
-    passed = all(found[m] >= b if m in AT_LEAST else found[m] <= b for m, b in bound.items())
-    levels = np.abs(pictures.astype(int) - references)
-    return {**found, "mean_abs": float(levels.mean()), "max_abs": int(levels.max()), "passed": bool(passed)}
-
-
-def _summary(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
-    seconds = [np.array([drawn["seconds"] for drawn in row["drawn"]]) for row in (ours, peer)]
-    ratios = seconds[1] / seconds[0]
-    return {
-        "ratio": spread(ratios),
-        "of": {name: _row(row, s) for name, row, s in zip(("ours", "peer"), (ours, peer), seconds, strict=True)},
-    }
-
-
-def spread(ratios: np.ndarray) -> dict[str, float]:
-    """Their median and extremes."""
-    return {"median": float(np.median(ratios)), "least": ratios.min(), "most": ratios.max(), "n": len(ratios)}
-
-
-def _row(row: dict[str, Any], seconds: np.ndarray) -> dict[str, Any]:
-    last = row["drawn"][-1]
-    stages = {name: [s for drawn in row["drawn"] for s in drawn["stages"][name]] for name in last["stages"]}
-    return {
-        "median_seconds": float(np.median(seconds)),
-        "p90_seconds": float(np.percentile(seconds, 90)),
-        "least_seconds": float(seconds.min()),
-        "stages": {name: float(np.median(of)) for name, of in stages.items()},
-        "load_seconds": row["loaded"]["load_seconds"],
-        "first_picture_seconds": row["first"]["seconds"],
-        "peak_rss_bytes": last["peak_rss_bytes"],
-        "rss_anon_bytes": last["rss_anon_bytes"],
-        "versions": row["loaded"]["versions"],
-        "against_fp32": row["checks"],
-    }
 
 
 def say(what: str) -> None:
@@ -268,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--batch", type=int, default=1)
     add("--steps", type=int, default=1)
     add("--runs", type=int, default=5, help="pictures of each contender of a pair that count (default 5)")
-    add("--pairs", nargs="+", default=PAIRS, metavar="OURS:PEER", help=f"default: {' '.join(PAIRS)}")
+    add("--pairs", nargs="*", default=PAIRS, metavar="OURS:PEER", help=f"default: {' '.join(PAIRS)}")
     add("--cold", nargs="*", default=COLD, metavar="OURS:PEER", help=f"cold starts; default: {' '.join(COLD)}")
     add(
         "--batches", type=int, nargs="*", default=(2, 4, 8), help="pictures in a batch, besides --batch (default 2 4 8)"

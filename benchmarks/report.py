@@ -30,7 +30,9 @@ def figures() -> str:
     on_cpu = [r for r in results if "build" in r]
     on_gpu = [r for r in results if "cells" in r and r["gpu"] != "cpu"]
     tables = [demo_table(json.loads(SCORES.read_text()))]
-    tables += [pair_table(r) + _plot(path) for path, r in zip(paths, results, strict=True) if "pairs" in r]
+    by_pairs = {path: r for path, r in zip(paths, results, strict=True) if "pairs" in r}
+    tables += [pair_table(r) + _plot(path) for path, r in by_pairs.items()]
+    tables += [f"{note}\n" for note in dict.fromkeys(note for r in by_pairs.values() for note in _pair_notes(r))]
     tables += [variants_table(r) for r in results if "graphs" in r]
     return "\n".join([*tables, cpu_table(on_cpu), gpu_tables(on_gpu)])
 
@@ -61,10 +63,23 @@ def demo_table(scores: dict[str, Any]) -> str:
 
 
 def pair_table(result: dict[str, Any]) -> str:
-    """cpu.py's results: a row for each pair."""
+    """cpu.py's results: a row for each pair, and what else was measured of our engines."""
+    measured = f"Measured on {_machine(result)}, openvino {result['versions']['openvino']}, commit {result['commit']}."
+    parts = (
+        [f"**{result['what']}**. {measured}"],
+        _pairs(result),
+        _stages(result),
+        _steps(result) + [f"- {line}" for line in cpu_text.batches(result)],
+        _cold(result),
+    )
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+def _pairs(result: dict[str, Any]) -> list[str]:
+    """A row for each pair."""
     heading = ["ours", "seconds (p90)", "load + first", "peer", "seconds (p90)", "load + first", "faster by"]
     heading += ["PSNR, ours", "PSNR, peer", "peak GiB", "peer's", ""]
-    lines = [f"**{result['what']}**", "", _row(heading), _row(["---"] * len(heading))]
+    lines = [_row(heading), _row(["---"] * len(heading))]
     for pair in result["pairs"]:
         said = "; ".join(filter(None, (pair["differs"], pair["reason"])))
         if "of" not in pair:
@@ -76,26 +91,18 @@ def pair_table(result: dict[str, Any]) -> str:
         by = f"**{ratio['median']:.2f}×** ({ratio['least']:.2f} to {ratio['most']:.2f}, n {ratio['n']})"
         cells = [cell for name in ("ours", "peer") for cell in (pair[name], *_seconds(pair["of"][name]))]
         lines.append(_row([*cells, by, *psnr, *memory, said]))
+    return lines if result["pairs"] else []
+
+
+def _pair_notes(result: dict[str, Any]) -> tuple[str, ...]:
+    """What the figures of `pair_table` are of."""
     says = result["includes"]
-    notes = (
-        "Medians; one picture of ours, one of the peer's, and again; the ratio is of such neighbours. Seconds: "
-        f"{says['seconds']}. Load: {says['load']}; first: {says['first picture']}. PSNR in dB against eager fp32. "
-        f"Peak: {says['peak_rss_bytes']}.",
-        f"Measured on {_machine(result)}, openvino {result['versions']['openvino']}, commit {result['commit']}.",
-    )
     return (
-        "\n".join(
-            [
-                *lines,
-                "",
-                *notes,
-                *_stages(result),
-                *_steps(result),
-                *(f"- {line}" for line in cpu_text.batches(result)),
-                *_cold(result),
-            ]
-        )
-        + "\n"
+        "Medians; one picture of ours, one of the peer's, and again; the ratio is of such neighbours. Seconds: "
+        f"{says['seconds']}. Load: {says['load']}; first: {says['first picture']}. PSNR in dB against eager "
+        f"fp32. Peak: {says['peak_rss_bytes']}.",
+        f"Floor: {says['floors']}.",
+        f"Cold start: {says['cold']}.",
     )
 
 
@@ -111,7 +118,7 @@ def _stages(result: dict[str, Any]) -> list[str]:
     """What each stage of ours takes, and how far that is from the floor."""
     rows = [["ours", "stage", "seconds", "floor", "× floor"], ["---"] * 5]
     rows += [[*row[:2], *(f"{value:.2f}" for value in row[2:])] for row in cpu_text.stages(result)]
-    return ["", *map(_row, rows), "", f"Floor: {result['includes']['floors']}."]
+    return list(map(_row, rows)) if len(rows) > 2 else []
 
 
 def _steps(result: dict[str, Any]) -> list[str]:
@@ -124,7 +131,7 @@ def _steps(result: dict[str, Any]) -> list[str]:
             f"{of['slope_seconds']:.2f} s a step; the UNet alone takes {of['unet_seconds']:.2f} s (ratio, round by "
             f"round: {of['ratio']['median']:.3f})"
         )
-    return ["", *lines]
+    return lines
 
 
 def _cold(result: dict[str, Any]) -> list[str]:
@@ -138,7 +145,7 @@ def _cold(result: dict[str, Any]) -> list[str]:
         for name, taken in of["seconds"].items():
             figures = [f"{taken[key]:.1f}" for key in ("whole", "load", "picture")]
             rows.append([name, *figures, spread if name == of["ours"] else ""])
-    return ["", *map(_row, rows), "", f"Cold start: {result['includes']['cold']}."] if result["cold"] else []
+    return list(map(_row, rows)) if result["cold"] else []
 
 
 def variants_table(result: dict[str, Any]) -> str:

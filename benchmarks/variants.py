@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from cpu import say, spread
+from cpu import say
+from cpu_rows import spread
 from measure import PACKAGES, commit, machine
 from turbochain.engines.openvino import measure_ranges
 from turbochain.engines.session import versions
