@@ -1,4 +1,4 @@
-"""Compare our engines with the peers on this CPU, pair by pair, A B A B; write benchmarks/results/NAME.json.
+"""Compare our engines with the peers on this CPU, pair by pair, A B A B; write benchmarks/results/NAME-cpu-KIND.json.
 
     python benchmarks/cpu.py synthetic:sd-turbo
     python benchmarks/cpu.py synthetic:sd-turbo-mini --size 64x64 --runs 2 --pairs openvino-bf16:eager-fp32
@@ -10,7 +10,6 @@ row that says so (`make bench-setup`).
 
 import argparse
 import json
-import platform
 import re
 import sys
 import time
@@ -27,7 +26,7 @@ import cpu_text
 import floor
 import plot_cpu
 from contenders import checkpoint
-from measure import PACKAGES, commit, machine
+from measure import PACKAGES, commit, cpu_kind, machine
 from peers import ENGINES, OWN_VAE, PEERS, SEED, Worker, job, with_vae
 from turbochain.engines import build
 from turbochain.engines.session import versions
@@ -257,12 +256,11 @@ def _bench(arguments: argparse.Namespace) -> None:
         "cold": [],
         "batches": [],
     }
-    kind = [platform.machine(), *result["machine"]["instruction_sets"]][-1]  # other CPUs' results are kept beside it
-    name = re.sub(r"[^a-z0-9]+", "-", f"{result['what']} cpu {kind}".lower())
+    name = re.sub(r"[^a-z0-9]+", "-", result["what"].lower())
     shape = (arguments.size, arguments.batch, arguments.steps, arguments.runs)
     bench = Bench(arguments.source, arguments.vae, arguments.folder, *shape)
     arguments.results.mkdir(parents=True, exist_ok=True)
-    path = arguments.results / f"{name}.json"
+    path = arguments.results / f"{name}-cpu-{cpu_kind()}.json"
 
     def keep(part: str, found: dict[str, Any]) -> None:  # what is measured stays, if the rest is interrupted
         result[part].append(found)

@@ -132,6 +132,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def cpu_kind() -> str:
+    """This CPU's newest instructions that matter here, for a file's name: results of other CPUs are kept beside it."""
+    return [platform.machine(), *machine()["instruction_sets"]][-1].replace("_", "-")
+
+
 def command(*arguments: object) -> Any:
     """Run one of the project's commands and read its JSON."""
     script = Path(sys.executable).with_name(str(arguments[0]))

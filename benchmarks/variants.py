@@ -3,7 +3,7 @@
     python benchmarks/variants.py sd-turbo.bundle
 
 One variant after the other is loaded beside the backend's own, and both run the same input A B A B. Writes
-benchmarks/results/NAME-cpu-variants.json.
+benchmarks/results/NAME-variants-cpu-KIND.json.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import numpy as np
 
 from cpu import say
 from cpu_rows import spread
-from measure import PACKAGES, commit, machine
+from measure import PACKAGES, commit, cpu_kind, machine
 from turbochain.engines.openvino import measure_ranges
 from turbochain.engines.session import versions
 from turbochain.runtime import Bundle, console
@@ -167,7 +167,7 @@ def _variants(arguments: argparse.Namespace) -> None:
         "graphs": found,
     }
     arguments.results.mkdir(parents=True, exist_ok=True)
-    path = arguments.results / f"{Path(source).name}-{size}-cpu-variants.json"
+    path = arguments.results / f"{Path(source).name}-{size}-variants-cpu-{cpu_kind()}.json"
     write_atomically(path, json.dumps(result, indent=1) + "\n")
     for graph, rows in found.items():
         print(console.table([["variant", "s", "speed", "error", "load s"], *map(_cells, rows)]), graph, "", sep="\n")
