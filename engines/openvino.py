@@ -11,6 +11,7 @@ from turbochain.engines.options import Option
 from turbochain.runtime import verify
 from turbochain.runtime.backends import Device, openvino, openvino_model
 from turbochain.runtime.bundle import REFERENCE, Bundle
+from turbochain.runtime.errors import InputError
 
 READS_GRAPHS = True
 AUTO = "auto"
@@ -33,9 +34,13 @@ OPTIONS = {
 
 
 def settle(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with what this machine decides."""
-    unable = options["inference_precision"] == AUTO and not openvino.has_bf16()
-    return {**options, "inference_precision": "fp32"} if unable else dict(options)
+    """The options with what this machine decides; InputError where it lacks what they ask for."""
+    asked = options["inference_precision"]
+    if asked == "fp32" or openvino.has_bf16():
+        return dict(options)
+    if asked != AUTO:
+        raise InputError(f"inference_precision={asked}: this CPU does not compute in bf16; auto takes fp32 here")
+    return {**options, "inference_precision": "fp32"}
 
 
 def candidates(options: Mapping[str, Any]) -> list[dict[str, Any]]:

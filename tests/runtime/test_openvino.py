@@ -355,6 +355,9 @@ def test_an_engine_in_bf16_does_not_fit_a_cpu_without_it(
     if HAS_BF16:
         with pytest.raises(BundleError, match=r"it computes in bf16, and this CPU does not\); build one: build-engine"):
             Pipeline.load(bundle)
+    for asked in ("bf16", "mixed"):
+        with pytest.raises(InputError, match=f"inference_precision={asked}: this CPU does not compute in bf16; auto"):
+            build(str(bundle), backend="openvino", options={"inference_precision": asked}, quiet=True)
     assert build(str(bundle), backend="openvino", quiet=True).precision["unet"] == "fp32"
     assert picture(bundle).any()
 
