@@ -94,6 +94,7 @@ def build(
         None if timing_cache is None else _folder(timing_cache),
     )
     where = compiling.device(backend, device, target)
+    backend_options.settled(backend, order.options)  # what this machine cannot do is told before the work
     if not quiet:
         print(f"backend {backend} on {where}: {reason}", file=sys.stderr)
     asked = _asked(precision, vae_precision, size, batch, steps, opset)

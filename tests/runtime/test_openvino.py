@@ -346,7 +346,7 @@ def test_threads_change_nothing_but_the_time(engines: dict[str, Path]) -> None:
 
 
 def test_an_engine_in_bf16_does_not_fit_a_cpu_without_it(
-    sd: Path, copy_of: Copy, monkeypatch: pytest.MonkeyPatch
+    sd: Path, copy_of: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = copy_of(sd)
     shutil.rmtree(bundle / "engines")
@@ -357,7 +357,8 @@ def test_an_engine_in_bf16_does_not_fit_a_cpu_without_it(
             Pipeline.load(bundle)
     for asked in ("bf16", "mixed"):
         with pytest.raises(InputError, match=f"inference_precision={asked}: this CPU does not compute in bf16; auto"):
-            build(str(bundle), backend="openvino", options={"inference_precision": asked}, quiet=True)
+            build("demo", tmp_path / "x", backend="openvino", options={"inference_precision": asked}, quiet=True)
+    assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
     assert build(str(bundle), backend="openvino", quiet=True).precision["unet"] == "fp32"
     assert picture(bundle).any()
 
