@@ -27,7 +27,7 @@ import floor
 import plot_cpu
 from contenders import checkpoint
 from measure import PACKAGES, commit, cpu_kind, machine
-from peers import ENGINES, OWN_VAE, PEERS, SEED, Worker, job, with_vae
+from peers import ENGINES, OWN_VAE, SEED, Worker, job, precision, with_vae
 from turbochain.engines import build
 from turbochain.engines.session import versions
 from turbochain.export.source import Checkpoint
@@ -108,7 +108,7 @@ class Bench:
     def pair(self, ours: str, peer: str) -> dict[str, Any]:
         """Both, by turns."""
         say(f"{ours} : {peer}")
-        precisions = ours.rpartition("-")[2], PEERS[peer.removesuffix(OWN_VAE)][1]
+        precisions = precision(ours), precision(peer)
         differs = None if precisions[0] == precisions[1] else f"{precisions[0]} against {precisions[1]}"
         if peer.endswith(OWN_VAE):
             differs = "; ".join(filter(None, (differs, "the peer decodes with the checkpoint's own VAE")))
@@ -173,10 +173,10 @@ class Bench:
             "ratio": cpu_rows.spread(slopes / unet),
         }
 
-    def floor(self, precision: str) -> dict[str, Any]:
+    def floor(self, dtype: str) -> dict[str, Any]:
         """The floor of one picture on this machine, by stage."""
-        say(f"the machine's matrix rate in {precision} and copy bandwidth")
-        ceilings = floor.ceilings("cpu", precision)
+        say(f"the machine's matrix rate in {dtype} and copy bandwidth")
+        ceilings = floor.ceilings("cpu", dtype)
         bundle = Bundle.open(self.bundle(self.batch))
         return {"ceilings": asdict(ceilings), **floor.of(bundle, self.steps, ceilings)}
 
@@ -208,7 +208,7 @@ class Bench:
     def _first(self, worker: Worker, name: str) -> dict[str, Any]:
         picture = self.folder / "picture.npy"
         first = worker.draw(self.steps, picture)
-        checks = cpu_rows.check(np.load(picture), self.reference(self.of(name)), "int8" if "int8" in name else "bf16")
+        checks = cpu_rows.check(np.load(picture), self.reference(self.of(name)), precision(name))
         return {"loaded": worker.loaded, "first": first, "checks": checks, "drawn": []}
 
 
@@ -270,8 +270,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         keep("pairs", bench.pair(*pair.split(":")))
     drawn = [pair["ours"] for pair in result["pairs"] if "of" in pair]
     # Only of what drew here: without instructions for it, a product in bf16 takes minutes.
-    precisions = {name.rpartition("-")[2] for name in drawn} & {"fp32", "bf16"}
-    result["floors"] = {precision: bench.floor(precision) for precision in sorted(precisions)}
+    result["floors"] = {p: bench.floor(p) for p in sorted({*map(precision, drawn)} & {"fp32", "bf16"})}
     for pair in arguments.cold:
         keep("cold", bench.cold(*pair.split(":")))
     for ours in drawn[:1]:

@@ -39,6 +39,11 @@ PEERS = {
 """Theirs: the environment where it is not this one, and what they compute in."""
 
 
+def precision(name: str) -> str:
+    """What a contender computes in."""
+    return name.rpartition("-")[2] if name in ENGINES else PEERS[name.removesuffix(OWN_VAE)][1]
+
+
 class Worker:
     """A contender's process."""
 

@@ -87,8 +87,10 @@ def test_a_wrong_picture_is_noticed() -> None:
     random = np.random.default_rng(0)
     picture = random.integers(0, 256, (1, 64, 64, 3)).astype(np.uint8)
     other = np.clip(picture.astype(int) + random.integers(-9, 10, picture.shape), 0, 255).astype(np.uint8)
-    same, wrong = cpu_rows.check(picture, picture), cpu_rows.check(other, picture)
+    same, wrong = (cpu_rows.check(p, picture, "bf16") for p in (picture, other))
     assert same["passed"] and same["max_abs"] == 0 and not wrong["passed"]
+    near = np.where(picture > 127, picture - 2, picture).astype(np.uint8)  # two levels: too many for fp32 alone
+    assert cpu_rows.check(near, picture, "bf16")["passed"] and not cpu_rows.check(near, picture, "fp32")["passed"]
     assert wrong["psnr"] == pytest.approx(peak_signal_noise_ratio(picture, other, data_range=255), abs=1e-6)
 
 
