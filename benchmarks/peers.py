@@ -40,8 +40,9 @@ PEERS = {
 
 
 def precision(name: str) -> str:
-    """What a contender computes in."""
-    return name.rpartition("-")[2] if name in ENGINES else PEERS[name.removesuffix(OWN_VAE)][1]
+    """What a contender computes in: as its name ends, where it is no peer's."""
+    _, known = PEERS.get(name.removesuffix(OWN_VAE), ("", name.rpartition("-")[2]))
+    return known
 
 
 class Worker:

@@ -77,6 +77,8 @@ def pair_table(result: dict[str, Any]) -> str:
 
 def _pairs(result: dict[str, Any]) -> list[str]:
     """A row for each pair."""
+    if not result["pairs"]:
+        return []
     heading = ["ours", "seconds (p90)", "load + first", "peer", "seconds (p90)", "load + first", "faster by"]
     heading += ["PSNR, ours", "PSNR, peer", "peak GiB", "peer's", ""]
     lines = [_row(heading), _row(["---"] * len(heading))]
@@ -91,7 +93,7 @@ def _pairs(result: dict[str, Any]) -> list[str]:
         by = f"**{ratio['median']:.2f}×** ({ratio['least']:.2f} to {ratio['most']:.2f}, n {ratio['n']})"
         cells = [cell for name in ("ours", "peer") for cell in (pair[name], *_seconds(pair["of"][name]))]
         lines.append(_row([*cells, by, *psnr, *memory, said]))
-    return lines if result["pairs"] else []
+    return lines
 
 
 def _pair_notes(result: dict[str, Any]) -> tuple[str, ...]:

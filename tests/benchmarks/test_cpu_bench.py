@@ -29,7 +29,7 @@ def bench(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(list(map(str, line)), cwd=ROOT, capture_output=True, text=True, timeout=500)
 
 
-def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smoke(tmp_path: Path) -> None:
     cold = (PAIRS[0], "openvino-fp32:none-such")
     done = bench(tmp_path, "--vae", "tiny", "--runs", "1", "--pairs", *PAIRS, "--cold", *cold, "--batches", "1")
     assert done.returncode == 0, done.stderr
