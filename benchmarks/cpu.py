@@ -4,8 +4,9 @@
     python benchmarks/cpu.py synthetic:sd-turbo-mini --size 64x64 --runs 2 --pairs openvino-bf16:eager-fp32
 
 Each contender is a process of its own, in its own environment, loaded for its pair and asked for one picture after the
-other's. Its picture is compared with eager fp32's before its time counts. A peer whose environment is missing has a
-row that says so (`make bench-setup`).
+other's; with `--apart` loaded anew for every picture, so that only one of them is in memory. Its picture is compared
+with eager fp32's before its time counts. A peer whose environment is missing has a row that says so (`make
+bench-setup`).
 """
 
 import argparse
@@ -59,9 +60,17 @@ class Bench:
     """One checkpoint and shape, with everything that is built for it."""
 
     def __init__(
-        self, source: str, vae: str | None, folder: Path, size: tuple[int, int], batch: int, steps: int, runs: int
+        self,
+        source: str,
+        vae: str | None,
+        folder: Path,
+        size: tuple[int, int],
+        batch: int,
+        steps: int,
+        runs: int,
+        apart: bool = False,
     ) -> None:
-        self.size, self.batch, self.steps, self.runs = size, batch, steps, runs
+        self.size, self.batch, self.steps, self.runs, self.apart = size, batch, steps, runs, apart
         self.folder = folder
         self.own = self.checkpoint = checkpoint(source, folder)
         if vae is not None:
@@ -87,15 +96,10 @@ class Bench:
         """The checkpoint that a contender draws with: with OWN_VAE in its name the one without `--vae`."""
         return self.own if name.endswith(OWN_VAE) else self.checkpoint
 
-    def start(self, name: str, batch: int | None = None, **more: Any) -> Worker:
-        """A contender, loaded; our engine is built first."""
-        batch = self.batch if batch is None else batch
-        if name not in ENGINES:
-            given = self.of(name)
-            name = name.removesuffix(OWN_VAE)
-            return Worker(name, given.folder, self.size, batch, variant=given.variant, **more)
-        bundle = self.bundle(batch)
+    def engine(self, name: str, batch: int) -> str:
+        """Ours, built."""
         if (name, batch) not in self.engines:
+            bundle = self.bundle(batch)
             first = not bundle.exists()
             # A larger batch is built even where memory looks too small: what fails is a row with its reason.
             steps = {} if batch == self.batch else {"steps": [self.steps], "force": True}
@@ -103,7 +107,15 @@ class Bench:
             source = str(self.checkpoint.folder if first else bundle)
             made = build(source, bundle, device="cpu", **ENGINES[name], **shape)  # type: ignore[arg-type]
             self.engines[name, batch] = made.engine
-        return Worker(self.engines[name, batch], bundle, self.size, batch, **more)
+        return self.engines[name, batch]
+
+    def start(self, name: str, batch: int | None = None, **more: Any) -> Worker:
+        """A contender, loaded; our engine is built first."""
+        batch = self.batch if batch is None else batch
+        if name in ENGINES:
+            return Worker(self.engine(name, batch), self.bundle(batch), self.size, batch, **more)
+        given = self.of(name)
+        return Worker(name.removesuffix(OWN_VAE), given.folder, self.size, batch, variant=given.variant, **more)
 
     def pair(self, ours: str, peer: str) -> dict[str, Any]:
         """Both, by turns."""
@@ -112,18 +124,35 @@ class Bench:
         differs = None if precisions[0] == precisions[1] else f"{precisions[0]} against {precisions[1]}"
         if peer.endswith(OWN_VAE):
             differs = "; ".join(filter(None, (differs, "the peer decodes with the checkpoint's own VAE")))
-        result: dict[str, Any] = {"ours": ours, "peer": peer, "differs": differs, "reason": None}
+        result: dict[str, Any] = {"ours": ours, "peer": peer, "apart": self.apart, "differs": differs, "reason": None}
         try:
-            with self.start(ours) as a, self.start(peer) as b:
-                rows = [self._first(worker, name) for worker, name in ((a, ours), (b, peer))]
-                for _ in range(self.runs):
-                    for worker, row in zip((a, b), rows, strict=True):
-                        row["drawn"].append(worker.draw(self.steps))
+            if ours in ENGINES:
+                self.engine(ours, self.batch)
+            for name in (ours, peer):
+                self.reference(self.of(name))  # now, while no contender is in memory
+            rows = (self._loaded_anew if self.apart else self._loaded_together)(ours, peer)
         except FAILURES as error:
             say(f"  {error}")
             return {**result, "reason": str(error)}
         wrong = [name for name, row in zip((ours, peer), rows, strict=True) if not row["checks"]["passed"]]
         return {**result, "reason": "; ".join(f"wrong picture: {n}" for n in wrong) or None, **cpu_rows.summary(*rows)}
+
+    def _loaded_together(self, ours: str, peer: str) -> list[dict[str, Any]]:
+        with self.start(ours) as a, self.start(peer) as b:
+            rows = [self._first(worker, name) for worker, name in ((a, ours), (b, peer))]
+            for _ in range(self.runs):
+                for worker, row in zip((a, b), rows, strict=True):
+                    row["drawn"].append(worker.draw(self.steps))
+        return rows
+
+    def _loaded_anew(self, ours: str, peer: str) -> list[dict[str, Any]]:
+        rows: dict[str, dict[str, Any]] = {}
+        for _ in range(self.runs):
+            for name in (ours, peer):
+                with self.start(name) as worker:
+                    row = rows.setdefault(name, self._first(worker, name))
+                    row["drawn"].append(worker.draw(self.steps))
+        return list(rows.values())
 
     def cold(self, ours: str, peer: str) -> dict[str, Any]:
         """From the start of a process to a PNG on disk and its end, by turns."""
@@ -232,6 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add(
         "--batches", type=int, nargs="*", default=(2, 4, 8), help="pictures in a batch, besides --batch (default 2 4 8)"
     )
+    add("--apart", action="store_true", help="load the two of a pair anew for every picture, never both at once")
     add("--folder", type=Path, default=FOLDER, help="where checkpoints and bundles are kept")
     add("--results", type=Path, default=RESULTS, help="where the results go")
     return console.run(parser, _bench, argv)
@@ -257,7 +287,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         "batches": [],
     }
     name = re.sub(r"[^a-z0-9]+", "-", result["what"].lower())
-    shape = (arguments.size, arguments.batch, arguments.steps, arguments.runs)
+    shape = (arguments.size, arguments.batch, arguments.steps, arguments.runs, arguments.apart)
     bench = Bench(arguments.source, arguments.vae, arguments.folder, *shape)
     arguments.results.mkdir(parents=True, exist_ok=True)
     path = arguments.results / f"{name}-cpu-{cpu_kind()}.json"

@@ -12,7 +12,8 @@ INCLUDES = {
     "peak_rss_bytes": "VmHWM of the contender's process, from its start to its last picture: mapped files count",
     "rss_anon_bytes": "RssAnon after the last picture: what is not of files",
     "ratio": "the peer's seconds ÷ ours, for each two pictures that were drawn one after the other",
-    "order": "one picture of ours, one of the peer, and again",
+    "order": "one picture of ours, one of the peer, and again; where a pair is `apart`, each is loaded anew for every "
+    "picture, the one after its first",
     "cold": "from the start of a process to its end, with a PNG on disk: the interpreter, loading (`load`, with the "
     "imports), the first picture (`picture`) and encoding it; files are in the page cache from the run before",
     "batches": "seconds for each picture of a batch, drawn by turns with one picture alone; the ratio is of such "
@@ -32,7 +33,7 @@ def text(result: dict[str, Any]) -> str:
     """The result for a terminal."""
     rows = [["ours", "s", "peer", "s", "faster by", "least", "most", "PSNR", "peer's", "peak GiB", "peer's", ""]]
     for pair in result["pairs"]:
-        said = "; ".join(filter(None, (pair["differs"], pair["reason"])))
+        said = remarks(pair)
         if "of" not in pair:
             rows.append([pair["ours"], "", pair["peer"], *[""] * 8, said])
             continue
@@ -65,6 +66,12 @@ def text(result: dict[str, Any]) -> str:
         parts.append(f"cold start: {ours}, {peer}: {of['ratio']['median']:.2f} times as fast")
     parts += batches(result)
     return "\n\n".join(parts)
+
+
+def remarks(pair: dict[str, Any]) -> str:
+    """What a pair's row says at its end."""
+    apart = "each loaded anew for every picture" if pair.get("apart") else None
+    return "; ".join(filter(None, (pair["differs"], apart, pair["reason"])))
 
 
 def batches(result: dict[str, Any]) -> list[str]:

@@ -83,7 +83,7 @@ def _pairs(result: dict[str, Any]) -> list[str]:
     heading += ["PSNR, ours", "PSNR, peer", "peak GiB", "peer's", ""]
     lines = [_row(heading), _row(["---"] * len(heading))]
     for pair in result["pairs"]:
-        said = "; ".join(filter(None, (pair["differs"], pair["reason"])))
+        said = cpu_text.remarks(pair)
         if "of" not in pair:
             lines.append(_row([pair["ours"], "", "", pair["peer"], *[""] * 7, said]))
             continue
