@@ -44,6 +44,7 @@ PAIRS = (
     "openvino-fp32:eager-fp32",
     "onnxruntime-fp32:eager-fp32",
     "openvino-int8:eager-bf16-channels-last",
+    "openvino-fp32-vae-int8:eager-fp32",
     "openvino-bf16:optimum-intel-bf16",
     "openvino-fp32:optimum-intel-fp32",
     "openvino-fp32:optimum-onnx",

@@ -22,6 +22,7 @@ ENGINES = {
     "openvino-bf16": {"backend": "openvino", "options": {"inference_precision": "bf16"}},
     "openvino-fp32": {"backend": "openvino", "options": {"inference_precision": "fp32"}},
     "openvino-int8": {"backend": "openvino", "options": {"inference_precision": "bf16", "vae_int8": True}},
+    "openvino-fp32-vae-int8": {"backend": "openvino", "options": {"inference_precision": "fp32", "vae_int8": True}},
     "onnxruntime-fp32": {"backend": "onnxruntime"},
 }
 """Our contenders: what their engine is built with."""

@@ -153,7 +153,7 @@ def _cold(result: dict[str, Any]) -> list[str]:
 def variants_table(result: dict[str, Any]) -> str:
     """variants.py's results: a row for each variant, columns for each graph."""
     graphs = result["graphs"]
-    heading = [f"tried with OpenVINO, {result['what']}"]
+    heading = [f"tried with OpenVINO in {result['precision']}, {result['what']}"]
     heading += [f"{graph}: {what}" for graph in graphs for what in ("speed", "error", "load s")]
     lines = [_row(heading), _row(["---"] * len(heading))]
     of = {graph: {row["variant"]: row for row in rows} for graph, rows in graphs.items()}

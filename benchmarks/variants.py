@@ -39,19 +39,20 @@ INCLUDES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to load a graph: what differs from the backend's own in bf16."""
+    """A way to load a graph: what differs from the backend's own, which is in bf16 where the CPU has it."""
 
     name: str
     without: tuple[Callable[[Any], object], ...] = ()  # of the backend's rewrites of a graph
-    precision: str = "bf16"
+    exact: bool = False  # in fp32
     properties: tuple[tuple[str, str], ...] = ()
     int8: bool = False
     cached: bool = False  # from OpenVINO's cache on disk, which an earlier load has filled
 
 
+EXACT = Variant("fp32", exact=True)
 VARIANTS = (
     Variant("the backend's own"),
-    Variant("fp32", precision="f32"),
+    EXACT,
     Variant("normalisation as exported, a sum at a time", (openvino_model.fuse_group_norms,)),
     Variant("normalisation as OpenVINO's GroupNormalization", (openvino_model.split_group_norms,)),
     Variant("upsampling and its convolution apart", (openvino_model.merge_upsampling,)),
@@ -65,12 +66,18 @@ VARIANTS = (
 )
 
 
+def own_precision() -> str:
+    """What the backend computes in on this CPU."""
+    return "bf16" if openvino.has_bf16() else "fp32"
+
+
 class Loaded:
     """A graph, compiled."""
 
     def __init__(self, bundle: Bundle, graph: str, variant: Variant, cache: str, seed: int = 0) -> None:
         core = openvino.library().Core()
-        properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": variant.precision}
+        precision = "fp32" if variant.exact else own_precision()
+        properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": openvino.HINTS[precision]}
         properties |= dict(variant.properties)
         if variant.cached:
             core.set_property({"CACHE_DIR": cache})
@@ -106,7 +113,7 @@ def compare(bundle: Bundle, graph: str, variants: Sequence[Variant], runs: int) 
     """Each variant by turns with the first of them."""
     own, *others = variants
     with tempfile.TemporaryDirectory() as cache:
-        exact = Loaded(bundle, graph, VARIANTS[1], cache)
+        exact = Loaded(bundle, graph, EXACT, cache)
         exact.run()
         expected = exact.output()
         del exact
@@ -153,12 +160,12 @@ def _variants(arguments: argparse.Namespace) -> None:
     bundle = Bundle.open(arguments.bundle)
     found = {}
     for graph in arguments.graphs:
-        int8 = bundle.manifest.graphs[graph].role == "vae_decoder"
-        variants = [v for v in VARIANTS if int8 or not v.int8]
-        found[graph] = compare(bundle, graph, variants, arguments.runs)
+        say(f"{graph}: the backend's own")
+        found[graph] = compare(bundle, graph, _variants_of(bundle, graph), arguments.runs)
     source, size = bundle.manifest.checkpoint.source, "x".join(map(str, bundle.size))
     result = {
         "what": f"{Path(source).name}, {size}",
+        "precision": own_precision(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(),
@@ -171,6 +178,12 @@ def _variants(arguments: argparse.Namespace) -> None:
     write_atomically(path, json.dumps(result, indent=1) + "\n")
     for graph, rows in found.items():
         print(console.table([["variant", "s", "speed", "error", "load s"], *map(_cells, rows)]), graph, "", sep="\n")
+
+
+def _variants_of(bundle: Bundle, graph: str) -> list[Variant]:
+    """Those that suit the graph and this CPU, the backend's own first."""
+    int8 = bundle.manifest.graphs[graph].role == "vae_decoder"
+    return [v for v in VARIANTS if (int8 or not v.int8) and (own_precision() != "fp32" or v is not EXACT)]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -24,10 +24,11 @@ INSTALL = "pip install 'turbochain[openvino]'"
 PREFERENCES = {
     "cpu": Preference(20, "it is the fastest on a CPU, and computes in bf16 where the CPU can", ("fp32", "fp16")),
 }
+HINTS = {"fp32": "f32", "bf16": "bf16"}
+"""What a graph is computed in → OpenVINO's name for it."""
 
 _TELEMETRY = "openvino_telemetry"
 _IMPORTING = threading.Lock()
-_HINTS = {"fp32": "f32", "bf16": "bf16"}
 _DTYPES = {"f32": "float32", "f16": "float16", "i32": "int32", "u8": "uint8"}
 
 
@@ -127,7 +128,7 @@ class CpuExecutor(HostExecutor):
         # What runs once is worth fp32: the embedding of the time, which the whole UNet reads.
         stage, once = self.bundle.manifest.graphs[graph], graph in self.bundle.chain.once
         precision = "fp32" if once else _asked(stage, self.options)
-        properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _HINTS[precision]}
+        properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS[precision]}
         if self.profile:
             properties["PERF_COUNT"] = "YES"
         if self.threads is not None:
