@@ -71,7 +71,8 @@ def text(result: dict[str, Any]) -> str:
 def remarks(pair: dict[str, Any]) -> str:
     """What a pair's row says at its end."""
     apart = "each loaded anew for every picture" if pair.get("apart") else None
-    return "; ".join(filter(None, (pair["differs"], apart, pair["reason"])))
+    commit = f"measured at commit {pair['commit']}" if "commit" in pair else None
+    return "; ".join(filter(None, (pair["differs"], apart, commit, pair["reason"])))
 
 
 def batches(result: dict[str, Any]) -> list[str]:

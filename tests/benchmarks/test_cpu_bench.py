@@ -13,6 +13,7 @@ from skimage.metrics import peak_signal_noise_ratio
 sys.path.append(str(ROOT / "benchmarks"))
 import cpu
 import cpu_rows
+import cpu_text
 import peers
 import report
 
@@ -67,6 +68,23 @@ def test_smoke(tmp_path: Path) -> None:
     assert path.with_suffix(".png").stat().st_size > 10_000
     assert result["floors"].keys() == {"fp32"} and result["floors"]["fp32"]["stages"]["unet"]["flops"] > 0
     assert "| openvino-fp32 | " in report.pair_table(result)
+    only_one_at_a_time(tmp_path)
+
+
+def only_one_at_a_time(folder: Path) -> None:
+    """`--apart`, with what `test_smoke` has built."""
+    bench = cpu.Bench("synthetic:sd-turbo-mini", "tiny", folder, (64, 64), 1, 1, 2, apart=True)
+    start, started = bench.start, []
+
+    def watched(name: str) -> peers.Worker:
+        assert all(worker.process.poll() is not None for worker in started)
+        started.append(start(name))
+        return started[-1]
+
+    bench.start = watched  # type: ignore[method-assign, assignment]
+    row = bench.pair("openvino-fp32", "onnxruntime-fp32")
+    assert row["ratio"]["n"] == 2 and len(started) == 4
+    assert row["reason"] is None and cpu_text.remarks(row) == "each loaded anew for every picture"
 
 
 def test_every_variant_runs(bundle_of: BundleFactory, tmp_path: Path) -> None:
