@@ -127,10 +127,10 @@ class Bench:
             differs = "; ".join(filter(None, (differs, "the peer decodes with the checkpoint's own VAE")))
         result: dict[str, Any] = {"ours": ours, "peer": peer, "apart": self.apart, "differs": differs, "reason": None}
         try:
-            if ours in ENGINES:
-                self.engine(ours, self.batch)
-            for name in (ours, peer):
-                self.reference(self.of(name))  # now, while no contender is in memory
+            for name in (ours, peer):  # now, while no contender is in memory
+                if name in ENGINES:
+                    self.engine(name, self.batch)
+                self.reference(self.of(name))
             rows = (self._loaded_anew if self.apart else self._loaded_together)(ours, peer)
         except FAILURES as error:
             say(f"  {error}")

@@ -183,7 +183,7 @@ def _variants(arguments: argparse.Namespace) -> None:
 def _variants_of(bundle: Bundle, graph: str) -> list[Variant]:
     """Those that suit the graph and this CPU, the backend's own first."""
     int8 = bundle.manifest.graphs[graph].role == "vae_decoder"
-    return [v for v in VARIANTS if (int8 or not v.int8) and (own_precision() != "fp32" or v is not EXACT)]
+    return [v for v in VARIANTS if (int8 or not v.int8) and (openvino.has_bf16() or not v.exact)]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

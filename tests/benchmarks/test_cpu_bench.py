@@ -31,7 +31,7 @@ def bench(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_smoke(tmp_path: Path) -> None:
-    cold = ("openvino-fp32:onnxruntime-fp32", "openvino-fp32:none-such")
+    cold = (PAIRS[0], "openvino-fp32:none-such")
     done = bench(tmp_path, "--vae", "tiny", "--runs", "1", "--pairs", *PAIRS, "--cold", *cold, "--batches", "1")
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "results").glob("*.json")
