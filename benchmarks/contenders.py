@@ -15,10 +15,11 @@ from diffusers.utils import logging
 from torch.utils._pytree import tree_map_only
 
 from turbochain.engines import build
-from turbochain.export import download, load, synthetic
-from turbochain.export.source import KINDS, SYNTHETIC, Checkpoint, is_hub_id, local, open_folder
+from turbochain.export import load
+from turbochain.export.sources import hub, synthetic
+from turbochain.export.sources.checkpoint import KINDS, SYNTHETIC, Checkpoint, is_hub_id, local, open_folder
 from turbochain.runtime import Pipeline
-from turbochain.runtime.bench import PROMPT
+from turbochain.runtime.commands.bench import PROMPT
 from turbochain.runtime.errors import InputError
 
 SEED = 0
@@ -72,7 +73,7 @@ def checkpoint(source: str, folder: Path) -> Checkpoint:
         return open_folder(local(source).resolve(), None)
     if not is_hub_id(source):
         raise InputError(f"{source} is {KINDS}")
-    found, _ = download.fetch(source, None, None, lambda done, total: None, lambda *_: None)
+    found, _ = hub.fetch(source, None, None, lambda done, total: None, lambda *_: None)
     return open_folder(found, None)
 
 

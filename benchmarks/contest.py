@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from contenders import PIPELINES, Contender, Eager, Loaded, Task
-from turbochain.runtime import metrics
-from turbochain.runtime.bench import timing
+from turbochain.runtime.checks import metrics
+from turbochain.runtime.checks.bounds import AT_LEAST, BOUNDS
+from turbochain.runtime.commands.bench import timing
 from turbochain.runtime.errors import InputError, TurbochainError
-from turbochain.runtime.verify import AT_LEAST, BOUNDS
 
 OK, WRONG, MISSING, FAILED, LEFT_OUT = "ok", "wrong picture", "missing", "failed", "left out"
 """The status of a row. Only `OK` counts; a wrong picture is timed all the same, and its row says so."""

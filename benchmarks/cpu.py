@@ -30,11 +30,12 @@ from contenders import checkpoint
 from measure import PACKAGES, commit, cpu_kind, machine
 from peers import ENGINES, OWN_VAE, SEED, Worker, job, precision, with_vae
 from turbochain.engines import build
-from turbochain.engines.session import versions
-from turbochain.export.source import Checkpoint
-from turbochain.runtime import Bundle, TurbochainError, console
-from turbochain.runtime.bench import PROMPT
-from turbochain.runtime.files import write_atomically
+from turbochain.export.phases.phases import versions
+from turbochain.export.sources.checkpoint import Checkpoint
+from turbochain.runtime import Bundle, TurbochainError
+from turbochain.runtime.bundle.writing import write_atomically
+from turbochain.runtime.commands import console
+from turbochain.runtime.commands.bench import PROMPT
 
 HERE = Path(__file__).parent
 FOLDER, RESULTS = HERE.parent / ".bench", HERE / "results"

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from turbochain.runtime import metrics
-from turbochain.runtime.verify import AT_LEAST, BOUNDS
+from turbochain.runtime.checks import metrics
+from turbochain.runtime.checks.bounds import AT_LEAST, BOUNDS
 
 
 def check(pictures: np.ndarray, references: np.ndarray, precision: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from turbochain.runtime import console
+from turbochain.runtime.commands import console
 
 INCLUDES = {
     "seconds": "prompt string to uint8 pictures in host memory: tokenising, noise and every stage; without loading, "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from measure import PACKAGES, commit, machine
-from turbochain.engines.session import versions
+from turbochain.export.phases.phases import versions
 from turbochain.runtime import backends
 
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu")

@@ -17,8 +17,8 @@ from typing import Any
 
 import onnx
 
-from turbochain.runtime import console
-from turbochain.runtime.bundle import Bundle
+from turbochain.runtime.bundle.opened import Bundle
+from turbochain.runtime.commands import console
 from turbochain.runtime.errors import InputError
 
 UNKNOWN = ("Attention", "ConvInteger", "ConvTranspose", "Einsum", "GRU", "LSTM", "MatMulInteger", "RNN")

@@ -23,10 +23,12 @@ from typing import Any
 
 import floor
 import report
-from turbochain.runtime import Bundle, console, cuda
-from turbochain.runtime.bench import PROMPT
+from turbochain.runtime import Bundle
+from turbochain.runtime.backends import cuda
+from turbochain.runtime.bundle.writing import write_atomically
+from turbochain.runtime.commands import console
+from turbochain.runtime.commands.bench import PROMPT
 from turbochain.runtime.errors import InputError, NoGpu
-from turbochain.runtime.files import write_atomically
 
 SOURCES = ["synthetic:sd-turbo", "synthetic:sdxl-turbo"]
 FOLDER = Path(__file__).parents[1] / ".gpu" / "bench"

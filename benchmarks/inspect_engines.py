@@ -18,11 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from turbochain.engines import options, tensorrt
-from turbochain.engines.progress import Phase
-from turbochain.runtime import backends, console, engine, metrics, verify
+from turbochain.engines import options
+from turbochain.engines.backends import tensorrt
+from turbochain.export.phases.bar import Phase
+from turbochain.runtime import backends, selection
 from turbochain.runtime.backends.tensorrt import target, trt
-from turbochain.runtime.bundle import Bundle
+from turbochain.runtime.bundle.opened import Bundle
+from turbochain.runtime.checks import metrics, reference
+from turbochain.runtime.commands import console
 from turbochain.runtime.errors import InputError
 
 Layers = list[tuple[str, str]]  # name, type
@@ -47,7 +50,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         raise InputError(f"there is no stage {', '.join(unknown)}: choose from {', '.join(bundle.chain.graphs)}")
     stages = [g for g in bundle.chain.graphs if g in (arguments.stage or bundle.chain.graphs)]
     try:
-        name, _ = engine.select(bundle, "tensorrt")
+        name, _ = selection.select(bundle, "tensorrt")
     except InputError as reason:
         print(f"nothing is compared: {reason}", file=sys.stderr)
         layers = {stage: built_layers(bundle, stage, arguments.target) for stage in stages}
@@ -123,7 +126,7 @@ def plan_runner(path: Path) -> Any:
 
 def first_inputs(bundle: Bundle) -> Feed:
     """What the first recorded case fed from outside, for its first step."""
-    case = verify.read_cases(bundle)[0]
+    case = reference.read_cases(bundle)[0]
     row = {name: column[0] for name, column in bundle.columns(case.steps).items()}
     fed = {name: case.tensors[name] for name in bundle.manifest.tokenizers}
     return {**row, **fed, "latents": case.tensors["latents"][0], "noise": case.tensors["noise"][0]}

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from turbochain.export import synthetic
-from turbochain.export.other_vae import TINY, find
-from turbochain.export.source import SYNTHETIC, Checkpoint, open_folder
-from turbochain.runtime.bench import PROMPT
+from turbochain.export.sources import synthetic
+from turbochain.export.sources.checkpoint import SYNTHETIC, Checkpoint, open_folder
+from turbochain.export.sources.other_vae import TINY, find
+from turbochain.runtime.commands.bench import PROMPT
 
 HERE = Path(__file__).parent
 ENVIRONMENTS = HERE.parent / ".bench"  # where `make bench-setup` puts those of the peers

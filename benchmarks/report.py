@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import cpu_text
-from turbochain.runtime import console
+from turbochain.runtime.commands import console
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"

@@ -22,11 +22,12 @@ import numpy as np
 from cpu import say
 from cpu_rows import spread
 from measure import PACKAGES, commit, cpu_kind, machine
-from turbochain.engines.openvino import measure_ranges
-from turbochain.engines.session import versions
-from turbochain.runtime import Bundle, console
+from turbochain.engines.backends.openvino import measure_ranges
+from turbochain.export.phases.phases import versions
+from turbochain.runtime import Bundle
 from turbochain.runtime.backends import openvino, openvino_model
-from turbochain.runtime.files import write_atomically
+from turbochain.runtime.bundle.writing import write_atomically
+from turbochain.runtime.commands import console
 
 HERE = Path(__file__).parent
 INCLUDES = {

@@ -14,16 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from turbochain.engines import bundling, compiling
+from turbochain.engines import compiling
 from turbochain.engines import options as backend_options
 from turbochain.engines.compiling import Order
-from turbochain.engines.session import LOG, PhaseReport, Session
-from turbochain.runtime import backends, files
-from turbochain.runtime.bundle import Bundle
+from turbochain.export import bundling
+from turbochain.export.phases.phases import LOG, PhaseReport, Session
+from turbochain.runtime import backends
+from turbochain.runtime.bundle.lock import lock_directory
+from turbochain.runtime.bundle.manifest import Check
+from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.errors import InputError
-from turbochain.runtime.manifest import Check
 
-DEMO = "demo"  # turbochain.export.source.DEMO
+DEMO = "demo"  # turbochain.export.sources.checkpoint.DEMO
 
 
 @dataclass
@@ -257,7 +259,7 @@ def _locked(path: Path, quiet: bool) -> Iterator[int]:
         if not quiet:
             print(f"waiting: another build of {path} is running", file=sys.stderr)
 
-    with files.lock_directory(path, on_wait=say) as lock:
+    with lock_directory(path, on_wait=say) as lock:
         yield lock
 
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from turbochain.engines import options
 from turbochain.engines.build import BuildResult, build
-from turbochain.runtime import console, verify
+from turbochain.runtime.checks import verify
+from turbochain.runtime.commands import console
 from turbochain.runtime.errors import InputError
 
 

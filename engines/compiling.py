@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from turbochain.engines import options
-from turbochain.engines.resume import Finished, empty, leave_nothing
-from turbochain.engines.session import SMALL, Session, now, versions
-from turbochain.runtime import backends, engine, files, manifest, verify
+from turbochain.export.phases.phases import SMALL, Session, now, versions
+from turbochain.export.phases.resume import Finished, empty, leave_nothing
+from turbochain.runtime import backends, selection
 from turbochain.runtime.backends import Device
-from turbochain.runtime.bundle import Bundle
+from turbochain.runtime.bundle import hashing, strict_json, writing
+from turbochain.runtime.bundle.manifest import FORMAT_VERSION, Check, Engine, EngineKey
+from turbochain.runtime.bundle.opened import Bundle
+from turbochain.runtime.checks import verify
 from turbochain.runtime.errors import BundleError, InputError, NoSpace, PhaseDied, TurbochainError, VerificationError
-from turbochain.runtime.manifest import FORMAT_VERSION, Check, Engine, EngineKey
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,18 @@ def install(session: Session, bundle: Bundle, order: Order) -> tuple[str, Engine
     """
     name, key = _key(bundle, order)
     final, building = bundle.path / "engines" / name, bundle.path / "engines" / ".building"
-    engine.check_inputs(bundle)
+    selection.check_inputs(bundle)
     if existing := _intact(bundle, name, key):
         return name, existing
     try:
         building.mkdir(parents=True, exist_ok=True)
         made = _compile_and_check(session, bundle, key, order, building)
-        files.write_atomically(building / "engine.json", manifest.write(made))
+        writing.write_atomically(building / "engine.json", strict_json.write(made))
         empty(building, keep=(*made.files, "engine.json"))
         if final.exists():  # damaged
             empty(final)
             final.rmdir()
-        files.install_directory(building, final)
+        writing.install_directory(building, final)
     except (NoSpace, PhaseDied):
         raise
     except (TurbochainError, KeyboardInterrupt):
@@ -100,7 +102,7 @@ def _intact(bundle: Bundle, name: str, key: EngineKey) -> Engine | None:
     if not isinstance(existing, Engine) or existing.key != key:
         return None
     try:
-        files.check_all(bundle.path / "engines" / name, existing.files, full=False)
+        hashing.check_all(bundle.path / "engines" / name, existing.files, full=False)
     except BundleError:
         return None
     return existing

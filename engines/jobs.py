@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from turbochain.engines import compiling
-from turbochain.runtime import backends, engine, verify
-from turbochain.runtime.bundle import REFERENCE, Bundle
+from turbochain.runtime import backends, selection
+from turbochain.runtime.bundle.manifest import REFERENCE
+from turbochain.runtime.bundle.opened import Bundle
+from turbochain.runtime.checks import verify
 
 Progress = Callable[[int, int], None]
 
@@ -31,13 +33,13 @@ def compile(
     """
     bundle = Bundle.open(path)
     bundle.check_files(bundle.manifest.graphs[name].files)
-    module = importlib.import_module(f"turbochain.engines.{backend}")
+    module = importlib.import_module(f"turbochain.engines.backends.{backend}")
     written: list[str] = []
     if hasattr(module, "compile"):
         where = compiling.device(backend, device, target)
         written = list(module.compile(bundle, name, Path(folder), options, where, Path(cache), progress))
     if module.READS_GRAPHS:
-        engine.executor(bundle, backend, Path(folder), options, device=device, threads=None, graphs=[name]).close()
+        selection.executor(bundle, backend, Path(folder), options, device=device, threads=None, graphs=[name]).close()
     return written
 
 
@@ -47,8 +49,8 @@ def check(
     """Verify the engine in `folder`; returns the checks, passed or not."""
     bundle = Bundle.open(path)
     bundle.check_files([REFERENCE])
-    engine.check_inputs(bundle)
-    executor = engine.executor(bundle, backend, Path(folder), options, device=device, threads=None)
+    selection.check_inputs(bundle)
+    executor = selection.executor(bundle, backend, Path(folder), options, device=device, threads=None)
     computed = backends.precisions(backend, options, bundle.manifest.graphs)
     try:
         return [dataclasses.asdict(c) for c in verify.verify(bundle, executor, computed, progress)]

@@ -46,7 +46,7 @@ def _none(value: object) -> Any:
 
 def of(backend: str) -> dict[str, Option]:
     """The options of a backend by name."""
-    found: dict[str, Option] = importlib.import_module(f"turbochain.engines.{backend}").OPTIONS
+    found: dict[str, Option] = importlib.import_module(f"turbochain.engines.backends.{backend}").OPTIONS
     return found
 
 
@@ -71,19 +71,19 @@ def resolve(backend: str, given: Mapping[str, object]) -> dict[str, Value]:
 
 def settled(backend: str, chosen: Mapping[str, Value]) -> dict[str, Value]:
     """`chosen`, and for each option that this machine decides what it decides: `settle(chosen)` in the module."""
-    settle = getattr(importlib.import_module(f"turbochain.engines.{backend}"), "settle", dict)
+    settle = getattr(importlib.import_module(f"turbochain.engines.backends.{backend}"), "settle", dict)
     decided: dict[str, Value] = settle(chosen)
     return decided
 
 
 def reads_graphs(backend: str) -> bool:
     """Whether its engines read the bundle's graphs: `READS_GRAPHS` in the module."""
-    return bool(importlib.import_module(f"turbochain.engines.{backend}").READS_GRAPHS)
+    return bool(importlib.import_module(f"turbochain.engines.backends.{backend}").READS_GRAPHS)
 
 
 def candidates(backend: str, settled: Mapping[str, Value]) -> list[dict[str, Value]]:
     """What an engine may be, best first, where verification decides: `candidates(settled)` in the module."""
-    module = importlib.import_module(f"turbochain.engines.{backend}")
+    module = importlib.import_module(f"turbochain.engines.backends.{backend}")
     found: list[dict[str, Value]] = module.candidates(settled) if hasattr(module, "candidates") else [{}]
     return found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from turbochain.export.families import Family, Shape, decoder_channels
-from turbochain.runtime import console
+from turbochain.runtime.commands import console
 from turbochain.runtime.errors import InputError
 
 GiB = 2**30

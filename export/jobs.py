@@ -6,11 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from turbochain.export import download, estimate, families, other_vae, ranges
+from turbochain.export import estimate, families
 from turbochain.export.families import Family, Shape
-from turbochain.export.source import KINDS, SYNTHETIC, Checkpoint, check_configs, is_hub_id, local, open_folder
+from turbochain.export.remedies import Remedy, decide
+from turbochain.export.sources import hub, other_vae
+from turbochain.export.sources.checkpoint import (
+    KINDS,
+    SYNTHETIC,
+    Checkpoint,
+    check_configs,
+    is_hub_id,
+    local,
+    open_folder,
+)
+from turbochain.runtime.bundle.hashing import describe
 from turbochain.runtime.errors import InputError
-from turbochain.runtime.files import describe
 
 Progress = Callable[[int, int], None]
 CheckRoom = Callable[[Family, dict[str, Any], dict[str, int], int], None]
@@ -61,15 +71,15 @@ def prepare(
 def reference(
     progress: Progress, *, request: dict[str, Any], prepared: dict[str, Any], folder: str
 ) -> dict[str, dict[str, Any]]:
-    """Run diffusers' own pipeline and record it in `folder`; returns graph → `ranges.Remedy`, as a dict."""
+    """Run diffusers' own pipeline and record it in `folder`; returns graph → `Remedy`, as a dict."""
     from turbochain.export import reference as recorder
-    from turbochain.runtime.bundle import REFERENCE
+    from turbochain.runtime.bundle.manifest import REFERENCE
 
     shape = Shape(request["height"], request["width"], request["batch"])
     checkpoint, path = _checkpoint(prepared), Path(folder, REFERENCE)
     recorder.record(checkpoint, shape, request["steps"], path, progress)
     asked = checkpoint.family.precisions(request["precision"], request.get("vae_precision"))
-    decided = ranges.decide(checkpoint.family.stages, asked, path)
+    decided = decide(checkpoint.family.stages, asked, path)
     return {name: dataclasses.asdict(remedy) for name, remedy in decided.items()}
 
 
@@ -83,11 +93,11 @@ def graphs(
     remedies: dict[str, dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
     """Trace every stage of one component into `folder`; returns their entries in the manifest."""
-    from turbochain.export import graph as tracer
+    from turbochain.export.tracing import trace
 
     shape = Shape(request["height"], request["width"], request["batch"])
-    decided = {name: ranges.Remedy(**remedy) for name, remedy in remedies.items()}
-    made = tracer.export(_checkpoint(prepared), component, shape, decided, Path(folder), request["opset"])
+    decided = {name: Remedy(**remedy) for name, remedy in remedies.items()}
+    made = trace.export(_checkpoint(prepared), component, shape, decided, Path(folder), request["opset"])
     return {name: dataclasses.asdict(graph) for name, graph in made.items()}
 
 
@@ -117,7 +127,7 @@ def _open(
                 raise InputError(f"{name} has no safetensors weights of {', '.join(missing)}")
             check_room(coming.family, coming.configs, counts, fetched)
 
-        folder, commit = download.fetch(name, request["revision"], variant, progress, before_weights)
+        folder, commit = hub.fetch(name, request["revision"], variant, progress, before_weights)
         checkpoint = open_folder(folder, variant, other_vae.find(folder, vae))
     else:
         raise InputError(f"{name} is {KINDS}")
@@ -128,7 +138,7 @@ def _open(
 
 def _draw(preset: str, folder: Path, tiny: bool, progress: Progress, check_room: CheckRoom) -> Path | None:
     """Write a synthetic checkpoint and, where it is wanted, a tiny VAE for it; returns that one's folder."""
-    from turbochain.export import synthetic
+    from turbochain.export.sources import synthetic
 
     parts = synthetic.models(preset)
     counts = {c: sum(p.numel() for p in part.parameters()) for c, part in parts.items()}

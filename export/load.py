@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from turbochain.export.source import Checkpoint
+from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime.errors import InputError
 
 

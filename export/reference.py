@@ -18,7 +18,7 @@ from safetensors.numpy import save
 
 from turbochain.export import load
 from turbochain.export.families import Shape
-from turbochain.export.source import Checkpoint
+from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime.errors import PictureError
 
 PROMPTS = (

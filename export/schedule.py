@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from turbochain.runtime.bundle.manifest import Schedule, Step
 from turbochain.runtime.errors import InputError
-from turbochain.runtime.manifest import Schedule, Step
 
 _PROBE = (1, 4, 8, 8)  # any shape would do; 256 values make the least-squares estimate of c exact
 

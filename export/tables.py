@@ -7,7 +7,7 @@ from typing import Any
 from diffusers.models.embeddings import Timesteps
 
 from turbochain.export import load, schedule
-from turbochain.export.source import Checkpoint
+from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime.errors import InputError
 
 

@@ -6,7 +6,7 @@ pipe = Pipeline.load("sd-turbo.bundle")
 pipe("a cat", num_inference_steps=1, seed=0).images[0].save("cat.png")
 """
 
-from turbochain.runtime.bundle import Bundle
+from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.errors import (
     BackendMissing,
     BundleError,
@@ -19,7 +19,7 @@ from turbochain.runtime.errors import (
     TurbochainError,
     VerificationError,
 )
-from turbochain.runtime.noise import Generator
+from turbochain.runtime.inputs.noise import Generator
 from turbochain.runtime.pipeline import Pipeline, PipelineOutput
 
 __all__ = [

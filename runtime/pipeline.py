@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from turbochain.runtime import engine as engines
-from turbochain.runtime import verify
+from turbochain.runtime import selection
 from turbochain.runtime.backends import Device
-from turbochain.runtime.bundle import Bundle
-from turbochain.runtime.chain import Plan, plan
+from turbochain.runtime.bundle.manifest import Schedule
+from turbochain.runtime.bundle.opened import Bundle
+from turbochain.runtime.chain.plan import Plan, plan
+from turbochain.runtime.checks import verify
 from turbochain.runtime.errors import InputError, PictureError, TurbochainError
-from turbochain.runtime.manifest import Schedule
-from turbochain.runtime.noise import Generator, draw_run
-from turbochain.runtime.prompts import PromptCache
-from turbochain.runtime.tokenizer import Tokenizer, check_prompt
+from turbochain.runtime.inputs.cache import PromptCache
+from turbochain.runtime.inputs.noise import Generator, draw_run
+from turbochain.runtime.inputs.tokenizer import Tokenizer, check_prompt
 
 log = logging.getLogger("turbochain")
 
@@ -60,7 +60,7 @@ class Pipeline:
             for name, t in bundle.manifest.tokenizers.items()
         }
         self._embeds = [t.name for g in bundle.chain.before for t in bundle.manifest.graphs[g].outputs]
-        self._rows = {steps: engines.feeds(bundle, executor, steps) for steps in bundle.steps}
+        self._rows = {steps: selection.feeds(bundle, executor, steps) for steps in bundle.steps}
         for graph in bundle.chain.once:
             executor.unload(graph)
         self._plans: dict[tuple[int, bool], Plan] = {}
@@ -88,7 +88,7 @@ class Pipeline:
         VerificationError where an engine that was built on another machine fails its checks on this one.
         """
         bundle = Bundle.open(path)
-        name, chosen = engines.select(bundle, backend, device, engine)
+        name, chosen = selection.select(bundle, backend, device, engine)
         executor = verify.open_verified(bundle, name, chosen, device=device, threads=threads)
         try:
             return cls(bundle, executor, engine_name=name, prompt_cache_bytes=prompt_cache_bytes)

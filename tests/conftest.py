@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from turbochain.engines import build
-from turbochain.export import synthetic
+from turbochain.export.sources import synthetic
 from turbochain.runtime import Bundle
 
 ROOT = Path(__file__).parents[1]

@@ -21,8 +21,9 @@ from safetensors.numpy import load_file, save_file
 
 import turbochain.runtime
 from turbochain.export import estimate, load
-from turbochain.export.source import Checkpoint, open_folder
-from turbochain.runtime import Bundle, InputError, PictureError, Pipeline, TurbochainError, files
+from turbochain.export.sources.checkpoint import Checkpoint, open_folder
+from turbochain.runtime import Bundle, InputError, PictureError, Pipeline, TurbochainError
+from turbochain.runtime.bundle import hashing
 
 Folder = Path
 UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
@@ -331,10 +332,10 @@ BASE = ("numpy", "tokenizers", "safetensors", "pillow")
 def test_a_backend_that_is_not_installed(sd: Path, checkpoints: dict[str, Path], copy_of, tmp_path: Path) -> None:
     python, bundle = environment(tmp_path / "env", *BASE), copy_of(sd)
     lines = [
-        ("turbochain.runtime.cli", "generate", bundle, "a cat"),
-        ("turbochain.runtime.cli", "generate", bundle, "a cat", "--backend", "onnxruntime"),
-        ("turbochain.runtime.cli", "verify", bundle),
-        ("turbochain.runtime.cli", "bench", bundle),
+        ("turbochain.runtime.commands.main", "generate", bundle, "a cat"),
+        ("turbochain.runtime.commands.main", "generate", bundle, "a cat", "--backend", "onnxruntime"),
+        ("turbochain.runtime.commands.main", "verify", bundle),
+        ("turbochain.runtime.commands.main", "bench", bundle),
         ("turbochain.engines.cli", bundle),
         ("turbochain.engines.cli", checkpoints["sd"], "--backend", "onnxruntime"),
     ]
@@ -342,7 +343,7 @@ def test_a_backend_that_is_not_installed(sd: Path, checkpoints: dict[str, Path],
         done = subprocess.run([python, "-m", *map(str, line)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
         said = refused(done)
         assert "installed: pip install 'turbochain[cpu]'" in said, said
-    show = [python, "-m", "turbochain.runtime.cli", "inspect", bundle]
+    show = [python, "-m", "turbochain.runtime.commands.main", "inspect", bundle]
     done = subprocess.run(show, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "does not fit: its backend onnxruntime is not installed" in done.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["env", bundle.name] and listing(bundle) == listing(bundle)
@@ -540,7 +541,7 @@ def replace(bundle: Path, graph: str, value: float) -> None:
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.save(model, bundle / stage.file)
     description = json.loads((bundle / "bundle.json").read_text())
-    description["files"][stage.file] = vars(files.describe(bundle / stage.file))
+    description["files"][stage.file] = vars(hashing.describe(bundle / stage.file))
     (bundle / "bundle.json").write_text(json.dumps(description))
     (engine,) = bundle.glob("engines/*/engine.json")
     key = json.loads(engine.read_text())["key"]

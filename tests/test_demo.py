@@ -25,7 +25,7 @@ from test_parity import Pictures, assert_same_picture, ours, theirs
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from turbochain.engines import build
-from turbochain.export.source import local, open_folder
+from turbochain.export.sources.checkpoint import local, open_folder
 from turbochain.runtime import Bundle, Pipeline
 
 HERE = Path(__file__).parent

@@ -14,8 +14,8 @@ from diffusers import AutoencoderKL
 from scenes import Scene, Thing
 from transformers import CLIPTokenizer
 
-from turbochain.export.source import local
-from turbochain.export.vocabulary import write_tokenizer
+from turbochain.export.sources.checkpoint import local
+from turbochain.export.sources.vocabulary import write_tokenizer
 
 PAIR = Scene((Thing("", "red", "circle"), Thing("large", "blue", "star")), "left of", "yellow")
 HERE = np.zeros(2, np.float32)

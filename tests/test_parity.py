@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from turbochain.engines import build
-from turbochain.export import synthetic
+from turbochain.export.sources import synthetic
 
 Call = dict[str, Any]  # arguments of Pipeline.__call__ as JSON values
 Pictures = np.ndarray[Any, Any]  # [N, H, W, 3] uint8

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from turbochain.runtime.bundle.manifest import Chain
 from turbochain.runtime.errors import InputError
-from turbochain.runtime.manifest import Chain
 
 Inputs = dict[str, tuple[str, tuple[int, ...]] | None]
 """Input name → (dtype, shape); None: as an earlier graph of the same component puts it out."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from turbochain.export.families import Family, Inputs, Shape, Stage, decoder_channels
-from turbochain.runtime.manifest import Chain
+from turbochain.runtime.bundle.manifest import Chain
 
 
 def tokens(configs: Mapping[str, Any], component: str) -> int:

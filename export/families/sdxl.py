@@ -5,7 +5,7 @@ from typing import Any
 
 from turbochain.export.families import Family, Inputs, Shape, Stage
 from turbochain.export.families.sd import TABLE_INPUTS, VAE_DECODER, check, ids, step_inputs, time_inputs, tokens
-from turbochain.runtime.manifest import Chain
+from turbochain.runtime.bundle.manifest import Chain
 
 
 def _time_ids(shape: Shape) -> tuple[Any, ...]:

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from turbochain.runtime.bundle.manifest import EngineKey, Gpu, Graph
 from turbochain.runtime.errors import BackendMissing, InputError
-from turbochain.runtime.manifest import EngineKey, Gpu, Graph
 
-_SHARED = ("host", "device", "openvino_model")
+_SHARED = ("cpu", "gpu", "cuda", "openvino_model")
 
 
 @dataclass(frozen=True)

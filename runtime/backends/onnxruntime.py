@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from turbochain.runtime import backends, cuda
-from turbochain.runtime.backends import Device, Preference
-from turbochain.runtime.backends.device import DeviceExecutor, Stage
-from turbochain.runtime.backends.host import HostExecutor
-from turbochain.runtime.bundle import Bundle
+from turbochain.runtime import backends
+from turbochain.runtime.backends import Device, Preference, cuda
+from turbochain.runtime.backends.cpu import HostExecutor
+from turbochain.runtime.backends.gpu import DeviceExecutor, Stage
+from turbochain.runtime.bundle.manifest import Graph
+from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.errors import BundleError, InputError, OutOfMemory, TurbochainError
-from turbochain.runtime.manifest import Graph
 
 LIBRARIES = ("onnxruntime", "onnxruntime-gpu")
 INSTALL = "pip install 'turbochain[cpu]'"

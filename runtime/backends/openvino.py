@@ -14,10 +14,10 @@ from typing import Any
 
 from turbochain.runtime import backends
 from turbochain.runtime.backends import Device, Preference, openvino_model
-from turbochain.runtime.backends.host import HostExecutor
-from turbochain.runtime.bundle import COMPUTED, Bundle
+from turbochain.runtime.backends.cpu import HostExecutor
+from turbochain.runtime.bundle.manifest import COMPUTED, EngineKey, Graph
+from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.errors import BundleError, InputError, OutOfMemory, TurbochainError
-from turbochain.runtime.manifest import EngineKey, Graph
 
 LIBRARIES = ("openvino",)
 INSTALL = "pip install 'turbochain[openvino]'"

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from turbochain.runtime import backends, cuda
-from turbochain.runtime.backends import Device, Preference
-from turbochain.runtime.backends.device import DeviceExecutor, Stage
-from turbochain.runtime.bundle import Bundle
+from turbochain.runtime import backends
+from turbochain.runtime.backends import Device, Preference, cuda
+from turbochain.runtime.backends.gpu import DeviceExecutor, Stage
+from turbochain.runtime.bundle.manifest import EngineKey, Gpu, Graph
+from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.errors import BundleError, CudaError, InputError, TurbochainError
-from turbochain.runtime.manifest import EngineKey, Gpu, Graph
 
 LIBRARIES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12")
 INSTALL = "pip install 'turbochain[tensorrt]' (or 'turbochain[tensorrt-rtx]')"

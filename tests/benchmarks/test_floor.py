@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import floor
 from turbochain.export import load
-from turbochain.export.source import Checkpoint
+from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime import Bundle
 from turbochain.runtime.errors import InputError
 

@@ -18,7 +18,7 @@ import gpu
 import report
 from contenders import Contender, Eager, Task
 from contest import Contest, check
-from turbochain.export.source import Checkpoint
+from turbochain.export.sources.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[2]
 RUNS = 2

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from turbochain.export.vocabulary import BEGIN, END, MAX_TOKENS, clip_vocabulary, save_tokenizer
+from turbochain.export.sources.vocabulary import BEGIN, END, MAX_TOKENS, clip_vocabulary, save_tokenizer
 
 TIMESTEPS = (999, 749, 666, 499, 332, 249)
 """The trailing timesteps of 1, 2, 3 and 4 steps."""

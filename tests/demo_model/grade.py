@@ -26,12 +26,12 @@ from skimage.metrics import peak_signal_noise_ratio
 from tqdm import tqdm
 
 from turbochain.engines import build
-from turbochain.export.source import DEMO, local
+from turbochain.export.sources.checkpoint import DEMO, local
 from turbochain.runtime import Pipeline
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from measure import PACKAGES, commit, machine
-from turbochain.engines.session import versions
+from turbochain.export.phases.phases import versions
 
 Pictures = NDArray[np.uint8]  # (512, 512, 3)
 Draw = Callable[[str, int, int], Pictures]

@@ -14,8 +14,9 @@ from conftest import ON, ON_ARGUMENTS, command
 from safetensors.torch import load_file, save_file
 
 from turbochain.engines import build
-from turbochain.runtime import Bundle, InputError, Pipeline, manifest
-from turbochain.runtime.manifest import Engine
+from turbochain.runtime import Bundle, InputError, Pipeline
+from turbochain.runtime.bundle import strict_json
+from turbochain.runtime.bundle.manifest import Engine
 
 BUILD = Path(sys.executable).with_name("build-engine")
 GRAPHS = ("text_encoder", "time", "unet", "vae_decoder")
@@ -127,7 +128,7 @@ def test_the_summary_and_the_phases(sd: Path, copy_of) -> None:
     assert [row.split()[0] for row in rows[:7]] == judged
     assert "fp32" in rows[2] and "MiB" in rows[2] and " s " in rows[2] and "max_abs" in rows[2] and "≤ 0.001" in rows[2]
     assert f"{bundle}: built and verified in " in done.stdout and "backend onnxruntime (" in done.stdout
-    engine = manifest.read(Engine, next(bundle.glob("engines/*/engine.json")))
+    engine = strict_json.read(Engine, next(bundle.glob("engines/*/engine.json")))
     assert set(engine.build_seconds) == set(GRAPHS) and all(seconds > 0 for seconds in engine.build_seconds.values())
     assert engine.checks and all(check.passed for check in engine.checks)
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from turbochain.export import estimate, families, synthetic
+from turbochain.export import estimate, families
 from turbochain.export.families import Shape
+from turbochain.export.sources import synthetic
 
 RESULTS = sorted((Path(__file__).parents[2] / "benchmarks/results").glob("synthetic-*-cpu.json"))
 

@@ -11,7 +11,9 @@ import pytest
 from conftest import FAMILIES, BundleFactory, command
 
 from turbochain.engines import build
-from turbochain.runtime import Bundle, OutOfMemory, Pipeline, backends, cuda, verify
+from turbochain.runtime import Bundle, OutOfMemory, Pipeline, backends
+from turbochain.runtime.backends import cuda
+from turbochain.runtime.checks import verify
 from turbochain.runtime.errors import InputError
 
 pytestmark = pytest.mark.gpu

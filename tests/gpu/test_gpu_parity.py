@@ -14,7 +14,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from turbochain.engines import build
-from turbochain.export import synthetic
+from turbochain.export.sources import synthetic
 from turbochain.runtime import Pipeline
 
 pytestmark = pytest.mark.gpu

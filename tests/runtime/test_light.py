@@ -57,7 +57,7 @@ def test_import_takes_under_a_fifth_of_a_second_and_60_MB() -> None:
 
 COMMAND = """
 import sys
-from turbochain.runtime.cli import main
+from turbochain.runtime.commands.main import main
 status = main(sys.argv[1:])
 assert status == 0, status
 print(*sys.modules)
@@ -78,7 +78,7 @@ print(*sys.modules)
 def test_commands_import_nothing_heavy(arguments: tuple[str, ...], sdxl: Path, tmp_path: Path) -> None:
     words = [word.format(bundle=sdxl, folder=tmp_path) for word in arguments]
     imported = set(python(COMMAND, *words).splitlines()[-1].split())
-    assert "turbochain.runtime.bundle" in imported
+    assert "turbochain.runtime.bundle.opened" in imported
     assert not imported & set(HEAVY)
 
 

@@ -20,11 +20,11 @@ from conftest import SIZE
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from turbochain.runtime import Bundle, InputError, Pipeline, TurbochainError, engine
-from turbochain.runtime.bench import bench
-from turbochain.runtime.chain import plan
-from turbochain.runtime.inspect import wiring
-from turbochain.runtime.prompts import PromptCache
+from turbochain.runtime import Bundle, InputError, Pipeline, TurbochainError, selection
+from turbochain.runtime.chain.plan import plan
+from turbochain.runtime.commands.bench import bench
+from turbochain.runtime.commands.inspect import wiring
+from turbochain.runtime.inputs.cache import PromptCache
 
 PROMPTS = ["a red fox", "", "рыжий кот", "a robot 🤖", "a cat, oil painting", "a lighthouse", "窓辺の猫"]
 LONG = "an extraordinarily photorealistic Portrait of Astronauts riding unicorns, " * 9
@@ -128,13 +128,13 @@ def test_memory_does_not_grow_over_1000_calls(sd: Path) -> None:
 
 def test_buffers_stay_where_they_are(sd: Path) -> None:
     bundle = Bundle.open(sd)
-    executor = engine.open_executor(bundle, *engine.select(bundle))
+    executor = selection.open_executor(bundle, *selection.select(bundle))
     addresses = {name: buffer.ctypes.data for name, buffer in executor.buffers.items()}
     assert set(addresses) == set(bundle.tensors)
     random = np.random.default_rng(0)
     for steps in (1, 3, 1):
         feeds = {n: random.standard_normal((steps, *t.shape), np.float32) for n, t in bundle.tensors.items()}
-        feeds |= engine.feeds(bundle, executor, steps) | {
+        feeds |= selection.feeds(bundle, executor, steps) | {
             "latents": feeds["latents"][0],
             "input_ids": np.full((1, 77), 7, np.int32),
         }

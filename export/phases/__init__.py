@@ -1,0 +1,1 @@
+"""Run the phases of a build, each in a process of its own."""

@@ -1,0 +1,79 @@
+"""What the phases of one build share: running a job, what it took, and where and when it was made."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from turbochain.export.phases.bar import Phase
+from turbochain.export.phases.worker import Worker
+
+LOG = "build.log"
+"""What libraries print during a build; removed when it is done."""
+
+SMALL = 2**28
+"""Weights, in bytes, up to which all phases share a process: starting one takes longer than its memory is worth."""
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    """What one phase of this build took."""
+
+    name: str
+    seconds: float
+    peak_bytes: int  # resident memory of its process
+
+
+@dataclass
+class Session:
+    """What every phase of one build needs."""
+
+    lock: int
+    log: Path | None
+    quiet: bool
+    phases: list[PhaseReport]
+    _kept: Worker | None = None
+
+    def run(self, name: str, job: str, /, *, keep: bool = False, **arguments: Any) -> Any:
+        """Run a job in a process of its own, with a progress bar; see `Worker.run`.
+
+        `keep`: in the process that the last phase with `keep` left, for phases whose memory need not be returned.
+        """
+        if not keep:
+            self.release()
+        with Phase(name, quiet=self.quiet) as phase:
+            worker = self._kept or Worker(self.lock, self.log)
+            self._kept = worker if keep else None
+            try:
+                result, peak = worker.run(job, arguments, phase)
+            except BaseException:
+                self.release()
+                raise
+            finally:
+                if not keep:
+                    worker.close()
+        self.phases.append(PhaseReport(name, phase.seconds, peak))
+        return result
+
+    def release(self) -> None:
+        """End the process that was kept."""
+        kept, self._kept = self._kept, None
+        if kept:
+            kept.close()
+
+
+def now() -> str:
+    """UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions(*names: str) -> dict[str, str]:
+    """The installed ones of these distributions and their versions."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,1 @@
+"""Trace the modules of a checkpoint to ONNX."""

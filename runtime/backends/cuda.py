@@ -1,0 +1,256 @@
+"""CUDA through `cuda-bindings`: a device, its memory, streams, events and graphs.
+
+The one place where a CUDA status becomes an exception: `NoGpu` where there is nothing to work on, `OutOfMemory`
+where the caller can go on with less, `CudaFault` where the process must restart, `CudaError` for the rest.
+"""
+
+import ctypes
+import functools
+import importlib
+import math
+import re
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from turbochain.runtime.bundle.manifest import Gpu
+from turbochain.runtime.errors import BackendMissing, CudaError, CudaFault, InputError, NoGpu, OutOfMemory
+
+ALIGNMENT = 256  # bytes: what every address that a kernel reads or writes is a multiple of
+
+_OUT_OF_MEMORY, _INSUFFICIENT_DRIVER, _NO_DEVICE = 2, 35, 100
+_CAPTURE = range(900, 909)  # what a stream that is being captured refuses
+
+
+@functools.cache
+def _runtime() -> Any:
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ModuleNotFoundError:
+        raise BackendMissing("cuda-bindings is not installed: pip install 'turbochain[tensorrt]'") from None
+
+
+def call(function: str, *arguments: Any) -> Any:
+    """Call a function of the CUDA runtime: its values without the status (None, one, or a tuple).
+
+    Raises NoGpu, OutOfMemory, CudaFault or CudaError where the status is not success.
+    """
+    status, *values = getattr(_runtime(), function)(*arguments)
+    if int(status):
+        raise _error(function, status)
+    return tuple(values) if len(values) > 1 else (values[0] if values else None)
+
+
+def _error(function: str, status: Any) -> Exception:
+    runtime = _runtime()
+    if int(status) in (_INSUFFICIENT_DRIVER, _NO_DEVICE):
+        return _no_gpu(int(status))
+    text = runtime.cudaGetErrorString(status)[1]
+    what = f"{function} failed: {text.decode()} ({status.name})"
+    runtime.cudaGetLastError()  # forget it, or the next call of another library reports it as its own
+    if int(status) == _OUT_OF_MEMORY:
+        return OutOfMemory(f"the GPU is out of memory: {what}")
+    # cudaFree(0) never fails in a healthy process.
+    if int(status) not in _CAPTURE and int(runtime.cudaFree(0)[0]) == int(status):
+        return CudaFault(f"the GPU cannot be used by this process any more; restart it: {what}")
+    return CudaError(what)
+
+
+def _no_gpu(status: int) -> NoGpu:
+    _, driver = _runtime().cudaDriverGetVersion()
+    _, needed = _runtime().cudaRuntimeGetVersion()
+    if not driver:
+        return NoGpu("there is no NVIDIA driver on this machine: install one, or use a backend for the CPU")
+    if status == _INSUFFICIENT_DRIVER:
+        return NoGpu(
+            f"the NVIDIA driver is too old: it serves CUDA {driver // 1000}.{driver % 1000 // 10}, and the installed "
+            f"cuda-bindings needs CUDA {needed // 1000}; update the driver, or pip install "
+            f"'cuda-bindings<{driver // 1000 + 1}'"
+        )
+    return NoGpu("the NVIDIA driver sees no GPU: check CUDA_VISIBLE_DEVICES, or use a backend for the CPU")
+
+
+def find(name: str | None) -> tuple[int, Gpu]:
+    """The ordinal of a GPU and what it is: "cuda" or None is the first one, "cuda:1" the second.
+
+    Raises InputError for another name, NoGpu where there is none of that number.
+    """
+    match = re.fullmatch(r"cuda(?::(\d{1,3}))?", name or "cuda")
+    if not match:
+        raise InputError(f"device={name!r}: cuda, or cuda:N for the GPU of number N, was expected")
+    index, count = int(match[1] or 0), _count()
+    if index >= count:
+        raise NoGpu(f"device={name!r}: this machine has {count} GPU{'s' * (count != 1)}, numbered from 0")
+    properties = call("cudaGetDeviceProperties", index)
+    return index, Gpu(
+        name=properties.name.decode().rstrip("\0"),
+        compute_capability=f"{properties.major}.{properties.minor}",
+        memory_bytes=int(properties.totalGlobalMem),
+    )
+
+
+def _count() -> int:
+    try:
+        return call("cudaGetDeviceCount")
+    except (CudaError, CudaFault, OutOfMemory) as error:  # such as a service of the driver that is not running
+        way_out = "mend it, or use a backend for the CPU"
+        raise NoGpu(f"the NVIDIA driver gives no access to a GPU; {way_out}: {error}") from None
+
+
+class Session:
+    """One GPU and everything that was made on it; `close` gives all of it back, last made first."""
+
+    def __init__(self, index: int) -> None:
+        """`index`: the CUDA ordinal. Raises what `call` raises."""
+        self.index = index
+        self._owned = ExitStack()
+        self._streams: list[Any] = []
+        self.activate()
+
+    def activate(self) -> None:
+        """Make this GPU the calling thread's. Every thread needs it before its first call."""
+        call("cudaSetDevice", self.index)
+
+    def _own(self, value: Any, free: str) -> Any:
+        runtime = _runtime()
+        # Its status is of no use: after a fault every call fails, and the memory is gone with the process.
+        self._owned.callback(getattr(runtime, free), value)
+        return value
+
+    def allocate(self, size: int, what: str) -> int:
+        """The address of `size` bytes (at least 1) of GPU memory; OutOfMemory says what they were for."""
+        try:
+            return self._own(call("cudaMalloc", max(size, 1)), "cudaFree")
+        except OutOfMemory:
+            raise self.out_of_memory(size, what) from None
+
+    def out_of_memory(self, size: int, what: str) -> OutOfMemory:
+        """The error for `size` bytes that could not be had."""
+        free, total = call("cudaMemGetInfo")
+        mib = 2**20
+        return OutOfMemory(
+            f"the GPU is out of memory: {what} needs {math.ceil(size / mib)} MiB, and {free // mib} of {total // mib} "
+            "MiB are free; close what else uses the GPU, or build for a smaller --batch or --size"
+        )
+
+    def pinned(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """Zeros in page-locked host memory, which the GPU reads and writes by itself."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        try:
+            address = self._own(call("cudaMallocHost", size), "cudaFreeHost")
+        except OutOfMemory:
+            raise OutOfMemory(f"the machine has no {math.ceil(size / 2**20)} MiB of memory left to page-lock") from None
+        array = np.frombuffer(memoryview((ctypes.c_char * size).from_address(address)), dtype).reshape(shape)
+        array[...] = 0
+        return array
+
+    def stream(self) -> Any:
+        """A stream that does not wait for the default one."""
+        made = self._own(call("cudaStreamCreateWithFlags", _runtime().cudaStreamNonBlocking), "cudaStreamDestroy")
+        self._streams.append(made)
+        return made
+
+    def event(self, *, timing: bool = False) -> Any:
+        """An event; one for ordering alone is cheaper."""
+        runtime = _runtime()
+        flags = runtime.cudaEventDefault if timing else runtime.cudaEventDisableTiming
+        return self._own(call("cudaEventCreateWithFlags", flags), "cudaEventDestroy")
+
+    def capture(self, stream: Any, enqueue: Callable[[], None], check: Callable[[Any], None] | None = None) -> Any:
+        """What `enqueue` puts on `stream`, not carried out but as an executable graph.
+
+        Raises what `enqueue` and `check`, which is given the graph, raise, and CudaError where something cannot be
+        captured; the stream is usable again in either case.
+        """
+        mode = _runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        call("cudaStreamBeginCapture", stream, mode)
+        try:
+            enqueue()
+        except BaseException:
+            status, graph = _runtime().cudaStreamEndCapture(stream)
+            if not int(status):
+                _runtime().cudaGraphDestroy(graph)
+            _runtime().cudaGetLastError()
+            raise
+        graph = call("cudaStreamEndCapture", stream)
+        try:
+            if check:
+                check(graph)
+            return self._own(call("cudaGraphInstantiate", graph, 0), "cudaGraphExecDestroy")
+        finally:
+            _runtime().cudaGraphDestroy(graph)
+
+    def synchronize(self) -> None:
+        """Wait until the streams of this session are done; after a fault they are.
+
+        Not for the whole GPU: that would break what another session is capturing.
+        """
+        runtime = _runtime()
+        runtime.cudaSetDevice(self.index)
+        for stream in self._streams:
+            runtime.cudaStreamSynchronize(stream)
+        runtime.cudaGetLastError()
+
+    def close(self) -> None:
+        """Wait for the GPU and give everything back; a second call does nothing."""
+        self.synchronize()
+        self._streams.clear()
+        self._owned.close()
+
+
+def launch(graph: Any, stream: Any) -> None:
+    """Put an executable graph on a stream."""
+    call("cudaGraphLaunch", graph, stream)
+
+
+def refuse_host(graph: Any, addresses: Collection[int]) -> None:
+    """CudaError where a captured graph would call a function of the host, or copy from or to memory of it that is not
+    at one of these addresses: it was its maker's for one run, and may be another's by the next.
+    """
+    runtime = _runtime()
+    kinds = runtime.cudaGraphNodeType
+    on_device = (runtime.cudaMemoryType.cudaMemoryTypeDevice, runtime.cudaMemoryType.cudaMemoryTypeManaged)
+    *_, count = call("cudaGraphGetNodes", graph, 0)
+    nodes, _ = call("cudaGraphGetNodes", graph, count)
+    for node in nodes:
+        kind = call("cudaGraphNodeGetType", node)
+        if kind == kinds.cudaGraphNodeTypeHost:
+            raise CudaError("it calls a function of the host")
+        if kind == kinds.cudaGraphNodeTypeMemcpy:
+            copied = call("cudaGraphMemcpyNodeGetParams", node)
+            for address in (int(copied.srcPtr.ptr), int(copied.dstPtr.ptr)):
+                where = call("cudaPointerGetAttributes", address).type
+                if where not in on_device and address not in addresses:
+                    raise CudaError("it copies from or to memory of the host that is another's")
+
+
+def copy(target: int, source: int, size: int, stream: Any) -> None:
+    """Put a copy of `size` bytes on a stream; the two addresses say which way."""
+    call("cudaMemcpyAsync", target, source, size, _runtime().cudaMemcpyKind.cudaMemcpyDefault, stream)
+
+
+def record(event: Any, stream: Any) -> None:
+    """The event happens when the stream has done what is on it now."""
+    call("cudaEventRecord", event, stream)
+
+
+def wait(stream: Any, event: Any) -> None:
+    """The stream goes on when the event has happened."""
+    call("cudaStreamWaitEvent", stream, event, 0)
+
+
+def synchronize(stream: Any) -> None:
+    """Wait until the stream has done everything that is on it."""
+    call("cudaStreamSynchronize", stream)
+
+
+def elapsed(start: Any, end: Any) -> float:
+    """Seconds between two events with timing that have happened."""
+    return 1e-3 * call("cudaEventElapsedTime", start, end)
+
+
+def free_bytes() -> int:
+    """GPU memory that is free on the calling thread's device."""
+    return call("cudaMemGetInfo")[0]

@@ -1,0 +1,1 @@
+"""Chains: how stages are wired, and the plan of one call."""

@@ -1,0 +1,1 @@
+"""Compare what an engine makes with what diffusers produced."""

@@ -1,0 +1,38 @@
+"""Read what diffusers produced, from a bundle's reference.safetensors."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+
+from turbochain.runtime.bundle.manifest import REFERENCE
+from turbochain.runtime.bundle.opened import Bundle
+from turbochain.runtime.errors import BundleError
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recorded call of diffusers' pipeline; tensors as export.reference.record documents them."""
+
+    prompt: list[str]
+    seed: int
+    steps: int
+    tensors: Arrays
+
+
+def read_cases(bundle: Bundle) -> list[Case]:
+    """The recorded cases; the file must have been hashed before (`Bundle.check_files`)."""
+    from safetensors import safe_open
+
+    cases: list[Case] = []
+    with safe_open(bundle.path / REFERENCE, framework="numpy") as file:
+        names = list(file.keys())
+        for i, case in enumerate(json.loads(file.metadata()["cases"])):
+            mine = [n for n in names if n.startswith(f"{i}/")]
+            tensors = {n.removeprefix(f"{i}/"): file.get_tensor(n) for n in mine}
+            cases.append(Case(case["prompt"], case["seed"], case["num_inference_steps"], tensors))
+    if not cases:
+        raise BundleError(f"{bundle.path / REFERENCE} has no cases to check against")
+    return cases

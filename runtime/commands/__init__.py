@@ -1,0 +1,1 @@
+"""The command `turbochain`: generate, verify, inspect, bench."""

@@ -1,0 +1,166 @@
+"""The command `turbochain`: generate, verify, inspect, bench."""
+
+import argparse
+import dataclasses
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from turbochain.runtime.bundle.manifest import Check
+from turbochain.runtime.bundle.opened import Bundle
+from turbochain.runtime.bundle.writing import write_atomically
+from turbochain.runtime.checks import verify
+from turbochain.runtime.commands import bench, console, profile
+from turbochain.runtime.commands.inspect import as_json, as_text
+from turbochain.runtime.errors import InputError
+from turbochain.runtime.pipeline import Pipeline
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Carry out one command; returns the exit status (see console.run)."""
+    parser = argparse.ArgumentParser("turbochain", description="Run a bundle of compiled engines.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = _command(commands, "generate", _generate, "make a picture")
+    generate.add_argument("prompt")
+    generate.add_argument("--seed", type=int, default=0, help="0 to 2^64-1 (default 0)")
+    generate.add_argument("--steps", type=int, help="step count (default: the fewest that the bundle has)")
+    generate.add_argument("-o", "--output", type=Path, default=Path("out.png"), help="picture file (default out.png)")
+
+    check = _command(commands, "verify", _verify, "compare with what diffusers produced; exit status 1 if it differs")
+    check.add_argument("--json", action="store_true")
+
+    inspect = _command(commands, "inspect", _inspect, "show what a bundle holds", machine=False)
+    inspect.add_argument("--json", action="store_true")
+
+    timing = _command(commands, "bench", _bench, "time every stage and the whole chain")
+    timing.add_argument("--runs", type=int, default=10, help="counted runs (default 10)")
+    timing.add_argument("--warmup", type=int, default=2, help="runs before those (default 2)")
+    timing.add_argument("--steps", type=int, help="step count (default: the fewest that the bundle has)")
+    timing.add_argument("--profile", action="store_true", help="also the slowest operators of each stage (on a CPU)")
+    timing.add_argument("--json", action="store_true")
+    return console.run(parser, lambda arguments: arguments.command(arguments), argv)
+
+
+def _command(commands: Any, name: str, function: console.Command, text: str, *, machine: bool = True) -> Any:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(command=function)
+    console.add_debug(parser)
+    parser.add_argument("bundle", type=Path)
+    if machine:
+        parser.add_argument("--backend", help="default: the best engine in the bundle that fits this machine")
+        parser.add_argument("--device", help="default: the backend's own choice")
+        parser.add_argument("--engine", help="the engine of this folder name in the bundle's engines/")
+        parser.add_argument("--threads", type=int, help="CPU threads per launch (default: the backend's own choice)")
+    return parser
+
+
+def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("backend", "device", "engine", "threads")}
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    path: Path = arguments.output
+    _check_writable(path)
+    with Pipeline.load(arguments.bundle, **_machine(arguments)) as pipe:
+        out = pipe(arguments.prompt, num_inference_steps=arguments.steps, seed=arguments.seed)
+    encoded = io.BytesIO()
+    out.images[0].save(encoded, _format(path))
+    write_atomically(path, encoded.getvalue())
+    print(path)
+
+
+def _format(path: Path) -> str:
+    from PIL import Image
+
+    known = {ending: name for ending, name in Image.registered_extensions().items() if name in Image.SAVE}
+    if path.suffix.lower() not in known:
+        raise InputError(f"cannot write {path}: the ending {path.suffix!r} names no picture format; try .png")
+    return known[path.suffix.lower()]
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse before the model is loaded, not after the picture is made."""
+    _format(path)
+    if os.path.isdir(path):
+        raise InputError(f"cannot write {path}: it is a folder")
+    if not os.path.isdir(path.parent):
+        raise InputError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"cannot write {path}: no permission to write in {path.parent}")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    name, checks = verify.verify_bundle(arguments.bundle, **_machine(arguments))
+    if arguments.json:
+        passed = all(c.passed for c in checks)
+        plain = [dataclasses.asdict(c) for c in checks]
+        for check in plain:
+            check["value"] = check["value"] if math.isfinite(check["value"]) else None  # JSON has no NaN
+        values = {"engine": name, "passed": passed, "checks": plain}
+        print(json.dumps(values, indent=2))
+    else:
+        print(checks_table(checks))
+    verify.require(checks)
+
+
+def checks_table(checks: Sequence[Check]) -> str:
+    """The figures of a verification as text."""
+    rows = [["stage", "metric", "value", "bound", ""]]
+    for c in checks:
+        rows.append([c.stage, c.metric, f"{c.value:.3g}", verify.bound_text(c), "ok" if c.passed else "FAILED"])
+    return console.table(rows)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    bundle = Bundle.open(arguments.bundle)
+    print(json.dumps(as_json(bundle), indent=2) if arguments.json else as_text(bundle))
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    if arguments.runs < 1 or arguments.warmup < 0:
+        raise InputError("--runs must be at least 1, and --warmup at least 0")
+    result = bench.bench(
+        arguments.bundle,
+        runs=arguments.runs,
+        warmup=arguments.warmup,
+        steps=arguments.steps,
+        **_machine(arguments),
+    )
+    operators = {}
+    if arguments.profile:
+        operators = profile.profile(arguments.bundle, steps=arguments.steps, **_machine(arguments))
+    if arguments.json:
+        profiled = {graph: [dataclasses.asdict(o) for o in of] for graph, of in operators.items()}
+        print(json.dumps({**result.to_json(), **({"profile": profiled} if profiled else {})}, indent=2))
+    else:
+        print(bench_text(result), *([profile.as_text(operators)] if operators else []), sep="\n\n")
+
+
+def bench_text(result: bench.BenchResult) -> str:
+    """A bench as text."""
+    timings = {**result.stages, "end to end": result.end_to_end, "  prompt cached": result.end_to_end_cached}
+    timings["  overhead"] = result.overhead
+    rows = [["", "p50 ms", "p90 ms", "p99 ms", "min ms", "n"]]
+    for name, t in timings.items():
+        rows.append([name, *(f"{v:.2f}" for v in (t.p50_ms, t.p90_ms, t.p99_ms, t.min_ms)), str(t.n)])
+    height, width = result.size
+    return "\n".join(
+        [
+            f"{result.engine}: {width}x{height}, batch {result.batch}, {result.steps} step(s)",
+            console.table(rows),
+            f"load {result.load_ms:.0f} ms; first picture after it {result.first_image_ms:.0f} ms",
+            result.includes,
+            "overhead: end to end less what the device worked",
+            *([f"not one CUDA graph: {result.uncaptured}"] if result.uncaptured else []),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Where the time of each stage goes, by kind of operator: `turbochain bench --profile`, on a CPU."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from turbochain.runtime import selection
+from turbochain.runtime.bundle.opened import Bundle
+from turbochain.runtime.commands import console
+from turbochain.runtime.commands.bench import PROMPT
+from turbochain.runtime.errors import InputError
+from turbochain.runtime.pipeline import Pipeline
+
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What the operators of one kind take of one launch of a graph."""
+
+    kind: str  # as the backend names it
+    count: int
+    seconds: float
+
+
+def profile(
+    path: str | Path,
+    *,
+    runs: int = 3,
+    steps: int | None = None,
+    backend: str | None = None,
+    device: str | None = None,
+    engine: str | None = None,
+    threads: int | None = None,
+) -> dict[str, list[Operator]]:
+    """Graph → its operators by kind, the slowest first: means over `runs` pictures, measured by the backend's profiler.
+
+    `engine`: the one of this folder name. A profiled graph is slower than one that is not. Raises what
+    Pipeline.load raises, and InputError on a GPU.
+    """
+    bundle = Bundle.open(path)
+    found, chosen = selection.select(bundle, backend, device, engine)
+    if chosen.key.device != "cpu":
+        raise InputError("operators are profiled on a CPU only: on a GPU, run turbochain bench under nsys")
+    executor = selection.open_executor(bundle, found, chosen, device=device, threads=threads, profile=True)
+    with Pipeline(bundle, executor, engine_name=found) as pipe:
+        for _ in range(runs):
+            pipe.prompt_cache.clear()
+            pipe([PROMPT] * bundle.batch, num_inference_steps=steps, seed=0, output_type="uint8")
+        return {graph: by_kind(executor.operators(graph)) for graph in bundle.chain.graphs if graph in executor.loaded}
+
+
+def by_kind(operators: Iterable[tuple[str, float]]) -> list[Operator]:
+    """(kind, seconds of one launch) of every operator, put together."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for kind, seconds in operators:
+        found[kind].append(seconds)
+    made = (Operator(kind, len(each), sum(each)) for kind, each in found.items())
+    return sorted(made, key=lambda operator: -operator.seconds)
+
+
+def as_text(found: dict[str, list[Operator]]) -> str:
+    """A table of the slowest kinds of each graph."""
+    rows = [["stage", "operator", "count", "ms", "share"]]
+    for graph, operators in found.items():
+        whole = sum(operator.seconds for operator in operators)
+        for i, o in enumerate(operators[:SHOWN]):
+            figures = [str(o.count), f"{1e3 * o.seconds:.2f}", f"{o.seconds / whole:.1%}"]
+            rows.append([graph if i == 0 else "", o.kind, *figures])
+    return console.table(rows, left=2)

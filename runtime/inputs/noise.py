@@ -1,0 +1,122 @@
+"""PyTorch's CPU noise, value for value, without PyTorch: the same seed gives the same picture.
+
+The algorithms are those of ATen's `DistributionTemplates.h` (`normal_fill`, for 16 values and more) and
+`DistributionsHelper.h` (`normal_distribution<double>`, for fewer), over MT19937.
+"""
+
+import math
+import reprlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from turbochain.runtime.bundle.manifest import Schedule
+from turbochain.runtime.errors import InputError
+
+
+class Generator:
+    """The stream of `torch.Generator("cpu").manual_seed(seed)`.
+
+    `seed` is an integer in 0 … 2**64-1 (numpy's integers included); like PyTorch, the Mersenne Twister
+    takes its low 32 bits. Raises `InputError` for anything else. One generator serves one thread.
+    """
+
+    def __init__(self, seed: int):
+        # RandomState is MT19937 with the legacy seeding that PyTorch shares; numpy guarantees its stream.
+        self._twister = np.random.RandomState(0)
+        self.manual_seed(seed)
+
+    def manual_seed(self, seed: int) -> "Generator":
+        """Begin the stream of `seed` anew, as PyTorch's method of this name; much quicker than another generator."""
+        self._twister.seed(_checked(seed) & 0xFFFFFFFF)
+        self._cached: float | None = None
+        return self
+
+    def randn(self, *shape: int) -> np.ndarray:
+        """Return the next fp32 standard normal values, of `shape`, as `torch.randn(shape, generator=…)` does.
+
+        Within 1e-6 of PyTorch; below 16 values equal to it. As there, a shape of no value takes nothing
+        from the stream, and fewer than 16 values are drawn by another algorithm than more.
+        """
+        count = math.prod(shape)
+        values = self._few(count) if count < 16 else self._many(count)
+        return values.reshape(shape)
+
+    def _raw(self, count: int) -> np.ndarray:
+        """The twister's next `count` outputs, uint32."""
+        return self._twister.randint(0, 1 << 32, count, dtype=np.uint32)
+
+    def _many(self, count: int) -> np.ndarray:
+        """ATen's `normal_fill`: Box–Muller in fp32 on 24-bit uniforms, in blocks of 8 radii and 8 angles.
+
+        A last partial block is not used: 16 fresh uniforms overwrite the last 16 values instead.
+        """
+        whole = count - count % 16
+        raw = self._raw(count if whole == count else count + 16)
+        used = np.concatenate([raw[:whole], raw[count:]]) & np.uint32(0xFFFFFF)
+        # By way of int32, which converts to fp32 faster; 24 bits are exact in both.
+        uniform = used.view(np.int32).astype(np.float32).reshape(-1, 2, 8) * 2.0**-24
+
+        radius = np.sqrt(-2.0 * np.log(1.0 - uniform[:, 0]))
+        angle = 2.0 * math.pi * uniform[:, 1]
+        normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
+        return np.concatenate([normal[: count - 16], normal[-16:]])
+
+    def _few(self, count: int) -> np.ndarray:
+        """ATen's `normal_distribution<double>`: a pair at a time, rounded to fp32 at the end.
+
+        The sine half of a pair waits for the next small draw, however many large ones come between.
+        """
+        values = np.empty(count, np.float32)
+        for i in range(count):
+            if self._cached is not None:
+                values[i], self._cached = self._cached, None
+                continue
+            u1, u2 = self._uniform53(), self._uniform53()
+            radius, angle = math.sqrt(-2.0 * math.log1p(-u2)), 2.0 * math.pi * u1
+            values[i], self._cached = radius * math.cos(angle), radius * math.sin(angle)
+        return values
+
+    def _uniform53(self) -> float:
+        """A float64 in [0, 1) from 53 bits of two outputs, the high word first."""
+        high, low = self._raw(2).tolist()
+        return ((high << 32 | low) & ((1 << 53) - 1)) * 2.0**-53
+
+
+def draw(generators: Sequence[Generator], shape: Sequence[int]) -> np.ndarray:
+    """Return fp32 noise of `shape`, batch first, as `diffusers.utils.torch_utils.randn_tensor` draws it.
+
+    One generator draws the whole shape at once; several draw one batch item each. Raises `InputError` when
+    there are several, but not one for each item.
+    """
+    if len(generators) == 1:
+        return generators[0].randn(*shape)
+    if len(generators) != shape[0]:
+        raise InputError(
+            f"{len(generators)} generators were given for a batch of {shape[0]}: expected one for the whole "
+            "batch, or one for each of its images."
+        )
+    return np.concatenate([generator.randn(1, *shape[1:]) for generator in generators])
+
+
+def draw_run(
+    schedule: Schedule, generators: Sequence[Generator], shape: Sequence[int], latents: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what one run of a schedule starts from and adds, fp32: scaled latents `shape`, noise [steps, *shape].
+
+    The order of the draws is diffusers': the latents, unless unit noise is given as `latents`, then every step that
+    draws; the others have zeros.
+    """
+    start = draw(generators, shape) if latents is None else latents
+    noise = np.zeros((len(schedule.rows), *shape), np.float32)
+    for row, step in zip(noise, schedule.rows, strict=True):
+        if step.draws_noise:
+            row[:] = draw(generators, shape)
+    return np.float32(schedule.q) * start, noise
+
+
+def _checked(seed: object) -> int:
+    """Return `seed` as an int, or raise `InputError`."""
+    if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool) and 0 <= seed < 1 << 64:
+        return int(seed)
+    raise InputError(f"The seed is {reprlib.repr(seed)}: expected an integer from 0 to 2**64-1 ({2**64 - 1}).")

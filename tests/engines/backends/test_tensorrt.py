@@ -1,0 +1,387 @@
+"""TensorRT's builder, for real and without a GPU: TensorRT-RTX parses and builds every stage for another machine."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pty
+import random
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from conftest import FAMILIES, BundleFactory, command
+
+from turbochain.engines import build, cli, options
+from turbochain.engines.backends import tensorrt
+from turbochain.engines.backends.fractions import Fractions
+from turbochain.runtime import Bundle, InputError, TurbochainError
+from turbochain.runtime.backends.tensorrt import logger, target, trt
+from turbochain.runtime.bundle import hashing, manifest, strict_json
+from turbochain.runtime.bundle.manifest import Engine
+
+BUILD = Path(sys.executable).with_name("build-engine")
+AHEAD = ("--backend", "tensorrt", "--target", "sm89")
+GRAPHS = ("text_encoder", "time", "unet", "vae_decoder")
+NO_DRIVER = "there is no NVIDIA driver on this machine"
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")
+
+
+def serialize(
+    path: Path, graph: str, progress: tensorrt.Progress = lambda done, total: None, **given: object
+) -> tuple[int, str]:
+    """A plan's size, and everything that TensorRT said while it was built for sm89."""
+    said: list[str] = []
+    chosen = options.resolve("tensorrt", given)
+    plan = tensorrt.serialize(
+        path, graph, chosen, target("sm89"), Path("/nowhere"), progress, lambda severity, text: said.append(text)
+    )
+    return plan.nbytes, "\n".join(said)
+
+
+def attentions(path: Path, said: str) -> list[tuple[tuple[int, ...], str]]:
+    """Shape [batch, heads, queries, keys] and dtype of every softmax, as TensorRT's parser met it."""
+    found = re.findall(r"\[Softmax\] inputs: \[\S+ -> \(([\d, ]+)\)\[(\w+)\]\]", said)
+    nodes = [node for node in onnx.load(path, load_external_data=False).graph.node if node.op_type == "Softmax"]
+    assert len(found) == len(nodes)
+    return [(tuple(map(int, shape.split(","))), dtype) for shape, dtype in found]
+
+
+def fusible(shape: tuple[int, ...], dtype: str) -> bool:
+    """TensorRT fuses what is fp16 and has several heads; over a single key there is nothing to compute."""
+    _, heads, _, keys = shape
+    return dtype == "HALF" and heads > 1 and keys > 1
+
+
+def check_stage(path: Path, graph: str) -> tuple[int, int]:
+    """Build a stage; how many attentions it has and how many of them are fused, after checking that all can be are."""
+    seen: list[tuple[int, int]] = []
+    size, said = serialize(path, graph, lambda done, total: seen.append((done, total)))
+    assert size > 1000
+    shares = [done / total for done, total in seen]
+    assert shares == sorted(shares) and (shares[0], shares[-1]) == (0, 1), shares
+    assert len(set(shares)) > 4 or graph != "unet", shares  # others may take less time than one report
+    layers = re.findall(r"^Name: ([^,]+), LayerType: \w+", said, re.M)
+    found = attentions(path, said)
+    fused = sum("mha" in layer for layer in layers)
+    assert layers and fused == sum(fusible(*attention) for attention in found), (layers, found)
+    return len(found), fused
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_stage_is_built_and_every_attention_fused(family: str, bundle_of: BundleFactory) -> None:
+    bundle = Bundle.open(bundle_of(family, 1, "fp16"))
+    counts = {name: check_stage(bundle.path / graph.file, name) for name, graph in bundle.manifest.graphs.items()}
+    # One of the SD miniature's attends to a single latent; the decoder's has one head.
+    unet = {"sd": (20, 19), "sdxl": (22, 22)}[family]
+    assert counts["unet"] == unet and counts["vae_decoder"] == (1, 0) and counts["time"] == (0, 0)
+    assert all(total == fused > 0 for name, (total, fused) in counts.items() if name.startswith("text"))
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """Every path below a folder and the hash of every file."""
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "a folder"
+        for p in folder.rglob("*")
+    }
+
+
+@pytest.fixture(scope="module")
+def ahead(bundle_of: BundleFactory, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The SD miniature with an engine for the GPUs of another machine and no other. Tests must not change it."""
+    bundle = tmp_path_factory.mktemp("ahead") / "ahead.bundle"
+    shutil.copytree(bundle_of("sd", 1, "fp16"), bundle)
+    shutil.rmtree(bundle / "engines")
+    done = command("build-engine", bundle, *AHEAD, "-O", "builder_optimization_level=1", "-O", "max_aux_streams=0")
+    assert done.returncode == 0, done
+    assert "any GPU of the architecture (sm89)" in done.stderr and ": built in " in done.stdout
+    assert "unverified: it is checked when it is first loaded on such a machine" in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines()[2:6]]
+    assert {row[0]: row[1] for row in rows} == {g: "fp32" if g == "time" else "fp16" for g in GRAPHS}
+    return bundle
+
+
+def test_what_is_installed(ahead: Path) -> None:
+    (folder,) = (ahead / "engines").iterdir()
+    assert {p.name for p in folder.iterdir()} == {"engine.json", *(f"{g}.plan" for g in GRAPHS)}
+    assert [p.name for p in ahead.parent.iterdir()] == [ahead.name]  # no timing cache, as nothing is timed
+    made = strict_json.read(Engine, folder / "engine.json")
+    hashing.check_all(folder, made.files, full=True)
+    assert set(made.files) == {f"{g}.plan" for g in GRAPHS} and made.checks == ()
+    assert made.key.gpu == manifest.Gpu(None, "8.9", None) and made.key.library.startswith("tensorrt-rtx")
+    assert made.key.options.keys() == tensorrt.OPTIONS.keys()
+    assert made.ordered == {"builder_optimization_level": 1, "max_aux_streams": 0}
+    assert made.key.options.items() > made.ordered.items()
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(made.key), sort_keys=True).encode()).hexdigest()
+    assert folder.name == f"tensorrt-sm89-{digest[:12]}"
+
+
+def test_a_second_build_does_nothing(ahead: Path) -> None:
+    before = listing(ahead)
+    again = build(
+        str(ahead),
+        backend="tensorrt",
+        target="sm89",
+        options={"builder_optimization_level": 1, "max_aux_streams": "0", "tiling_optimization_level": "none"},
+        quiet=True,
+    )
+    assert again.phases == [] and again.checks == [] and listing(ahead) == before
+
+
+def test_it_says_that_it_is_unverified_and_why_it_does_not_fit(ahead: Path) -> None:
+    shown = command("turbochain", "inspect", ahead).stdout
+    assert f"does not fit: {NO_DRIVER}" in shown and "unverified: " in shown and "sm89" in shown
+    assert "builder_optimization_level=1, max_aux_streams=0" in shown and "one that fits" not in shown
+    for line in (("generate", ahead, "a cat"), ("verify", ahead)):
+        done = command("turbochain", *line)
+        assert done.returncode == 2 and NO_DRIVER in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_leaves_nothing(ahead: Path, copy_of: Callable[[Path], Path], tmp_path: Path) -> None:
+    """In a terminal, which sends it to every process, while TensorRT is building, as the bar says."""
+    bundle = copy_of(ahead)
+    before = listing(tmp_path)
+    screen, terminal = pty.openpty()
+    line = [BUILD, bundle, *AHEAD, "-O", "builder_optimization_level=5", "-v"]  # the longest to build
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # these tests may run where it is ignored
+    own: Any = {"start_new_session": True, "preexec_fn": heed}
+    builder = subprocess.Popen(line, stdout=terminal, stderr=terminal, **own)
+    os.close(terminal)
+    shown, interrupted = "", False
+    try:
+        while text := os.read(screen, 10000).decode(errors="replace"):
+            shown += text
+            if not interrupted and re.search(r"compile unet +\[[#-]+\] +\d?\d% ", shown):
+                os.killpg(builder.pid, signal.SIGINT)
+                interrupted = True
+    except OSError:  # nobody has the terminal open any more
+        pass
+    os.close(screen)
+    assert builder.wait(60) == 130 and "Traceback" not in shown and "KeyboardInterrupt" not in shown, shown
+    assert re.search(r"compile unet +cancelled", shown) and shown.rstrip().endswith("build-engine: cancelled")
+    assert listing(tmp_path) == before
+
+
+def retype(bundle: Path, graph: str, operators: dict[str, str]) -> list[str]:
+    """Put other operators in a graph; how its nodes are then called. The bundle's hashes stay true."""
+    path = bundle / "graphs" / f"{graph}.onnx"
+    proto = onnx.load(path, load_external_data=False)
+    changed = [node for node in proto.graph.node if node.op_type in operators]
+    for node in changed:
+        node.op_type = operators[node.op_type]
+    path.write_bytes(proto.SerializeToString())
+    description = json.loads((bundle / "bundle.json").read_text())
+    description["files"][f"graphs/{graph}.onnx"] = vars(hashing.describe(path))
+    (bundle / "bundle.json").write_text(json.dumps(description))
+    return [f"node {node.name} ({node.op_type})" for node in changed]
+
+
+def test_operators_that_it_lacks_are_all_named(ahead: Path, copy_of: Any, tmp_path: Path) -> None:
+    bundle = copy_of(ahead)
+    nodes = retype(bundle, "text_encoder", {"Gelu": "Bernoulli", "Softmax": "Det"})
+    before = listing(tmp_path)
+    done = command("build-engine", bundle, *AHEAD)
+    told = "; ".join(f"{node}: unsupported node" for node in nodes)
+    expected = f"build-engine: error: TensorRT cannot read the stage text_encoder: {told}"
+    assert len(nodes) == 6 and (done.returncode, done.stderr.splitlines()[-1]) == (1, expected)
+    assert listing(tmp_path) == before
+
+
+def test_what_it_cannot_build_is_said_in_its_words(ahead: Path, copy_of: Any, tmp_path: Path) -> None:
+    """TensorRT-RTX comes without the lean runtime that a version-compatible plan holds."""
+    bundle = copy_of(ahead)
+    before = listing(tmp_path)
+    for option, expected in {
+        "version_compatible=true": r"TensorRT cannot build text_encoder: .*libnvinfer_lean",
+        "hardware_compatibility=ampere_plus": r"hardware_compatibility: TensorRT-RTX has none; build with --target",
+    }.items():
+        done = command("build-engine", bundle, *AHEAD, "-O", option)
+        assert done.returncode in (1, 2) and re.search(expected, done.stderr.splitlines()[-1]), done
+        assert listing(tmp_path) == before
+
+
+def test_what_progress_raises_stops_the_build(bundle_of: BundleFactory) -> None:
+    calls: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        calls.append(done)
+        if done:
+            raise ZeroDivisionError(f"at {done}")
+
+    with pytest.raises(ZeroDivisionError, match=r"at \d+"):
+        serialize(bundle_of("sd", 1, "fp16") / "graphs/text_encoder.onnx", "text_encoder", progress)
+    assert 0 < calls[-1] < 1000
+
+
+def test_a_file_that_is_no_graph(tmp_path: Path) -> None:
+    (tmp_path / "x.onnx").write_bytes(b"nonsense")
+    with pytest.raises(TurbochainError, match=r"TensorRT cannot read the stage unet: .*Failed to parse"):
+        serialize(tmp_path / "x.onnx", "unet")
+
+
+WRONG = {
+    "another name": ({"speed": 9}, r"tensorrt has no option 'speed': its options are builder_optimization_level, til"),
+    "a word for a number": ({"workspace_gib": "much"}, r"option workspace_gib=much: 0 to 1024 was expected"),
+    "too much": ({"builder_optimization_level": 6}, r"option builder_optimization_level=6: 0 to 5 was expected"),
+    "too little": ({"max_aux_streams": -2}, r"option max_aux_streams=-2: -1 to 16 was expected"),
+    "a flag for a number": ({"max_aux_streams": True}, r"option max_aux_streams=True: -1 to 16 was expected"),
+    "a fraction": ({"workspace_gib": 0.5}, r"option workspace_gib=0.5: 0 to 1024 was expected"),
+    "another choice": (
+        {"tiling_optimization_level": "most"},
+        r"option tiling_optimization_level=most: none, fast, moderate, full was expected",
+    ),
+    "no flag": ({"refit": "perhaps"}, r"option refit=perhaps: true or false was expected"),
+    "several": ({"refit": 2, "speed": 9}, r"option refit=2: .*; tensorrt has no option 'speed'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_options_that_are_none(sd: Path, case: str) -> None:
+    given, expected = WRONG[case]
+    with pytest.raises(InputError, match=expected):
+        build(str(sd), backend="tensorrt", target="sm89", options=given, quiet=True)
+
+
+def test_arguments_that_are_wrong(sd: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for given, expected in (
+        ({"backend": "onnxruntime", "options": {"speed": 1}}, r"onnxruntime has no option 'speed': it has none"),
+        ({"backend": "onnxruntime", "target": "sm89"}, r"builds only for the machine that it runs on"),
+        ({"target": "sm90"}, r"target 'sm90': tensorrt-rtx-cu13 \S+ builds for sm75, .*sm89"),
+        ({"timing_cache": tmp_path / "file"}, r"timing cache .*file: a folder was expected"),
+        ({"opset": 17}, r"opset 17: 18 to 23 was expected"),
+        ({"opset": 18}, r"holds another build \(opset is 21 there and 18 here\): choose another path"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            build(str(sd), quiet=True, **given)  # type: ignore[arg-type]
+    done = command("build-engine", sd, "-O", "refit")
+    assert done.returncode == 2 and "-O refit: NAME=VALUE was expected" in done.stderr
+
+
+def test_options_are_read_as_text_too() -> None:
+    given = {"refit": "True", "workspace_gib": "8", "tiling_optimization_level": "FULL"}
+    assert options.changed("tensorrt", options.resolve("tensorrt", given)) == {
+        "refit": True,
+        "workspace_gib": 8,
+        "tiling_optimization_level": "full",
+    }
+
+
+def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    told = capsys.readouterr().out
+    for name, option in tensorrt.OPTIONS.items():
+        assert f"  {name}: {option.help} (" in told
+
+
+def config() -> tuple[Any, Any]:
+    builder = trt.Builder(logger())
+    return builder, builder.create_builder_config()
+
+
+def test_the_timing_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What there is to see of it without a GPU: that it is whole or not used, and never stops a build."""
+    path = tensorrt.timing_file(tmp_path / "shared", target("sm89"))
+    assert path.name.startswith("tensorrt-rtx") and path.name.endswith("sm89.timings")
+    owner, first = config()
+    tensorrt.load_timings(first, path)
+    tensorrt.save_timings(first, path)
+    whole = path.read_bytes()
+    owner, second = config()
+    tensorrt.load_timings(second, path)
+    assert not caplog.records and len(whole) > 32 and [p.name for p in path.parent.iterdir()] == [path.name]
+    for damaged in (b"nonsense", whole[:-1], whole[:40] + b"\0" + whole[41:], b""):
+        path.write_bytes(damaged)
+        caplog.clear()
+        owner, again = config()
+        tensorrt.load_timings(again, path)
+        assert caplog.messages == [f"the timing cache {path} is damaged: every kernel is timed anew"]
+        tensorrt.save_timings(again, path)
+        assert path.read_bytes() == whole
+    caplog.clear()
+    tensorrt.load_timings(second, tmp_path)
+    tensorrt.save_timings(second, Path("/proc/none/x.timings"))
+    unread, unkept = caplog.messages
+    assert f"{tmp_path} cannot be read (Is a directory)" in unread and "are not kept: " in unkept and owner
+
+
+def test_fractions_never_go_back() -> None:
+    """Phases that nest, repeat, run at once, skip steps and end early."""
+    for seed in range(50):
+        draw, told, values, running = random.Random(seed), Fractions(), [0.0], []
+        told.start("whole", None, 10)
+        for i in range(300):
+            if draw.random() < 0.4:
+                name = f"phase {i % 7}"
+                if name not in running:
+                    told.start(name, draw.choice(["whole", None, *running]) if running else "whole", draw.randint(0, 5))
+                    running.append(name)
+            elif running and draw.random() < 0.5:
+                told.step(draw.choice(running), draw.randint(0, 6))
+            elif running:
+                told.finish(running.pop(draw.randrange(len(running))))
+            elif draw.random() < 0.1:
+                told.step("whole", draw.randint(0, 9))
+            values.append(told.value)
+        told.finish("whole")
+        values.append(told.value)
+        assert values == sorted(values) and values[-1] == 1 and all(0 <= value <= 1 for value in values)
+
+
+def test_a_fraction_counts_steps_and_what_is_inside_them() -> None:
+    told = Fractions()
+    told.start("whole", None, 4)
+    told.step("whole", 0)
+    assert told.value == 1 / 4
+    told.start("part", "whole", 2)
+    told.step("part", 0)
+    assert 1 / 4 < told.value < 2 / 4
+    told.finish("part")
+    assert told.value < 2 / 4
+    told.step("whole", 1)
+    assert told.value == 2 / 4
+
+
+@pytest.fixture(scope="module")
+def inspector() -> dict[str, Any]:
+    return runpy.run_path(str(Path(__file__).parents[3] / "benchmarks/inspect_engines.py"))
+
+
+def test_the_inspector_lists_layers_and_fusions(
+    inspector: dict[str, Any], bundle_of: BundleFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = bundle_of("sd", 1, "fp16")
+    assert inspector["main"]([str(bundle), "--stage", "text_encoder", "--layers"]) == 0
+    shown = capsys.readouterr()
+    assert f"nothing is compared: {NO_DRIVER}" in shown.err
+    stage, layers, fused, *types = shown.out.splitlines()[2].split()
+    assert (stage, fused) == ("text_encoder", "3") and shown.out.count("_mha_") == 3
+    assert int(layers) == sum(int(n) for n in types[::2]) == len(shown.out.split("\n\n")[1].splitlines()) - 2
+    assert inspector["main"]([str(bundle), "--stage", "tower"]) == 2
+    assert "there is no stage tower: choose from " in capsys.readouterr().err
+
+
+def test_the_inspector_compares_stage_by_stage(inspector: dict[str, Any], bundle_of: BundleFactory) -> None:
+    """The fp32 graphs in the place of plans: each errs as fp16 does, and less than the next stages would inherit."""
+    from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+
+    half, single = (Bundle.open(bundle_of("sd", 1, precision)) for precision in ("fp16", "fp32"))
+
+    def runner(stage: str) -> OnnxrtRunner:
+        return OnnxrtRunner(SessionFromOnnx(str(single.path / single.manifest.graphs[stage].file)), name="fp32")
+
+    _, *rows = inspector["comparison"](half, runner)
+    assert [row[0] for row in rows] == list(half.chain.graphs)
+    errors = {stage: float(error) for stage, _, error, _, _ in rows}
+    assert all(1e-5 < error < 1e-2 for error in errors.values()), errors

@@ -1,0 +1,103 @@
+"""A phase in a process of its own: what it says reaches its parent, and it ends when nobody waits for it."""
+
+import functools
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from turbochain.export.phases import worker
+from turbochain.runtime.errors import PhaseDied
+
+JOBS = """
+import logging, os, signal, time
+
+def warns(progress):
+    logging.getLogger("turbochain").warning("mind the %s", "gap")
+    return 3
+
+def pid(progress):
+    return os.getpid()
+
+def holds(progress, megabytes):
+    return len(bytearray(megabytes * 2**20))
+
+def dies(progress):
+    print("its last words", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def polls(progress):
+    try:
+        while True:
+            progress(1, 2)
+            time.sleep(0.01)
+    finally:
+        open(os.environ["ENDED"], "w").close()
+
+def sleeps(progress):
+    progress(1, 2)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run a job of `JOBS`."""
+    (tmp_path / "jobs.py").write_text(JOBS)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("ENDED", str(tmp_path / "ended"))
+    lock = os.open(tmp_path, os.O_RDONLY)
+
+    def run(name: str, progress: worker.Progress = lambda done, total: None) -> Any:
+        with worker.Worker(lock, tmp_path / "printed") as child:
+            return child.run(f"jobs:{name}", {}, progress)
+
+    yield run
+    os.close(lock)
+
+
+def test_its_warnings_are_its_parents(run, caplog: pytest.LogCaptureFixture) -> None:
+    result, _ = run("warns")
+    assert result == 3
+    assert [(r.name, r.levelno, r.getMessage()) for r in caplog.records] == [
+        ("turbochain", logging.WARNING, "mind the gap")
+    ]
+
+
+def test_one_that_is_killed_is_told_from_one_that_fails(run, tmp_path: Path) -> None:
+    with pytest.raises(PhaseDied) as error:
+        run("dies")
+    where = tmp_path / "printed"
+    assert str(error.value) == f"the phase dies was killed by signal 9 (out of memory?); what it printed is in {where}"
+    assert where.read_text() == "its last words\n"
+
+
+@pytest.mark.parametrize(("job", "ended"), [("polls", True), ("sleeps", False)])
+def test_ctrl_c_ends_it(run, tmp_path: Path, job: str, ended: bool) -> None:
+    """A job that calls `progress` ends by itself, and one that does not is ended; neither prints anything."""
+
+    def interrupted(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(job, interrupted)
+    assert time.monotonic() - start < 10
+    assert (tmp_path / "ended").exists() == ended and (tmp_path / "printed").read_text() == ""
+
+
+def test_it_runs_one_job_after_the_other_and_measures_each(tmp_path: Path, run) -> None:
+    lock = os.open(tmp_path, os.O_RDONLY)
+    with worker.Worker(lock, None) as child:
+        ask = functools.partial(child.run, progress=lambda done, total: None)
+        first, _ = ask("jobs:pid", {})
+        large, peak = ask("jobs:holds", {"megabytes": 300})
+        second, after = ask("jobs:pid", {})
+    os.close(lock)
+    assert first == second != os.getpid()
+    assert large == 300 * 2**20 < peak and after < peak - 200 * 2**20
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)

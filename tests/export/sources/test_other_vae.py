@@ -1,0 +1,121 @@
+"""`--vae`: another VAE in the place of the checkpoint's own, against diffusers with the same one."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, ON, SIZE, command
+from diffusers import AutoencoderTiny
+from test_bad_input import refused
+from test_parity import assert_same_picture, load_diffusers, theirs
+
+from turbochain.engines import build
+from turbochain.export import jobs
+from turbochain.export.sources.checkpoint import local
+from turbochain.export.sources.other_vae import find
+from turbochain.runtime import Bundle, InputError, Pipeline
+from turbochain.runtime.backends import openvino
+from turbochain.runtime.checks.bounds import BOUNDS
+
+CALL = {"prompt": "a cat in the snow", "num_inference_steps": 2, "seed": 3}
+TINY = {"sd": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an AutoencoderTiny with a licence of its own."""
+    folder = tmp_path_factory.mktemp("tiny") / "our-tiny"
+    torch.manual_seed(0)
+    channels = {f"{part}_block_out_channels": (16,) * 4 for part in ("encoder", "decoder")}
+    AutoencoderTiny(**channels, scaling_factor=0.5).save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    return folder
+
+
+def test_it_is_diffusers_picture_with_that_vae(checkpoints: dict[str, Path], tiny: Path, tmp_path: Path) -> None:
+    bundle, vae = tmp_path / "a.bundle", tmp_path / "our-tiny"
+    shutil.copytree(tiny, vae)
+    asked = {"vae": str(vae), "size": SIZE, "steps": [2], "quiet": True, **ON}
+    made = build(str(checkpoints["sd"]), bundle, **asked)
+    assert made.remedy["vae_decoder"] == "" and all(check.passed for check in made.checks)
+    pipe = load_diffusers(checkpoints["sd"])
+    pipe.vae = AutoencoderTiny.from_pretrained(vae)
+    with Pipeline.load(bundle) as ours:
+        assert_same_picture(ours(**CALL, output_type="uint8").images, theirs(pipe, CALL))
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.request["vae"] == "our-tiny"
+    assert {name: graph.model_class for name, graph in manifest.graphs.items()} == {
+        "text_encoder": "CLIPTextModel",
+        "time": "UNet2DConditionModel",
+        "unet": "UNet2DConditionModel",
+        "vae_decoder": "AutoencoderTiny",
+    }
+    (weights,) = (of for name, of in manifest.checkpoint.weights.items() if name.startswith("vae/"))
+    assert weights.size == (vae / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert (bundle / "vae-README.md").read_text() == (vae / "README.md").read_text()
+    assert build(str(checkpoints["sd"]), bundle, **asked).phases == []
+    if openvino.has_bf16():
+        made = build(str(bundle), backend="openvino", options={"inference_precision": "bf16"}, quiet=True)
+        assert {c.stage: c.bound for c in made.checks}["vae_decoder"] == BOUNDS["bf16"]["AutoencoderTiny"]["psnr"]
+    with pytest.raises(InputError, match="vae is 'our-tiny' there and 'tiny' here"):
+        build(str(bundle), bundle, vae="tiny", quiet=True, **ON)
+    os.utime(vae / "diffusion_pytorch_model.safetensors", (1, 1))
+    with pytest.raises(InputError, match=r"the files of .* have changed"):
+        build(str(checkpoints["sd"]), bundle, **asked)
+
+
+def test_a_synthetic_checkpoint_has_a_tiny_one(tmp_path: Path) -> None:
+    request = {"height": 64, "width": 64, "batch": 1, "steps": [1], "precision": "fp32", "variant": None}
+    asked = {"source": "synthetic:sdxl-turbo-mini", "vae": "tiny", "request": request, "folder": str(tmp_path)}
+    prepared = jobs.prepare(print, **asked, force=False)
+    vae = AutoencoderTiny.from_pretrained(prepared["vae"])
+    with torch.inference_mode():
+        picture = vae.decode(torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))).sample
+    assert picture.shape == (1, 3, 64, 64) and 0.1 < picture.std() < 1 and (picture.abs() < 1).float().mean() > 0.7
+    assert prepared["weights"]["vae/diffusion_pytorch_model.safetensors"]["size"] < 2**20
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tiny_is_the_familys_own(family: str, checkpoints: dict[str, Path], tiny: Path, tmp_path: Path) -> None:
+    """Its repository, as the hub's cache has it, with no network."""
+    cache, commit = tmp_path / f"models--{TINY[family].replace('/', '--')}", "0" * 40
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs/main").write_text(commit)
+    shutil.copytree(tiny, cache / "snapshots" / commit)
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    code = (
+        "import sys, pathlib; from turbochain.export.sources.other_vae import find\n"
+        "print(find(pathlib.Path(sys.argv[1]), 'tiny'))"
+    )
+    line = [sys.executable, "-c", code, checkpoints[family]]
+    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == str(cache / "snapshots" / commit), done
+    shutil.rmtree(cache)
+    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=100)
+    assert f"{TINY[family]} is neither on the hub under that name nor in the local cache" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("vae", "message"),
+    [
+        ("nothing", "--vae nothing is neither tiny, nor a folder here, nor a hub id (owner/name)"),
+        ("unet", "--vae unet: its config.json is of UNet2DConditionModel, and AutoencoderTiny or AutoencoderKL was"),
+        ("tokenizer", "tokenizer/config.json cannot be read"),
+        ("tiny", "--vae tiny: madebyollin/taesd decodes latents whose scaling_factor is 0.18215, and the VAE of"),
+    ],
+)
+def test_what_is_no_vae(vae: str, message: str, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkpoints["sd"])
+    with pytest.raises(InputError, match=re.escape(message)):
+        find(local("demo") if vae == "tiny" else checkpoints["sd"], vae)
+
+
+def test_the_command_says_so_and_leaves_nothing(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    done = command("build-engine", checkpoints["sd"], "-o", tmp_path / "a.bundle", "--vae", "nothing")
+    assert "--vae nothing is neither tiny, nor a folder here, nor a hub id (owner/name)" in refused(done)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,253 @@
+"""The synthetic checkpoints: true sizes, loadable, repeatable, and pictures that depend on every input."""
+
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from turbochain.export.sources import vocabulary
+from turbochain.export.sources.synthetic import PRESETS, models, write_checkpoint
+from turbochain.runtime.errors import InputError
+
+MINIS = ["sd-turbo-mini", "sdxl-turbo-mini"]
+SIZE = 128
+PROMPT = "a photo of a cat"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Networks this small only lose time to threads, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each mini preset, written once with seed 0."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in MINIS}
+    for name, folder in folders.items():
+        write_checkpoint(name, folder)
+    return folders
+
+
+@pytest.fixture(scope="module", params=MINIS)
+def pipeline(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Any:
+    return load(folders[request.param])
+
+
+def load(folder: Path) -> Any:
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(
+    pipeline: Any, prompt: str = PROMPT, *, steps: int = 1, shift: int = 0, pooled: float = 1.0, **options: Any
+) -> np.ndarray:
+    """The picture, as int levels; the UNet's timestep lowered by `shift`, its pooled embedding × `pooled`."""
+
+    def changed(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        sample, timestep = args
+        if pooled != 1.0:
+            embeds = kwargs["added_cond_kwargs"]["text_embeds"] * pooled
+            kwargs["added_cond_kwargs"] = kwargs["added_cond_kwargs"] | {"text_embeds": embeds}
+        return (sample, timestep - shift), kwargs
+
+    hook = pipeline.unet.register_forward_pre_hook(changed, with_kwargs=True)
+    generator = torch.Generator().manual_seed(0)
+    size = {"height": SIZE, "width": SIZE}
+    try:
+        image = pipeline(
+            prompt,
+            guidance_scale=0.0,
+            num_inference_steps=steps,
+            generator=generator,
+            output_type="np",
+            **size | options,
+        ).images[0]
+    finally:
+        hook.remove()
+    assert np.isfinite(image).all()
+    return np.round(image * 255).astype(int)
+
+
+def digest(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+# Published: SD 2.1's UNet has 865.9 M parameters and SDXL's 2.567 B (the model papers say 865 M and 2.6 B);
+# CLIP ViT-L's text tower 123.06 M, OpenCLIP bigG's 694.66 M, OpenCLIP H's without its last layer 340.39 M.
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("sd-turbo", {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840}),
+        (
+            "sdxl-turbo",
+            {
+                "unet": 2_567_463_684,
+                "vae": 83_653_863,
+                "text_encoder": 123_060_480,
+                "text_encoder_2": 694_659_840,
+            },
+        ),
+    ],
+)
+def test_full_sizes_are_the_published_ones(name: str, counts: dict[str, int]) -> None:
+    assert {k: sum(p.numel() for p in m.parameters()) for k, m in models(name).items()} == counts
+
+
+@pytest.mark.parametrize("name", MINIS)
+def test_a_mini_is_small_and_has_the_parts_of_the_full_one(name: str, folders: dict[str, Path]) -> None:
+    assert sum(f.stat().st_size for f in folders[name].rglob("*") if f.is_file()) < 40e6
+    mini, full = models(name), models(name.removesuffix("-mini"))
+    assert mini.keys() == full.keys()
+    for key in ("down_block_types", "up_block_types", "addition_embed_type", "use_linear_projection"):
+        assert mini["unet"].config[key] == full["unet"].config[key]
+    assert mini["vae"].config.latent_channels == 4
+    assert len(mini["vae"].config.block_out_channels) == 4
+
+
+@pytest.mark.parametrize("name", MINIS)
+def test_loads_without_a_warning_or_a_missing_key(name: str, folders: dict[str, Path]) -> None:
+    records: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger(library) for library in ("diffusers", "transformers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.simplefilter("ignore", DeprecationWarning)  # between the libraries, not about the files
+            assert type(load(folders[name])).__name__ == PRESETS[name].pipeline
+            for component, part in models(name).items():
+                kind: Any = getattr(diffusers, type(part).__name__, None)
+                kind = kind or getattr(transformers, type(part).__name__)
+                _, info = kind.from_pretrained(folders[name] / component, output_loading_info=True)
+                assert not any(info.values()), (component, info)
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+    # Importing a pipeline without torchvision warns too; that says nothing about the checkpoint.
+    assert [record for record in records if "torchvision" not in record] == []
+
+
+def test_the_seed_decides_the_weights(folders: dict[str, Path], tmp_path: Path) -> None:
+    name, steps = "sd-turbo-mini", []
+    write_checkpoint(name, tmp_path / "0", seed=0, progress=lambda done, total: steps.append((done, total)))
+    write_checkpoint(name, tmp_path / "1", seed=1)
+    first = digest(folders[name])
+    assert digest(tmp_path / "0") == first
+    other = digest(tmp_path / "1")
+    assert {f for f in first if first[f] != other[f]} == {f for f in first if "safetensors" in f} | {"README.md"}
+    total = sum(p.numel() for m in models(name).values() for p in m.parameters())
+    assert steps == sorted(steps)
+    assert steps[-1] == (total, total)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_picture_is_no_flat_or_clipped_one(pipeline: Any, steps: int) -> None:
+    image = draw(pipeline, steps=steps)
+    assert 30 < image.std() < 70
+    assert ((image > 0) & (image < 255)).mean() > 0.9
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_every_input_moves_the_picture(pipeline: Any, steps: int) -> None:
+    base = draw(pipeline, steps=steps)
+    changes: dict[str, dict[str, Any]] = {
+        "one word": {"prompt": "a photo of a dog"},
+        "first word": {"prompt": "the photo of a cat"},
+        "no prompt": {"prompt": ""},
+        "timestep 998": {"shift": 1},
+    }
+    if hasattr(pipeline, "text_encoder_2"):
+        changes |= {
+            "pooled embedding": {"pooled": 0.5},
+            "original size": {"original_size": (SIZE + 1, SIZE)},
+            "crop": {"crops_coords_top_left": (0, 1)},
+            "target size": {"target_size": (SIZE, SIZE + 1)},
+        }
+    moved = {k: abs(draw(pipeline, steps=steps, **change) - base).max() for k, change in changes.items()}
+    assert min(moved.values()) >= 5, moved
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_another_order_of_the_sums_does_not(pipeline: Any, steps: int) -> None:
+    base = draw(pipeline, steps=steps)
+    networks = (pipeline.unet, pipeline.vae)
+    for network in networks:
+        network.to(memory_format=torch.channels_last)
+    try:
+        other = draw(pipeline, steps=steps)
+    finally:
+        for network in networks:
+            network.to(memory_format=torch.contiguous_format)
+    assert abs(other - base).max() <= 1
+    assert (other != base).mean() <= 5e-4
+
+
+@pytest.mark.parametrize("name", MINIS)
+def test_half_precision_stays_in_range_and_close(name: str, folders: dict[str, Path]) -> None:
+    half = load(folders[name]).to(torch.float16)
+    half.vae.register_to_config(force_upcast=False)
+    peaks: dict[str, float] = {}
+
+    def note(label: str) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            if torch.is_tensor(output):
+                peaks[label] = max(peaks.get(label, 0.0), output.abs().max().item())
+
+        return hook
+
+    parts = [part for part in half.components.values() if isinstance(part, torch.nn.Module)]
+    for part in parts:
+        for label, module in part.named_modules():
+            module.register_forward_hook(note(f"{type(part).__name__} {label}"))
+    exact = draw(load(folders[name]), steps=2)
+    error = ((draw(half, steps=2) - exact) ** 2).mean()
+    assert max(peaks.values()) < 500, max(peaks, key=lambda label: peaks[label])
+    assert 10 * np.log10(255**2 / error) >= 45  # dB
+
+
+def test_the_tokenizers_speak_clip(folders: dict[str, Path]) -> None:
+    for folder, pad in [
+        (folders["sd-turbo-mini"] / "tokenizer", 0),
+        (folders["sdxl-turbo-mini"] / "tokenizer", 49407),
+        (folders["sdxl-turbo-mini"] / "tokenizer_2", 0),
+    ]:
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+        # Ids as OpenAI's own tokenizer gives them; the words are whole tokens of its vocabulary.
+        assert tokenizer(PROMPT).input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+        padded = tokenizer("a", padding="max_length", truncation=True).input_ids
+        assert padded == [49406, 320, 49407] + [pad] * 74
+        saved = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        assert saved["padding"] is None
+        assert saved["truncation"] is None
+        assert len(json.loads((folder / "vocab.json").read_text(encoding="utf-8"))) == 49408
+
+
+@pytest.mark.parametrize("eos", [2, 49407])
+def test_either_end_token_can_be_asked_for(eos: int) -> None:
+    parts = models("sdxl-turbo-mini", eos_token_id=eos)
+    assert {parts[p].config.eos_token_id for p in ("text_encoder", "text_encoder_2")} == {eos}
+
+
+def test_unknown_names_and_a_missing_vocabulary_are_named(tmp_path: Path, monkeypatch: Any) -> None:
+    with pytest.raises(InputError, match="sd-turbo-mini"):
+        write_checkpoint("sd-turbo-maxi", tmp_path)
+    monkeypatch.setattr(vocabulary.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install --no-deps open_clip_torch"):
+        write_checkpoint("sd-turbo-mini", tmp_path)

@@ -1,0 +1,381 @@
+"""What is OpenVINO's alone; the conformance test is in test_backends.py, the bounds in test_verify.py."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import FAMILIES, BundleFactory, command
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from skimage.metrics import peak_signal_noise_ratio
+from test_parity import assert_same_picture, load_diffusers, theirs
+from torch import nn
+
+from turbochain.engines import build
+from turbochain.runtime import Bundle, BundleError, InputError, Pipeline, TurbochainError, VerificationError, backends
+from turbochain.runtime.backends import openvino as backend
+from turbochain.runtime.backends import openvino_model
+from turbochain.runtime.checks import reference
+from turbochain.runtime.commands.profile import profile
+
+Copy = Callable[[Path], Path]
+openvino = backend.library()
+ops = openvino.opset13
+HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+CALL = {"prompt": "a cat in the snow", "num_inference_steps": 2, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def engines(bundle_of: BundleFactory, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """ "fp32" and "default": copies of the SD miniature, each with one engine."""
+    made = {}
+    for name, arguments in {"fp32": ("--precision", "fp32"), "default": ()}.items():
+        made[name] = tmp_path_factory.mktemp("openvino") / f"{name}.bundle"
+        shutil.copytree(bundle_of("sd"), made[name])
+        shutil.rmtree(made[name] / "engines")
+        done = command("build-engine", made[name], *arguments)
+        assert done.returncode == 0, done.stderr
+        made[name].with_suffix(".txt").write_text(done.stdout + done.stderr)
+    return made
+
+
+def picture(bundle: Path, **where: Any) -> np.ndarray:
+    with Pipeline.load(bundle, **where) as pipe:
+        return pipe(**CALL, output_type="uint8").images
+
+
+def test_it_is_the_default_on_a_cpu_and_says_why(engines: dict[str, Path]) -> None:
+    said = engines["default"].with_suffix(".txt").read_text()
+    assert "backend openvino on cpu: it is the fastest on a CPU, and computes in bf16 where the CPU can" in said
+    computed = {row.split()[0]: row.split()[1] for row in said.splitlines() if " MiB " in row}
+    assert computed == dict.fromkeys(("text_encoder", "unet", "vae_decoder"), "bf16" if HAS_BF16 else "fp32")
+    assert " fp32 " in engines["fp32"].with_suffix(".txt").read_text()
+
+
+def test_nobody_is_told_of_it(engines: dict[str, Path]) -> None:
+    """openvino_telemetry, which is installed here, forks a process that reports each import of openvino."""
+    assert importlib.util.find_spec("openvino_telemetry")
+    code = (
+        "import sys, turbochain.runtime as t, pathlib; p = t.Pipeline.load(sys.argv[1]); p('a cat', seed=0)\n"
+        "print([m for m in sys.modules if m.startswith('openvino_telemetry')])\n"
+        "print([t.read_text() for t in pathlib.Path('/proc/self/task').glob('*/children') if t.read_text()])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, engines["fp32"]], capture_output=True, text=True, timeout=60)
+    loaded, children = done.stdout.splitlines()
+    assert (loaded, children) == ("[]", "[]"), done
+
+
+def test_two_threads_may_be_the_first(engines: dict[str, Path]) -> None:
+    """Both import the library, which is imported in a way of its own."""
+    code = (
+        "import sys, concurrent.futures as c, turbochain.runtime as t; sys.setswitchinterval(1e-6)\n"
+        "print(len(list(c.ThreadPoolExecutor(2).map(t.Pipeline.load, 2 * sys.argv[1:]))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, engines["fp32"]], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "2\n", done
+
+
+def test_nothing_of_the_weights_is_written(engines: dict[str, Path]) -> None:
+    for bundle in engines.values():
+        assert [path.name for path in bundle.glob("engines/*/*")] == ["engine.json"]
+
+
+def test_fp32_is_diffusers_picture(engines: dict[str, Path], checkpoints: dict[str, Path]) -> None:
+    assert_same_picture(picture(engines["fp32"]), theirs(load_diffusers(checkpoints["sd"]), CALL))
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16")
+def test_bf16_is_close_to_diffusers_in_fp32(engines: dict[str, Path], checkpoints: dict[str, Path]) -> None:
+    (expected,) = theirs(load_diffusers(checkpoints["sd"]), CALL)
+    assert peak_signal_noise_ratio(expected, picture(engines["default"])[0], data_range=255) >= 38
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16")
+def test_auto_takes_the_fastest_within_its_bounds(demo: Path, copy_of: Copy) -> None:
+    """A trained model, whose objects move where bf16 rounds: what auto refuses fails when it is asked for."""
+    bundle = copy_of(demo)
+    shutil.rmtree(bundle / "engines")
+    done = command("build-engine", bundle)
+    assert done.returncode == 0, done.stderr
+    refused, next_one = re.findall(
+        r"^inference_precision=(\w+): the result differs .*; next: (\S+)$", done.stderr, re.M
+    )[-1]
+    chosen = next_one.removeprefix("inference_precision=")
+    assert (refused, chosen) in {("bf16", "mixed"), ("mixed", "fp32")}
+    (path,) = bundle.glob("engines/*/engine.json")
+    written = json.loads(path.read_text())
+    assert written["key"]["options"]["inference_precision"] == "auto" and written["ordered"] == {}
+    assert written["settled"] == {"inference_precision": chosen}
+    assert f"inference_precision={chosen}" in command("turbochain", "inspect", bundle).stdout
+    again = build(str(bundle), quiet=True)
+    assert again.phases == [] and again.precision["unet"] == "fp32"
+    assert again.precision["vae_decoder"] == {"mixed": "bf16", "fp32": "fp32"}[chosen]
+    with pytest.raises(VerificationError, match="the result differs"):
+        build(str(bundle), options={"inference_precision": refused}, quiet=True)
+    assert len(list(bundle.glob("engines/*"))) == 1
+    with Pipeline.load(bundle) as pipe:
+        assert pipe("a large red circle on a white background", seed=0, output_type="uint8").images.any()
+
+
+def test_the_vae_in_int8(sd: Path, copy_of: Copy, checkpoints: dict[str, Path]) -> None:
+    bundle = copy_of(sd)
+    made = build(str(bundle), backend="openvino", options={"vae_int8": True, "inference_precision": "fp32"}, quiet=True)
+    assert made.precision["vae_decoder"] == "int8" and made.precision["unet"] == "fp32"
+    folder = bundle / "engines" / made.engine
+    assert [path.name for path in folder.glob("*.ranges.json")] == ["vae_decoder.ranges.json"]
+    assert made.engine_bytes["vae_decoder"] > (bundle / "graphs/vae_decoder.onnx.data").stat().st_size
+    with Pipeline.load(bundle, engine=made.engine) as pipe:
+        drawn = pipe(**CALL, output_type="uint8").images
+    (expected,) = theirs(load_diffusers(checkpoints["sd"]), CALL)
+    assert 30 <= peak_signal_noise_ratio(expected, drawn[0], data_range=255) < 60
+    operators = profile(bundle, engine=made.engine, runs=1)
+    convolutions = {o.kind: o.count for o in operators["vae_decoder"] if o.kind.startswith("Convolution ")}
+    eight_bits = sum(count for kind, count in convolutions.items() if kind.endswith("_I8"))  # as OpenVINO names them
+    assert eight_bits == sum(convolutions.values()) - 3 > 20  # but for what reads latents, twice, and the last
+    assert not [o.kind for o in operators["unet"] if o.kind.endswith("_I8")]
+    (folder / "vae_decoder.ranges.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"'vae_decoder\.ranges\.json' is truncated"):
+        Pipeline.load(bundle, engine=made.engine)
+
+
+def test_an_fp16_bundle(bundle_of: BundleFactory, checkpoints: dict[str, Path], copy_of: Copy) -> None:
+    """Its graphs hold GroupNormalization, and all that is put into them must be in fp16 too."""
+    bundle = copy_of(bundle_of("sd", precision="fp16"))
+    shutil.rmtree(bundle / "engines")
+    made = build(str(bundle), backend="openvino", options={"inference_precision": "fp32"}, quiet=True)
+    assert made.precision["vae_decoder"] == "fp16"
+    (expected,) = theirs(load_diffusers(checkpoints["sd"]), CALL)
+    assert peak_signal_noise_ratio(expected, picture(bundle)[0], data_range=255) >= 38
+
+
+def test_ranges_hold_what_the_convolutions_read(checkpoints: dict[str, Path], sd: Path, copy_of: Copy) -> None:
+    """Against hooks on diffusers' own VAE."""
+    bundle = copy_of(sd)
+    made = build(str(bundle), backend="openvino", options={"vae_int8": True, "inference_precision": "fp32"}, quiet=True)
+    ranges = json.loads((bundle / "engines" / made.engine / "vae_decoder.ranges.json").read_text())
+    vae = AutoencoderKL.from_pretrained(checkpoints["sd"] / "vae")
+    found: dict[str, list[float]] = {}
+
+    def see(name: str, module: nn.Module, given: torch.Tensor, out: torch.Tensor) -> None:
+        if "upsamplers" in name and module.weight.numel() < out.numel():
+            return  # one with its upsampling, which is not in int8
+        low, high = (float(v) for v in torch.aminmax(given))
+        before = found.get(name, [low, high])
+        found[name] = [min(low, before[0]), max(high, before[1])]
+
+    for name, module in vae.decoder.named_modules():
+        if isinstance(module, nn.Conv2d) and min(module.weight.shape[:2]) >= 8:
+            module.register_forward_hook(lambda m, given, out, name=name: see(name, m, given[0], out))
+    with torch.inference_mode():
+        for case in reference.read_cases(Bundle.open(bundle)):
+            vae.decode(torch.from_numpy(case.tensors["next_latents"][-1]) / vae.config.scaling_factor)
+    ours, expected = (np.sort(list(of.values()), axis=0) for of in (ranges, found))
+    np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16")
+def test_mixed_is_bf16_for_the_vae_alone(engines: dict[str, Path], copy_of: Copy) -> None:
+    bundle = copy_of(engines["fp32"])
+    made = build(str(bundle), options={"inference_precision": "mixed"}, quiet=True)
+    assert made.precision == {"text_encoder": "fp32", "time": "fp32", "unet": "fp32", "vae_decoder": "bf16"}
+    bounds = {check.stage: check.bound for check in made.checks}
+    assert bounds["unet"] == bounds.BOUNDS["fp32"]["prediction"]["relative_l2"]
+    assert bounds["vae_decoder"] == bounds.BOUNDS["bf16"]["decoder"]["psnr"]
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16")
+def test_the_engine_built_last_is_taken_unless_another_is_named(sd: Path, copy_of: Copy) -> None:
+    bundle = copy_of(sd)
+    shutil.rmtree(bundle / "engines")
+    names = [
+        build(str(bundle), backend="openvino", options={"inference_precision": p}, quiet=True).engine
+        for p in ("bf16", "fp32")
+    ]
+    with Pipeline.load(bundle) as pipe:
+        assert pipe.engine_name == names[1]
+    with Pipeline.load(bundle, engine=names[0]) as pipe:
+        assert pipe.engine_name == names[0]
+    assert command("turbochain", "verify", bundle, "--engine", names[0], "--json").stdout.count(names[0]) == 1
+    assert (picture(bundle, engine=names[0]) != picture(bundle, engine=names[1])).any()
+    with pytest.raises(InputError, match=rf"has no engine 'x': choose from {names[0][:12]}"):
+        Pipeline.load(bundle, engine="x")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_group_norm_becomes_one_operation(
+    family: str, bundle_of: BundleFactory, checkpoints: dict[str, Path]
+) -> None:
+    bundle = bundle_of(family)
+    for graph, kind, folder in (("unet", UNet2DConditionModel, "unet"), ("vae_decoder", AutoencoderKL, "vae")):
+        network = kind.from_pretrained(checkpoints[family] / folder)
+        network = getattr(network, "decoder", network)
+        expected = sum(isinstance(module, nn.GroupNorm) for module in network.modules())
+        model = openvino.Core().read_model(bundle / f"graphs/{graph}.onnx")
+        assert openvino_model.fuse_group_norms(model) == expected > 10
+        assert openvino_model.fuse_group_norms(model) == 0
+        shapes = group_norm_shapes(model)
+        few = [shape for shape in shapes if len(shape) != 4 or shape[2] < 32]  # the attention's, and small ones
+        assert openvino_model.split_group_norms(model) == len(shapes) - len(few)
+        assert group_norm_shapes(model) == few
+        assert (len(few) < len(shapes)) == (graph == "vae_decoder")  # the UNet's of the miniature are all small
+
+
+def group_norm_shapes(model: Any) -> list[list[int]]:
+    """Of what each reads."""
+    norms = (op for op in model.get_ordered_ops() if op.get_type_name() == "GroupNormalization")
+    return [list(op.input_value(0).get_shape()) for op in norms]
+
+
+def kinds(model: Any) -> Counter[str]:
+    return Counter(op.get_type_name() for op in model.get_ops())
+
+
+def exported(module: nn.Module, given: torch.Tensor, path: Path) -> Any:
+    torch.onnx.export(module.eval(), (given,), path, dynamo=True, verbose=False)
+    return openvino.Core().read_model(path)
+
+
+def made(model: Any, given: torch.Tensor, precision: str = "f32") -> np.ndarray:
+    model.validate_nodes_and_infer_types()
+    compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    return np.array(compiled(given.numpy())[0])
+
+
+@pytest.mark.parametrize(("mean", "bound"), [(0, 1e-6), (10, 1e-5)])
+def test_a_split_group_norm_is_pytorchs(mean: float, bound: float) -> None:
+    """Also where the values of a group lie many standard deviations from zero, and in a batch."""
+    random = torch.Generator().manual_seed(0)
+    norm = nn.GroupNorm(4, 24, eps=1e-6)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter, generator=random)
+    means = mean * torch.randn((2, 4, 1, 1), generator=random).repeat_interleave(6, 1)
+    given = torch.randn((2, 24, 32, 48), generator=random) + means
+    x = ops.parameter(list(given.shape), np.float32)
+    weight, bias = (parameter.detach().numpy() for parameter in norm.parameters())
+    y = ops.group_normalization(x, weight, bias, 4, 1e-6)
+    model = openvino.Model([y.output(0)], [x])
+    assert openvino_model.split_group_norms(model) == 1 and not kinds(model)["GroupNormalization"]
+    expected = norm.double()(given.double()).detach().numpy()
+    error = np.abs(made(model, given) - expected).max() / np.abs(expected).max()
+    assert error < bound
+    if HAS_BF16:  # of values that bf16 holds
+        coarse = given.bfloat16().float()
+        expected = norm(coarse.double()).detach().numpy()
+        off = made(model, coarse, "bf16") - expected
+        assert np.linalg.norm(off) / np.linalg.norm(expected) < (0.02 if mean else 0.004)
+
+
+class Upsampled(nn.Module):
+    def __init__(
+        self, channels: int = 4, kernel: int = 3, scale: float = 2, mode: str = "nearest", **more: Any
+    ) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, channels + 1, kernel, padding=kernel // 2, **more)
+        self.how = {"scale_factor": float(scale), "mode": mode}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.convolution(nn.functional.interpolate(x, **self.how))
+
+
+@pytest.mark.parametrize(
+    ("changes", "merged"),
+    [
+        ({}, 1),
+        ({"channels": 64}, 0),  # more weights than results
+        ({"kernel": 1}, 0),
+        ({"kernel": 5}, 0),
+        ({"scale": 3}, 0),
+        ({"mode": "bilinear"}, 0),
+        ({"stride": 2}, 0),
+        ({"groups": 1, "dilation": 2}, 0),
+    ],
+)
+def test_upsampling_and_its_convolution_are_one(changes: dict[str, Any], merged: int, tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    module = Upsampled(**changes)
+    given = torch.randn((2, changes.get("channels", 4), 9, 7), generator=random)
+    model = exported(module, given, tmp_path / "x.onnx")
+    assert openvino_model.merge_upsampling(model) == merged
+    assert kinds(model)["ConvolutionBackpropData"] == merged
+    np.testing.assert_allclose(made(model, given), module(given).detach().numpy(), atol=3e-6)
+
+
+def test_the_weights_are_not_in_memory_twice(engines: dict[str, Path]) -> None:
+    """What is mapped of a graph's file takes no memory any more once the graph is compiled."""
+    with Pipeline.load(engines["default"]):
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    mapped = [i for i, line in enumerate(lines) if line.endswith("unet.onnx.data")]
+    assert mapped, "the weights are not mapped"
+    for i in mapped:
+        resident = next(line for line in lines[i:] if line.startswith("Rss:"))
+        assert resident.split()[1] == "0"
+
+
+def test_other_square_roots_are_left_alone(tmp_path: Path) -> None:
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4]) for name in "xy")
+    nodes = [onnx.helper.make_node("Sqrt", ["x"], ["r"]), onnx.helper.make_node("Mul", ["r", "x"], ["y"])]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [x], [y]), ir_version=10)
+    onnx.save(model, tmp_path / "x.onnx")
+    read = openvino.Core().read_model(tmp_path / "x.onnx")
+    openvino_model.prepare(read)
+    given = np.float32([1, 4, 9, 16])
+    np.testing.assert_allclose(openvino.compile_model(read, "CPU")(given)[0], given**1.5, rtol=1e-6)
+
+
+def test_threads_change_nothing_but_the_time(engines: dict[str, Path]) -> None:
+    one, two = (picture(engines["fp32"], threads=n) for n in (1, 2))
+    assert np.abs(one.astype(int) - two).max() <= 1
+
+
+def test_an_engine_in_bf16_does_not_fit_a_cpu_without_it(
+    sd: Path, copy_of: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = copy_of(sd)
+    shutil.rmtree(bundle / "engines")
+    build(str(bundle), backend="openvino", quiet=True)
+    monkeypatch.setattr(backend, "has_bf16", lambda: False)  # what the library says of such a CPU
+    if HAS_BF16:
+        with pytest.raises(BundleError, match=r"it computes in bf16, and this CPU does not\); build one: build-engine"):
+            Pipeline.load(bundle)
+    for asked in ("bf16", "mixed"):
+        with pytest.raises(InputError, match=f"inference_precision={asked}: this CPU does not compute in bf16; auto"):
+            build("demo", tmp_path / "x", backend="openvino", options={"inference_precision": asked}, quiet=True)
+    assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
+    assert build(str(bundle), backend="openvino", quiet=True).precision["unet"] == "fp32"
+    assert picture(bundle).any()
+
+
+def test_a_graph_that_openvino_does_not_read(engines: dict[str, Path], copy_of: Copy) -> None:
+    bundle = Bundle.open(copy_of(engines["fp32"]))
+    options = {"inference_precision": "fp32", "vae_int8": False}
+    (bundle.path / "graphs/unet.onnx").write_bytes(b"no graph")
+    with pytest.raises(TurbochainError, match=r"^openvino cannot load .*unet\.onnx: "):
+        backend.executor(bundle, bundle.path, options, device=backend.device("cpu"), graphs=["unet"])
+    shutil.copy(bundle.path / "graphs/time.onnx", bundle.path / "graphs/vae_decoder.onnx")
+    with pytest.raises(BundleError, match=r"graphs/vae_decoder\.onnx: the inputs are .*and bundle\.json says"):
+        backend.executor(bundle, bundle.path, options, device=backend.device("cpu"), graphs=["vae_decoder"])
+
+
+def test_it_runs_on_no_gpu(engines: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="device='cuda': openvino runs on 'cpu'"):
+        Pipeline.load(engines["fp32"], backend="openvino", device="cuda")
+
+
+def test_its_option_is_checked_and_kept(engines: dict[str, Path]) -> None:
+    said = command("build-engine", engines["fp32"], "--backend", "openvino", "-O", "inference_precision=int4")
+    assert said.returncode == 2 and "inference_precision=int4: auto, bf16, mixed, fp32 was expected" in said.stderr
+    (path,) = engines["fp32"].glob("engines/*/engine.json")
+    written = json.loads(path.read_text())
+    assert written["ordered"] == {"inference_precision": "fp32"}
+    assert written["key"]["options"] == written["ordered"] | {"vae_int8": False}
+    assert backends.get("openvino").LIBRARIES == ("openvino",)

@@ -1,0 +1,392 @@
+"""`verify` passes what is right and refuses what is wrong, and says which stage and by how much."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import FAMILIES, BundleFactory, command
+from diffusers.models.embeddings import Timesteps
+from safetensors.numpy import load_file
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from transformers import CLIPTextModel
+
+from turbochain.export.tracing import modules
+from turbochain.runtime import Bundle, Pipeline, VerificationError, selection
+from turbochain.runtime.bundle import hashing
+from turbochain.runtime.bundle.manifest import Check
+from turbochain.runtime.checks import metrics, verify
+
+Copy = Callable[[Path], Path]
+Change = Callable[[Path], None]
+
+
+def checks_of(path: Path) -> list[Check]:
+    """Everything hashed, then every figure."""
+    bundle = Bundle.open(path)
+    bundle.check_files(full=True)
+    name, chosen = selection.select(bundle)
+    executor = selection.open_executor(bundle, name, chosen)
+    try:
+        return verify.verify(bundle, executor, verify.precisions(bundle, chosen))
+    finally:
+        executor.close()
+
+
+def failed(checks: list[Check]) -> set[str]:
+    return {c.stage for c in checks if not c.passed}
+
+
+def reseal(path: Path) -> None:
+    """Describe the files as they now are, so that only `verify` can tell that something was changed."""
+    manifest = json.loads((path / "bundle.json").read_text())
+    manifest["files"] = {name: dataclasses.asdict(hashing.describe(path / name)) for name in manifest["files"]}
+    (path / "bundle.json").write_text(json.dumps(manifest))
+    for file in path.glob("engines/*/engine.json"):
+        made = json.loads(file.read_text())
+        made["key"]["graphs"] = Bundle.open(path).graph_digests()
+        file.write_text(json.dumps(made))
+
+
+def in_graph(name: str, change: Callable[[Any], None]) -> Change:
+    """A change of one ONNX graph."""
+
+    def apply(path: Path) -> None:
+        file = path / "graphs" / f"{name}.onnx"
+        proto = onnx.load(file, load_external_data=False)
+        change(proto.graph)
+        file.write_bytes(proto.SerializeToString())
+        onnx.checker.check_model(file)
+
+    return apply
+
+
+def in_rows(change: Callable[[dict[str, Any]], dict[str, Any]], *, at_step: int = 0) -> Change:
+    """A change of one step's row in every schedule that has it."""
+
+    def apply(path: Path) -> None:
+        manifest = json.loads((path / "bundle.json").read_text())
+        for schedule in manifest["chains"]["text-to-image"]["schedules"].values():
+            if at_step < len(schedule["rows"]):
+                row = schedule["rows"][at_step]
+                schedule["rows"][at_step] = row | change(row)
+        (path / "bundle.json").write_text(json.dumps(manifest))
+
+    return apply
+
+
+def then(graph: Any, output: str, operator: str, constant: Any, **attributes: Any) -> None:
+    """Let `operator(output, constant)` take the place of a graph's output."""
+    producer = next(n for n in graph.node if output in n.output)
+    producer.output[list(producer.output).index(output)] = "right"
+    graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(constant), "wrong"))
+    graph.node.append(onnx.helper.make_node(operator, ["right", "wrong"], [output], **attributes))
+
+
+def floor_for_round(graph: Any) -> None:
+    (node,) = (n for n in graph.node if n.op_type == "Round")
+    node.op_type = "Floor"
+
+
+def no_final_norm(graph: Any) -> None:
+    (node,) = (n for n in graph.node if "prompt_embeds" in n.output)
+    assert node.op_type == "LayerNormalization"
+    node.CopyFrom(onnx.helper.make_node("Identity", [node.input[0]], list(node.output)))
+
+
+def blind_to_pooled(graph: Any) -> None:
+    for node in graph.node:
+        node.input[:] = ["zeroed" if name == "pooled_prompt_embeds" else name for name in node.input]
+    graph.initializer.append(onnx.numpy_helper.from_array(np.float32(0), "zero"))
+    graph.node.insert(0, onnx.helper.make_node("Mul", ["pooled_prompt_embeds", "zero"], ["zeroed"]))
+
+
+def timestep(offset: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The embedding of another timestep, by diffusers."""
+
+    def change(row: dict[str, Any]) -> dict[str, Any]:
+        embed = Timesteps(len(row["timestep_embedding"]), flip_sin_to_cos=True, downscale_freq_shift=0)
+        right, wrong = embed(torch.tensor([row["timestep"], row["timestep"] + offset])).double().numpy()
+        np.testing.assert_allclose(row["timestep_embedding"], right, atol=1e-5)
+        return {"timestep_embedding": wrong.tolist()}
+
+    return change
+
+
+def scaled(key: str, factor: float) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda row: {key: row[key] * factor}
+
+
+def wrong_q(path: Path) -> None:
+    manifest = json.loads((path / "bundle.json").read_text())
+    for schedule in manifest["chains"]["text-to-image"]["schedules"].values():
+        schedule["q"] *= 1.01
+    (path / "bundle.json").write_text(json.dumps(manifest))
+
+
+def pooled_zeroed(graph: Any) -> None:
+    then(graph, "pooled_prompt_embeds", "Mul", np.float32(0))
+
+
+def channels_swapped(graph: Any) -> None:
+    then(graph, "image", "Gather", np.int64([2, 1, 0]), axis=3)
+
+
+def time_scaled(output: str) -> Callable[[Any], None]:
+    return lambda graph: then(graph, output, "Mul", np.float32(1.01))
+
+
+def resnets_exchanged(graph: Any) -> None:
+    """The first two ResNets' projections, which have as many channels each."""
+    (node,) = (n for n in graph.node if n.op_type == "Concat")
+    node.input[0], node.input[1] = node.input[1], node.input[0]
+
+
+def not_a_number(graph: Any) -> None:
+    then(graph, "next_latents", "Add", np.float32("nan"))
+
+
+MUTATIONS: dict[str, tuple[str, Change, set[str]]] = {
+    "no final norm": ("sd", in_graph("text_encoder", no_final_norm), {"text_encoder", "image"}),
+    "timestep + 1": ("sd", in_rows(timestep(1), at_step=1), {"schedule", "unet", "image"}),
+    "timestep - 1": ("sdxl", in_rows(timestep(-1)), {"schedule", "unet", "image"}),
+    "c = 0": ("sdxl", in_rows(lambda row: {"c": 0.0}), {"schedule", "image"}),
+    "noise not drawn": ("sdxl", in_rows(lambda row: {"draws_noise": False}), {"image"}),
+    "pooled embeds zeroed": ("sdxl", in_graph("text_encoder_2", pooled_zeroed), {"text_encoder_2", "image"}),
+    "pooled embeds not read": ("sdxl", in_graph("unet", blind_to_pooled), {"unet", "image"}),
+    "floor for round": ("sd", in_graph("vae_decoder", floor_for_round), {"vae_decoder", "image"}),
+    "channels swapped": ("sdxl", in_graph("vae_decoder", channels_swapped), {"vae_decoder", "image"}),
+    "time projections": ("sd", in_graph("time", time_scaled("time_projections")), {"unet", "image"}),
+    "ResNets exchanged": ("sd", in_graph("time", resnets_exchanged), {"unet", "image"}),
+    "time embedding": ("sdxl", in_graph("time", time_scaled("time_embeds")), {"unet", "image"}),
+    "NaN": ("sd", in_graph("unet", not_a_number), {"unet", "image"}),
+    "a": ("sd", in_rows(scaled("a", 1.005)), {"schedule", "image"}),
+    "b": ("sdxl", in_rows(scaled("b", 0.995)), {"schedule", "image"}),
+    "c": ("sdxl", in_rows(scaled("c", 1.02)), {"schedule", "image"}),
+    "input_scale": ("sd", in_rows(scaled("input_scale", 1.02)), {"unet", "image"}),
+    "q": ("sd", wrong_q, {"image"}),
+}
+"""What is wrong → family, change, and the stages that must be named."""
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_what_is_wrong_is_refused_by_name(name: str, request: pytest.FixtureRequest, copy_of: Copy) -> None:
+    family, change, stages_hit = MUTATIONS[name]
+    path = copy_of(request.getfixturevalue(family))
+    change(path)
+    reseal(path)
+    checks = checks_of(path)
+    assert failed(checks) == stages_hit
+    with pytest.raises(VerificationError) as error:
+        verify.require(checks)
+    assert all(f"{stage}: " in str(error.value) for stage in stages_hit)
+
+
+class LastTextEncoder(modules.TextEncoder):
+    """SDXL's first encoder as SD reads it: one layer further, and normed."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.text_encoder(input_ids.long(), output_hidden_states=True).hidden_states[-1]
+
+
+def test_another_hidden_state_is_refused(sdxl: Path, checkpoints: dict[str, Path], copy_of: Copy) -> None:
+    path = copy_of(sdxl)
+    model = CLIPTextModel.from_pretrained(checkpoints["sdxl"] / "text_encoder", attn_implementation="eager").float()
+    program = torch.onnx.export(
+        LastTextEncoder(model).eval(),
+        (torch.ones(Bundle.open(sdxl).tensors["input_ids"].shape, dtype=torch.int32),),
+        dynamo=True,
+        opset_version=21,
+        input_names=["input_ids"],
+        output_names=["prompt_embeds"],
+        verbose=False,
+    )
+    assert program is not None
+    (path / "graphs" / "text_encoder.onnx.data").unlink()
+    program.save(str(path / "graphs" / "text_encoder.onnx"), external_data=True)
+    reseal(path)
+    assert failed(checks_of(path)) == {"text_encoder", "image"}
+
+
+def test_a_resealed_copy_passes(sdxl: Path, copy_of: Copy) -> None:
+    """So it is the change that the tests above refuse."""
+    path = copy_of(sdxl)
+    in_graph("vae_decoder", lambda graph: None)(path)
+    in_rows(dict)(path)
+    reseal(path)
+    verify.require(checks_of(path))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_good_bundles_pass_every_bound_of_the_design(family: str, precision: str, bundle_of: BundleFactory) -> None:
+    path = bundle_of(family, 1, precision)
+    done = command("turbochain", "verify", path, "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["passed"] is True
+    assert all(c["passed"] for c in answer["checks"])
+    bounds = {(c["stage"], c["metric"]): c["bound"] for c in answer["checks"]}
+    graphs = Bundle.open(path).manifest.graphs
+    assert {stage for stage, _ in bounds} == {*graphs, "schedule", "image"} - {"time"}  # it is judged with the UNet
+    text = {"max_abs": 1e-3} if precision == "fp32" else {"cosine": 0.9999}
+    assert {m: b for (s, m), b in bounds.items() if s == "text_encoder"} == text
+    assert bounds["unet", "relative_l2"] == {"fp32": 1e-4, "fp16": 1e-2}[precision]
+    same = {"max_abs": 1, "fraction_differing": 1e-3}
+    decoder = same if graphs["vae_decoder"].precision == "fp32" else {"psnr": 45}
+    assert {m: b for (s, m), b in bounds.items() if s == "vae_decoder"} == decoder
+    image = same if precision == "fp32" else {"psnr": 38, "ssim": 0.98}
+    assert {m: b for (s, m), b in bounds.items() if s == "image"} == image
+
+
+def test_the_command_fails_with_stage_figure_and_bound(sdxl: Path, copy_of: Copy) -> None:
+    path = copy_of(sdxl)
+    in_graph("vae_decoder", channels_swapped)(path)
+    reseal(path)
+    reference = load_file(sdxl / "reference.safetensors")
+    pictures = [v.astype(float) for k, v in reference.items() if k.endswith("/image")]
+    expected = max(np.abs(p - p[..., ::-1]).max() for p in pictures)
+
+    done = command("turbochain", "verify", path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert re.search(r"^vae_decoder +max_abs .* FAILED$", done.stdout, re.M)
+    figure = re.search(r"vae_decoder: max_abs is ([\d.e+]+), the bound is ≤ 1;", done.stderr)
+    assert figure and abs(float(figure[1]) - expected) <= 1
+
+    done = command("turbochain", "verify", path, "--json")
+    assert done.returncode == 1
+    answer = json.loads(done.stdout)
+    assert answer["passed"] is False
+    assert {c["stage"] for c in answer["checks"] if not c["passed"]} == {"vae_decoder", "image"}
+    assert "vae_decoder" in done.stderr
+
+
+@pytest.mark.parametrize(("name", "damage"), [("graphs/unet.onnx.data", b"\x01"), ("reference.safetensors", b"\x01")])
+def test_a_flipped_bit_is_bad_input_not_a_wrong_result(sd: Path, copy_of: Copy, name: str, damage: bytes) -> None:
+    file = copy_of(sd) / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= damage[0]
+    file.write_bytes(data)
+    done = command("turbochain", "verify", file.parents[name.count("/")])
+    assert done.returncode == 2
+    assert name in done.stderr
+
+
+def picture(size: int, kind: str, seed: int) -> np.ndarray:
+    """[2, size, size, 3] uint8: white noise, or smooth shapes with an edge and a flat area."""
+    random = np.random.default_rng(seed)
+    if kind == "random":
+        return random.integers(0, 256, (2, size, size, 3), np.uint8)
+    y, x = np.mgrid[0:size, 0:size] / size
+    waves = [np.sin(7 * x * (i + 1) + seed) * np.cos(5 * y + i) for i in range(6)]
+    smooth = 127 + 100 * np.stack(waves, -1).reshape(size, size, 2, 3).transpose(2, 0, 1, 3)
+    smooth[:, size // 3 : size // 2, : size // 2] = 255
+    return smooth.clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("noise", [0.5, 8, 100])
+@pytest.mark.parametrize("kind", ["random", "smooth"])
+@pytest.mark.parametrize("size", [64, 128])
+def test_picture_metrics_are_scikit_images(size: int, kind: str, noise: float) -> None:
+    reference = picture(size, kind, 1)
+    error = np.random.default_rng(2).normal(0, noise, reference.shape)
+    result = (reference + error).round().clip(0, 255).astype(np.uint8)
+    assert metrics.psnr(result, reference) == pytest.approx(
+        peak_signal_noise_ratio(reference, result, data_range=255), rel=1e-9
+    )
+    each = [
+        structural_similarity(x, y, data_range=255, channel_axis=-1) for x, y in zip(reference, result, strict=True)
+    ]
+    assert metrics.ssim(result, reference) == pytest.approx(min(each), abs=1e-9)
+
+
+def test_ssim_is_the_worst_of_the_batch() -> None:
+    reference = picture(64, "smooth", 1)
+    result = reference.copy()
+    result[1] = picture(64, "random", 1)[1]
+    worst = structural_similarity(reference[1], result[1], data_range=255, channel_axis=-1)
+    assert worst < 0.5
+    assert metrics.ssim(result, reference) == pytest.approx(worst, abs=1e-9)
+    assert metrics.ssim(reference, reference) == pytest.approx(1)
+    almost = reference.copy()
+    almost[0, 0, 0, 0] ^= 1
+    assert metrics.psnr(almost, reference) < metrics.psnr(reference, reference) < float("inf")  # JSON has no infinity
+
+
+def test_vector_metrics_are_torchs() -> None:
+    random = np.random.default_rng(3)
+    reference = random.standard_normal((2, 77, 64), np.float32)
+    result = reference + 0.05 * random.standard_normal(reference.shape, np.float32)
+    x, y = torch.tensor(result).double(), torch.tensor(reference).double()
+    assert metrics.cosine(result, reference) == pytest.approx(float(torch.cosine_similarity(x, y, dim=-1).min()))
+    assert metrics.relative_l2(result, reference) == pytest.approx(float(torch.dist(x, y) / y.norm()))
+    assert metrics.max_abs(result, reference) == pytest.approx(float((x - y).abs().max()))
+
+
+def test_levels_do_not_wrap_around() -> None:
+    low, high = np.zeros((1, 2, 2, 3), np.uint8), np.zeros((1, 2, 2, 3), np.uint8)
+    high[0, 0, 0, 0] = 255
+    assert metrics.max_abs(low, high) == metrics.max_abs(high, low) == 255
+    assert metrics.fraction_differing(low, high) == 1 / 12
+
+
+@pytest.fixture
+def foreign(sd: Path, copy_of: Copy) -> Path:
+    """A bundle whose engine has not been verified, as one that was built on another machine."""
+    bundle = copy_of(sd)
+    (path,) = bundle.glob("engines/*/engine.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"checks": []}))
+    return bundle
+
+
+def kept(bundle: Path) -> list[dict[str, Any]]:
+    (path,) = bundle.glob("engines/*/engine.json")
+    return json.loads(path.read_text())["checks"]
+
+
+def test_an_unverified_engine_is_verified_on_its_first_load(
+    sd: Path, foreign: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert "unverified: " in command("turbochain", "inspect", foreign).stdout
+    Pipeline.load(foreign).close()
+    assert "it is verified now, as this is its first load" in caplog.text
+    assert kept(foreign) == kept(sd) and [p.name for p in foreign.glob("engines/*/*")] == ["engine.json"]
+    assert "unverified: " not in command("turbochain", "inspect", foreign).stdout
+    caplog.clear()
+    with Pipeline.load(foreign) as pipe:
+        assert pipe("a cat", seed=0, output_type="uint8").images.any()
+    assert not caplog.records
+
+
+def test_verify_keeps_what_it_found_of_an_unverified_engine(sd: Path, foreign: Path) -> None:
+    assert command("turbochain", "verify", foreign).returncode == 0
+    assert kept(foreign) == kept(sd)
+
+
+def test_an_unverified_engine_that_errs_is_refused_each_time(foreign: Path) -> None:
+    in_rows(lambda row: {"a": 1.01})(foreign)
+    for _ in range(2):
+        with pytest.raises(VerificationError, match=r"schedule: relative_l2 is .*, the bound is ≤ 0\.0001"):
+            Pipeline.load(foreign)
+    assert command("turbochain", "verify", foreign).returncode == 1
+    assert kept(foreign) == []
+
+
+def test_an_unverified_engine_in_a_folder_that_cannot_be_written(foreign: Path, tmp_path: Path) -> None:
+    """In a mount namespace of its own, which needs no privilege."""
+    script = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && exec "$2" generate "$1" "a cat" -o "$3"'
+    own = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
+    turbochain = Path(sys.executable).with_name("turbochain")
+    line = [*own, foreign, turbochain, tmp_path / "cat.png"]
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and (tmp_path / "cat.png").exists(), done
+    assert "is verified anew at each load: cannot write " in done.stderr and kept(foreign) == []
