@@ -16,9 +16,10 @@ from typing import Any
 
 from turbochain.engines import compiling
 from turbochain.engines import options as backend_options
-from turbochain.engines.compiling import Order
+from turbochain.engines.order import BuildOrder, engine_order
 from turbochain.export import bundling
-from turbochain.export.phases.phases import LOG, PhaseReport, Session
+from turbochain.export.order import ExportOrder
+from turbochain.export.phases.phases import LOG, PhaseReport, Phases
 from turbochain.runtime import backends
 from turbochain.runtime.bundle.lock import lock_directory
 from turbochain.runtime.bundle.manifest import Check
@@ -84,50 +85,47 @@ def build(
     for what cannot be built, VerificationError where the engine differs from diffusers by more than its bounds
     (the engine is then not installed).
     """
-    backend, reason = _choose(backend, device, target)
-    options = dict(options or {})
-    if precision == "fp32" and "inference_precision" in backend_options.of(backend):
-        options.setdefault("inference_precision", precision)  # who asks for fp32 wants all of it in fp32
-    order = Order(
-        backend,
-        device,
-        target,
-        backend_options.resolve(backend, options),
-        None if timing_cache is None else _folder(timing_cache),
-    )
-    where = compiling.device(backend, device, target)
-    backend_options.settled(backend, order.options)  # what this machine cannot do is told before the work
+    export = ExportOrder(source, precision, vae_precision, vae, size, batch, steps, opset, revision, variant)
+    engine = engine_order(backend, device, target, options, timing_cache, precision)
+    where = None if output is None else Path(output)
+    return carry_out(BuildOrder(export, engine, where, force, quiet, verbose))
+
+
+def carry_out(order: BuildOrder) -> BuildResult:
+    """Build what was ordered, unless it is there; raises as `build`."""
+    engine, quiet, verbose = order.engine, order.quiet, order.verbose
+    source, vae = order.export.source, order.export.vae
+    where = compiling.device(engine.backend, engine.device, engine.target)
+    backend_options.settled(engine.backend, engine.options)  # what this machine cannot do is told before the work
     if not quiet:
-        print(f"backend {backend} on {where}: {reason}", file=sys.stderr)
-    asked = _asked(precision, vae_precision, size, batch, steps, opset)
-    if vae is not None:
-        asked["vae"] = _name(Path(vae)) if Path(vae).is_dir() else vae
-    for option in asked.keys() & {"precision", "vae_precision"}:
-        backends.require_precision(backend, where, asked[option])
-    output = Path(output) if output is not None else _default_output(source)
-    request = _request(source, asked, revision, variant, vae)
+        print(f"backend {engine.backend} on {where}: {engine.reason}", file=sys.stderr)
+    asked = _asked(order.export)
+    for precision in filter(None, (order.export.precision, order.export.vae_precision)):
+        backends.require_precision(engine.backend, where, precision)
+    output = order.output or _default_output(source)
+    request = _request(source, asked, order.export.revision, order.export.variant, vae)
     phases: list[PhaseReport] = []
 
     def finish(lock: int) -> BuildResult:
         bundle = Bundle.open(output)
         _check_same(bundle, source, request)
-        session = Session(lock, None if verbose else output / "engines" / LOG, quiet, phases)
+        run = Phases(lock, None if verbose else output / "engines" / LOG, quiet, phases)
         graphs = bundle.manifest.graphs
-        usual = backends.preference(backend, where).precisions[0]
+        usual = backends.preference(engine.backend, where).precisions[0]
         if where.kind == "cuda" and usual not in {g.precision for g in graphs.values()} and not quiet:
             print(f"the bundle is not in {usual}, so neither is its engine: export it again for speed", file=sys.stderr)
-        name, made = compiling.install(session, bundle, order)
+        name, made = compiling.install(run, bundle, engine)
         return BuildResult(
             bundle=output,
             engine=name,
-            precision=backends.precisions(backend, made.options, {g: graphs[g] for g in bundle.chain.graphs}),
+            precision=backends.precisions(engine.backend, made.options, {g: graphs[g] for g in bundle.chain.graphs}),
             remedy={g: graphs[g].remedy for g in bundle.chain.graphs},
             engine_bytes=made.bytes,
             build_seconds=made.build_seconds,
             checks=list(made.checks),
             phases=phases,
-            backend=backend,
-            reason=reason,
+            backend=engine.backend,
+            reason=engine.reason,
         )
 
     if not _is_bundle(output):
@@ -139,67 +137,26 @@ def build(
                 if _is_bundle(source):
                     bundling.copy(Bundle.open(source), partial, output)
                 else:
-                    session = Session(lock, None if verbose else partial / LOG, quiet, phases)
-                    request = {"precision": backends.preference(backend, where).precisions[0], **request}
-                    bundling.export(session, source, vae, request, partial, output, force)
+                    run = Phases(lock, None if verbose else partial / LOG, quiet, phases)
+                    request = {"precision": backends.preference(engine.backend, where).precisions[0], **request}
+                    bundling.export(run, source, vae, request, partial, output, order.force)
                 return finish(lock)  # the folder was renamed, so the same lock is now the bundle's
             partial.rmdir()  # the owner of the lock that we waited for made the bundle
     with _locked(output, quiet) as lock:
         return finish(lock)
 
 
-def _choose(backend: str | None, device: str | None, target: str | None) -> tuple[str, str]:
-    if backend is None:
-        if target is not None:
-            return "tensorrt", f"it builds for {target} without such a GPU"
-        return backends.best(device)
-    backends.get(backend)
-    backends.require(backend)
-    return backend, "as asked"
-
-
-def _asked(
-    precision: str | None,
-    vae_precision: str | None,
-    size: tuple[int, int] | None,
-    batch: int | None,
-    steps: list[int] | None,
-    opset: int | None,
-) -> dict[str, Any]:
-    """The options that were given, checked; InputError for the first that cannot be."""
-    asked: dict[str, Any] = {}
-    if precision is not None:
-        if precision not in ("fp32", "fp16"):
-            raise InputError(f"precision {precision!r}: choose fp32 or fp16")
-        asked["precision"] = precision
-    if vae_precision is not None:
-        if vae_precision not in ("fp32", "bf16"):
-            raise InputError(f"precision {vae_precision!r} of the VAE: choose fp32 or bf16")
-        asked["vae_precision"] = vae_precision
-    if size is not None:
-        width, height = size
-        if min(size) < 64 or width % 64 or height % 64:
-            raise InputError(f"size {width}x{height}: width and height must be multiples of 64 pixels")
-        asked |= {"height": height, "width": width}
-    if batch is not None:
-        if batch < 1:
-            raise InputError(f"batch {batch}: at least 1 was expected")
-        asked["batch"] = batch
-    if steps is not None:
-        if not steps or min(steps) < 1 or max(steps) > 50:
-            raise InputError(f"steps {steps}: counts from 1 to 50 were expected, such as 1-4 or 1,2,4")
-        asked["steps"] = sorted(set(steps))
-    if opset is not None:
-        if not 18 <= opset <= 23:
-            raise InputError(f"opset {opset}: 18 to 23 was expected")
-        asked["opset"] = opset
+def _asked(order: ExportOrder) -> dict[str, Any]:
+    """Return the options that were given, as the bundle tells them."""
+    given = {"precision": order.precision, "vae_precision": order.vae_precision, "batch": order.batch}
+    asked: dict[str, Any] = {k: v for k, v in {**given, "opset": order.opset}.items() if v is not None}
+    if order.size is not None:
+        asked |= {"height": order.size[1], "width": order.size[0]}
+    if order.steps is not None:
+        asked["steps"] = sorted(set(order.steps))
+    if order.vae is not None:
+        asked["vae"] = _name(Path(order.vae)) if Path(order.vae).is_dir() else order.vae
     return asked
-
-
-def _folder(path: str | Path) -> Path:
-    if Path(path).exists() and not Path(path).is_dir():
-        raise InputError(f"timing cache {path}: a folder was expected, with one file per GPU and library version")
-    return Path(path)
 
 
 def _is_bundle(path: str | Path) -> bool:

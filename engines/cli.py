@@ -6,9 +6,12 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from turbochain.engines import options
-from turbochain.engines.build import BuildResult, build
+from turbochain.engines import options as backend_options
+from turbochain.engines.build import BuildResult, carry_out
+from turbochain.engines.order import BuildOrder, engine_order
+from turbochain.export.order import ExportOrder
 from turbochain.runtime.checks import verify
 from turbochain.runtime.commands import console
 from turbochain.runtime.errors import InputError
@@ -19,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "build-engine",
         description="Build a bundle with an engine for this machine, checked against diffusers.",
-        epilog=options.described(),
+        epilog=backend_options.described(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -46,10 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    given = {k: v for k, v in vars(arguments).items() if k not in ("json", "debug", "O")}
+    given = vars(arguments)
     given["size"] = _size(arguments.size) if arguments.size else None
     given["steps"] = _steps(arguments.steps) if arguments.steps else None
-    result = build(**given, options=options.parse(arguments.O))
+    export = ExportOrder(**{f.name: given[f.name] for f in dataclasses.fields(ExportOrder)})
+    options = backend_options.parse(arguments.O)
+    named = ("backend", "device", "target", "timing_cache", "precision")
+    engine = engine_order(options=options, **{name: given[name] for name in named})
+    output = None if arguments.output is None else Path(arguments.output)
+    result = carry_out(BuildOrder(export, engine, output, arguments.force, verbose=arguments.verbose))
     print(json.dumps(dataclasses.asdict(result), default=str, indent=2) if arguments.json else text(result))
 
 

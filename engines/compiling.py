@@ -4,15 +4,15 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from turbochain.engines import options
-from turbochain.export.phases.phases import SMALL, Session, now, versions
+from turbochain.engines.order import EngineOrder
+from turbochain.export.phases.phases import SMALL, Phases, now, versions
 from turbochain.export.phases.resume import Finished, empty, leave_nothing
 from turbochain.runtime import backends, selection
 from turbochain.runtime.backends import Device
@@ -21,17 +21,6 @@ from turbochain.runtime.bundle.manifest import FORMAT_VERSION, Check, Engine, En
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.checks import verify
 from turbochain.runtime.errors import BundleError, InputError, NoSpace, PhaseDied, TurbochainError, VerificationError
-
-
-@dataclass(frozen=True)
-class Order:
-    """What engine to build."""
-
-    backend: str
-    device: str | None = None  # of this machine; None: the default one
-    target: str | None = None  # an architecture such as "sm89", to build for another machine
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the backend; those that are missing are its defaults
-    cache: Path | None = None  # folder for what makes later builds quicker (None: the one that the bundle is in)
 
 
 def device(backend: str, name: str | None, target: str | None) -> Device:
@@ -44,7 +33,7 @@ def device(backend: str, name: str | None, target: str | None) -> Device:
     return module.target(target)
 
 
-def install(session: Session, bundle: Bundle, order: Order) -> tuple[str, Engine]:
+def install(phases: Phases, bundle: Bundle, order: EngineOrder) -> tuple[str, Engine]:
     """The engine that was ordered in a locked bundle, built and verified if there is none.
 
     One for another machine cannot be verified here: it has no checks until it is loaded there. A build that fails or
@@ -57,7 +46,7 @@ def install(session: Session, bundle: Bundle, order: Order) -> tuple[str, Engine
         return name, existing
     try:
         building.mkdir(parents=True, exist_ok=True)
-        made = _compile_and_check(session, bundle, key, order, building)
+        made = _compile_and_check(phases, bundle, key, order, building)
         writing.write_atomically(building / "engine.json", strict_json.write(made))
         empty(building, keep=(*made.files, "engine.json"))
         if final.exists():  # damaged
@@ -67,7 +56,7 @@ def install(session: Session, bundle: Bundle, order: Order) -> tuple[str, Engine
     except (NoSpace, PhaseDied):
         raise
     except (TurbochainError, KeyboardInterrupt):
-        _drop_log(session)
+        _drop_log(phases)
         with suppress(OSError):  # other engines are there
             leave_nothing(building)
             building.parent.rmdir()
@@ -75,12 +64,12 @@ def install(session: Session, bundle: Bundle, order: Order) -> tuple[str, Engine
     except OSError as error:
         raise InputError(f"cannot write {final}: {error.strerror}") from error
     finally:
-        session.release()
-    _drop_log(session)
+        phases.release()
+    _drop_log(phases)
     return name, made
 
 
-def _key(bundle: Bundle, order: Order) -> tuple[str, EngineKey]:
+def _key(bundle: Bundle, order: EngineOrder) -> tuple[str, EngineKey]:
     """What the engine that was ordered depends on, and the name of its folder."""
     where = device(order.backend, order.device, order.target)
     library, version = backends.require(order.backend)
@@ -91,9 +80,9 @@ def _key(bundle: Bundle, order: Order) -> tuple[str, EngineKey]:
     return f"{order.backend}-{short}-{digest[:12]}", key
 
 
-def _drop_log(session: Session) -> None:
-    if session.log:
-        session.log.unlink(missing_ok=True)
+def _drop_log(phases: Phases) -> None:
+    if phases.log:
+        phases.log.unlink(missing_ok=True)
 
 
 def _intact(bundle: Bundle, name: str, key: EngineKey) -> Engine | None:
@@ -108,7 +97,7 @@ def _intact(bundle: Bundle, name: str, key: EngineKey) -> Engine | None:
     return existing
 
 
-def _compile_and_check(session: Session, bundle: Bundle, key: EngineKey, order: Order, folder: Path) -> Engine:
+def _compile_and_check(phases: Phases, bundle: Bundle, key: EngineKey, order: EngineOrder, folder: Path) -> Engine:
     common = {
         "path": str(bundle.path),
         "backend": key.backend,
@@ -118,12 +107,12 @@ def _compile_and_check(session: Session, bundle: Bundle, key: EngineKey, order: 
     candidates = options.candidates(key.backend, key.options)
     first = {**key.options, **candidates[0]}
     compiler = {**common, "options": first, "target": order.target, "cache": str(order.cache or bundle.path.parent)}
-    run = partial(session.run, keep=bundle.weight_bytes() <= SMALL)
+    run = partial(phases.run, keep=bundle.weight_bytes() <= SMALL)
     state = Finished(folder, dataclasses.asdict(key))
 
     def compile(name: str) -> dict[str, Any]:
         written = run(f"compile {name}", "turbochain.engines.jobs:compile", name=name, **compiler)
-        report = session.phases[-1]
+        report = phases.reports[-1]
         return {"files": written, "seconds": report.seconds, "peak_bytes": report.peak_bytes}
 
     done = {
@@ -135,7 +124,7 @@ def _compile_and_check(session: Session, bundle: Bundle, key: EngineKey, order: 
     checks: list[Check] = []
     if order.target is None:
         check = partial(run, "verify", "turbochain.engines.jobs:check", **common)
-        settled, checks = _first_within_bounds(session, candidates, lambda c: check(options={**key.options, **c}))
+        settled, checks = _first_within_bounds(phases, candidates, lambda c: check(options={**key.options, **c}))
     sizes = {**bundle.manifest.files, **written}
     read = bundle.manifest.graphs if options.reads_graphs(key.backend) else {}
     return Engine(
@@ -148,7 +137,7 @@ def _compile_and_check(session: Session, bundle: Bundle, key: EngineKey, order: 
         build_seconds={g: done[g]["seconds"] for g in key.graphs},
         peak_bytes={
             **{g: done[g]["peak_bytes"] for g in key.graphs},
-            **({"verify": session.phases[-1].peak_bytes} if checks else {}),
+            **({"verify": phases.reports[-1].peak_bytes} if checks else {}),
         },
         checks=tuple(checks),
         ordered=options.changed(key.backend, options.resolve(key.backend, order.options)),
@@ -159,7 +148,7 @@ def _compile_and_check(session: Session, bundle: Bundle, key: EngineKey, order: 
 
 
 def _first_within_bounds(
-    session: Session, candidates: list[dict[str, Any]], check: Callable[[dict[str, Any]], list[dict[str, Any]]]
+    phases: Phases, candidates: list[dict[str, Any]], check: Callable[[dict[str, Any]], list[dict[str, Any]]]
 ) -> tuple[dict[str, Any], list[Check]]:
     """The first of the candidates that passes and its checks; raises VerificationError where the last one fails."""
     for candidate, other in zip(candidates, [*candidates[1:], None], strict=True):
@@ -170,7 +159,7 @@ def _first_within_bounds(
         except VerificationError as error:
             if other is None:
                 raise
-            if not session.quiet:
+            if not phases.quiet:
                 print(f"{_text(candidate)}: {error}; next: {_text(other)}", file=sys.stderr)
     return candidate, checks
 

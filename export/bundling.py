@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from turbochain.export.phases.phases import SMALL, Session, now, versions
+from turbochain.export.phases.phases import SMALL, Phases, now, versions
 from turbochain.export.phases.resume import STATE, Finished, empty, leave_nothing
 from turbochain.runtime.bundle import hashing, manifest, strict_json, writing
 from turbochain.runtime.bundle.manifest import FORMAT_VERSION, REFERENCE, TEXT_TO_IMAGE, Checkpoint, Graph, Manifest
@@ -34,40 +34,40 @@ def copy(source: Bundle, folder: Path, output: Path) -> None:
 
 
 def export(
-    session: Session, source: str, vae: str | None, request: dict[str, Any], folder: Path, output: Path, force: bool
+    phases: Phases, source: str, vae: str | None, request: dict[str, Any], folder: Path, output: Path, force: bool
 ) -> None:
     """Make the bundle `output` of what `request` asks for, in the locked `folder`; `source`, `vae` as in `build`.
 
     What cannot be built leaves nothing behind; a full disk, a failure or a kill leaves what was finished, if anything.
     """
     try:
-        _export(session, {"source": source, "vae": vae, "force": force}, request, folder)
+        _export(phases, {"source": source, "vae": vae, "force": force}, request, folder)
     except (InputError, PictureError) as error:
         if not isinstance(error, NoSpace) or not (folder / STATE).exists():
             leave_nothing(folder)
         raise
     finally:
-        session.release()
+        phases.release()
     writing.install_directory(folder, output)
 
 
-def _export(session: Session, given: dict[str, Any], request: dict[str, Any], folder: Path) -> None:
+def _export(phases: Phases, given: dict[str, Any], request: dict[str, Any], folder: Path) -> None:
     _require_export()
     state = Finished(folder, request)
     common = {"request": request, "folder": str(folder)}
     prepared = state.once(
         "prepare",
-        lambda: session.run("load", "turbochain.export.jobs:prepare", keep=True, **given, **common),
+        lambda: phases.run("load", "turbochain.export.jobs:prepare", keep=True, **given, **common),
         lambda result: [*result["terms"], *(t["file"] for t in result["tokenizers"].values())],
     )
     common["prepared"] = prepared
-    run = partial(session.run, keep=sum(w["size"] for w in prepared["weights"].values()) <= SMALL)
+    run = partial(phases.run, keep=sum(w["size"] for w in prepared["weights"].values()) <= SMALL)
     remedies = state.once(
         "reference",
         lambda: run("reference", "turbochain.export.jobs:reference", **common),
         lambda _: [REFERENCE],
     )
-    _tell(session, remedies)
+    _tell(phases, remedies)
     graphs: dict[str, Any] = {}
     for component in prepared["components"]:
         phase = f"export {component}"
@@ -83,11 +83,11 @@ def _export(session: Session, given: dict[str, Any], request: dict[str, Any], fo
     empty(folder, keep)
 
 
-def _tell(session: Session, remedies: dict[str, dict[str, Any]]) -> None:
+def _tell(phases: Phases, remedies: dict[str, dict[str, Any]]) -> None:
     """Say what keeps each stage in fp16's range, where any stage was to be in fp16."""
     judged = {name: r["phrase"] for name, r in remedies.items() if r["phrase"] or r["precision"] == "fp16"}
     for name, phrase in judged.items():
-        if not session.quiet:
+        if not phases.quiet:
             print(f"range of fp16: {name:<17} {phrase or 'fits'}", file=sys.stderr)
 
 

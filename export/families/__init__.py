@@ -1,6 +1,6 @@
-"""The model families: one module each, found by its file, with one constant `FAMILY`.
+"""The model families: one module each, discovered automatically, with one constant `FAMILY`.
 
-A family is data and three functions, without torch; to add one, add a file.
+A family is data and a few functions, without torch; to add one, add a file. `common` holds what they share.
 """
 
 import importlib
@@ -71,8 +71,9 @@ class Family:
 
 def load() -> dict[str, Family]:
     """Every family by the diffusers pipeline class that it serves."""
-    modules = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
-    return {m.FAMILY.pipeline_class: m.FAMILY for m in modules if hasattr(m, "FAMILY")}
+    names = [m.name for m in pkgutil.iter_modules(__path__) if m.name != "common"]
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    return {m.FAMILY.pipeline_class: m.FAMILY for m in modules}
 
 
 def of(pipeline_class: str) -> Family:

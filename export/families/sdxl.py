@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from turbochain.export.families import Family, Inputs, Shape, Stage
-from turbochain.export.families.sd import TABLE_INPUTS, VAE_DECODER, check, ids, step_inputs, time_inputs, tokens
+from turbochain.export.families.common import TABLE_INPUTS, VAE_DECODER, check, ids, step_inputs, time_inputs, tokens
 from turbochain.runtime.bundle.manifest import Chain
 
 

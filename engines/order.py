@@ -1,0 +1,68 @@
+"""What a build is asked for: a bundle and an engine. Checked in one place for the command line and for Python."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from turbochain.engines import options as backend_options
+from turbochain.export.order import ExportOrder
+from turbochain.runtime import backends
+from turbochain.runtime.errors import InputError
+
+
+@dataclass(frozen=True)
+class EngineOrder:
+    """What engine to build."""
+
+    backend: str
+    device: str | None = None  # of this machine; None: the default one
+    target: str | None = None  # an architecture such as "sm89", to build for another machine
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the backend; those that are missing are its defaults
+    cache: Path | None = None  # folder for what makes later builds quicker (None: the one that the bundle is in)
+    reason: str = "as asked"  # why this backend, for people
+
+
+@dataclass(frozen=True)
+class BuildOrder:
+    """What to build, where, and how."""
+
+    export: ExportOrder
+    engine: EngineOrder
+    output: Path | None = None  # the bundle; None: the source's name with .bundle, in the current folder
+    force: bool = False  # build even if memory or disk look too small
+    quiet: bool = False  # print no phases
+    verbose: bool = False  # show what the exporter and the libraries print
+
+
+def engine_order(
+    backend: str | None,
+    device: str | None,
+    target: str | None,
+    options: Mapping[str, object] | None,
+    timing_cache: str | Path | None,
+    precision: str | None,
+) -> EngineOrder:
+    """Return the order of an engine, with the best backend for this machine if `backend` is None.
+
+    The other arguments are those of `build`. InputError if the backend, an option or the cache's path cannot be.
+    """
+    chosen, reason = _choose(backend, device, target)
+    given = dict(options or {})
+    if precision == "fp32" and "inference_precision" in backend_options.of(chosen):
+        given.setdefault("inference_precision", precision)  # who asks for fp32 wants all of it in fp32
+    cache = None if timing_cache is None else Path(timing_cache)
+    if cache and cache.exists() and not cache.is_dir():
+        raise InputError(f"timing cache {cache}: a folder was expected, with one file per GPU and library version")
+    return EngineOrder(chosen, device, target, backend_options.resolve(chosen, given), cache, reason)
+
+
+def _choose(backend: str | None, device: str | None, target: str | None) -> tuple[str, str]:
+    """Return a backend and the reason for it."""
+    if backend is None:
+        if target is not None:
+            return "tensorrt", f"it builds for {target} without such a GPU"
+        return backends.best(device)
+    backends.get(backend)
+    backends.require(backend)
+    return backend, "as asked"
