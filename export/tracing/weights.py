@@ -130,7 +130,7 @@ def write(model: ir.Model, folder: Path, name: str, parameters: Parameters, file
         location, offset = (files if values in parameters else own).place(array, values)
         data[location] = None
         value.const_value = ir.ExternalTensor(
-            location, offset, array.nbytes, tensor.dtype, shape=tensor.shape, name=initializer, base_dir=folder
+            location, offset, array.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=initializer, base_dir=folder
         )
     return Written(tuple(data), found)
 

@@ -126,13 +126,14 @@ class Bundle:
     def check_files(self, names: Iterable[str] | None = None, *, full: bool = False) -> None:
         """Hash the named files (default: all) and see that no graph reads outside the bundle.
 
-        `full` hashes large files even where their stamp says that nothing changed. Raises BundleError.
+        `full` hashes large files and reads graphs even if a stamp says what is in them. Raises BundleError.
         """
         names = set(self.manifest.files if names is None else names)
         hashing.check_all(self.path, {n: self.manifest.files[n] for n in sorted(names)}, full=full)
         for graph in self.manifest.graphs.values():
             if graph.file in names:
-                external_data.check_external(self.path, graph.file, graph.data)
+                known = None if full else self.manifest.files[graph.file].sha256
+                external_data.check_external(self.path, graph.file, graph.data, known)
 
     def graph_digest(self, name: str) -> str:
         """One digest for a graph's files: SHA-256 over their SHA-256 digests in order (hex)."""
@@ -145,9 +146,9 @@ class Bundle:
         return {name: self.graph_digest(name) for name in self.manifest.graphs}
 
     def weight_bytes(self) -> int:
-        """Size on disk of the external data of the text-to-image chain's graphs."""
+        """Return the size on disk of the data files of the text-to-image chain's graphs; a shared one counts once."""
         m = self.manifest
-        return sum(m.files[f].size for g in self.chain.graphs for f in m.graphs[g].data)
+        return sum(m.files[file].size for file in {f for g in self.chain.graphs for f in m.graphs[g].data})
 
     def engines(self) -> dict[str, Engine | BundleError]:
         """Every engine in the bundle by its folder's name; a damaged one is its error."""
