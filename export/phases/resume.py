@@ -36,7 +36,9 @@ class Finished:
         if done and self._intact(done["files"]):
             return done["result"]
         result = make()
-        records = {name: dataclasses.asdict(hashing.describe(self._folder / name)) for name in made(result)}
+        records = {
+            name: dataclasses.asdict(hashing.describe(self._folder / name)) for name in dict.fromkeys(made(result))
+        }
         self.value["done"][key] = {"result": result, "files": records}
         writing.write_atomically(self._folder / STATE, json.dumps(self.value))
         return result

@@ -161,6 +161,10 @@ def _is_stamped(path: Path, status: os.stat_result, sha256: str) -> bool:
 def _leave_stamp(path: Path, status: os.stat_result, sha256: str) -> None:
     # `status` is from before the hash, so a file that changed while it was hashed gets one that cannot match.
     with suppress(OSError, ValueError, RuntimeError):
-        file = _stamp_file(path)
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(_stamp(path, status, sha256)))
+        leave(_stamp_file(path), json.dumps(_stamp(path, status, sha256)))
+
+
+def leave(file: Path, text: str) -> None:
+    """Write a stamp. Raises OSError or ValueError (InputError) if it cannot be written."""
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_atomically(file, text)
