@@ -14,6 +14,7 @@ from turbochain.runtime.bundle.manifest import FORMAT_VERSION, REFERENCE, TEXT_T
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.errors import InputError, NoSpace, PictureError
 
+FIRST_VERSION = "0.1.0"  # that reads format 2
 VERSIONS = ("turbochain", "torch", "diffusers", "transformers", "onnx", "onnxscript", "numpy", "tokenizers")
 
 
@@ -65,12 +66,12 @@ def _export(phases: Phases, given: dict[str, Any], request: dict[str, Any], fold
     remedies = state.once(
         "reference",
         lambda: run("reference", "turbochain.export.jobs:reference", **common),
-        lambda _: [REFERENCE],
+        lambda _: [REFERENCE, prepared["chain"]["tables_file"]],
     )
     _tell(phases, remedies)
     graphs: dict[str, Any] = {}
-    for component in prepared["components"]:
-        phase = f"export {component}"
+    for component in (*prepared["components"], ""):
+        phase = f"export {component or 'sampler'}"
         graphs |= state.once(
             phase,
             partial(run, phase, "turbochain.export.jobs:graphs", component=component, remedies=remedies, **common),
@@ -116,6 +117,7 @@ def _manifest(
         license=prepared["license"],
         weights={k: hashing.FileRecord(**v) for k, v in prepared["weights"].items()},
     )
+    chain = _as(manifest.Chain, prepared["chain"])
     return Manifest(
         format_version=FORMAT_VERSION,
         family=prepared["family"],
@@ -123,8 +125,27 @@ def _manifest(
         request=request,
         created=now(),
         created_by=versions(*VERSIONS),
-        tokenizers={k: manifest.TokenizerFile(**v) for k, v in prepared["tokenizers"].items()},
-        graphs={k: Graph(**v) for k, v in graphs.items()},
-        chains={TEXT_TO_IMAGE: manifest.Chain(**prepared["chain"] | {"schedules": prepared["schedules"]})},
+        requires=_requires(chain),
+        tokenizers={k: _as(manifest.TokenizerFile, v) for k, v in prepared["tokenizers"].items()},
+        graphs={k: _as(Graph, v) for k, v in graphs.items()},
+        chains={TEXT_TO_IMAGE: chain},
         files=records,
     )
+
+
+def _requires(chain: manifest.Chain) -> dict[str, str]:
+    """Return the optional features of the format that a chain uses → the first turbochain that reads them."""
+    used = {
+        "multistep": chain.K > 1,
+        "modes": bool(chain.modes),
+        "keep": bool(chain.keep),
+        "wires": any(stage.wires for stage in chain.stages),
+    }
+    return {name: FIRST_VERSION for name, is_used in used.items() if is_used}
+
+
+def _as(kind: Any, value: Any) -> Any:
+    """Return JSON values that a phase returned as a dataclass."""
+    made, problems = strict_json.convert(kind, value)
+    assert not problems, problems
+    return made

@@ -3,11 +3,12 @@
 import dataclasses
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from turbochain.export import estimate, families
-from turbochain.export.families import Family, Shape
+from turbochain.export.families import Family, Shape, common
 from turbochain.export.remedies import Remedy, decide
 from turbochain.export.sources import hub, other_vae
 from turbochain.export.sources.checkpoint import (
@@ -19,6 +20,7 @@ from turbochain.export.sources.checkpoint import (
     local,
     open_folder,
 )
+from turbochain.runtime.bundle import strict_json
 from turbochain.runtime.bundle.hashing import describe
 from turbochain.runtime.errors import InputError
 
@@ -38,15 +40,17 @@ def prepare(
     shape, root = Shape(request["height"], request["width"], request["batch"]), Path(folder)
 
     def check_room(family: Family, configs: dict[str, Any], counts: dict[str, int], fetched: int) -> None:
-        precisions = family.precisions(request["precision"], request.get("vae_precision"))
+        precisions = common.precisions(family, request["precision"], request.get("vae_precision"))
         needs = estimate.needs(family, configs, counts, shape, precisions, fetched)
         estimate.require(needs, root, force)
 
     checkpoint, commit = _open(source, vae, request, root, progress, check_room)
     family = checkpoint.family
 
-    from turbochain.export import tables
+    from turbochain.export import load, schedule, tables
 
+    made = schedule.tabulate_all(load.scheduler(checkpoint), request["steps"])
+    K = max(table.K for table in made.values())
     return {
         "folder": str(checkpoint.folder),
         "variant": checkpoint.variant,
@@ -61,9 +65,8 @@ def prepare(
             for path in paths
         },
         "components": list(family.components),
-        "chain": dataclasses.asdict(family.chain),
-        "tokenizers": tables.tokenizers(checkpoint, root),
-        "schedules": tables.schedules(checkpoint, request["steps"]),
+        "chain": strict_json.plain(common.text_to_image(family, replace(shape, K=K), tables.entries(made))),
+        "tokenizers": {k: strict_json.plain(v) for k, v in tables.tokenizers(checkpoint, root).items()},
         "terms": [*_copy_terms(checkpoint.folder, root), *_copy_terms(checkpoint.vae, root, "vae-")],
     }
 
@@ -72,14 +75,19 @@ def reference(
     progress: Progress, *, request: dict[str, Any], prepared: dict[str, Any], folder: str
 ) -> dict[str, dict[str, Any]]:
     """Run diffusers' own pipeline and record it in `folder`; returns graph → `Remedy`, as a dict."""
+    from turbochain.export import load, schedule, tables
     from turbochain.export import reference as recorder
     from turbochain.runtime.bundle.manifest import REFERENCE
 
     shape = Shape(request["height"], request["width"], request["batch"])
     checkpoint, path = _checkpoint(prepared), Path(folder, REFERENCE)
-    recorder.record(checkpoint, shape, request["steps"], path, progress)
-    asked = checkpoint.family.precisions(request["precision"], request.get("vae_precision"))
-    decided = decide(checkpoint.family.stages, asked, path)
+    family = checkpoint.family
+    pipeline = load.pipeline(checkpoint)
+    made = schedule.tabulate_all(load.scheduler(checkpoint), request["steps"])
+    tables.write(made, family, pipeline.unet, shape, Path(folder, prepared["chain"]["tables_file"]))
+    recorder.record(pipeline, checkpoint, shape, request["steps"], path, progress)
+    asked = common.precisions(family, request["precision"], request.get("vae_precision"))
+    decided = decide(common.graphs(family, prepared["chain"]["K"]), asked, path)
     return {name: dataclasses.asdict(remedy) for name, remedy in decided.items()}
 
 
@@ -93,12 +101,14 @@ def graphs(
     remedies: dict[str, dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
     """Trace every stage of one component into `folder`; returns their entries in the manifest."""
+    from turbochain.export import tables
     from turbochain.export.tracing import trace
 
-    shape = Shape(request["height"], request["width"], request["batch"])
+    shape = Shape(request["height"], request["width"], request["batch"], prepared["chain"]["K"])
+    columns = tables.columns(Path(folder, prepared["chain"]["tables_file"]))
     decided = {name: Remedy(**remedy) for name, remedy in remedies.items()}
-    made = trace.export(_checkpoint(prepared), component, shape, decided, Path(folder), request["opset"])
-    return {name: dataclasses.asdict(graph) for name, graph in made.items()}
+    made = trace.export(_checkpoint(prepared), component, shape, decided, columns, Path(folder), request["opset"])
+    return {name: strict_json.plain(graph) for name, graph in made.items()}
 
 
 def _open(
