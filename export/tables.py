@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers.models.embeddings import Timesteps
 
-from turbochain.export import load, schedule
+from turbochain.export import load, schedule_rows
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime.errors import InputError
 
@@ -49,4 +49,4 @@ def schedules(checkpoint: Checkpoint, steps: list[int]) -> dict[str, dict[str, A
         downscale_freq_shift=unet.get("freq_shift", 0),
     )
     scheduler = load.scheduler(checkpoint)
-    return {str(n): dataclasses.asdict(schedule.tabulate(scheduler, n, embed)) for n in steps}
+    return {str(n): dataclasses.asdict(schedule_rows.tabulate_rows(scheduler, n, embed)) for n in steps}
