@@ -1,10 +1,13 @@
 """Loading a checkpoint's parts with diffusers and transformers."""
 
 import importlib
+import inspect
+import warnings
 from typing import Any
 
 import torch
 
+from turbochain.export import sampler
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime.errors import InputError
 
@@ -63,11 +66,24 @@ def tokenizer(checkpoint: Checkpoint, folder: str) -> Any:
 
 
 def scheduler(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's own scheduler."""
+    """Return the scheduler that the pipeline ends up with, whose class's constructor may change the config.
+
+    `StableDiffusionPipeline` sets `steps_offset` to 1 and `clip_sample` to False; `StableDiffusionXLPipeline` does
+    neither. Raises InputError if the class cannot be loaded.
+    """
     library, cls = checkpoint.index["scheduler"]
+    diffusers, family = importlib.import_module("diffusers"), checkpoint.family
+    pipeline_class = getattr(diffusers, family.pipeline_class)
     try:
-        return getattr(importlib.import_module(library), cls).from_pretrained(checkpoint.folder / "scheduler")
-    except (ValueError, OSError, AttributeError, TypeError) as error:
+        found = getattr(importlib.import_module(library), cls).from_pretrained(checkpoint.folder / "scheduler")
+        given = {**family.pipeline_options, "scheduler": found}
+        needed = [p.name for p in inspect.signature(pipeline_class).parameters.values() if p.default is p.empty]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # asks to publish the config changed
+            return pipeline_class(**{**dict.fromkeys(needed), **given}).scheduler
+    except ImportError as error:  # diffusers' stand-in for a class that another package is missing for
+        raise sampler.refusal(cls, f"cannot be loaded ({_reason(error)})") from error
+    except (ValueError, OSError, AttributeError, TypeError, RuntimeError) as error:
         raise InputError(f"{checkpoint.folder / 'scheduler'} cannot be loaded as {cls}: {_reason(error)}") from error
 
 

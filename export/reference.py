@@ -5,6 +5,7 @@ in and out of its parts.
 """
 
 import contextlib
+import functools
 import inspect
 import json
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import torch
 from safetensors.numpy import save
 
 from turbochain.export.families import Shape
+from turbochain.export.sampler import Draw, drawing
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tracing import time
 from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
@@ -133,22 +135,27 @@ def _hook(stack: contextlib.ExitStack, module: torch.nn.Module, see: Callable[[d
 
 @contextlib.contextmanager
 def _watch_steps(scheduler: Any, steps: list[dict[str, torch.Tensor]]) -> Iterator[None]:
-    """Add to the last entry of `steps` what `scheduler.step` read and returned, and the noise that it drew."""
+    """Add to the last entry of `steps` what `scheduler.step` read and returned, and the noise that it drew or zeros."""
     original = scheduler.step
 
-    def step(
-        prediction: torch.Tensor, t: Any, sample: torch.Tensor, *, generator: torch.Generator, **kwargs: Any
-    ) -> Any:
-        before = generator.get_state()
-        result = original(prediction, t, sample, generator=generator, **kwargs)
-        noise = torch.zeros_like(sample)
-        if not torch.equal(before, generator.get_state()):  # the draw is repeated from the state before it
-            noise = torch.randn(sample.shape, generator=torch.Generator("cpu").set_state(before))
-        steps[-1] |= {"latents": sample.clone(), "noise": noise, "next_latents": result[0].clone()}
+    @functools.wraps(original)  # diffusers reads the parameters of `step` to see whether it takes a generator or eta
+    def step(prediction: torch.Tensor, t: Any, sample: torch.Tensor, **kwargs: Any) -> Any:
+        drawn = torch.zeros_like(sample)
+
+        def keeping(draw: Draw) -> Draw:
+            def kept(*args: Any, **options: Any) -> torch.Tensor:
+                noise = draw(*args, **options)
+                drawn.copy_(noise)
+                return noise
+
+            return kept
+
+        before = sample.clone()
+        with drawing(scheduler, keeping):
+            result = original(prediction, t, sample, **kwargs)
+        steps[-1] |= {"latents": before, "noise": drawn, "next_latents": result[0].clone()}
         return result
 
-    # diffusers asks for the parameters of `step` to see whether it takes a generator.
-    step.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     scheduler.step = step
     try:
         yield
