@@ -68,7 +68,7 @@ def pad(table: Table, K: int) -> Table:
 def _checked(scheduler: Any, steps: int, begin: int) -> Table:
     """Return the table; InputError if a run of the scheduler differs from the table's."""
     sampler = Sampler(scheduler, steps, begin)
-    table = _realize(sampler, _probe(copy.deepcopy(sampler)))
+    table = _realize(copy.deepcopy(sampler), _probe(copy.deepcopy(sampler)))
     for amplitude, replaced in _RUNS:
         error = _trajectory_error(copy.deepcopy(sampler), table, amplitude, replaced)
         if not error <= _TOLERANCE:
