@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from turbochain.export import load
 from turbochain.export.families import Family, Shape
@@ -64,7 +64,7 @@ def write(tables: Mapping[int, Table], family: Family, unet: Any, shape: Shape, 
         for name, arguments in family.constants.items():
             arrays[f"constants/{name}"] = time.CONSTANTS[name](unet, *arguments(shape)).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+    path.write_bytes(save({name: np.asarray(array, order="C") for name, array in arrays.items()}))
 
 
 def columns(path: Path) -> dict[str, tuple[int, ...]]:

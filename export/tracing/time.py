@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,13 +53,13 @@ CONSTANTS: dict[str, Callable[..., torch.Tensor]] = {"time_ids_embeds": _time_id
 def watch(stack: ExitStack, unet: Any, column: str, see: Callable[[torch.Tensor], None]) -> None:
     """Call `see` with a column's row [1, …] whenever diffusers' own UNet has computed it, until `stack` is closed."""
     parts = [r.time_emb_proj for r in timed_resnets(unet)] if column == "time_projections" else [unet.time_embedding]
-    made: list[torch.Tensor] = []
+    made: dict[int, torch.Tensor] = {}  # by the part's place, for they do not run in the order of the modules
 
-    def after(_: Any, __: Any, output: torch.Tensor) -> None:
-        made.append(output[:1])
+    def after(place: int, _: Any, __: Any, output: torch.Tensor) -> None:
+        made[place] = output[:1]
         if len(made) == len(parts):
-            see(torch.cat(made, dim=-1))
+            see(torch.cat([made[i] for i in range(len(parts))], dim=-1))
             made.clear()
 
-    for part in parts:
-        stack.callback(part.register_forward_hook(after).remove)
+    for place, part in enumerate(parts):
+        stack.callback(part.register_forward_hook(partial(after, place)).remove)
