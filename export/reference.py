@@ -5,6 +5,7 @@ in and out of its parts.
 """
 
 import contextlib
+import copy
 import functools
 import inspect
 import json
@@ -94,7 +95,7 @@ def run_case(pipeline: Any, checkpoint: Checkpoint, shape: Shape, case: dict[str
         columns: dict[str, list[torch.Tensor]] = {name: [] for name in checkpoint.family.columns}
         for name, rows in columns.items():
             time.watch(stack, pipeline.unet, name, rows.append)
-        stack.enter_context(_watch_steps(pipeline.scheduler, steps))
+        stack.enter_context(_watch_steps(pipeline, steps))
         result = pipeline(
             prompt=case["prompt"],
             num_inference_steps=case["num_inference_steps"],
@@ -134,24 +135,24 @@ def _hook(stack: contextlib.ExitStack, module: torch.nn.Module, see: Callable[[d
 
 
 @contextlib.contextmanager
-def _watch_steps(scheduler: Any, steps: list[dict[str, torch.Tensor]]) -> Iterator[None]:
-    """Add to the last entry of `steps` what `scheduler.step` read and returned, and the noise that it drew or zeros."""
+def _watch_steps(pipeline: Any, steps: list[dict[str, torch.Tensor]]) -> Iterator[None]:
+    """Add to the last entry of `steps` what `scheduler.step` read and returned, and the noise that it drew or zeros.
+
+    The pipeline runs with a copy, because DPMSolverSinglestepScheduler keeps a change of its config for the next call.
+    """
+    kept = pipeline.scheduler
+    scheduler = pipeline.scheduler = copy.deepcopy(kept)
     original = scheduler.step
 
     @functools.wraps(original)  # diffusers reads the parameters of `step` to see whether it takes a generator or eta
     def step(prediction: torch.Tensor, t: Any, sample: torch.Tensor, **kwargs: Any) -> Any:
         drawn = torch.zeros_like(sample)
 
-        def keeping(draw: Draw) -> Draw:
-            def kept(*args: Any, **options: Any) -> torch.Tensor:
-                noise = draw(*args, **options)
-                drawn.copy_(noise)
-                return noise
-
-            return kept
+        def watched(draw: Draw) -> Draw:
+            return lambda *args, **options: drawn.copy_(draw(*args, **options)).clone()
 
         before = sample.clone()
-        with drawing(scheduler, keeping):
+        with drawing(scheduler, watched):
             result = original(prediction, t, sample, **kwargs)
         steps[-1] |= {"latents": before, "noise": drawn, "next_latents": result[0].clone()}
         return result
@@ -160,7 +161,7 @@ def _watch_steps(scheduler: Any, steps: list[dict[str, torch.Tensor]]) -> Iterat
     try:
         yield
     finally:
-        del scheduler.step
+        pipeline.scheduler = kept
 
 
 @contextlib.contextmanager

@@ -13,13 +13,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers.models.embeddings import Timesteps
 
 from turbochain.export import load, reference, schedule
 from turbochain.export.families import Shape
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime import InputError
-from turbochain.runtime.chain.tables import Table
+from turbochain.runtime.chain.tables import ARRAYS, Table
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # diffusers' own, about numpy
@@ -88,13 +87,18 @@ def network(scaled: torch.Tensor, t: float) -> torch.Tensor:
     return torch.tanh(scaled.roll(1, -1) - 0.5 * scaled.roll(1, -2)) + 0.1 * np.sin(t / 100)
 
 
-def follow(scheduler: Any, steps: int, begin: int, replaced: bool) -> list[Step]:
-    """The scheduler's own run as diffusers' pipelines do it; `replaced`: with another sample before every step."""
+def prepared(scheduler: Any, steps: int) -> Any:
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def follow(scheduler: Any, begin: int, replaced: bool) -> list[Step]:
+    """A prepared scheduler's own run as pipelines do it; `replaced`: with another sample before every step."""
     scheduler = copy.deepcopy(scheduler)
     accepted = inspect.signature(scheduler.step).parameters
     generator, random = torch.Generator().manual_seed(7), torch.Generator().manual_seed(8)
     extra = {k: v for k, v in (("eta", 0.0), ("generator", generator)) if k in accepted}
-    scheduler.set_timesteps(steps)
     first = begin * scheduler.order
     timesteps = scheduler.timesteps[first:]
     if hasattr(scheduler, "set_begin_index") and (begin or replaced):  # text-to-image does not set it
@@ -136,8 +140,9 @@ def largest_error(table: Table, theirs: list[Step], replaced: bool) -> float:
 def check_table(scheduler: Any, steps: int, begin: int = 0) -> Table:
     """The table, after two runs of the scheduler; an InputError of `tabulate` passes through."""
     table = schedule.tabulate(scheduler, steps, begin)
+    scheduler = prepared(scheduler, steps)
     for replaced in (False, True):
-        theirs = follow(scheduler, steps, begin, replaced)
+        theirs = follow(scheduler, begin, replaced)
         assert table.rows == len(theirs)
         assert table.timesteps[table.index].tolist() == [float(np.float32(step.t)) for step in theirs]
         for i, step in enumerate(theirs):
@@ -154,17 +159,17 @@ def check_refusal(scheduler: Any, steps: int, message: str) -> None:
     if "clipping is not linear" in message:
         assert any(scheduler.config.get(key) for key in ("clip_sample", "thresholding", "clip_denoised"))
     elif "NaN or infinity" in message:
-        assert not all(torch.isfinite(step.made).all() for step in follow(scheduler, steps, 0, False))
+        assert not all(torch.isfinite(step.made).all() for step in follow(prepared(scheduler, steps), 0, False))
     elif "which the diffusers pipelines use" in message:
         missing = message.split(" has no ")[1].split(", which")[0].split(", ")
         assert not any(hasattr(scheduler, attribute) for attribute in missing)
     elif "in every step" in message:
         with pytest.raises(TypeError, match="missing"):
-            follow(scheduler, steps, 0, False)
+            follow(prepared(scheduler, steps), 0, False)
     else:
         assert "cannot be used as the diffusers pipelines do" in message
         with pytest.raises(Exception):  # noqa: B017 (whatever it raises)
-            follow(scheduler, steps, 0, False)
+            follow(prepared(scheduler, steps), 0, False)
 
 
 def variations(name: str) -> Iterator[Any]:
@@ -237,7 +242,7 @@ TENSORS = (  # K, evaluations for 8 steps, class, options: found by hand or by a
 def test_how_many_tensors_go_round_the_loop(K: int, evaluations: int, name: str, options: dict[str, Any]) -> None:
     table = schedule.tabulate(sampler(name, **options), 8)
     assert (table.K, table.rows) == (K, evaluations)
-    assert {field.name: getattr(table, field.name).dtype.name for field in dataclasses.fields(table)} == {
+    assert {name: getattr(table, name).dtype.name for name in (*ARRAYS, "timesteps")} == {
         **dict.fromkeys(("m", "v", "w", "input_scale", "start", "init_noise_sigma", "timesteps"), "float32"),
         "draws_noise": "bool",
         "index": "int32",
@@ -289,7 +294,7 @@ def test_one_K_for_several_step_counts() -> None:
         wide = schedule.pad(table, 4)
         assert wide.K == 4
         for replaced in (False, True):
-            assert largest_error(wide, follow(scheduler, steps, 0, replaced), replaced) <= BOUND
+            assert largest_error(wide, follow(prepared(scheduler, steps), 0, replaced), replaced) <= BOUND
 
 
 @pytest.mark.parametrize("limit", [0.5, 10.0, 1000.0])
@@ -381,14 +386,14 @@ def pipeline(checkpoints: dict[str, Path]) -> Any:
 def check_recording(pipeline: Any, checkpoint: Checkpoint, table: Table, steps: int) -> None:
     """Run diffusers' pipeline: the table must make each recorded result of what was recorded before it."""
     case = {"prompt": ["a"], "seed": 5, "num_inference_steps": steps}
+    timesteps: list[float] = []
+    hook = pipeline.unet.time_proj.register_forward_hook(lambda _, args, __: timesteps.append(float(args[0][0])))
     with torch.inference_mode():
         got = reference.run_case(pipeline, checkpoint, Shape(64, 64, 1), case)
-    assert len(got["latents"]) == table.rows
+    hook.remove()
+    assert table.timesteps[table.index].tolist() == timesteps and len(got["latents"]) == table.rows
     start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5)).numpy()
     np.testing.assert_allclose(got["latents"][0], table.init_noise_sigma * start, rtol=1e-6)
-    embed = Timesteps(pipeline.unet.config.block_out_channels[0], flip_sin_to_cos=True, downscale_freq_shift=0)
-    embedded = embed(torch.from_numpy(table.timesteps[table.index])).numpy()
-    np.testing.assert_allclose(got["timestep_embedding"][:, 0], embedded, atol=1e-6)
     assert (table.draws_noise <= got["noise"].any(axis=(1, 2, 3, 4))).all()
     state = np.zeros((table.K, *got["latents"][0].shape))
     for i in range(table.rows):
@@ -412,6 +417,17 @@ def test_the_pipeline_is_recorded_with_any_scheduler(name: str, pipeline: Any, c
     table = schedule.tabulate(pipeline.scheduler, 3)
     check_recording(pipeline, Checkpoint(checkpoints["sd"], None), table, 3)
     assert "step" not in vars(pipeline.scheduler)
+
+
+def test_a_call_that_changes_the_scheduler_does_not_change_the_next(
+    pipeline: Any, checkpoints: dict[str, Path]
+) -> None:
+    """DPMSolverSinglestepScheduler sets `lower_order_final` for an odd number of steps, and leaves it so."""
+    pipeline.scheduler = sampler("DPMSolverSinglestepScheduler", final_sigmas_type="sigma_min")
+    checkpoint = Checkpoint(checkpoints["sd"], None)
+    for steps, table in schedule.tabulate_all(pipeline.scheduler, (3, 2)).items():
+        check_recording(pipeline, checkpoint, table, steps)
+    assert not pipeline.scheduler.config.lower_order_final
 
 
 @pytest.mark.parametrize(

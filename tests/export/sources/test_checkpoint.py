@@ -1,17 +1,13 @@
-"""What is said of a checkpoint before it is loaded: its files, its licence, and its scheduler as a table."""
+"""What is said of a checkpoint before it is loaded: its files and its licence."""
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
-import torch
-from diffusers.models.embeddings import Timesteps
 
-from turbochain.export import schedule
 from turbochain.export.sources import hub
 from turbochain.export.sources.checkpoint import Checkpoint, is_hub_id, open_folder
 from turbochain.runtime import InputError
@@ -246,86 +242,3 @@ def test_no_model_card_or_one_in_another_encoding(tmp_path: Path) -> None:
     assert Checkpoint(tmp_path, None).license() is None
     (tmp_path / "README.md").write_bytes("---\nlicense: mit\n---\ncafé".encode("latin-1"))
     assert Checkpoint(tmp_path, None).license() == "mit"
-
-
-def embed(t: torch.Tensor) -> torch.Tensor:
-    return Timesteps(32, flip_sin_to_cos=True, downscale_freq_shift=0)(t)
-
-
-SAMPLERS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DDIMScheduler", "LCMScheduler")
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-
-
-def sampler(name: str, prediction: str, spacing: str, **options: Any) -> Any:
-    if name in ("DDIMScheduler", "LCMScheduler"):
-        options = {"clip_sample": False, "set_alpha_to_one": False, **options}
-    return getattr(diffusers, name)(prediction_type=prediction, timestep_spacing=spacing, **BETAS, **options)
-
-
-def follow(scheduler: Any, steps: int, predict: Callable[[int], torch.Tensor]) -> tuple[torch.Tensor, list[float]]:
-    """The scheduler's own run as diffusers' pipelines do it: last sample, and what the network read (its mean)."""
-    generator = torch.Generator().manual_seed(7)
-    scheduler.set_timesteps(steps)
-    x, read = torch.randn(2, 4, 6, 5, generator=generator) * scheduler.init_noise_sigma, []
-    for i, t in enumerate(scheduler.timesteps):
-        read.append(float(scheduler.scale_model_input(x, t).double().mean()))
-        x = scheduler.step(predict(i), t, x, generator=generator, return_dict=False)[0]
-    return x, read
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3, 4])
-@pytest.mark.parametrize("spacing", ["trailing", "leading"])
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_table_does_what_its_scheduler_does(name: str, prediction: str, spacing: str, steps: int) -> None:
-    scheduler = sampler(name, prediction, spacing)
-    table = schedule.tabulate(scheduler, steps, embed)
-    predictions = torch.randn(steps, 2, 4, 6, 5, generator=torch.Generator().manual_seed(8))
-    theirs, read = follow(sampler(name, prediction, spacing), steps, lambda i: predictions[i])
-
-    generator = torch.Generator().manual_seed(7)
-    x = table.q * torch.randn(2, 4, 6, 5, generator=generator).double()
-    scheduler.set_timesteps(steps)
-    assert [row.timestep for row in table.rows] == scheduler.timesteps.tolist() and table.p == 0
-    for i, row in enumerate(table.rows):
-        assert float((row.input_scale * x).mean()) == pytest.approx(read[i], rel=1e-4, abs=1e-6)
-        assert torch.equal(torch.tensor([row.timestep_embedding]), embed(scheduler.timesteps[i : i + 1]))
-        noise = torch.randn(2, 4, 6, 5, generator=generator) if row.draws_noise else 0
-        x = row.a * x + row.b * predictions[i] + row.c * noise
-    assert torch.allclose(x, theirs.double(), rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
-
-
-@pytest.mark.parametrize(
-    ("name", "noisy"),
-    [("EulerDiscreteScheduler", 0), ("EulerAncestralDiscreteScheduler", 3), ("DDIMScheduler", 0), ("LCMScheduler", 3)],
-)
-def test_noise_is_drawn_where_the_sampler_uses_it(name: str, noisy: int) -> None:
-    rows = schedule.tabulate(sampler(name, "epsilon", "trailing"), 4, embed).rows
-    assert [row.draws_noise for row in rows] == [i < noisy for i in range(4)]
-    assert [row.c != 0 for row in rows] == [i < noisy for i in range(4)]
-
-
-HIGHER = (
-    *("DPMSolverMultistepScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "PNDMScheduler"),
-    *("LMSDiscreteScheduler", "UniPCMultistepScheduler"),
-)
-
-
-@pytest.mark.parametrize("name", HIGHER)
-def test_a_sampler_of_higher_order_is_refused_by_name(name: str) -> None:
-    with pytest.raises(InputError, match=f"the scheduler {name} .* first-order one .*scheduler_config.json"):
-        schedule.tabulate(getattr(diffusers, name).from_config(BETAS), 4, embed)
-
-
-def test_a_sampler_that_clips_is_refused() -> None:
-    clipping = sampler("DDIMScheduler", "epsilon", "trailing", clip_sample=True, clip_sample_range=0.5)
-    with pytest.raises(InputError, match="DDIMScheduler is not a first-order linear sampler"):
-        schedule.tabulate(clipping, 4, embed)
-
-
-def test_a_table_leaves_the_scheduler_as_it_was() -> None:
-    scheduler = sampler("EulerAncestralDiscreteScheduler", "epsilon", "trailing")
-    scheduler.set_timesteps(10)
-    before = scheduler.timesteps.clone()
-    assert schedule.tabulate(scheduler, 2, embed) == schedule.tabulate(scheduler, 2, embed)
-    assert torch.equal(scheduler.timesteps, before)
