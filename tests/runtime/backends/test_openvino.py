@@ -133,7 +133,7 @@ def test_the_vae_in_int8(sd: Path, copy_of: Copy, checkpoints: dict[str, Path]) 
     assert made.precision["vae_decoder"] == "int8" and made.precision["unet"] == "fp32"
     folder = bundle / "engines" / made.engine
     assert [path.name for path in folder.glob("*.ranges.json")] == ["vae_decoder.ranges.json"]
-    assert made.engine_bytes["vae_decoder"] > (bundle / "graphs/vae_decoder.onnx.data").stat().st_size
+    assert made.engine_bytes["vae_decoder"] > (bundle / "graphs/vae.fp32-0.data").stat().st_size
     with Pipeline.load(bundle, engine=made.engine) as pipe:
         drawn = pipe(**CALL, output_type="uint8").images
     (expected,) = theirs(load_diffusers(checkpoints["sd"]), CALL)
@@ -314,7 +314,7 @@ def test_the_weights_are_not_in_memory_twice(engines: dict[str, Path]) -> None:
     """What is mapped of a graph's file takes no memory any more once the graph is compiled."""
     with Pipeline.load(engines["default"]):
         lines = Path("/proc/self/smaps").read_text().splitlines()
-    mapped = [i for i, line in enumerate(lines) if line.endswith("unet.onnx.data")]
+    mapped = [i for i, line in enumerate(lines) if line.endswith("unet.fp32-0.data")]
     assert mapped, "the weights are not mapped"
     for i in mapped:
         resident = next(line for line in lines[i:] if line.startswith("Rss:"))

@@ -270,7 +270,7 @@ def test_the_command_fails_with_stage_figure_and_bound(sdxl: Path, copy_of: Copy
     assert "vae_decoder" in done.stderr
 
 
-@pytest.mark.parametrize(("name", "damage"), [("graphs/unet.onnx.data", b"\x01"), ("reference.safetensors", b"\x01")])
+@pytest.mark.parametrize(("name", "damage"), [("graphs/unet.fp32-0.data", b"\x01"), ("reference.safetensors", b"\x01")])
 def test_a_flipped_bit_is_bad_input_not_a_wrong_result(sd: Path, copy_of: Copy, name: str, damage: bytes) -> None:
     file = copy_of(sd) / name
     data = bytearray(file.read_bytes())
