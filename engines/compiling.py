@@ -2,16 +2,14 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Collection
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from turbochain.engines import backends as builders
 from turbochain.engines import installed, options
 from turbochain.engines.order import EngineOrder
-from turbochain.export.phases.phases import LOG, SMALL, Phases, now, versions
+from turbochain.export.phases.phases import SMALL, Phases, now, versions
 from turbochain.export.phases.resume import Finished, empty, leave_nothing
 from turbochain.runtime.bundle import strict_json, writing
 from turbochain.runtime.bundle.manifest import FORMAT_VERSION, Check, Engine, EngineGraph, EngineKey
@@ -67,11 +65,6 @@ def _tidy(phases: Phases, folder: Path) -> None:
         phases.log.unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
-
-
-def log(folder: Path, verbose: bool) -> Path | None:
-    """Return the file for what libraries print during a build in `folder`; None if it is shown instead."""
-    return None if verbose else folder / LOG
 
 
 @dataclasses.dataclass

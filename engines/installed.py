@@ -84,7 +84,7 @@ def _is_usable(bundle: Bundle, found: Found, name: str, made: EngineGraph) -> bo
 def lacks(engine: Engine, wanted: Collection[OpenChain], verified: bool) -> bool:
     """Return whether an engine lacks a graph of these chains, or (if `verified`) the checks of one."""
     graphs = {name for chain in wanted for name in chain.graphs}
-    return not graphs <= {*engine.graphs} or verified and not {c.name for c in wanted} <= {*engine.checks}
+    return not graphs <= {*engine.graphs} or (verified and not {c.name for c in wanted} <= {*engine.checks})
 
 
 def link(source: Path, target: Path) -> None:

@@ -58,7 +58,7 @@ def engine_order(
     cache = None if timing_cache is None else Path(timing_cache)
     if cache and cache.exists() and not cache.is_dir():
         raise InputError(f"timing cache {cache}: a folder was expected, with one file per GPU and library version")
-    if isinstance(chains, str) or chains is not None and not chains:
+    if isinstance(chains, str) or (chains is not None and not chains):
         raise InputError(f"chains {chains!r}: a list of names was expected, such as ['text-to-image']")
     kept = None if engines is None else Path(engines)
     if kept and kept.exists() and not kept.is_dir():
