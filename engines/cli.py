@@ -12,6 +12,7 @@ from turbochain.engines import options as backend_options
 from turbochain.engines.build import BuildResult, carry_out
 from turbochain.engines.order import BuildOrder, engine_order
 from turbochain.export.order import ExportOrder
+from turbochain.runtime.checks.verify import bound_text
 from turbochain.runtime.commands import console
 from turbochain.runtime.errors import InputError
 
