@@ -8,19 +8,19 @@ interrupted build goes on where it stopped.
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from turbochain.engines import compiling
-from turbochain.engines import options as backend_options
+from turbochain.engines import backends as builders
+from turbochain.engines import compiling, installed
 from turbochain.engines.order import BuildOrder, engine_order
 from turbochain.export import bundling
 from turbochain.export.order import ExportOrder
 from turbochain.export.phases.phases import LOG, PhaseReport, Phases
-from turbochain.runtime import backends
+from turbochain.runtime import backends, selection
 from turbochain.runtime.bundle.lock import lock_directory
 from turbochain.runtime.bundle.manifest import Check
 from turbochain.runtime.bundle.opened import Bundle
@@ -34,13 +34,14 @@ class BuildResult:
     """What a build did."""
 
     bundle: Path
-    engine: str  # the folder's name in engines/
-    precision: dict[str, str]  # graph → what its engine computes in
+    engine: str  # the name of its folder
+    folder: Path  # the engine's
+    precision: dict[str, str]  # graph → what the engine computes it in
     remedy: dict[str, str]  # graph → what makes it right in fp16, or why it is not in fp16; "" for nothing
     engine_bytes: dict[str, int]  # graph → bytes that the engine reads
     build_seconds: dict[str, float]  # graph → compilation
-    checks: list[Check]  # empty where the engine is for another machine, and has not met one such yet
-    phases: list[PhaseReport] = field(default_factory=list)  # empty where there was nothing to do
+    checks: dict[str, list[Check]]  # chain → its verification; a chain that is missing is verified at its first load
+    phases: list[PhaseReport] = field(default_factory=list)  # empty if there was nothing to do
     backend: str = ""
     reason: str = ""  # why this backend
 
@@ -63,6 +64,8 @@ def build(
     variant: str | None = None,
     options: Mapping[str, object] | None = None,
     timing_cache: str | Path | None = None,
+    chains: Sequence[str] | None = None,
+    engines: str | Path | None = None,
     force: bool = False,
     quiet: bool = False,
     verbose: bool = False,
@@ -80,13 +83,15 @@ def build(
     pixels, multiples of 64 (default 512×512). `steps`: step counts (default 1 to 4). `opset`: of the ONNX graphs,
     18 to 23 (default 21). `options`: the backend's own, such as {"builder_optimization_level": 5}; see `OPTIONS`
     in its module in `turbochain.engines`. `timing_cache`: the folder where TensorRT's timings are kept and found,
-    one file per GPU and library version (default: the folder that the bundle is in). `force` skips the check of
-    memory and disk. A second call with the same arguments finds the result and does nothing. Raises InputError
-    for what cannot be built, VerificationError where the engine differs from diffusers by more than its bounds
-    (the engine is then not installed).
+    one file per GPU and library version (default: the folder that the bundle is in). `chains`: compile and verify
+    only the graphs of these chains (default: all of the bundle's); a later call with others adds theirs. `engines`:
+    the folder of this bundle's engines (default: its own, or the user's cache if it is read-only). `force` skips the
+    check of memory and disk. A second call with the same arguments finds the result and does nothing. Raises
+    InputError for what cannot be built, VerificationError if the engine differs from diffusers by more than its
+    bounds (the engine is then not installed).
     """
     export = ExportOrder(source, precision, vae_precision, vae, size, batch, steps, opset, revision, variant)
-    engine = engine_order(backend, device, target, options, timing_cache, precision)
+    engine = engine_order(backend, device, target, options, timing_cache, precision, chains, engines)
     where = None if output is None else Path(output)
     return carry_out(BuildOrder(export, engine, where, force, quiet, verbose))
 
@@ -95,8 +100,8 @@ def carry_out(order: BuildOrder) -> BuildResult:
     """Build what was ordered, unless it is there; raises as `build`."""
     engine, quiet, verbose = order.engine, order.quiet, order.verbose
     source, vae = order.export.source, order.export.vae
-    where = compiling.device(engine.backend, engine.device, engine.target)
-    backend_options.settled(engine.backend, engine.options)  # what this machine cannot do is told before the work
+    where = installed.device(engine.backend, engine.device, engine.target)
+    builders.get(engine.backend).settle(engine.options)  # what this machine cannot do is told before the work
     if not quiet:
         print(f"backend {engine.backend} on {where}: {engine.reason}", file=sys.stderr)
     asked = _asked(order.export)
@@ -106,23 +111,28 @@ def carry_out(order: BuildOrder) -> BuildResult:
     request = _request(source, asked, order.export.revision, order.export.variant, vae)
     phases: list[PhaseReport] = []
 
-    def finish(lock: int) -> BuildResult:
+    def finish() -> BuildResult:
         bundle = Bundle.open(output)
         _check_same(bundle, source, request)
-        run = Phases(lock, None if verbose else output / "engines" / LOG, quiet, phases)
         graphs = bundle.manifest.graphs
         usual = backends.preference(engine.backend, where).precisions[0]
         if where.kind == "cuda" and usual not in {g.precision for g in graphs.values()} and not quiet:
             print(f"the bundle is not in {usual}, so neither is its engine: export it again for speed", file=sys.stderr)
-        name, made = compiling.install(run, bundle, engine)
+        folder = selection.folder_to_write(bundle, engine.engines)
+        with _locked(folder, quiet) as lock:
+            run = Phases(lock, None if verbose else folder / LOG, quiet, phases)
+            found = compiling.install(run, bundle, engine, folder)
+        made = found.engine
+        compiled = {name: graphs[name] for name in made.graphs}
         return BuildResult(
             bundle=output,
-            engine=name,
-            precision=backends.precisions(engine.backend, made.options, {g: graphs[g] for g in bundle.chain.graphs}),
-            remedy={g: graphs[g].remedy for g in bundle.chain.graphs},
-            engine_bytes=made.bytes,
-            build_seconds=made.build_seconds,
-            checks=list(made.checks),
+            engine=found.name,
+            folder=found.folder,
+            precision=backends.precisions(engine.backend, made.options, compiled),
+            remedy={name: graph.remedy for name, graph in compiled.items()},
+            engine_bytes={name: graph.bytes for name, graph in made.graphs.items()},
+            build_seconds={name: graph.build_seconds for name, graph in made.graphs.items()},
+            checks={chain: list(checks) for chain, checks in made.checks.items()},
             phases=phases,
             backend=engine.backend,
             reason=engine.reason,
@@ -140,10 +150,10 @@ def carry_out(order: BuildOrder) -> BuildResult:
                     run = Phases(lock, None if verbose else partial / LOG, quiet, phases)
                     request = {"precision": backends.preference(engine.backend, where).precisions[0], **request}
                     bundling.export(run, source, vae, request, partial, output, order.force)
-                return finish(lock)  # the folder was renamed, so the same lock is now the bundle's
+                return finish()  # the folder was renamed, so its lock is now the bundle's
             partial.rmdir()  # the owner of the lock that we waited for made the bundle
-    with _locked(output, quiet) as lock:
-        return finish(lock)
+    with _locked(output, quiet):
+        return finish()
 
 
 def _asked(order: ExportOrder) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a build is asked for: a bundle and an engine. Checked in one place for the command line and for Python."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ class EngineOrder:
     options: Mapping[str, Any] = field(default_factory=dict)  # of the backend; those that are missing are its defaults
     cache: Path | None = None  # folder for what makes later builds quicker (None: the one that the bundle is in)
     reason: str = "as asked"  # why this backend, for people
+    chains: tuple[str, ...] | None = None  # whose graphs are compiled and verified; None: all of the bundle's
+    engines: Path | None = None  # folder that engines are kept in; None: the bundle's, or the user's cache
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,12 @@ def engine_order(
     options: Mapping[str, object] | None,
     timing_cache: str | Path | None,
     precision: str | None,
+    chains: Sequence[str] | None = None,
+    engines: str | Path | None = None,
 ) -> EngineOrder:
     """Return the order of an engine, with the best backend for this machine if `backend` is None.
 
-    The other arguments are those of `build`. InputError if the backend, an option or the cache's path cannot be.
+    The other arguments are those of `build`. InputError if the backend, an option or a path cannot be.
     """
     chosen, reason = _choose(backend, device, target)
     given = dict(options or {})
@@ -54,7 +58,13 @@ def engine_order(
     cache = None if timing_cache is None else Path(timing_cache)
     if cache and cache.exists() and not cache.is_dir():
         raise InputError(f"timing cache {cache}: a folder was expected, with one file per GPU and library version")
-    return EngineOrder(chosen, device, target, backend_options.resolve(chosen, given), cache, reason)
+    if isinstance(chains, str) or (chains is not None and not chains):
+        raise InputError(f"chains {chains!r}: a list of names was expected, such as ['text-to-image']")
+    kept = None if engines is None else Path(engines)
+    if kept and kept.exists() and not kept.is_dir():
+        raise InputError(f"engines {kept}: a folder was expected, in which engines are kept")
+    named = None if chains is None else tuple(chains)
+    return EngineOrder(chosen, device, target, backend_options.resolve(chosen, given), cache, reason, named, kept)
 
 
 def _choose(backend: str | None, device: str | None, target: str | None) -> tuple[str, str]:

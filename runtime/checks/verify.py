@@ -6,7 +6,7 @@ torch nor the checkpoint."""
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +113,7 @@ def precisions(chain: OpenChain, found: Found) -> dict[str, str]:
     return backends.precisions(found.engine.key.backend, found.engine.options, chain.graphs)
 
 
-def require(checks: list[Check]) -> None:
+def require(checks: Sequence[Check]) -> None:
     """Raise VerificationError that names every stage, figure and bound which failed."""
     failed = [c for c in checks if not c.passed]
     if failed:
