@@ -14,7 +14,7 @@ from turbochain.export.order import ExportOrder, How, Recipe
 from turbochain.export.phases.phases import LOG, PhaseReport, Phases
 from turbochain.runtime.bundle.lock import lock_directory
 from turbochain.runtime.bundle.opened import Bundle
-from turbochain.runtime.bundle.strict_json import convert
+from turbochain.runtime.bundle.strict_json import plain
 from turbochain.runtime.errors import InputError
 
 
@@ -116,13 +116,12 @@ def _locked(path: Path, quiet: bool) -> Iterator[int]:
 def _checked(path: Path, order: ExportOrder, recipe: Recipe | None) -> Bundle:
     """Return the bundle at `path`; InputError if it is not what is ordered (`recipe` None: a bundle as the source)."""
     bundle, given = Bundle.open(path), order.given()
-    have = vars(convert(Recipe, bundle.manifest.request))
-    wanted = given if recipe is None else vars(recipe)
+    have, wanted = bundle.manifest.request, plain(given if recipe is None else vars(recipe))
     left = {"precision", "vae_precision"} - set(given)  # by default the bundle's own
     other = [
-        f"{name} is {have[name]!r} there and {value!r} here"
+        f"{name} is {have.get(name)!r} there and {value!r} here"
         for name, value in wanted.items()
-        if name not in left and have[name] != value
+        if name not in left and have.get(name) != value
     ]
     other = [o if not o.startswith("stamp is") else f"the files of {order.source} have changed" for o in other]
     if recipe is None and Bundle.open(order.source).manifest.files != bundle.manifest.files:

@@ -39,7 +39,7 @@ def copy(source: Bundle, folder: Path, output: Path) -> None:
 
 
 def export(phases: Phases, order: ExportOrder, recipe: Recipe, folder: Path, output: Path, force: bool) -> None:
-    """Make the bundle `output` by a recipe, in the locked `folder`.
+    """Make the bundle `output` of an order and its recipe, in the locked `folder`.
 
     What cannot be built leaves nothing behind; a full disk, a failure or a kill leaves what was finished, if anything.
     """
@@ -63,9 +63,8 @@ def _export(phases: Phases, order: ExportOrder, recipe: Recipe, folder: Path, fo
     common["prepared"] = prepared
     run = partial(phases.run, keep=prepared.weight_bytes <= SMALL)
     judge = partial(run, "reference", "turbochain.export.jobs:reference", **common)
-    remedies = convert(
-        dict[str, Remedy], state.once("reference", judge, lambda _: [REFERENCE, prepared.chain.tables_file])
-    )
+    recorded = [REFERENCE, prepared.chain.tables_file]
+    remedies = convert(dict[str, Remedy], state.once("reference", judge, lambda _: recorded))
     _tell(phases, remedies)
     graphs: dict[str, Graph] = {}
     for component in (*prepared.family.components, ""):
@@ -110,7 +109,7 @@ def _manifest(
         format_version=FORMAT_VERSION,
         family=prepared.family.name,
         checkpoint=prepared.origin,
-        request=strict_json.plain(recipe),
+        request=strict_json.plain(vars(recipe)),
         created=now(),
         created_by=versions(*VERSIONS),
         requires=_requires(prepared.chain),
