@@ -73,7 +73,7 @@ def make(order: ExportOrder, how: How, precision: str, reports: list[PhaseReport
     recipe = None if is_bundle(order.source) else order.recipe(precision)
     if not is_bundle(output):
         partial = output.with_name(output.name + ".partial")
-        with _locked(partial, how.quiet) as lock:
+        with locked(partial, how.quiet) as lock:
             if not is_bundle(output):
                 if recipe is None:
                     bundling.copy(Bundle.open(order.source), partial, output)
@@ -83,7 +83,7 @@ def make(order: ExportOrder, how: How, precision: str, reports: list[PhaseReport
                 yield lock, _checked(output, order, recipe)  # the folder was renamed: the same lock is the bundle's now
                 return
             partial.rmdir()  # the owner of the lock that we waited for made the bundle
-    with _locked(output, how.quiet) as lock:
+    with locked(output, how.quiet) as lock:
         yield lock, _checked(output, order, recipe)
 
 
@@ -104,7 +104,9 @@ def path_of(order: ExportOrder, output: str | Path | None) -> Path:
 
 
 @contextmanager
-def _locked(path: Path, quiet: bool) -> Iterator[int]:
+def locked(path: Path, quiet: bool) -> Iterator[int]:
+    """Hold the lock of a folder, made if it is not there; say so on stderr if another process holds it."""
+
     def say() -> None:
         if not quiet:
             print(f"waiting: another build of {path} is running", file=sys.stderr)

@@ -33,7 +33,7 @@ class Folder:
 
 
 def _find(name: str) -> Source | None:
-    return Folder(Path(name).resolve()) if Path(name).is_dir() else None
+    return Folder(Path(name).resolve()) if name and Path(name).is_dir() else None
 
 
 KIND = Kind("a folder here", ON_DISK, _find, parts=True)
