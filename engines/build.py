@@ -5,28 +5,19 @@ when verified. Both folders are locked while in use. What is finished is written
 interrupted build goes on where it stopped.
 """
 
-import hashlib
-import importlib.util
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from turbochain.engines import backends as builders
 from turbochain.engines import compiling, installed
 from turbochain.engines.order import BuildOrder, engine_order
-from turbochain.export import bundling
-from turbochain.export.order import ExportOrder
+from turbochain.export.api import locked, make, path_of
+from turbochain.export.order import ExportOrder, How
 from turbochain.export.phases.phases import LOG, PhaseReport, Phases
 from turbochain.runtime import backends, selection
-from turbochain.runtime.bundle.lock import lock_directory
 from turbochain.runtime.bundle.manifest import Check
-from turbochain.runtime.bundle.opened import Bundle
-from turbochain.runtime.errors import InputError
-
-DEMO = "demo"  # turbochain.export.sources.checkpoint.DEMO
 
 
 @dataclass
@@ -58,7 +49,7 @@ def build(
     vae: str | None = None,
     size: tuple[int, int] | None = None,
     batch: int | None = None,
-    steps: list[int] | None = None,
+    steps: Sequence[int] | None = None,
     opset: int | None = None,
     revision: str | None = None,
     variant: str | None = None,
@@ -90,42 +81,35 @@ def build(
     InputError for what cannot be built, VerificationError if the engine differs from diffusers by more than its
     bounds (the engine is then not installed).
     """
-    export = ExportOrder(source, precision, vae_precision, vae, size, batch, steps, opset, revision, variant)
+    counts = None if steps is None else tuple(steps)
+    export = ExportOrder(source, precision, vae_precision, vae, size, batch, counts, opset, revision, variant)
     engine = engine_order(backend, device, target, options, timing_cache, precision, chains, engines)
-    where = None if output is None else Path(output)
-    return carry_out(BuildOrder(export, engine, where, force, quiet, verbose))
+    return carry_out(BuildOrder(export, engine, How(path_of(export, output), force, quiet, verbose)))
 
 
 def carry_out(order: BuildOrder) -> BuildResult:
     """Build what was ordered, unless it is there; raises as `build`."""
-    engine, quiet, verbose = order.engine, order.quiet, order.verbose
-    source, vae = order.export.source, order.export.vae
+    engine, how = order.engine, order.how
     where = installed.device(engine.backend, engine.device, engine.target)
     builders.get(engine.backend).settle(engine.options)  # what this machine cannot do is told before the work
-    if not quiet:
+    if not how.quiet:
         print(f"backend {engine.backend} on {where}: {engine.reason}", file=sys.stderr)
-    asked = _asked(order.export)
     for precision in filter(None, (order.export.precision, order.export.vae_precision)):
         backends.require_precision(engine.backend, where, precision)
-    output = order.output or _default_output(source)
-    request = _request(source, asked, order.export.revision, order.export.variant, vae)
-    phases: list[PhaseReport] = []
-
-    def finish() -> BuildResult:
-        bundle = Bundle.open(output)
-        _check_same(bundle, source, request)
+    usual = backends.preference(engine.backend, where).precisions[0]
+    reports: list[PhaseReport] = []
+    with make(order.export, how, usual, reports) as (_, bundle):
         graphs = bundle.manifest.graphs
-        usual = backends.preference(engine.backend, where).precisions[0]
-        if where.kind == "cuda" and usual not in {g.precision for g in graphs.values()} and not quiet:
+        if where.kind == "cuda" and usual not in {g.precision for g in graphs.values()} and not how.quiet:
             print(f"the bundle is not in {usual}, so neither is its engine: export it again for speed", file=sys.stderr)
         folder = selection.folder_to_write(bundle, engine.engines)
-        with _locked(folder, quiet) as lock:
-            run = Phases(lock, None if verbose else folder / LOG, quiet, phases)
-            found = compiling.install(run, bundle, engine, folder)
+        with locked(folder, how.quiet) as lock:
+            phases = Phases(lock, None if how.verbose else folder / LOG, how.quiet, reports)
+            found = compiling.install(phases, bundle, engine, folder)
         made = found.engine
         compiled = {name: graphs[name] for name in made.graphs}
         return BuildResult(
-            bundle=output,
+            bundle=how.output,
             engine=found.name,
             folder=found.folder,
             precision=backends.precisions(engine.backend, made.options, compiled),
@@ -133,109 +117,7 @@ def carry_out(order: BuildOrder) -> BuildResult:
             engine_bytes={name: graph.bytes for name, graph in made.graphs.items()},
             build_seconds={name: graph.build_seconds for name, graph in made.graphs.items()},
             checks={chain: list(checks) for chain, checks in made.checks.items()},
-            phases=phases,
+            phases=reports,
             backend=engine.backend,
             reason=engine.reason,
         )
-
-    if not _is_bundle(output):
-        if output.exists():
-            raise InputError(f"{output} exists and is not a bundle: choose another path with -o")
-        partial = output.with_name(output.name + ".partial")
-        with _locked(partial, quiet) as lock:
-            if not _is_bundle(output):
-                if _is_bundle(source):
-                    bundling.copy(Bundle.open(source), partial, output)
-                else:
-                    run = Phases(lock, None if verbose else partial / LOG, quiet, phases)
-                    request = {"precision": backends.preference(engine.backend, where).precisions[0], **request}
-                    bundling.export(run, source, vae, request, partial, output, order.force)
-                return finish()  # the folder was renamed, so its lock is now the bundle's
-            partial.rmdir()  # the owner of the lock that we waited for made the bundle
-    with _locked(output, quiet):
-        return finish()
-
-
-def _asked(order: ExportOrder) -> dict[str, Any]:
-    """Return the options that were given, as the bundle tells them."""
-    given = {"precision": order.precision, "vae_precision": order.vae_precision, "batch": order.batch}
-    asked: dict[str, Any] = {k: v for k, v in {**given, "opset": order.opset}.items() if v is not None}
-    if order.size is not None:
-        asked |= {"height": order.size[1], "width": order.size[0]}
-    if order.steps is not None:
-        asked["steps"] = sorted(set(order.steps))
-    if order.vae is not None:
-        asked["vae"] = _name(Path(order.vae)) if Path(order.vae).is_dir() else order.vae
-    return asked
-
-
-def _is_bundle(path: str | Path) -> bool:
-    return Path(path, "bundle.json").is_file()
-
-
-def _default_output(source: str) -> Path:
-    if _is_bundle(source):
-        return Path(source)
-    name = (
-        Path(source).resolve().name
-        if Path(source).is_dir()
-        else source.rstrip("/").replace(":", "/").rpartition("/")[2]
-    )
-    return Path(name + ".bundle")
-
-
-def _request(
-    source: str, asked: dict[str, Any], revision: str | None, variant: str | None, vae: str | None
-) -> dict[str, Any]:
-    """What the bundle will say that it was asked for; of a bundle as source, only what was asked explicitly.
-
-    Of a local folder it keeps the name and a digest of its files' names, sizes and times: a bundle that is given
-    away need not tell where it was built, and a changed source is noticed.
-    """
-    if _is_bundle(source):
-        given = {"revision": revision, "variant": variant, **asked}
-        return {k: v for k, v in given.items() if v is not None}
-    folder = _own_checkpoint() if source == DEMO else Path(source)
-    stamps = [_stamp(f) for f in (folder, Path(vae or "")) if f.is_dir() and f != Path()]
-    stamp = hashlib.sha256("\n".join(stamps).encode(errors="surrogateescape")).hexdigest() if stamps else None
-    source = _name(folder) if folder.is_dir() else source
-    shape = {"height": 512, "width": 512, "batch": 1, "steps": [1, 2, 3, 4], "opset": 21, **asked}
-    return {"source": source, "revision": revision, "variant": variant, "stamp": stamp, **shape}
-
-
-def _name(folder: Path) -> str:
-    return folder.resolve().name
-
-
-def _stamp(folder: Path) -> str:
-    """A line for each file: its name, size and time."""
-    seen = sorted((str(p.relative_to(folder)), p.stat()) for p in folder.rglob("*") if p.is_file())
-    return "\n".join(f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in seen)
-
-
-def _own_checkpoint() -> Path:
-    """The folder of the source "demo", found without an import of turbochain.export, which has it."""
-    spec = importlib.util.find_spec("turbochain.export")
-    assert spec and spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0]) / DEMO
-
-
-@contextmanager
-def _locked(path: Path, quiet: bool) -> Iterator[int]:
-    def say() -> None:
-        if not quiet:
-            print(f"waiting: another build of {path} is running", file=sys.stderr)
-
-    with lock_directory(path, on_wait=say) as lock:
-        yield lock
-
-
-def _check_same(bundle: Bundle, source: str, request: dict[str, Any]) -> None:
-    """InputError where an existing bundle is not what is asked for."""
-    have = bundle.manifest.request
-    other = [f"{k} is {have.get(k)!r} there and {v!r} here" for k, v in request.items() if have.get(k) != v]
-    other = [o if not o.startswith("stamp is") else f"the files of {source} have changed" for o in other]
-    if _is_bundle(source) and Bundle.open(source).manifest.files != bundle.manifest.files:
-        other = [f"its files are not those of {source}"]
-    if other:
-        raise InputError(f"{bundle.path} holds another build ({'; '.join(other)}): choose another path with -o")

@@ -6,12 +6,12 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from turbochain.engines import options as backend_options
 from turbochain.engines.build import BuildResult, carry_out
 from turbochain.engines.order import BuildOrder, engine_order
-from turbochain.export.order import ExportOrder
+from turbochain.export.api import path_of
+from turbochain.export.order import ExportOrder, How
 from turbochain.runtime.checks.verify import bound_text
 from turbochain.runtime.commands import console
 from turbochain.runtime.errors import InputError
@@ -59,8 +59,8 @@ def _build(arguments: argparse.Namespace) -> None:
     given["chains"] = None if arguments.chains is None else arguments.chains.split(",")
     named = ("backend", "device", "target", "timing_cache", "precision", "chains", "engines")
     engine = engine_order(options=options, **{name: given[name] for name in named})
-    output = None if arguments.output is None else Path(arguments.output)
-    result = carry_out(BuildOrder(export, engine, output, arguments.force, verbose=arguments.verbose))
+    how = How(path_of(export, arguments.output), arguments.force, verbose=arguments.verbose)
+    result = carry_out(BuildOrder(export, engine, how))
     print(json.dumps(dataclasses.asdict(result), default=str, indent=2) if arguments.json else text(result))
 
 
@@ -116,11 +116,11 @@ def _size(value: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _steps(value: str) -> list[int]:
+def _steps(value: str) -> tuple[int, ...]:
     if match := re.fullmatch(r"(\d{1,3})-(\d{1,3})", value):
-        return list(range(int(match[1]), int(match[2]) + 1))
+        return tuple(range(int(match[1]), int(match[2]) + 1))
     if re.fullmatch(r"\d{1,3}(,\d{1,3})*", value):
-        return [int(n) for n in value.split(",")]
+        return tuple(int(n) for n in value.split(","))
     raise InputError(f"--steps {value}: a range or a list was expected, such as 1-4 or 1,2,4")
 
 

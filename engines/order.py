@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from turbochain.engines import options as backend_options
-from turbochain.export.order import ExportOrder
+from turbochain.export.order import ExportOrder, How
 from turbochain.runtime import backends
 from turbochain.runtime.errors import InputError
 
@@ -31,10 +31,7 @@ class BuildOrder:
 
     export: ExportOrder
     engine: EngineOrder
-    output: Path | None = None  # the bundle; None: the source's name with .bundle, in the current folder
-    force: bool = False  # build even if memory or disk look too small
-    quiet: bool = False  # print no phases
-    verbose: bool = False  # show what the exporter and the libraries print
+    how: How
 
 
 def engine_order(

@@ -36,7 +36,7 @@ class Remedy:
     """The precision that a graph is made in, and what makes it right there (JSON values)."""
 
     precision: str
-    exponents: Mapping[str, int] = field(default_factory=dict)  # see export.rescale.rescale
+    exponents: dict[str, int] = field(default_factory=dict)  # see export.rescale.rescale
     attention: tuple[str, ...] = ()  # see export.attention.upcast
     phrase: str = ""  # for people; empty where there is nothing to say
 

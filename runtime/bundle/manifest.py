@@ -161,15 +161,24 @@ class TokenizerFile:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """Where the weights came from."""
+class PartOrigin:
+    """Where one part of the checkpoint came from: a component with weights, a tokenizer or the scheduler."""
 
     source: str  # hub id, name of a local folder, or synthetic:…
-    revision: str | None  # commit of a hub checkpoint
-    variant: str | None
+    revision: str | None  # commit of a hub repository
+    variant: str | None  # of its weight files, such as fp16
+    license: str | None  # SPDX id or the name on the model card; None if there is none
+    terms: tuple[str, ...]  # licence and model card, files of the bundle
+    weights: dict[str, FileRecord]  # weight file in the part's folder → size, SHA-256
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the weights came from."""
+
+    source: str  # of the whole: hub id, name of a local folder, or synthetic:…
     pipeline_class: str  # diffusers' _class_name
-    license: str | None  # SPDX id or the name on the model card; None where the checkpoint does not say
-    weights: dict[str, FileRecord]  # file in the checkpoint → size, SHA-256
+    parts: dict[str, PartOrigin]  # component, tokenizer or scheduler → where it came from
 
 
 @dataclass(frozen=True)
@@ -179,7 +188,7 @@ class Manifest:
     format_version: int
     family: str
     requires: dict[str, str]  # optional feature that the bundle uses → the first turbochain that reads it
-    checkpoint: Checkpoint
+    checkpoint: Origin
     request: dict[str, Any]  # what the build was asked for: a second build with the same does nothing
     created: str  # UTC, ISO 8601
     created_by: dict[str, str]  # package → version

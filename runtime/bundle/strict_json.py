@@ -26,16 +26,22 @@ def read(kind: type[T], path: Path) -> T:
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read: {error}") from None
     _check_version(value, path)
-    result, problems = convert(kind, value)
-    if problems:
-        raise BundleError(f"{path} is not valid: " + "; ".join(problems))
-    return result
+    try:
+        return convert(kind, value)
+    except ValueError as error:
+        raise BundleError(f"{path} is not valid: {error}") from None
 
 
-def convert(kind: type[T], value: Any) -> tuple[T, list[str]]:
-    """Return JSON's `value` as the dataclass `kind`, and every problem; the result is of use only if there is none."""
+def convert(kind: type[T], value: Any) -> T:
+    """Return JSON's `value` as `kind`: a dataclass, a container of dataclasses, a path or a plain type.
+
+    Raises ValueError with every problem.
+    """
     problems: list[str] = []
-    return _convert(kind, value, "", problems), problems
+    result: T = _convert(kind, value, "", problems)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return result
 
 
 def write(value: Any) -> str:
@@ -44,13 +50,15 @@ def write(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return a dataclass, or a container of dataclasses, as JSON values."""
+    """Return a dataclass, or a container of dataclasses, as JSON values; a path becomes a text."""
     if dataclasses.is_dataclass(value):
         fields = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
         return {_key(f.name): plain(v) for f, v in fields if not _is_default(f, v)}
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
-    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _check_version(value: Any, path: Path) -> None:
@@ -97,14 +105,16 @@ def _convert(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _convert_dataclass(kind, value, where, problems)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_convert(arguments[0], v, f"{where}[{i}]", problems) for i, v in enumerate(value))
+    if origin in (tuple, list) and isinstance(value, list):
+        return origin(_convert(arguments[0], v, f"{where}[{i}]", problems) for i, v in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {k: _convert(arguments[1], v, f"{where}.{k}", problems) for k, v in value.items()}
     if origin is types.UnionType:
         return None if value is None else _convert(arguments[0], value, where, problems)
     if kind is Any or type(value) is kind:
         return value
+    if kind is Path and isinstance(value, str):
+        return Path(value)
     if kind is float and type(value) is int:
         return float(value)
     name = getattr(kind, "__name__", str(kind))

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from turbochain.runtime.bundle import strict_json
-from turbochain.runtime.bundle.manifest import Engine, Gpu
+from turbochain.runtime.bundle.manifest import Engine, Gpu, Origin
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.chain import wiring
 from turbochain.runtime.chain.opened import OpenChain
@@ -21,7 +21,7 @@ def as_json(bundle: Bundle) -> dict[str, Any]:
         "path": str(bundle.path),
         "id": bundle.id,
         "family": m.family,
-        "checkpoint": {k: v for k, v in dataclasses.asdict(m.checkpoint).items() if k != "weights"},
+        "checkpoint": _origin(m.checkpoint),
         "graphs": {name: strict_json.plain(graph) for name, graph in m.graphs.items()},
         "chains": {name: _chain(bundle.open_chain(name)) for name in m.chains},
         "engines": {name: _engine(bundle, found) for name, found in _engines(bundle).items()},
@@ -74,15 +74,13 @@ def wires(chain: OpenChain) -> list[dict[str, str]]:
 def as_text(bundle: Bundle) -> str:
     """Return the same for a person."""
     m, engines = bundle.manifest, _engines(bundle)
-    c = m.checkpoint
-    source = c.source + (f" at {c.revision}" if c.revision else "")
     graphs = [["graph", "precision", "weights", "remedy"]]
     for name, graph in m.graphs.items():
         size = console.size(sum(m.files[f].size for f in graph.data))
         graphs.append([name, graph.precision, size, graph.remedy])
     parts = [
-        f"{bundle.path}: {m.family}, from {source}",
-        f"licence: {c.license or 'the checkpoint does not say; see its model card'}",
+        f"{bundle.path}: {m.family}, from {_sources(m.checkpoint)}",
+        f"licence: {_licences(m.checkpoint)}",
         console.table(graphs),
         *(part for name in m.chains for part in _chain_text(bundle.open_chain(name))),
         *(_engine_text(name, _engine(bundle, found)) for name, found in engines.items()),
@@ -112,6 +110,30 @@ def _chain_text(chain: OpenChain) -> list[str]:
         console.table(found, left=4),
         console.table(rows),
     ]
+
+
+def _origin(origin: Origin) -> dict[str, Any]:
+    """Return where the checkpoint's parts came from, without the hashes of their weights."""
+    found = strict_json.plain(origin)
+    for part in found["parts"].values():
+        del part["weights"]
+    return found
+
+
+def _sources(origin: Origin) -> str:
+    """Return where the whole came from, then the parts that came from elsewhere."""
+    told = {name: p.source + (f" at {p.revision}" if p.revision else "") for name, p in origin.parts.items()}
+    own = [told[name] for name, p in origin.parts.items() if p.source == origin.source]
+    others = [f"{name} from {told[name]}" for name, p in origin.parts.items() if p.source != origin.source]
+    return ", ".join([own[0] if own else origin.source, *others])
+
+
+def _licences(origin: Origin) -> str:
+    """Return the licence of all parts, or each one's if they differ."""
+    told = {name: p.license or "the checkpoint does not say; see its model card" for name, p in origin.parts.items()}
+    if len(set(told.values())) == 1:
+        return next(iter(told.values()))
+    return "; ".join(f"{name}: {licence}" for name, licence in told.items())
 
 
 def _engine(bundle: Bundle, found: Engine | BundleError) -> dict[str, Any]:

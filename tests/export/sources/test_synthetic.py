@@ -15,7 +15,8 @@ import torch
 import transformers
 
 from turbochain.export.sources import vocabulary
-from turbochain.export.sources.synthetic import PRESETS, models, write_checkpoint
+from turbochain.export.sources.presets import PRESETS
+from turbochain.export.sources.synthetic import models, write_checkpoint
 from turbochain.runtime.errors import InputError
 
 MINIS = ["sd-turbo-mini", "sdxl-turbo-mini"]
