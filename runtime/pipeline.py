@@ -1,6 +1,5 @@
 """`Pipeline`: prompt in, pixels out, from a bundle and one of its engines."""
 
-import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ import numpy as np
 
 from turbochain.runtime import selection
 from turbochain.runtime.backends.contract import Cancel, Device, Executor, Observe
-from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
+from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Tensor
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.chain import wiring
 from turbochain.runtime.chain.opened import OpenChain
@@ -20,11 +19,8 @@ from turbochain.runtime.chain.plan import Plan
 from turbochain.runtime.checks import verify
 from turbochain.runtime.errors import PictureError, TurbochainError
 from turbochain.runtime.inputs.cache import PromptCache
-from turbochain.runtime.inputs.noise import Generator, draw_run
-from turbochain.runtime.inputs.tokenizer import Tokenizer
+from turbochain.runtime.inputs.feeds import Feeds
 from turbochain.runtime.request import Request
-
-log = logging.getLogger("turbochain")
 
 PROMPT_CACHE_BYTES = 64 * 2**20
 Arrays = Mapping[str, np.ndarray]
@@ -61,8 +57,8 @@ class Pipeline:
         self._found = found
         self._executor: Executor | None = executor
         self._chains: dict[str, _ReadyChain] = {}
+        self._held: set[Tensor] = set()
         self._lock = threading.RLock()
-        self._local = threading.local()
         self.prompt_cache = PromptCache(prompt_cache_bytes)
 
     @classmethod
@@ -143,12 +139,12 @@ class Pipeline:
         """Carry out a request; see `__call__`."""
         start, device_seconds, uncaptured = time.perf_counter(), 0.0, None
         ready, count = self._ready(request.chain), len(request.prompts)
-        feeds = self._feeds(ready, request)
-        ready.warn_of_truncation(request.prompts)
+        feeds = ready.feeds.of_request(request)
+        ready.feeds.warn_of_truncation(request.prompts)
         batch, pictures = ready.chain.batch, []
         for first in range(0, count, batch):
             rows = [min(i, count - 1) for i in range(first, first + batch)]  # short: the last one again
-            picture, results = self._run(ready, request, ready.rows(feeds, rows), observe, cancel)
+            picture, results = self._run(ready, request, ready.feeds.rows(feeds, rows), observe, cancel)
             pictures.append(picture[: count - first])
             device_seconds += results.seconds
             uncaptured = results.uncaptured
@@ -180,6 +176,7 @@ class Pipeline:
                 self._executor.close()
                 self._executor = None
             self._chains.clear()
+            self._held.clear()
             self.prompt_cache.clear()
 
     def __enter__(self) -> "Pipeline":
@@ -197,43 +194,23 @@ class Pipeline:
             if name not in self._chains:
                 chain = self.bundle.open_chain(name)
                 self._found = verify.prepare(chain, self._found, executor)
-                self._chains[name] = _ReadyChain(chain)
+                self._chains[name] = _ReadyChain(chain, Feeds(chain))
             return self._chains[name]
-
-    def _feeds(self, ready: "_ReadyChain", request: Request) -> dict[str, np.ndarray]:
-        """Return what the caller feeds for all N pictures: [N, …], for every step [rows, N, …]."""
-        chain, count = ready.chain, len(request.prompts)
-        first = self._first_generator()
-        generators = [first.manual_seed(s) if i == 0 else Generator(s) for i, s in enumerate(request.seeds)]
-        given = {}
-        if request.latents is not None:
-            given = {next(d.name for d in chain.chain.draws): request.latents.value}
-        noise = draw_run(chain, chain.table(request.steps), generators, count, given=given)
-        ids = {name: tokenizer.encode(request.prompts) for name, tokenizer in ready.tokenizers.items()}
-        return {**ids, **noise, **{name: array.value for name, array in request.inputs}}
-
-    def _first_generator(self) -> Generator:
-        """Return one that each thread keeps: making one takes as long as drawing a picture's noise."""
-        generator: Generator | None = getattr(self._local, "generator", None)
-        if generator is None:
-            generator = self._local.generator = Generator(0)
-        return generator
 
     def _run(
         self, ready: "_ReadyChain", request: Request, feeds: Arrays, observe: Observe | None, cancel: Cancel | None
     ) -> tuple[np.ndarray, Any]:
         """Draw one batch: pictures [B, H, W, 3] uint8, and the executor's results."""
-        chain = ready.chain
-        made = ready.made_of_prompts(request)
-        ids = [feeds[name] for name in ready.tokenizers]
+        chain, made = ready.chain, ready.made_of_prompts(request.modes)
+        ids = [feeds[name] for name in ready.feeds.tokenizers]
         keys = [(chain.name, request.modes, *(i[row].tobytes() for i in ids)) for row in range(chain.batch)]
         with self._lock:
             executor = self._opened()
             embeds = self.prompt_cache.get(keys) if made else {}
             plan = ready.plan(request, cached=embeds is not None)
             executor.load(plan.graphs)
-            ready.hold(executor, plan)
-            fed = {**ready.constants(request.steps), **feeds, **(embeds or {})}
+            self._hold(executor, ready, plan)
+            fed = {**ready.feeds.constants(request.steps), **feeds, **(embeds or {})}
             results = executor.execute(plan, fed, observe=observe, cancel=cancel)
             if embeds is None:
                 self.prompt_cache.put(keys, {name: results.arrays[name] for name in made})
@@ -247,76 +224,37 @@ class Pipeline:
                 )
         return pictures, results
 
+    def _hold(self, executor: Executor, ready: "_ReadyChain", plan: Plan) -> None:
+        """Let held feeds that no plan before has read begin as zeros; chains share them by name and shape."""
+        tensors = plan.tensors(ready.chain.graphs)
+        held = {tensors[n] for n, feed in ready.chain.chain.feeds.items() if feed.when == "held" and n in tensors}
+        if new := held - self._held:
+            executor.hold(plan, {tensor.name: ready.feeds.zeros(tensor.name) for tensor in new})
+            self._held |= new
+
 
 @dataclass
 class _ReadyChain:
     """A chain whose files are hashed and whose engine is verified, with what its calls share."""
 
     chain: OpenChain
-    tokenizers: dict[str, Tokenizer] = field(init=False)
+    feeds: Feeds
     _plans: dict[tuple[int, frozenset[str], bool], Plan] = field(default_factory=dict)
-    _constants: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
-    _held: set[str] = field(default_factory=set)
 
-    def __post_init__(self) -> None:
-        folder = self.chain.bundle.path
-        self.tokenizers = {
-            name: Tokenizer(folder / t.file, max_length=t.max_length, pad_token=t.pad_token, pad_id=t.pad_id)
-            for name, t in self.chain.tokenizers.items()
-        }
-
-    def made_of_prompts(self, request: Request) -> list[str]:
-        """Return what the stages of the prompt make in this request's modes."""
-        stages = (s for s in self.chain.chain.stages if s.when == "prompt" and s.runs(request.modes))
+    def made_of_prompts(self, modes: frozenset[str]) -> list[str]:
+        """Return what the stages of the prompt make in these modes."""
+        stages = (s for s in self.chain.chain.stages if s.when == "prompt" and s.runs(modes))
         return [t.name for s in stages for t in wiring.outputs(s, self.chain.graphs)]
 
     def plan(self, request: Request, *, cached: bool) -> Plan:
         """Return the plan of a request, with or without the stages of the prompt."""
         key = (request.steps, request.modes, cached)
         if key not in self._plans:
-            made = self.made_of_prompts(request)
+            made = self.made_of_prompts(request.modes)
             downloads = [*self.chain.chain.carry, *([] if cached else made)]
             given = made if cached else ()
             self._plans[key] = self.chain.plan(request.steps, modes=request.modes, given=given, downloads=downloads)
         return self._plans[key]
-
-    def constants(self, steps: int) -> dict[str, np.ndarray]:
-        """Return what no caller feeds: the table's columns, and zeros where history or nothing begins."""
-        if steps not in self._constants:
-            zeros = (name for kind in ("history", "zeros") for name in self.chain.feeds(kind))
-            tensors = self.chain.tensors
-            self._constants[steps] = self.chain.columns(steps) | {
-                name: np.zeros(tensors[name].shape, tensors[name].dtype) for name in zeros
-            }
-        return self._constants[steps]
-
-    def hold(self, executor: Executor, plan: Plan) -> None:
-        """Let held feeds that this plan is the first to read begin as zeros."""
-        held = {name for name, feed in self.chain.chain.feeds.items() if feed.when == "held"} - self._held
-        tensors = plan.tensors(self.chain.graphs)
-        if new := held & tensors.keys():
-            executor.hold(plan, {n: np.zeros(tensors[n].shape, tensors[n].dtype) for n in new})
-            self._held |= new
-
-    def rows(self, feeds: Arrays, rows: list[int]) -> dict[str, np.ndarray]:
-        """Return the feeds of one batch of all N pictures."""
-        kinds = self.chain.chain.feeds
-        return {
-            name: value
-            if kinds[name].is_ == "number"
-            else value[:, rows]
-            if kinds[name].when == "step"
-            else value[rows]
-            for name, value in feeds.items()
-        }
-
-    def warn_of_truncation(self, prompts: Sequence[str]) -> None:
-        """Say which part of a prompt does not reach the model, as diffusers does."""
-        for prompt in dict.fromkeys(prompts):
-            # Two tokenizers of one checkpoint have the same vocabulary: one warning is enough.
-            dropped, limit = next(((t.dropped(prompt), t.max_length) for t in self.tokenizers.values()), ("", 0))
-            if dropped:
-                log.warning("the prompt is over %d tokens long; this part of it was dropped: %s", limit, dropped)
 
 
 def _is_uniform(picture: np.ndarray) -> bool:
