@@ -182,10 +182,11 @@ def models(name: str, *, eos_token_id: int = 2) -> dict[str, torch.nn.Module]:
     `eos_token_id` is what the text encoders' configs say: 2, as published (transformers then pools at the
     largest id), or 49407, the true one (it pools at the first match). Raises InputError for an unknown name.
     """
+    preset = _preset(name)
+
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    preset = _preset(name)
     special = {"bos_token_id": 0, "eos_token_id": eos_token_id, "pad_token_id": 1}
     sizes = {"vocab_size": VOCABULARY_SIZE, "max_position_embeddings": MAX_TOKENS}
     parts: dict[str, torch.nn.Module] = {}
