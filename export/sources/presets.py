@@ -74,14 +74,18 @@ _MINI_UNET = {"layers_per_block": 1, "norm_num_groups": 8}
 _MINI_VAE = {"block_out_channels": [16, 24, 32, 48], "layers_per_block": 1, "norm_num_groups": 4}
 _MINI_TINY = {f"{part}_block_out_channels": [16] * 4 for part in ("encoder", "decoder")}
 _SD_MINI_UNET = _MINI_UNET | {
-    "block_out_channels": [32, 48, 64, 64],
-    "attention_head_dim": [2, 3, 4, 4],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "block_out_channels": [32, 64],
+    "attention_head_dim": [2, 4],
     "cross_attention_dim": 64,
 }
 _SDXL_MINI_UNET = _MINI_UNET | {
-    "block_out_channels": [32, 48, 64],
-    "transformer_layers_per_block": [1, 1, 2],
-    "attention_head_dim": [2, 3, 4],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [32, 64],
+    "transformer_layers_per_block": [1, 2],
+    "attention_head_dim": [2, 4],
     "cross_attention_dim": 32 + 64,
     "addition_time_embed_dim": 32,
     "projection_class_embeddings_input_dim": 64 + 6 * 32,

@@ -80,7 +80,7 @@ def check_graph(path: Path, graph: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_graph_is_built_and_every_attention_fused(family: str, bundle_of: BundleFactory) -> None:
-    bundle = Bundle.open(bundle_of(family, 1, "fp16"))
+    bundle = Bundle.open(bundle_of(family, "fp16"))
     counts = {name: check_graph(bundle.path / graph.file, name) for name, graph in bundle.manifest.graphs.items()}
     # One of the SD miniature's attends to a single latent; the decoder's has one head.
     unet = {"sd": (20, 19), "sdxl": (22, 22)}[family]
@@ -100,7 +100,7 @@ def listing(folder: Path) -> dict[str, str]:
 def ahead(bundle_of: BundleFactory, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The SD miniature with an engine for the GPUs of another machine and no other. Tests must not change it."""
     bundle = tmp_path_factory.mktemp("ahead") / "ahead.bundle"
-    shutil.copytree(bundle_of("sd", 1, "fp16"), bundle)
+    shutil.copytree(bundle_of("sd", "fp16"), bundle)
     shutil.rmtree(bundle / "engines")
     done = command("build-engine", bundle, *AHEAD, "-O", "builder_optimization_level=1", "-O", "max_aux_streams=0")
     assert done.returncode == 0, done
@@ -219,7 +219,7 @@ def test_what_progress_raises_stops_the_build(bundle_of: BundleFactory) -> None:
             raise ZeroDivisionError(f"at {done}")
 
     with pytest.raises(ZeroDivisionError, match=r"at \d+"):
-        serialize(bundle_of("sd", 1, "fp16") / "graphs/text_encoder.onnx", "text_encoder", progress)
+        serialize(bundle_of("sd", "fp16") / "graphs/text_encoder.onnx", "text_encoder", progress)
     assert 0 < calls[-1] < 1000
 
 
@@ -361,7 +361,7 @@ def inspector() -> dict[str, Any]:
 def test_the_inspector_lists_layers_and_fusions(
     inspector: dict[str, Any], bundle_of: BundleFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = bundle_of("sd", 1, "fp16")
+    bundle = bundle_of("sd", "fp16")
     assert inspector["main"]([str(bundle), "--stage", "text_encoder", "--layers"]) == 0
     shown = capsys.readouterr()
     assert f"nothing is compared: {NO_DRIVER}" in shown.err
@@ -376,7 +376,7 @@ def test_the_inspector_compares_stage_by_stage(inspector: dict[str, Any], bundle
     """With the fp32 graphs as engines: each errs as fp16 does, and less than the next stages would inherit."""
     from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 
-    half, single = (Bundle.open(bundle_of("sd", 1, precision)) for precision in ("fp16", "fp32"))
+    half, single = (Bundle.open(bundle_of("sd", precision)) for precision in ("fp16", "fp32"))
 
     def runner(stage: str) -> OnnxrtRunner:
         return OnnxrtRunner(SessionFromOnnx(str(single.path / single.manifest.graphs[stage].file)), name="fp32")
