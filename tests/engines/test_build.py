@@ -182,7 +182,9 @@ def test_a_damaged_bundle_is_not_copied(sd: Path, copy_of, tmp_path: Path) -> No
     (bundle / "graphs/unet.fp32-0.data").unlink()
     done = command("build-engine", bundle, "-o", tmp_path / "copy.bundle", *ON_ARGUMENTS)
     assert (
-        done.returncode == 2 and "'graphs/unet.fp32-0.data' is missing" in done.stderr and "Traceback" not in done.stderr
+        done.returncode == 2
+        and "'graphs/unet.fp32-0.data' is missing" in done.stderr
+        and "Traceback" not in done.stderr
     )
     assert [p.name for p in tmp_path.iterdir()] == [bundle.name]
 
