@@ -16,11 +16,10 @@ from torch.utils._pytree import tree_map_only
 
 from turbochain.engines import build
 from turbochain.export import load
-from turbochain.export.sources import hub, synthetic
-from turbochain.export.sources.checkpoint import KINDS, SYNTHETIC, Checkpoint, is_hub_id, local, open_folder
+from turbochain.export.sources import Want, find, parts
+from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime import Pipeline
 from turbochain.runtime.commands.bench import PROMPT
-from turbochain.runtime.errors import InputError
 
 SEED = 0
 PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -61,20 +60,8 @@ class Task:
 
 
 def checkpoint(source: str, folder: Path) -> Checkpoint:
-    """A hub id, a folder in diffusers' format, "demo", or synthetic:NAME (written into `folder` once), on this disk."""
-    if source.startswith(SYNTHETIC):
-        name = source.removeprefix(SYNTHETIC)
-        path, partial = folder / name, folder / f"{name}.partial"
-        if not path.exists():
-            synthetic.write_checkpoint(name, partial)
-            partial.rename(path)
-        return open_folder(path, None)
-    if local(source).is_dir():
-        return open_folder(local(source).resolve(), None)
-    if not is_hub_id(source):
-        raise InputError(f"{source} is {KINDS}")
-    found, _ = hub.fetch(source, None, None, lambda done, total: None, lambda *_: None)
-    return open_folder(found, None)
+    """A source's checkpoint on this disk; a synthetic one is written into `folder` once."""
+    return parts.fetch(find(source), Want(folder), {})
 
 
 class Loaded(Protocol):

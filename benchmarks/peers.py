@@ -9,9 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from turbochain.export.sources import synthetic
-from turbochain.export.sources.checkpoint import SYNTHETIC, Checkpoint, open_folder
-from turbochain.export.sources.other_vae import TINY, find
+from turbochain.export.sources import Want, find, parts
+from turbochain.export.sources.checkpoint import Checkpoint, open_folder
 from turbochain.runtime.commands.bench import PROMPT
 
 HERE = Path(__file__).parent
@@ -100,16 +99,11 @@ def job(steps: int, save: Path | None) -> dict[str, Any]:
 
 def with_vae(own: Checkpoint, source: str, vae: str, folder: Path) -> Checkpoint:
     """A checkpoint like `own` with another VAE, as links; "tiny" of a synthetic one is drawn."""
-    if vae == TINY and source.startswith(SYNTHETIC):
-        found = folder / f"{own.folder.name}-{TINY}-vae"
-        synthetic.write_tiny_vae(source.removeprefix(SYNTHETIC), found)
-    else:
-        found = find(own.folder, vae) or own.part("vae")
-    made = Checkpoint(own.folder, own.variant, found)
+    made = parts.fetch(find(source), Want(folder), {"vae": vae})
     linked = folder / f"{own.folder.name}-{re.sub('[^a-z0-9]+', '-', vae.lower())}"
     linked.mkdir(exist_ok=True)
-    for name in (*made.family.components, *made.family.tokenizers.values(), "scheduler"):
+    for name in made.parts:
         (linked / name).unlink(missing_ok=True)
-        (linked / name).symlink_to(made.part(name).resolve())
+        (linked / name).symlink_to(made.parts[name].folder.resolve())
     (linked / "model_index.json").write_text(json.dumps(made.index))
     return open_folder(linked, own.variant)

@@ -40,13 +40,13 @@ def needs(
     precisions: Mapping[str, str],
     fetched: float,
 ) -> Needs:
-    """What a build needs. `counts`: component → values in its weights; `precisions`: graph → the one asked for.
+    """Return what a build needs. `counts`: component → values in its weights; `precisions`: graph → the one asked for.
 
     `fetched`: bytes to download or draw first.
     """
-    stages = {name: s for name, s in family.stages.items() if name not in family.chain.once}  # those are small
-    weights = {name: counts[s.component] * _BYTES[precisions[name]] for name, s in stages.items()}
-    stored = {(s.component, precisions[name]): weights[name] for name, s in stages.items()}  # shared by its graphs
+    specs = family.graphs
+    weights = {name: counts[s.component] * _BYTES[precisions[name]] for name, s in specs.items()}
+    stored = {(s.component, precisions[name]): weights[name] for name, s in specs.items()}  # shared by its graphs
     activations = _ACTIVATIONS * _widest(configs, shape)
     engine = sum(size * _ENGINE[precisions[name]] for name, size in weights.items())
     memory = {

@@ -25,11 +25,11 @@ from test_parity import Pictures, assert_same_picture, ours, theirs
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from turbochain.engines import build
-from turbochain.export.sources.checkpoint import local, open_folder
+from turbochain.export.sources.checkpoint import open_folder
+from turbochain.export.sources.kinds.demo import FOLDER as DEMO
 from turbochain.runtime import Bundle, Pipeline
 
 HERE = Path(__file__).parent
-DEMO = local("demo")
 FULL = (scenes.PIXELS, scenes.PIXELS)
 SINGLE, DOUBLE = 12, 20
 ASKED = scenes.held_out(SINGLE, DOUBLE, seed=7)
@@ -152,7 +152,7 @@ def test_the_checkpoint_is_sd_turbos_pipeline_in_eight_megabytes(diffusers: Any)
     assert diffusers.vae_scale_factor == 8 and diffusers.vae.config.latent_channels == 4
     weights = sorted(DEMO.rglob("*.safetensors"))
     assert len(weights) == 3 and sum(path.stat().st_size for path in weights) <= 8_000_000
-    assert open_folder(DEMO, None).license() == "apache-2.0"
+    assert open_folder(DEMO).parts["unet"].license == "apache-2.0"
 
 
 def test_the_measured_scores_reach_the_bars() -> None:
@@ -179,7 +179,8 @@ def test_the_measured_scores_reach_the_bars() -> None:
 
 def test_the_bundle_names_its_source_and_licence(bundle: Path) -> None:
     checkpoint = Bundle.open(bundle).manifest.checkpoint
-    assert (checkpoint.source, checkpoint.license) == ("demo", "apache-2.0")
+    assert checkpoint.source == "demo"
+    assert {(part.source, part.license) for part in checkpoint.parts.values()} == {("demo", "apache-2.0")}
     assert "trained" in (bundle / "README.md").read_text()
 
 

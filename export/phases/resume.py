@@ -50,9 +50,9 @@ class Finished:
             return False
         return True
 
-    def records(self) -> dict[str, hashing.FileRecord]:
-        """Every file that was made, with its hash."""
-        done = self.value["done"].values()
+    def records(self, *keys: str) -> dict[str, hashing.FileRecord]:
+        """Return every file that was made (under these keys, if any are given), with its hash."""
+        done = [entry for key, entry in self.value["done"].items() if not keys or key in keys]
         return {name: hashing.FileRecord(**r) for entry in done for name, r in sorted(entry["files"].items())}
 
 

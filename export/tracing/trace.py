@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 
 from turbochain.export import load
-from turbochain.export.families import Shape, Stage
+from turbochain.export.families import GraphSpec, Shape, common
 from turbochain.export.remedies import Remedy
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tracing import attention, group_norm, modules, weights
@@ -34,9 +34,13 @@ class Wanted:
     """A graph to trace."""
 
     name: str
-    stage: Stage
+    spec: GraphSpec
     shape: Shape
     remedy: Remedy  # the precision and the changes that it is made with
+
+
+Columns = Mapping[str, tuple[int, ...]]
+"""Column of the table → the shape of the input that it fills."""
 
 
 def export(
@@ -44,19 +48,25 @@ def export(
     component: str,
     shape: Shape,
     remedies: Mapping[str, Remedy],
+    columns: Columns,
     bundle: Path,
     opset: int = OPSET,
 ) -> dict[str, Graph]:
-    """Trace every stage of `component` at one shape; `remedies`: graph → remedy. See `export_graphs` for the rest."""
-    stages = checkpoint.family.stages
-    wanted = [Wanted(n, s, shape, remedies[n]) for n, s in stages.items() if s.component == component]
-    return export_graphs(checkpoint, component, wanted, bundle, opset)
+    """Trace every graph of `component` at one shape; `remedies`: graph → remedy. See `export_graphs` for the rest."""
+    specs = common.graphs(checkpoint.family, shape.K)
+    wanted = [Wanted(n, s, shape, remedies[n]) for n, s in specs.items() if s.component == component]
+    return export_graphs(checkpoint, component, wanted, columns, bundle, opset)
 
 
 def export_graphs(
-    checkpoint: Checkpoint, component: str, wanted: Sequence[Wanted], bundle: Path, opset: int = OPSET
+    checkpoint: Checkpoint,
+    component: str,
+    wanted: Sequence[Wanted],
+    columns: Columns,
+    bundle: Path,
+    opset: int = OPSET,
 ) -> dict[str, Graph]:
-    """Trace graphs of one component into `bundle/graphs` and return their entries in the manifest.
+    """Trace graphs of one component ("": those without weights) into `bundle/graphs`; return the manifest's entries.
 
     Each graph has a precision of its own. The component is loaded once for all graphs that are made with the same
     changes, and freed before it is loaded for others. Files: graphs/NAME.onnx, graphs/NAME.names.json, and the data
@@ -69,7 +79,17 @@ def export_graphs(
     }
     graphs: dict[str, Graph] = {}
     for alike in _alike(wanted):
-        _export_alike(checkpoint, component, alike, bundle, opset, files[alike[0].remedy.precision], graphs)
+        model, factors = _load(checkpoint, component, alike[0].remedy)
+        parameters = Parameters(model)
+        for one in alike:
+            inputs = {
+                k: v or ("float32", columns[k]) for k, v in one.spec.inputs(checkpoint.configs, one.shape).items()
+            }
+            module = _module(one, model)
+            data = files[one.remedy.precision]
+            graph = _trace(one, module, inputs, parameters, factors, data, bundle, opset)
+            graphs[one.name] = replace(graph, model_class=type(model).__name__ if component else "")
+        del model, parameters, module
         gc.collect()  # the exporter's objects refer to each other, and to the weights
     return {w.name: graphs[w.name] for w in wanted}
 
@@ -86,30 +106,19 @@ def _alike(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
     return [members for _, members in groups]
 
 
-def _export_alike(
-    checkpoint: Checkpoint,
-    component: str,
-    alike: Sequence[Wanted],
-    bundle: Path,
-    opset: int,
-    files: DataFiles,
-    graphs: dict[str, Graph],
-) -> None:
-    """Load the component as these graphs need it, trace them, and add their entries to `graphs`."""
-    model, factors = _load(checkpoint, component, alike[0].remedy)
-    parameters = Parameters(model)
-    for one in alike:
-        made = {t.name: (t.dtype, t.shape) for graph in graphs.values() for t in graph.outputs}
-        inputs = {k: v or made[k] for k, v in one.stage.inputs(checkpoint.configs, one.shape).items()}
-        module = getattr(modules, one.stage.module)(_copy_modules(model), *one.stage.arguments(one.shape)).eval()
-        if one.remedy.precision == "fp32":  # in lower precision a GPU's own GroupNormalization is wanted
-            group_norm.replace_group_norms(module)
-        graph = _trace(one, module, inputs, parameters, factors, files, bundle, opset)
-        graphs[one.name] = replace(graph, model_class=type(model).__name__)
+def _module(wanted: Wanted, model: torch.nn.Module) -> torch.nn.Module:
+    """Return the module that is traced, on the weights of `model`."""
+    kind = getattr(modules, wanted.spec.module)
+    module: torch.nn.Module = kind(_copy_modules(model), *wanted.spec.arguments(wanted.shape)).eval()
+    if wanted.remedy.precision == "fp32":  # in lower precision a GPU's own GroupNormalization is wanted
+        group_norm.replace_group_norms(module)
+    return module
 
 
 def _load(checkpoint: Checkpoint, component: str, remedy: Remedy) -> tuple[torch.nn.Module, dict[str, float]]:
     """Return the component with a remedy, and parameter → the number that its values were multiplied by."""
+    if not component:
+        return torch.nn.Module(), {}
     # What overflows in fp16 may do so as a weight, so the weights are rescaled before they are rounded.
     dtype = TORCH_DTYPES[remedy.precision]
     model = load.component(checkpoint, component, torch.float32 if remedy.exponents else dtype, traceable=True)
@@ -136,7 +145,7 @@ def _trace(
     opset: int,
 ) -> Graph:
     """Write the files of one graph; `parameters` are those of its component, `factors` as `_load` returns them."""
-    name, stage, precision = wanted.name, wanted.stage, wanted.remedy.precision
+    name, spec, precision = wanted.name, wanted.spec, wanted.remedy.precision
     opset = max(opset, OPSET_BF16) if precision == "bf16" else opset
     # Every example is a tensor of its own: two inputs that are one object would be merged silently.
     examples = tuple(_example(dtype, size) for dtype, size in inputs.values())
@@ -147,7 +156,7 @@ def _trace(
         opset_version=opset,
         optimize=False,  # `simplify` does
         input_names=list(inputs),
-        output_names=list(stage.outputs),
+        output_names=list(spec.outputs),
         verbose=False,
     )
     assert program is not None
@@ -163,15 +172,15 @@ def _trace(
     found = name_map(parameters.fingerprints, written.initializers, getattr(module, "folded", ()), factors)
     (bundle / names).write_text(json.dumps(found, indent=0, sort_keys=True) + "\n")
     return Graph(
-        role=stage.role,
-        component=stage.component,
+        role=spec.role,
+        component=spec.component,
         file=file,
         data=tuple(f"graphs/{data}" for data in written.data),
         names=names,
         precision=precision,
         opset=opset,
         inputs=_ends(name, proto.graph.input, inputs, proto),
-        outputs=_ends(name, proto.graph.output, dict.fromkeys(stage.outputs), proto),
+        outputs=_ends(name, proto.graph.output, dict.fromkeys(spec.outputs), proto),
         remedy=wanted.remedy.phrase,
     )
 

@@ -114,7 +114,7 @@ def _stamp(sha256: str, locations: Collection[str]) -> str:
 
 
 def _stamp_file(sha256: str) -> Path:
-    return hashing.stamp_folder() / f"{sha256}.external"
+    return hashing.user_cache() / "hashes" / f"{sha256}.external"
 
 
 def _stamped(sha256: str) -> list[str] | None:

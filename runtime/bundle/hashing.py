@@ -140,16 +140,15 @@ def _stamp(path: Path, status: os.stat_result, sha256: str) -> dict[str, str | i
     return {"path": str(path), "sha256": sha256, **{name: getattr(status, name) for name in names}}
 
 
-def stamp_folder() -> Path:
-    """Return `$XDG_CACHE_HOME/turbochain/hashes`. Raises RuntimeError if there is no home folder."""
+def user_cache() -> Path:
+    """Return the folder for what can be made again: `$XDG_CACHE_HOME/turbochain`, or `~/.cache/turbochain`."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
-    return folder / "turbochain" / "hashes"
+    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "turbochain"
 
 
 def _stamp_file(path: Path) -> Path:
-    """Return the file for the stamp of `path`: <SHA-256 of the path>.json."""
-    return stamp_folder() / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
+    """Return `hashes/<SHA-256 of the path>.json` in the user's cache."""
+    return user_cache() / "hashes" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
 
 
 def _is_stamped(path: Path, status: os.stat_result, sha256: str) -> bool:

@@ -42,7 +42,7 @@ every_precision = pytest.mark.parametrize("precision", ["fp32", "fp16"])
 
 @pytest.fixture
 def bundle(bundle_of: BundleFactory, family: str, precision: str = "fp32") -> Bundle:
-    return Bundle.open(bundle_of(family, 1, precision))
+    return Bundle.open(bundle_of(family, precision))
 
 
 def read(bundle: Bundle, name: str) -> Any:
@@ -66,7 +66,7 @@ def ends(values: Any) -> list[tuple[str, str, tuple[int, ...]]]:
 def test_graphs_are_valid_and_as_the_manifest_says(
     bundle_of: BundleFactory, family: str, name: str, precision: str
 ) -> None:
-    bundle = Bundle.open(bundle_of(family, 1, precision))
+    bundle = Bundle.open(bundle_of(family, precision))
     graph, proto = bundle.manifest.graphs[name], read(bundle, name)
     onnx.checker.check_model(bundle.path / graph.file, full_check=True)
     assert {o.domain: o.version for o in proto.opset_import} == {"": 21}
@@ -89,7 +89,7 @@ def test_no_graph_holds_a_sine(bundle: Bundle, name: str) -> None:
 @every_precision
 @pytest.mark.parametrize("family", FAMILIES)
 def test_uint8_is_made_by_the_decoders_last_node_alone(bundle_of: BundleFactory, family: str, precision: str) -> None:
-    graph = read(Bundle.open(bundle_of(family, 1, precision)), "vae_decoder").graph
+    graph = read(Bundle.open(bundle_of(family, precision)), "vae_decoder").graph
     casts = [node for node in graph.node if node.op_type == "Cast" and node.attribute[0].i == TensorProto.UINT8]
     assert casts == [graph.node[-1]]
     assert list(casts[0].output) == ["image"]
@@ -141,7 +141,7 @@ def unused(family: str, name: str, parameter: str) -> bool:
 def test_name_map_leads_every_parameter_to_its_values(
     bundle_of: BundleFactory, checkpoints: dict[str, Path], family: str, name: str, precision: str
 ) -> None:
-    bundle = Bundle.open(bundle_of(family, 1, precision))
+    bundle = Bundle.open(bundle_of(family, precision))
     graph = bundle.manifest.graphs[name]
     weights = checkpoint_weights(checkpoints[family] / COMPONENTS[family][name])
     names = json.loads((bundle.path / graph.names).read_text())
@@ -177,7 +177,7 @@ NO_WORK = {"Slice", "Split", "Unsqueeze", "Reshape", "Cast", "Identity"}
 @every_precision
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_computes_nothing_of_the_time_alone(bundle_of: BundleFactory, family: str, precision: str) -> None:
-    graph = read(Bundle.open(bundle_of(family, 1, precision)), "unet").graph
+    graph = read(Bundle.open(bundle_of(family, precision)), "unet").graph
     constants = {t.name for t in graph.initializer} | {
         o for n in graph.node if n.op_type == "Constant" for o in n.output
     }
@@ -210,7 +210,7 @@ def test_what_is_made_at_load_is_what_diffusers_modules_make(
     bundle_of: BundleFactory, checkpoints: dict[str, Path], family: str, precision: str
 ) -> None:
     """The column that the graph `time` makes, against hooks on a run of the pipeline."""
-    bundle = Bundle.open(bundle_of(family, 1, precision))
+    bundle = Bundle.open(bundle_of(family, precision))
     executor = selection.open_executor(bundle, *selection.select(bundle))
     pipe = DiffusionPipeline.from_pretrained(checkpoints[family], local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
@@ -241,7 +241,7 @@ def test_exporting_twice_gives_the_same_files(sd: Path, checkpoints: dict[str, P
 
 
 def test_another_precision_of_one_stage_is_another_file(bundle_of: BundleFactory) -> None:
-    fp32, fp16 = (Bundle.open(bundle_of("sd", 1, precision)).manifest for precision in ("fp32", "fp16"))
+    fp32, fp16 = (Bundle.open(bundle_of("sd", precision)).manifest for precision in ("fp32", "fp16"))
     for name in fp32.graphs:
         at_load = name == "time"
         assert (fp32.graphs[name].precision, fp16.graphs[name].precision) == ("fp32", "fp32" if at_load else "fp16")
@@ -327,7 +327,7 @@ def test_magnitudes_cover_every_component(bundle: Bundle, checkpoints: dict[str,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_argmax_reads_integers(bundle_of: BundleFactory, family: str) -> None:
     """ONNX Runtime's CUDA provider has no such kernel, and would leave the node to the CPU."""
-    bundle = Bundle.open(bundle_of(family, 1, "fp16"))
+    bundle = Bundle.open(bundle_of(family, "fp16"))
     found = []
     for graph in bundle.manifest.graphs.values():
         model = onnx.shape_inference.infer_shapes(onnx.load(bundle.path / graph.file, load_external_data=False))

@@ -20,7 +20,7 @@ def test_weights_are_read_where_they_are_mapped(sd: Path) -> None:
 
 def test_fp16_is_converted_once(bundle_of: BundleFactory, tmp_path: Path) -> None:
     path = tmp_path / "half.bundle"
-    half = bundle_of("sd", precision="fp16")
+    half = bundle_of("sd", "fp16")
     build(str(half), path, backend="onnxruntime", device="cpu", quiet=True)
     assert resident(path / UNET.format("fp16")) < 0.5 * (path / UNET.format("fp16")).stat().st_size
 

@@ -150,7 +150,7 @@ def test_the_vae_in_int8(sd: Path, copy_of: Copy, checkpoints: dict[str, Path]) 
 
 def test_an_fp16_bundle(bundle_of: BundleFactory, checkpoints: dict[str, Path], copy_of: Copy) -> None:
     """Its graphs hold GroupNormalization, and all that is put into them must be in fp16 too."""
-    bundle = copy_of(bundle_of("sd", precision="fp16"))
+    bundle = copy_of(bundle_of("sd", "fp16"))
     shutil.rmtree(bundle / "engines")
     made = build(str(bundle), backend="openvino", options={"inference_precision": "fp32"}, quiet=True)
     assert made.precision["vae_decoder"] == "fp16"

@@ -228,7 +228,7 @@ def test_a_resealed_copy_passes(sdxl: Path, copy_of: Copy) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_good_bundles_pass_every_bound_of_the_design(family: str, precision: str, bundle_of: BundleFactory) -> None:
-    path = bundle_of(family, 1, precision)
+    path = bundle_of(family, precision)
     done = command("turbochain", "verify", path, "--json")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
