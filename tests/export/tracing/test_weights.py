@@ -19,8 +19,8 @@ from conftest import FAMILIES, SIZE, BundleFactory
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from safetensors.numpy import load_file
 
-from turbochain.export import estimate, families, load
-from turbochain.export.families import Shape
+from turbochain.export import estimate, families, load, tables
+from turbochain.export.families import Shape, common
 from turbochain.export.remedies import Remedy
 from turbochain.export.sources import synthetic
 from turbochain.export.sources.checkpoint import Checkpoint, open_folder
@@ -34,23 +34,26 @@ LIMIT = 3 * 2**20  # so that the miniature's UNet takes several files
 SMALL, WIDE = Shape(SIZE[1], SIZE[0], 1), Shape(SIZE[1], 2 * SIZE[0], 1)
 
 
-def unets(checkpoint: Checkpoint, *more: Wanted) -> list[Wanted]:
-    """The graphs of the time and of the UNet for pictures of 64×64, all in fp32, and `more`."""
-    stages = checkpoint.family.stages
-    return [*(Wanted(name, stages[name], SMALL, Remedy("fp32")) for name in ("time", "unet")), *more]
+def columns_of(bundle: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of what the UNet reads of a table."""
+    return tables.columns(bundle / Bundle.open(bundle).open_chain().chain.tables_file)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def two(
-    request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    checkpoints: dict[str, Path],
+    bundle_of: BundleFactory,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Checkpoint, Path]:
     """A checkpoint, and its UNet at two sizes in a folder."""
     checkpoint = open_folder(checkpoints[request.param], None)
     folder = tmp_path_factory.mktemp(f"two-{request.param}")
-    wide = Wanted("unet@wide", checkpoint.family.stages["unet"], WIDE, Remedy("fp32"))
+    spec, remedy = checkpoint.family.graphs["unet"], Remedy("fp32")
+    wanted = [Wanted("unet", spec, SMALL, remedy), Wanted("unet@wide", spec, WIDE, remedy)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "LIMIT", LIMIT)
-        made = trace.export_graphs(checkpoint, "unet", unets(checkpoint, wide), folder)
+        made = trace.export_graphs(checkpoint, "unet", wanted, columns_of(bundle_of(request.param)), folder)
     for name, graph in made.items():
         locations = {t.location for t in external(folder, name).values()}
         assert set(graph.data) == {f"graphs/{location}" for location in locations} and graph.file.endswith(".onnx")
@@ -98,7 +101,7 @@ def test_each_weight_of_the_checkpoint_is_stored_once(two: tuple[Checkpoint, Pat
     files = {p.name: p.read_bytes() for p in (folder / "graphs").glob("unet.fp32-*.data")}
     assert sorted(files) == [f"unet.fp32-{i}.data" for i in range(len(files))] and len(files) > 2
     assert all(len(data) <= LIMIT for data in files.values())
-    read = sorted(places(folder, "time") | places(folder, "unet") | places(folder, "unet@wide"))
+    read = sorted(places(folder, "unet") | places(folder, "unet@wide"))
     ends = dict.fromkeys(files, 0)
     found = []
     for name, offset, length in read:
@@ -113,12 +116,14 @@ def test_each_weight_of_the_checkpoint_is_stored_once(two: tuple[Checkpoint, Pat
 
 def test_small_constants_are_inline_and_what_is_no_weight_is_beside_its_graph(two: tuple[Checkpoint, Path]) -> None:
     checkpoint, folder = two
-    for graph in ("time", "unet", "unet@wide"):
+    for graph in ("unet", "unet@wide"):
         outside = external(folder, graph)
         for tensor in onnx.load(path_of(folder, graph)).graph.initializer:
             assert (onnx.numpy_helper.to_array(tensor).nbytes > weights.INLINE) == (tensor.name in outside)
         own = {name for name, t in outside.items() if t.location == f"{graph}.onnx.data"}
-        assert len(own) == (1 if checkpoint.family.name == "sdxl" and graph != "time" else 0)
+        assert len(own) == (
+            1 if checkpoint.family.name == "sdxl" else 0
+        )  # the part of a matrix that reads the pooled embeds
         assert path_of(folder, graph).with_suffix(".onnx.data").exists() == bool(own)
 
 
@@ -186,19 +191,18 @@ def test_graphs_of_one_component_have_precisions_of_their_own(
         return model
 
     monkeypatch.setattr(load, "component", watched)
-    time, unet = unets(checkpoint)
+    unet = Wanted("unet", checkpoint.family.graphs["unet"], SMALL, Remedy("fp32"))
     half = dataclasses.replace(unet, name="unet+half", remedy=Remedy("fp16"))
-    made = trace.export_graphs(checkpoint, "unet", [time, half, unet], tmp_path)
+    wide = dataclasses.replace(unet, name="unet@wide", shape=WIDE)
+    made = trace.export_graphs(checkpoint, "unet", [unet, half, wide], columns_of(bundle_of("sd")), tmp_path)
     assert len(loaded) == 2
-    assert list(made) == ["time", "unet+half", "unet"]
-    assert [graph.precision for graph in made.values()] == ["fp32", "fp16", "fp32"]
-    assert [graph.data for graph in made.values()] == [
-        ("graphs/unet.fp32-0.data",),
-        ("graphs/unet.fp16-0.data",),
-        ("graphs/unet.fp32-0.data",),
-    ]
+    assert {name: (graph.precision, graph.data) for name, graph in made.items()} == {
+        "unet": ("fp32", ("graphs/unet.fp32-0.data",)),
+        "unet+half": ("fp16", ("graphs/unet.fp16-0.data",)),
+        "unet@wide": ("fp32", ("graphs/unet.fp32-0.data",)),
+    }
     for precision, name in (("fp32", "unet"), ("fp16", "unet+half")):
-        files = Bundle.open(bundle_of("sd", 1, precision)).manifest.files
+        files = Bundle.open(bundle_of("sd", precision)).manifest.files
         assert digest(tmp_path / made[name].data[0]) == files[f"graphs/unet.{precision}-0.data"].sha256
         assert digest(tmp_path / made[name].file) == files["graphs/unet.onnx"].sha256
 
@@ -206,10 +210,10 @@ def test_graphs_of_one_component_have_precisions_of_their_own(
 def test_a_graph_is_made_with_its_own_remedy(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """Rescaled weights are other tensors; those that no remedy changes are still stored once."""
     checkpoint = open_folder(checkpoints["sd"], None)
-    decoder = checkpoint.family.stages["vae_decoder"]
+    decoder = checkpoint.family.graphs["vae_decoder"]
     plain = Wanted("plain", decoder, SMALL, Remedy("fp16"))
     halved = Wanted("halved", decoder, SMALL, Remedy("fp16", {"decoder.mid_block.resnets.0": 1}))
-    trace.export_graphs(checkpoint, "vae", [plain, halved], tmp_path)
+    trace.export_graphs(checkpoint, "vae", [plain, halved], {}, tmp_path)
     one, other = places(tmp_path, "plain"), places(tmp_path, "halved")
     assert one & other and one - other and other - one
     (file,) = (checkpoint.folder / "vae").glob("*.safetensors")
@@ -242,9 +246,11 @@ def test_a_parameter_is_told_by_its_values_not_by_its_memory() -> None:
 
 def test_a_shared_file_counts_once(sd: Path) -> None:
     bundle = Bundle.open(sd)
-    graphs = bundle.manifest.graphs
-    assert set(graphs["time"].data) & set(graphs["unet"].data)
-    assert bundle.weight_bytes() == sum(path.stat().st_size for path in (sd / "graphs").glob("*.data"))
+    alone, graphs = bundle.open_chain().weight_bytes(), bundle.manifest.graphs
+    assert alone == sum(path.stat().st_size for path in (sd / "graphs").glob("*.data"))
+    decoder = dataclasses.replace(graphs["vae_decoder"], data=graphs["unet"].data + graphs["vae_decoder"].data)
+    manifest = dataclasses.replace(bundle.manifest, graphs={**graphs, "vae_decoder": decoder})
+    assert Bundle(sd, manifest).open_chain().weight_bytes() == alone
 
 
 def test_the_disk_for_a_second_graph_of_a_component_is_not_counted() -> None:
@@ -252,10 +258,10 @@ def test_the_disk_for_a_second_graph_of_a_component_is_not_counted() -> None:
     configs = {n: p.config.to_dict() if n.startswith("text") else dict(p.config) for n, p in parts.items()}
     counts = {n: sum(p.numel() for p in part.parameters()) for n, part in parts.items()}
     family = families.of("StableDiffusionPipeline")
-    more = dataclasses.replace(family, stages={**family.stages, "unet@wide": family.stages["unet"]})
+    more = dataclasses.replace(family, graphs={**family.graphs, "unet@wide": family.graphs["unet"]})
 
     def needs(of: Any, second: str) -> estimate.Needs:
-        precisions = {**of.precisions("fp16"), "unet@wide": second}
+        precisions = {**common.precisions(family, "fp16"), "unet@wide": second}
         return estimate.needs(of, configs, counts, SMALL, precisions, 0)
 
     alone, same, other = needs(family, "fp16"), needs(more, "fp16"), needs(more, "fp32")

@@ -9,6 +9,7 @@ import pytest
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
+from turbochain.runtime.bundle import external_data
 from turbochain.runtime.bundle.external_data import check_external, external_locations
 from turbochain.runtime.errors import BundleError
 
@@ -119,10 +120,10 @@ def test_the_field_numbers_are_those_of_onnx():
         }
         for name in holders
     }
-    external_data = by_name["TensorProto"].fields_by_name["external_data"]
-    expected["TensorProto"] = {external_data.number: external_data.message_type.name}
+    field = by_name["TensorProto"].fields_by_name["external_data"]
+    expected["TensorProto"] = {field.number: field.message_type.name}
     assert expected == external_data._FIELDS
-    entry = external_data.message_type.fields_by_name
+    entry = field.message_type.fields_by_name
     assert (entry["key"].number, entry["value"].number) == (1, 2)
 
 
