@@ -85,6 +85,8 @@ def executor(bundle: Bundle, folder: Path, options: Mapping[str, Any], **where: 
 class CpuExecutor(HostExecutor):
     """Every graph is an infer request on the buffers."""
 
+    rewrites = openvino_model.REWRITES
+
     def __init__(self, *arguments: Any, **more: Any) -> None:
         self._profiles: dict[str, list[Any]] = {}  # graph → what the profiler said of each launch
         core()  # one for all graphs, which are loaded at once
@@ -97,12 +99,12 @@ class CpuExecutor(HostExecutor):
         path = self.bundle.path / stage.file
         try:
             model = core().read_model(path)  # weights are mapped from the bundle
-            openvino_model.prepare(model)
+            openvino_model.prepare(model, self.rewrites)
             if in_int8(stage, self.options):
                 ranges = json.loads((self.folder / ranges_file(graph)).read_text())
                 openvino_model.quantize(model, ranges)
             with _few_pages({str((self.bundle.path / file).resolve()) for file in stage.data}):
-                request = core().compile_model(model, "CPU", self._properties(graph, model)).create_infer_request()
+                request = core().compile_model(model, "CPU", self.properties(graph, model)).create_infer_request()
         except Exception as error:  # OpenVINO raises RuntimeError and its own
             raise _failure(f"cannot load {path}", error) from error
         self._bind(stage, request)
@@ -124,7 +126,8 @@ class CpuExecutor(HostExecutor):
                 kind = f"{same[0].node_type} {same[0].exec_type}"
                 yield kind, sum(one.real_time.total_seconds() for one in same) / len(same)
 
-    def _properties(self, graph: str, model: Any) -> dict[str, str]:
+    def properties(self, graph: str, model: Any) -> dict[str, str]:
+        """Return OpenVINO's properties to compile a graph with."""
         # What runs once is worth fp32: the embedding of the time, which the whole UNet reads.
         stage, once = self.bundle.manifest.graphs[graph], graph in self.bundle.chain.once
         precision = "fp32" if once else _asked(stage, self.options)
