@@ -1,4 +1,4 @@
-"""From samples to the figures of a row."""
+"""Turn samples into the figures of a row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ FEWEST_FOR_P99 = 20  # rounds
 
 @dataclass
 class Samples:
-    """What a contender of a pair answered."""
+    """The answers of one contender of a pair."""
 
     loaded: dict[str, Any]
     first: dict[str, Any]
@@ -72,7 +72,7 @@ def check(pictures: np.ndarray, references: np.ndarray, precision: str) -> Check
 
 
 def differs(ours: str, peer: str, precisions: Sequence[dict[str, str]]) -> str | None:
-    """Return where two contenders compute in other precisions: as a whole, or else (by role) in some stages."""
+    """Return how two contenders' precisions differ: as a whole, or else by role in some stages; None if they do not."""
     if ours != peer:
         return f"{ours} against {peer}"
     mine, theirs = precisions

@@ -1,4 +1,4 @@
-"""What a measurement depends on: machine, GPU, driver, clocks, libraries, commit, command."""
+"""Describe a run: machine, GPU, driver, clocks, libraries, commit, command."""
 
 import os
 import platform

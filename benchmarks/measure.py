@@ -13,6 +13,7 @@ import numpy as np
 import contenders
 import figures
 import floor
+import machine
 import product
 from contenders import Contender
 from figures import Samples, spread
@@ -21,13 +22,13 @@ from rows import Batches, Cold, ColdStart, Floor, Growth, Pair
 from turbochain.runtime.errors import TurbochainError
 
 FAILURES = (RuntimeError, TurbochainError)
-"""What becomes a row's reason: a contender that fails or is missing, an engine of ours that cannot be built here."""
+"""These become a row's reason: a contender fails or is missing, or an engine of ours cannot be built here."""
 FEW_STEPS = (1, 2, 3, 4)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how."""
+    """The source, the shape and the rounds."""
 
     source: str
     vae: str | None
@@ -67,9 +68,12 @@ class Measure:
                 self._prepare(contender, batch)
                 self._reference(contender, batch, self.settings.steps[0])
             measure = self._apart if self.settings.apart else self._together
+            before = machine.clocks(self.settings.device)
             for row, samples in zip(rows, measure(names, batch), strict=True):
-                yield self._row(row, names, samples)
-                done += 1
+                after = machine.clocks(self.settings.device)
+                clocks = {"before": before, "after": after} if after else {}
+                yield replace(self._row(row, names, samples), clocks=clocks)
+                done, before = done + 1, after
         except FAILURES as error:
             say(f"  {error}")
             yield from (replace(row, reason=str(error)) for row in rows[done:])
@@ -175,7 +179,7 @@ class Measure:
         )
 
     def batches(self, ours: str, batch: int, counts: Sequence[int]) -> Batches:
-        """Measure what a picture costs in larger batches, each interleaved with a batch of `batch`."""
+        """Measure the time per picture in larger batches, each interleaved with a batch of `batch`."""
         contender, steps = contenders.find(ours), self.settings.steps[0]
         row, alone = Batches(ours=ours, seconds={}, ratio={}, reasons={}), []
         for count in counts:
@@ -234,7 +238,7 @@ class Measure:
             )
 
     def _reference(self, contender: Contender, batch: int, steps: int) -> np.ndarray:
-        """Return what diffusers, eager, fp32 draws of a contender's checkpoint."""
+        """Return the pictures of diffusers, eager, fp32 with a contender's checkpoint."""
         given = self.own if contender.own_vae else self.checkpoint
         if (given.folder, batch, steps) not in self._references:
             say(f"reference: diffusers, eager, fp32, {given.folder.name}, batch {batch}")

@@ -5,6 +5,7 @@ python benchmarks/plot.py benchmarks/results/NAME.json
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,14 @@ def draw(results: Result, path: Path) -> None:
             if of:
                 shapes.setdefault((pair.batch, pair.steps), {}).setdefault(name, of)
     for shape, contestants in shapes.items():
-        panels.append((len(contestants), lambda p, s=shape, c=contestants: _contenders(p, results, s, c)))
+        x = f"from prompt to picture, batch {shape[0]}, steps {shape[1]} (median; least to p90)"
+        bars = _contenders(results, shape, contestants)
+        panels.append((len(bars), lambda p, b=bars, x=x: _bars(p, b, results, x)))
     if stages := tables.stages(results):
-        panels.append((len(stages), lambda p: _stages(p, results, stages)))
+        launches = [
+            Bar(f"{o}: {s}", value, f", {value / least:.1f}× floor", floor=least) for o, s, value, least in stages
+        ]
+        panels.append((len(launches), lambda p: _bars(p, launches, results, "of one launch")))
     if cold := {name: of for row in results.cold for name, of in row.seconds.items()}:
         panels.append((len(cold), lambda p: _cold(p, cold)))
     if results.growth:
@@ -61,39 +67,54 @@ def _write(results: Result, panels: Sequence[tuple[int, Callable[[Any], None]]],
     pyplot.close(figure)
 
 
-def _contenders(panel: Any, results: Result, shape: tuple[int, int], contestants: Mapping[str, Figures]) -> None:
-    """A bar for each contender, from the least to p90; hatched: a wrong picture; black: the floor of that precision."""
-    batch, steps = shape
-    floors = {f.precision: f.ms for f in results.floors if (f.batch, f.steps) == shape}
-    scale, unit = (1.0, "seconds") if results.device == "cpu" else (1e3, "ms")
-    for y, (name, of) in enumerate(contestants.items()):
-        contender = contenders.find(name)
-        median, passed = scale * of.median_seconds, of.against_fp32.passed
-        spread = [[median - scale * of.least_seconds], [scale * of.p90_seconds - median]]
-        colour, hatch = OURS if contender.ours else PEER, "" if passed else "//"
-        panel.barh(y, median, xerr=spread, color=colour, capsize=2, hatch=hatch, edgecolor="white")
-        if contender.precision in floors:
-            floor = 1e-3 * scale * floors[contender.precision]
-            panel.plot([floor] * 2, [y - 0.4, y + 0.4], color="black", linewidth=2)
-        said = f"  {tables.number(median)}" + ("" if passed else ", wrong picture")
-        panel.text(max(scale * of.p90_seconds, median), y, said, va="center", fontsize=8)
-    _name(panel, list(contestants), f"{unit}, prompt to picture (median; least to p90); black: the floor")
-    panel.set_title(f"batch {batch}, {steps} step{'s' * (steps > 1)}", fontsize=9, loc="left")
+@dataclass(frozen=True)
+class Bar:
+    """One bar, the text beside it, and its floor."""
+
+    name: str
+    value: float
+    text: str
+    colour: str = OURS
+    floor: float | None = None
+    spread: tuple[float, float] = (0.0, 0.0)  # below and above the value
+    hatch: str = ""
 
 
-def _stages(panel: Any, results: Result, rows: Sequence[tuple[str, str, float, float]]) -> None:
-    """A bar for each stage of ours, with its floor as a black line on it."""
+def _contenders(results: Result, shape: tuple[int, int], contestants: Mapping[str, Figures]) -> list[Bar]:
+    """Return a bar for each contender, from the least to p90; hatched: a wrong picture; black: the floor of that precision."""
+    floors = {f.precision: 1e-3 * f.ms for f in results.floors if (f.batch, f.steps) == shape}
+    bars = []
+    for name, of in contestants.items():
+        contender, passed, median = contenders.find(name), of.against_fp32.passed, of.median_seconds
+        bars.append(
+            Bar(
+                name=name,
+                value=median,
+                text="" if passed else ", wrong picture",
+                colour=OURS if contender.ours else PEER,
+                floor=floors.get(contender.precision),
+                spread=(median - of.least_seconds, of.p90_seconds - median),
+                hatch="" if passed else "//",
+            )
+        )
+    return bars
+
+
+def _bars(panel: Any, bars: Sequence[Bar], results: Result, x: str) -> None:
+    """Draw horizontal bars, in seconds on a CPU and in milliseconds on a GPU."""
     scale, unit = (1.0, "seconds") if results.device == "cpu" else (1e3, "ms")
-    for y, (_, _, seconds, floor) in enumerate(rows):
-        panel.barh(y, scale * seconds, color=OURS)
-        panel.plot([scale * floor] * 2, [y - 0.4, y + 0.4], color="black", linewidth=2)
-        said = f"  {tables.number(scale * seconds)}, {seconds / floor:.1f}× floor"
-        panel.text(scale * max(seconds, floor), y, said, va="center", fontsize=8)
-    _name(panel, [f"{ours}: {stage}" for ours, stage, *_ in rows], f"{unit} of one launch; black: the floor")
+    for y, bar in enumerate(bars):
+        spread = [[scale * bar.spread[0]], [scale * bar.spread[1]]] if any(bar.spread) else None
+        panel.barh(y, scale * bar.value, xerr=spread, color=bar.colour, capsize=2, hatch=bar.hatch, edgecolor="white")
+        if bar.floor is not None:
+            panel.plot([scale * bar.floor] * 2, [y - 0.4, y + 0.4], color="black", linewidth=2)
+        end = scale * max(bar.value + bar.spread[1], bar.floor or 0)
+        panel.text(end, y, f"  {tables.number(scale * bar.value)}{bar.text}", va="center", fontsize=8)
+    _name(panel, [bar.name for bar in bars], f"{unit} {x}; black: the floor")
 
 
 def _cold(panel: Any, contestants: Mapping[str, Any]) -> None:
-    """A bar for each cold start: loading, the first picture, and the rest."""
+    """Draw a bar for each cold start: loading, the first picture, and the rest."""
     for y, taken in enumerate(contestants.values()):
         parts = {"load": taken.load, "picture": taken.picture, "rest": taken.whole - taken.load - taken.picture}
         left = 0.0
@@ -106,7 +127,7 @@ def _cold(panel: Any, contestants: Mapping[str, Any]) -> None:
 
 
 def _lines(panel: Any, found: Mapping[str, Mapping[str, float]], x: str, y: str) -> None:
-    """A line for each of ours: how its seconds grow."""
+    """Draw a line for each of ours."""
     for name, seconds in found.items():
         panel.plot([int(n) for n in seconds], list(seconds.values()), marker="o", label=name)
     panel.set_xlabel(x, fontsize=8)

@@ -104,7 +104,7 @@ def job(steps: int, save: Path | None) -> dict[str, Any]:
 
 
 class GpuMemory:
-    """Samples a GPU's free memory from here, so that any contender's libraries are counted; idle on a CPU."""
+    """A watch on a GPU's free memory, from outside the contender's process; idle on a CPU."""
 
     def __init__(self, device: str) -> None:
         self.peak_bytes: int | None = None

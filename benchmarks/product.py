@@ -1,4 +1,4 @@
-"""What the benchmarks use of turbochain: sources, builds, bundles and the pipeline. Nothing else here touches it.
+"""Everything that the benchmarks use of turbochain: sources, builds, bundles and the pipeline.
 
 Imported by a contender's process too, which must not load more than a user's does: imports are inside the functions.
 """

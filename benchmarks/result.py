@@ -1,4 +1,4 @@
-"""The results file: what is in it, reading, writing and merging. Programs write it, `report.py` and `plot.py` read it.
+"""The results file: its content, reading, writing and merging. Programs write it, `report.py` and `plot.py` read it.
 
 A file holds what one kind of machine measured of one source and picture size. Every row names the run that it comes
 from (a command, with its commit, date, machine and versions).
@@ -56,7 +56,7 @@ INCLUDES = {
     "launches; end to end: prompt string to uint8 picture in host memory; overhead: the part of it that no stage "
     "accounts for",
 }
-"""What each figure of a results file includes."""
+"""Name of a figure → what it includes."""
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class Cold(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class Growth(Row):
-    """How the time grows with the steps."""
+    """The time by the number of steps."""
 
     ours: str
     seconds: dict[str, float]  # steps → median
@@ -141,7 +141,7 @@ class Growth(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class Batches(Row):
-    """What one picture costs in larger batches."""
+    """The time per picture in larger batches."""
 
     ours: str
     seconds: dict[str, float]  # pictures in a batch → median seconds per picture
@@ -151,7 +151,7 @@ class Batches(Row):
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The best that a device does."""
+    """The best rates of a device."""
 
     matrix: float  # floating-point operations per second in a large matrix product, on a CPU also in a convolution
     copy: float  # bytes per second, those read plus those written
@@ -200,7 +200,7 @@ class Tried(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class Build(Row):
-    """A bundle from nothing (build_cost.py): what the commands print as JSON."""
+    """A bundle from nothing (build_cost.py), with the JSON that the commands print."""
 
     precision: str
     build: dict[str, Any]  # build-engine --json

@@ -1,6 +1,7 @@
 """The tables of one results file, as Markdown; for a terminal as well as for RESULTS.md."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import contenders
 from result import Result
@@ -77,7 +78,7 @@ def _pairs(result: Result) -> str:
 
 
 def _times(result: Result, pair: Pair, name: str, of: Figures | None) -> list[str]:
-    """Return what a contender took in a pair: cells of the table of pairs."""
+    """Return a contender's times in a pair, as cells of the table."""
     gpu = result.device != "cpu"
     if of is None:
         return [""] * (4 if gpu else 2)
@@ -97,7 +98,7 @@ def _least(floor: Floor, name: str) -> float:
 
 
 def remarks(result: Result, pair: Pair) -> str:
-    """Return what makes a pair differ from the others: what is not like for like, wrong, or of another run."""
+    """Return remarks on a pair: what is not like for like, what went wrong, and its run if the file has several."""
     apart = "each loaded again for every picture" if pair.apart else None
     both = ((pair.ours, pair.our_figures), (pair.peer, pair.peer_figures))
     of_contenders = [f"{name}: {of.remark}" for name, of in both if of and of.remark]
@@ -178,33 +179,49 @@ TARGET_MS = {
 TARGET_GPU, TARGET_RATIO = "H200", 5.0  # times faster than eager fp16, on any GPU
 
 
-def targets(result: Result) -> list[tuple[str, float, str | None, float | None, bool | None]]:
-    """Return each target of a GPU: text, bound, contender, value reached, passed (None if no row counts)."""
+@dataclass(frozen=True)
+class Target:
+    """A bound that our chain should reach on a GPU, and the value reached; None if no row counts."""
+
+    what: str
+    bound: float
+    at_least: bool
+    ours: str
+    value: float | None
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether it is reached."""
+        if self.value is None:
+            return None
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+
+def targets(result: Result) -> list[Target]:
+    """Return the targets of a full-size model on a GPU: one step, batch 1, 512x512."""
     if result.device == "cpu" or (result.width, result.height) != (512, 512) or result.source not in TARGET_MS:
         return []
     p50: dict[str, float] = {}
     ratios: dict[str, float] = {}
     for pair in (p for p in result.pairs if (p.batch, p.steps) == (1, 1)):
         both = {pair.ours: pair.our_figures, pair.peer: pair.peer_figures}
-        right = {name: of for name, of in both.items() if of and of.against_fp32.passed}
-        p50 |= {name: 1e3 * of.median_seconds for name, of in right.items() if name not in p50}
+        right = {name: 1e3 * of.median_seconds for name, of in both.items() if of and of.against_fp32.passed}
+        p50 = right | p50
         if len(right) == 2 and pair.peer == "eager-fp16" and pair.ratio:
             ratios[pair.ours] = pair.ratio.median
-    ours = next((name for name in ("tensorrt-fp16", "onnxruntime-fp16") if name in p50), None)
-    faster, value = ratios.get(ours or ""), p50.get(ours or "")
-    found = [("times faster than eager, at least", TARGET_RATIO, ours, faster, faster and faster >= TARGET_RATIO)]
+    ours = next((name for name in ("tensorrt-fp16", "onnxruntime-fp16") if name in p50), "")
+    found = [Target("times faster than eager, at least", TARGET_RATIO, True, ours, ratios.get(ours))]
     if TARGET_GPU in result.device:
-        most = TARGET_MS[result.source]
-        found.append(("median wall clock in ms, at most", most, ours, value, value and value <= most))
-    return [(*of, None if passed is None else bool(passed)) for *of, passed in found]  # type: ignore[misc]
+        found.append(Target("median wall clock in ms, at most", TARGET_MS[result.source], False, ours, p50.get(ours)))
+    return found
 
 
 def _targets(result: Result) -> list[str]:
     verdicts = {True: "passed", False: "missed", None: "not decided"}
     return [
-        f"- target: {text} {bound:g}: {'no row counts' if value is None else f'{number(value)} ({ours})'}, "
-        f"**{verdicts[passed]}**"
-        for text, bound, ours, value, passed in targets(result)
+        f"- target: {t.what} {t.bound:g}: {'no row counts' if t.value is None else f'{number(t.value)} ({t.ours})'}, "
+        f"**{verdicts[t.passed]}**"
+        for t in targets(result)
     ]
 
 

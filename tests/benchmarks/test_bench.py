@@ -21,6 +21,7 @@ import bench
 import contenders
 import figures
 import floor
+import machine
 import process
 import product
 import result
@@ -29,8 +30,10 @@ from contenders import Contender
 from measure import Measure, Settings
 from process import ContenderError, Process
 from result import Result
+from rows import Pair
 
 PAIRS = ("openvino-fp32:eager-fp32+own-vae", "openvino-fp32:optimum-onnx")
+COLD = ("openvino-fp32:onnxruntime-fp32", "openvino-fp32:optimum-onnx")
 STAGES = {"text_encoder", "unet", "vae_decoder"}
 
 
@@ -57,7 +60,7 @@ def small_floor() -> Any:
 def smoke(folder: Path, small_floor: None) -> tuple[Path, str]:
     """The file of one run, and its output."""
     where = ["--folder", folder, "--results", folder / "results"]
-    line = ["synthetic:sd-turbo-mini", "--size", "64x64", "--runs", 1, "--pairs", *PAIRS, "--cold", *PAIRS]
+    line = ["synthetic:sd-turbo-mini", "--size", "64x64", "--runs", 1, "--pairs", *PAIRS, "--cold", *COLD]
     with contextlib.redirect_stdout(io.StringIO()) as told:
         assert bench.main(list(map(str, [*line, "--batches", 1, *where]))) == 0
     (path,) = (folder / "results").glob("*.json")
@@ -71,7 +74,14 @@ def found(smoke: tuple[Path, str]) -> Result:
 
 @pytest.fixture(scope="module")
 def measure(folder: Path) -> Measure:
-    return Measure(Settings("synthetic:sd-turbo-mini", None, folder, "cpu", (64, 64), (1,), 2))
+    """Of one step in two rounds; it has the references of two steps, too."""
+    made = Measure(Settings("synthetic:sd-turbo-mini", None, folder, "cpu", (64, 64), (1, 2), 2))
+    made._reference(contenders.REFERENCE, 1, 1)
+    return with_settings(made, steps=(1,))
+
+
+def made_of(*rows: Pair) -> Result:
+    return Result("synthetic:sd-turbo-mini", 64, 64, "cpu", None, None, (machine.run(),), pairs=rows)
 
 
 def with_settings(measure: Measure, **changed: Any) -> Measure:
@@ -156,10 +166,9 @@ def test_apart_never_has_two_in_memory(measure: Measure, monkeypatch: pytest.Mon
         return started[-1]
 
     monkeypatch.setattr(bench, "start", watched)
-    bench._reference(contenders.REFERENCE, 1, 1)
-    drawn = len(started)
     (row,) = bench.pair("openvino-fp32", "onnxruntime-fp32", 1)
-    assert row.ratio and row.ratio.n == 2 and len(started) - drawn == 4 and row.reason is None
+    assert row.ratio and row.ratio.n == 2 and len(started) == 4 and row.reason is None
+    assert "each loaded again for every picture" in tables.pairs(made_of(row))
 
 
 def test_what_goes_wrong_is_said_and_the_others_go_on(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +250,7 @@ def test_other_precisions_are_not_like_for_like() -> None:
 
 def test_a_contender_that_fails_says_so(tmp_path: Path) -> None:
     with pytest.raises(ContenderError, match=r"^failed: "):
-        Process(contenders.REFERENCE, tmp_path / "nothing", size=(64, 64))
+        Process(contenders.find("onnxruntime-fp32"), tmp_path / "nothing", size=(64, 64), engine="none")
 
 
 def test_a_contender_without_an_answer_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ def test_every_plot_is_there() -> None:
 )
 def test_targets(rows: list[Pair], verdicts: list[bool | None]) -> None:
     measured = of(*rows, runs=(run("a", gpu=H200),), device="NVIDIA H200")
-    assert [passed for *_, passed in tables.targets(measured)] == verdicts
+    assert [target.passed for target in tables.targets(measured)] == verdicts
     assert len(tables.targets(replace(measured, device="another"))) == 1  # the bound in ms is for that GPU
     assert tables.targets(replace(measured, device="cpu")) == []
 
