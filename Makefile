@@ -16,7 +16,7 @@ BUNDLES ?= .test-bundles
 BENCH ?= synthetic:sd-turbo
 PRECISION ?= fp32
 PEERS := optimum-onnx optimum-intel
-BENCH_GPU ?=
+BENCH_GPU ?= synthetic:sd-turbo synthetic:sdxl-turbo
 PROMPT ?= a large red circle left of a small blue square on a yellow background
 
 .PHONY: setup demo test check check-full check-gpu bench bench-smoke bench-setup bench-variants bench-build bench-gpu inspect-engines train-demo clean
@@ -62,10 +62,10 @@ check-gpu: $(addsuffix /.installed,$(GPU_VENV))
 	$(GPU_BIN)/python -m pytest -q -m gpu
 
 bench: setup
-	$(BIN)/python benchmarks/cpu.py $(BENCH)
+	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 bench-smoke: setup
-	$(BIN)/python -m pytest -q tests/benchmarks/test_cpu_bench.py
+	$(BIN)/python -m pytest -q tests/benchmarks/test_bench.py
 
 bench-setup: $(PEERS:%=.bench/%/.installed)
 
@@ -81,10 +81,10 @@ bench-variants: setup
 	$(BIN)/python benchmarks/variants.py $(BUNDLE)
 
 bench-build: setup
-	$(BIN)/python benchmarks/measure.py $(BENCH) --precision $(PRECISION)
+	$(BIN)/python benchmarks/build_cost.py $(BENCH) --precision $(PRECISION)
 
 bench-gpu: $(addsuffix /.installed,$(GPU_VENV))
-	$(GPU_BIN)/python benchmarks/gpu.py $(BENCH_GPU)
+	$(GPU_BIN)/python benchmarks/bench.py --device cuda $(BENCH_GPU)
 
 inspect-engines: $(if $(filter file,$(origin BIN)),setup)
 	$(BIN)/python benchmarks/inspect_engines.py $(BUNDLE)

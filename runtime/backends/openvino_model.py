@@ -1,7 +1,7 @@
 """What is changed in a graph that OpenVINO has read, before it compiles it."""
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -120,9 +120,9 @@ def compare_integers(model: Any) -> None:
 REWRITES = (fuse_group_norms, split_group_norms, merge_upsampling, compare_integers)
 
 
-def prepare(model: Any) -> None:
-    """Change `model` itself with all of `REWRITES`: it computes the same, and takes less time."""
-    for rewrite in REWRITES:
+def prepare(model: Any, rewrites: Sequence[Callable[[Any], object]] = REWRITES) -> None:
+    """Change `model` itself with `rewrites`: it computes the same, and takes less time."""
+    for rewrite in rewrites:
         rewrite(model)
     model.validate_nodes_and_infer_types()
 
