@@ -3,7 +3,7 @@
 If the bundle has a TensorRT engine that fits this machine, polygraphy runs each stage's serialized engine and the same
 graph on ONNX Runtime's CPU provider, both with ONNX Runtime's results of the stages before, and the layers are read
 from the serialized engine. Otherwise TensorRT-RTX builds each stage again, without installing it, and the layers are
-those that its builder logs. `--layers` lists them all, not only the counts. """
+those that its builder logs. `--layers` lists them all, not only the counts."""
 
 import argparse
 import json
