@@ -38,7 +38,7 @@ def export(
     """Make the bundle `output` (default: the source's name + ".bundle", here) without an engine; return its path.
 
     `source`: a hub id, a local folder in diffusers' format, "demo" (the small trained model that comes with this
-    package) or "synthetic:NAME". `precision`: "fp32" (the default) or "fp16"; a stage that would overflow fp16 gets a
+    package) or "synthetic:NAME". `precision`: "fp32" (the default) or "fp16"; a graph that would overflow fp16 gets a
     remedy. `vae_precision`: "fp32" or "bf16", for the VAE instead. `vae`: another VAE than the checkpoint's own:
     "tiny" (the family's AutoencoderTiny), a hub id or a local folder. `size`: width and height in pixels, multiples
     of 64 (default 512×512). `batch`: pictures per pass (default 1). `steps`: step counts (default 1 to 4). `opset`: of

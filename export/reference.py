@@ -34,7 +34,7 @@ PROMPTS = (
 """One case per step count; the rows of a batch go on through the list."""
 
 
-def record(
+def write(
     pipeline: Any,
     checkpoint: Checkpoint,
     shape: Shape,

@@ -232,12 +232,12 @@ def copy(target: int, source: int, size: int, stream: Any) -> None:
     call("cudaMemcpyAsync", target, source, size, _runtime().cudaMemcpyKind.cudaMemcpyDefault, stream)
 
 
-def record(event: Any, stream: Any) -> None:
+def record_event(event: Any, stream: Any) -> None:
     """Let the event happen when the stream has done what is on it now."""
     call("cudaEventRecord", event, stream)
 
 
-def wait(stream: Any, event: Any) -> None:
+def wait_event(stream: Any, event: Any) -> None:
     """Let the stream go on only when the event has happened."""
     call("cudaStreamWaitEvent", stream, event, 0)
 

@@ -113,9 +113,9 @@ class GpuExecutor(ABC):
             self.session.activate()
             program = self._programs.get(plan) or self._prepare(plan, feeds)
             self._fill(program, feeds)
-            cuda.record(self._start, self.stream)
+            cuda.record_event(self._start, self.stream)
             timed = self._enqueue(program, observe, cancel)
-            cuda.record(self._end, self.stream)
+            cuda.record_event(self._end, self.stream)
             cuda.synchronize(self.stream)
         except TurbochainError as error:
             self._fault = self._find_fault(error)
@@ -254,9 +254,9 @@ class GpuExecutor(ABC):
     def _timed(self, launches: Sequence[Launch], at: Mapping[str, int], timed: list[tuple[str, Any, Any]]) -> None:
         for launch in launches:
             start, end = self._timers(len(timed))
-            cuda.record(start, self.stream)
+            cuda.record_event(start, self.stream)
             self._launch(launch, at, self.stream)
-            cuda.record(end, self.stream)
+            cuda.record_event(end, self.stream)
             timed.append((launch.graph, start, end))
 
     def _timers(self, index: int) -> tuple[Any, Any]:
@@ -272,14 +272,14 @@ class GpuExecutor(ABC):
             if i == len(self._side):
                 self._side.append((self.session.stream(), self.session.event(), self.session.event()))
             stream, fork, join = self._side[i]
-            cuda.record(fork, self.stream)
-            cuda.wait(stream, fork)
+            cuda.record_event(fork, self.stream)
+            cuda.wait_event(stream, fork)
             self._launch(launch, at, stream)
-            cuda.record(join, stream)
+            cuda.record_event(join, stream)
         for launch in launches if not self.concurrent else launches[:1]:
             self._launch(launch, at, self.stream)
         for _, _, join in self._side[: len(others)]:
-            cuda.wait(self.stream, join)
+            cuda.wait_event(self.stream, join)
 
     def _launch(self, launch: Launch, at: Mapping[str, int], stream: Any) -> None:
         self._graphs[launch.graph].enqueue({name: at[buffer] for name, buffer in launch.buffers.items()}, stream)
