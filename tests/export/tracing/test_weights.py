@@ -86,12 +86,13 @@ def hashes(folder: Path) -> Iterator[str]:
 
 
 def test_two_sizes_share_their_weights(two: tuple[Checkpoint, Path]) -> None:
-    _, folder = two
+    checkpoint, folder = two
     assert places(folder, "unet") == places(folder, "unet@wide")
     for graph in ("unet", "unet@wide"):
         arrays = [onnx.numpy_helper.to_array(t) for t in onnx.load(path_of(folder, graph)).graph.initializer]
         shared = sum(length for _, _, length in places(folder, graph))
-        assert shared >= 0.99 * sum(a.nbytes for a in arrays)
+        # SDXL's own constant is half a matrix, which is 0.06% in full size.
+        assert shared >= {"sd": 0.99, "sdxl": 0.98}[checkpoint.family.name] * sum(a.nbytes for a in arrays)
     on_disk = sum(p.stat().st_size for p in (folder / "graphs").iterdir() if p.name.startswith("unet@wide"))
     assert on_disk < 0.05 * sum(p.stat().st_size for p in (folder / "graphs").glob("unet.fp32-*.data"))
 
