@@ -1,10 +1,9 @@
-"""What TensorRT made of each stage, for developers: `make inspect-engines BUNDLE=sd-turbo.bundle`.
+"""Show how TensorRT compiled each stage, for developers: `make inspect-engines BUNDLE=sd-turbo.bundle`.
 
-On a machine where the bundle has a TensorRT engine that fits, polygraphy runs each stage's plan and the same graph on
-ONNX Runtime's CPU provider side by side, stage after stage on what ONNX Runtime made, and the plans' layers are read
-from them. On any other machine TensorRT-RTX builds each stage anew, without installing it, and the layers are those
-that its builder tells of. `--layers` lists them all, not only the figures.
-"""
+If the bundle has a TensorRT engine that fits this machine, polygraphy runs each stage's serialized engine and the same
+graph on ONNX Runtime's CPU provider, both with ONNX Runtime's results of the stages before, and the layers are read
+from the serialized engine. Otherwise TensorRT-RTX builds each stage again, without installing it, and the layers are
+those that its builder logs. `--layers` lists them all, not only the counts."""
 
 import argparse
 import json
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables; returns the exit status (see console.run)."""
     parser = argparse.ArgumentParser("inspect_engines", description=__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--target", default="sm89", help="where no engine fits: build for these GPUs (default sm89)")
+    parser.add_argument("--target", default="sm89", help="if no engine fits: build for these GPUs (default sm89)")
     parser.add_argument("--stage", action="append", help="only this one; may be repeated")
     parser.add_argument("--layers", action="store_true", help="list every layer")
     return console.run(parser, _inspect, argv)
@@ -65,7 +64,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def summary(layers: dict[str, Layers]) -> list[list[str]]:
-    """A row per stage: how many layers, how many of them are fused attentions, and how many there are of each type."""
+    """Return a row per stage: the counts of layers, fused attentions, and each type of layer."""
     rows = [["stage", "layers", "fused attentions", "types"]]
     for stage, found in layers.items():
         types = ", ".join(f"{count} {kind}" for kind, count in Counter(kind for _, kind in found).most_common())
@@ -74,7 +73,8 @@ def summary(layers: dict[str, Layers]) -> list[list[str]]:
 
 
 def built_layers(bundle: Bundle, stage: str, architecture: str) -> Layers:
-    """The layers that the builder tells of, where TensorRT-RTX builds the stage for an architecture such as "sm89"."""
+    """Build a stage with TensorRT-RTX for an architecture such as "sm89", and return the layers that its builder
+    logs."""
     said: list[str] = []
     path = bundle.path / bundle.manifest.graphs[stage].file
     chosen = options.resolve("tensorrt", {})
@@ -86,14 +86,14 @@ def built_layers(bundle: Bundle, stage: str, architecture: str) -> Layers:
 
 
 def plan_layers(path: Path) -> Layers:
-    """The layers of a plan for this machine's GPU."""
+    """Return the layers of a serialized engine for this machine's GPU."""
     plan = trt.Runtime(trt.Logger()).deserialize_cuda_engine(path.read_bytes())
     text = plan.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     return [(layer["Name"], layer["LayerType"]) for layer in json.loads(text)["Layers"]]
 
 
 def comparison(bundle: Bundle, runner: Callable[[str], Any]) -> list[list[str]]:
-    """A row per stage and output: how far what `runner` makes is from ONNX Runtime's, both fed what the latter made."""
+    """Return a row per stage and output: the error of `runner` against ONNX Runtime, both fed the latter's results."""
     from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
     from polygraphy.comparator import Comparator
     from polygraphy.logger import G_LOGGER
@@ -116,7 +116,7 @@ def comparison(bundle: Bundle, runner: Callable[[str], Any]) -> list[list[str]]:
 
 
 def plan_runner(path: Path) -> Any:
-    """polygraphy's runner of a plan."""
+    """Return polygraphy's runner of a serialized engine."""
     if "rtx" in backends.require("tensorrt")[0]:
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read when polygraphy is imported
     from polygraphy.backend.trt import EngineFromPath, TrtRunner
@@ -125,7 +125,7 @@ def plan_runner(path: Path) -> Any:
 
 
 def first_inputs(bundle: Bundle) -> Feed:
-    """What the first recorded case fed from outside, for its first step."""
+    """Return the inputs of the first recorded case that come from outside, for its first step."""
     case = reference.read_cases(bundle)[0]
     row = {name: column[0] for name, column in bundle.columns(case.steps).items()}
     fed = {name: case.tensors[name] for name in bundle.manifest.tokenizers}

@@ -209,7 +209,7 @@ def _argmax_of_floats(proto: Any) -> None:
 
 
 def _ends(name: str, values: Any, expected: dict[str, Any], proto: Any) -> tuple[Tensor, ...]:
-    """The graph's inputs or outputs as declared, after checking that the exporter kept them."""
+    """Return the graph's inputs or outputs as declared, after checking that the exporter kept them."""
     read = {i for node in proto.graph.node for i in node.input} | {o.name for o in proto.graph.output}
     found = {}
     for value in values:

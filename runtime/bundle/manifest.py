@@ -1,7 +1,6 @@
-"""What `bundle.json` and `engine.json` say, as frozen dataclasses, and the one strict reader for both.
+"""The dataclasses of `bundle.json` and `engine.json`; `strict_json` reads and writes them.
 
-The field names here are the keys of the files; FORMAT.md is the same thing in words. Reading lists every
-problem at once: an unknown key, a missing one and a value of the wrong type are all errors.
+The field names here are the keys of the files; FORMAT.md says the same in words.
 """
 
 import math
@@ -56,7 +55,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """What its values take."""
+        """Return the size of its values in bytes."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
@@ -79,7 +78,7 @@ class Graph:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Every file that a backend reads for this graph."""
+        """Return every file that a backend reads for this graph."""
         return (self.file, *self.data)
 
 
@@ -200,7 +199,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU; name and memory are None where only the architecture was asked for (`build-engine --target`)."""
+    """A GPU; name and memory are None if only the architecture was asked for (`build-engine --target`)."""
 
     name: str | None
     compute_capability: str  # major.minor, such as "8.9"

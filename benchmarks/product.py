@@ -1,0 +1,154 @@
+"""Everything that the benchmarks use of turbochain: sources, builds, bundles and the pipeline.
+
+Imported by a contender's process too, which must not load more than a user's does: imports are inside the functions.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from turbochain.export.sources.checkpoint import Checkpoint
+
+
+def checkpoint(source: str, folder: Path) -> "Checkpoint":
+    """Return a source as a checkpoint on disk; a synthetic one is written into `folder` once.
+
+    Raises InputError if `source` is none.
+    """
+    from turbochain.export.sources import hub, synthetic
+    from turbochain.export.sources.checkpoint import KINDS, SYNTHETIC, is_hub_id, local, open_folder
+    from turbochain.runtime.errors import InputError
+
+    if source.startswith(SYNTHETIC):
+        name = source.removeprefix(SYNTHETIC)
+        path, partial = folder / name, folder / f"{name}.partial"
+        if not path.exists():
+            synthetic.write_checkpoint(name, partial)
+            partial.rename(path)
+        return open_folder(path, None)
+    if local(source).is_dir():
+        return open_folder(local(source).resolve(), None)
+    if not is_hub_id(source):
+        raise InputError(f"{source} is {KINDS}")
+    found, _ = hub.fetch(source, None, None, lambda done, total: None, lambda *_: None)
+    return open_folder(found, None)
+
+
+def with_vae(own: "Checkpoint", source: str, vae: str, folder: Path) -> "Checkpoint":
+    """Return a checkpoint like `own` with another VAE, made of links; for a synthetic one "tiny" has random weights."""
+    from turbochain.export.sources import synthetic
+    from turbochain.export.sources.checkpoint import SYNTHETIC, Checkpoint, open_folder
+    from turbochain.export.sources.other_vae import TINY, find
+
+    if vae == TINY and source.startswith(SYNTHETIC):
+        found = folder / f"{own.folder.name}-{TINY}-vae"
+        synthetic.write_tiny_vae(source.removeprefix(SYNTHETIC), found)
+    else:
+        found = find(own.folder, vae) or own.part("vae")
+    made = Checkpoint(own.folder, own.variant, found)
+    linked = folder / f"{own.folder.name}-{re.sub('[^a-z0-9]+', '-', vae.lower())}"
+    linked.mkdir(exist_ok=True)
+    for name in (*made.family.components, *made.family.tokenizers.values(), "scheduler"):
+        (linked / name).unlink(missing_ok=True)
+        (linked / name).symlink_to(made.part(name).resolve())
+    (linked / "model_index.json").write_text(json.dumps(made.index))
+    return open_folder(linked, own.variant)
+
+
+def build(
+    source: "Checkpoint",
+    bundle: Path,
+    *,
+    backend: str,
+    options: Mapping[str, Any],
+    device: str,
+    precision: str,
+    size: tuple[int, int],
+    batch: int,
+    steps: Sequence[int],
+) -> str:
+    """See that a bundle is there with an engine, and return the engine's name. Raises what `engines.build` raises."""
+    from turbochain.engines import build
+
+    where = {"backend": backend, "options": options, "device": device}
+    if (bundle / "bundle.json").exists():
+        return build(str(bundle), bundle, **where).engine  # type: ignore[arg-type]
+    # Built even if memory looks too small: a build that fails is a row with its reason.
+    shape = {"size": size, "batch": batch, "steps": list(steps), "precision": precision, "force": True}
+    return build(str(source.folder), bundle, **where, **shape).engine  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of one call."""
+
+    name: str
+    file: Path  # its ONNX graph
+    launches: int
+    of_prompt: bool  # skipped if the prompt's embeddings are kept
+
+
+def step_counts(bundle: Path) -> list[int]:
+    """Return the step counts that a bundle has tables for, ascending."""
+    from turbochain.runtime import Bundle
+
+    return Bundle.open(bundle).steps
+
+
+def stages(bundle: Path, steps: int) -> list[Stage]:
+    """Return the stages of a text-to-image call of `steps` steps."""
+    from turbochain.runtime import Bundle
+
+    opened = Bundle.open(bundle)
+    chain = opened.chain
+    return [
+        Stage(
+            name=name,
+            file=bundle / opened.manifest.graphs[name].file,
+            launches=steps if name in chain.loop else 1,
+            of_prompt=name in chain.before,
+        )
+        for name in chain.graphs
+        if name not in chain.once
+    ]
+
+
+class Drawer:
+    """turbochain's pipeline with one engine of a bundle, as worker.py wants a contender."""
+
+    def __init__(self, bundle: str, engine: str, device: str, mode: str) -> None:
+        from turbochain.runtime import Pipeline
+        from turbochain.runtime.backends import precisions
+
+        self._pipe = Pipeline.load(bundle, engine=engine, device=device)
+        self._mode = mode
+        self._on_gpu = self._pipe.device.kind != "cpu"
+        self.stages: dict[str, list[float]] = {}
+        key = self._pipe.bundle.engines()[engine]
+        graphs = self._pipe.bundle.manifest.graphs
+        computed = precisions(key.key.backend, key.options, graphs)
+        self.precision = {graphs[s.name].role: computed[s.name] for s in stages(Path(bundle), 1)}
+
+    def draw(self, prompts: list[str], seed: int, steps: int) -> Any:
+        """Return pictures [B, H, W, 3] uint8; see contenders.Contender for the modes."""
+        if self._mode != "cached":
+            self._pipe.prompt_cache.clear()
+        self.stages = {}
+        # On a GPU, observed stages are launched one by one instead of as one CUDA graph.
+        self._pipe.observe = self._note if self._mode == "stages" or not self._on_gpu else None
+        return self._pipe(prompts, seed=seed, num_inference_steps=steps, output_type="uint8").images
+
+    def _note(self, graph: str, seconds: float) -> None:
+        self.stages.setdefault(graph, []).append(seconds)
+
+    def gpu_seconds(self) -> float | None:
+        """Return how long the GPU worked for the last call; None on a CPU."""
+        return self._pipe.busy_seconds if self._on_gpu else None
+
+    def remark(self) -> str | None:
+        """Return why the chain is not one CUDA graph; None if it is, and on a CPU."""
+        return self._pipe.uncaptured and f"not one CUDA graph: {self._pipe.uncaptured}"
