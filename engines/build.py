@@ -98,7 +98,7 @@ def carry_out(order: BuildOrder) -> BuildResult:
         backends.require_precision(engine.backend, where, precision)
     usual = backends.preference(engine.backend, where).precisions[0]
     reports: list[PhaseReport] = []
-    with make(order.export, how, usual, reports) as (_, bundle):
+    with make(order.export, how, usual, reports) as bundle:
         graphs = bundle.manifest.graphs
         if where.kind == "cuda" and usual not in {g.precision for g in graphs.values()} and not how.quiet:
             print(f"the bundle is not in {usual}, so neither is its engine: export it again for speed", file=sys.stderr)
