@@ -53,6 +53,7 @@ def test_it_is_diffusers_picture_with_that_vae(checkpoints: dict[str, Path], tin
     assert manifest.request["vae"] == "our-tiny"
     assert {name: graph.model_class for name, graph in manifest.graphs.items()} == {
         "text_encoder": "CLIPTextModel",
+        "step": "",
         "unet": "UNet2DConditionModel",
         "vae_decoder": "AutoencoderTiny",
     }
