@@ -19,42 +19,22 @@ def checkpoint(source: str, folder: Path) -> "Checkpoint":
 
     Raises InputError if `source` is none.
     """
-    from turbochain.export.sources import hub, synthetic
-    from turbochain.export.sources.checkpoint import KINDS, SYNTHETIC, is_hub_id, local, open_folder
-    from turbochain.runtime.errors import InputError
+    from turbochain.export.sources import Want, find, parts
 
-    if source.startswith(SYNTHETIC):
-        name = source.removeprefix(SYNTHETIC)
-        path, partial = folder / name, folder / f"{name}.partial"
-        if not path.exists():
-            synthetic.write_checkpoint(name, partial)
-            partial.rename(path)
-        return open_folder(path, None)
-    if local(source).is_dir():
-        return open_folder(local(source).resolve(), None)
-    if not is_hub_id(source):
-        raise InputError(f"{source} is {KINDS}")
-    found, _ = hub.fetch(source, None, None, lambda done, total: None, lambda *_: None)
-    return open_folder(found, None)
+    return parts.fetch(find(source), Want(folder), {})
 
 
 def with_vae(own: "Checkpoint", source: str, vae: str, folder: Path) -> "Checkpoint":
     """Return a checkpoint like `own` with another VAE, made of links; for a synthetic one "tiny" has random weights."""
-    from turbochain.export.sources import synthetic
-    from turbochain.export.sources.checkpoint import SYNTHETIC, Checkpoint, open_folder
-    from turbochain.export.sources.other_vae import TINY, find
+    from turbochain.export.sources import Want, find, parts
+    from turbochain.export.sources.checkpoint import open_folder
 
-    if vae == TINY and source.startswith(SYNTHETIC):
-        found = folder / f"{own.folder.name}-{TINY}-vae"
-        synthetic.write_tiny_vae(source.removeprefix(SYNTHETIC), found)
-    else:
-        found = find(own.folder, vae) or own.part("vae")
-    made = Checkpoint(own.folder, own.variant, found)
+    made = parts.fetch(find(source), Want(folder), {"vae": vae})
     linked = folder / f"{own.folder.name}-{re.sub('[^a-z0-9]+', '-', vae.lower())}"
     linked.mkdir(exist_ok=True)
-    for name in (*made.family.components, *made.family.tokenizers.values(), "scheduler"):
+    for name, part in made.parts.items():
         (linked / name).unlink(missing_ok=True)
-        (linked / name).symlink_to(made.part(name).resolve())
+        (linked / name).symlink_to(part.folder.resolve())
     (linked / "model_index.json").write_text(json.dumps(made.index))
     return open_folder(linked, own.variant)
 
