@@ -1,7 +1,7 @@
 """Show how TensorRT compiled each stage, for developers: `make inspect-engines BUNDLE=sd-turbo.bundle`.
 
 If the bundle has a TensorRT engine that fits this machine, polygraphy runs each stage's serialized engine and the same
-graph on ONNX Runtime's CPU provider, both with ONNX Runtime's results of the stages before, and the layers are read from
+graph on ONNX Runtime's CPU provider, both with ONNX Runtime's results of the stages before, and the layers are those of
 the serialized engine. Otherwise TensorRT-RTX builds each stage again, without installing it, and the layers are those
 that its builder logs. `--layers` lists them all, not only the counts.
 """
@@ -74,7 +74,7 @@ def summary(layers: dict[str, Layers]) -> list[list[str]]:
 
 
 def built_layers(bundle: Bundle, stage: str, architecture: str) -> Layers:
-    """Build a stage with TensorRT-RTX for an architecture such as "sm89", and return the layers that its builder logs."""
+    """Build a stage with TensorRT-RTX for an architecture such as "sm89"; returns the layers that its builder logs."""
     said: list[str] = []
     path = bundle.path / bundle.manifest.graphs[stage].file
     chosen = options.resolve("tensorrt", {})
