@@ -9,8 +9,10 @@ GPU_EXTRAS := cuda,export,tensorrt,dev
 GPU_VENV := $(if $(filter file,$(origin BIN)),.venv-gpu)
 GPU_BIN := $(if $(GPU_VENV),$(GPU_VENV)/bin,$(BIN))
 # Half of a test is a single thread, so two run at once; the tests of a file stay together, and share what they build.
-# Files in their order: by the number of their tests, those with few long ones would come last, and one would wait.
+# Files in the order of tests/conftest.py, the longest first: by the number of tests, few long ones would come last.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
+# The shared bundles of the tests stay here until the code changes; nothing, as in .ci/run: they are built each time.
+BUNDLES ?= .test-bundles
 BENCH ?= synthetic:sd-turbo
 PRECISION ?= fp32
 PEERS := optimum-onnx optimum-intel
@@ -45,7 +47,7 @@ demo: setup
 	$(BIN)/python tests/demo_model/contact_sheet.py demo.bundle -o demo.png
 
 test: setup
-	$(BIN)/python -m pytest -q $(TWO)
+	$(BIN)/python -m pytest -q $(TWO) $(BUNDLES:%=--bundles %)
 
 check: setup
 	$(BIN)/ruff check .
@@ -95,4 +97,4 @@ train-demo: setup
 	$(BIN)/python tests/demo_model/grade.py
 
 clean:
-	rm -rf $(VENV) .venv-gpu demo.bundle demo.bundle.partial demo.png picture.png build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-gpu demo.bundle demo.bundle.partial demo.png picture.png build dist *.egg-info .test-bundles .pytest_cache .mypy_cache .ruff_cache

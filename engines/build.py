@@ -5,27 +5,19 @@ when verified. Both folders are locked while in use. What is finished is written
 interrupted build goes on where it stopped.
 """
 
-import hashlib
-import importlib.util
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from turbochain.engines import compiling
-from turbochain.engines import options as backend_options
-from turbochain.engines.compiling import Order
-from turbochain.export import bundling
-from turbochain.export.phases.phases import LOG, PhaseReport, Session
-from turbochain.runtime import backends
-from turbochain.runtime.bundle.lock import lock_directory
+from turbochain.engines import backends as builders
+from turbochain.engines import compiling, installed
+from turbochain.engines.order import BuildOrder, engine_order
+from turbochain.export.api import locked, make, path_of
+from turbochain.export.order import ExportOrder, How
+from turbochain.export.phases.phases import LOG, PhaseReport, Phases
+from turbochain.runtime import backends, selection
 from turbochain.runtime.bundle.manifest import Check
-from turbochain.runtime.bundle.opened import Bundle
-from turbochain.runtime.errors import InputError
-
-DEMO = "demo"  # turbochain.export.sources.checkpoint.DEMO
 
 
 @dataclass
@@ -33,13 +25,14 @@ class BuildResult:
     """What a build did."""
 
     bundle: Path
-    engine: str  # the folder's name in engines/
-    precision: dict[str, str]  # graph → what its engine computes in
+    engine: str  # the name of its folder
+    folder: Path  # the engine's
+    precision: dict[str, str]  # graph → what the engine computes it in
     remedy: dict[str, str]  # graph → what makes it right in fp16, or why it is not in fp16; "" for nothing
     engine_bytes: dict[str, int]  # graph → bytes that the engine reads
     build_seconds: dict[str, float]  # graph → compilation
-    checks: list[Check]  # empty where the engine is for another machine, and has not met one such yet
-    phases: list[PhaseReport] = field(default_factory=list)  # empty where there was nothing to do
+    checks: dict[str, list[Check]]  # chain → its verification; a chain that is missing is verified at its first load
+    phases: list[PhaseReport] = field(default_factory=list)  # empty if there was nothing to do
     backend: str = ""
     reason: str = ""  # why this backend
 
@@ -56,12 +49,14 @@ def build(
     vae: str | None = None,
     size: tuple[int, int] | None = None,
     batch: int | None = None,
-    steps: list[int] | None = None,
+    steps: Sequence[int] | None = None,
     opset: int | None = None,
     revision: str | None = None,
     variant: str | None = None,
     options: Mapping[str, object] | None = None,
     timing_cache: str | Path | None = None,
+    chains: Sequence[str] | None = None,
+    engines: str | Path | None = None,
     force: bool = False,
     quiet: bool = False,
     verbose: bool = False,
@@ -79,196 +74,50 @@ def build(
     pixels, multiples of 64 (default 512×512). `steps`: step counts (default 1 to 4). `opset`: of the ONNX graphs,
     18 to 23 (default 21). `options`: the backend's own, such as {"builder_optimization_level": 5}; see `OPTIONS`
     in its module in `turbochain.engines`. `timing_cache`: the folder where TensorRT's timings are kept and found,
-    one file per GPU and library version (default: the folder that the bundle is in). `force` skips the check of
-    memory and disk. A second call with the same arguments finds the result and does nothing. Raises InputError
-    for what cannot be built, VerificationError where the engine differs from diffusers by more than its bounds
-    (the engine is then not installed).
+    one file per GPU and library version (default: the folder that the bundle is in). `chains`: compile and verify
+    only the graphs of these chains (default: all of the bundle's); a later call with others adds theirs. `engines`:
+    the folder of this bundle's engines (default: its own, or the user's cache if it is read-only). `force` skips the
+    check of memory and disk. A second call with the same arguments finds the result and does nothing. Raises
+    InputError for what cannot be built, VerificationError if the engine differs from diffusers by more than its
+    bounds (the engine is then not installed).
     """
-    backend, reason = _choose(backend, device, target)
-    options = dict(options or {})
-    if precision == "fp32" and "inference_precision" in backend_options.of(backend):
-        options.setdefault("inference_precision", precision)  # who asks for fp32 wants all of it in fp32
-    order = Order(
-        backend,
-        device,
-        target,
-        backend_options.resolve(backend, options),
-        None if timing_cache is None else _folder(timing_cache),
-    )
-    where = compiling.device(backend, device, target)
-    backend_options.settled(backend, order.options)  # what this machine cannot do is told before the work
-    if not quiet:
-        print(f"backend {backend} on {where}: {reason}", file=sys.stderr)
-    asked = _asked(precision, vae_precision, size, batch, steps, opset)
-    if vae is not None:
-        asked["vae"] = _name(Path(vae)) if Path(vae).is_dir() else vae
-    for option in asked.keys() & {"precision", "vae_precision"}:
-        backends.require_precision(backend, where, asked[option])
-    output = Path(output) if output is not None else _default_output(source)
-    request = _request(source, asked, revision, variant, vae)
-    phases: list[PhaseReport] = []
+    counts = None if steps is None else tuple(steps)
+    export = ExportOrder(source, precision, vae_precision, vae, size, batch, counts, opset, revision, variant)
+    engine = engine_order(backend, device, target, options, timing_cache, precision, chains, engines)
+    return carry_out(BuildOrder(export, engine, How(path_of(export, output), force, quiet, verbose)))
 
-    def finish(lock: int) -> BuildResult:
-        bundle = Bundle.open(output)
-        _check_same(bundle, source, request)
-        session = Session(lock, None if verbose else output / "engines" / LOG, quiet, phases)
+
+def carry_out(order: BuildOrder) -> BuildResult:
+    """Build what was ordered, unless it is there; raises as `build`."""
+    engine, how = order.engine, order.how
+    where = installed.device(engine.backend, engine.device, engine.target)
+    builders.get(engine.backend).settle(engine.options)  # what this machine cannot do is told before the work
+    if not how.quiet:
+        print(f"backend {engine.backend} on {where}: {engine.reason}", file=sys.stderr)
+    for precision in filter(None, (order.export.precision, order.export.vae_precision)):
+        backends.require_precision(engine.backend, where, precision)
+    usual = backends.preference(engine.backend, where).precisions[0]
+    reports: list[PhaseReport] = []
+    with make(order.export, how, usual, reports) as (_, bundle):
         graphs = bundle.manifest.graphs
-        usual = backends.preference(backend, where).precisions[0]
-        if where.kind == "cuda" and usual not in {g.precision for g in graphs.values()} and not quiet:
+        if where.kind == "cuda" and usual not in {g.precision for g in graphs.values()} and not how.quiet:
             print(f"the bundle is not in {usual}, so neither is its engine: export it again for speed", file=sys.stderr)
-        name, made = compiling.install(session, bundle, order)
+        folder = selection.folder_to_write(bundle, engine.engines)
+        with locked(folder, how.quiet) as lock:
+            phases = Phases(lock, None if how.verbose else folder / LOG, how.quiet, reports)
+            found = compiling.install(phases, bundle, engine, folder)
+        made = found.engine
+        compiled = {name: graphs[name] for name in made.graphs}
         return BuildResult(
-            bundle=output,
-            engine=name,
-            precision=backends.precisions(backend, made.options, {g: graphs[g] for g in bundle.chain.graphs}),
-            remedy={g: graphs[g].remedy for g in bundle.chain.graphs},
-            engine_bytes=made.bytes,
-            build_seconds=made.build_seconds,
-            checks=list(made.checks),
-            phases=phases,
-            backend=backend,
-            reason=reason,
+            bundle=how.output,
+            engine=found.name,
+            folder=found.folder,
+            precision=backends.precisions(engine.backend, made.options, compiled),
+            remedy={name: graph.remedy for name, graph in compiled.items()},
+            engine_bytes={name: graph.bytes for name, graph in made.graphs.items()},
+            build_seconds={name: graph.build_seconds for name, graph in made.graphs.items()},
+            checks={chain: list(checks) for chain, checks in made.checks.items()},
+            phases=reports,
+            backend=engine.backend,
+            reason=engine.reason,
         )
-
-    if not _is_bundle(output):
-        if output.exists():
-            raise InputError(f"{output} exists and is not a bundle: choose another path with -o")
-        partial = output.with_name(output.name + ".partial")
-        with _locked(partial, quiet) as lock:
-            if not _is_bundle(output):
-                if _is_bundle(source):
-                    bundling.copy(Bundle.open(source), partial, output)
-                else:
-                    session = Session(lock, None if verbose else partial / LOG, quiet, phases)
-                    request = {"precision": backends.preference(backend, where).precisions[0], **request}
-                    bundling.export(session, source, vae, request, partial, output, force)
-                return finish(lock)  # the folder was renamed, so the same lock is now the bundle's
-            partial.rmdir()  # the owner of the lock that we waited for made the bundle
-    with _locked(output, quiet) as lock:
-        return finish(lock)
-
-
-def _choose(backend: str | None, device: str | None, target: str | None) -> tuple[str, str]:
-    if backend is None:
-        if target is not None:
-            return "tensorrt", f"it builds for {target} without such a GPU"
-        return backends.best(device)
-    backends.get(backend)
-    backends.require(backend)
-    return backend, "as asked"
-
-
-def _asked(
-    precision: str | None,
-    vae_precision: str | None,
-    size: tuple[int, int] | None,
-    batch: int | None,
-    steps: list[int] | None,
-    opset: int | None,
-) -> dict[str, Any]:
-    """The options that were given, checked; InputError for the first that cannot be."""
-    asked: dict[str, Any] = {}
-    if precision is not None:
-        if precision not in ("fp32", "fp16"):
-            raise InputError(f"precision {precision!r}: choose fp32 or fp16")
-        asked["precision"] = precision
-    if vae_precision is not None:
-        if vae_precision not in ("fp32", "bf16"):
-            raise InputError(f"precision {vae_precision!r} of the VAE: choose fp32 or bf16")
-        asked["vae_precision"] = vae_precision
-    if size is not None:
-        width, height = size
-        if min(size) < 64 or width % 64 or height % 64:
-            raise InputError(f"size {width}x{height}: width and height must be multiples of 64 pixels")
-        asked |= {"height": height, "width": width}
-    if batch is not None:
-        if batch < 1:
-            raise InputError(f"batch {batch}: at least 1 was expected")
-        asked["batch"] = batch
-    if steps is not None:
-        if not steps or min(steps) < 1 or max(steps) > 50:
-            raise InputError(f"steps {steps}: counts from 1 to 50 were expected, such as 1-4 or 1,2,4")
-        asked["steps"] = sorted(set(steps))
-    if opset is not None:
-        if not 18 <= opset <= 23:
-            raise InputError(f"opset {opset}: 18 to 23 was expected")
-        asked["opset"] = opset
-    return asked
-
-
-def _folder(path: str | Path) -> Path:
-    if Path(path).exists() and not Path(path).is_dir():
-        raise InputError(f"timing cache {path}: a folder was expected, with one file per GPU and library version")
-    return Path(path)
-
-
-def _is_bundle(path: str | Path) -> bool:
-    return Path(path, "bundle.json").is_file()
-
-
-def _default_output(source: str) -> Path:
-    if _is_bundle(source):
-        return Path(source)
-    name = (
-        Path(source).resolve().name
-        if Path(source).is_dir()
-        else source.rstrip("/").replace(":", "/").rpartition("/")[2]
-    )
-    return Path(name + ".bundle")
-
-
-def _request(
-    source: str, asked: dict[str, Any], revision: str | None, variant: str | None, vae: str | None
-) -> dict[str, Any]:
-    """What the bundle will say that it was asked for; of a bundle as source, only what was asked explicitly.
-
-    Of a local folder it keeps the name and a digest of its files' names, sizes and times: a bundle that is given
-    away need not tell where it was built, and a changed source is noticed.
-    """
-    if _is_bundle(source):
-        given = {"revision": revision, "variant": variant, **asked}
-        return {k: v for k, v in given.items() if v is not None}
-    folder = _own_checkpoint() if source == DEMO else Path(source)
-    stamps = [_stamp(f) for f in (folder, Path(vae or "")) if f.is_dir() and f != Path()]
-    stamp = hashlib.sha256("\n".join(stamps).encode(errors="surrogateescape")).hexdigest() if stamps else None
-    source = _name(folder) if folder.is_dir() else source
-    shape = {"height": 512, "width": 512, "batch": 1, "steps": [1, 2, 3, 4], "opset": 21, **asked}
-    return {"source": source, "revision": revision, "variant": variant, "stamp": stamp, **shape}
-
-
-def _name(folder: Path) -> str:
-    return folder.resolve().name
-
-
-def _stamp(folder: Path) -> str:
-    """A line for each file: its name, size and time."""
-    seen = sorted((str(p.relative_to(folder)), p.stat()) for p in folder.rglob("*") if p.is_file())
-    return "\n".join(f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in seen)
-
-
-def _own_checkpoint() -> Path:
-    """The folder of the source "demo", found without an import of turbochain.export, which has it."""
-    spec = importlib.util.find_spec("turbochain.export")
-    assert spec and spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0]) / DEMO
-
-
-@contextmanager
-def _locked(path: Path, quiet: bool) -> Iterator[int]:
-    def say() -> None:
-        if not quiet:
-            print(f"waiting: another build of {path} is running", file=sys.stderr)
-
-    with lock_directory(path, on_wait=say) as lock:
-        yield lock
-
-
-def _check_same(bundle: Bundle, source: str, request: dict[str, Any]) -> None:
-    """InputError where an existing bundle is not what is asked for."""
-    have = bundle.manifest.request
-    other = [f"{k} is {have.get(k)!r} there and {v!r} here" for k, v in request.items() if have.get(k) != v]
-    other = [o if not o.startswith("stamp is") else f"the files of {source} have changed" for o in other]
-    if _is_bundle(source) and Bundle.open(source).manifest.files != bundle.manifest.files:
-        other = [f"its files are not those of {source}"]
-    if other:
-        raise InputError(f"{bundle.path} holds another build ({'; '.join(other)}): choose another path with -o")

@@ -7,9 +7,12 @@ import re
 import sys
 from collections.abc import Sequence
 
-from turbochain.engines import options
-from turbochain.engines.build import BuildResult, build
-from turbochain.runtime.checks import verify
+from turbochain.engines import options as backend_options
+from turbochain.engines.build import BuildResult, carry_out
+from turbochain.engines.order import BuildOrder, engine_order
+from turbochain.export.api import path_of
+from turbochain.export.order import ExportOrder, How
+from turbochain.runtime.checks.verify import bound_text
 from turbochain.runtime.commands import console
 from turbochain.runtime.errors import InputError
 
@@ -19,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "build-engine",
         description="Build a bundle with an engine for this machine, checked against diffusers.",
-        epilog=options.described(),
+        epilog=backend_options.described(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -39,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--variant", help="weight files' variant, such as fp16")
     add("-O", metavar="NAME=VALUE", action="append", default=[], help="an option of the backend; see below")
     add("--timing-cache", metavar="FOLDER", help="where TensorRT's timings are kept (default: beside the bundle)")
+    add("--chains", metavar="NAME,…", help="compile only the graphs of these chains (default: all of the bundle's)")
+    add("--engines", metavar="FOLDER", help="keep engines there (default: in the bundle, or the cache if read-only)")
     add("--force", action="store_true", help="build even where memory or disk look too small")
     add("--json", action="store_true", help="print the result as JSON")
     add("-v", "--verbose", action="store_true", help="show what the exporter and the libraries print")
@@ -46,21 +51,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    given = {k: v for k, v in vars(arguments).items() if k not in ("json", "debug", "O")}
+    given = vars(arguments)
     given["size"] = _size(arguments.size) if arguments.size else None
     given["steps"] = _steps(arguments.steps) if arguments.steps else None
-    result = build(**given, options=options.parse(arguments.O))
+    export = ExportOrder(**{f.name: given[f.name] for f in dataclasses.fields(ExportOrder)})
+    options = backend_options.parse(arguments.O)
+    given["chains"] = None if arguments.chains is None else arguments.chains.split(",")
+    named = ("backend", "device", "target", "timing_cache", "precision", "chains", "engines")
+    engine = engine_order(options=options, **{name: given[name] for name in named})
+    how = How(path_of(export, arguments.output), arguments.force, verbose=arguments.verbose)
+    result = carry_out(BuildOrder(export, engine, how))
     print(json.dumps(dataclasses.asdict(result), default=str, indent=2) if arguments.json else text(result))
 
 
 def text(result: BuildResult) -> str:
-    """One summary: what was done, with which backend, and the table of stages."""
-    rows = [["stage", "precision", "engine size", "build time", "error", "bound", "remedy"]]
-    for c in result.checks:
-        remedy = result.remedy.get(c.stage, "")
-        rows.append([*_stage(result, c.stage), f"{c.metric} {c.value:.3g}", verify.bound_text(c), remedy])
-    if not result.checks:
-        rows += [[*_stage(result, name), "", "", result.remedy[name]] for name in result.precision]
+    """Return a summary: the tables of the chains, what was done, and with which backend."""
     seconds = f" in {sum(p.seconds for p in result.phases):.1f} s"
     if result.checks:
         did = f"built and verified{seconds}" if result.phases else "nothing to do: it is built and verified already"
@@ -68,12 +73,32 @@ def text(result: BuildResult) -> str:
         did = f"built{seconds}" if result.phases else "nothing to do: it is built already"
         did += ", unverified: it is checked when it is first loaded on such a machine"
     return (
-        f"{console.table(rows)}\n{result.bundle}: {did}\n"
-        f"backend {result.backend} ({result.reason}), engine {result.engine}"
+        f"{_tables(result)}\n{result.bundle}: {did}\nbackend {result.backend} ({result.reason}), engine {result.engine}"
     )
 
 
-def _stage(result: BuildResult, name: str) -> list[str]:
+def _tables(result: BuildResult) -> str:
+    """Return a table of figures for each chain, and one of the graphs that none of them has."""
+    tables: dict[str, list[list[str]]] = {}
+    for chain, checks in result.checks.items():
+        tables[f"chain {chain}"] = [
+            [
+                *_graph(result, c.stage),
+                f"{c.metric} {c.value:.3g}",
+                bound_text(c),
+                result.remedy.get(c.stage, ""),
+            ]
+            for c in checks
+        ]
+    seen = {c.stage for checks in result.checks.values() for c in checks}
+    if rest := [name for name in result.precision if name not in seen]:
+        tables["other graphs"] = [[*_graph(result, name), "", "", result.remedy[name]] for name in rest]
+    head = ["stage", "precision", "engine size", "build time", "error", "bound", "remedy"]
+    titled = {title: console.table([head, *rows]) for title, rows in tables.items()}
+    return "\n".join(titled.values() if len(titled) == 1 else (f"{t}\n{table}" for t, table in titled.items()))
+
+
+def _graph(result: BuildResult, name: str) -> list[str]:
     if name not in result.precision:
         return [name, "", "", ""]
     return [
@@ -91,11 +116,11 @@ def _size(value: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _steps(value: str) -> list[int]:
+def _steps(value: str) -> tuple[int, ...]:
     if match := re.fullmatch(r"(\d{1,3})-(\d{1,3})", value):
-        return list(range(int(match[1]), int(match[2]) + 1))
+        return tuple(range(int(match[1]), int(match[2]) + 1))
     if re.fullmatch(r"\d{1,3}(,\d{1,3})*", value):
-        return [int(n) for n in value.split(",")]
+        return tuple(int(n) for n in value.split(","))
     raise InputError(f"--steps {value}: a range or a list was expected, such as 1-4 or 1,2,4")
 
 

@@ -1,178 +1,183 @@
-"""Bundle → engine: compiled in `engines/.building/`, and renamed when verified."""
+"""Bundle → engine: compiled in `.building/` of the folder for engines, and renamed when it is verified."""
 
 import dataclasses
-import hashlib
-import json
 import sys
-from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from turbochain.engines import options
-from turbochain.export.phases.phases import SMALL, Session, now, versions
+from turbochain.engines import backends as builders
+from turbochain.engines import installed, options
+from turbochain.engines.order import EngineOrder
+from turbochain.export.phases.phases import SMALL, Phases, now, versions
 from turbochain.export.phases.resume import Finished, empty, leave_nothing
-from turbochain.runtime import backends, selection
-from turbochain.runtime.backends import Device
-from turbochain.runtime.bundle import hashing, strict_json, writing
-from turbochain.runtime.bundle.manifest import FORMAT_VERSION, Check, Engine, EngineKey
+from turbochain.runtime.bundle import strict_json, writing
+from turbochain.runtime.bundle.manifest import FORMAT_VERSION, Check, Engine, EngineGraph, EngineKey
 from turbochain.runtime.bundle.opened import Bundle
+from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.checks import verify
-from turbochain.runtime.errors import BundleError, InputError, NoSpace, PhaseDied, TurbochainError, VerificationError
+from turbochain.runtime.errors import InputError, NoSpace, PhaseDied, TurbochainError, VerificationError
+from turbochain.runtime.selection import Found
+
+Checks = dict[str, tuple[Check, ...]]
 
 
-@dataclass(frozen=True)
-class Order:
-    """What engine to build."""
+def install(phases: Phases, bundle: Bundle, order: EngineOrder, folder: Path) -> Found:
+    """Return the engine that was ordered, with all graphs of its chains; build in the locked `folder` what is missing.
 
-    backend: str
-    device: str | None = None  # of this machine; None: the default one
-    target: str | None = None  # an architecture such as "sm89", to build for another machine
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the backend; those that are missing are its defaults
-    cache: Path | None = None  # folder for what makes later builds quicker (None: the one that the bundle is in)
-
-
-def device(backend: str, name: str | None, target: str | None) -> Device:
-    """The device that an engine is for; InputError where there is none such or the backend cannot build for it."""
-    module = backends.get(backend)
-    if target is None:
-        return module.device(name)
-    if not hasattr(module, "target"):
-        raise InputError(f"target {target!r}: the backend {backend} builds only for the machine that it runs on")
-    return module.target(target)
-
-
-def install(session: Session, bundle: Bundle, order: Order) -> tuple[str, Engine]:
-    """The engine that was ordered in a locked bundle, built and verified if there is none.
-
-    One for another machine cannot be verified here: it has no checks until it is loaded there. A build that fails or
-    is cancelled leaves nothing behind; one that is killed, or finds the disk full, what was finished.
+    An engine of the same key keeps its graphs that are unchanged in the bundle. One for another machine cannot be
+    verified here: it has no checks until it is loaded there. A build that fails or is cancelled leaves nothing behind
+    and the old engine as it was; one that is killed, or finds the disk full, leaves what was finished.
     """
-    name, key = _key(bundle, order)
-    final, building = bundle.path / "engines" / name, bundle.path / "engines" / ".building"
-    selection.check_inputs(bundle)
-    if existing := _intact(bundle, name, key):
-        return name, existing
+    wanted, key = installed.chains(bundle, order.chains), installed.key(order)
+    bundle.check_files({file for chain in wanted for file in chain.files})
+    writing.recover_directories(folder)
+    found = list(installed.find(bundle, order.engines, key))
+    for whole, usable in found:
+        if whole == usable and not installed.lacks(usable.engine, wanted, verified=order.target is None):
+            _tidy(phases, folder)
+            return whole
+    building, final = folder / ".building", folder / installed.folder_name(key)
     try:
-        building.mkdir(parents=True, exist_ok=True)
-        made = _compile_and_check(session, bundle, key, order, building)
+        building.mkdir(exist_ok=True)
+        made = _Build(phases, bundle, order, key, wanted, building, found[0][1] if found else None).run()
         writing.write_atomically(building / "engine.json", strict_json.write(made))
         empty(building, keep=(*made.files, "engine.json"))
-        if final.exists():  # damaged
-            empty(final)
-            final.rmdir()
-        writing.install_directory(building, final)
+        writing.replace_directory(building, final)
     except (NoSpace, PhaseDied):
         raise
     except (TurbochainError, KeyboardInterrupt):
-        _drop_log(session)
-        with suppress(OSError):  # other engines are there
+        with suppress(OSError):
             leave_nothing(building)
-            building.parent.rmdir()
+        _tidy(phases, folder)
         raise
     except OSError as error:
         raise InputError(f"cannot write {final}: {error.strerror}") from error
     finally:
-        session.release()
-    _drop_log(session)
-    return name, made
+        phases.release()
+    _tidy(phases, folder)
+    return Found(final, made)
 
 
-def _key(bundle: Bundle, order: Order) -> tuple[str, EngineKey]:
-    """What the engine that was ordered depends on, and the name of its folder."""
-    where = device(order.backend, order.device, order.target)
-    library, version = backends.require(order.backend)
-    chosen = options.settled(order.backend, options.resolve(order.backend, order.options))
-    key = EngineKey(order.backend, where.kind, library, version, chosen, bundle.graph_digests(), where.gpu)
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(key), sort_keys=True).encode()).hexdigest()
-    short = f"sm{where.gpu.compute_capability.replace('.', '')}" if where.gpu else where.kind
-    return f"{order.backend}-{short}-{digest[:12]}", key
+def _tidy(phases: Phases, folder: Path) -> None:
+    """Remove the log, and the folder if no engine is in it."""
+    if phases.log:
+        phases.log.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
-def _drop_log(session: Session) -> None:
-    if session.log:
-        session.log.unlink(missing_ok=True)
+@dataclasses.dataclass
+class _Build:
+    """One build of one engine."""
 
+    phases: Phases
+    bundle: Bundle
+    order: EngineOrder
+    key: EngineKey
+    wanted: list[OpenChain]
+    folder: Path  # where it is built
+    old: Found | None  # what can be kept of an engine of the same key
 
-def _intact(bundle: Bundle, name: str, key: EngineKey) -> Engine | None:
-    """The installed engine of this name and key, unless it is missing or damaged."""
-    existing = bundle.engines().get(name)
-    if not isinstance(existing, Engine) or existing.key != key:
-        return None
-    try:
-        hashing.check_all(bundle.path / "engines" / name, existing.files, full=False)
-    except BundleError:
-        return None
-    return existing
+    def run(self) -> Engine:
+        """Compile and verify what is missing; return the engine, whose files are then in the folder."""
+        self.state = Finished(self.folder, dataclasses.asdict(self.key))
+        candidates = builders.get(self.key.backend).candidates(self.key.options)
+        graphs, checks = self._keep()
+        if self.old and self.old.engine.settled in candidates:  # those before it have failed
+            candidates = candidates[candidates.index(self.old.engine.settled) :]
+        elif self.old:
+            checks = {}
+        for name in dict.fromkeys(name for chain in self.wanted for name in chain.graphs):
+            if name not in graphs:
+                graphs[name] = self._compile(name, {**self.key.options, **candidates[0]})
+        settled = candidates[0]
+        if self.order.target is None:
+            settled, checks = self._verify(candidates, checks)
+        verifying = [r.peak_bytes for r in self.phases.reports if r.name.startswith("verify ")]
+        return Engine(
+            format_version=FORMAT_VERSION,
+            key=self.key,
+            graphs={name: graphs[name] for name in self.bundle.manifest.graphs if name in graphs},
+            checks=checks,
+            verify_peak_bytes=max([*verifying, self.old.engine.verify_peak_bytes if self.old else 0]),
+            created=now(),
+            created_by=versions("turbochain", self.key.library, "numpy"),
+            ordered=options.changed(self.key.backend, self.order.options),
+            settled=settled,
+        )
 
+    def _keep(self) -> tuple[dict[str, EngineGraph], Checks]:
+        """Link what can be kept into the folder; return the graphs, and the chains that need no verification."""
+        if self.old is None:
+            return {}, {}
+        for file in self.old.engine.files:
+            installed.link(self.old.folder / file, self.folder / file)
+        return dict(self.old.engine.graphs), dict(self.old.engine.checks)
 
-def _compile_and_check(session: Session, bundle: Bundle, key: EngineKey, order: Order, folder: Path) -> Engine:
-    common = {
-        "path": str(bundle.path),
-        "backend": key.backend,
-        "folder": str(folder),
-        "device": order.device,
-    }
-    candidates = options.candidates(key.backend, key.options)
-    first = {**key.options, **candidates[0]}
-    compiler = {**common, "options": first, "target": order.target, "cache": str(order.cache or bundle.path.parent)}
-    run = partial(session.run, keep=bundle.weight_bytes() <= SMALL)
-    state = Finished(folder, dataclasses.asdict(key))
+    def _arguments(self, chosen: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "path": str(self.bundle.path),
+            "backend": self.key.backend,
+            "folder": str(self.folder),
+            "options": chosen,
+            "device": self.order.device,
+        }
 
-    def compile(name: str) -> dict[str, Any]:
-        written = run(f"compile {name}", "turbochain.engines.jobs:compile", name=name, **compiler)
-        report = session.phases[-1]
-        return {"files": written, "seconds": report.seconds, "peak_bytes": report.peak_bytes}
+    def _run(self, phase: str, job: str, **arguments: Any) -> Any:
+        files = {file for chain in self.wanted for graph in chain.graphs.values() for file in graph.data}
+        small = sum(self.bundle.manifest.files[file].size for file in files) <= SMALL
+        return self.phases.run(phase, f"turbochain.engines.jobs:{job}", keep=small, **arguments)
 
-    done = {
-        name: state.once(f"compile {name}", partial(compile, name), lambda result: result["files"])
-        for name in key.graphs
-    }
-    written = state.records()
-    settled = candidates[0]
-    checks: list[Check] = []
-    if order.target is None:
-        check = partial(run, "verify", "turbochain.engines.jobs:check", **common)
-        settled, checks = _first_within_bounds(session, candidates, lambda c: check(options={**key.options, **c}))
-    sizes = {**bundle.manifest.files, **written}
-    read = bundle.manifest.graphs if options.reads_graphs(key.backend) else {}
-    return Engine(
-        format_version=FORMAT_VERSION,
-        key=key,
-        files=written,
-        bytes={
-            g: sum(sizes[f].size for f in (*done[g]["files"], *(read[g].files if read else ()))) for g in key.graphs
-        },
-        build_seconds={g: done[g]["seconds"] for g in key.graphs},
-        peak_bytes={
-            **{g: done[g]["peak_bytes"] for g in key.graphs},
-            **({"verify": session.phases[-1].peak_bytes} if checks else {}),
-        },
-        checks=tuple(checks),
-        ordered=options.changed(key.backend, options.resolve(key.backend, order.options)),
-        created=now(),
-        created_by=versions("turbochain", key.library, "numpy"),
-        settled=settled,
-    )
+    def _compile(self, name: str, chosen: dict[str, Any]) -> EngineGraph:
+        """Compile a graph, unless a build that was interrupted did."""
+        digest = self.bundle.graph_digest(name)
+        done = f"compile {name} {digest}"
 
+        def compile() -> dict[str, Any]:
+            more = {"target": self.order.target, "cache": str(self._cache()), "name": name}
+            written = self._run(f"compile {name}", "compile", **more, **self._arguments(chosen))
+            report = self.phases.reports[-1]
+            return {"files": written, "seconds": report.seconds, "peak_bytes": report.peak_bytes}
 
-def _first_within_bounds(
-    session: Session, candidates: list[dict[str, Any]], check: Callable[[dict[str, Any]], list[dict[str, Any]]]
-) -> tuple[dict[str, Any], list[Check]]:
-    """The first of the candidates that passes and its checks; raises VerificationError where the last one fails."""
-    for candidate, other in zip(candidates, [*candidates[1:], None], strict=True):
-        checks = [Check(**c) for c in check(candidate)]
+        result = self.state.once(done, compile, lambda result: result["files"])
+        files = self.state.records(done)
+        read = self.bundle.manifest.graphs[name].files if builders.get(self.key.backend).reads_graphs else ()
+        size = sum(r.size for r in files.values()) + sum(self.bundle.manifest.files[f].size for f in read)
+        return EngineGraph(digest, files, size, result["seconds"], result["peak_bytes"])
+
+    def _cache(self) -> Path:
+        """Return the folder for timings: as ordered, else beside the bundle, or the engines if they are elsewhere."""
+        engines = self.folder.parent
+        return self.order.cache or (self.bundle.path if engines.parent == self.bundle.path else engines).parent
+
+    def _verify(self, candidates: list[dict[str, Any]], checks: Checks) -> tuple[dict[str, Any], Checks]:
+        """Return the first of the candidates that passes in every chain, and the checks.
+
+        `checks` are those that passed with the first one. Raises VerificationError if the last one fails.
+        """
+        names = [c for c in self.bundle.manifest.chains if c in checks or c in {chain.name for chain in self.wanted}]
+        for candidate, following in zip(candidates, [*candidates[1:], None], strict=True):
+            try:
+                return candidate, {name: checks.get(name) or self._check(name, candidate) for name in names}
+            except VerificationError as error:
+                if following is None:
+                    raise
+                checks = {}
+                if not self.phases.quiet:
+                    print(f"{_text(candidate)}: {error}; next: {_text(following)}", file=sys.stderr)
+        raise AssertionError("there is always a candidate")
+
+    def _check(self, chain: str, candidate: dict[str, Any]) -> tuple[Check, ...]:
+        """Verify a chain; return its checks, or raise VerificationError."""
+        found = self._run(f"verify {chain}", "check", chain=chain, **self._arguments({**self.key.options, **candidate}))
+        checks = tuple(Check(**c) for c in found)
         try:
             verify.require(checks)
-            break
         except VerificationError as error:
-            if other is None:
-                raise
-            if not session.quiet:
-                print(f"{_text(candidate)}: {error}; next: {_text(other)}", file=sys.stderr)
-    return candidate, checks
+            several = len(self.bundle.manifest.chains) > 1
+            raise VerificationError(f"chain {chain}: {error}" if several else str(error)) from None
+        return checks
 
 
 def _text(settled: dict[str, Any]) -> str:

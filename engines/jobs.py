@@ -1,18 +1,17 @@
-"""The engine's build as jobs, each run in a process of its own; arguments and results are plain JSON values."""
+"""The child half of an engine's build: jobs, each in a process of its own, with plain JSON values."""
 
 import dataclasses
-import importlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from turbochain.engines import compiling
-from turbochain.runtime import backends, selection
+from turbochain.engines import backends as builders
+from turbochain.engines import installed
+from turbochain.engines.backends.contract import Progress, Task
+from turbochain.runtime import backends
+from turbochain.runtime.backends.contract import Opened
 from turbochain.runtime.bundle.manifest import REFERENCE
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.checks import verify
-
-Progress = Callable[[int, int], None]
 
 
 def compile(
@@ -29,30 +28,40 @@ def compile(
 ) -> list[str]:
     """Compile one graph of the bundle into `folder`; returns the names of the files that it wrote there.
 
-    With `READS_GRAPHS` a backend's engine reads the bundle's graphs: it is tried whether it takes this one.
+    A graph that engines of the backend read is then loaded once, which shows whether the backend takes it.
     """
-    bundle = Bundle.open(path)
+    bundle, builder = Bundle.open(path), builders.get(backend)
     bundle.check_files(bundle.manifest.graphs[name].files)
-    module = importlib.import_module(f"turbochain.engines.backends.{backend}")
-    written: list[str] = []
-    if hasattr(module, "compile"):
-        where = compiling.device(backend, device, target)
-        written = list(module.compile(bundle, name, Path(folder), options, where, Path(cache), progress))
-    if module.READS_GRAPHS:
-        selection.executor(bundle, backend, Path(folder), options, device=device, threads=None, graphs=[name]).close()
+    where = installed.device(backend, device, target)
+    written = builder.compile(Task(bundle, name, Path(folder), options, where, Path(cache), progress))
+    if builder.reads_graphs:
+        executor = backends.get(backend).executor(Opened(bundle, Path(folder), options, where))
+        try:
+            executor.load([name])
+        finally:
+            executor.close()
     return written
 
 
 def check(
-    progress: Progress, *, path: str, backend: str, folder: str, options: dict[str, Any], device: str | None
+    progress: Progress,
+    *,
+    path: str,
+    backend: str,
+    folder: str,
+    options: dict[str, Any],
+    device: str | None,
+    chain: str,
 ) -> list[dict[str, Any]]:
-    """Verify the engine in `folder`; returns the checks, passed or not."""
+    """Verify one chain of the engine in `folder`; returns the checks, passed or not."""
     bundle = Bundle.open(path)
-    bundle.check_files([REFERENCE])
-    selection.check_inputs(bundle)
-    executor = selection.executor(bundle, backend, Path(folder), options, device=device, threads=None)
-    computed = backends.precisions(backend, options, bundle.manifest.graphs)
+    opened = bundle.open_chain(chain)
+    bundle.check_files([REFERENCE, *opened.files])
+    where = backends.get(backend).device(device)
+    executor = backends.get(backend).executor(Opened(bundle, Path(folder), options, where))
     try:
-        return [dataclasses.asdict(c) for c in verify.verify(bundle, executor, computed, progress)]
+        executor.load(opened.graphs)
+        computed = backends.precisions(backend, options, opened.graphs)
+        return [dataclasses.asdict(c) for c in verify.verify(opened, executor, computed, progress)]
     finally:
         executor.close()

@@ -7,13 +7,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from turbochain.export.phases.phases import SMALL, Session, now, versions
+from turbochain.export.order import ExportOrder, Recipe
+from turbochain.export.phases.phases import SMALL, Phases, now, versions
 from turbochain.export.phases.resume import STATE, Finished, empty, leave_nothing
-from turbochain.runtime.bundle import hashing, manifest, strict_json, writing
-from turbochain.runtime.bundle.manifest import FORMAT_VERSION, REFERENCE, TEXT_TO_IMAGE, Checkpoint, Graph, Manifest
+from turbochain.export.prepared import Prepared
+from turbochain.export.remedies import Remedy
+from turbochain.runtime.bundle import hashing, strict_json, writing
+from turbochain.runtime.bundle.manifest import FORMAT_VERSION, REFERENCE, TEXT_TO_IMAGE, Chain, Graph, Manifest
 from turbochain.runtime.bundle.opened import Bundle
+from turbochain.runtime.bundle.strict_json import convert
 from turbochain.runtime.errors import InputError, NoSpace, PictureError
 
+FIRST_VERSION = "0.1.0"  # that reads format 2
 VERSIONS = ("turbochain", "torch", "diffusers", "transformers", "onnx", "onnxscript", "numpy", "tokenizers")
 
 
@@ -33,61 +38,56 @@ def copy(source: Bundle, folder: Path, output: Path) -> None:
     writing.install_directory(folder, output)
 
 
-def export(
-    session: Session, source: str, vae: str | None, request: dict[str, Any], folder: Path, output: Path, force: bool
-) -> None:
-    """Make the bundle `output` of what `request` asks for, in the locked `folder`; `source`, `vae` as in `build`.
+def export(phases: Phases, order: ExportOrder, recipe: Recipe, folder: Path, output: Path, force: bool) -> None:
+    """Make the bundle `output` of an order and its recipe, in the locked `folder`.
 
     What cannot be built leaves nothing behind; a full disk, a failure or a kill leaves what was finished, if anything.
     """
     try:
-        _export(session, {"source": source, "vae": vae, "force": force}, request, folder)
+        _export(phases, order, recipe, folder, force)
     except (InputError, PictureError) as error:
         if not isinstance(error, NoSpace) or not (folder / STATE).exists():
             leave_nothing(folder)
         raise
     finally:
-        session.release()
+        phases.release()
     writing.install_directory(folder, output)
 
 
-def _export(session: Session, given: dict[str, Any], request: dict[str, Any], folder: Path) -> None:
+def _export(phases: Phases, order: ExportOrder, recipe: Recipe, folder: Path, force: bool) -> None:
     _require_export()
-    state = Finished(folder, request)
-    common = {"request": request, "folder": str(folder)}
-    prepared = state.once(
-        "prepare",
-        lambda: session.run("load", "turbochain.export.jobs:prepare", keep=True, **given, **common),
-        lambda result: [*result["terms"], *(t["file"] for t in result["tokenizers"].values())],
-    )
+    state = Finished(folder, strict_json.plain(recipe))
+    common = {"recipe": recipe, "folder": folder}
+    load = partial(phases.run, "load", "turbochain.export.jobs:prepare", keep=True, order=order, force=force, **common)
+    prepared = convert(Prepared, state.once("prepare", load, lambda made: convert(Prepared, made).files))
     common["prepared"] = prepared
-    run = partial(session.run, keep=sum(w["size"] for w in prepared["weights"].values()) <= SMALL)
-    remedies = state.once(
-        "reference",
-        lambda: run("reference", "turbochain.export.jobs:reference", **common),
-        lambda _: [REFERENCE],
-    )
-    _tell(session, remedies)
-    graphs: dict[str, Any] = {}
-    for component in prepared["components"]:
-        phase = f"export {component}"
-        graphs |= state.once(
-            phase,
-            partial(run, phase, "turbochain.export.jobs:graphs", component=component, remedies=remedies, **common),
-            lambda made: [file for g in made.values() for file in (g["file"], *g["data"], g["names"])],
-        )
-    text = strict_json.write(_manifest(request, prepared, graphs, state.records()))
+    run = partial(phases.run, keep=prepared.weight_bytes <= SMALL)
+    judge = partial(run, "reference", "turbochain.export.jobs:reference", **common)
+    recorded = [REFERENCE, prepared.chain.tables_file]
+    remedies = convert(dict[str, Remedy], state.once("reference", judge, lambda _: recorded))
+    _tell(phases, remedies)
+    graphs: dict[str, Graph] = {}
+    for component in (*prepared.family.components, ""):
+        phase = f"export {component or 'sampler'}"
+        trace = partial(run, phase, "turbochain.export.jobs:graphs", component=component, remedies=remedies, **common)
+        graphs |= convert(dict[str, Graph], state.once(phase, trace, _files))
+    text = strict_json.write(_manifest(recipe, prepared, graphs, state.records()))
     keep = {*state.records(), "bundle.json"}
     writing.write_atomically(folder / "bundle.json", text)
     Bundle.open(folder)
     empty(folder, keep)
 
 
-def _tell(session: Session, remedies: dict[str, dict[str, Any]]) -> None:
-    """Say what keeps each stage in fp16's range, where any stage was to be in fp16."""
-    judged = {name: r["phrase"] for name, r in remedies.items() if r["phrase"] or r["precision"] == "fp16"}
+def _files(made: Any) -> list[str]:
+    """Return the files that were written for graphs."""
+    return [file for graph in convert(dict[str, Graph], made).values() for file in (*graph.files, graph.names)]
+
+
+def _tell(phases: Phases, remedies: dict[str, Remedy]) -> None:
+    """Print what keeps each stage in fp16's range, if any stage was to be in fp16."""
+    judged = {name: r.phrase for name, r in remedies.items() if r.phrase or r.precision == "fp16"}
     for name, phrase in judged.items():
-        if not session.quiet:
+        if not phases.quiet:
             print(f"range of fp16: {name:<17} {phrase or 'fits'}", file=sys.stderr)
 
 
@@ -103,28 +103,29 @@ def _require_export() -> None:
 
 
 def _manifest(
-    request: dict[str, Any],
-    prepared: dict[str, Any],
-    graphs: dict[str, Any],
-    records: dict[str, hashing.FileRecord],
+    recipe: Recipe, prepared: Prepared, graphs: dict[str, Graph], records: dict[str, hashing.FileRecord]
 ) -> Manifest:
-    checkpoint = Checkpoint(
-        source=request["source"],
-        revision=prepared["commit"],
-        variant=prepared["variant"],
-        pipeline_class=prepared["pipeline_class"],
-        license=prepared["license"],
-        weights={k: hashing.FileRecord(**v) for k, v in prepared["weights"].items()},
-    )
     return Manifest(
         format_version=FORMAT_VERSION,
-        family=prepared["family"],
-        checkpoint=checkpoint,
-        request=request,
+        family=prepared.family.name,
+        checkpoint=prepared.origin,
+        request=strict_json.plain(vars(recipe)),
         created=now(),
         created_by=versions(*VERSIONS),
-        tokenizers={k: manifest.TokenizerFile(**v) for k, v in prepared["tokenizers"].items()},
-        graphs={k: Graph(**v) for k, v in graphs.items()},
-        chains={TEXT_TO_IMAGE: manifest.Chain(**prepared["chain"] | {"schedules": prepared["schedules"]})},
+        requires=_requires(prepared.chain),
+        tokenizers=prepared.tokenizers,
+        graphs=graphs,
+        chains={TEXT_TO_IMAGE: prepared.chain},
         files=records,
     )
+
+
+def _requires(chain: Chain) -> dict[str, str]:
+    """Return the optional features of the format that a chain uses → the first turbochain that reads them."""
+    used = {
+        "multistep": chain.K > 1,
+        "modes": bool(chain.modes),
+        "keep": bool(chain.keep),
+        "wires": any(stage.wires for stage in chain.stages),
+    }
+    return {name: FIRST_VERSION for name, is_used in used.items() if is_used}

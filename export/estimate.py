@@ -40,12 +40,13 @@ def needs(
     precisions: Mapping[str, str],
     fetched: float,
 ) -> Needs:
-    """What a build needs. `counts`: component → values in its weights; `precisions`: graph → the one asked for.
+    """Return what a build needs. `counts`: component → values in its weights; `precisions`: graph → the one asked for.
 
     `fetched`: bytes to download or draw first.
     """
-    stages = {name: s for name, s in family.stages.items() if name not in family.chain.once}  # those are small
-    weights = {name: counts[s.component] * _BYTES[precisions[name]] for name, s in stages.items()}
+    specs = family.graphs
+    weights = {name: counts[s.component] * _BYTES[precisions[name]] for name, s in specs.items()}
+    stored = {(s.component, precisions[name]): weights[name] for name, s in specs.items()}  # shared by its graphs
     activations = _ACTIVATIONS * _widest(configs, shape)
     engine = sum(size * _ENGINE[precisions[name]] for name, size in weights.items())
     memory = {
@@ -53,7 +54,7 @@ def needs(
         "export": _BASE + _EXPORT * max(weights.values()),
         "verify": _BASE / 3 + engine + activations + _SCORES * _scores(configs, shape),
     }
-    return Needs(memory, disk=fetched + 1.02 * sum(weights.values()))
+    return Needs(memory, disk=fetched + 1.02 * sum(stored.values()))
 
 
 def require(needs: Needs, folder: Path, force: bool) -> None:

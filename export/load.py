@@ -1,10 +1,13 @@
 """Loading a checkpoint's parts with diffusers and transformers."""
 
 import importlib
+import inspect
+import warnings
 from typing import Any
 
 import torch
 
+from turbochain.export import sampler
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime.errors import InputError
 
@@ -20,11 +23,12 @@ def component(checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, traceabl
     if library == "transformers":
         options |= {"attn_implementation": "eager"} if traceable else {}
         options["ignore_mismatched_sizes"] = True  # they are refused below: its own message does not name them
-    folder = checkpoint.part(name)
+    part = checkpoint.parts[name]
+    folder = part.folder
     try:
         model, info = getattr(importlib.import_module(library), cls).from_pretrained(
             folder,
-            variant=_variant(checkpoint, name),
+            variant=part.own_variant,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
@@ -54,27 +58,34 @@ def pipeline(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
 def tokenizer(checkpoint: Checkpoint, folder: str) -> Any:
     """A tokenizer as transformers loads it."""
     library, cls = checkpoint.index[folder]
+    path = checkpoint.parts[folder].folder
     try:
-        return getattr(importlib.import_module(library), cls).from_pretrained(
-            checkpoint.folder / folder, local_files_only=True
-        )
+        return getattr(importlib.import_module(library), cls).from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers and tokenizers have no common base class for a bad file
-        raise InputError(f"{checkpoint.folder / folder} cannot be loaded as {cls}: {_reason(error)}") from error
+        raise InputError(f"{path} cannot be loaded as {cls}: {_reason(error)}") from error
 
 
 def scheduler(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's own scheduler."""
+    """Return the scheduler that the pipeline ends up with, whose class's constructor may change the config.
+
+    `StableDiffusionPipeline` sets `steps_offset` to 1 and `clip_sample` to False; `StableDiffusionXLPipeline` does
+    neither. Raises InputError if the class cannot be loaded.
+    """
     library, cls = checkpoint.index["scheduler"]
+    path = checkpoint.parts["scheduler"].folder
+    diffusers, family = importlib.import_module("diffusers"), checkpoint.family
+    pipeline_class = getattr(diffusers, family.pipeline_class)
     try:
-        return getattr(importlib.import_module(library), cls).from_pretrained(checkpoint.folder / "scheduler")
-    except (ValueError, OSError, AttributeError, TypeError) as error:
-        raise InputError(f"{checkpoint.folder / 'scheduler'} cannot be loaded as {cls}: {_reason(error)}") from error
-
-
-def _variant(checkpoint: Checkpoint, name: str) -> str | None:
-    """The variant where this component has it (some hub folders give it for some components only)."""
-    variant = checkpoint.variant
-    return variant if any(f".{variant}" in path.name for path in checkpoint.weights[name]) else None
+        found = getattr(importlib.import_module(library), cls).from_pretrained(path)
+        given = {**family.pipeline_options, "scheduler": found}
+        needed = [p.name for p in inspect.signature(pipeline_class).parameters.values() if p.default is p.empty]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # asks to publish the config changed
+            return pipeline_class(**{**dict.fromkeys(needed), **given}).scheduler
+    except ImportError as error:  # diffusers' stand-in for a class that another package is missing for
+        raise sampler.refusal(cls, f"cannot be loaded ({_reason(error)})") from error
+    except (ValueError, OSError, AttributeError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path} cannot be loaded as {cls}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -5,6 +5,8 @@ in and out of its parts.
 """
 
 import contextlib
+import copy
+import functools
 import inspect
 import json
 from collections.abc import Callable, Iterator
@@ -16,9 +18,11 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-from turbochain.export import load
 from turbochain.export.families import Shape
+from turbochain.export.sampler import Draw, drawing
 from turbochain.export.sources.checkpoint import Checkpoint
+from turbochain.export.tracing import time
+from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
 from turbochain.runtime.errors import PictureError
 
 PROMPTS = (
@@ -31,20 +35,27 @@ PROMPTS = (
 
 
 def record(
-    checkpoint: Checkpoint, shape: Shape, steps: list[int], path: Path, progress: Callable[[int, int], None]
+    pipeline: Any,
+    checkpoint: Checkpoint,
+    shape: Shape,
+    steps: list[int],
+    path: Path,
+    progress: Callable[[int, int], None],
 ) -> None:
     """Run one case per step count and write `path` (safetensors, everything fp32, ids int32, pictures uint8).
 
-    Tensors of case i, with S steps: `i/<text input>` [B, 77], `i/<embeds>`, `i/latents`, `i/noise`,
-    `i/prediction`, `i/next_latents` [S, B, 4, h, w], `i/timestep_embedding` [S, 1, n], `i/image` [B, H, W, 3];
+    Tensors of case i, with R evaluations: `i/<feed of ids>` [B, 77], `i/<embeds>`, `i/latents`, `i/noise`,
+    `i/prediction`, `i/next_latents` [R, B, 4, h, w], `i/<column of the time>` [R, 1, n], `i/image` [B, H, W, 3];
     `magnitude/<component>/<module>` [1] is the largest absolute value that the module put out in any case, and
     `magnitude/<component>/<attention>.scores` that of Q·Kᵀ as its graph forms it (see `_watch_scores`). The metadata
-    key `cases` is JSON: a list of {"prompt": [...], "seed": int, "num_inference_steps": int}.
+    key `cases` is JSON: a list of {"chain": str, "modes": [...], "prompt": [...], "seed": int, "num_inference_steps":
+    int}. `pipeline`: diffusers' own, in fp32.
     """
-    pipeline = load.pipeline(checkpoint)
     pipeline.set_progress_bar_config(disable=True)
     cases = [
         {
+            "chain": TEXT_TO_IMAGE,
+            "modes": [],
             "prompt": [PROMPTS[(i + row) % len(PROMPTS)] for row in range(shape.batch)],
             "seed": 1000 + i,
             "num_inference_steps": count,
@@ -52,12 +63,12 @@ def record(
         for i, count in enumerate(steps)
     ]
     tensors: dict[str, np.ndarray] = {}
-    total, done = sum(steps) + len(steps), 0
+    done, total = 0, sum(steps) + len(steps)  # a few more evaluations than steps for some schedulers
 
     def advance(*_: Any) -> None:
         nonlocal done
         done += 1
-        progress(done, total)
+        progress(min(done, total), total)
 
     with contextlib.ExitStack() as stack, torch.inference_mode():
         magnitudes = stack.enter_context(_magnitudes(pipeline, checkpoint))
@@ -81,9 +92,10 @@ def run_case(pipeline: Any, checkpoint: Checkpoint, shape: Shape, case: dict[str
         embeds = checkpoint.family.embeds
         _hook(stack, pipeline.unet, lambda call, out: once.update(embeds(checkpoint.configs, call)))
         _hook(stack, pipeline.unet, lambda call, out: steps.append({"prediction": out[0]}))
-        time_embeddings: list[torch.Tensor] = []
-        _hook(stack, pipeline.unet.time_proj, lambda call, out: time_embeddings.append(out))
-        stack.enter_context(_watch_steps(pipeline.scheduler, steps))
+        columns: dict[str, list[torch.Tensor]] = {name: [] for name in checkpoint.family.columns}
+        for name, rows in columns.items():
+            time.watch(stack, pipeline.unet, name, rows.append)
+        stack.enter_context(_watch_steps(pipeline, steps))
         result = pipeline(
             prompt=case["prompt"],
             num_inference_steps=case["num_inference_steps"],
@@ -99,7 +111,7 @@ def run_case(pipeline: Any, checkpoint: Checkpoint, shape: Shape, case: dict[str
             "check against; the weights are damaged"
         )
     stacked = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}
-    stacked["timestep_embedding"] = torch.stack([t[:1] for t in time_embeddings])
+    stacked |= {name: torch.stack(rows) for name, rows in columns.items()}
     arrays = {k: np.ascontiguousarray(v.numpy()) for k, v in {**once, **stacked}.items()}
     return {
         **{k: v.astype(np.int32) if k in checkpoint.family.tokenizers else v for k, v in arrays.items()},
@@ -123,28 +135,33 @@ def _hook(stack: contextlib.ExitStack, module: torch.nn.Module, see: Callable[[d
 
 
 @contextlib.contextmanager
-def _watch_steps(scheduler: Any, steps: list[dict[str, torch.Tensor]]) -> Iterator[None]:
-    """Add to the last entry of `steps` what `scheduler.step` read and returned, and the noise that it drew."""
+def _watch_steps(pipeline: Any, steps: list[dict[str, torch.Tensor]]) -> Iterator[None]:
+    """Add to the last entry of `steps` what `scheduler.step` read and returned, and the noise that it drew or zeros.
+
+    The pipeline runs with a copy, because DPMSolverSinglestepScheduler keeps a change of its config for the next call.
+    """
+    kept = pipeline.scheduler
+    scheduler = pipeline.scheduler = copy.deepcopy(kept)
     original = scheduler.step
 
-    def step(
-        prediction: torch.Tensor, t: Any, sample: torch.Tensor, *, generator: torch.Generator, **kwargs: Any
-    ) -> Any:
-        before = generator.get_state()
-        result = original(prediction, t, sample, generator=generator, **kwargs)
-        noise = torch.zeros_like(sample)
-        if not torch.equal(before, generator.get_state()):  # the draw is repeated from the state before it
-            noise = torch.randn(sample.shape, generator=torch.Generator("cpu").set_state(before))
-        steps[-1] |= {"latents": sample.clone(), "noise": noise, "next_latents": result[0].clone()}
+    @functools.wraps(original)  # diffusers reads the parameters of `step` to see whether it takes a generator or eta
+    def step(prediction: torch.Tensor, t: Any, sample: torch.Tensor, **kwargs: Any) -> Any:
+        drawn = torch.zeros_like(sample)
+
+        def watched(draw: Draw) -> Draw:
+            return lambda *args, **options: drawn.copy_(draw(*args, **options)).clone()
+
+        before = sample.clone()
+        with drawing(scheduler, watched):
+            result = original(prediction, t, sample, **kwargs)
+        steps[-1] |= {"latents": before, "noise": drawn, "next_latents": result[0].clone()}
         return result
 
-    # diffusers asks for the parameters of `step` to see whether it takes a generator.
-    step.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     scheduler.step = step
     try:
         yield
     finally:
-        del scheduler.step
+        pipeline.scheduler = kept
 
 
 @contextlib.contextmanager

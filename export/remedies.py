@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from turbochain.export.families import Stage
+from turbochain.export.families import GraphSpec
 
 LARGEST = 65504.0
 """The largest finite fp16 value."""
@@ -36,20 +36,20 @@ class Remedy:
     """The precision that a graph is made in, and what makes it right there (JSON values)."""
 
     precision: str
-    exponents: Mapping[str, int] = field(default_factory=dict)  # see export.rescale.rescale
+    exponents: dict[str, int] = field(default_factory=dict)  # see export.rescale.rescale
     attention: tuple[str, ...] = ()  # see export.attention.upcast
     phrase: str = ""  # for people; empty where there is nothing to say
 
 
-def decide(stages: Mapping[str, Stage], asked: Mapping[str, str], reference: Path) -> dict[str, Remedy]:
+def decide(specs: Mapping[str, GraphSpec], asked: Mapping[str, str], reference: Path) -> dict[str, Remedy]:
     """Graph → remedy, for the precisions that were asked for and the magnitudes in `reference`.
 
     Only fp16 is judged: fp32 and bf16 reach 3.4e38.
     """
     reached = _magnitudes(reference)
     return {
-        name: remedy(stage.role, reached[stage.component]) if asked[name] == "fp16" else Remedy(asked[name])
-        for name, stage in stages.items()
+        name: remedy(spec.role, reached[spec.component]) if asked[name] == "fp16" else Remedy(asked[name])
+        for name, spec in specs.items()
     }
 
 

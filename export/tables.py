@@ -1,18 +1,24 @@
-"""What a bundle holds besides graphs: tokenizer files and schedules."""
+"""Write what a bundle holds besides graphs: tokenizer files and tables."""
 
-import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers.models.embeddings import Timesteps
+import numpy as np
+import torch
+from safetensors.numpy import save
 
-from turbochain.export import load, schedule
+from turbochain.export import load
+from turbochain.export.families import Family, Shape
 from turbochain.export.sources.checkpoint import Checkpoint
+from turbochain.export.tracing import time
+from turbochain.runtime.bundle.manifest import TableEntry, TokenizerFile
+from turbochain.runtime.chain.tables import ARRAYS, Table
 from turbochain.runtime.errors import InputError
 
 
-def tokenizers(checkpoint: Checkpoint, folder: Path) -> dict[str, dict[str, Any]]:
-    """Write each tokenizer's fast file into `folder`; returns the manifest's entries.
+def tokenizers(checkpoint: Checkpoint, folder: Path) -> dict[str, TokenizerFile]:
+    """Write each tokenizer's fast file into `folder` and return the manifest's entries.
 
     The file is saved before any padded call, which would leave truncation and padding in it.
     """
@@ -31,22 +37,44 @@ def tokenizers(checkpoint: Checkpoint, folder: Path) -> dict[str, dict[str, Any]
                 f"{checkpoint.folder / component} has model_max_length={length}, and the text encoder reads "
                 f"{encoder['max_position_embeddings']} tokens"
             )
-        entries[name] = {
-            "file": file,
-            "max_length": length,
-            "pad_token": tokenizer.pad_token,
-            "pad_id": tokenizer.pad_token_id,
-        }
+        entries[name] = TokenizerFile(file, length, tokenizer.pad_token, tokenizer.pad_token_id)
     return entries
 
 
-def schedules(checkpoint: Checkpoint, steps: list[int]) -> dict[str, dict[str, Any]]:
-    """The table for each step count, from the checkpoint's own scheduler; the manifest's entries."""
-    unet = checkpoint.configs["unet"]
-    embed = Timesteps(
-        unet["block_out_channels"][0],
-        flip_sin_to_cos=unet.get("flip_sin_to_cos", True),
-        downscale_freq_shift=unet.get("freq_shift", 0),
-    )
-    scheduler = load.scheduler(checkpoint)
-    return {str(n): dataclasses.asdict(schedule.tabulate(scheduler, n, embed)) for n in steps}
+def entries(tables: Mapping[int, Table]) -> dict[str, TableEntry]:
+    """Return the manifest's entries of tables, step count → table."""
+    return {str(steps): TableEntry(steps, table.rows) for steps, table in tables.items()}
+
+
+def write(tables: Mapping[int, Table], family: Family, unet: Any, shape: Shape, path: Path) -> None:
+    """Write the table file of a chain; the columns are computed once for each distinct timestep.
+
+    `unet`: diffusers', fp32. See `runtime.chain.tables` for the file's layout.
+    """
+    times = np.array(list(dict.fromkeys(t for table in tables.values() for t in table.timesteps.tolist())), np.float32)
+    arrays: dict[str, np.ndarray] = {"timesteps": times}
+    for steps, table in tables.items():
+        places = np.array([int(np.flatnonzero(times == t)[0]) for t in table.timesteps], np.int32)
+        for field in ARRAYS:
+            arrays[f"{steps}/{field}"] = places[table.index] if field == "index" else getattr(table, field)
+    with torch.inference_mode():
+        for name in family.columns:
+            for column, values in time.COLUMNS[name](unet, torch.from_numpy(times)).items():
+                arrays[f"columns/{column}"] = values.numpy()
+        for name, arguments in family.constants.items():
+            arrays[f"constants/{name}"] = time.CONSTANTS[name](unet, *arguments(shape)).numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(save({name: np.asarray(array, order="C") for name, array in arrays.items()}))
+
+
+def columns(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape that each column of a table file fills."""
+    from safetensors import safe_open
+
+    found = {}
+    with safe_open(path, framework="numpy") as file:
+        for key in file.keys():  # noqa: SIM118 - it is no mapping
+            kind, _, name = key.partition("/")
+            if kind in ("columns", "constants"):
+                found[name] = tuple(file.get_slice(key).get_shape()[kind == "columns" :])
+    return found

@@ -49,6 +49,10 @@ class CudaFault(TurbochainError):
     """An error after which CUDA refuses every call of this process: it must be restarted."""
 
 
+class Cancelled(TurbochainError):
+    """The caller's `cancel` ended the call early; the pipeline is as before it."""
+
+
 class VerificationError(TurbochainError):
     """A result differs from what diffusers produced by more than its bound."""
 

@@ -1,31 +1,29 @@
 """`Pipeline`: prompt in, pixels out, from a bundle and one of its engines."""
 
-import logging
-import math
-import secrets
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from turbochain.runtime import selection
-from turbochain.runtime.backends import Device
-from turbochain.runtime.bundle.manifest import Schedule
+from turbochain.runtime.backends.contract import Cancel, Device, Executor, Observe
+from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Tensor
 from turbochain.runtime.bundle.opened import Bundle
-from turbochain.runtime.chain.plan import Plan, plan
+from turbochain.runtime.chain import wiring
+from turbochain.runtime.chain.opened import OpenChain
+from turbochain.runtime.chain.plan import Plan
 from turbochain.runtime.checks import verify
-from turbochain.runtime.errors import InputError, PictureError, TurbochainError
+from turbochain.runtime.errors import PictureError, TurbochainError
 from turbochain.runtime.inputs.cache import PromptCache
-from turbochain.runtime.inputs.noise import Generator, draw_run
-from turbochain.runtime.inputs.tokenizer import Tokenizer, check_prompt
+from turbochain.runtime.inputs.feeds import Feeds
+from turbochain.runtime.request import Request
 
-log = logging.getLogger("turbochain")
-
-OUTPUT_TYPES = ("pil", "np", "uint8")
 PROMPT_CACHE_BYTES = 64 * 2**20
+Arrays = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -33,39 +31,34 @@ class PipelineOutput:
     """What a call returns."""
 
     images: Any  # list of PIL images; or [N, H, W, 3] uint8 ("uint8") or fp32 in [0, 1] ("np")
-    seed: int | list[int]  # what was used, also where the caller gave none
+    seed: int | list[int]  # the one that was used, also if the caller gave none
+    seconds: float  # the whole call
+    device_seconds: float  # how long the device worked; the rest of the call's time is the host's
+    uncaptured: str | None  # on a GPU, why the chain did not run as one CUDA graph; None if it did, and on a CPU
 
 
 class Pipeline:
-    """A loaded engine. Calls are safe from several threads; they take turns.
+    """A loaded engine. Calls are safe from several threads: one at a time is drawn.
 
-    Make one with `Pipeline.load`; it is a context manager that closes itself.
-    """
+    Make one with `Pipeline.load`; it is a context manager that closes itself. A chain's graphs are loaded when the
+    chain is first used, and are shared by all chains."""
 
     def __init__(
         self,
         bundle: Bundle,
-        executor: Any,
+        found: selection.Found,
+        executor: Executor,
         *,
-        engine_name: str = "",
         prompt_cache_bytes: int = PROMPT_CACHE_BYTES,
     ) -> None:
+        """Take an executor over, which this closes; `load` is the usual way."""
         self.bundle = bundle
-        self.observe: Callable[[str, float], None] | None = None
-        """Called with a graph's name and the seconds of each launch of it, where set."""
-        self.engine_name = engine_name
-        self._executor = executor
-        self._tokenizers = {
-            name: Tokenizer(bundle.path / t.file, max_length=t.max_length, pad_token=t.pad_token, pad_id=t.pad_id)
-            for name, t in bundle.manifest.tokenizers.items()
-        }
-        self._embeds = [t.name for g in bundle.chain.before for t in bundle.manifest.graphs[g].outputs]
-        self._rows = {steps: selection.feeds(bundle, executor, steps) for steps in bundle.steps}
-        for graph in bundle.chain.once:
-            executor.unload(graph)
-        self._plans: dict[tuple[int, bool], Plan] = {}
-        self._lock = threading.Lock()
-        self._local = threading.local()
+        self.engine_name = found.name
+        self._found = found
+        self._executor: Executor | None = executor
+        self._chains: dict[str, _ReadyChain] = {}
+        self._held: set[Tensor] = set()
+        self._lock = threading.RLock()
         self.prompt_cache = PromptCache(prompt_cache_bytes)
 
     @classmethod
@@ -73,33 +66,37 @@ class Pipeline:
         cls,
         path: str | Path,
         *,
+        chain: str = TEXT_TO_IMAGE,
         backend: str | None = None,
         device: str | None = None,
         engine: str | None = None,
+        engines: str | Path | None = None,
         threads: int | None = None,
         prompt_cache_bytes: int = PROMPT_CACHE_BYTES,
     ) -> "Pipeline":
-        """Open a bundle's best engine for this machine, every file hashed first.
+        """Open a bundle's best engine for this machine, with every file hashed first, and load the graphs of `chain`.
 
-        `backend`, `device`: the best one of these. `engine`: the one of this folder name in `engines/`.
-        `threads`: how many CPU threads one launch may use (None: the backend's own choice).
-        `prompt_cache_bytes`: bound of the prompt embeddings that are kept. Raises BundleError where the
-        bundle is damaged or has no engine that fits, BackendMissing where the backend is not installed,
-        VerificationError where an engine that was built on another machine fails its checks on this one.
-        """
+        `backend`, `device`: the best one of these. `engine`: the one of this folder name. `engines`: the folder with
+        the engines (default: the bundle's engines/, and the user's cache). `threads`: how many CPU threads one launch
+        may use (None: the backend's own choice). `prompt_cache_bytes`: bound of the prompt embeddings that are kept.
+        Raises BundleError if the bundle is damaged or has no engine that fits, BackendMissing if the backend is not
+        installed, VerificationError if an engine that was built on another machine fails its checks on this one."""
         bundle = Bundle.open(path)
-        name, chosen = selection.select(bundle, backend, device, engine)
-        executor = verify.open_verified(bundle, name, chosen, device=device, threads=threads)
+        found = selection.select(bundle.open_chain(chain), backend, device, engine, engines)
+        executor = selection.open_executor(bundle, found, device=device, threads=threads)
+        pipe = cls(bundle, found, executor, prompt_cache_bytes=prompt_cache_bytes)
         try:
-            return cls(bundle, executor, engine_name=name, prompt_cache_bytes=prompt_cache_bytes)
+            pipe._ready(chain)
         except BaseException:
-            executor.close()
+            pipe.close()
             raise
+        return pipe
 
     def __call__(
         self,
         prompt: str | Sequence[str],
         *,
+        chain: str = TEXT_TO_IMAGE,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -108,61 +105,69 @@ class Pipeline:
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         latents: np.ndarray | None = None,
+        inputs: Arrays | None = None,
         output_type: str = "pil",
+        observe: Observe | None = None,
+        cancel: Cancel | None = None,
     ) -> PipelineOutput:
         """Make pictures; arguments are named and mean as in diffusers, and N = prompts · num_images_per_prompt.
 
-        `seed`: an int in 0 … 2⁶⁴−1 is one generator for the whole call, a list of N is one per picture, None
-        draws one; the noise is that of `torch.Generator("cpu").manual_seed(seed)`. `latents`: unit noise
-        [N, 4, H/8, W/8] fp32 in place of the first draw. `num_inference_steps`: one that the bundle has a
-        table for (None: the fewest). `output_type`: "pil", "uint8", or "np" (the 8-bit levels divided by 255).
-        Raises InputError for a bad argument, PictureError where the model makes no picture.
-        """
-        prompts = _check_prompts(prompt, num_images_per_prompt)
-        self._check_fixed(height, width, guidance_scale, negative_prompt, output_type)
-        steps = self.bundle.steps[0] if num_inference_steps is None else num_inference_steps
-        schedule = self.bundle.schedule(steps)
-        seed = secrets.randbits(64) if seed is None else seed
-        start, noise = self._draw(schedule, len(prompts), seed, latents)
-        ids = {name: tokenizer.encode(prompts) for name, tokenizer in self._tokenizers.items()}
-        self._warn_of_truncation(prompts)
-        batch, pictures = self.bundle.batch, []
-        for first in range(0, len(prompts), batch):
-            rows = [min(i, len(prompts) - 1) for i in range(first, first + batch)]  # short: the last one again
-            picture = self._run(steps, {k: v[rows] for k, v in ids.items()}, start[rows], noise[:, rows])
-            pictures.append(picture[: len(prompts) - first])
-        return PipelineOutput(
-            _as(output_type, pictures[0] if len(pictures) == 1 else np.concatenate(pictures)),
-            int(seed) if isinstance(seed, int | np.integer) else list(seed),
+        `chain`: one of the bundle's. `seed`: an int in 0 … 2⁶⁴−1 is one generator for the whole call, a list of N is
+        one per picture, None draws one; the noise is that of `torch.Generator("cpu").manual_seed(seed)`. `latents`:
+        unit noise [N, 4, H/8, W/8] fp32 instead of the first draw. `num_inference_steps`: one that the bundle has a
+        table for (None: the fewest). `inputs`: arrays for the chain's feeds that are neither ids nor noise, by name.
+        `output_type`: "pil", "uint8", or "np" (the 8-bit levels divided by 255). `observe(graph, seconds)` is called
+        after each launch. `cancel()` is asked between launches; if it returns True, the call ends with Cancelled.
+        Raises InputError for a bad argument, PictureError if the model makes no picture."""
+        request = Request.make(
+            self.bundle.open_chain(chain),
+            prompt,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            latents=latents,
+            inputs=inputs,
+            output_type=output_type,
         )
+        return self.draw(request, observe=observe, cancel=cancel)
+
+    def draw(self, request: Request, *, observe: Observe | None = None, cancel: Cancel | None = None) -> PipelineOutput:
+        """Carry out a request; see `__call__`."""
+        start, device_seconds, uncaptured = time.perf_counter(), 0.0, None
+        ready, count = self._ready(request.chain), len(request.prompts)
+        feeds = ready.feeds.of_request(request)
+        ready.feeds.warn_of_truncation(request.prompts)
+        batch, pictures = ready.chain.batch, []
+        for first in range(0, count, batch):
+            rows = [min(i, count - 1) for i in range(first, first + batch)]  # short: the last one again
+            picture, results = self._run(ready, request, ready.feeds.rows(feeds, rows), observe, cancel)
+            pictures.append(picture[: count - first])
+            device_seconds += results.seconds
+            uncaptured = results.uncaptured
+        images = _as(request.output_type, pictures[0] if len(pictures) == 1 else np.concatenate(pictures))
+        return PipelineOutput(images, request.seed, time.perf_counter() - start, device_seconds, uncaptured)
 
     @property
     def device(self) -> Device:
-        """Where it runs."""
+        """Return where it runs."""
         return self._opened().device
 
-    @property
-    def busy_seconds(self) -> float:
-        """How long the device worked on the last pass of the chain; the rest of a call's time is the host's."""
-        return self._opened().seconds
-
-    @property
-    def uncaptured(self) -> str | None:
-        """On a GPU, why the chain does not run as one CUDA graph; None where it does, and on a CPU."""
-        return getattr(self._opened(), "uncaptured", None)
-
-    def _opened(self) -> Any:
+    def _opened(self) -> Executor:
         if self._executor is None:
             raise TurbochainError("the pipeline is closed; load it again")
         return self._executor
 
-    def warmup(self, num_inference_steps: int | None = None) -> None:
+    def warmup(self, num_inference_steps: int | None = None, *, chain: str = TEXT_TO_IMAGE) -> None:
         """Make a picture and throw it away, so that the next call meets no first-time cost.
 
         On a GPU a second one: with the prompt known, the chain is another CUDA graph.
         """
         for _ in range(2 if self.device.kind == "cuda" else 1):
-            self("", num_inference_steps=num_inference_steps, seed=0, output_type="uint8")
+            self("", chain=chain, num_inference_steps=num_inference_steps, seed=0, output_type="uint8")
 
     def close(self) -> None:
         """Give back the engine's memory; a later call raises TurbochainError."""
@@ -170,117 +175,86 @@ class Pipeline:
             if self._executor is not None:
                 self._executor.close()
                 self._executor = None
+            self._chains.clear()
+            self._held.clear()
             self.prompt_cache.clear()
 
     def __enter__(self) -> "Pipeline":
+        """Return the pipeline itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Close."""
         self.close()
 
-    def _check_fixed(
-        self,
-        height: int | None,
-        width: int | None,
-        guidance_scale: float,
-        negative_prompt: object,
-        output_type: str,
-    ) -> None:
-        size = self.bundle.size
-        if (size[0] if height is None else height, size[1] if width is None else width) != size:
-            raise InputError(
-                f"height={height}, width={width}: this bundle is built for {size[1]}x{size[0]}; "
-                f"build another with build-engine SOURCE --size {width or size[1]}x{height or size[0]}"
-            )
-        try:
-            guided = math.isnan(guidance_scale) or guidance_scale > 1
-        except TypeError:
-            guided = True
-        if guided:
-            raise InputError(
-                f"guidance_scale={guidance_scale!r}: Turbo models have no guidance; leave it out or give 0.0"
-            )
-        if negative_prompt is not None:
-            raise InputError("negative_prompt was given: Turbo models have none, because they work without guidance")
-        if output_type not in OUTPUT_TYPES:
-            raise InputError(f"output_type={output_type!r}: choose from {', '.join(OUTPUT_TYPES)}")
-
-    def _draw(self, schedule: Schedule, count: int, seed: object, latents: object) -> tuple[np.ndarray, np.ndarray]:
-        """Scaled initial latents [N, …] and the noise of every step [S, N, …], drawn in diffusers' order."""
-        shape = (count, *self.bundle.tensors["latents"].shape[1:])
-        seeds = [seed] if isinstance(seed, int | np.integer) else seed
-        if not isinstance(seeds, Sequence) or isinstance(seeds, str) or (seeds is seed and len(seeds) != count):
-            raise InputError(f"seed={seed!r}: an integer, or a list with one integer for each of {count} pictures")
-        generators = [self._first_generator().manual_seed(s) if i == 0 else Generator(s) for i, s in enumerate(seeds)]
-        return draw_run(schedule, generators, shape, None if latents is None else _check_latents(latents, shape))
-
-    def _first_generator(self) -> Generator:
-        """One that each thread keeps: making one takes as long as drawing a picture's noise."""
-        if not hasattr(self._local, "generator"):
-            self._local.generator = Generator(0)
-        return self._local.generator
-
-    def _warn_of_truncation(self, prompts: Sequence[str]) -> None:
-        for prompt in dict.fromkeys(prompts):
-            # Two tokenizers of one checkpoint have the same vocabulary: one warning is enough.
-            dropped, limit = next(((t.dropped(prompt), t.max_length) for t in self._tokenizers.values()), ("", 0))
-            if dropped:
-                log.warning("the prompt is over %d tokens long; this part of it was dropped: %s", limit, dropped)
-
-    def _run(self, steps: int, ids: dict[str, np.ndarray], start: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """One pass of the chain: pictures [B, H, W, 3] uint8."""
-        keys = [b"".join(value[i].tobytes() for value in ids.values()) for i in range(len(start))]
+    def _ready(self, name: str) -> "_ReadyChain":
+        """Return a chain that can be drawn with; the first use hashes, loads and, if need be, verifies it."""
         with self._lock:
             executor = self._opened()
-            embeds = self.prompt_cache.get(keys)
-            feeds = {
-                **self._rows[steps],
-                "latents": start,
-                "noise": noise,
-                **(ids if embeds is None else embeds),
-            }
-            results = executor.execute(self._plan(steps, embeds is not None), feeds, self.observe)
+            if name not in self._chains:
+                chain = self.bundle.open_chain(name)
+                self._found = verify.prepare(chain, self._found, executor)
+                self._chains[name] = _ReadyChain(chain, Feeds(chain))
+            return self._chains[name]
+
+    def _run(
+        self, ready: "_ReadyChain", request: Request, feeds: Arrays, observe: Observe | None, cancel: Cancel | None
+    ) -> tuple[np.ndarray, Any]:
+        """Draw one batch: pictures [B, H, W, 3] uint8, and the executor's results."""
+        chain, made = ready.chain, ready.made_of_prompts(request.modes)
+        ids = [feeds[name] for name in ready.feeds.tokenizers]
+        keys = [(chain.name, request.modes, *(i[row].tobytes() for i in ids)) for row in range(chain.batch)]
+        with self._lock:
+            executor = self._opened()
+            embeds = self.prompt_cache.get(keys) if made else {}
+            plan = ready.plan(request, cached=embeds is not None)
+            executor.load(plan.graphs)
+            self._hold(executor, ready, plan)
+            fed = {**ready.feeds.constants(request.steps), **feeds, **(embeds or {})}
+            results = executor.execute(plan, fed, observe=observe, cancel=cancel)
             if embeds is None:
-                self.prompt_cache.put(keys, {name: results[name] for name in self._embeds})
-            pictures = results[self.bundle.chain.output].copy()
-            finite = all(np.isfinite(results[name]).all() for name in self.bundle.chain.carry)
+                self.prompt_cache.put(keys, {name: results.arrays[name] for name in made})
+            pictures = results.arrays[chain.chain.output].copy()
+            finite = all(np.isfinite(results.arrays[name]).all() for name in chain.chain.carry)
         for picture in pictures:
             if not finite or _is_uniform(picture):
-                what = "a picture of one single value" if finite else "NaN or infinite latents"
+                kind = "a picture of one single value" if finite else "NaN or infinite latents"
                 raise PictureError(
-                    f"the model made {what}; check the engine with: turbochain verify {self.bundle.path}"
+                    f"the model made {kind}; check the engine with: turbochain verify {self.bundle.path}"
                 )
-        return pictures
+        return pictures, results
 
-    def _plan(self, steps: int, cached: bool) -> Plan:
-        key = (steps, cached)
+    def _hold(self, executor: Executor, ready: "_ReadyChain", plan: Plan) -> None:
+        """Let held feeds that no plan before has read begin as zeros; chains share them by name and shape."""
+        tensors = plan.tensors(ready.chain.graphs)
+        held = {tensors[n] for n, feed in ready.chain.chain.feeds.items() if feed.when == "held" and n in tensors}
+        if new := held - self._held:
+            executor.hold(plan, {tensor.name: ready.feeds.zeros(tensor.name) for tensor in new})
+            self._held |= new
+
+
+@dataclass
+class _ReadyChain:
+    """A chain whose files are hashed and whose engine is verified, with what its calls share."""
+
+    chain: OpenChain
+    feeds: Feeds
+    _plans: dict[tuple[int, frozenset[str], bool], Plan] = field(default_factory=dict)
+
+    def made_of_prompts(self, modes: frozenset[str]) -> list[str]:
+        """Return what the stages of the prompt make in these modes."""
+        stages = (s for s in self.chain.chain.stages if s.when == "prompt" and s.runs(modes))
+        return [t.name for s in stages for t in wiring.outputs(s, self.chain.graphs)]
+
+    def plan(self, request: Request, *, cached: bool) -> Plan:
+        """Return the plan of a request, with or without the stages of the prompt."""
+        key = (request.steps, request.modes, cached)
         if key not in self._plans:
-            downloads = [*self.bundle.chain.carry, *([] if cached else self._embeds)]
-            given = self._embeds if cached else ()
-            self._plans[key] = plan(
-                self.bundle.chain, self.bundle.manifest.graphs, steps, given=given, downloads=downloads
-            )
+            made = self.made_of_prompts(request.modes)
+            downloads = [*self.chain.chain.carry, *([] if cached else made)]
+            given = made if cached else ()
+            self._plans[key] = self.chain.plan(request.steps, modes=request.modes, given=given, downloads=downloads)
         return self._plans[key]
-
-
-def _check_prompts(prompt: object, repeats: object) -> list[str]:
-    prompts = [prompt] if isinstance(prompt, str) or not isinstance(prompt, list | tuple) else list(prompt)
-    if not prompts:
-        raise InputError("prompt=[]: at least one prompt was expected")
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-        raise InputError(f"num_images_per_prompt={repeats!r}: a whole number of at least 1 was expected")
-    return [check_prompt(p) for p in prompts for _ in range(repeats)]
-
-
-def _check_latents(latents: object, shape: tuple[int, ...]) -> np.ndarray:
-    expected = f"an array of float32 {list(shape)} was expected"
-    if not isinstance(latents, np.ndarray):
-        raise InputError(f"latents is of type {type(latents).__name__}: {expected}")
-    if latents.dtype != np.float32 or latents.shape != shape:
-        raise InputError(f"latents is {latents.dtype} {list(latents.shape)}: {expected}")
-    if not np.isfinite(latents).all():
-        raise InputError("latents holds NaN or infinite values")
-    return latents
 
 
 def _is_uniform(picture: np.ndarray) -> bool:

@@ -1,40 +1,74 @@
-"""Which engine of a bundle fits this machine, and opening it."""
+"""Choose the engine of a bundle that fits this machine, and open it."""
 
-import dataclasses
+import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from turbochain.runtime import backends
+from turbochain.runtime.backends.contract import Executor, Opened
 from turbochain.runtime.bundle import hashing
 from turbochain.runtime.bundle.manifest import Engine, EngineKey
 from turbochain.runtime.bundle.opened import Bundle
-from turbochain.runtime.chain.plan import stage_plan
+from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.errors import BundleError, InputError
 
 
-def misfit(bundle: Bundle, engine: Engine, device: str | None = None) -> str | None:
-    """Why an engine does not fit this machine and this bundle, as a phrase; None where it fits."""
+@dataclass(frozen=True)
+class Found:
+    """An engine on this disk."""
+
+    folder: Path
+    engine: Engine
+
+    @property
+    def name(self) -> str:
+        """Return the folder's name."""
+        return self.folder.name
+
+
+def folders(bundle: Bundle, engines: str | Path | None = None) -> list[Path]:
+    """Return where engines of the bundle are looked for: `engines`, or the bundle's own folder and the user's cache."""
+    return [Path(engines)] if engines is not None else [bundle.path / "engines", _cache(bundle)]
+
+
+def folder_to_write(bundle: Bundle, engines: str | Path | None = None) -> Path:
+    """Return where an engine is built: `engines`, the bundle's own folder, or the user's cache if that is read-only."""
+    own, cache = bundle.path / "engines", _cache(bundle)
+    if engines is not None:
+        return Path(engines)
+    return own if os.access(own if own.exists() else bundle.path, os.W_OK) else cache
+
+
+def _cache(bundle: Bundle) -> Path:
+    return hashing.user_cache() / "engines" / bundle.id
+
+
+def misfit(chain: OpenChain, engine: Engine, device: str | None = None) -> str | None:
+    """Return why an engine does not run a chain on this machine, as a phrase; None if it does."""
     key = engine.key
     if key.backend not in backends.names():
         return f"it is for the backend {key.backend}, which this version does not have"
-    module, library = backends.get(key.backend), backends.library(key.backend)
+    backend, library = backends.get(key.backend), backends.library(key.backend)
     if library is None:
-        return f"its backend {key.backend} is not installed: {module.INSTALL}"
+        return f"its backend {key.backend} is not installed: {backend.install}"
     try:
-        reason = module.misfit(dataclasses.replace(key, options=engine.options), library, module.device(device))
+        reason = backend.misfit(replace(key, options=engine.options), library, backend.device(device))
     except InputError as error:  # no such device here
         return str(error)
-    if reason is None and any(key.graphs.get(g) != bundle.graph_digest(g) for g in bundle.chain.graphs):
-        reason = "it was built from other graphs"
-    return reason
+    if reason:
+        return reason
+    digests = chain.digests()
+    if lacking := [name for name in digests if name not in engine.graphs]:
+        return f"it lacks {', '.join(lacking)} of the chain {chain.name}"
+    if any(engine.graphs[name].digest != digest for name, digest in digests.items()):
+        return "it was built from other graphs"
+    return None
 
 
 def rebuild(bundle: Bundle, engine: Engine, device: str | None = None) -> str:
-    """The command that builds such an engine for this machine."""
+    """Return the command that builds such an engine for this machine."""
     options = "".join(f" -O {name}={value}" for name, value in engine.ordered.items())
     return _command(bundle, engine.key.backend, device) + options
 
@@ -46,7 +80,7 @@ def _command(bundle: Bundle, backend: str | None, device: str | None) -> str:
 
 
 def has_device(backend: str) -> bool:
-    """Whether this machine has a device that the backend runs on."""
+    """Return whether this machine has a device that the backend runs on."""
     try:
         backends.get(backend).device(None)
     except InputError:
@@ -55,32 +89,39 @@ def has_device(backend: str) -> bool:
 
 
 def select(
-    bundle: Bundle, backend: str | None = None, device: str | None = None, engine: str | None = None
-) -> tuple[str, Engine]:
-    """The folder name and manifest of the best engine that fits, of several such the one that was built last.
+    chain: OpenChain,
+    backend: str | None = None,
+    device: str | None = None,
+    engine: str | None = None,
+    engines: str | Path | None = None,
+) -> Found:
+    """Return the best engine that fits; of several of the same rank the one that was built last.
 
-    `engine`: only the one of this folder name. BundleError says why none does.
+    `engine`: only the one with this folder name. `engines`: the folder that holds them (see `folders`). Raises
+    BundleError, which says why no engine fits, InputError if there is no engine of that name.
     """
+    bundle = chain.bundle
     if backend is not None:
         backends.require(backend)
-        backends.get(backend).device(device)  # where there is none, that is what helps
+        backends.get(backend).device(device)  # if there is none, that is what helps
+    found = dict(_engines(bundle, engines))
+    names = [path.name for path in found]
+    if engine not in (None, *names):
+        raise InputError(f"{bundle.path} has no engine {engine!r}: choose from {', '.join(names) or 'none'}")
     reasons, fitting = [], []
-    found = bundle.engines()
-    if engine not in (None, *found):
-        raise InputError(f"{bundle.path} has no engine {engine!r}: choose from {', '.join(found) or 'none'}")
-    for name, made in found.items():
-        if engine not in (None, name):
+    for path, made in found.items():
+        if engine not in (None, path.name):
             continue
         if isinstance(made, BundleError):
             reasons.append(str(made))
         elif backend not in (None, made.key.backend):
-            reasons.append(f"{name}: it is for the backend {made.key.backend}")
-        elif reason := misfit(bundle, made, device):
-            reasons.append(f"{name}: {reason}")
+            reasons.append(f"{path.name}: it is for the backend {made.key.backend}")
+        elif reason := misfit(chain, made, device):
+            reasons.append(f"{path.name}: {reason}")
         else:
-            fitting.append((name, made))
+            fitting.append(Found(path, made))
     if fitting:
-        return max(fitting, key=lambda item: (_rank(item[1].key), item[1].created))
+        return max(fitting, key=lambda found: (_rank(found.engine.key), found.engine.created))
     if backend is None:
         backends.best(device)  # with no backend at all, its `pip install` line is what helps
     why = "; ".join(reasons) or "it has none"
@@ -89,69 +130,32 @@ def select(
     )
 
 
+def _engines(bundle: Bundle, engines: str | Path | None) -> Iterator[tuple[Path, Engine | BundleError]]:
+    for folder in folders(bundle, engines):
+        for name, made in bundle.engines(folder).items():
+            yield folder / name, made
+
+
 def _rank(key: EngineKey) -> int:
-    rank: int = backends.get(key.backend).PREFERENCES[key.device].rank
-    return rank
+    return backends.get(key.backend).preferences[key.device].rank
+
+
+def admit(chain: OpenChain, found: Found) -> None:
+    """Hash everything that a chain reads of the bundle and of the engine; BundleError if anything is not as it was.
+
+    The engine's own files are code, so they are always read.
+    """
+    records = {name: r for g in chain.graphs for name, r in found.engine.graphs[g].files.items()}
+    hashing.check_all(found.folder, records, full=True)
+    chain.bundle.check_files(chain.files)
 
 
 def open_executor(
-    bundle: Bundle,
-    name: str,
-    engine: Engine,
-    *,
-    device: str | None = None,
-    threads: int | None = None,
-    profile: bool = False,
-) -> Any:
-    """Hash everything that the engine reads, then load it. Its own files are code, so they are always hashed."""
+    bundle: Bundle, found: Found, *, device: str | None = None, threads: int | None = None, profile: bool = False
+) -> Executor:
+    """Return an executor for an engine, with nothing loaded; `admit` comes before a chain's graphs are loaded."""
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads={threads!r}: a whole number of at least 1 was expected")
-    folder = bundle.path / "engines" / name
-    hashing.check_all(folder, engine.files, full=True)
-    check_inputs(bundle)
-    key = engine.key
-    return executor(bundle, key.backend, folder, engine.options, device=device, threads=threads, profile=profile)
-
-
-def check_inputs(bundle: Bundle) -> None:
-    """Hash what the text-to-image chain reads."""
-    graphs = [f for g in bundle.chain.graphs for f in bundle.manifest.graphs[g].files]
-    bundle.check_files([*graphs, *(t.file for t in bundle.manifest.tokenizers.values())])
-
-
-def executor(
-    bundle: Bundle,
-    backend: str,
-    folder: Path,
-    options: dict[str, Any],
-    *,
-    device: str | None,
-    threads: int | None,
-    graphs: Sequence[str] | None = None,
-    profile: bool = False,
-) -> Any:
-    """The backend's executor for an engine's folder, whose files have been hashed.
-
-    `graphs`: only these, or all. `profile`: its `operators` will be asked for, which a GPU's executor does not have.
-    """
-    module = backends.get(backend)
-    where = {"device": module.device(device), "threads": threads, "graphs": graphs}
-    return module.executor(bundle, folder, options, **where, **({"profile": True} if profile else {}))
-
-
-def feeds(bundle: Bundle, executor: Any, steps: int) -> dict[str, np.ndarray]:
-    """What the chain reads as `Constant(name, row)`: name → [steps, *shape].
-
-    The schedule's columns, and what the chain's `once` graphs, which the executor must hold, make of each row.
-    """
-    columns = bundle.columns(steps)
-    made = dict(columns)
-    for graph in bundle.chain.once:
-        tensors = bundle.manifest.graphs[graph]
-        plan = stage_plan(graph, tensors)
-        rows: list[dict[str, np.ndarray]] = []
-        for row in range(steps):
-            results = executor.execute(plan, {t.name: columns[t.name][row] for t in tensors.inputs})
-            rows.append({name: value.copy() for name, value in results.items()})
-        made |= {t.name: np.stack([row[t.name] for row in rows]) for t in tensors.outputs}
-    return made
+    backend = backends.get(found.engine.key.backend)
+    where = backend.device(device)
+    return backend.executor(Opened(bundle, found.folder, found.engine.options, where, threads, profile))

@@ -1,6 +1,7 @@
 """Miniature checkpoints of the true architecture, and bundles built from them once per session.
 
-The session runs in two processes (`make test`), which share the checkpoints and the bundles.
+The session runs in two processes (`make test`), which share the checkpoints and the bundles. With `--bundles FOLDER`
+they are also kept for the next session, in a folder named after all that they depend on (`kept.py`).
 """
 
 import os
@@ -9,30 +10,61 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a thread for each
 
 import contextlib
 import fcntl
+import io
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
+import kept
 import pytest
 
-from turbochain.engines import build
+from turbochain.engines import build, cli
 from turbochain.export.sources import synthetic
 from turbochain.runtime import Bundle
+from turbochain.runtime.commands import main
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("runtime", "export", "engines")
 SIZE = (64, 64)
 FAMILIES = ("sd", "sdxl")
+BATCH = {("sd", "fp32"): 1, ("sdxl", "fp32"): 3, ("sd", "fp16"): 1, ("sdxl", "fp16"): 1}  # of the shared bundles
 ON = {"backend": "onnxruntime", "device": "cpu"}  # where a test builds, on every machine, unless it is about another
 ON_ARGUMENTS = ("--backend", "onnxruntime", "--device", "cpu")
 
 BundleFactory = Callable[..., Path]
 
 
+LONGEST_FIRST = (
+    "test_demo.py",
+    "test_bad_input.py",
+    "test_openvino.py",
+    "test_cpu_bench.py",
+    "test_parity.py",
+    "test_remedies.py",
+    "test_build.py",
+    "test_tensorrt.py",
+    "test_backends.py",
+    "test_other_vae.py",
+    "test_verify.py",
+    "test_light.py",
+    "test_trace.py",
+)
+"""The files that take over ten seconds; the others follow, so that neither process waits long for the other's last."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--bundles", type=Path, metavar="FOLDER", help="keep the shared bundles here for the next session")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all processes of this session see."""
     root = tmp_path_factory.getbasetemp()
     folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
@@ -40,11 +72,19 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
-    with path.open("a") as file:
-        fcntl.flock(file, kind)
-        yield
+@pytest.fixture(scope="session")
+def shared(session: Path, pytestconfig: pytest.Config) -> Iterator[Path]:
+    """The folder of the checkpoints and the bundles: the session's, or one that outlives it."""
+    root = pytestconfig.getoption("bundles")
+    if root is None:
+        yield session
+        return
+    folder = kept.folder(root.absolute(), kept.key(ROOT, PACKAGES))
+    with locked(folder / "in-use", fcntl.LOCK_SH):
+        yield folder
+
+
+locked = kept.locked
 
 
 @pytest.hookimpl(wrapper=True)
@@ -62,20 +102,21 @@ def checkpoints(shared: Path) -> dict[str, Path]:
     folders = {family: shared / f"{family}-turbo-mini" for family in FAMILIES}
     with locked(shared / "lock"):
         for folder in folders.values():
-            if not folder.exists():
+            if not (folder / "LICENSE").exists():  # it is written last
                 synthetic.write_checkpoint(folder.name, folder)
     return folders
 
 
 @pytest.fixture(scope="session")
 def bundle_of(checkpoints: dict[str, Path], shared: Path) -> BundleFactory:
-    """(family, batch=1, precision="fp32") → a built bundle of 64×64 with 1 to 4 steps. Tests must not change it."""
-    root = shared / "bundles"
-    root.mkdir(exist_ok=True)
+    """(family, precision="fp32") → a built bundle of 64×64, `BATCH` pictures per pass, with 1 to 4 steps.
 
-    def make(family: str, batch: int = 1, precision: str = "fp32") -> Path:
-        path = root / f"{family}-{batch}-{precision}.bundle"
-        with locked(root / f"{path.name}.lock"):  # the other process may be building it
+    Tests must not change it.
+    """
+
+    def make(family: str, precision: str = "fp32") -> Path:
+        path, batch = shared / f"{family}-{precision}.bundle", BATCH[family, precision]
+        with locked(path.with_suffix(".lock")):  # the other process may be building it
             if not (path / "engines").exists():
                 build(str(checkpoints[family]), path, precision=precision, size=SIZE, batch=batch, quiet=True, **ON)
         return path
@@ -103,14 +144,14 @@ def sd(bundle_of: BundleFactory) -> Path:
 @pytest.fixture(scope="session")
 def sdxl(bundle_of: BundleFactory) -> Path:
     """The SDXL miniature, fp32, three pictures per pass."""
-    return bundle_of("sdxl", batch=3)
+    return bundle_of("sdxl")
 
 
 @pytest.fixture(scope="session")
-def wheel(shared: Path) -> Path:
+def wheel(session: Path) -> Path:
     """A wheel built from a copy of the sources."""
-    folder = shared / "wheel"
-    with locked(shared / "wheel.lock"):
+    folder = session / "wheel"
+    with locked(session / "wheel.lock"):
         if not folder.exists():
             for name in PACKAGES:
                 shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -146,3 +187,19 @@ def command(*arguments: object, **options: object) -> subprocess.CompletedProces
     script = Path(sys.executable).with_name(str(arguments[0]))
     line = [str(script), *map(str, arguments[1:])]
     return subprocess.run(line, capture_output=True, text=True, **{"timeout": 600, **options})  # type: ignore[call-overload]
+
+
+def called(program: str, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Do what `command` does in this process, which saves the seconds that a process needs to start.
+
+    For what is refused before any work, or makes one picture. A backend's own output is not captured.
+    """
+    entry = {"turbochain": main.main, "build-engine": cli.main}[program]
+    words = [os.fsdecode(word) if isinstance(word, bytes) else str(word) for word in arguments]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(cwd or "."), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = entry(words)
+        except SystemExit as exit:  # argparse's
+            status = int(exit.code or 0)
+    return subprocess.CompletedProcess([program, *words], status, out.getvalue(), err.getvalue())

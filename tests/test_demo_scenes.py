@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from scenes import Scene, Thing
 from transformers import CLIPTokenizer
 
-from turbochain.export.sources.checkpoint import local
+from turbochain.export.sources.kinds.demo import FOLDER
 from turbochain.export.sources.vocabulary import write_tokenizer
 
 PAIR = Scene((Thing("", "red", "circle"), Thing("large", "blue", "star")), "left of", "yellow")
@@ -67,7 +67,7 @@ def test_the_noise_places_the_objects() -> None:
 
 def test_a_picture_hides_nothing_of_the_place() -> None:
     """What the noise says of it is still there in a picture that is half drawn: the picture adds next to nothing."""
-    vae = AutoencoderKL.from_pretrained(local("demo") / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(FOLDER / "vae", torch_dtype=torch.float32)
     random = np.random.default_rng(0)
     drawn = np.stack([scenes.draw(scene, random.standard_normal(2)) for scene in scenes.held_out(4, 4)])
     with torch.inference_mode():

@@ -5,13 +5,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, ON, SIZE, BundleFactory
+from conftest import BATCH, FAMILIES, ON, SIZE, BundleFactory
 from diffusers import DiffusionPipeline
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -98,11 +99,12 @@ def assert_same_picture(result: Pictures, reference: Pictures) -> None:
     assert max((d > 0).mean() for d in difference) <= 1e-3
 
 
-@pytest.fixture(scope="module")
-def diffusers_pipes(checkpoints: dict[str, Path]) -> Iterator[dict[str, Any]]:
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The fastest for miniatures."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the fastest for miniatures
-    yield {family: load_diffusers(folder) for family, folder in checkpoints.items()}
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(threads)
 
 
@@ -122,9 +124,9 @@ def _grid(batch: int, steps: int) -> dict[str, Call]:
     }
 
 
-def _arguments() -> dict[str, Call]:
+def _arguments(size: tuple[int, int] = SIZE) -> dict[str, Call]:
     """Each argument that decides which noise a picture gets; four or five pictures, so that bundles of 1 and 3 loop."""
-    latents = np.random.default_rng(0).standard_normal((5, 4, SIZE[1] // 8, SIZE[0] // 8)).astype(np.float32)
+    latents = np.random.default_rng(0).standard_normal((5, 4, size[1] // 8, size[0] // 8)).astype(np.float32)
     five = {"prompt": _prompts(0, 5), "num_inference_steps": 2}
     return {
         "one generator for all": {**five, "seed": 3},
@@ -142,35 +144,6 @@ def _arguments() -> dict[str, Call]:
     }
 
 
-@pytest.fixture(scope="module", params=[(f, b) for f in FAMILIES for b in (1, 3)], ids=lambda p: f"{p[0]}-{p[1]}")
-def made(
-    request: pytest.FixtureRequest, bundle_of: BundleFactory, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, int, dict[str, Pictures]]:
-    """Family, batch, and every picture of that bundle, made in one process."""
-    family, batch = request.param
-    calls = _arguments()
-    for steps in STEPS:
-        calls |= _grid(batch, steps)
-    return family, batch, ours(bundle_of(family, batch), calls, tmp_path_factory.mktemp("ours"))
-
-
-@pytest.mark.parametrize("steps", STEPS)
-def test_ten_seeds_give_diffusers_pictures(
-    made: tuple[str, int, dict[str, Pictures]], diffusers_pipes: dict[str, Any], steps: int
-) -> None:
-    family, batch, pictures = made
-    for name, call in _grid(batch, steps).items():
-        assert_same_picture(pictures[name], theirs(diffusers_pipes[family], call))
-
-
-@pytest.mark.parametrize("name", _arguments())
-def test_arguments_mean_what_they_mean_in_diffusers(
-    made: tuple[str, int, dict[str, Pictures]], diffusers_pipes: dict[str, Any], name: str
-) -> None:
-    family, _, pictures = made
-    assert_same_picture(pictures[name], theirs(diffusers_pipes[family], _arguments()[name]))
-
-
 def _v_prediction(checkpoints: dict[str, Path], folder: Path) -> None:
     shutil.copytree(checkpoints["sd"], folder)
     path = folder / "scheduler" / "scheduler_config.json"
@@ -184,38 +157,80 @@ def _true_eos(_: dict[str, Path], folder: Path) -> None:
     synthetic.write_checkpoint("sdxl-turbo-mini", folder, eos_token_id=49407)
 
 
-@pytest.mark.parametrize(("write", "steps", "size"), [(_v_prediction, [1, 2], (128, 64)), (_true_eos, [1], (64, 128))])
-def test_other_checkpoints_and_sizes(
-    write: Callable[[dict[str, Path], Path], None],
-    steps: list[int],
-    size: tuple[int, int],
+@dataclass(frozen=True)
+class Chain:
+    """A bundle and the pipeline that it stands for."""
+
+    family: str
+    batch: int
+    size: tuple[int, int] = SIZE  # width, height
+    write: Callable[[dict[str, Path], Path], None] | None = None  # another checkpoint than the shared miniature
+
+
+# Each family in both batches: two of them are the shared bundles, two are of other checkpoints and sizes.
+CHAINS = {
+    "sd-1": Chain("sd", 1),
+    "sd-3-v_prediction": Chain("sd", 3, (128, 64), _v_prediction),
+    "sdxl-1-true_eos": Chain("sdxl", 1, (64, 128), _true_eos),
+    "sdxl-3": Chain("sdxl", 3),
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """Every picture of a bundle, made in one process, and diffusers' pipeline."""
+
+    chain: Chain
+    pictures: dict[str, Pictures]
+    pipe: Any
+
+    def check(self, name: str, call: Call) -> None:
+        assert_same_picture(self.pictures[name], theirs(self.pipe, call, self.chain.size))
+
+
+@pytest.fixture(scope="module", params=CHAINS)
+def made(
+    request: pytest.FixtureRequest,
+    bundle_of: BundleFactory,
     checkpoints: dict[str, Path],
-    tmp_path: Path,
-) -> None:
-    folder, bundle = tmp_path / "checkpoint", tmp_path / "other.bundle"
-    write(checkpoints, folder)
-    build(str(folder), bundle, precision="fp32", size=size, batch=1, steps=steps, quiet=True, **ON)
-    calls = {
-        f"{count} steps, seed {seed}": {"prompt": prompt, "num_inference_steps": count, "seed": seed}
-        for count in steps
-        for seed, prompt in enumerate(PROMPTS)
-    }
-    pictures, pipe = ours(bundle, calls, tmp_path), load_diffusers(folder)
-    for name, call in calls.items():
-        assert_same_picture(pictures[name], theirs(pipe, call, size))
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Made:
+    chain, folder = CHAINS[request.param], tmp_path_factory.mktemp("ours")
+    if chain.write is None:
+        checkpoint, bundle = checkpoints[chain.family], bundle_of(chain.family)
+        assert BATCH[chain.family, "fp32"] == chain.batch
+    else:
+        checkpoint, bundle = folder / "checkpoint", folder / "other.bundle"
+        chain.write(checkpoints, checkpoint)
+        build(str(checkpoint), bundle, precision="fp32", size=chain.size, batch=chain.batch, quiet=True, **ON)
+    calls = _arguments(chain.size)
+    for steps in STEPS:
+        calls |= _grid(chain.batch, steps)
+    return Made(chain, ours(bundle, calls, folder), load_diffusers(checkpoint))
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_ten_seeds_give_diffusers_pictures(made: Made, steps: int) -> None:
+    for name, call in _grid(made.chain.batch, steps).items():
+        made.check(name, call)
+
+
+@pytest.mark.parametrize("name", _arguments())
+def test_arguments_mean_what_they_mean_in_diffusers(made: Made, name: str) -> None:
+    made.check(name, _arguments(made.chain.size)[name])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fp16_is_within_its_bounds(
-    family: str, bundle_of: BundleFactory, diffusers_pipes: dict[str, Any], tmp_path: Path
+    family: str, bundle_of: BundleFactory, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     calls = {
         f"{steps} steps, seed {seed}": {"prompt": PROMPTS[seed], "num_inference_steps": steps, "seed": seed}
         for steps in (1, 4)
         for seed in range(len(PROMPTS))
     }
-    pictures = ours(bundle_of(family, 1, "fp16"), calls, tmp_path)
+    pictures, pipe = ours(bundle_of(family, "fp16"), calls, tmp_path), load_diffusers(checkpoints[family])
     for name, call in calls.items():
-        (result,), (reference,) = pictures[name], theirs(diffusers_pipes[family], call)
+        (result,), (reference,) = pictures[name], theirs(pipe, call)
         assert peak_signal_noise_ratio(reference, result, data_range=255) >= 38
         assert structural_similarity(reference, result, data_range=255, channel_axis=-1) >= 0.98

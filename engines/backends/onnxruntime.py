@@ -1,7 +1,5 @@
-"""ONNX Runtime: nothing is written; a stage is loaded from its graph, which optimises it in memory."""
+"""ONNX Runtime: nothing is written; a graph is loaded from the bundle, and optimised in memory."""
 
-from typing import Any
+from turbochain.engines.backends.contract import Builder
 
-READS_GRAPHS = True
-OPTIONS: dict[str, Any] = {}
-"""The options that an engine is built with: part of its key."""
+BUILDER = Builder(name="onnxruntime", reads_graphs=True, options={})

@@ -1,27 +1,27 @@
-"""OpenVINO: a stage is loaded from its graph, which compiles it in memory. What is written are the ranges for int8."""
+"""OpenVINO: a graph is loaded from the bundle, and compiled in memory. The ranges for int8 are written."""
 
 import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from turbochain.engines.options import Option
-from turbochain.runtime.backends import Device, openvino, openvino_model
+from turbochain.engines.backends.contract import Builder, Option, Options, Progress, Task
+from turbochain.runtime.backends import openvino, openvino_model
+from turbochain.runtime.bundle import writing
 from turbochain.runtime.bundle.manifest import REFERENCE
 from turbochain.runtime.bundle.opened import Bundle
-from turbochain.runtime.checks import reference
+from turbochain.runtime.checks.recorded import Recorded
+from turbochain.runtime.checks.reference import read_cases
 from turbochain.runtime.errors import InputError
 
-READS_GRAPHS = True
 AUTO = "auto"
 FASTEST_FIRST = ("bf16", "mixed", "fp32")
 OPTIONS = {
     "inference_precision": Option(
         AUTO,
-        "what it computes in, whatever the graphs hold; mixed is bf16 for the VAE and fp32 for the rest; auto is the "
-        "first of bf16, mixed and fp32 that is within its bounds, fp32 where the CPU has no bf16 or with "
+        "what it computes in, even if the graphs are more precise; mixed is bf16 for the VAE and fp32 for the rest; "
+        "auto is the first of bf16, mixed and fp32 that is within its bounds, fp32 if the CPU has no bf16 or with "
         "--precision fp32",
         choices=(AUTO, *FASTEST_FIRST),
     ),
@@ -31,11 +31,10 @@ OPTIONS = {
         "wider bounds (PSNR 30 dB)",
     ),
 }
-"""The options that an engine is built with: part of its key."""
 
 
-def settle(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with what this machine decides; InputError where it lacks what they ask for."""
+def settle(options: Options) -> dict[str, Any]:
+    """Return the options with what this machine decides; InputError if it lacks what they ask for."""
     asked = options["inference_precision"]
     if asked == "fp32" or openvino.has_bf16():
         return dict(options)
@@ -44,31 +43,29 @@ def settle(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "inference_precision": "fp32"}
 
 
-def candidates(options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What to try, in this order, for those options that the verification decides."""
+def candidates(options: Options) -> list[dict[str, Any]]:
+    """Return the precisions to try, in this order."""
     chosen = options["inference_precision"]
     return [{"inference_precision": p} for p in (FASTEST_FIRST if chosen == AUTO else (chosen,))]
 
 
-def compile(
-    bundle: Bundle,
-    name: str,
-    folder: Path,
-    options: Mapping[str, Any],
-    device: Device,
-    cache: Path,
-    progress: Callable[[int, int], None],
-) -> list[str]:
-    """Write the ranges of a graph in int8 into `folder`; returns the file's name, if it is one."""
-    if not openvino.in_int8(bundle.manifest.graphs[name], options):
+def compile(task: Task) -> list[str]:
+    """Write the ranges of a graph in int8, and nothing for another; returns the file's name, if it is one."""
+    if not openvino.in_int8(task.bundle.manifest.graphs[task.graph], task.options):
         return []
-    file = openvino.ranges_file(name)
-    (folder / file).write_text(json.dumps(measure_ranges(bundle, name, progress), indent=0) + "\n")
+    file = openvino.ranges_file(task.graph)
+    ranges = measure_ranges(task.bundle, task.graph, task.progress)
+    writing.write_atomically(task.folder / file, json.dumps(ranges, indent=0) + "\n")
     return [file]
 
 
-def measure_ranges(bundle: Bundle, name: str, progress: Callable[[int, int], None]) -> dict[str, list[float]]:
-    """Convolution → the least and the largest value that it reads, over the reference's latents."""
+BUILDER = Builder(
+    name="openvino", reads_graphs=True, options=OPTIONS, compile=compile, settle=settle, candidates=candidates
+)
+
+
+def measure_ranges(bundle: Bundle, name: str, progress: Progress) -> dict[str, list[float]]:
+    """Return convolution → the least and the greatest value that it reads, over all recorded runs of the graph."""
     library, graph = openvino.library(), bundle.manifest.graphs[name]
     ops = library.opset13
     model = openvino.core().read_model(bundle.path / graph.file)
@@ -79,11 +76,24 @@ def measure_ranges(bundle: Bundle, name: str, progress: Callable[[int, int], Non
     ends = [reduce(value, axes, False) for value in reads for reduce in (ops.reduce_min, ops.reduce_max)]
     watched = library.Model([end.output(0) for end in ends], model.get_parameters())
     request = openvino.core().compile_model(watched, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
-    bundle.check_files([REFERENCE])
-    seen, cases = [], reference.read_cases(bundle)
-    for i, case in enumerate(cases):
-        progress(i, len(cases))
-        made = request.infer([case.tensors[t.name][-1] for t in graph.inputs])
+    seen, runs = [], list(_recorded(bundle, name))
+    for i, feeds in enumerate(runs):
+        progress(i, len(runs))
+        made = request.infer([feeds[t.name] for t in graph.inputs])
         seen.append([float(made[i]) for i in range(len(ends))])
     lows, highs = np.min(seen, 0)[::2], np.max(seen, 0)[1::2]
     return {op: [low, high] for op, low, high in zip(found, lows.tolist(), highs.tolist(), strict=True)}
+
+
+def _recorded(bundle: Bundle, graph: str) -> Iterator[dict[str, np.ndarray]]:
+    """Find what diffusers fed to the graph in the recorded cases of every chain, by the names of its inputs."""
+    bundle.check_files([REFERENCE])
+    for chain in map(bundle.open_chain, bundle.manifest.chains):
+        stages = [s for s in chain.chain.stages if s.graph == graph]
+        for case in read_cases(bundle, chain.name) if stages else ():
+            recorded = Recorded(chain, case)
+            for stage in (s for s in stages if s.runs(case.modes)):
+                last = recorded.table.rows - 1
+                for row in range(last + 1) if stage.when == "step" else [last]:
+                    named = ((t.name, stage.wires.get(t.name, t.name)) for t in chain.graphs[graph].inputs)
+                    yield {own: recorded.value(name, row) for own, name in named}

@@ -1,7 +1,7 @@
-"""TensorRT: one plan per graph, built for one kind of NVIDIA GPU. `tensorrt` and `tensorrt_rtx` are one code path.
+"""TensorRT: one serialized engine per graph, built for one kind of NVIDIA GPU.
 
-What one of them lacks is looked for, not known by version. The network is strongly typed: the graph's own dtypes
-say what is computed in which precision.
+`tensorrt` and `tensorrt_rtx` are one code path: what one of them lacks is detected, not known by its version. The
+network is strongly typed: the graph's own dtypes say what is computed in which precision.
 """
 
 import hashlib
@@ -10,23 +10,20 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from turbochain.engines.backends.contract import Builder, Option, Options, Progress, Task
 from turbochain.engines.backends.fractions import Fractions
-from turbochain.engines.options import Option
 from turbochain.runtime import backends
-from turbochain.runtime.backends import Device, cuda
-from turbochain.runtime.backends.tensorrt import logger, trt
+from turbochain.runtime.backends import cuda
+from turbochain.runtime.backends.contract import Device
+from turbochain.runtime.backends.tensorrt import engine_file, logger, trt
 from turbochain.runtime.bundle import writing
-from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.errors import InputError, TurbochainError
 
-Progress = Callable[[int, int], None]
 Echo = Callable[[str, str], None]  # severity, message
 
-READS_GRAPHS = False
 OPTIONS = {
     "builder_optimization_level": Option(3, "how hard the builder searches; 5 may take many times as long", most=5),
     "tiling_optimization_level": Option(
@@ -42,41 +39,35 @@ OPTIONS = {
         choices=("none", "ampere_plus", "same_compute_capability"),
     ),
     "version_compatible": Option(False, "also run with later versions of the same major version; slower"),
-    "refit": Option(False, "the weights can be replaced in the plan"),
-    "strip_plan": Option(False, "no weights in the plan: they come from the ONNX file at each load"),
+    "refit": Option(False, "the weights can be replaced in the serialized engine"),
+    "strip_plan": Option(False, "no weights in the file: they come from the ONNX file at each load"),
 }
-"""The options that an engine is built with, part of its key; the names are those of TensorRT's builder.
+"""The names are those of TensorRT's builder.
 
 `builder_optimization_level` stays at TensorRT's own default: 5 can take hours for what no measurement here backs.
 """
 
 log = logging.getLogger("turbochain")
 
-_TOTAL = 1000  # progress is told in so many parts
+_TOTAL = 1000  # the parts that progress is reported in
 _REPORT_EVERY = 0.1  # seconds
 
 
-def compile(
-    bundle: Bundle,
-    graph: str,
-    folder: Path,
-    options: Mapping[str, Any],
-    device: Device,
-    cache: Path,
-    progress: Progress,
-) -> list[str]:
-    """Build the graph's plan into `folder`; returns its name there.
+def compile(task: Task) -> list[str]:
+    """Build the graph's engine and write it, serialized; returns the file's name.
 
-    `cache`: the folder with the timing caches. Raises TurbochainError, with every reason that TensorRT gives, where
-    it cannot build the graph; InputError for an option that this library does not have. What `progress` raises stops
-    the build.
+    Raises TurbochainError, with every reason that TensorRT gives, if it cannot build the graph; InputError for an
+    option that this library does not have. An exception from `progress` stops the build.
     """
-    path = bundle.path / bundle.manifest.graphs[graph].file
-    plan = serialize(path, graph, options, device, cache, progress, _show)
-    name = f"{graph}.plan"
-    with writing.atomic_write(folder / name, size=plan.nbytes) as file:
-        file.write(plan)
+    path = task.bundle.path / task.bundle.manifest.graphs[task.graph].file
+    serialized = serialize(path, task.graph, task.options, task.device, task.cache, task.progress, _show)
+    name = engine_file(task.graph)
+    with writing.atomic_write(task.folder / name, size=serialized.nbytes) as file:
+        file.write(serialized)
     return [name]
+
+
+BUILDER = Builder(name="tensorrt", reads_graphs=False, options=OPTIONS, compile=compile)
 
 
 def _show(severity: str, message: str) -> None:
@@ -87,15 +78,16 @@ def _show(severity: str, message: str) -> None:
 def serialize(
     path: Path,
     graph: str,
-    options: Mapping[str, Any],
+    options: Options,
     device: Device,
     cache: Path,
     progress: Progress,
     echo: Echo,
 ) -> memoryview:
-    """The plan of the ONNX file at `path`, whose external data lies beside it; `compile` has the rest.
+    """Return the serialized engine of the ONNX file at `path`, whose external data lies beside it; see `compile`.
 
-    `echo` is given the severity and the text of everything that TensorRT says; the layers of the plan are among it.
+    `cache`: the folder with the timing caches. `echo` gets the severity and the text of every message of TensorRT,
+    which include the engine's layers.
     """
     progress(0, _TOTAL)
     if device.gpu and device.gpu.name:
@@ -114,32 +106,32 @@ def serialize(
         load_timings(config, times)
     raised: list[BaseException] = []
     config.progress_monitor = _monitor(progress, raised)
-    plan = builder.build_serialized_network(network, config)
+    serialized = builder.build_serialized_network(network, config)
     if raised:
         raise raised[0]
-    if plan is None:
+    if serialized is None:
         reasons = "; ".join(said.errors) or "it gave no reason"
         raise TurbochainError(f"TensorRT cannot build {graph}: {reasons}")
     if times:
         save_timings(config, times)
     progress(_TOTAL, _TOTAL)
-    return memoryview(plan)
+    return memoryview(serialized)
 
 
 def _parser_errors(parser: "trt.OnnxParser", graph: str) -> str:
-    """Every node that TensorRT does not take, by name, operator and stage."""
+    """Return a message that names every node which TensorRT refuses: name, operator and reason."""
     found = []
     for error in (parser.get_error(i) for i in range(parser.num_errors)):
         what = error.code().name.lower().replace("_", " ")
         where = f"node {error.node_name()} ({error.node_operator()}): " if error.node_operator() else ""
-        # Of a node that is unsupported as such, the description is only the condition that did not hold.
+        # If a node is unsupported as such, the description is only the condition that did not hold.
         found.append(f"{where}{what}" + (f": {error.desc()}" if error.desc() != "false" else ""))
-    return f"TensorRT cannot read the stage {graph}: " + "; ".join(dict.fromkeys(found))
+    return f"TensorRT cannot read the graph {graph}: " + "; ".join(dict.fromkeys(found))
 
 
-def _configure(config: "trt.IBuilderConfig", options: Mapping[str, Any]) -> None:
+def _configure(config: "trt.IBuilderConfig", options: Options) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.clear_flag(trt.BuilderFlag.TF32)  # what a graph has in fp32 is there because less would not do
+    config.clear_flag(trt.BuilderFlag.TF32)  # a graph has in fp32 only what needs it
     config.builder_optimization_level = int(options["builder_optimization_level"])
     config.tiling_optimization_level = {
         "none": trt.TilingOptimizationLevel.NONE,
@@ -152,7 +144,7 @@ def _configure(config: "trt.IBuilderConfig", options: Mapping[str, Any]) -> None
     if options["max_aux_streams"] >= 0:
         config.max_aux_streams = int(options["max_aux_streams"])
     if options["hardware_compatibility"] != "none":
-        if hasattr(config, "set_compute_capability"):  # TensorRT-RTX only warns, and the plan is for one kind of GPU
+        if hasattr(config, "set_compute_capability"):  # TensorRT-RTX only warns, and builds for one kind of GPU
             raise InputError("option hardware_compatibility: TensorRT-RTX has none; build with --target for other GPUs")
         config.hardware_compatibility_level = {
             "ampere_plus": trt.HardwareCompatibilityLevel.AMPERE_PLUS,
@@ -164,12 +156,12 @@ def _configure(config: "trt.IBuilderConfig", options: Mapping[str, Any]) -> None
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
     if options["refit"]:
         config.set_flag(trt.BuilderFlag.REFIT)
-    elif options["strip_plan"]:  # what comes back are the very weights that were stripped: nothing is lost in speed
+    elif options["strip_plan"]:  # the weights that come back are those that were stripped: no speed is lost
         config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
 
 
 def _aim(config: "trt.IBuilderConfig", device: Device) -> None:
-    """Say which GPUs the plan is for, where the library lets that be said: else it is the one that it runs on."""
+    """Set which GPUs the engine is for, if the library can: else it is for the one that the build runs on."""
     assert device.gpu
     architecture = "CURRENT" if device.gpu.name else "SM" + device.gpu.compute_capability.replace(".", "")
     if hasattr(config, "num_compute_capabilities"):
@@ -179,17 +171,17 @@ def _aim(config: "trt.IBuilderConfig", device: Device) -> None:
 
 
 def timing_file(folder: Path, device: Device) -> Path:
-    """Where the timings of this library version on this kind of GPU are kept."""
+    """Return the file for the timings of this library version on this kind of GPU."""
     library, version = backends.require("tensorrt")
     gpu = re.sub(r"[^A-Za-z0-9]+", "-", str(device.gpu)).strip("-")
     return folder / f"{library}-{version}-{gpu}.timings"
 
 
 def load_timings(config: "trt.IBuilderConfig", path: Path) -> None:
-    """Give the builder the timings in `path`; where there are none that are of use, it begins anew, with a warning.
+    """Give the builder the timings in `path`; if they are unusable, warn, and let it begin without any.
 
-    The file holds the SHA-256 of what TensorRT serialised, then that: TensorRT takes damaged timings for none at all,
-    and says so to nobody.
+    The file holds the SHA-256 of the serialized timings, then the timings: TensorRT itself ignores damaged ones
+    without a message.
     """
     known, wrong = b"", ""
     try:
@@ -203,12 +195,12 @@ def load_timings(config: "trt.IBuilderConfig", path: Path) -> None:
     if not wrong and not config.set_timing_cache(config.create_timing_cache(known), False):
         wrong = "is of another GPU or library"
     if wrong:
-        log.warning("the timing cache %s %s: every kernel is timed anew", path, wrong)
+        log.warning("the timing cache %s %s: every kernel is timed again", path, wrong)
         config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
 def save_timings(config: "trt.IBuilderConfig", path: Path) -> None:
-    """Keep the builder's timings in `path` for later builds; where that cannot be, a warning says so."""
+    """Keep the builder's timings in `path` for later builds; warn if that is impossible."""
     timings = memoryview(config.get_timing_cache().serialize())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,7 +212,7 @@ def save_timings(config: "trt.IBuilderConfig", path: Path) -> None:
 
 
 def _monitor(progress: Progress, raised: list[BaseException]) -> "trt.IProgressMonitor":
-    """A monitor that reports to `progress`; what that raises is put into `raised`, and the build is cancelled.
+    """Return a monitor that reports to `progress`; an exception from that goes into `raised` and ends the build.
 
     TensorRT may call it from several threads, and no exception may pass through TensorRT.
     """

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from turbochain.export.families import Family, Inputs, Shape, Stage
-from turbochain.export.families.sd import TABLE_INPUTS, VAE_DECODER, check, ids, step_inputs, time_inputs, tokens
-from turbochain.runtime.bundle.manifest import Chain
+from turbochain.export.families import Family, GraphSpec, Inputs, Shape
+from turbochain.export.families.common import VAE_DECODER, check, ids, tokens, unet_inputs
+from turbochain.runtime.bundle.manifest import Stage
 
 
 def _time_ids(shape: Shape) -> tuple[Any, ...]:
@@ -13,11 +13,11 @@ def _time_ids(shape: Shape) -> tuple[Any, ...]:
     return ((*size, 0, 0, *size),)
 
 
-def _inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
+def _unet_inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
     first, second = configs["text_encoder"], configs["text_encoder_2"]
     length = tokens(configs, "text_encoder")
     return {
-        **step_inputs(configs, shape, "time_embeds"),
+        **unet_inputs(configs, shape, "time_embeds", "time_ids_embeds"),
         "prompt_embeds": ("float32", (shape.batch, length, first["hidden_size"])),
         "prompt_embeds_2": ("float32", (shape.batch, length, second["hidden_size"])),
         "pooled_prompt_embeds": ("float32", (shape.batch, second["projection_dim"])),
@@ -39,50 +39,33 @@ FAMILY = Family(
     pipeline_class="StableDiffusionXLPipeline",
     components=("text_encoder", "text_encoder_2", "unet", "vae"),
     tokenizers={"input_ids": "tokenizer", "input_ids_2": "tokenizer_2"},
-    stages={
-        "text_encoder": Stage(
+    graphs={
+        "text_encoder": GraphSpec(
             role="text_encoder",
             component="text_encoder",
             module="PenultimateTextEncoder",
             inputs=ids("input_ids", "text_encoder"),
             outputs=("prompt_embeds",),
         ),
-        "text_encoder_2": Stage(
+        "text_encoder_2": GraphSpec(
             role="text_encoder_2",
             component="text_encoder_2",
             module="PooledTextEncoder",
             inputs=ids("input_ids_2", "text_encoder_2"),
             outputs=("prompt_embeds_2", "pooled_prompt_embeds"),
         ),
-        "time": Stage(
-            role="time_embedding",
-            component="unet",
-            module="TimeEmbedding",
-            inputs=time_inputs,
-            outputs=("time_embeds",),
-            precision="fp32",
-        ),
-        "unet": Stage(
+        "unet": GraphSpec(
             role="unet",
             component="unet",
-            module="SDXLUNetStep",
-            inputs=_inputs,
-            outputs=("next_latents",),
-            arguments=_time_ids,
+            module="SDXLUNet",
+            inputs=_unet_inputs,
+            outputs=("prediction",),
         ),
         "vae_decoder": VAE_DECODER,
     },
-    chain=Chain(
-        before=("text_encoder", "text_encoder_2"),
-        loop=("unet",),
-        after=("vae_decoder",),
-        carry={"next_latents": "latents"},
-        inputs=("input_ids", "input_ids_2", "latents"),
-        step_inputs=("noise",),
-        table_inputs=TABLE_INPUTS,
-        output="image",
-        once=("time",),
-    ),
+    prompt_stages=(Stage("text_encoder", "prompt", "text"), Stage("text_encoder_2", "prompt", "text")),
+    columns=("time_embeds",),
+    constants={"time_ids_embeds": _time_ids},
     pipeline_options={"add_watermarker": False},
     embeds=_embeds,
     check=lambda configs: check(configs, addition="text_time"),

@@ -1,4 +1,4 @@
-"""What the phases of one build share: running a job, what it took, and where and when it was made."""
+"""Run the phases of one build, and record what each took, when and with which versions."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,13 +26,13 @@ class PhaseReport:
 
 
 @dataclass
-class Session:
-    """What every phase of one build needs."""
+class Phases:
+    """The phases of one build, run one after the other."""
 
     lock: int
     log: Path | None
     quiet: bool
-    phases: list[PhaseReport]
+    reports: list[PhaseReport]
     _kept: Worker | None = None
 
     def run(self, name: str, job: str, /, *, keep: bool = False, **arguments: Any) -> Any:
@@ -53,7 +53,7 @@ class Session:
             finally:
                 if not keep:
                     worker.close()
-        self.phases.append(PhaseReport(name, phase.seconds, peak))
+        self.reports.append(PhaseReport(name, phase.seconds, peak))
         return result
 
     def release(self) -> None:

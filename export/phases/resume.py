@@ -36,7 +36,9 @@ class Finished:
         if done and self._intact(done["files"]):
             return done["result"]
         result = make()
-        records = {name: dataclasses.asdict(hashing.describe(self._folder / name)) for name in made(result)}
+        records = {
+            name: dataclasses.asdict(hashing.describe(self._folder / name)) for name in dict.fromkeys(made(result))
+        }
         self.value["done"][key] = {"result": result, "files": records}
         writing.write_atomically(self._folder / STATE, json.dumps(self.value))
         return result
@@ -48,9 +50,9 @@ class Finished:
             return False
         return True
 
-    def records(self) -> dict[str, hashing.FileRecord]:
-        """Every file that was made, with its hash."""
-        done = self.value["done"].values()
+    def records(self, *keys: str) -> dict[str, hashing.FileRecord]:
+        """Return every file that was made (under these keys, if any are given), with its hash."""
+        done = [entry for key, entry in self.value["done"].items() if not keys or key in keys]
         return {name: hashing.FileRecord(**r) for entry in done for name, r in sorted(entry["files"].items())}
 
 

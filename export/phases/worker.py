@@ -1,6 +1,7 @@
 """Heavy phases run in a process of their own, so that their memory is returned.
 
-The parent writes a JSON line for each job (`{"job": "module:function", "arguments": {…}}`) to the child's stdin and
+Arguments and results travel as JSON: a dataclass becomes plain values, and an argument what the job's annotation says.
+The parent writes a line for each job (`{"job": "module:function", "arguments": {…}}`) to the child's stdin and
 keeps it open: when it closes, the child ends, so a killed build leaves nothing running. The child hears of Ctrl-C in
 no other way: its job's next call of `progress` raises KeyboardInterrupt, and soon after it ends in any case. The child
 writes JSON lines: `{"progress": [done, total]}`, `{"warning": text}`, and last of each job `{"result": …,
@@ -20,12 +21,14 @@ import sys
 import threading
 import time
 import traceback
+import typing
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from turbochain.runtime import errors
+from turbochain.runtime.bundle import strict_json
 from turbochain.runtime.errors import InputError, NoSpace, PhaseDied, TurbochainError
 
 Progress = Callable[[int, int], None]
@@ -62,7 +65,7 @@ class Worker:
         last: dict[str, Any] = {}
         try:
             with suppress(BrokenPipeError):  # it has died: that shows below
-                child.stdin.write(json.dumps({"job": job, "arguments": arguments}) + "\n")
+                child.stdin.write(json.dumps({"job": job, "arguments": strict_json.plain(arguments)}) + "\n")
                 child.stdin.flush()
             for line in child.stdout:
                 last = json.loads(line)
@@ -155,7 +158,10 @@ def main() -> None:
 def _carry_out(job: str, arguments: dict[str, Any], progress: Progress, send: Callable[..., None]) -> None:
     module, _, function = job.partition(":")
     try:
-        result = getattr(importlib.import_module(module), function)(progress, **arguments)
+        carry_out = getattr(importlib.import_module(module), function)
+        kinds = typing.get_type_hints(carry_out)
+        given = {k: strict_json.convert(kinds[k], v) if k in kinds else v for k, v in arguments.items()}
+        result = strict_json.plain(carry_out(progress, **given))
     except KeyboardInterrupt:
         pass  # nobody listens any more
     except TurbochainError as error:

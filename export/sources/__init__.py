@@ -1,1 +1,98 @@
-"""Where checkpoints come from."""
+"""Where checkpoints and their parts come from: `find(name)`.
+
+Each kind of source is a module of `kinds`, discovered automatically, with one constant `KIND`; to add a kind, add a
+file. Nothing here imports torch: a source is found before the work starts, and fetched within it.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from turbochain.runtime.errors import InputError
+
+BY_SPELLING, ON_DISK, ELSEWHERE = range(3)
+"""The ranks of kinds: a name is tried by its spelling alone first, then as a path, then as something far away."""
+
+
+def _no_progress(done: int, total: int) -> None:
+    """Ignore progress."""
+
+
+def _no_check(folder: Path, counts: dict[str, int], coming: int) -> None:
+    """Accept everything."""
+
+
+@dataclass(frozen=True)
+class Want:
+    """What is to be fetched from a source, and who is called meanwhile."""
+
+    root: Path  # the folder for what has to be written and has no place of its own on this disk
+    part: str | None = None  # this part alone, such as "vae": config.json and weights; None: a whole checkpoint
+    revision: str | None = None  # branch, tag or commit of a hub id
+    variant: str | None = None  # of the weight files, such as "fp16"
+    skip: tuple[str, ...] = ()  # components whose weights are not needed
+    progress: Callable[[int, int], None] = _no_progress  # (done, total), in bytes or values
+    before_weights: Callable[[Path, dict[str, int], int], None] = _no_check
+    # (folder with all but the weights, component → values in its weights, bytes to come), called before weights are
+    # downloaded or drawn; it may raise
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What lies on this disk now."""
+
+    folder: Path
+    commit: str | None = None  # of a hub repository
+    variant: str | None = None  # as in Want, if this source has variants
+
+
+class Source(Protocol):
+    """A place that a checkpoint, or one part of one, is fetched from."""
+
+    @property
+    def name(self) -> str:
+        """Return the name as the bundle tells it: a hub id, a folder's name without its path, …."""
+
+    @property
+    def stamp(self) -> str | None:
+        """Return a text that changes if the files do; None if the name and the revision say it all."""
+
+    @property
+    def tiny_vae(self) -> "Source | None":
+        """Return the source of the tiny VAE that belongs to this checkpoint; None: the family's."""
+
+    def fetch(self, want: Want) -> Fetched:
+        """Bring what is wanted onto this disk; raises InputError, and what `want.before_weights` raises."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of source."""
+
+    form: str  # what names of this kind look like, for messages
+    rank: int  # BY_SPELLING, ON_DISK or ELSEWHERE
+    find: Callable[[str], Source | None]  # None: the name is not of this kind
+    parts: bool  # whether a single part may be named so
+
+
+def known() -> list[Kind]:
+    """Return every kind of source, in the order in which a name is tried."""
+    from turbochain.export.sources import kinds
+
+    modules = [importlib.import_module(f"{kinds.__name__}.{m.name}") for m in pkgutil.iter_modules(kinds.__path__)]
+    return sorted((m.KIND for m in modules), key=lambda kind: (kind.rank, kind.form))
+
+
+def find(name: str, part: str | None = None) -> Source:
+    """Return the source `name`, of a checkpoint or of its part `part` ("vae"); InputError if it is of no kind."""
+    possible = [kind for kind in known() if kind.parts or part is None]
+    for kind in possible:
+        if found := kind.find(name):
+            return found
+    forms = ", nor ".join(sorted(kind.form for kind in possible if kind.form))
+    if part is not None:
+        raise InputError(f"--{part} {name} is neither tiny, nor {forms}")
+    raise InputError(f"{name} is neither {forms}")

@@ -1,15 +1,13 @@
-"""Where a checkpoint comes from, and what can be said of it without torch.
+"""A checkpoint on this disk, and what can be said of it without torch.
 
-A source is a hub id, a local folder in diffusers' format, `demo` (the small trained checkpoint that is part of
-this package), `synthetic:NAME`, or a bundle (which needs no export). Everything ends as a `Checkpoint` on disk
-whose files have been looked at before any are loaded.
+Whatever its source, it ends as a `Checkpoint` whose files have been looked at before any are loaded.
 """
 
 import json
 import math
 import re
-import struct
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,84 +16,110 @@ from turbochain.export import families
 from turbochain.export.families import Family
 from turbochain.runtime.errors import InputError
 
-SYNTHETIC = "synthetic:"
-DEMO = "demo"
-KINDS = f"neither a folder here, nor a hub id (owner/name), nor {DEMO}, nor {SYNTHETIC}NAME"
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' name for a component's weights
 LIBRARIES = ("diffusers", "transformers")  # model_index.json can name any module; no other is imported
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+TERMS = ("LICENSE*", "LICENCE*", "README.md")  # licence and model card
 
 
-def is_hub_id(source: str) -> bool:
-    """Whether `source` has the form owner/name."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
+@dataclass(frozen=True)
+class Part:
+    """One part of a checkpoint: a component, a tokenizer or the scheduler, and where it came from."""
 
+    folder: Path  # config.json, and the weights if it has any
+    home: Path  # the folder whose model card and licence are for it
+    source: str  # as the bundle tells it
+    revision: str | None = None  # commit of a hub repository
+    variant: str | None = None  # "fp16": weights are model.fp16.safetensors, or plain if there are none of the variant
 
-def local(source: str) -> Path:
-    """Where a source lies that is on this disk: the package's own checkpoint for "demo", else the path `source`."""
-    return Path(__file__).parents[1] / DEMO if source == DEMO else Path(source)
+    @cached_property
+    def weights(self) -> tuple[Path, ...]:
+        """Return its safetensors files, several if it is sharded; InputError if there are none."""
+        return weight_files(self.folder, self.variant)
+
+    @property
+    def own_variant(self) -> str | None:
+        """Return the variant, if its files are of that variant (some hub folders have it for some parts only)."""
+        return self.variant if any(f".{self.variant}" in path.name for path in self.weights) else None
+
+    @property
+    def license(self) -> str | None:
+        """Return the licence that the model card's front matter names."""
+        return license_of(self.home)
+
+    @property
+    def terms(self) -> list[Path]:
+        """Return the files of its licence and its model card."""
+        return sorted({p for pattern in TERMS for p in self.home.glob(pattern) if p.is_file()})
+
+    def parameters(self) -> int:
+        """Return the number of values in its weight files, read from their headers."""
+        return sum(_values(path) for path in self.weights)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder in diffusers' format whose weights are safetensors, complete and of a supported family."""
+    """A folder in diffusers' format, of a supported family, and the parts that replace its own."""
 
     folder: Path
-    variant: str | None  # "fp16" where the weights are model.fp16.safetensors
-    vae: Path | None = None  # the folder of a VAE that takes the place of its own
-
-    def part(self, name: str) -> Path:
-        """The folder of a component."""
-        return self.vae if self.vae and name == "vae" else self.folder / name
+    variant: str | None = None  # of its own weights, such as "fp16"
+    source: str = ""  # as the bundle tells it
+    revision: str | None = None  # commit of a hub repository
+    replaced: dict[str, Part] = field(default_factory=dict)  # component → another part than its own
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """model_index.json, as it would be with the VAE that takes the place of its own."""
+        """Return model_index.json, as it would be with the parts that replace its own."""
         path = self.folder / "model_index.json"
         if not path.is_file():
             raise InputError(
                 f"{self.folder} has no model_index.json, so it is not a checkpoint in diffusers' format; convert a "
                 "single file with diffusers' from_single_file(...).save_pretrained(FOLDER)"
             )
-        index = read_json(path)
-        if self.vae:
-            index["vae"] = ["diffusers", read_json(self.vae / "config.json").get("_class_name")]
-        return index
+        classes = {c: read_json(part.folder / "config.json").get("_class_name") for c, part in self.replaced.items()}
+        return read_json(path) | {c: ["diffusers", name] for c, name in classes.items()}
 
     @property
     def family(self) -> Family:
-        """The family of its pipeline class; InputError where that is not supported."""
+        """Return the family of its pipeline class; InputError if that is not supported."""
         return families.of(str(self.index.get("_class_name")))
 
     @cached_property
+    def parts(self) -> dict[str, Part]:
+        """Return every component with weights, then every tokenizer, then the scheduler."""
+        names = (*self.family.components, *self.family.tokenizers.values(), "scheduler")
+        own = {n: Part(self.folder / n, self.folder, self.source, self.revision, self.variant) for n in names}
+        return own | self.replaced
+
+    @cached_property
     def configs(self) -> dict[str, Any]:
-        """config.json of every component with weights."""
-        return {c: read_json(self.part(c) / "config.json") for c in self.family.components}
+        """Return config.json of every component with weights."""
+        return {c: read_json(self.parts[c].folder / "config.json") for c in self.family.components}
 
     @cached_property
     def weights(self) -> dict[str, tuple[Path, ...]]:
-        """Component → its safetensors files (several where it is sharded)."""
-        return {c: weight_files(self.part(c), self.variant) for c in self.family.components}
+        """Return component → its safetensors files."""
+        return {c: self.parts[c].weights for c in self.family.components}
 
     def parameters(self, component: str) -> int:
-        """Number of values in a component's weight files, read from their headers."""
-        return sum(_values(path) for path in self.weights[component])
+        """Return the number of values in a component's weight files."""
+        return self.parts[component].parameters()
 
-    def license(self) -> str | None:
-        """The licence that the model card's front matter names."""
-        card = self.folder / "README.md"
-        front = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", "replace"), re.S) if card.is_file() else None
-        found = dict(re.findall(r"^(license(?:_name)?): *['\"]?([^'\"\n]+)", front[1], re.M)) if front else {}
-        return found.get("license_name") or found.get("license")
+
+def license_of(folder: Path) -> str | None:
+    """Return the licence that the front matter of the folder's model card names."""
+    card = folder / "README.md"
+    front = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", "replace"), re.S) if card.is_file() else None
+    found = dict(re.findall(r"^(license(?:_name)?): *['\"]?([^'\"\n]+)", front[1], re.M)) if front else {}
+    return found.get("license_name") or found.get("license")
 
 
 def check_configs(checkpoint: Checkpoint) -> None:
-    """InputError where the classes and configs, without the weights, are not of a supported family."""
+    """Raise InputError if the classes and configs, without the weights, are not of a supported family."""
     folder, family = checkpoint.folder, checkpoint.family
-    parts = (*family.components, *family.tokenizers.values(), "scheduler")
-    if unnamed := [part for part in parts if not _is_class(checkpoint.index.get(part))]:
+    if unnamed := [part for part in checkpoint.parts if not _is_class(checkpoint.index.get(part))]:
         raise InputError(f"{folder}/model_index.json names no class of {' or '.join(LIBRARIES)} as {unnamed[0]}")
-    missing = [c for c in family.components if not (checkpoint.part(c) / "config.json").is_file()]
+    missing = [c for c in family.components if not (checkpoint.parts[c].folder / "config.json").is_file()]
     if missing:
         raise InputError(f"{folder} lacks {', '.join(f'{c}/config.json' for c in missing)}")
     try:
@@ -106,20 +130,25 @@ def check_configs(checkpoint: Checkpoint) -> None:
         raise InputError(f"{folder} is not supported: " + "; ".join(problems))
 
 
-def open_folder(folder: Path, variant: str | None, vae: Path | None = None) -> Checkpoint:
-    """A checked checkpoint; InputError where something of it is missing, damaged or not supported."""
-    checkpoint = Checkpoint(folder, variant, vae)
+def open_folder(
+    folder: Path,
+    variant: str | None = None,
+    source: str | None = None,
+    revision: str | None = None,
+    replaced: Mapping[str, Part] | None = None,
+) -> Checkpoint:
+    """Return a checked checkpoint; InputError if something of it is missing, damaged or not supported.
+
+    `source`: its name as the bundle tells it (default: the folder's). `replaced`: parts that replace its own.
+    """
+    checkpoint = Checkpoint(folder, variant, folder.name if source is None else source, revision, dict(replaced or {}))
     check_configs(checkpoint)
-    family = checkpoint.family
-    parts = {c: checkpoint.part(c) for c in family.components}
-    variants = sorted({v for part in parts.values() for v in _variants(part)})
-    if variant is None and len(variants) == 1 and not any(_found(p, None) for p in parts.values() if p != vae):
-        checkpoint = Checkpoint(folder, variants[0], vae)  # an fp16-only folder is recognised by itself
-    if variant is not None and variant not in variants:
+    own = [checkpoint.parts[c].folder for c in checkpoint.family.components if c not in checkpoint.replaced]
+    checkpoint = replace(checkpoint, variant=settled_variant(own, variant))
+    if variant is not None and variant not in (variants := variants_of(*own)):
         raise InputError(f"{folder} has no variant {variant!r}: it has {', '.join(variants) or 'none'}")
-    for component in family.components:
-        for path in checkpoint.weights[component]:
-            _values(path)
+    for path in (path for paths in checkpoint.weights.values() for path in paths):
+        _values(path)
     return checkpoint
 
 
@@ -129,7 +158,7 @@ def _is_class(entry: Any) -> bool:
 
 
 def weight_files(folder: Path, variant: str | None) -> tuple[Path, ...]:
-    """The safetensors files of one component's folder; InputError where there are none."""
+    """Return the safetensors files of one component's folder; InputError if there are none."""
     found = _found(folder, variant)
     if not found and variant is not None:  # hub folders give some components without the variant
         found = _found(folder, None)
@@ -141,7 +170,7 @@ def weight_files(folder: Path, variant: str | None) -> tuple[Path, ...]:
             f"{folder} has its weights only as {pickles[0]}, and pickles are refused because loading one runs code; "
             "convert it: load it with diffusers and call save_pretrained(FOLDER, safe_serialization=True)"
         )
-    others = ", ".join(map(repr, _variants(folder)))
+    others = ", ".join(map(repr, variants_of(folder)))
     hint = f"; it has the variant {others}" if others else ""
     named = f" of variant {variant!r}" if variant else ""
     raise InputError(f"{folder} has no safetensors weights{named}{hint}")
@@ -166,33 +195,35 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return tuple(index.parent / name for name in sorted(set(names.values())))
 
 
-def _variants(folder: Path) -> list[str]:
+def variants_of(*folders: Path) -> list[str]:
+    """Return the variants of the weight files in components' folders, such as fp16."""
     pattern = rf"(?:{'|'.join(STEMS)})(?:\.safetensors\.index)?\.(\w+)\.(?:safetensors|json)"
-    names = (re.fullmatch(pattern, p.name) for p in folder.glob("*"))
+    names = (re.fullmatch(pattern, p.name) for folder in folders for p in folder.glob("*"))
     return sorted({m[1] for m in names if m and m[1] != "index"})
 
 
+def settled_variant(folders: Sequence[Path], wanted: str | None) -> str | None:
+    """Return `wanted`, or if that is None and there are no plain weights, the only variant that there is."""
+    variants = variants_of(*folders)
+    plain = any(_found(folder, None) for folder in folders)
+    return variants[0] if wanted is None and len(variants) == 1 and not plain else wanted
+
+
 def _values(path: Path) -> int:
-    """Values in a safetensors file; InputError where its header is damaged or its size is not what it says."""
+    """Return the number of values in a safetensors file; InputError if it is missing, damaged or cut off."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise ValueError("its header is cut off")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        expected = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
-        if path.stat().st_size != expected:
-            raise ValueError(f"it has {path.stat().st_size} bytes and its header describes {expected}")
-        return sum(math.prod(t["shape"]) for t in header.values())
+        with safe_open(path, framework="numpy") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no mapping
     except FileNotFoundError:
         raise InputError(f"{path} is missing; download the checkpoint again") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is damaged ({error}); download it again") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; InputError where the file is missing or holds something else."""
+    """Return a JSON object; InputError if the file is missing or holds something else."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:

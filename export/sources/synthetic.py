@@ -1,124 +1,20 @@
 """Complete Turbo checkpoints with random weights, for machines that reach no model hub.
 
-The architectures, configs and file names are the published ones; only the weights are drawn, from a seed,
-with gains that keep every activation in half precision's range and make the picture depend on every input.
-The `-mini` presets have the same parts at narrow widths, small enough for tests.
-"""
+The architectures, configs and file names are the published ones; only the weights are drawn, from a seed, with gains
+that keep every activation in half precision's range and make the picture depend on every input. The `-mini` presets
+have the same parts at narrow widths and each kind of the UNet's blocks once, small enough for tests. """
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from turbochain.export.sources.vocabulary import END, MAX_TOKENS, VOCABULARY_SIZE, write_tokenizer
-from turbochain.runtime.errors import InputError
-
-Config = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What tells one synthetic checkpoint from another: the diffusers and transformers configs of its parts.
-
-    `text` and `pads` (the padding tokens) have one entry per text encoder; the second one projects.
-    `fp16` stores the weights as float16, in the file names of diffusers' "fp16" variant.
-    """
-
-    pipeline: str
-    scheduler: str
-    unet: Config
-    vae: Config
-    tiny: Config
-    text: tuple[Config, ...]
-    pads: tuple[str, ...]
-    fp16: bool = False
-    extra: Config = field(default_factory=dict)
-
-
-def _text(width: int, layers: int, heads: int, act: str, projection: int) -> Config:
-    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": projection}
-    return sizes | {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_act": act}
-
-
-_SD_TURBO = Preset(
-    pipeline="StableDiffusionPipeline",
-    scheduler="EulerDiscreteScheduler",
-    unet={"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20]},
-    vae={"sample_size": 768, "scaling_factor": 0.18215},
-    tiny={},  # TAESD's are diffusers' defaults
-    text=(_text(1024, 23, 16, "gelu", 512),),
-    pads=("!",),
-    extra={
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-    },
-)
-_SDXL_TURBO = Preset(
-    pipeline="StableDiffusionXLPipeline",
-    scheduler="EulerAncestralDiscreteScheduler",
-    unet={
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-        "block_out_channels": [320, 640, 1280],
-        "transformer_layers_per_block": [1, 2, 10],
-        "attention_head_dim": [5, 10, 20],
-        "cross_attention_dim": 768 + 1280,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 1280 + 6 * 256,
-    },
-    vae={"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
-    tiny={},
-    text=(_text(768, 12, 12, "quick_gelu", 768), _text(1280, 32, 20, "gelu", 1280)),
-    pads=(END, "!"),
-    fp16=True,
-    extra={"force_zeros_for_empty_prompt": True},
-)
-
-# attention_head_dim is, for historical reasons, diffusers' name for the number of heads.
-_MINI_UNET = {"layers_per_block": 1, "norm_num_groups": 8}
-_MINI_VAE = {"block_out_channels": [16, 24, 32, 48], "layers_per_block": 1, "norm_num_groups": 4}
-_MINI_TINY = {f"{part}_block_out_channels": [16] * 4 for part in ("encoder", "decoder")}
-_SD_MINI_UNET = _MINI_UNET | {
-    "block_out_channels": [32, 48, 64, 64],
-    "attention_head_dim": [2, 3, 4, 4],
-    "cross_attention_dim": 64,
-}
-_SDXL_MINI_UNET = _MINI_UNET | {
-    "block_out_channels": [32, 48, 64],
-    "transformer_layers_per_block": [1, 1, 2],
-    "attention_head_dim": [2, 3, 4],
-    "cross_attention_dim": 32 + 64,
-    "addition_time_embed_dim": 32,
-    "projection_class_embeddings_input_dim": 64 + 6 * 32,
-}
-
-PRESETS: dict[str, Preset] = {
-    "sd-turbo": _SD_TURBO,
-    "sdxl-turbo": _SDXL_TURBO,
-    "sd-turbo-mini": replace(
-        _SD_TURBO,
-        unet=_SD_TURBO.unet | _SD_MINI_UNET,
-        vae=_SD_TURBO.vae | _MINI_VAE,
-        tiny=_MINI_TINY,
-        text=(_text(64, 3, 4, "gelu", 64),),
-    ),
-    "sdxl-turbo-mini": replace(
-        _SDXL_TURBO,
-        unet=_SDXL_TURBO.unet | _SDXL_MINI_UNET,
-        vae=_SDXL_TURBO.vae | _MINI_VAE,
-        tiny=_MINI_TINY,
-        text=(_text(32, 2, 2, "quick_gelu", 32), _text(64, 3, 4, "gelu", 64)),
-        fp16=False,
-    ),
-}
-"""The checkpoints that `write_checkpoint` can write, by name."""
+from turbochain.export.sources import presets
+from turbochain.export.sources.presets import Config
+from turbochain.export.sources.vocabulary import MAX_TOKENS, VOCABULARY_SIZE, write_tokenizer
 
 # The published settings that both families share.
 _UNET: Config = {"sample_size": 64, "use_linear_projection": True}
@@ -181,16 +77,16 @@ def models(name: str, *, eos_token_id: int = 2) -> dict[str, torch.nn.Module]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    preset = _preset(name)
+    chosen = presets.preset(name)
     special = {"bos_token_id": 0, "eos_token_id": eos_token_id, "pad_token_id": 1}
     sizes = {"vocab_size": VOCABULARY_SIZE, "max_position_embeddings": MAX_TOKENS}
     parts: dict[str, torch.nn.Module] = {}
     with torch.device("meta"):
-        for i, config in enumerate(preset.text):
+        for i, config in enumerate(chosen.text):
             kind = CLIPTextModelWithProjection if i else CLIPTextModel
             parts[_numbered("text_encoder", i)] = kind(CLIPTextConfig(**sizes, **special, **config))
-        parts["unet"] = UNet2DConditionModel(**_UNET | preset.unet)
-        parts["vae"] = AutoencoderKL(**_VAE | preset.vae)
+        parts["unet"] = UNet2DConditionModel(**_UNET | chosen.unet)
+        parts["vae"] = AutoencoderKL(**_VAE | chosen.vae)
     return parts
 
 
@@ -201,46 +97,32 @@ def write_checkpoint(
     seed: int = 0,
     eos_token_id: int = 2,
     progress: Callable[[int, int], None] | None = None,
+    before_weights: Callable[[Path, dict[str, int], int], None] | None = None,
 ) -> None:
     """Write the preset `name` into `folder` (created, overwritten) as a checkpoint that diffusers loads.
 
     The same seed gives the same weights (bit for bit on one machine; PyTorch's normal numbers differ in
     the last bits between CPU types). Weights are streamed to disk, one tensor in memory at a time.
     `eos_token_id` is as in `models`. `progress(done, total)` is called with numbers of parameters.
-    Raises InputError for an unknown name, or where the package with the CLIP vocabulary is missing.
+    `before_weights(folder, counts, bytes)`, with each component's number of values and the bytes to come, is called
+    when all but the weights is written; it may raise. Raises InputError for an unknown name, or if the package with
+    the CLIP vocabulary is missing.
     """
-    import diffusers
-
-    preset = _preset(name)
+    chosen = presets.preset(name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     parts = models(name, eos_token_id=eos_token_id)
-    index: Config = {
-        "_class_name": preset.pipeline,
-        "_diffusers_version": diffusers.__version__,
-        **preset.extra,
-    }
-
-    for i, pad in enumerate(preset.pads):
-        tokenizer = _numbered("tokenizer", i)
-        (folder / tokenizer).mkdir(exist_ok=True)
-        write_tokenizer(folder / tokenizer, pad_token=pad)
-        index[tokenizer] = ["transformers", "CLIPTokenizer"]
-    getattr(diffusers, preset.scheduler)(**_SCHEDULER).save_pretrained(folder / "scheduler")
-    index["scheduler"] = ["diffusers", preset.scheduler]
-
-    total = sum(p.numel() for part in parts.values() for p in part.parameters())
-    done, generator = 0, torch.Generator().manual_seed(seed)
+    _write_small(name, folder, parts, seed)
+    counts = {component: sum(p.numel() for p in part.parameters()) for component, part in parts.items()}
+    done, total = 0, sum(counts.values())
+    if before_weights:
+        before_weights(folder, counts, total * (2 if chosen.fp16 else 4))
+    generator = torch.Generator().manual_seed(seed)
     for component, part in parts.items():
-        index[component] = ["transformers" if component.startswith("text") else "diffusers", type(part).__name__]
-        for written in _write(part, folder / component, preset.fp16, generator):
+        for written in _write_weights(folder / component, part, chosen.fp16, generator):
             done += written
             if progress:
                 progress(done, total)
-
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    (folder / "README.md").write_text(_README.format(name=name, seed=seed))
-    (folder / "LICENSE").write_text(_LICENSE)
 
 
 def write_tiny_vae(name: str, folder: Path, *, seed: int = 0) -> None:
@@ -248,26 +130,39 @@ def write_tiny_vae(name: str, folder: Path, *, seed: int = 0) -> None:
     from diffusers import AutoencoderTiny
 
     with torch.device("meta"):
-        part = AutoencoderTiny(**_preset(name).tiny)
-    for _ in _write(part, folder, False, torch.Generator().manual_seed(seed)):
+        part = AutoencoderTiny(**presets.preset(name).tiny)
+    _write_config(part, folder, False)
+    for _ in _write_weights(folder, part, False, torch.Generator().manual_seed(seed)):
         pass
-
-
-def _preset(name: str) -> Preset:
-    if name not in PRESETS:
-        raise InputError(f"There is no synthetic checkpoint {name!r}; expected one of {', '.join(PRESETS)}.")
-    return PRESETS[name]
 
 
 def _numbered(component: str, i: int) -> str:
     return f"{component}_{i + 1}" if i else component
 
 
-def _write(part: torch.nn.Module, folder: Path, fp16: bool, generator: torch.Generator) -> Iterator[int]:
-    """Write a component's config and its weights, tensor by tensor; yields each one's size."""
-    _write_config(part, folder, fp16)
-    file = "diffusion_pytorch_model" if hasattr(part, "save_config") else "model"
-    yield from _write_weights(folder / f"{file}{'.fp16' if fp16 else ''}.safetensors", part, fp16, generator)
+def _write_small(name: str, folder: Path, parts: Mapping[str, torch.nn.Module], seed: int) -> None:
+    """Write all of a checkpoint but its weights."""
+    import diffusers
+
+    chosen = presets.preset(name)
+    index: Config = {
+        "_class_name": chosen.pipeline,
+        "_diffusers_version": diffusers.__version__,
+        **chosen.extra,
+    }
+    for i, pad in enumerate(chosen.pads):
+        tokenizer = _numbered("tokenizer", i)
+        (folder / tokenizer).mkdir(exist_ok=True)
+        write_tokenizer(folder / tokenizer, pad_token=pad)
+        index[tokenizer] = ["transformers", "CLIPTokenizer"]
+    getattr(diffusers, chosen.scheduler)(**_SCHEDULER).save_pretrained(folder / "scheduler")
+    index["scheduler"] = ["diffusers", chosen.scheduler]
+    for component, part in parts.items():
+        _write_config(part, folder / component, chosen.fp16)
+        index[component] = ["transformers" if component.startswith("text") else "diffusers", type(part).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (folder / "README.md").write_text(_README.format(name=name, seed=seed))
+    (folder / "LICENSE").write_text(_LICENSE)
 
 
 def _write_config(part: torch.nn.Module, folder: Path, fp16: bool) -> None:
@@ -279,8 +174,10 @@ def _write_config(part: torch.nn.Module, folder: Path, fp16: bool) -> None:
     part.config.save_pretrained(folder)
 
 
-def _write_weights(path: Path, part: torch.nn.Module, fp16: bool, generator: torch.Generator) -> Iterator[int]:
+def _write_weights(folder: Path, part: torch.nn.Module, fp16: bool, generator: torch.Generator) -> Iterator[int]:
     """Write random weights for `part`, tensor by tensor, as safetensors; yields each one's size."""
+    stem = "diffusion_pytorch_model" if hasattr(part, "save_config") else "model"
+    path = folder / f"{stem}{'.fp16' if fp16 else ''}.safetensors"
     # Published text encoders carry this prefix in every name; transformers 5 drops it when it loads.
     prefix = "text_model." if type(part).__name__ == "CLIPTextModel" else ""
     header: Config = {"__metadata__": {"format": "pt"}}

@@ -1,10 +1,8 @@
-"""The modules that are traced: each one is all the arithmetic of its stage, so the runtime has none.
+"""The modules that are traced: each one is all the arithmetic of its graph, so the runtime has none.
 
-At every boundary tensors are fp32 (ids int32, the picture uint8): a stage's precision is its own affair.
+At every boundary tensors are fp32 (ids int32, the picture uint8); inside, a graph computes in its own precision.
 """
 
-import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,85 +39,37 @@ class PooledTextEncoder(TextEncoder):
         return output.hidden_states[-2].float(), output.text_embeds.float()
 
 
-class TimeEmbedding(nn.Module):
-    """Sinusoidal embedding of a timestep [1, n] fp32 → the UNet's own embedding of it [1, D] fp32.
+class UNet(nn.Module):
+    """latents [B, 4, H/8, W/8] fp32, scaled here, the columns of the time, and the prompt → prediction, same shape
+    fp32.
 
-    It runs at load, so it has fp32 copies of the weights, whatever the UNet's precision; the UNet stays whole.
-    """
-
-    def __init__(self, unet: Any) -> None:
-        super().__init__()
-        self.time_embedding = copy.deepcopy(unet.time_embedding).float()
-
-    def forward(self, timestep_embedding: torch.Tensor) -> torch.Tensor:
-        """See the class."""
-        return self.time_embedding(timestep_embedding)
-
-
-class TimeProjections(TimeEmbedding):
-    """As `TimeEmbedding`, and on to what each ResNet makes of it: [1, ΣC] fp32, in the order of `timed_resnets`."""
-
-    def __init__(self, unet: Any) -> None:
-        super().__init__(unet)
-        self.act = unet.time_embed_act or nn.Identity()
-        self.projections = nn.ModuleList(
-            nn.Sequential(nn.Identity() if r.skip_time_act else r.nonlinearity, copy.deepcopy(r.time_emb_proj).float())
-            for r in timed_resnets(unet)
-        )
-
-    def forward(self, timestep_embedding: torch.Tensor) -> torch.Tensor:
-        """See the class."""
-        embedding = self.act(self.time_embedding(timestep_embedding))
-        return torch.cat([project(embedding) for project in self.projections], dim=-1)
-
-
-def timed_resnets(unet: nn.Module) -> list[Any]:
-    """The UNet's ResNets that read the time, in the order of its modules."""
-    return [m for m in unet.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None]
-
-
-class UNetStep(nn.Module):
-    """One sampler step: `a·latents + b·unet(input_scale·latents) + c·noise`, [B, 4, H/8, W/8] fp32.
-
-    The time enters as what `TimeEmbedding` makes of the timestep, [1, D] fp32.
+    The first column is what `time_columns` makes of the timestep for this UNet, [1, …] fp32: all pictures add the same.
     """
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
-        unet.get_time_embed = lambda sample, timestep: timestep.to(sample.dtype)  # [1, D]: all pictures add the same
+        unet.get_time_embed = lambda sample, timestep: timestep.to(sample.dtype)
         unet.time_embedding = _Given()
 
-    def condition(self, prompt_embeds: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
-        """What the network reads besides latents and time: encoder_hidden_states, added_cond_kwargs."""
-        return prompt_embeds, None
-
-    def forward(
+    def predict(
         self,
         latents: torch.Tensor,
-        noise: torch.Tensor,
-        time: torch.Tensor,
         input_scale: torch.Tensor,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        c: torch.Tensor,
-        *conditioning: torch.Tensor,
+        time: torch.Tensor,
+        states: torch.Tensor,
+        added: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """See the class; `conditioning` is what `condition` takes."""
-        hidden_states, added = self.condition(*conditioning)
+        """Return the prediction; `states` [B, 77, D] and `added` are diffusers' encoder_hidden_states,
+        added_cond_kwargs."""
         dtype = self.unet.dtype
-        prediction = self.unet(
-            (input_scale * latents).to(dtype),
-            time,
-            hidden_states.to(dtype),
-            added_cond_kwargs=added,
-            return_dict=False,
-        )[0]
-        return a * latents + b * prediction.float() + c * noise
+        sample = (input_scale * latents).to(dtype)
+        prediction = self.unet(sample, time, states.to(dtype), added_cond_kwargs=added, return_dict=False)[0]
+        return prediction.float()
 
 
-class SDUNetStep(UNetStep):
-    """`UNetStep` where the time is what `TimeProjections` makes of it, and each ResNet reads its slice."""
+class SDUNet(UNet):
+    """`UNet` whose ResNets each read a slice of the `time_projections` [1, ΣC]."""
 
     def __init__(self, unet: Any) -> None:
         super().__init__(unet)
@@ -129,38 +79,76 @@ class SDUNetStep(UNetStep):
             stop = start + resnet.time_emb_proj.out_features
             resnet.time_emb_proj, resnet.skip_time_act, start = _Slice(start, stop), True, stop
 
+    def forward(
+        self,
+        latents: torch.Tensor,
+        input_scale: torch.Tensor,
+        time_projections: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+    ) -> torch.Tensor:
+        """See the class."""
+        return self.predict(latents, input_scale, time_projections, prompt_embeds)
 
-class SDXLUNetStep(UNetStep):
-    """`UNetStep` with two text encoders' states and pooled embeds; the time ids are constant, and folded away."""
+
+class SDXLUNet(UNet):
+    """`UNet` with `time_embeds` [1, D], two text encoders' states, and pooled embeds.
+
+    `time_ids_embeds` [1, D] is the part of `add_embedding.linear_1` that reads the time ids, its bias included: so
+    nothing of a size is in the weights.
+    """
 
     folded = ("add_embedding.linear_1.weight", "add_embedding.linear_1.bias")
-    """Parameters of the UNet that this module holds only as what it computed of them."""
+    """Parameters of the UNet of which this module holds a part."""
 
-    def __init__(self, unet: Any, time_ids: Sequence[int]) -> None:
-        """`time_ids` [6]: original height, width, crop top, left, target height, width, in pixels."""
+    def __init__(self, unet: Any) -> None:
         super().__init__(unet)
-        embedding = unet.add_embedding
-        embedding.linear_1 = _absorb(embedding.linear_1, unet.add_time_proj(torch.tensor(time_ids)).flatten())
-        unet.get_aug_embed = lambda emb, encoder_hidden_states, added_cond_kwargs: embedding(
-            added_cond_kwargs["text_embeds"].to(emb.dtype)
-        )
+        embedding, first = unet.add_embedding, unet.add_embedding.linear_1
+        pooled = nn.Linear(pooled_width(unet), first.out_features, bias=False, dtype=first.weight.dtype)
+        pooled.weight = nn.Parameter(first.weight[:, : pooled.in_features].clone(), requires_grad=False)
+        embedding.linear_1 = nn.Identity()
 
-    def condition(  # type: ignore[override]
-        self, prompt_embeds: torch.Tensor, prompt_embeds_2: torch.Tensor, pooled_prompt_embeds: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The states joined on the last axis, and the pooled embeds."""
-        return torch.cat([prompt_embeds, prompt_embeds_2], dim=-1), {"text_embeds": pooled_prompt_embeds}
+        def embed(emb: torch.Tensor, encoder_hidden_states: Any, added_cond_kwargs: Any) -> torch.Tensor:
+            read = pooled(added_cond_kwargs["text_embeds"].to(emb.dtype))
+            return embedding(read + added_cond_kwargs["time_ids_embeds"].to(emb.dtype))
+
+        self.pooled = pooled
+        unet.get_aug_embed = embed
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        input_scale: torch.Tensor,
+        time_embeds: torch.Tensor,
+        time_ids_embeds: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        prompt_embeds_2: torch.Tensor,
+        pooled_prompt_embeds: torch.Tensor,
+    ) -> torch.Tensor:
+        """See the class; the states are joined on the last axis."""
+        states = torch.cat([prompt_embeds, prompt_embeds_2], dim=-1)
+        added = {"text_embeds": pooled_prompt_embeds, "time_ids_embeds": time_ids_embeds}
+        return self.predict(latents, input_scale, time_embeds, states, added)
+
+
+def timed_resnets(unet: nn.Module) -> list[Any]:
+    """Return the UNet's ResNets that read the time, in the order of its modules."""
+    return [m for m in unet.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None]
+
+
+def pooled_width(unet: Any) -> int:
+    """Return how many columns of `add_embedding.linear_1` read the pooled embeds; the rest reads the six time ids."""
+    return int(unet.add_embedding.linear_1.in_features - 6 * unet.config.addition_time_embed_dim)
 
 
 class _Given(nn.Module):
-    """In the place of a time embedding: what came in is it."""
+    """A time embedding whose input is the embedding already."""
 
     def forward(self, embedding: torch.Tensor, condition: None) -> torch.Tensor:
         return embedding
 
 
 class _Slice(nn.Module):
-    """In the place of a time projection: its part of all of them."""
+    """A time projection that takes its part of all of them."""
 
     def __init__(self, start: int, stop: int) -> None:
         super().__init__()
@@ -170,14 +158,35 @@ class _Slice(nn.Module):
         return projections[:, self.start : self.stop]
 
 
-def _absorb(linear: nn.Linear, tail: torch.Tensor) -> nn.Linear:
-    """A Linear of `x` that equals `linear` of `cat([x, tail])`: the constant part joins the bias, summed in fp64."""
-    split = linear.in_features - len(tail)
-    result = nn.Linear(split, linear.out_features, dtype=linear.weight.dtype)
-    constant = linear.bias.double() + linear.weight[:, split:].double() @ tail.double()
-    result.weight = nn.Parameter(linear.weight[:, :split].clone(), requires_grad=False)
-    result.bias = nn.Parameter(constant.to(linear.bias.dtype), requires_grad=False)
-    return result
+class Step(nn.Module):
+    """One row of a table: `S' = m·S + v·prediction + w·noise`, S the latents [B, 4, h, w] and, if K > 1, the history.
+
+    m [K, K], v [K], w [K]; the history is [K − 1, B, 4, h, w]. Everything is fp32; see `runtime.chain.tables`.
+    """
+
+    def __init__(self, component: nn.Module, K: int) -> None:
+        """`component` is not used: this graph has no weights."""
+        super().__init__()
+        self.K = K
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        prediction: torch.Tensor,
+        noise: torch.Tensor,
+        m: torch.Tensor,
+        v: torch.Tensor,
+        w: torch.Tensor,
+        history: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """See the class."""
+        if history is None:
+            return m[0] * latents + v * prediction + w * noise
+        state = [latents, *history.unbind(0)]
+        rows = [
+            sum(m[i, j] * state[j] for j in range(self.K)) + v[i] * prediction + w[i] * noise for i in range(self.K)
+        ]
+        return rows[0], torch.stack(rows[1:])
 
 
 class VaeDecoder(nn.Module):

@@ -1,22 +1,26 @@
-"""Tracing one stage to ONNX, and the map from parameters to initializers."""
+"""Trace the graphs of a component to ONNX."""
 
+import copy
+import gc
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
 
 from turbochain.export import load
-from turbochain.export.families import Shape, Stage
+from turbochain.export.families import GraphSpec, Shape, common
 from turbochain.export.remedies import Remedy
 from turbochain.export.sources.checkpoint import Checkpoint
-from turbochain.export.tracing import attention, group_norm, modules
+from turbochain.export.tracing import attention, group_norm, modules, weights
 from turbochain.export.tracing.names import name_map
 from turbochain.export.tracing.rescale import rescale
 from turbochain.export.tracing.simplify import simplify
+from turbochain.export.tracing.weights import DataFiles, Parameters
 from turbochain.runtime.bundle.manifest import Graph, Tensor
 from turbochain.runtime.errors import TurbochainError
 
@@ -25,62 +29,124 @@ OPSET_BF16 = 22  # the first with bf16 convolutions
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A graph to trace."""
+
+    name: str
+    spec: GraphSpec
+    shape: Shape
+    remedy: Remedy  # the precision and the changes that it is made with
+
+
+Columns = Mapping[str, tuple[int, ...]]
+"""Column of the table → the shape of the input that it fills."""
+
+
 def export(
     checkpoint: Checkpoint,
     component: str,
     shape: Shape,
     remedies: Mapping[str, Remedy],
+    columns: Columns,
     bundle: Path,
     opset: int = OPSET,
 ) -> dict[str, Graph]:
-    """Trace every stage of `component` into `bundle/graphs` and return what the manifest says of each.
+    """Trace every graph of `component` at one shape; `remedies`: graph → remedy. See `export_graphs` for the rest."""
+    specs = common.graphs(checkpoint.family, shape.K)
+    wanted = [Wanted(n, s, shape, remedies[n]) for n, s in specs.items() if s.component == component]
+    return export_graphs(checkpoint, component, wanted, columns, bundle, opset)
 
-    `remedies`: graph → the precision and the changes that it is made with. Files: graphs/NAME.onnx,
-    graphs/NAME.onnx.data, graphs/NAME.names.json. Raises TurbochainError where the exporter lost an input or
-    changed a shape.
+
+def export_graphs(
+    checkpoint: Checkpoint,
+    component: str,
+    wanted: Sequence[Wanted],
+    columns: Columns,
+    bundle: Path,
+    opset: int = OPSET,
+) -> dict[str, Graph]:
+    """Trace graphs of one component ("": those without weights) into `bundle/graphs`; return the manifest's entries.
+
+    Each graph has a precision of its own. The component is loaded once for all graphs that are made with the same
+    changes, and freed before it is loaded for others. Files: graphs/NAME.onnx, graphs/NAME.names.json, and the data
+    files, see `weights`. Raises TurbochainError if the exporter lost an input or changed a shape.
     """
-    traced = {name: stage for name, stage in checkpoint.family.stages.items() if stage.component == component}
-    model, factors = _load(checkpoint, component, [remedies[n] for n, s in traced.items() if s.precision is None])
-    parameters = dict(model.named_parameters())  # before a stage puts something in the place of a part
+    folder = bundle / "graphs"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        precision: weights.shared(folder, component, precision) for precision in {w.remedy.precision for w in wanted}
+    }
     graphs: dict[str, Graph] = {}
-    for name, stage in traced.items():
-        made = {t.name: (t.dtype, t.shape) for graph in graphs.values() for t in graph.outputs}
-        inputs = {k: v or made[k] for k, v in stage.inputs(checkpoint.configs, shape).items()}
-        module = getattr(modules, stage.module)(model, *stage.arguments(shape)).eval()
-        if remedies[name].precision == "fp32":  # in lower precision a GPU's own GroupNormalization is wanted
-            group_norm.replace_group_norms(module)
-        graph = _trace(name, stage, module, inputs, parameters, factors, remedies[name], bundle, opset)
-        graphs[name] = replace(graph, model_class=type(model).__name__)
-    return graphs
+    for alike in _alike(wanted):
+        model, factors = _load(checkpoint, component, alike[0].remedy)
+        parameters = Parameters(model)
+        for one in alike:
+            inputs = {
+                k: v or ("float32", columns[k]) for k, v in one.spec.inputs(checkpoint.configs, one.shape).items()
+            }
+            module = _module(one, model)
+            data = files[one.remedy.precision]
+            graph = _trace(one, module, inputs, parameters, factors, data, bundle, opset)
+            graphs[one.name] = replace(graph, model_class=type(model).__name__ if component else "")
+        del model, parameters, module
+        gc.collect()  # the exporter's objects refer to each other, and to the weights
+    return {w.name: graphs[w.name] for w in wanted}
 
 
-def _load(checkpoint: Checkpoint, component: str, remedies: list[Remedy]) -> tuple[torch.nn.Module, dict[str, float]]:
-    """The component with the remedies of its graphs, and parameter → what its values were multiplied by."""
-    (precision,) = {r.precision for r in remedies}
-    exponents = {module: e for r in remedies for module, e in r.exponents.items()}
+def _alike(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
+    """Return the graphs in groups that one loaded component serves, in the order of their first members."""
+    groups: list[tuple[tuple[Any, ...], list[Wanted]]] = []
+    for one in wanted:
+        changes = (one.remedy.precision, one.remedy.exponents, one.remedy.attention)
+        group = next((members for key, members in groups if key == changes), None)
+        if group is None:
+            groups.append((changes, group := []))
+        group.append(one)
+    return [members for _, members in groups]
+
+
+def _module(wanted: Wanted, model: torch.nn.Module) -> torch.nn.Module:
+    """Return the module that is traced, on the weights of `model`."""
+    kind = getattr(modules, wanted.spec.module)
+    module: torch.nn.Module = kind(_copy_modules(model), *wanted.spec.arguments(wanted.shape)).eval()
+    if wanted.remedy.precision == "fp32":  # in lower precision a GPU's own GroupNormalization is wanted
+        group_norm.replace_group_norms(module)
+    return module
+
+
+def _load(checkpoint: Checkpoint, component: str, remedy: Remedy) -> tuple[torch.nn.Module, dict[str, float]]:
+    """Return the component with a remedy, and parameter → the number that its values were multiplied by."""
+    if not component:
+        return torch.nn.Module(), {}
     # What overflows in fp16 may do so as a weight, so the weights are rescaled before they are rounded.
-    dtype = TORCH_DTYPES[precision]
-    model = load.component(checkpoint, component, torch.float32 if exponents else dtype, traceable=True)
-    factors = rescale(model, exponents) if exponents else {}
+    dtype = TORCH_DTYPES[remedy.precision]
+    model = load.component(checkpoint, component, torch.float32 if remedy.exponents else dtype, traceable=True)
+    factors = rescale(model, remedy.exponents) if remedy.exponents else {}
     if factors:
         model.to(dtype)
-    attention.upcast(model, {name for r in remedies for name in r.attention})
+    attention.upcast(model, remedy.attention)
     return model, factors
 
 
+def _copy_modules(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of the tree of modules, which a stage may change, on the same parameters and buffers."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
 def _trace(
-    name: str,
-    stage: Stage,
+    wanted: Wanted,
     module: torch.nn.Module,
     inputs: dict[str, tuple[str, tuple[int, ...]]],
-    parameters: Mapping[str, torch.Tensor],
+    parameters: Parameters,
     factors: Mapping[str, float],
-    remedy: Remedy,
+    files: DataFiles,
     bundle: Path,
     opset: int,
 ) -> Graph:
-    """Write the three files of one stage; `parameters` are those of its component, `factors` as `_load` gives them."""
-    opset = max(opset, OPSET_BF16) if remedy.precision == "bf16" else opset
+    """Write the files of one graph; `parameters` are those of its component, `factors` as `_load` returns them."""
+    name, spec, precision = wanted.name, wanted.spec, wanted.remedy.precision
+    opset = max(opset, OPSET_BF16) if precision == "bf16" else opset
     # Every example is a tensor of its own: two inputs that are one object would be merged silently.
     examples = tuple(_example(dtype, size) for dtype, size in inputs.values())
     program = torch.onnx.export(
@@ -90,36 +156,32 @@ def _trace(
         opset_version=opset,
         optimize=False,  # `simplify` does
         input_names=list(inputs),
-        output_names=list(stage.outputs),
+        output_names=list(spec.outputs),
         verbose=False,
     )
     assert program is not None
     simplify(program.model)
-    file = f"graphs/{name}.onnx"
-    path = bundle / file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name(path.name + ".data").unlink(missing_ok=True)
-    program.save(str(path), external_data=True)
+    file, names = f"graphs/{name}.onnx", f"graphs/{name}.names.json"
+    written = weights.write(program.model, bundle / "graphs", name, parameters, files)
+    proto = ir.to_proto(program.model)
     del program
-    proto = onnx.load(str(path), load_external_data=False)
     _strip(proto)
     _argmax_of_floats(proto)
-    path.write_bytes(proto.SerializeToString(deterministic=True))
-    onnx.checker.check_model(str(path))
-    names = f"graphs/{name}.names.json"
-    found = name_map(parameters, path, TORCH_DTYPES[remedy.precision], getattr(module, "folded", ()), factors)
+    (bundle / file).write_bytes(proto.SerializeToString(deterministic=True))
+    onnx.checker.check_model(bundle / file)
+    found = name_map(parameters.fingerprints, written.initializers, getattr(module, "folded", ()), factors)
     (bundle / names).write_text(json.dumps(found, indent=0, sort_keys=True) + "\n")
     return Graph(
-        role=stage.role,
-        component=stage.component,
+        role=spec.role,
+        component=spec.component,
         file=file,
-        data=(f"{file}.data",),
+        data=tuple(f"graphs/{data}" for data in written.data),
         names=names,
-        precision=remedy.precision,
+        precision=precision,
         opset=opset,
         inputs=_ends(name, proto.graph.input, inputs, proto),
-        outputs=_ends(name, proto.graph.output, dict.fromkeys(stage.outputs), proto),
-        remedy=remedy.phrase,
+        outputs=_ends(name, proto.graph.output, dict.fromkeys(spec.outputs), proto),
+        remedy=wanted.remedy.phrase,
     )
 
 

@@ -1,74 +1,42 @@
-"""The backends: one module each, found by its file. A module offers
-
-- `LIBRARIES`: the distributions that provide it, in order of preference;
-- `INSTALL`: the command that installs it;
-- `PREFERENCES`: kind of device ("cpu", "cuda") → `Preference`;
-- `device(name: str | None) -> Device`: the device that `name` means (None: the default one); InputError where
-  there is none, with the reason;
-- `misfit(key, library, device) -> str | None`: why an engine of this key does not run there, as a phrase
-  (`exact` where nothing may differ);
-- perhaps `precision(graph, options) -> str`: what an engine with these options computes a graph in, where that is not
-  the graph's own precision;
-- `executor(bundle, folder, options, *, device, threads, graphs)`: a `host.HostExecutor` or a `device.DeviceExecutor`.
-
-Nothing here imports a backend's library before an executor is made.
-"""
+"""The backends: one module each with one constant `BACKEND` (see `contract`), discovered automatically."""
 
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import ModuleType
+from functools import cache
 from typing import Any
 
-from turbochain.runtime.bundle.manifest import EngineKey, Gpu, Graph
+from turbochain.runtime.backends.contract import Backend, Device, Preference
+from turbochain.runtime.bundle.manifest import EngineKey, Graph
 from turbochain.runtime.errors import BackendMissing, InputError
 
-_SHARED = ("cpu", "gpu", "cuda", "openvino_model")
 
-
-@dataclass(frozen=True)
-class Device:
-    """Where an executor runs."""
-
-    kind: str  # "cpu" or "cuda"
-    index: int = 0  # the CUDA ordinal
-    gpu: Gpu | None = None  # where the kind is "cuda"
-
-    def __str__(self) -> str:
-        return str(self.gpu) if self.gpu else self.kind
-
-
-@dataclass(frozen=True)
-class Preference:
-    """What a backend is like on one kind of device."""
-
-    rank: int  # which backend is chosen where several could be: the highest
-    reason: str  # why, as a phrase
-    precisions: tuple[str, ...]  # what it computes in; the first is what a bundle is exported in by default
+@cache
+def all_of_them() -> dict[str, Backend]:
+    """Return every backend that this version has by name, installed or not, best first."""
+    modules = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
+    found = [b for module in modules if isinstance(b := vars(module).get("BACKEND"), Backend)]
+    best_first = sorted(found, key=lambda b: -max(p.rank for p in b.preferences.values()))
+    return {backend.name: backend for backend in best_first}
 
 
 def names() -> list[str]:
-    """Every backend that this version has, installed or not, best first."""
-    return sorted(_modules(), key=lambda name: -max(p.rank for p in get(name).PREFERENCES.values()))
+    """Return the names of the backends that this version has, best first."""
+    return list(all_of_them())
 
 
-def _modules() -> list[str]:
-    return [m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SHARED]
-
-
-def get(name: str) -> ModuleType:
-    """The backend's module; InputError where there is none of that name."""
-    if name not in _modules():
+def get(name: str) -> Backend:
+    """Return the backend; InputError if there is none of that name."""
+    if name not in all_of_them():
         raise InputError(f"there is no backend {name!r}: choose from {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{name}")
+    return all_of_them()[name]
 
 
 def library(name: str) -> tuple[str, str] | None:
-    """The installed distribution behind a backend and its version, or None."""
+    """Return the installed distribution behind a backend and its version, or None."""
     from importlib import metadata  # 20 ms that an import of the package need not take
 
-    for distribution in get(name).LIBRARIES:
+    for distribution in get(name).libraries:
         try:
             return distribution, metadata.version(distribution)
         except metadata.PackageNotFoundError:
@@ -77,28 +45,26 @@ def library(name: str) -> tuple[str, str] | None:
 
 
 def require(name: str) -> tuple[str, str]:
-    """Like `library`, but BackendMissing with the command that mends it."""
+    """Return the same as `library`; raises BackendMissing with the command that installs it if there is none."""
     found = library(name)
     if found is None:
-        raise BackendMissing(f"the backend {name} is not installed: {get(name).INSTALL}")
+        raise BackendMissing(f"the backend {name} is not installed: {get(name).install}")
     return found
 
 
 def preference(name: str, device: Device) -> Preference:
-    """What the backend is like on that device."""
-    return get(name).PREFERENCES[device.kind]
+    """Return what the backend is like on that device."""
+    return get(name).preferences[device.kind]
 
 
 def precisions(name: str, options: Mapping[str, Any], graphs: Mapping[str, Graph]) -> dict[str, str]:
-    """Graph → what an engine of the backend with these options computes it in."""
-    module = get(name)
-    if not hasattr(module, "precision"):
-        return {g: graph.precision for g, graph in graphs.items()}
-    return {g: module.precision(graph, options) for g, graph in graphs.items()}
+    """Return graph → the precision that an engine of the backend with these options computes it in."""
+    backend = get(name)
+    return {g: backend.precision(graph, options) for g, graph in graphs.items()}
 
 
 def require_precision(name: str, device: Device, precision: str) -> None:
-    """InputError where the backend cannot compute in this precision on that device."""
+    """Raise InputError if the backend cannot compute in this precision on that device."""
     if precision not in (able := preference(name, device).precisions):
         raise InputError(
             f"the backend {name} cannot compute in {precision} on {device}, only in {' and '.join(able)}: choose "
@@ -107,7 +73,7 @@ def require_precision(name: str, device: Device, precision: str) -> None:
 
 
 def exact(key: EngineKey, library: tuple[str, str], device: Device) -> str | None:
-    """The strictest `misfit`: same library, same version, same kind of device."""
+    """Return why an engine does not fit if nothing may differ: not the library, its version, or the device."""
     if library != (key.library, key.version):
         return f"it was built with {key.library} {key.version}, and this machine has {' '.join(library)}"
     built, here = ((g.name, g.compute_capability) if g else None for g in (key.gpu, device.gpu))
@@ -117,7 +83,7 @@ def exact(key: EngineKey, library: tuple[str, str], device: Device) -> str | Non
 
 
 def best(device: str | None = None) -> tuple[str, str]:
-    """The best backend for a device of this machine (None: any) and the reason; BackendMissing where there is none."""
+    """Return the best backend for a device here (None: any) and the reason; BackendMissing if there is none."""
     usable, reasons = [], []
     for name in names():
         try:

@@ -1,103 +1,136 @@
-"""What the backends that run in host memory share: the buffers, and walking a plan."""
+"""The executor that the CPU backends share: buffers in memory, graphs launched one after the other."""
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from turbochain.runtime.backends import Device
-from turbochain.runtime.bundle.opened import Bundle
-from turbochain.runtime.chain.plan import Constant, Copy, Download, Plan, Run, Upload
+from turbochain.runtime.backends.contract import Cancel, Observe, Opened, Results, stop_if
+from turbochain.runtime.bundle.manifest import Tensor
+from turbochain.runtime.chain.plan import Constant, Copy, Download, Plan, Run, Upload, ends
 
 LOADING = 2
 """Graphs that are loaded at once: a load is for the most part one thread that waits for memory."""
 
-Observe = Callable[[str, float], None]
-"""Called with a graph's name and the seconds that one launch of it took."""
+Arrays = Mapping[str, np.ndarray]
+Launch = Callable[[], None]
 
 
-class HostExecutor(ABC):
-    """One numpy array per name, allocated once; graphs are launched one after the other.
-
-    Not safe for several threads at once: the caller holds a lock around `execute` and the reading of
-    its results.
-    """
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        folder: Path,
-        options: Mapping[str, Any],
-        *,
-        device: Device,
-        threads: int | None = None,
-        graphs: Sequence[str] | None = None,
-        profile: bool = False,
-    ) -> None:
-        """`graphs`: load only these of the chain (None: all of it). `profile`: `operators` will be asked for."""
-        self.bundle, self.folder, self.options = bundle, folder, dict(options)
-        self.device, self.threads, self.profile = device, threads, profile
-        self.seconds = 0.0
-        """How long the graphs' launches of the last `execute` took."""
-        self.buffers = {name: np.zeros(t.shape, t.dtype) for name, t in bundle.tensors.items()}
-        # The largest first: the others are loaded meanwhile.
-        names = sorted(graphs or bundle.chain.graphs, key=self._size, reverse=True)
-        with ThreadPoolExecutor(LOADING) as pool:
-            self._graphs = dict(zip(names, pool.map(self.load, names), strict=True))
+class Loaded(ABC):
+    """A graph that is loaded."""
 
     @abstractmethod
-    def load(self, graph: str) -> Callable[[], None]:
-        """Load a graph, bind its inputs and outputs to `self.buffers`, and return what launches it."""
+    def bind(self, arrays: Arrays) -> Launch:
+        """Return a function that launches the graph on these arrays, one for each input and output by its name."""
 
     @abstractmethod
-    def operators(self, graph: str) -> Iterable[tuple[str, float]]:
-        """With `profile`: the kind of every operator of a graph, and its mean seconds of one launch; asked for once."""
+    def operators(self) -> Iterable[tuple[str, float]]:
+        """Return the kind of every operator, and its mean seconds in one launch; see `Executor.operators`."""
 
-    def _size(self, graph: str) -> int:
-        return sum(self.bundle.manifest.files[file].size for file in self.bundle.manifest.graphs[graph].data)
+
+class CpuExecutor(ABC):
+    """An `Executor` with one numpy array for each tensor, allocated once."""
+
+    def __init__(self, opened: Opened) -> None:
+        """Load nothing yet."""
+        self.opened, self.device = opened, opened.device
+        self._graphs: dict[str, Loaded] = {}
+        self._buffers: dict[Tensor, np.ndarray] = {}
+        self._programs: dict[Plan, _Program] = {}
+        self._launches: dict[Run, Launch] = {}
+
+    @abstractmethod
+    def load_graph(self, graph: str) -> Loaded:
+        """Load a graph; TurbochainError if the backend cannot, BundleError if it is not what the manifest says."""
 
     @property
-    def loaded(self) -> set[str]:
-        """The graphs that are loaded."""
-        return set(self._graphs)
+    def loaded(self) -> frozenset[str]:
+        """See Executor."""
+        return frozenset(self._graphs)
+
+    def load(self, graphs: Iterable[str]) -> None:
+        """See Executor. The largest is loaded first, the others meanwhile."""
+        missing = sorted({*graphs} - self.loaded, key=self._size, reverse=True)
+        if not missing:
+            return
+        with ThreadPoolExecutor(LOADING) as pool:
+            self._graphs |= dict(zip(missing, pool.map(self.load_graph, missing), strict=True))
+
+    def _size(self, graph: str) -> int:
+        manifest = self.opened.bundle.manifest
+        return sum(manifest.files[file].size for file in manifest.graphs[graph].data)
 
     def execute(
-        self, plan: Plan, feeds: Mapping[str, np.ndarray], observe: Observe | None = None
-    ) -> dict[str, np.ndarray]:
-        """Carry out a plan. `feeds[name]` has the buffer's shape, or [steps, *shape] where rows are named.
-
-        Returns the downloads: views of the buffers, valid until the next call.
-        """
-        results = {}
-        self.seconds = 0.0
-        for operation in plan:
+        self, plan: Plan, feeds: Arrays, *, observe: Observe | None = None, cancel: Cancel | None = None
+    ) -> Results:
+        """See Executor."""
+        program = self._programs.get(plan) or self._prepare(plan)
+        buffers, arrays, total = program.buffers, {}, 0.0
+        for operation in plan.operations:
             match operation:
                 case Upload(name, None):
-                    np.copyto(self.buffers[name], feeds[name])
-                case Upload(name, row) | Constant(name, row):
-                    np.copyto(self.buffers[name], feeds[name][row])
+                    np.copyto(buffers[name], feeds[name])
+                case Upload(name, row) | Constant(name, _, row):
+                    np.copyto(buffers[name], feeds[name][row])
                 case Copy(source, target):
-                    np.copyto(self.buffers[target], self.buffers[source])
+                    np.copyto(buffers[target], buffers[source])
                 case Run(graph):
+                    stop_if(cancel)
                     start = time.perf_counter()
-                    self._graphs[graph]()
+                    program.launches[operation]()
                     seconds = time.perf_counter() - start
-                    self.seconds += seconds
+                    total += seconds
                     if observe:
                         observe(graph, seconds)
                 case Download(name):
-                    results[name] = self.buffers[name]
-        return results
+                    arrays[name] = buffers[name]
+        return Results(arrays, total)
+
+    def _prepare(self, plan: Plan) -> "_Program":
+        graphs = self.opened.bundle.manifest.graphs
+        buffers = {name: self._buffer(tensor) for name, tensor in plan.tensors(graphs).items()}
+        launches = {}
+        for run in dict.fromkeys(o for o in plan.operations if isinstance(o, Run)):
+            if run not in self._launches:
+                graph = graphs[run.graph]
+                tensors = zip((*graph.inputs, *graph.outputs), ends(run, graph), strict=True)
+                arrays = {own.name: self._buffer(tensor) for own, (_, tensor) in tensors}
+                self._launches[run] = self._graphs[run.graph].bind(arrays)
+            launches[run] = self._launches[run]
+        self._programs[plan] = _Program(buffers, launches)
+        return self._programs[plan]
+
+    def _buffer(self, tensor: Tensor) -> np.ndarray:
+        if tensor not in self._buffers:
+            self._buffers[tensor] = np.zeros(tensor.shape, tensor.dtype)
+        return self._buffers[tensor]
+
+    def hold(self, plan: Plan, values: Arrays) -> None:
+        """See Executor."""
+        tensors = plan.tensors(self.opened.bundle.manifest.graphs)
+        for name, value in values.items():
+            np.copyto(self._buffer(tensors[name]), value)
+
+    def operators(self, graph: str) -> Iterable[tuple[str, float]]:
+        """See Executor."""
+        return self._graphs[graph].operators()
 
     def unload(self, graph: str) -> None:
-        """Give back the memory of a graph that no later plan runs."""
+        """See Executor."""
+        self._programs = {p: program for p, program in self._programs.items() if graph not in p.graphs}
+        self._launches = {run: launch for run, launch in self._launches.items() if run.graph != graph}
         del self._graphs[graph]
 
     def close(self) -> None:
-        """Give back the graphs and the buffers."""
-        self._graphs.clear()
-        self.buffers.clear()
+        """See Executor."""
+        for kept in (self._programs, self._launches, self._graphs, self._buffers):
+            kept.clear()
+
+
+class _Program:
+    """A plan that is ready to run: its buffers by name, and its launches."""
+
+    def __init__(self, buffers: dict[str, np.ndarray], launches: dict[Run, Launch]) -> None:
+        self.buffers, self.launches = buffers, launches

@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,13 @@ from typing import Any
 import numpy as np
 
 from turbochain.runtime import backends
-from turbochain.runtime.backends import Device, Preference, cuda
-from turbochain.runtime.backends.cpu import HostExecutor
-from turbochain.runtime.backends.gpu import DeviceExecutor, Stage
+from turbochain.runtime.backends import cuda
+from turbochain.runtime.backends.contract import Backend, Device, Executor, Opened, Preference
+from turbochain.runtime.backends.cpu import Arrays, CpuExecutor, Launch, Loaded
+from turbochain.runtime.backends.gpu import GpuExecutor, GpuGraph
 from turbochain.runtime.bundle.manifest import Graph
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.errors import BundleError, InputError, OutOfMemory, TurbochainError
-
-LIBRARIES = ("onnxruntime", "onnxruntime-gpu")
-INSTALL = "pip install 'turbochain[cpu]'"
-PREFERENCES = {
-    "cpu": Preference(10, "it runs on any CPU", ("fp32", "fp16")),  # it has no bf16 convolution
-    "cuda": Preference(50, "it runs on any NVIDIA GPU", ("fp16", "fp32", "bf16")),
-}
 
 _IDENTITY = (  # x → y, float32 [1]: a model that can be run without a file
     b'\x08\x08\x12\x00:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08'
@@ -41,9 +35,9 @@ _DTYPES = {
 
 
 def device(name: str | None) -> Device:
-    """ "cpu", or with onnxruntime-gpu the GPU that "cuda" or "cuda:N" means; None: a GPU where there is one.
+    """Return "cpu", or with onnxruntime-gpu the GPU that "cuda" or "cuda:N" means; None: a GPU if there is one.
 
-    InputError for another name, NoGpu where there is no such GPU.
+    Raises InputError for another name, NoGpu if there is no such GPU.
     """
     gpu = (backends.library("onnxruntime") or ("",))[0] == "onnxruntime-gpu"
     if name == "cpu" or (name is None and not gpu):
@@ -62,53 +56,68 @@ def device(name: str | None) -> Device:
     return Device("cuda", index, found)
 
 
-misfit = backends.exact
+def executor(opened: Opened) -> Executor:
+    """Return an executor on the CPU or CUDA provider, by the kind of the device."""
+    return OnnxRuntimeCuda(opened) if opened.device.kind == "cuda" else OnnxRuntimeCpu(opened)
 
 
-def executor(
-    bundle: Bundle, folder: Path, options: Mapping[str, Any], *, device: Device, **where: Any
-) -> "HostExecutor | DeviceExecutor":
-    """An executor on the CPU or CUDA provider, by the kind of `device`; see theirs for the rest."""
-    kind = CudaExecutor if device.kind == "cuda" else CpuExecutor
-    return kind(bundle, folder, options, device=device, **where)
+BACKEND = Backend(
+    name="onnxruntime",
+    libraries=("onnxruntime", "onnxruntime-gpu"),
+    install="pip install 'turbochain[cpu]'",
+    preferences={
+        "cpu": Preference(10, "it runs on any CPU", ("fp32", "fp16")),  # it has no bf16 convolution
+        "cuda": Preference(50, "it runs on any NVIDIA GPU", ("fp16", "fp32", "bf16")),
+    },
+    device=device,
+    misfit=backends.exact,
+    executor=executor,
+)
 
 
-class CpuExecutor(HostExecutor):
+class OnnxRuntimeCpu(CpuExecutor):
     """Every graph is a session, bound once to the buffers."""
 
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        self._profiled: dict[str, Any] = {}  # graph → its session
+    def __init__(self, opened: Opened) -> None:
+        """Set up what the sessions share."""
         _share_arena()  # before the graphs, which are loaded at once
-        super().__init__(*arguments, **more)
+        super().__init__(opened)
 
-    def load(self, graph: str) -> Callable[[], None]:
-        """Create the graph's session; TurbochainError where ONNX Runtime cannot."""
-        backends.require_precision("onnxruntime", self.device, self.bundle.manifest.graphs[graph].precision)
+    def load_graph(self, graph: str) -> Loaded:
+        """Create the graph's session; TurbochainError if ONNX Runtime cannot."""
+        bundle, threads = self.opened.bundle, self.opened.threads
+        entry = bundle.manifest.graphs[graph]
+        backends.require_precision("onnxruntime", self.device, entry.precision)
         options = _options()
         options.add_session_config_entry("session.use_env_allocators", "1")
         # Each graph has its own threads, and they must not spin while those of the next graph work.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if self.threads is not None:
-            options.intra_op_num_threads = self.threads
-        if self.profile and graph not in self.bundle.chain.once:
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        if self.opened.profile:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(tempfile.gettempdir()) / f"turbochain-{os.getpid()}-{graph}")
-        copying = _keep_mapped(options) if _stays_mapped(self.bundle.manifest.graphs[graph]) else []
-        session = _session(self.bundle, graph, options, ["CPUExecutionProvider"], copying)
-        if options.enable_profiling:
-            self._profiled[graph] = session
-        at = {name: buffer.ctypes.data for name, buffer in self.buffers.items()}
-        binding = _bind(self.bundle.manifest.graphs[graph], session, "cpu", 0, at)
-        return lambda: _run(graph, session, binding, None)
+        without = _keep_mapped(options) if _stays_mapped(entry) else []
+        return _CpuGraph(graph, entry, _session(bundle, graph, options, ["CPUExecutionProvider"], without))
 
     def close(self) -> None:
-        """See HostExecutor; and the arena's memory that is free."""
+        """See Executor; also give back the arena's memory that is free."""
         super().close()
         _shrink_arena()
 
-    def operators(self, graph: str) -> Iterable[tuple[str, float]]:
-        """See HostExecutor: ONNX's operators, and those that ONNX Runtime makes of several."""
-        path = Path(self._profiled.pop(graph).end_profiling())
+
+class _CpuGraph(Loaded):
+    def __init__(self, name: str, graph: Graph, session: Any) -> None:
+        self.name, self.graph, self.session = name, graph, session
+        _check_ends(graph, session)
+
+    def bind(self, arrays: Arrays) -> Launch:
+        binding = _bind(self.graph, self.session, "cpu", 0, {name: a.ctypes.data for name, a in arrays.items()})
+        return lambda: _run(self.name, self.session, binding, None)
+
+    def operators(self) -> Iterable[tuple[str, float]]:
+        """Return ONNX's operators, and those that ONNX Runtime makes of several."""
+        path = Path(self.session.end_profiling())
         events = json.loads(path.read_text())
         path.unlink()
         launches = sum(event["name"] == "model_run" for event in events)
@@ -120,13 +129,13 @@ class CpuExecutor(HostExecutor):
             yield kind, mean
 
 
-class CudaExecutor(DeviceExecutor):
+class OnnxRuntimeCuda(GpuExecutor):
     """Every graph is a session on the executor's stream, bound to the executor's buffers."""
 
     concurrent = False  # a session is tied to one stream when it is made
 
-    def load(self, graph: str) -> Stage:
-        """Create the graph's session on the GPU; TurbochainError where ONNX Runtime cannot."""
+    def load_graph(self, graph: str) -> GpuGraph:
+        """Create the graph's session on the GPU; TurbochainError if ONNX Runtime cannot."""
         provider = {
             "device_id": str(self.device.index),
             "user_compute_stream": str(int(self.stream)),
@@ -136,17 +145,19 @@ class CudaExecutor(DeviceExecutor):
         # With the CPU's provider behind it ONNX Runtime would compute there, silently, what it cannot do on the GPU.
         options = _options()
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        session = _session(self.bundle, graph, options, [("CUDAExecutionProvider", provider)])
-        return _CudaStage(graph, self.bundle.manifest.graphs[graph], session, self.device.index)
+        bundle = self.opened.bundle
+        session = _session(bundle, graph, options, [("CUDAExecutionProvider", provider)])
+        return _CudaGraph(graph, bundle.manifest.graphs[graph], session, self.device.index)
 
     def check_captured(self, graph: Any) -> None:
-        """Some of its kernels leave work to the host, or copy what they have freed since: such a graph must not run."""
-        cuda.refuse_host(graph, {array.ctypes.data for array in self._host_buffers.values()})
+        """Refuse a captured graph whose kernels leave work to the host, or copy memory that may be freed by then."""
+        cuda.refuse_host(graph, {array.ctypes.data for array in self.host_buffers()})
 
 
-class _CudaStage(Stage):
-    def __init__(self, graph: str, stage: Graph, session: Any, index: int) -> None:
-        self.graph, self.stage, self.session, self.index = graph, stage, session, index
+class _CudaGraph(GpuGraph):
+    def __init__(self, name: str, graph: Graph, session: Any, index: int) -> None:
+        self.name, self.graph, self.session, self.index = name, graph, session, index
+        _check_ends(graph, session)
         self.options = _library().RunOptions()
         # The end of a run must not wait for the stream: it may be being captured.
         self.options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -155,8 +166,8 @@ class _CudaStage(Stage):
     def enqueue(self, addresses: Mapping[str, int], stream: Any) -> None:
         key = tuple(addresses.items())
         if key not in self.bindings:
-            self.bindings[key] = _bind(self.stage, self.session, "cuda", self.index, addresses)
-        _run(self.graph, self.session, self.bindings[key], self.options)
+            self.bindings[key] = _bind(self.graph, self.session, "cuda", self.index, addresses)
+        _run(self.name, self.session, self.bindings[key], self.options)
 
 
 def _library() -> Any:
@@ -173,14 +184,14 @@ def _options() -> Any:
     return options
 
 
-def _stays_mapped(stage: Graph) -> bool:
+def _stays_mapped(graph: Graph) -> bool:
     """Whether the graph's weights are used as the bundle's file holds them.
 
     Optimised and packed they are a second copy, which takes seconds and gigabytes to make, and makes a launch of a UNet
     or of a text encoder a tenth quicker. The VAE has few weights and many multiplications: there it pays. So it does
     for fp16, which the CPU provider would convert to fp32 in each launch.
     """
-    return stage.precision == "fp32" and stage.role != "vae_decoder"
+    return graph.precision == "fp32" and graph.role != "vae_decoder"
 
 
 def _keep_mapped(options: Any) -> list[str]:
@@ -227,20 +238,22 @@ def _session(bundle: Bundle, graph: str, options: Any, providers: list[Any], wit
     return session
 
 
-def _bind(stage: Graph, session: Any, device: str, index: int, addresses: Mapping[str, int]) -> Any:
-    """A session's inputs and outputs at these addresses; BundleError where they are not those of bundle.json."""
-    binding = session.io_binding()
-    ends = (
-        (stage.inputs, session.get_inputs(), "input"),
-        (stage.outputs, session.get_outputs(), "output"),
-    )
+def _check_ends(graph: Graph, session: Any) -> None:
+    """Raise BundleError if a session's inputs and outputs are not those of bundle.json."""
+    ends = ((graph.inputs, session.get_inputs(), "input"), (graph.outputs, session.get_outputs(), "output"))
     for declared, found, kind in ends:
         expected = {t.name: (t.dtype, list(t.shape)) for t in declared}
         actual = {t.name: (_DTYPES.get(t.type, t.type), t.shape) for t in found}
         if expected != actual:
-            raise BundleError(f"{stage.file}: the {kind}s are {actual}, and bundle.json says {expected}")
-        for name, (dtype, shape) in expected.items():
-            getattr(binding, f"bind_{kind}")(name, device, index, np.dtype(dtype), shape, addresses[name])
+            raise BundleError(f"{graph.file}: the {kind}s are {actual}, and bundle.json says {expected}")
+
+
+def _bind(graph: Graph, session: Any, device: str, index: int, addresses: Mapping[str, int]) -> Any:
+    """Return a binding of a session's inputs and outputs to these addresses."""
+    binding = session.io_binding()
+    for bind, tensors in ((binding.bind_input, graph.inputs), (binding.bind_output, graph.outputs)):
+        for t in tensors:
+            bind(t.name, device, index, np.dtype(t.dtype), list(t.shape), addresses[t.name])
     return binding
 
 

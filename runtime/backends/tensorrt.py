@@ -1,4 +1,7 @@
-"""TensorRT: one plan per graph, for one kind of NVIDIA GPU. `tensorrt` and `tensorrt_rtx` are one code path."""
+"""TensorRT: one serialized engine per graph, for one kind of NVIDIA GPU.
+
+`tensorrt` and `tensorrt_rtx` are one code path.
+"""
 
 import importlib
 import mmap
@@ -10,15 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from turbochain.runtime import backends
-from turbochain.runtime.backends import Device, Preference, cuda
-from turbochain.runtime.backends.gpu import DeviceExecutor, Stage
+from turbochain.runtime.backends import cuda
+from turbochain.runtime.backends.contract import Backend, Device, Executor, Opened, Preference
+from turbochain.runtime.backends.gpu import GpuExecutor, GpuGraph
 from turbochain.runtime.bundle.manifest import EngineKey, Gpu, Graph
-from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.errors import BundleError, CudaError, InputError, TurbochainError
-
-LIBRARIES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12")
-INSTALL = "pip install 'turbochain[tensorrt]' (or 'turbochain[tensorrt-rtx]')"
-PREFERENCES = {"cuda": Preference(100, "compiled for this very GPU, it is the fastest", ("fp16", "fp32", "bf16"))}
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -37,13 +36,13 @@ else:
 
 
 def device(name: str | None) -> Device:
-    """The GPU that "cuda" (or None) or "cuda:N" means; InputError for another name, NoGpu where there is none."""
+    """Return the GPU that "cuda" (or None) or "cuda:N" means; InputError for another name, NoGpu if there is none."""
     index, gpu = cuda.find(name)
     return Device("cuda", index, gpu)
 
 
 def target(name: str) -> Device:
-    """The GPUs of an architecture such as "sm89", to build for on another machine; InputError where impossible."""
+    """Return the GPUs of an architecture such as "sm89", to build for on another machine; InputError if impossible."""
     library, version = backends.require("tensorrt")
     if not hasattr(trt, "ComputeCapability"):
         raise InputError(
@@ -58,7 +57,7 @@ def target(name: str) -> Device:
 
 
 def misfit(key: EngineKey, library: tuple[str, str], device: Device) -> str | None:
-    """A plan runs with the library version and on the GPU that it was built for, but for what its options relax."""
+    """Return why an engine does not run with this library on this GPU, as far as its options do not relax that."""
     if key.library != library[0] or (key.version != library[1] and not _version_compatible(key, library[1])):
         return f"it was built with {key.library} {key.version}, and this machine has {' '.join(library)}"
     if key.gpu is None or device.gpu is None:
@@ -83,9 +82,9 @@ def _version_compatible(key: EngineKey, version: str) -> bool:
 
 
 def logger(echo: Callable[[str, str], None] | None = None) -> Any:
-    """A logger whose `errors` are what TensorRT complained of, to be quoted.
+    """Return a logger whose `errors` are TensorRT's complaints, to be quoted.
 
-    `echo` is given every message: the name of its severity, and its text.
+    `echo` gets every message: the name of its severity, and its text.
     """
 
     class Logger(trt.ILogger):
@@ -102,51 +101,68 @@ def logger(echo: Callable[[str, str], None] | None = None) -> Any:
     return Logger()
 
 
-def executor(bundle: Bundle, folder: Path, options: Mapping[str, Any], **where: Any) -> "Executor":
-    """An executor for the plans in `folder`; see DeviceExecutor for the rest."""
-    return Executor(bundle, folder, options, **where)
+def engine_file(graph: str) -> str:
+    """Return the name of a graph's serialized engine in the engine's folder."""
+    return f"{graph}.engine"
 
 
-class Executor(DeviceExecutor):
+def executor(opened: Opened) -> Executor:
+    """Return an executor for the serialized engines in the engine's folder."""
+    return TensorRt(opened)
+
+
+BACKEND = Backend(
+    name="tensorrt",
+    libraries=("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
+    install="pip install 'turbochain[tensorrt]' (or 'turbochain[tensorrt-rtx]')",
+    preferences={"cuda": Preference(100, "compiled for this very GPU, it is the fastest", ("fp16", "fp32", "bf16"))},
+    device=device,
+    misfit=misfit,
+    executor=executor,
+    target=target,
+)
+
+
+class TensorRt(GpuExecutor):
     """Every graph is an engine with one execution context."""
 
-    def load(self, graph: str) -> Stage:
-        """Deserialise the graph's plan; BundleError where it is another graph's, OutOfMemory or TurbochainError."""
-        log = logger()
+    def load_graph(self, graph: str) -> GpuGraph:
+        """Deserialize the graph's engine; BundleError if it is another graph's, OutOfMemory or TurbochainError."""
+        log, options, bundle = logger(), self.opened.options, self.opened.bundle
         runtime = trt.Runtime(log)
-        # A version-compatible plan carries the code that runs it; its file has been hashed.
-        runtime.engine_host_code_allowed = bool(self.options.get("version_compatible"))
-        path = self.folder / f"{graph}.plan"
+        # A version-compatible engine carries the code that runs it; its file has been hashed.
+        runtime.engine_host_code_allowed = bool(options.get("version_compatible"))
+        path = self.opened.folder / engine_file(graph)
         size = path.stat().st_size
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-            engine = runtime.deserialize_cuda_engine(plan)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as serialized:
+            engine = runtime.deserialize_cuda_engine(serialized)
         if engine is None:
             raise self._failure(log, f"cannot load {path}", size)
-        stage = self.bundle.manifest.graphs[graph]
-        if self.options.get("strip_plan"):
+        entry = bundle.manifest.graphs[graph]
+        if options.get("strip_plan"):
             refitter = trt.Refitter(engine, log)
             source = trt.OnnxParserRefitter(refitter, log)
-            if not source.refit_from_file(str(self.bundle.path / stage.file)) or not refitter.refit_cuda_engine():
-                raise self._failure(log, f"cannot put the weights of {stage.file} into {path}", size)
-        _check_ends(engine, stage, path)
+            if not source.refit_from_file(str(bundle.path / entry.file)) or not refitter.refit_cuda_engine():
+                raise self._failure(log, f"cannot put the weights of {entry.file} into {path}", size)
+        _check_ends(engine, entry, path)
         context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
             raise self._failure(log, f"cannot make a context for {path}", engine.device_memory_size_v2)
-        return _Stage(graph, (runtime, engine), context, engine.device_memory_size_v2, log)
+        return _Graph(graph, (runtime, engine), context, engine.device_memory_size_v2, log)
 
     def _failure(self, log: Any, what: str, size: int) -> TurbochainError:
-        """OutOfMemory where the GPU has less than `size` bytes left or TensorRT says so; else what TensorRT said."""
+        """Return OutOfMemory if the GPU has less than `size` bytes left or TensorRT says so, else what it said."""
         if cuda.free_bytes() < size or any("outofmemory" in e.lower().replace(" ", "") for e in log.errors):
             return self.session.out_of_memory(size, what.removeprefix("cannot "))
         return TurbochainError(f"TensorRT {what}: {'; '.join(log.errors) or 'it gave no reason'}")
 
 
-class _Stage(Stage):
+class _Graph(GpuGraph):
     def __init__(
-        self, graph: str, owners: tuple[Any, ...], context: "trt.IExecutionContext", scratch_bytes: int, log: Any
+        self, name: str, owners: tuple[Any, ...], context: "trt.IExecutionContext", scratch_bytes: int, log: Any
     ) -> None:
-        self.graph, self.context, self.scratch_bytes, self.log = graph, context, scratch_bytes, log
-        self.owners = owners  # what must live as long as the context
+        self.name, self.context, self.scratch_bytes, self.log = name, context, scratch_bytes, log
+        self.owners = owners  # they must live as long as the context
 
     def place(self, address: int, size: int) -> None:
         self.context.set_device_memory(address, size)
@@ -154,12 +170,12 @@ class _Stage(Stage):
     def enqueue(self, addresses: Mapping[str, int], stream: Any) -> None:
         bound = all(self.context.set_tensor_address(name, address) for name, address in addresses.items())
         if not bound or not self.context.execute_async_v3(int(stream)):
-            raise CudaError(f"TensorRT failed in {self.graph}: {'; '.join(self.log.errors) or 'it gave no reason'}")
+            raise CudaError(f"TensorRT failed in {self.name}: {'; '.join(self.log.errors) or 'it gave no reason'}")
 
 
-def _check_ends(engine: "trt.ICudaEngine", stage: Graph, path: Path) -> None:
-    """BundleError where a plan's inputs and outputs are not those that bundle.json declares."""
-    for declared, mode in ((stage.inputs, trt.TensorIOMode.INPUT), (stage.outputs, trt.TensorIOMode.OUTPUT)):
+def _check_ends(engine: "trt.ICudaEngine", graph: Graph, path: Path) -> None:
+    """Raise BundleError if an engine's inputs and outputs are not those that bundle.json declares."""
+    for declared, mode in ((graph.inputs, trt.TensorIOMode.INPUT), (graph.outputs, trt.TensorIOMode.OUTPUT)):
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         expected = {t.name: (t.dtype, t.shape) for t in declared}
         actual = {

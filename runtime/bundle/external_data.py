@@ -4,11 +4,16 @@ ONNX lets every tensor name a file that holds its data. Before a backend parses 
 read from the protobuf bytes, and each must be a file that the bundle's manifest covers.
 """
 
+import hashlib
+import json
 import mmap
 import os
 import posixpath
 from collections.abc import Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
 
+from turbochain.runtime.bundle import hashing
 from turbochain.runtime.bundle.paths import resolve_inside
 from turbochain.runtime.errors import BundleError
 
@@ -32,6 +37,7 @@ _FIELDS = {
 }
 _DEEPEST = 100  # protobuf's own limit
 _LONGEST = 4096  # bytes; no path is longer
+_WALK = 1  # raised with every change to the places where a location is looked for: stamps of before are not used then
 _Data = bytes | mmap.mmap
 
 
@@ -58,28 +64,73 @@ def external_locations(path: str | os.PathLike[str]) -> set[str]:
     return found
 
 
-def check_external(root: str | os.PathLike[str], relative_onnx: str, allowed: Collection[str]) -> None:
+def check_external(
+    root: str | os.PathLike[str], relative_onnx: str, allowed: Collection[str], sha256: str | None = None
+) -> None:
     """Raise BundleError unless each location in the .onnx file names, from its folder, an allowed file.
 
     `relative_onnx` and `allowed` are relative to `root`. A location with ".." is refused wherever it leads,
     as ONNX Runtime does. So is an .onnx file behind a symbolic link, since readers differ in the folder that
     they then start from.
+
+    `sha256` is the file's digest if it was verified just now. The locations that the file has are then kept
+    under it with the hash stamps, and not looked for again in any file with that digest. A stamp can only
+    save work: if it is damaged, or does not lead to allowed files, the file itself is read.
     """
     path = resolve_inside(root, relative_onnx)
     if str(path) != os.path.join(os.path.realpath(root), os.path.normpath(relative_onnx)):
         raise BundleError(f"{relative_onnx!r} is behind a symbolic link, which an ONNX graph must not be")
+    stamped = None if sha256 is None else _stamped(sha256)
+    if stamped is not None and _problem(root, relative_onnx, stamped, allowed) is None:
+        return
     try:
         locations = external_locations(path)
     except OSError as error:
         raise BundleError(f"{relative_onnx!r} cannot be read: {error.strerror}") from None
+    if problem := _problem(root, relative_onnx, locations, allowed):
+        raise BundleError(problem)
+    if sha256 is not None:
+        _leave_stamp(path, sha256, locations)
+
+
+def _problem(
+    root: str | os.PathLike[str], relative_onnx: str, locations: Collection[str], allowed: Collection[str]
+) -> str | None:
     for location in sorted(locations):
         target = posixpath.join(posixpath.dirname(relative_onnx), location)
         try:
             resolve_inside(root, target)
         except BundleError as why:
-            raise BundleError(f"{relative_onnx!r} reads a file outside: {why}") from None
+            return f"{relative_onnx!r} reads a file outside: {why}"
         if posixpath.normpath(target) not in allowed:
-            raise BundleError(f"{relative_onnx!r} reads {location!r}, which the manifest does not list")
+            return f"{relative_onnx!r} reads {location!r}, which the manifest does not list"
+    return None
+
+
+def _stamp(sha256: str, locations: Collection[str]) -> str:
+    """Return two lines: the locations in a file with this digest, and a checksum of the first line."""
+    content = json.dumps([_WALK, sha256, sorted(locations)])
+    return f"{content}\n{hashlib.sha256(content.encode()).hexdigest()}\n"
+
+
+def _stamp_file(sha256: str) -> Path:
+    return hashing.user_cache() / "hashes" / f"{sha256}.external"
+
+
+def _stamped(sha256: str) -> list[str] | None:
+    """Return the locations in a file with this digest, or None if no sound stamp has them."""
+    try:
+        text = _stamp_file(sha256).read_text("utf-8")
+        _, _, locations = json.loads(text.partition("\n")[0])
+        return locations if text == _stamp(sha256, locations) else None
+    except (OSError, ValueError, TypeError, RuntimeError):  # unreadable, not JSON, not a list, no home folder
+        return None
+
+
+def _leave_stamp(path: Path, sha256: str, locations: Collection[str]) -> None:
+    with suppress(OSError, ValueError, RuntimeError):
+        if hashing.digest(path) == sha256:  # it may have changed since it was verified
+            hashing.leave(_stamp_file(sha256), _stamp(sha256, locations))
 
 
 def _walk(data: _Data, message: str, start: int, end: int, depth: int, found: set[str]) -> None:

@@ -140,11 +140,15 @@ def _stamp(path: Path, status: os.stat_result, sha256: str) -> dict[str, str | i
     return {"path": str(path), "sha256": sha256, **{name: getattr(status, name) for name in names}}
 
 
-def _stamp_file(path: Path) -> Path:
-    """`$XDG_CACHE_HOME/turbochain/hashes/<SHA-256 of the path>.json`."""
+def user_cache() -> Path:
+    """Return the folder for what can be made again: `$XDG_CACHE_HOME/turbochain`, or `~/.cache/turbochain`."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
-    return folder / "turbochain" / "hashes" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
+    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "turbochain"
+
+
+def _stamp_file(path: Path) -> Path:
+    """Return `hashes/<SHA-256 of the path>.json` in the user's cache."""
+    return user_cache() / "hashes" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
 
 
 def _is_stamped(path: Path, status: os.stat_result, sha256: str) -> bool:
@@ -157,6 +161,10 @@ def _is_stamped(path: Path, status: os.stat_result, sha256: str) -> bool:
 def _leave_stamp(path: Path, status: os.stat_result, sha256: str) -> None:
     # `status` is from before the hash, so a file that changed while it was hashed gets one that cannot match.
     with suppress(OSError, ValueError, RuntimeError):
-        file = _stamp_file(path)
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(_stamp(path, status, sha256)))
+        leave(_stamp_file(path), json.dumps(_stamp(path, status, sha256)))
+
+
+def leave(file: Path, text: str) -> None:
+    """Write a stamp. Raises OSError or ValueError (InputError) if it cannot be written."""
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_atomically(file, text)

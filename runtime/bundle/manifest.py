@@ -5,6 +5,7 @@ problem at once: an unknown key, a missing one and a value of the wrong type are
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +13,26 @@ import numpy as np
 
 from turbochain.runtime.bundle.hashing import FileRecord
 
-FORMAT_VERSION = 1
-"""The bundle format that this version writes, and the newest that it reads."""
+FORMAT_VERSION = 2
+"""The bundle format that this version writes, and the only one that it reads."""
 
 TEXT_TO_IMAGE = "text-to-image"
-"""The chain that every bundle has."""
+"""The chain that every bundle has: the default."""
+
+FEATURES = ("keep", "modes", "multistep", "wires")
+"""The optional features of the format that this version reads."""
+
+PLACES = ("prompt", "image", "step", "end")
+"""When a stage runs: once for a prompt, once for a picture that is given, in every step, or once at the end."""
+
+JUDGED = ("text", "image_latents", "residuals", "prediction", "state", "picture")
+"""What a stage makes, which decides how verification compares it."""
+
+FEEDS = ("ids", "embeds", "noise", "image", "mask", "number", "column", "adapter", "zeros", "history")
+"""What a feed can be."""
+
+SCALES = ("", "init_noise_sigma")
+"""What unit noise can be multiplied by: nothing, or a number of the call's table."""
 
 REFERENCE = "reference.safetensors"
 """The file with what diffusers produced, in every bundle."""
@@ -46,9 +62,9 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Graph:
-    """One ONNX graph: a stage that an engine compiles and a chain runs."""
+    """One ONNX graph, which an engine compiles and stages run."""
 
-    role: str  # what it does in a chain: text_encoder, text_encoder_2, unet, vae_decoder, …
+    role: str  # text_encoder, text_encoder_2, unet, step, vae_decoder, …
     component: str  # the checkpoint's component that its parameters are of: unet, vae, …
     file: str  # graphs/<graph>.onnx, relative to the bundle
     data: tuple[str, ...]  # its external data files, relative to the bundle
@@ -58,7 +74,8 @@ class Graph:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     model_class: str = ""  # the component's, as diffusers and transformers name it; its bounds may be its own
-    remedy: str = ""  # what makes it right in that precision, or why it is in another than asked for; for people
+    remedy: str = ""  # how it is kept right in that precision, or why it is in another than asked for; for people
+    features: tuple[str, ...] = ()  # what the graph has beside the plain one of its role: lora, control, …
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -67,46 +84,70 @@ class Graph:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One row of a schedule: `next_latents = a·latents + b·prediction + c·noise`."""
+class Stage:
+    """A place in a chain that runs a graph."""
 
-    timestep: float  # as the scheduler gives it to the UNet
-    timestep_embedding: tuple[float, ...]  # its sinusoidal embedding, fp32
-    input_scale: float  # the network reads input_scale·latents
-    a: float
-    b: float
-    c: float
-    draws_noise: bool  # whether the generator is drawn from in this step
+    graph: str
+    when: str  # one of PLACES
+    judged: str  # how verification compares its results: one of JUDGED
+    wires: dict[str, str] = field(default_factory=dict)  # a tensor of the graph → its name in the chain, if it differs
+    if_: str = ""  # runs only in calls with this mode
+    unless: str = ""  # does not run in calls with this mode
+
+    def runs(self, modes: Collection[str]) -> bool:
+        """Return whether a call with these modes runs the stage."""
+        return (not self.if_ or self.if_ in modes) and self.unless not in modes
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """The table of one step count: `latents = p·image_latents + q·noise`, then a row per step."""
+class Feed:
+    """An input of a chain that no stage makes."""
 
-    p: float
-    q: float
-    rows: tuple[Step, ...]
+    is_: str  # one of FEEDS
+    when: str  # "call": once; "step": before every step; "held": only when it changes
+    scale: str = ""  # of noise: the number of the table that unit noise is multiplied by
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One draw from the generator of a call."""
+
+    name: str  # the feed that gets it; of a discarded draw the tensor that has its shape
+    per: str  # "picture": of the shape [N, …] for N pictures; "image": for the images given, repeated to N
+    discarded: bool = False  # diffusers draws it and does not use it
+
+
+@dataclass(frozen=True)
+class TableEntry:
+    """One table of a chain; its numbers are in the chain's table file, under its name (see runtime.chain.tables)."""
+
+    steps: int  # num_inference_steps
+    rows: int  # evaluations of the network
+    begin: int = 0  # how many steps are skipped
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The graphs of one task in order, and what the caller feeds."""
+    """The stages of one task at one size, and what the caller feeds."""
 
-    before: tuple[str, ...]  # graphs that run once, first (their outputs may be cached by the caller)
-    loop: tuple[str, ...]  # graphs that run once per step
-    after: tuple[str, ...]  # graphs that run once, last
-    carry: dict[str, str]  # output of the loop → input of the loop, copied between steps
-    inputs: tuple[str, ...]  # fed once per call
-    step_inputs: tuple[str, ...]  # fed once per step
-    table_inputs: tuple[str, ...]  # columns of the schedule, a row per step: constants of the bundle
+    task: str  # text-to-image, …
+    size: tuple[int, ...]  # height, width in pixels
+    batch: int  # pictures per pass
+    K: int  # tensors that go round the loop: the latents and their history
+    stages: tuple[Stage, ...]  # in the order in which they run
+    feeds: dict[str, Feed]
+    draws: tuple[Draw, ...]  # in the order of diffusers' pipeline; that of a "step" feed is repeated for each row
+    carry: dict[str, str]  # what a step makes → what the next one reads
+    tables_file: str
+    tables: dict[str, TableEntry]  # name in the file → table
     output: str  # the name of the result
-    once: tuple[str, ...] = ()  # graphs that read columns alone: run at load for each row, they make further columns
-    schedules: dict[str, Schedule] = field(default_factory=dict)  # text-to-image: step count as a decimal → table
+    modes: tuple[str, ...] = ()  # what a call can switch on
+    keep: dict[str, str] = field(default_factory=dict)  # what a call makes → the held feed that the next call reads
 
     @property
     def graphs(self) -> tuple[str, ...]:
-        """The graphs in the order in which they first run."""
-        return (*self.once, *self.before, *self.loop, *self.after)
+        """Return the names of the graphs, each once, in the order in which they first run."""
+        return tuple(dict.fromkeys(stage.graph for stage in self.stages))
 
 
 @dataclass(frozen=True)
@@ -120,15 +161,24 @@ class TokenizerFile:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """Where the weights came from."""
+class PartOrigin:
+    """Where one part of the checkpoint came from: a component with weights, a tokenizer or the scheduler."""
 
     source: str  # hub id, name of a local folder, or synthetic:…
-    revision: str | None  # commit of a hub checkpoint
-    variant: str | None
+    revision: str | None  # commit of a hub repository
+    variant: str | None  # of its weight files, such as fp16
+    license: str | None  # SPDX id or the name on the model card; None if there is none
+    terms: tuple[str, ...]  # licence and model card, files of the bundle
+    weights: dict[str, FileRecord]  # weight file in the part's folder → size, SHA-256
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the weights came from."""
+
+    source: str  # of the whole: hub id, name of a local folder, or synthetic:…
     pipeline_class: str  # diffusers' _class_name
-    license: str | None  # SPDX id or the name on the model card; None where the checkpoint does not say
-    weights: dict[str, FileRecord]  # file in the checkpoint → size, SHA-256
+    parts: dict[str, PartOrigin]  # component, tokenizer or scheduler → where it came from
 
 
 @dataclass(frozen=True)
@@ -137,7 +187,8 @@ class Manifest:
 
     format_version: int
     family: str
-    checkpoint: Checkpoint
+    requires: dict[str, str]  # optional feature that the bundle uses → the first turbochain that reads it
+    checkpoint: Origin
     request: dict[str, Any]  # what the build was asked for: a second build with the same does nothing
     created: str  # UTC, ISO 8601
     created_by: dict[str, str]  # package → version
@@ -162,15 +213,28 @@ class Gpu:
 
 @dataclass(frozen=True)
 class EngineKey:
-    """What an engine depends on; `backends.<backend>.misfit` says what of it must be equal on a machine."""
+    """What decides whether an engine runs on a machine; the folder's name is made of it.
+
+    `Backend.misfit` says which of it must be equal there.
+    """
 
     backend: str
     device: str  # "cpu" or "cuda"
     library: str  # the distribution that runs it
     version: str
     options: dict[str, Any]
-    graphs: dict[str, str]  # graph → digest of its files
-    gpu: Gpu | None = None  # where the device is "cuda"
+    gpu: Gpu | None = None  # if the device is "cuda"
+
+
+@dataclass(frozen=True)
+class EngineGraph:
+    """What was compiled of one graph."""
+
+    digest: str  # of the bundle's files for the graph: Bundle.graph_digest
+    files: dict[str, FileRecord]  # in the engine's folder; empty if the backend reads graphs/ directly
+    bytes: int  # that the engine reads from disk for this graph
+    build_seconds: float
+    peak_bytes: int  # resident memory of the process that compiled it
 
 
 @dataclass(frozen=True)
@@ -190,17 +254,20 @@ class Engine:
 
     format_version: int
     key: EngineKey
-    files: dict[str, FileRecord]  # relative to the engine's folder; empty where graphs/ is read directly
-    bytes: dict[str, int]  # graph → what its engine reads from disk, in bytes
-    build_seconds: dict[str, float]  # graph → time its compilation took
-    peak_bytes: dict[str, int]  # graph, or "verify" → peak resident memory of the process that did it
-    checks: tuple[Check, ...]  # the verification; empty while one built for another machine has not met that machine
-    created: str
+    graphs: dict[str, EngineGraph]
+    checks: dict[str, tuple[Check, ...]]  # chain → its verification; a chain that is missing is not verified yet
+    verify_peak_bytes: int  # resident memory of the process that verified; 0 if none did
+    created: str  # UTC, ISO 8601
     created_by: dict[str, str]
-    ordered: dict[str, Any] = field(default_factory=dict)  # of the key's options those that are not the defaults
+    ordered: dict[str, Any] = field(default_factory=dict)  # the options that differ from the backend's defaults
     settled: dict[str, Any] = field(default_factory=dict)  # options that the verification decided, such as "auto"
 
     @property
     def options(self) -> dict[str, Any]:
-        """What it runs with."""
+        """Return what it runs with."""
         return {**self.key.options, **self.settled}
+
+    @property
+    def files(self) -> dict[str, FileRecord]:
+        """Return every file of the engine's folder but engine.json."""
+        return {name: record for graph in self.graphs.values() for name, record in graph.files.items()}

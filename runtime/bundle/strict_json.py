@@ -1,4 +1,8 @@
-"""Read and write JSON as frozen dataclasses, strictly: every problem is listed at once."""
+"""Read and write JSON as frozen dataclasses, strictly: every problem is listed at once.
+
+A key is the field's name; a field that is named like a Python keyword has a trailing underscore (`if_` is the key
+"if"). A field with a default may be missing, so that a later version can add one and still read this version's files; a
+field that has its default is not written."""
 
 import dataclasses
 import json
@@ -14,60 +18,111 @@ T = TypeVar("T")
 
 
 def read(kind: type[T], path: Path) -> T:
-    """Read `path` (JSON) as the dataclass `kind`; BundleError lists every problem."""
+    """Read the JSON file `path` as the dataclass `kind`; raises BundleError with every problem."""
     try:
         value = json.loads(path.read_bytes(), parse_constant=_no_constant)
     except FileNotFoundError:
         raise BundleError(f"{path.parent} is not a bundle: it has no {path.name}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read: {error}") from None
+    _check_version(value, path)
+    try:
+        return convert(kind, value)
+    except ValueError as error:
+        raise BundleError(f"{path} is not valid: {error}") from None
+
+
+def convert(kind: type[T], value: Any) -> T:
+    """Return JSON's `value` as `kind`: a dataclass, a container of dataclasses, a path or a plain type.
+
+    Raises ValueError with every problem.
+    """
+    problems: list[str] = []
+    result: T = _convert(kind, value, "", problems)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return result
+
+
+def write(value: Any) -> str:
+    """Return the JSON text of a dataclass (numbers in a row stay on one line)."""
+    return _format(plain(value)) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """Return a dataclass, or a container of dataclasses, as JSON values; a path becomes a text."""
+    if dataclasses.is_dataclass(value):
+        fields = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {_key(f.name): plain(v) for f, v in fields if not _is_default(f, v)}
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _check_version(value: Any, path: Path) -> None:
     version = value.get("format_version") if isinstance(value, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if not isinstance(version, int) or version == FORMAT_VERSION:
+        return
+    if version > FORMAT_VERSION:
         raise BundleError(
-            f"{path} has format version {version}, and this turbochain reads up to {FORMAT_VERSION}: "
+            f"{path} has format version {version}, and this turbochain reads version {FORMAT_VERSION}: "
             "pip install --upgrade turbochain"
         )
-    problems: list[str] = []
-    if isinstance(version, int) and version < 1:
-        problems.append(f"there is no format version {version}")
-    result = _convert(kind, value, "", problems)
-    if problems:
-        raise BundleError(f"{path} is not valid: " + "; ".join(problems))
-    return result
+    raise BundleError(
+        f"{path} has format version {version}, and this turbochain reads version {FORMAT_VERSION} alone: remove "
+        f"{path.parent}, and build it again with build-engine SOURCE"
+    )
 
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"it holds {name}")
 
 
-def write(value: Any) -> str:
-    """The JSON text of a manifest dataclass (numbers in a row stay on one line)."""
-    return _format(dataclasses.asdict(value)) + "\n"
+def _key(field: str) -> str:
+    return field.removesuffix("_")
+
+
+def _is_default(field: "dataclasses.Field[Any]", value: Any) -> bool:
+    if field.default_factory is not dataclasses.MISSING:
+        return bool(value == field.default_factory())
+    return field.default is not dataclasses.MISSING and value == field.default
 
 
 def _format(value: Any, indent: str = "") -> str:
     deeper = indent + "  "
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict) and not _is_short(value):
         items = [f"{deeper}{json.dumps(k)}: {_format(v, deeper)}" for k, v in value.items()]
         return "{\n" + ",\n".join(items) + f"\n{indent}}}"
-    if isinstance(value, list | tuple) and any(isinstance(v, dict) for v in value):
+    if isinstance(value, list) and any(isinstance(v, dict) for v in value):
         return "[\n" + ",\n".join(deeper + _format(v, deeper) for v in value) + f"\n{indent}]"
     return json.dumps(value, ensure_ascii=False)
 
 
+def _is_short(value: dict[str, Any]) -> bool:
+    """Return whether an object stands on one line: nothing in it holds an object."""
+    nested = (v.values() if isinstance(v, dict) else v for v in value.values() if isinstance(v, dict | list))
+    return not any(isinstance(v, dict) for v in value.values()) and not any(
+        isinstance(i, dict) for n in nested for i in n
+    )
+
+
 def _convert(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
-    """`value` from JSON as `kind`, a dataclass, a container of such, or a plain type."""
+    """Return JSON's `value` as `kind`: a dataclass, a container of dataclasses, or a plain type."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _convert_dataclass(kind, value, where, problems)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_convert(arguments[0], v, f"{where}[{i}]", problems) for i, v in enumerate(value))
+    if origin in (tuple, list) and isinstance(value, list):
+        return origin(_convert(arguments[0], v, f"{where}[{i}]", problems) for i, v in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {k: _convert(arguments[1], v, f"{where}.{k}", problems) for k, v in value.items()}
     if origin is types.UnionType:
         return None if value is None else _convert(arguments[0], value, where, problems)
     if kind is Any or type(value) is kind:
         return value
+    if kind is Path and isinstance(value, str):
+        return Path(value)
     if kind is float and type(value) is int:
         return float(value)
     name = getattr(kind, "__name__", str(kind))
@@ -76,11 +131,11 @@ def _convert(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
 
 
 def _convert_dataclass(kind: Any, value: dict[str, Any], where: str, problems: list[str]) -> Any:
-    """A field with a default may be missing: so a later version can add one and still read this version's files."""
     hints = typing.get_type_hints(kind)
+    names = {_key(name): name for name in hints}
     required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
     prefix = where.lstrip(".") or "the top level"
-    problems += [f"{prefix} has the unknown key {k!r}" for k in value if k not in hints]
-    problems += [f"{prefix} lacks the key {k!r}" for k in hints if k in required and k not in value]
-    known = {k: _convert(h, value[k], f"{where}.{k}", problems) for k, h in hints.items() if k in value}
+    problems += [f"{prefix} has the unknown key {k!r}" for k in value if k not in names]
+    problems += [f"{prefix} lacks the key {k!r}" for k, name in names.items() if name in required and k not in value]
+    known = {name: _convert(hints[name], value[k], f"{where}.{k}", problems) for k, name in names.items() if k in value}
     return kind(**known) if required <= set(known) else None

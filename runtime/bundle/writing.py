@@ -12,6 +12,8 @@ from typing import BinaryIO
 from turbochain.runtime.bundle.paths import AnyPath
 from turbochain.runtime.errors import InputError, NoSpace
 
+_ASIDE = ".replaced"
+
 
 @contextmanager
 def atomic_write(path: AnyPath, *, size: int | None = None) -> Iterator[BinaryIO]:
@@ -57,13 +59,52 @@ def install_directory(temporary: AnyPath, final: AnyPath) -> None:
     if os.path.lexists(final):
         raise InputError(f"cannot write {final}: it exists already")
     try:
-        for path in [*Path(temporary).rglob("*"), temporary]:
-            if os.path.isfile(path) or os.path.isdir(path):
-                _sync(path)
+        _sync_all(temporary)
         os.rename(temporary, final)
         _sync(os.path.dirname(os.fspath(final)) or ".")
     except OSError as error:
         raise _cannot_write(final, error) from error
+
+
+def replace_directory(temporary: AnyPath, final: AnyPath) -> None:
+    """Make everything in `temporary` durable, then put it in place of `final` (which may be missing), by two renames.
+
+    A process that is killed meanwhile leaves the old folder as `final` or beside it: `recover_directories` puts it
+    back. Raises InputError when `final` cannot be written; it is then as it was.
+    """
+    final = Path(final)
+    aside = final.with_name(f".{final.name}{_ASIDE}")
+    try:
+        _sync_all(temporary)
+        if replaced := final.exists():
+            os.rename(final, aside)
+        try:
+            os.rename(temporary, final)
+        except OSError:
+            if replaced:
+                os.rename(aside, final)
+            raise
+        _sync(final.parent)
+        if replaced:
+            shutil.rmtree(aside)
+    except OSError as error:
+        raise _cannot_write(final, error) from error
+
+
+def recover_directories(parent: AnyPath) -> None:
+    """Finish what a killed `replace_directory` left in a folder: the old one returns unless the new one is there."""
+    for aside in Path(parent).glob(f".*{_ASIDE}"):
+        final = aside.with_name(aside.name.removeprefix(".").removesuffix(_ASIDE))
+        try:
+            shutil.rmtree(aside) if final.exists() else os.rename(aside, final)
+        except OSError as error:
+            raise _cannot_write(final, error) from error
+
+
+def _sync_all(folder: AnyPath) -> None:
+    for path in [*Path(folder).rglob("*"), folder]:
+        if os.path.isfile(path) or os.path.isdir(path):
+            _sync(path)
 
 
 def _sync(path: AnyPath) -> None:

@@ -1,19 +1,20 @@
-"""What a chain does for one call, as a plain value: uploads, launches, copies, downloads, in order.
+"""The plan of one call, as a plain value: uploads, launches, copies, downloads, in order.
 
-Wiring is name equality: every name is one buffer. A plan says nothing about arrays or devices, so a host
-backend interprets it and a GPU backend can capture it, and a test can read it.
+A plan says nothing about arrays or devices, so a CPU backend interprets it, a GPU backend can capture it, and a test
+can read it.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-from turbochain.runtime.bundle.manifest import Chain, Graph
-from turbochain.runtime.chain.wiring import made_by
+from turbochain.runtime.bundle.manifest import Chain, Graph, Stage, Tensor
+from turbochain.runtime.chain import wiring
 
 
 @dataclass(frozen=True)
 class Upload:
-    """Caller's array → the buffer of the same name; `row` picks the step of a per-step array."""
+    """The caller's array → the buffer of the same name; `row` picks the step of a per-step array."""
 
     name: str
     row: int | None = None
@@ -21,25 +22,24 @@ class Upload:
 
 @dataclass(frozen=True)
 class Constant:
-    """A row of a column → the buffer of the same name. It never changes: a GPU keeps it there.
-
-    Columns are those of the schedule and those that the chain's `once` graphs made of them at load.
-    """
+    """A row of a table's column → the buffer of the same name. It never changes: a GPU keeps it there."""
 
     name: str
+    table: str  # whose column it is; equal names and rows of two tables are two constants
     row: int
 
 
 @dataclass(frozen=True)
 class Run:
-    """One launch of a graph on the buffers that its inputs and outputs name."""
+    """One launch of a graph; `wires` names the buffers that differ from the graph's own names."""
 
     graph: str
+    wires: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class Copy:
-    """One buffer to another of the same dtype and shape (what goes round the loop)."""
+    """One buffer → another of the same dtype and shape (what goes round the loop, or is kept for the next call)."""
 
     source: str
     target: str
@@ -53,43 +53,91 @@ class Download:
 
 
 Operation = Upload | Constant | Run | Copy | Download
-Plan = tuple[Operation, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The operations of one call. Equal plans do the same, so a backend prepares each once."""
+
+    operations: tuple[Operation, ...]
+
+    @cached_property
+    def graphs(self) -> tuple[str, ...]:
+        """Return the graphs that it runs, each once."""
+        return tuple(dict.fromkeys(o.graph for o in self.operations if isinstance(o, Run)))
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.operations)
+
+    def __hash__(self) -> int:
+        """Return the hash of the operations, computed once: a plan is looked up in every call."""
+        return self._hash
+
+    def tensors(self, graphs: Mapping[str, Graph]) -> dict[str, Tensor]:
+        """Return every buffer that it touches, by name."""
+        runs = [o for o in self.operations if isinstance(o, Run)]
+        return {name: t for run in runs for name, t in ends(run, graphs[run.graph])}
+
+
+def ends(run: Run, graph: Graph) -> list[tuple[str, Tensor]]:
+    """Return the buffer of each input and output of a launch: its name, and what it holds (under that name)."""
+    wires = dict(run.wires)
+    named = ((wires.get(t.name, t.name), t) for t in (*graph.inputs, *graph.outputs))
+    return [(name, replace(t, name=name)) for name, t in named]
 
 
 def plan(
     chain: Chain,
     graphs: Mapping[str, Graph],
-    steps: int,
+    rows: int,
     *,
+    table: str,
+    modes: Collection[str] = (),
     given: Collection[str] = (),
     downloads: Iterable[str] = (),
 ) -> Plan:
-    """The whole chain for `steps` steps, but for the graphs in `once`, which ran when the bundle was loaded.
+    """Return the plan of a whole call: `rows` evaluations with the constants of `table`, in these modes.
 
-    `given` names tensors that the caller uploads in place of running what makes them: a graph in
-    `before` whose outputs are all given is left out. `downloads` are read back besides the output.
+    `given` names tensors that the caller uploads instead of running the stage that makes them: a stage before the loop
+    whose outputs are all given is left out. `downloads` are read back besides the output.
     """
-    before = [g for g in chain.before if not all(o.name in given for o in graphs[g].outputs)]
-    runs = [*before, *chain.loop, *chain.after]
-    wanted = {i.name for g in runs for i in graphs[g].inputs}
-    columns = [name for name in (*chain.table_inputs, *made_by(chain.once, graphs)) if name in wanted]
-    operations: list[Operation] = []
-    operations += [Upload(name) for name in (*chain.inputs, *given) if name in wanted]
-    operations += [Run(g) for g in before]
-    for row in range(steps):
+    stages = [s for s in chain.stages if s.runs(modes) and not _is_given(s, graphs, given)]
+    before, loop, after = (
+        [s for s in stages if s.when in places] for places in (("prompt", "image"), ("step",), ("end",))
+    )
+    wanted = {t.name for s in stages for t in wiring.inputs(s, graphs)}
+    feeds = {name: feed for name, feed in chain.feeds.items() if name in wanted}
+    columns = {when: [n for n, f in feeds.items() if f.is_ == "column" and f.when == when] for when in ("call", "step")}
+    uploads = {when: [n for n, f in feeds.items() if f.is_ != "column" and f.when == when] for when in ("call", "step")}
+    operations: list[Operation] = [Upload(name) for name in (*uploads["call"], *given) if name in wanted]
+    operations += [Constant(name, table, 0) for name in columns["call"]]
+    operations += [_run(s) for s in before]
+    for row in range(rows):
         if row:
             operations += [Copy(source, target) for source, target in chain.carry.items()]
-        operations += [Upload(name, row) for name in chain.step_inputs]
-        operations += [Constant(name, row) for name in columns]
-        operations += [Run(g) for g in chain.loop]
-    operations += [Run(g) for g in chain.after]
-    return (*operations, *(Download(name) for name in (*downloads, chain.output)))
+        operations += [Upload(name, row) for name in uploads["step"]]
+        operations += [Constant(name, table, row) for name in columns["step"]]
+        operations += [_run(s) for s in loop]
+    operations += [_run(s) for s in after]
+    operations += [Copy(source, target) for source, target in chain.keep.items()]
+    return Plan((*operations, *(Download(name) for name in (*downloads, chain.output))))
 
 
-def stage_plan(graph: str, tensors: Graph) -> Plan:
-    """One graph alone: upload every input, run, download every output."""
-    return (
-        *(Upload(t.name) for t in tensors.inputs),
-        Run(graph),
-        *(Download(t.name) for t in tensors.outputs),
+def graph_plan(graph: str, tensors: Graph) -> Plan:
+    """Return the plan of one graph alone: upload every input, run, download every output."""
+    return Plan(
+        (
+            *(Upload(t.name) for t in tensors.inputs),
+            Run(graph),
+            *(Download(t.name) for t in tensors.outputs),
+        )
     )
+
+
+def _run(stage: Stage) -> Run:
+    return Run(stage.graph, tuple(stage.wires.items()))
+
+
+def _is_given(stage: Stage, graphs: Mapping[str, Graph], given: Collection[str]) -> bool:
+    return stage.when in ("prompt", "image") and all(t.name in given for t in wiring.outputs(stage, graphs))

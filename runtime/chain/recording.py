@@ -1,16 +1,16 @@
-"""A plan as a GPU carries it out: which buffer each name is at each moment, and what may run at the same time.
+"""A plan as a GPU carries it out: which buffer each name is at each moment, and which launches may overlap.
 
-A pure value: the executor puts its actions on a stream in this order, once directly and once to be captured.
-What differs from step to step (noise, the schedule's columns) has a buffer of its own for each row, so that every
-address in the captured graph is fixed; everything else is one buffer per name.
+A pure value: the executor puts its actions on a stream in this order, once directly and once to be captured. Noise and
+the columns of a table differ from step to step, so they have a buffer for each row, and every address in the captured
+graph is fixed; everything else is one buffer per name.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from turbochain.runtime.backends.cuda import ALIGNMENT
 from turbochain.runtime.bundle.manifest import Graph, Tensor
-from turbochain.runtime.chain.plan import Constant, Copy, Download, Plan, Run, Upload
+from turbochain.runtime.chain.plan import Constant, Copy, Download, Plan, Run, Upload, ends
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,26 @@ class OnDevice:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a graph; `buffers` says which buffer each of its inputs and outputs is."""
+    """One launch of a graph."""
 
     graph: str
-    buffers: tuple[tuple[str, str], ...]
+    inputs: tuple[tuple[str, str], ...]  # the graph's name → the buffer
+    outputs: tuple[tuple[str, str], ...]
+
+    @property
+    def buffers(self) -> dict[str, str]:
+        """Return the buffer of each input and output, by the graph's name."""
+        return dict((*self.inputs, *self.outputs))
+
+    def is_independent(self, other: "Launch") -> bool:
+        """Return whether neither launch reads or overwrites what the other one writes."""
+        mine, theirs = ({b for _, b in launch.outputs} for launch in (self, other))
+        return not mine & set(other.buffers.values()) and not theirs & set(self.buffers.values())
 
 
 @dataclass(frozen=True)
 class Together:
-    """Launches of which none reads or overwrites what another one writes: they may run at the same time."""
+    """Launches that may run at the same time."""
 
     launches: tuple[Launch, ...]
 
@@ -60,74 +71,76 @@ class Recording:
     actions: tuple[Action, ...]
     tensors: Mapping[str, Tensor]  # buffer → what it holds
     uploads: Mapping[str, tuple[str, int | None]]  # buffer → the feed that fills it, and which row of it
-    constants: Mapping[str, tuple[str, int]]  # buffer → the column of the schedule that it holds a row of
+    constants: Mapping[str, Constant]  # buffer → the row of a table that it holds
     downloads: Mapping[str, str]  # result → its buffer
 
 
 def record(plan: Plan, graphs: Mapping[str, Graph]) -> Recording:
-    """What a plan is on a GPU."""
-    known = {t.name: t for o in plan if isinstance(o, Run) for t in (*graphs[o.graph].inputs, *graphs[o.graph].outputs)}
+    """Return what a plan is on a GPU."""
+    known = plan.tensors(graphs)
     now: dict[str, str] = {}  # name → its buffer at this point of the plan
     actions: list[Action] = []
     tensors: dict[str, Tensor] = {}
     uploads: dict[str, tuple[str, int | None]] = {}
-    constants: dict[str, tuple[str, int]] = {}
+    constants: dict[str, Constant] = {}
     downloads: dict[str, str] = {}
 
-    def buffer(name: str, row: int | None = None) -> str:
-        now[name] = name if row is None else f"{name}[{row}]"
+    def buffer(name: str, suffix: str = "") -> str:
+        now[name] = name + suffix
         tensors[now[name]] = known[name]
         return now[name]
 
     def current(name: str) -> str:
         return now[name] if name in now else buffer(name)
 
-    for operation in plan:
+    for operation in plan.operations:
         match operation:
             case Upload(name, row):
-                uploads[buffer(name, row)] = (name, row)
+                uploads[buffer(name, "" if row is None else f"[{row}]")] = (name, row)
                 actions.append(ToDevice(now[name]))
-            case Constant(name, row):
-                constants[buffer(name, row)] = (name, row)
+            case Constant(name, table, row):
+                constants[buffer(name, f"[{table}][{row}]")] = operation
             case Copy(source, target):
                 actions.append(OnDevice(current(source), current(target)))
             case Download(name):
                 downloads[name] = current(name)
                 actions.append(ToHost(now[name]))
             case Run(graph):
-                ends = (*graphs[graph].inputs, *graphs[graph].outputs)
-                launch = Launch(graph, tuple((t.name, current(t.name)) for t in ends))
-                last = actions[-1] if actions else None
-                if isinstance(last, Together) and _independent(launch, last.launches, graphs):
-                    actions[-1] = Together((*last.launches, launch))
-                else:
-                    actions.append(Together((launch,)))
+                _add(actions, _launch(operation, graphs[graph], current))
     return Recording(tuple(actions), tensors, uploads, constants, downloads)
 
 
-def _independent(launch: Launch, others: Iterable[Launch], graphs: Mapping[str, Graph]) -> bool:
-    def written(one: Launch) -> set[str]:
-        outputs = {t.name for t in graphs[one.graph].outputs}
-        return {buffer for name, buffer in one.buffers if name in outputs}
+def _launch(run: Run, graph: Graph, current: Callable[[str], str]) -> Launch:
+    names = [t.name for t in (*graph.inputs, *graph.outputs)]
+    buffers = [(name, current(buffer)) for name, (buffer, _) in zip(names, ends(run, graph), strict=True)]
+    count = len(graph.inputs)
+    return Launch(run.graph, tuple(buffers[:count]), tuple(buffers[count:]))
 
-    touched = {buffer for _, buffer in launch.buffers}
-    return all(
-        not touched & written(other) and not written(launch) & {buffer for _, buffer in other.buffers}
-        for other in others
-    )
+
+def _add(actions: list[Action], launch: Launch) -> None:
+    """Let a launch join the last ones if it is independent of them all; a graph has one context, so not of its own."""
+    last = actions[-1] if actions else None
+    if isinstance(last, Together) and all(launch.is_independent(o) and launch.graph != o.graph for o in last.launches):
+        actions[-1] = Together((*last.launches, launch))
+    else:
+        actions.append(Together((launch,)))
 
 
 def scratch(actions: Iterable[Action], sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
-    """Where in one shared block each graph's scratch memory lies, and the block's size, in bytes.
+    """Return where in one shared block each graph's scratch memory lies, and the block's size, in bytes.
 
     Graphs that run one after the other share it; those that may run at the same time lie side by side. A graph
     that is in none of the actions starts at 0.
     """
     offsets = dict.fromkeys(sizes, 0)
-    for action in actions:
-        if isinstance(action, Together):
+    together = [sorted(launch.graph for launch in a.launches) for a in actions if isinstance(a, Together)]
+    moved = True
+    while moved:  # a graph that moves up may push those beside it, also in another group
+        moved = False
+        for graphs in together:
             end = 0
-            for launch in action.launches:
-                offsets[launch.graph] = end
-                end += -(-sizes[launch.graph] // ALIGNMENT) * ALIGNMENT
+            for graph in graphs:
+                moved |= offsets[graph] < end
+                offsets[graph] = max(end, offsets[graph])
+                end = -(-(offsets[graph] + sizes[graph]) // ALIGNMENT) * ALIGNMENT
     return offsets, max((offsets[g] + sizes[g] for g in sizes), default=0)

@@ -1,12 +1,23 @@
 """A schedule as numbers: what the sampler does in every row, without any scheduler code.
 
-Every linear sampler step is `S' = m·S + v·prediction + w·noise`. S has K tensors: the latents and K − 1 of history, which are
-zeros at first. K = 1 is Euler, DDIM, LCM, …; multistep solvers have K = 2 to 4.
-"""
+Every linear sampler step is `S' = m·S + v·prediction + w·noise`. S has K tensors: the latents and K − 1 of history,
+which are zeros at first. K = 1 is Euler, DDIM, LCM, …; multistep solvers have K = 2 to 4.
 
-from dataclasses import dataclass
+A chain's table file (safetensors) holds `NAME/FIELD` for every field of each of its tables, and once for all of them
+`timesteps` [T] and `columns/COLUMN` [T, …], which depend on the timestep alone, and `constants/COLUMN`, which are the
+same in every row."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+
+from turbochain.runtime.bundle.manifest import Chain, TableEntry, Tensor
+from turbochain.runtime.errors import BundleError
+
+ARRAYS = ("m", "v", "w", "input_scale", "draws_noise", "start", "init_noise_sigma", "index")
+"""The fields of a table that its file has of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,8 +31,9 @@ class Table:
     draws_noise: np.ndarray  # [rows] bool: whether the generator is drawn from in this row
     start: np.ndarray  # [rows, 2] fp32: (p, q) of a run that begins at this row, `latents = p·image_latents + q·noise`
     init_noise_sigma: np.ndarray  # [] fp32: text-to-image begins with `latents = init_noise_sigma·noise`
-    timesteps: np.ndarray  # [T] fp32: the distinct timesteps, in the order of their first row
+    timesteps: np.ndarray  # [T] fp32: the distinct timesteps
     index: np.ndarray  # [rows] int32: the row's timestep is timesteps[index]
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # by name, what a row reads besides: [rows or 1, …]
 
     @property
     def rows(self) -> int:
@@ -31,4 +43,73 @@ class Table:
     @property
     def K(self) -> int:
         """Return how many tensors go round the loop: the latents and their history."""
-        return self.m.shape[1]
+        return int(self.m.shape[1])
+
+    def column(self, name: str) -> np.ndarray:
+        """Return the values of a column, [rows, …] fp32, or [1, …] of one that is the same in every row."""
+        own = {"m": self.m, "v": self.v, "w": self.w, "input_scale": self.input_scale}
+        return own[name] if name in own else self.columns[name]
+
+
+def read(path: Path, chain: Chain, columns: Mapping[str, Tensor]) -> dict[str, Table]:
+    """Return the tables of `chain` by name from its file, which must have been hashed; raises BundleError.
+
+    `columns`: the columns besides a table's own, and the tensor that each one fills.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        arrays = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path} cannot be read: {error}; build the bundle again with build-engine") from None
+    problems: list[str] = []
+    made = {name: _table(name, entry, chain, columns, arrays, problems) for name, entry in chain.tables.items()}
+    if problems:
+        raise BundleError(f"{path} is not what the manifest says: {'; '.join(dict.fromkeys(problems))}")
+    return made
+
+
+def _table(
+    name: str,
+    entry: TableEntry,
+    chain: Chain,
+    columns: Mapping[str, Tensor],
+    arrays: Mapping[str, np.ndarray],
+    problems: list[str],
+) -> Table:
+    rows, K, times = entry.rows, chain.K, arrays.get("timesteps", np.zeros(0, np.float32))
+
+    def take(key: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Return an array that is as it should be, or note the problem and return zeros."""
+        found = arrays.get(key)
+        if found is None or (found.dtype.name, found.shape) != (dtype, shape):
+            has = "is missing" if found is None else f"is {found.dtype.name} {list(found.shape)}"
+            problems.append(f"{key} {has}, and {dtype} {list(shape)} was expected")
+            return np.zeros(shape, dtype)
+        if not np.isfinite(found).all():
+            problems.append(f"{key} holds NaN or infinite values")
+        return found
+
+    index = take(f"{name}/index", "int32", (rows,))
+    if len(index) and not (index.min() >= 0 and index.max() < max(len(times), 1)):
+        problems.append(f"{name}/index names a timestep that there is none of: there are {len(times)}")
+        index = np.zeros_like(index)
+    others = {}
+    for column, tensor in columns.items():
+        if chain.feeds[column].when == "call":
+            others[column] = take(f"constants/{column}", "float32", tensor.shape)[None]
+        else:
+            others[column] = take(f"columns/{column}", "float32", (len(times), *tensor.shape))[index]
+    return Table(
+        m=take(f"{name}/m", "float32", (rows, K, K)),
+        v=take(f"{name}/v", "float32", (rows, K)),
+        w=take(f"{name}/w", "float32", (rows, K)),
+        input_scale=take(f"{name}/input_scale", "float32", (rows,)),
+        draws_noise=take(f"{name}/draws_noise", "bool", (rows,)),
+        start=take(f"{name}/start", "float32", (rows, 2)),
+        init_noise_sigma=take(f"{name}/init_noise_sigma", "float32", ()),
+        timesteps=take("timesteps", "float32", times.shape),
+        index=index,
+        columns=others,
+    )

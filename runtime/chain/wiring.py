@@ -1,74 +1,121 @@
-"""Check that the stages of a chain fit together."""
+"""Check that the stages of a chain fit together: wiring is name equality.
 
-from collections.abc import Iterable, Iterator, Mapping
+An output and every input of the same name in the chain are one buffer. A stage may rename its graph's tensors
+(`wires`), so that one graph serves two places. Everything is checked for every combination of the chain's modes."""
 
-from turbochain.runtime.bundle.manifest import Chain, Graph, Tensor
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import combinations
+
+from turbochain.runtime.bundle.manifest import FEEDS, JUDGED, PLACES, SCALES, Chain, Graph, Stage, Tensor
+
+Graphs = Mapping[str, Graph]
+WHEN = ("call", "step", "held")
 
 
-def buffers(chain: Chain, graphs: Mapping[str, Graph]) -> dict[str, Tensor]:
-    """Every buffer of the chain by name (the wiring has been checked when the bundle was read)."""
-    return {t.name: t for g in chain.graphs for t in (*graphs[g].inputs, *graphs[g].outputs)}
+def inputs(stage: Stage, graphs: Graphs) -> list[Tensor]:
+    """Return what a stage reads, with the names that the chain has for it."""
+    return [_renamed(t, stage) for t in graphs[stage.graph].inputs]
 
 
-def wiring_problems(name: str, chain: Chain, graphs: Mapping[str, Graph]) -> list[str]:
-    """Every contradiction in a chain, as sentences; empty when its wiring is sound."""
-    missing = [g for g in chain.graphs if g not in graphs]
-    if missing:
+def outputs(stage: Stage, graphs: Graphs) -> list[Tensor]:
+    """Return what a stage makes, with the names that the chain has for it."""
+    return [_renamed(t, stage) for t in graphs[stage.graph].outputs]
+
+
+def _renamed(tensor: Tensor, stage: Stage) -> Tensor:
+    return replace(tensor, name=stage.wires.get(tensor.name, tensor.name))
+
+
+def tensors(chain: Chain, graphs: Graphs) -> dict[str, Tensor]:
+    """Return every tensor of the chain by name, in all modes; the wiring must be sound."""
+    return {t.name: t for stage in chain.stages for t in (*inputs(stage, graphs), *outputs(stage, graphs))}
+
+
+def problems(name: str, chain: Chain, graphs: Graphs) -> list[str]:
+    """Return every contradiction in a chain as a sentence; none if its wiring is sound."""
+    if missing := [g for g in chain.graphs if g not in graphs]:
         return [f"chain {name} names the graph {g}, which the bundle lacks" for g in missing]
-    problems: list[str] = []
-    made: dict[str, str] = {}
-    ends: dict[str, tuple[Tensor, str]] = {}
-    fed = {*chain.inputs, *chain.step_inputs, *chain.table_inputs}
-    for g in chain.graphs:
-        for tensor in (*graphs[g].inputs, *graphs[g].outputs):
-            other, owner = ends.setdefault(tensor.name, (tensor, g))
+    found = [*_vocabulary(chain, graphs), *_ends(chain, graphs)]
+    for count in range(len(chain.modes) + 1):
+        for modes in combinations(chain.modes, count):
+            found += _of_modes(chain, graphs, modes)
+    return [f"chain {name}: {problem}" for problem in dict.fromkeys(found)]
+
+
+def _vocabulary(chain: Chain, graphs: Graphs) -> Iterator[str]:
+    """Find the words of a chain that the format does not have."""
+    places = [PLACES.index(s.when) if s.when in PLACES else -1 for s in chain.stages]
+    if sorted(places) != places:
+        yield f"its stages are not in the order {', '.join(PLACES)}"
+    for stage in chain.stages:
+        for value, known in ((stage.when, PLACES), (stage.judged, JUDGED)):
+            if value not in known:
+                yield f"the stage {stage.graph} has {value!r}, and one of {', '.join(known)} was expected"
+        for mode in (stage.if_, stage.unless):
+            if mode and mode not in chain.modes:
+                yield f"the stage {stage.graph} depends on the mode {mode!r}, which the chain lacks"
+        ends = {t.name for t in (*graphs[stage.graph].inputs, *graphs[stage.graph].outputs)}
+        if unknown := sorted(stage.wires.keys() - ends):
+            yield f"the stage {stage.graph} renames {unknown[0]}, which its graph lacks"
+    for feed, how in chain.feeds.items():
+        for value, known in ((how.is_, FEEDS), (how.when, WHEN), (how.scale, SCALES)):
+            if value not in known:
+                yield f"the feed {feed} has {value!r}, and one of {', '.join(known)} was expected"
+    read = {t.name for stage in chain.stages for t in inputs(stage, graphs)}
+    for feed in sorted(chain.feeds.keys() - read):
+        yield f"nothing reads the feed {feed}"
+
+
+def _ends(chain: Chain, graphs: Graphs) -> Iterator[str]:
+    """Find tensors of one name that differ, in whatever mode."""
+    first: dict[str, tuple[Tensor, str]] = {}
+    for stage in chain.stages:
+        for tensor in (*inputs(stage, graphs), *outputs(stage, graphs)):
+            other, owner = first.setdefault(tensor.name, (tensor, stage.graph))
             if (other.dtype, other.shape) != (tensor.dtype, tensor.shape):
-                problems.append(
-                    f"chain {name}: {tensor.name} is {other.dtype}{list(other.shape)} in {owner} "
-                    f"and {tensor.dtype}{list(tensor.shape)} in {g}"
+                yield (
+                    f"{tensor.name} is {other.dtype}{list(other.shape)} in {owner} "
+                    f"and {tensor.dtype}{list(tensor.shape)} in {stage.graph}"
                 )
-        for t in graphs[g].outputs:
-            if t.name in made or t.name in fed:
-                problems.append(
-                    f"chain {name}: {t.name} is produced twice, by {made.get(t.name, 'the caller')} and {g}"
-                )
-            made[t.name] = g
-    problems += [f"chain {name}: the input {t} of {g} has no source" for g, t in _without_source(chain, graphs)]
-    inputs = {t.name for g in chain.graphs for t in graphs[g].inputs}
-    problems += [f"chain {name}: nothing reads the fed input {n}" for n in sorted(fed - inputs)]
-    problems += _carry_problems(name, chain, graphs)
-    if chain.output not in made:
-        problems.append(f"chain {name}: no graph produces its output {chain.output}")
-    return problems
 
 
-def made_by(names: Iterable[str], graphs: Mapping[str, Graph]) -> list[str]:
-    """The outputs of these graphs."""
-    return [t.name for g in names for t in graphs[g].outputs]
+def _of_modes(chain: Chain, graphs: Graphs, modes: tuple[str, ...]) -> Iterator[str]:
+    """Find what is wrong in a call with these modes: names made twice, inputs without a source, loose ends."""
+    stages = [s for s in chain.stages if s.runs(modes)]
+    known = {name for name, feed in chain.feeds.items() if feed.when != "step"}
+    made: dict[str, str] = dict.fromkeys(chain.feeds, "the caller")
+    for stage in stages:
+        if stage.when == "step":
+            known |= chain.feeds.keys()
+        for tensor in inputs(stage, graphs):
+            if tensor.name not in known:
+                yield f"the input {tensor.name} of {stage.graph} has no source"
+        for tensor in outputs(stage, graphs):
+            if tensor.name in made:
+                yield f"{tensor.name} is produced twice, by {made[tensor.name]} and {stage.graph}"
+            made[tensor.name] = stage.graph
+            known.add(tensor.name)
+    if chain.output not in known - chain.feeds.keys():
+        yield f"no graph produces its output {chain.output}"
+    yield from _loop(chain, graphs, stages)
 
 
-def _without_source(chain: Chain, graphs: Mapping[str, Graph]) -> Iterator[tuple[str, str]]:
-    """Every graph and input of it that nothing has fed or made when the graph runs."""
-    per_step = (*chain.step_inputs, *chain.table_inputs, *made_by(chain.once, graphs))
-    known: set[str] = set()
-    for g in chain.once:
-        yield from ((g, t.name) for t in graphs[g].inputs if t.name not in chain.table_inputs)
-    for group, fed in ((chain.before, chain.inputs), (chain.loop, per_step), (chain.after, ())):
-        known.update(fed)
-        for g in group:
-            yield from ((g, t.name) for t in graphs[g].inputs if t.name not in known)
-            known.update(made_by([g], graphs))
-
-
-def _carry_problems(name: str, chain: Chain, graphs: Mapping[str, Graph]) -> list[str]:
-    """What is carried starts as something fed once, or made before the loop, and its two ends are alike."""
-    starts = {*chain.inputs, *made_by(chain.before, graphs)}
-    produced = {t.name: t for g in chain.loop for t in graphs[g].outputs}
-    read = {t.name: t for g in chain.loop for t in graphs[g].inputs}
-    problems = []
+def _loop(chain: Chain, graphs: Graphs, stages: list[Stage]) -> Iterator[str]:
+    """Find ends of `carry` and `keep` that do not join what they should, or that differ."""
+    made = {t.name: t for s in stages for t in outputs(s, graphs)}
+    in_loop = {t.name for s in stages if s.when == "step" for t in outputs(s, graphs)}
+    read = {t.name: t for s in stages if s.when == "step" for t in inputs(s, graphs)}
+    before = {t.name for s in stages if s.when in ("prompt", "image") for t in outputs(s, graphs)}
+    starts = before | {name for name, feed in chain.feeds.items() if feed.when == "call"}
+    held = {name for name, feed in chain.feeds.items() if feed.when == "held"}
+    if not chain.carry:
+        yield "the chain carries nothing from one step to the next"
     for source, target in chain.carry.items():
-        if source not in produced or target not in read or target not in starts:
-            problems.append(f"chain {name}: carry {source} → {target} does not join an output and an input of the loop")
-        elif (produced[source].dtype, produced[source].shape) != (read[target].dtype, read[target].shape):
-            problems.append(f"chain {name}: carry {source} → {target} joins tensors of different dtype or shape")
-    return problems
+        if source not in in_loop or target not in read or target not in starts:
+            yield f"carry {source} → {target} does not join an output and an input of the loop"
+        elif (made[source].dtype, made[source].shape) != (read[target].dtype, read[target].shape):
+            yield f"carry {source} → {target} joins tensors of different dtype or shape"
+    for source, target in chain.keep.items():
+        if source not in made or target not in held:
+            yield f"keep {source} → {target} does not join something that is made and a held feed"

@@ -19,20 +19,23 @@ class Case:
     prompt: list[str]
     seed: int
     steps: int
+    modes: frozenset[str]
     tensors: Arrays
 
 
-def read_cases(bundle: Bundle) -> list[Case]:
-    """The recorded cases; the file must have been hashed before (`Bundle.check_files`)."""
+def read_cases(bundle: Bundle, chain: str) -> list[Case]:
+    """Return the recorded cases of a chain; the file must have been hashed before (`Bundle.check_files`)."""
     from safetensors import safe_open
 
     cases: list[Case] = []
     with safe_open(bundle.path / REFERENCE, framework="numpy") as file:
         names = list(file.keys())
         for i, case in enumerate(json.loads(file.metadata()["cases"])):
-            mine = [n for n in names if n.startswith(f"{i}/")]
-            tensors = {n.removeprefix(f"{i}/"): file.get_tensor(n) for n in mine}
-            cases.append(Case(case["prompt"], case["seed"], case["num_inference_steps"], tensors))
+            if case["chain"] == chain:
+                mine = [n for n in names if n.startswith(f"{i}/")]
+                tensors = {n.removeprefix(f"{i}/"): file.get_tensor(n) for n in mine}
+                modes = frozenset(case["modes"])
+                cases.append(Case(case["prompt"], case["seed"], case["num_inference_steps"], modes, tensors))
     if not cases:
-        raise BundleError(f"{bundle.path / REFERENCE} has no cases to check against")
+        raise BundleError(f"{bundle.path / REFERENCE} has no case of the chain {chain} to check against")
     return cases

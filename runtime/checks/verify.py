@@ -1,47 +1,49 @@
-"""Does an engine make what diffusers made? Every stage alone, the schedule, and the whole chain.
+"""Compare what an engine makes with what diffusers made: every stage alone, the schedule, and the whole chain.
 
-The reference was recorded from diffusers' own pipeline in fp32 when the bundle was exported, so this needs
-neither torch nor the checkpoint.
-"""
+The reference was recorded from diffusers' own pipeline in fp32 when the bundle was exported, so this needs neither
+torch nor the checkpoint."""
 
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from turbochain.runtime import backends, selection
+from turbochain.runtime.backends.contract import Executor
 from turbochain.runtime.bundle import strict_json, writing
-from turbochain.runtime.bundle.manifest import COMPUTED, REFERENCE, Check, Engine
+from turbochain.runtime.bundle.manifest import COMPUTED, REFERENCE, TEXT_TO_IMAGE, Check, Stage
 from turbochain.runtime.bundle.opened import Bundle
-from turbochain.runtime.chain.plan import plan, stage_plan
-from turbochain.runtime.checks import metrics
-from turbochain.runtime.checks.bounds import AT_LEAST, BOUNDS, EMBEDDING_BOUND, SCHEDULE_BOUND, Bounds
-from turbochain.runtime.checks.reference import Arrays, Case, read_cases
+from turbochain.runtime.chain.opened import OpenChain
+from turbochain.runtime.chain.plan import graph_plan
+from turbochain.runtime.checks import bounds, metrics
+from turbochain.runtime.checks.bounds import AT_LEAST, BOUNDS, Bounds
+from turbochain.runtime.checks.recorded import Recorded
+from turbochain.runtime.checks.reference import read_cases
 from turbochain.runtime.errors import InputError, VerificationError
 from turbochain.runtime.inputs.noise import Generator, draw_run
+from turbochain.runtime.selection import Found
 
 log = logging.getLogger("turbochain")
 
 
 def verify(
-    bundle: Bundle,
-    executor: Any,
+    chain: OpenChain,
+    executor: Executor,
     computed: Mapping[str, str],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Check]:
-    """Every figure for the engine that `executor` runs, the worst of all cases for each stage and metric.
+    """Return every figure of a chain, the worst of all cases for each stage and metric; its graphs must be loaded.
 
-    `computed`: graph → the precision that it is computed in, which says its bounds; see `precisions`.
+    `computed`: graph → the precision that it is computed in, which decides its bounds; see `precisions`.
     """
-    cases = read_cases(bundle)
+    cases = read_cases(chain.bundle, chain.name)
     worst: dict[tuple[str, str], Check] = {}
     for i, case in enumerate(cases):
         progress(i, len(cases))
-        for check in _checks(bundle, executor, computed, case):
+        for check in _checks(chain, executor, computed, Recorded(chain, case)):
             key = (check.stage, check.metric)
             if key not in worst or _badness(check) > _badness(worst[key]):
                 worst[key] = check
@@ -52,64 +54,66 @@ def verify(
 def verify_bundle(
     path: str | Path,
     *,
+    chain: str = TEXT_TO_IMAGE,
     backend: str | None = None,
     device: str | None = None,
     engine: str | None = None,
+    engines: str | Path | None = None,
     threads: int | None = None,
 ) -> tuple[str, list[Check]]:
-    """Hash every file of a bundle anew and verify its best engine for this machine, or `engine`: its name, its checks.
+    """Hash every file of a bundle again and verify a chain with its best engine for this machine, or with `engine`.
 
-    The Python twin of `turbochain verify`. Raises what Pipeline.load raises; `require` raises where a check failed.
+    Return the engine's name and the checks. This is the Python twin of `turbochain verify`. Raises what Pipeline.load
+    raises; `require` raises if a check failed.
     """
     bundle = Bundle.open(path)
     bundle.check_files(full=True)
-    name, chosen = selection.select(bundle, backend, device, engine)
-    executor = selection.open_executor(bundle, name, chosen, device=device, threads=threads)
+    opened = bundle.open_chain(chain)
+    found = selection.select(opened, backend, device, engine, engines)
+    executor = selection.open_executor(bundle, found, device=device, threads=threads)
     try:
-        checks = verify(bundle, executor, precisions(bundle, chosen))
+        selection.admit(opened, found)
+        executor.load(opened.graphs)
+        checks = verify(opened, executor, precisions(opened, found))
     finally:
         executor.close()
-    if not chosen.checks and all(c.passed for c in checks):
-        _keep(bundle, name, chosen, checks)
-    return name, checks
+    if chain not in found.engine.checks and all(c.passed for c in checks):
+        _keep(opened, found, checks)
+    return found.name, checks
 
 
-def open_verified(
-    bundle: Bundle, name: str, chosen: Engine, *, device: str | None = None, threads: int | None = None
-) -> Any:
-    """`selection.open_executor`; an engine that was built for this machine on another one is verified first.
+def prepare(chain: OpenChain, found: Found, executor: Executor) -> Found:
+    """Hash and load everything of a chain; verify it first if its engine has not been verified on such a machine.
 
-    The checks are then kept in its engine.json. Raises VerificationError, with nothing kept, where it fails them.
-    """
-    executor = selection.open_executor(bundle, name, chosen, device=device, threads=threads)
-    if chosen.checks:
-        return executor
-    log.warning("the engine %s was built on another machine: it is verified now, as this is its first load", name)
+    Return the engine with its checks, which are kept in its engine.json. Raises VerificationError, with nothing kept,
+    if it fails them."""
+    selection.admit(chain, found)
+    executor.load(chain.graphs)
+    if chain.name in found.engine.checks:
+        return found
+    log.warning("the engine %s was built on another machine: it is verified now, as this is its first load", found.name)
+    chain.bundle.check_files([REFERENCE])
+    checks = verify(chain, executor, precisions(chain, found))
+    require(checks)
+    return _keep(chain, found, checks)
+
+
+def _keep(chain: OpenChain, found: Found, checks: list[Check]) -> Found:
+    verified = {**found.engine.checks, chain.name: tuple(checks)}
+    engine = dataclasses.replace(found.engine, checks=verified)
     try:
-        bundle.check_files([REFERENCE])
-        checks = verify(bundle, executor, precisions(bundle, chosen))
-        require(checks)
-    except BaseException:
-        executor.close()
-        raise
-    _keep(bundle, name, chosen, checks)
-    return executor
-
-
-def _keep(bundle: Bundle, name: str, chosen: Engine, checks: list[Check]) -> None:
-    path = bundle.path / "engines" / name / "engine.json"
-    try:
-        writing.write_atomically(path, strict_json.write(dataclasses.replace(chosen, checks=tuple(checks))))
+        writing.write_atomically(found.folder / "engine.json", strict_json.write(engine))
     except InputError as error:
-        log.warning("the engine %s is verified anew at each load: %s", name, error)
+        log.warning("the engine %s is verified again at each load: %s", found.name, error)
+    return Found(found.folder, engine)
 
 
-def precisions(bundle: Bundle, chosen: Engine) -> dict[str, str]:
-    """Graph → what the engine computes it in."""
-    return backends.precisions(chosen.key.backend, chosen.options, bundle.manifest.graphs)
+def precisions(chain: OpenChain, found: Found) -> dict[str, str]:
+    """Return graph → what the engine computes it in."""
+    return backends.precisions(found.engine.key.backend, found.engine.options, chain.graphs)
 
 
-def require(checks: list[Check]) -> None:
+def require(checks: Sequence[Check]) -> None:
     """Raise VerificationError that names every stage, figure and bound which failed."""
     failed = [c for c in checks if not c.passed]
     if failed:
@@ -118,7 +122,7 @@ def require(checks: list[Check]) -> None:
 
 
 def bound_text(check: Check) -> str:
-    """A check's bound and its direction: "≤ 0.001"."""
+    """Return a check's bound and its direction: "≤ 0.001"."""
     return f"{'≥' if check.metric in AT_LEAST else '≤'} {check.bound:g}"
 
 
@@ -130,70 +134,48 @@ def _badness(check: Check) -> float:
 
 def _judge(stage: str, bounds: Bounds, result: np.ndarray, reference: np.ndarray) -> Iterator[Check]:
     for metric, bound in bounds.items():
-        value = getattr(metrics, metric)(result, reference)
+        value = metrics.METRICS[metric](result, reference)
         passed = value >= bound if metric in AT_LEAST else value <= bound
         yield Check(stage, metric, value, bound, bool(passed and np.isfinite(result).all()))
 
 
-def _checks(bundle: Bundle, executor: Any, computed: Mapping[str, str], case: Case) -> Iterator[Check]:
-    table = selection.feeds(bundle, executor, case.steps)
-    yield from _check_schedule(table, case)
-    for name in bundle.chain.graphs:
-        if name not in bundle.chain.once:  # what these make is in the table, which the loop's stages read
-            yield from _check_stage(bundle, executor, name, BOUNDS[computed[name]], table, case)
-    least = max((computed[g] for g in bundle.chain.graphs), key=COMPUTED.index)
-    yield from _check_chain(bundle, executor, BOUNDS[least]["image"], table, case)
+def _checks(chain: OpenChain, executor: Executor, computed: Mapping[str, str], recorded: Recorded) -> Iterator[Check]:
+    yield from _check_schedule(chain, recorded)
+    for stage in chain.chain.stages:
+        if stage.runs(recorded.case.modes):
+            yield from _check_stage(chain, executor, stage, computed[stage.graph], recorded)
+    least = max((computed[g] for g in chain.graphs), key=COMPUTED.index)
+    yield from _check_chain(chain, executor, BOUNDS[least]["image"], recorded)
 
 
-def _check_schedule(table: Arrays, case: Case) -> Iterator[Check]:
-    """The table against what the scheduler did: the timestep embedding and each step's arithmetic."""
-    recorded = case.tensors
-    yield from _judge(
-        "schedule",
-        {"max_abs": EMBEDDING_BOUND},
-        table["timestep_embedding"],
-        recorded["timestep_embedding"],
-    )
-    x, prediction, noise = (recorded[k].astype(np.float64) for k in ("latents", "prediction", "noise"))
-    a, b, c = (table[k].reshape(-1, 1, 1, 1, 1) for k in "abc")
-    yield from _judge(
-        "schedule",
-        {"relative_l2": SCHEDULE_BOUND},
-        a * x + b * prediction + c * noise,
-        recorded["next_latents"],
-    )
+def _check_schedule(chain: OpenChain, recorded: Recorded) -> Iterator[Check]:
+    """Check the table against what the scheduler and the UNet did: each step's arithmetic, the columns of the time."""
+    yield from _judge("schedule", bounds.STATE, recorded.walked[:, 0], recorded.tensors["next_latents"])
+    for name in chain.feeds("column"):
+        if name in recorded.tensors:
+            yield from _judge("schedule", bounds.COLUMN, recorded.columns[name], recorded.tensors[name])
 
 
 def _check_stage(
-    bundle: Bundle, executor: Any, name: str, bounds: dict[str, Bounds], table: Arrays, case: Case
+    chain: OpenChain, executor: Executor, stage: Stage, precision: str, recorded: Recorded
 ) -> Iterator[Check]:
-    graph = bundle.manifest.graphs[name]
-    stage = stage_plan(name, graph)
-    recorded = {**case.tensors, **table}
-    if name in bundle.chain.before:
-        results = executor.execute(stage, recorded)
+    """Run a stage alone on what was recorded, in every row if it is in the loop."""
+    graph = chain.graphs[stage.graph]
+    plan, bound = graph_plan(stage.graph, graph), bounds.of_stage(precision, stage.judged, graph.model_class)
+    for row in range(recorded.table.rows) if stage.when == "step" else [recorded.table.rows - 1]:
+        feeds = {t.name: recorded.value(stage.wires.get(t.name, t.name), row) for t in graph.inputs}
+        results = executor.execute(plan, feeds).arrays
         for tensor in graph.outputs:
-            yield from _judge(name, bounds["text"], results[tensor.name], recorded[tensor.name])
-    elif name in bundle.chain.after:
-        feeds = {**recorded, "next_latents": recorded["next_latents"][-1]}
-        results = executor.execute(stage, feeds)
-        bound = bounds.get(graph.model_class, bounds["decoder"])
-        yield from _judge(name, bound, results[bundle.chain.output], recorded["image"])
-    else:
-        per_step = {*bundle.chain.step_inputs, *table, *bundle.chain.carry.values()}
-        for row in range(case.steps):
-            feeds = {k: v[row] if k in per_step else v for k, v in recorded.items()}
-            out = executor.execute(stage, feeds)["next_latents"].astype(np.float64)
-            prediction = (out - feeds["a"] * feeds["latents"] - feeds["c"] * feeds["noise"]) / feeds["b"]
-            yield from _judge(name, bounds["prediction"], prediction, recorded["prediction"][row])
+            name = stage.wires.get(tensor.name, tensor.name)
+            if name in recorded.tensors:
+                yield from _judge(stage.graph, bound, results[tensor.name], recorded.value(name, row))
 
 
-def _check_chain(bundle: Bundle, executor: Any, bounds: Bounds, table: Arrays, case: Case) -> Iterator[Check]:
-    """Ids → picture with our own noise; the bound is that of the least precise stage."""
-    shape = bundle.tensors["latents"].shape
-    start, noise = draw_run(bundle.schedule(case.steps), [Generator(case.seed)], shape)
-    ids = {name: case.tensors[name] for name in bundle.manifest.tokenizers}
-    feeds = {**table, **ids, "latents": start, "noise": noise}
-    steps = plan(bundle.chain, bundle.manifest.graphs, case.steps)
-    image = executor.execute(steps, feeds)[bundle.chain.output]
-    yield from _judge("image", bounds, image, case.tensors["image"])
+def _check_chain(chain: OpenChain, executor: Executor, bound: Bounds, recorded: Recorded) -> Iterator[Check]:
+    """Run the whole chain, ids to picture, with our own noise; the bound is that of the least precise stage."""
+    case = recorded.case
+    noise = draw_run(chain, recorded.table, [Generator(case.seed)], chain.batch)
+    fed = {name: recorded.value(name, 0) for name, feed in chain.chain.feeds.items() if feed.when == "call"}
+    plan = chain.plan(case.steps, modes=case.modes)
+    image = executor.execute(plan, {**fed, **recorded.columns, **noise}).arrays[chain.chain.output]
+    yield from _judge("image", bound, image, case.tensors[chain.chain.output])

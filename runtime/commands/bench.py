@@ -1,4 +1,4 @@
-"""How long a bundle takes here: load, first picture, every stage, and end to end."""
+"""Time a bundle on this machine: load, first picture, every stage, and end to end."""
 
 import time
 from collections import defaultdict
@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from turbochain.runtime.pipeline import Pipeline
+from turbochain.runtime.backends.contract import Observe
+from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
+from turbochain.runtime.chain.opened import OpenChain
+from turbochain.runtime.pipeline import Pipeline, PipelineOutput
 
 PROMPT = "a photo of a cat wearing a red hat, studio light"
 INCLUDES = (
@@ -35,6 +38,7 @@ class BenchResult:
 
     bundle: str
     engine: str
+    chain: str
     steps: int
     batch: int
     size: tuple[int, int]  # height, width
@@ -49,74 +53,94 @@ class BenchResult:
     uncaptured: str | None  # on a GPU, why the chain is not one CUDA graph; None where it is, and on a CPU
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return asdict(self)
 
 
 def bench(
     path: str | Path,
     *,
+    chain: str = TEXT_TO_IMAGE,
     runs: int = 10,
     warmup: int = 2,
     steps: int | None = None,
     backend: str | None = None,
     device: str | None = None,
     engine: str | None = None,
+    engines: str | Path | None = None,
     threads: int | None = None,
 ) -> BenchResult:
     """Time `runs` calls after `warmup` calls that are not counted. Raises what Pipeline.load raises."""
     start = time.perf_counter()
-    pipe = Pipeline.load(path, backend=backend, device=device, engine=engine, threads=threads)
+    pipe = Pipeline.load(
+        path, chain=chain, backend=backend, device=device, engine=engine, engines=engines, threads=threads
+    )
     loaded = time.perf_counter()
     with pipe:
-        steps = pipe.bundle.steps[0] if steps is None else steps
-        _call(pipe, steps)
+        opened = pipe.bundle.open_chain(chain)
+        steps = opened.steps[0] if steps is None else steps
+        one = _Calls(pipe, opened, steps)
+        one.draw()
         first = time.perf_counter()
         for _ in range(warmup):
-            _call(pipe, steps)
+            one.draw()
         stages: dict[str, list[float]] = defaultdict(list)
         whole, cached, overhead = [], [], []
 
         def observe(graph: str, seconds: float) -> None:
             stages[graph].append(1e3 * seconds)
 
-        apart = pipe.device.kind != "cpu"  # to be timed, a GPU's stages must leave the one graph
+        apart = pipe.device.kind != "cpu"  # to be timed, a GPU's graphs must leave the one CUDA graph
         for _ in range(runs):
             pipe.prompt_cache.clear()
-            pipe.observe = None if apart else observe
-            whole.append(_call(pipe, steps))
-            overhead.append(whole[-1] - 1e3 * pipe.busy_seconds)
-            cached.append(_call(pipe, steps))
+            made = one.draw(None if apart else observe)
+            whole.append(1e3 * made.seconds)
+            overhead.append(1e3 * (made.seconds - made.device_seconds))
+            cached.append(1e3 * one.draw(None if apart else observe).seconds)
             if apart:
                 pipe.prompt_cache.clear()
-                pipe.observe = observe
-                _call(pipe, steps)
+                one.draw(observe)
         return BenchResult(
             bundle=str(path),
             engine=pipe.engine_name,
+            chain=chain,
             steps=steps,
-            batch=pipe.bundle.batch,
-            size=pipe.bundle.size,
+            batch=opened.batch,
+            size=opened.size,
             threads=threads,
             includes=INCLUDES,
             load_ms=1e3 * (loaded - start),
             first_image_ms=1e3 * (first - loaded),
-            stages={g: timing(stages[g]) for g in pipe.bundle.chain.graphs if g not in pipe.bundle.chain.once},
+            stages={g: timing(stages[g]) for g in opened.graphs if g in stages},
             end_to_end=timing(whole),
             end_to_end_cached=timing(cached),
             overhead=timing(overhead),
-            uncaptured=pipe.uncaptured,
+            uncaptured=made.uncaptured,
         )
 
 
 def timing(samples_ms: Sequence[float]) -> Timing:
-    """The figures of a list of milliseconds (percentiles interpolate linearly between samples)."""
+    """Return the figures of a list of milliseconds (percentiles interpolate linearly between samples)."""
     p50, p90, p99 = np.percentile(samples_ms, (50, 90, 99))
     return Timing(len(samples_ms), float(min(samples_ms)), float(p50), float(p90), float(p99))
 
 
-def _call(pipe: Pipeline, steps: int) -> float:
-    start = time.perf_counter()
-    prompts = [PROMPT] * pipe.bundle.batch
-    pipe(prompts, num_inference_steps=steps, seed=0, output_type="uint8")
-    return 1e3 * (time.perf_counter() - start)
+@dataclass(frozen=True)
+class _Calls:
+    """The call that is timed."""
+
+    pipe: Pipeline
+    chain: OpenChain
+    steps: int
+
+    def draw(self, observe: Observe | None = None) -> PipelineOutput:
+        """Draw one batch."""
+        prompts = [PROMPT] * self.chain.batch
+        return self.pipe(
+            prompts,
+            chain=self.chain.name,
+            num_inference_steps=self.steps,
+            seed=0,
+            output_type="uint8",
+            observe=observe,
+        )

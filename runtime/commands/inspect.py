@@ -1,83 +1,88 @@
-"""What a bundle holds, as text or plain values; reads only its manifests."""
+"""Show what a bundle holds, as text or plain values; reads only its manifests and tables."""
 
 import dataclasses
 from typing import Any
 
-from turbochain.runtime.bundle.manifest import Engine, Gpu
+from turbochain.runtime.bundle import strict_json
+from turbochain.runtime.bundle.manifest import Engine, Gpu, Origin
 from turbochain.runtime.bundle.opened import Bundle
+from turbochain.runtime.chain import wiring
+from turbochain.runtime.chain.opened import OpenChain
+from turbochain.runtime.chain.tables import Table
 from turbochain.runtime.commands import console
 from turbochain.runtime.errors import BundleError
-from turbochain.runtime.selection import has_device, misfit, rebuild
+from turbochain.runtime.selection import folders, has_device, misfit, rebuild
 
 
 def as_json(bundle: Bundle) -> dict[str, Any]:
-    """Everything but the long rows of timestep embeddings."""
+    """Return everything but the long columns of the tables."""
     m = bundle.manifest
     return {
         "path": str(bundle.path),
+        "id": bundle.id,
         "family": m.family,
-        "checkpoint": {k: v for k, v in dataclasses.asdict(m.checkpoint).items() if k != "weights"},
-        "size": dict(zip(("height", "width"), bundle.size, strict=True)),
-        "batch": bundle.batch,
-        "stages": {name: dataclasses.asdict(graph) for name, graph in m.graphs.items()},
-        "wiring": wiring(bundle),
-        "schedules": {
-            steps: {
-                "p": s.p,
-                "q": s.q,
-                "rows": [{k: v for k, v in vars(r).items() if k != "timestep_embedding"} for r in s.rows],
-            }
-            for steps, s in bundle.chain.schedules.items()
-        },
-        "engines": {name: _engine(bundle, found) for name, found in bundle.engines().items()},
+        "checkpoint": _origin(m.checkpoint),
+        "graphs": {name: strict_json.plain(graph) for name, graph in m.graphs.items()},
+        "chains": {name: _chain(bundle.open_chain(name)) for name in m.chains},
+        "engines": {name: _engine(bundle, found) for name, found in _engines(bundle).items()},
         "created": m.created,
         "created_by": m.created_by,
     }
 
 
-def wiring(bundle: Bundle) -> list[dict[str, str]]:
-    """One entry per wire of the text-to-image chain: name, where it comes from, where it goes."""
-    chain, graphs = bundle.chain, bundle.manifest.graphs
-    made = {t.name: g for g in chain.graphs for t in graphs[g].outputs}
-    sources = {
-        **dict.fromkeys(chain.inputs, "caller"),
-        **dict.fromkeys(chain.step_inputs, "caller, each step"),
-    }
-    wires = []
-    for g in chain.graphs:
-        column = "schedule, at load" if g in chain.once else "schedule, each step"
-        for t in graphs[g].inputs:
-            wires.append({"name": t.name, "from": made.get(t.name) or sources.get(t.name, column), "to": g})
-    wires += [{"name": a, "from": made[a], "to": f"{b} of the next step"} for a, b in chain.carry.items()]
-    return [*wires, {"name": chain.output, "from": made[chain.output], "to": "caller"}]
+def _chain(chain: OpenChain) -> dict[str, Any]:
+    tables = {name: _table(table) for name, table in chain.tables.items()}
+    return {**strict_json.plain(chain.chain), "wiring": wires(chain), "tables": tables}
+
+
+def _table(table: Table) -> list[dict[str, Any]]:
+    """Return the rows of a table as a scheduler's terms."""
+    times = table.timesteps[table.index]
+    return [
+        {
+            "timestep": float(times[row]),
+            "input_scale": float(table.input_scale[row]),
+            "m": table.m[row].tolist(),
+            "v": table.v[row].tolist(),
+            "w": table.w[row].tolist(),
+        }
+        for row in range(table.rows)
+    ]
+
+
+def _engines(bundle: Bundle) -> dict[str, Engine | BundleError]:
+    return {name: made for folder in folders(bundle) for name, made in bundle.engines(folder).items()}
+
+
+def wires(chain: OpenChain) -> list[dict[str, str]]:
+    """Return one entry per wire of a chain: name, where it comes from, where it goes."""
+    feeds, graphs = chain.chain.feeds, chain.graphs
+    made = {t.name: s.graph for s in chain.chain.stages for t in wiring.outputs(s, graphs)}
+    when = {"call": "", "step": ", each step", "held": ", held"}
+    found = []
+    for stage in chain.chain.stages:
+        for t in wiring.inputs(stage, graphs):
+            feed = feeds.get(t.name)
+            maker = "table" if feed and feed.is_ == "column" else "caller"
+            source = f"{maker}{when[feed.when]}" if feed else made[t.name]
+            found.append({"name": t.name, "from": source, "to": stage.graph})
+    found += [{"name": a, "from": made[a], "to": f"{b} of the next step"} for a, b in chain.chain.carry.items()]
+    found += [{"name": a, "from": made[a], "to": f"{b} of the next call"} for a, b in chain.chain.keep.items()]
+    return [*found, {"name": chain.chain.output, "from": made[chain.chain.output], "to": "caller"}]
 
 
 def as_text(bundle: Bundle) -> str:
-    """The same for a person."""
-    m = bundle.manifest
-    engines = bundle.engines()
-    height, width = bundle.size
-    c = m.checkpoint
-    source = c.source + (f" at {c.revision}" if c.revision else "")
-    stages = [["stage", "precision", "weights", "remedy"]]
+    """Return the same for a person."""
+    m, engines = bundle.manifest, _engines(bundle)
+    graphs = [["graph", "precision", "weights", "remedy"]]
     for name, graph in m.graphs.items():
         size = console.size(sum(m.files[f].size for f in graph.data))
-        stages.append([name, graph.precision, size, graph.remedy])
-    wires = [["wire", "from", "to", "tensor"]]
-    for w in wiring(bundle):
-        tensor = bundle.tensors[w["name"]]
-        wires.append([w["name"], w["from"], w["to"], f"{tensor.dtype} {list(tensor.shape)}"])
-    steps = [["steps", "row", "timestep", "input_scale", "a", "b", "c"]]
-    for count, schedule in bundle.chain.schedules.items():
-        for i, r in enumerate(schedule.rows):
-            figures = (f"{v:.6g}" for v in (r.timestep, r.input_scale, r.a, r.b, r.c))
-            steps.append([count if i == 0 else "", str(i), *figures])
+        graphs.append([name, graph.precision, size, graph.remedy])
     parts = [
-        f"{bundle.path}: {m.family}, {width}x{height}, batch {bundle.batch}, from {source}",
-        f"licence: {c.license or 'the checkpoint does not say; see its model card'}",
-        console.table(stages),
-        console.table(wires, left=4),
-        console.table(steps),
+        f"{bundle.path}: {m.family}, from {_sources(m.checkpoint)}",
+        f"licence: {_licences(m.checkpoint)}",
+        console.table(graphs),
+        *(part for name in m.chains for part in _chain_text(bundle.open_chain(name))),
         *(_engine_text(name, _engine(bundle, found)) for name, found in engines.items()),
     ]
     if not engines:
@@ -85,10 +90,58 @@ def as_text(bundle: Bundle) -> str:
     return "\n\n".join(parts)
 
 
+def _chain_text(chain: OpenChain) -> list[str]:
+    height, width = chain.size
+    found = [["wire", "from", "to", "tensor"]]
+    for w in wires(chain):
+        tensor = chain.tensors[w["name"]]
+        found.append([w["name"], w["from"], w["to"], f"{tensor.dtype} {list(tensor.shape)}"])
+    rows = [["table", "row", "timestep", "input_scale", "m", "v", "w"]]
+    for name, table in chain.tables.items():
+        for i, row in enumerate(_table(table)):
+            latents = (row["m"][0][0], row["v"][0], row["w"][0])
+            figures = (f"{v:.6g}" for v in (row["timestep"], row["input_scale"], *latents))
+            rows.append([name if i == 0 else "", str(i), *figures])
+    more = (
+        f"; {chain.chain.K} tensors go round the loop, of m, v, w the latents' are shown" if chain.chain.K > 1 else ""
+    )
+    return [
+        f"chain {chain.name}: {width}x{height}, batch {chain.batch}{more}",
+        console.table(found, left=4),
+        console.table(rows),
+    ]
+
+
+def _origin(origin: Origin) -> dict[str, Any]:
+    """Return where the checkpoint's parts came from, without the hashes of their weights."""
+    found = strict_json.plain(origin)
+    for part in found["parts"].values():
+        del part["weights"]
+    return found
+
+
+def _sources(origin: Origin) -> str:
+    """Return where the whole came from, then the parts that came from elsewhere."""
+    told = {name: p.source + (f" at {p.revision}" if p.revision else "") for name, p in origin.parts.items()}
+    own = [told[name] for name, p in origin.parts.items() if p.source == origin.source]
+    others = [f"{name} from {told[name]}" for name, p in origin.parts.items() if p.source != origin.source]
+    return ", ".join([own[0] if own else origin.source, *others])
+
+
+def _licences(origin: Origin) -> str:
+    """Return the licence of all parts, or each one's if they differ."""
+    told = {name: p.license or "the checkpoint does not say; see its model card" for name, p in origin.parts.items()}
+    if len(set(told.values())) == 1:
+        return next(iter(told.values()))
+    return "; ".join(f"{name}: {licence}" for name, licence in told.items())
+
+
 def _engine(bundle: Bundle, found: Engine | BundleError) -> dict[str, Any]:
+    """Return an engine's manifest, and which chains it runs on this machine."""
     if isinstance(found, BundleError):
         return {"fits": False, "reason": str(found)}
-    reason = misfit(bundle, found)
+    reasons = {name: misfit(bundle.open_chain(name), found) for name in bundle.manifest.chains}
+    reason = next((r for r in reasons.values() if r), None)
     mend = rebuild(bundle, found) if reason else None
     return {"fits": reason is None, "reason": reason, "rebuild": mend, **dataclasses.asdict(found)}
 
@@ -100,12 +153,14 @@ def _engine_text(name: str, engine: dict[str, Any]) -> str:
     if engine["rebuild"]:
         here = has_device(engine["key"]["backend"])
         fits += f"\n  {'one that fits' if here else 'on a machine that has one'}: {engine['rebuild']}"
-    worst = "; ".join(f"{c['stage']} {c['metric']} {c['value']:.3g}" for c in engine["checks"])
+    checks = [check for of_chain in engine["checks"].values() for check in of_chain]
+    worst = "; ".join(f"{c['stage']} {c['metric']} {c['value']:.3g}" for c in checks)
     key = engine["key"]
     where = Gpu(**key["gpu"]) if key["gpu"] else key["device"]
     options = "".join(f", {k}={v}" for k, v in (engine["ordered"] | engine["settled"]).items())
+    size = sum(graph["bytes"] for graph in engine["graphs"].values())
     return (
         f"engine {name}: {fits}\n  {key['backend']} on {where}, {key['library']} {key['version']}{options}, "
-        f"{console.size(sum(engine['bytes'].values()))}\n  "
+        f"{console.size(size)}\n  "
         + (f"checked: {worst}" if worst else "unverified: it is checked when it is first loaded on such a machine")
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from turbochain.runtime.bundle.manifest import Check
+from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Check
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.bundle.writing import write_atomically
 from turbochain.runtime.checks import verify
@@ -55,20 +55,27 @@ def _command(commands: Any, name: str, function: console.Command, text: str, *, 
     if machine:
         parser.add_argument("--backend", help="default: the best engine in the bundle that fits this machine")
         parser.add_argument("--device", help="default: the backend's own choice")
-        parser.add_argument("--engine", help="the engine of this folder name in the bundle's engines/")
+        parser.add_argument("--chain", default=TEXT_TO_IMAGE, help=f"a chain of the bundle (default {TEXT_TO_IMAGE})")
+        parser.add_argument("--engine", help="the engine with this folder name")
+        parser.add_argument(
+            "--engines", help="folder of the engines (default: the bundle's engines/, the user's cache)"
+        )
         parser.add_argument("--threads", type=int, help="CPU threads per launch (default: the backend's own choice)")
     return parser
 
 
+MACHINE = ("chain", "backend", "device", "engine", "engines", "threads")
+
+
 def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("backend", "device", "engine", "threads")}
+    return {name: getattr(arguments, name) for name in MACHINE}
 
 
 def _generate(arguments: argparse.Namespace) -> None:
     path: Path = arguments.output
     _check_writable(path)
     with Pipeline.load(arguments.bundle, **_machine(arguments)) as pipe:
-        out = pipe(arguments.prompt, num_inference_steps=arguments.steps, seed=arguments.seed)
+        out = pipe(arguments.prompt, chain=arguments.chain, num_inference_steps=arguments.steps, seed=arguments.seed)
     encoded = io.BytesIO()
     out.images[0].save(encoded, _format(path))
     write_atomically(path, encoded.getvalue())

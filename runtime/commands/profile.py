@@ -1,4 +1,4 @@
-"""Where the time of each stage goes, by kind of operator: `turbochain bench --profile`, on a CPU."""
+"""Show where the time of each stage goes, by kind of operator: `turbochain bench --profile`, on a CPU."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from turbochain.runtime import selection
+from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.commands import console
 from turbochain.runtime.commands.bench import PROMPT
@@ -17,7 +18,7 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Operator:
-    """What the operators of one kind take of one launch of a graph."""
+    """The operators of one kind in one launch of a graph."""
 
     kind: str  # as the backend names it
     count: int
@@ -27,32 +28,36 @@ class Operator:
 def profile(
     path: str | Path,
     *,
+    chain: str = TEXT_TO_IMAGE,
     runs: int = 3,
     steps: int | None = None,
     backend: str | None = None,
     device: str | None = None,
     engine: str | None = None,
+    engines: str | Path | None = None,
     threads: int | None = None,
 ) -> dict[str, list[Operator]]:
-    """Graph → its operators by kind, the slowest first: means over `runs` pictures, measured by the backend's profiler.
+    """Return graph → its operators by kind, the slowest first: means over `runs` pictures, by the backend's profiler.
 
-    `engine`: the one of this folder name. A profiled graph is slower than one that is not. Raises what
-    Pipeline.load raises, and InputError on a GPU.
+    `engine`: the one with this folder name. A profiled graph is slower than one that is not. Raises what Pipeline.load
+    raises, and InputError on a GPU.
     """
     bundle = Bundle.open(path)
-    found, chosen = selection.select(bundle, backend, device, engine)
-    if chosen.key.device != "cpu":
+    opened = bundle.open_chain(chain)
+    found = selection.select(opened, backend, device, engine, engines)
+    if found.engine.key.device != "cpu":
         raise InputError("operators are profiled on a CPU only: on a GPU, run turbochain bench under nsys")
-    executor = selection.open_executor(bundle, found, chosen, device=device, threads=threads, profile=True)
-    with Pipeline(bundle, executor, engine_name=found) as pipe:
+    executor = selection.open_executor(bundle, found, device=device, threads=threads, profile=True)
+    with Pipeline(bundle, found, executor) as pipe:
         for _ in range(runs):
             pipe.prompt_cache.clear()
-            pipe([PROMPT] * bundle.batch, num_inference_steps=steps, seed=0, output_type="uint8")
-        return {graph: by_kind(executor.operators(graph)) for graph in bundle.chain.graphs if graph in executor.loaded}
+            prompts = [PROMPT] * opened.batch
+            pipe(prompts, chain=chain, num_inference_steps=steps, seed=0, output_type="uint8")
+        return {graph: by_kind(executor.operators(graph)) for graph in opened.graphs if graph in executor.loaded}
 
 
 def by_kind(operators: Iterable[tuple[str, float]]) -> list[Operator]:
-    """(kind, seconds of one launch) of every operator, put together."""
+    """Sum the operators of each kind; `operators`: the kind of each one and its seconds in one launch."""
     found: dict[str, list[float]] = defaultdict(list)
     for kind, seconds in operators:
         found[kind].append(seconds)
@@ -61,7 +66,7 @@ def by_kind(operators: Iterable[tuple[str, float]]) -> list[Operator]:
 
 
 def as_text(found: dict[str, list[Operator]]) -> str:
-    """A table of the slowest kinds of each graph."""
+    """Return a table of the slowest kinds of each graph."""
     rows = [["stage", "operator", "count", "ms", "share"]]
     for graph, operators in found.items():
         whole = sum(operator.seconds for operator in operators)

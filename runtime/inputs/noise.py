@@ -6,11 +6,13 @@ The algorithms are those of ATen's `DistributionTemplates.h` (`normal_fill`, for
 
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
-from turbochain.runtime.bundle.manifest import Schedule
+from turbochain.runtime.chain.opened import OpenChain
+from turbochain.runtime.chain.tables import Table
 from turbochain.runtime.errors import InputError
 
 
@@ -28,7 +30,7 @@ class Generator:
 
     def manual_seed(self, seed: int) -> "Generator":
         """Begin the stream of `seed` anew, as PyTorch's method of this name; much quicker than another generator."""
-        self._twister.seed(_checked(seed) & 0xFFFFFFFF)
+        self._twister.seed(check_seed(seed) & 0xFFFFFFFF)
         self._cached: float | None = None
         return self
 
@@ -100,23 +102,41 @@ def draw(generators: Sequence[Generator], shape: Sequence[int]) -> np.ndarray:
 
 
 def draw_run(
-    schedule: Schedule, generators: Sequence[Generator], shape: Sequence[int], latents: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return what one run of a schedule starts from and adds, fp32: scaled latents `shape`, noise [steps, *shape].
+    chain: OpenChain,
+    table: Table,
+    generators: Sequence[Generator],
+    count: int,
+    *,
+    given: Mapping[str, np.ndarray] = MappingProxyType({}),
+    images: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Return the noise of one run by feed, fp32: [count, …], and of a feed of every step [rows, count, …].
 
-    The order of the draws is diffusers': the latents, unless unit noise is given as `latents`, then every step that
-    draws; the others have zeros.
-    """
-    start = draw(generators, shape) if latents is None else latents
-    noise = np.zeros((len(schedule.rows), *shape), np.float32)
-    for row, step in zip(noise, schedule.rows, strict=True):
-        if step.draws_noise:
-            row[:] = draw(generators, shape)
-    return np.float32(schedule.q) * start, noise
+    The draws are the chain's, in its order, which is that of diffusers' pipeline. `given`: unit noise in place of a
+    draw; nothing is drawn for it. A step that does not draw has zeros. `images`: how many images were given, if fewer
+    than `count`: with one generator a draw per image is made for these only, and repeated."""
+    made: dict[str, np.ndarray] = {}
+    for step in chain.chain.draws:
+        shape = (count, *chain.tensors[step.name].shape[1:])
+        feed = chain.chain.feeds.get(step.name)
+        if feed is not None and feed.when == "step":
+            made[step.name] = np.zeros((table.rows, *shape), np.float32)
+            for row in np.flatnonzero(table.draws_noise):
+                made[step.name][row] = draw(generators, shape)
+            continue
+        if step.name in given:
+            noise = given[step.name]
+        elif step.per == "image" and images and len(generators) == 1:
+            noise = np.concatenate([draw(generators, (images, *shape[1:]))] * (count // images))
+        else:
+            noise = draw(generators, shape)
+        if feed is not None and not step.discarded:
+            made[step.name] = table.init_noise_sigma * noise if feed.scale else noise
+    return made
 
 
-def _checked(seed: object) -> int:
-    """Return `seed` as an int, or raise `InputError`."""
+def check_seed(seed: object) -> int:
+    """Return `seed` as an int in 0 … 2**64-1; raises InputError for anything else."""
     if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool) and 0 <= seed < 1 << 64:
         return int(seed)
     raise InputError(f"The seed is {reprlib.repr(seed)}: expected an integer from 0 to 2**64-1 ({2**64 - 1}).")

@@ -26,7 +26,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from tqdm import tqdm
 
 from turbochain.engines import build
-from turbochain.export.sources.checkpoint import DEMO, local
+from turbochain.export.sources.kinds.demo import FOLDER, NAME
 from turbochain.runtime import Pipeline
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -53,7 +53,7 @@ def main() -> None:
         "machine": asdict(run.machine),
         "versions": run.versions,
     }
-    found["training"] = json.loads((local(DEMO) / "training.json").read_text())
+    found["training"] = json.loads((FOLDER / "training.json").read_text())
     found["vae_psnr_db"] = vae_psnr(asked[::5])
     with tempfile.TemporaryDirectory() as folder:
         for steps in arguments.steps:
@@ -66,7 +66,7 @@ def main() -> None:
 
 def theirs() -> Draw:
     """diffusers' own pipeline, in fp32."""
-    pipe = StableDiffusionPipeline.from_pretrained(local(DEMO), torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
     def draw(prompt: str, seed: int, steps: int) -> Pictures:
@@ -81,7 +81,7 @@ def ours(precision: str, folder: Path) -> Draw:
     """A bundle of the demo model, built into `folder` once."""
     bundle = folder / f"{precision}.bundle"
     if not bundle.exists():
-        build(DEMO, bundle, precision=precision, backend="onnxruntime", device="cpu", quiet=True)
+        build(NAME, bundle, precision=precision, backend="onnxruntime", device="cpu", quiet=True)
     pipe = Pipeline.load(bundle)
 
     def draw(prompt: str, seed: int, steps: int) -> Pictures:
@@ -136,7 +136,7 @@ def _kind(fault: str) -> str:
 @torch.inference_mode()
 def vae_psnr(asked: list[scenes.Scene]) -> dict[str, float]:
     """PSNR in dB of drawn pictures after encoder and decoder in fp32: the lowest, and the mean."""
-    vae = AutoencoderKL.from_pretrained(local(DEMO) / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(FOLDER / "vae", torch_dtype=torch.float32)
     found = []
     for seed, scene in enumerate(asked):
         drawn = scenes.draw(scene, np.random.default_rng(seed).standard_normal(2))

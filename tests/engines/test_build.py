@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 from conftest import ON, ON_ARGUMENTS, command
+from safetensors.numpy import load_file as read_tables
+from safetensors.numpy import save as save_tables
 from safetensors.torch import load_file, save_file
+from second_chain import record
 
 from turbochain.engines import build
 from turbochain.runtime import Bundle, InputError, Pipeline
@@ -19,9 +22,11 @@ from turbochain.runtime.bundle import strict_json
 from turbochain.runtime.bundle.manifest import Engine
 
 BUILD = Path(sys.executable).with_name("build-engine")
-GRAPHS = ("text_encoder", "time", "unet", "vae_decoder")
-COMPONENTS = ("text_encoder", "unet", "vae")
-ALL = ["load", "reference", *(f"export {c}" for c in COMPONENTS), *(f"compile {g}" for g in GRAPHS), "verify"]
+CHAIN = "text-to-image"
+GRAPHS = ("text_encoder", "unet", "step", "vae_decoder")
+EXPORT = ["load", "reference", *(f"export {c}" for c in ("text_encoder", "unet", "vae", "sampler"))]
+ENGINE = [*(f"compile {g}" for g in GRAPHS), f"verify {CHAIN}"]
+ALL = EXPORT + ENGINE
 
 
 def phases(stderr: str, end: str = "done") -> list[str]:
@@ -35,15 +40,9 @@ def sizes(folder: Path) -> dict[str, tuple[int, int]]:
     return {name: (status.st_size, status.st_mtime_ns) for name, status in found.items()}
 
 
-def edit_json(path: Path, edit: Any) -> None:
-    value = json.loads(path.read_text())
-    edit(value)
-    path.write_text(json.dumps(value))
-
-
 def without_torch(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run code in a process, and see that it imported none of the exporter's libraries."""
-    check = "\nimport sys\nheavy = {'torch', 'diffusers', 'transformers', 'onnx', 'turbochain.export'}"
+    check = "\nimport sys\nheavy = {'torch', 'diffusers', 'transformers', 'onnx'}"
     line = [sys.executable, "-c", f"{code}{check}\nassert not heavy & set(sys.modules), heavy & set(sys.modules)"]
     return subprocess.run([*line, *map(str, arguments)], capture_output=True, text=True, timeout=100)
 
@@ -78,35 +77,43 @@ def test_a_new_engine_imports_no_torch(sd: Path, copy_of) -> None:
     )
     done = without_torch(code, bundle)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{ALL[5:]}\n" and phases(done.stderr) == ALL[5:]
+    assert done.stdout == f"{ENGINE}\n" and phases(done.stderr) == ENGINE
     assert [p.name for p in bundle.glob("engines/*")] == [p.name for p in sd.glob("engines/*")]
     assert command("turbochain", "verify", bundle).returncode == 0
 
 
-@pytest.mark.parametrize("damage", ["{", '{"format_version": 1}'])
+@pytest.mark.parametrize("damage", ["{", '{"format_version": 2}'])
 def test_a_damaged_engine_is_built_again(sd: Path, copy_of, damage: str) -> None:
     bundle = copy_of(sd)
     (engine,) = bundle.glob("engines/*/engine.json")
     engine.write_text(damage)
     done = command("build-engine", bundle, *ON_ARGUMENTS)
-    assert done.returncode == 0 and phases(done.stderr) == ALL[5:], done
+    assert done.returncode == 0 and phases(done.stderr) == ENGINE, done
     assert [p.name for p in bundle.glob("engines/*/*")] == ["engine.json"]
     with Pipeline.load(bundle) as pipe:
         assert pipe("a cat", seed=0, output_type="uint8").images.any()
 
 
 MUTATIONS = {
-    "noise and sample": (lambda row: row.update(a=1.01), "schedule: relative_l2 is"),
-    "time embedding": (lambda row: row["timestep_embedding"].__setitem__(0, 0.5), "schedule: max_abs is"),
-    "input scale": (lambda row: row.update(input_scale=row["input_scale"] * 1.5), "unet: relative_l2 is"),
+    "sample": (lambda tables: tables["1/m"].__imul__(1.01), "schedule: relative_l2 is"),
+    "time": (lambda tables: tables["columns/time_projections"].__imul__(1.01), "schedule: relative_l2 is"),
+    "input scale": (lambda tables: tables["1/input_scale"].__imul__(1.5), "unet: relative_l2 is"),
 }
+
+
+def edit_tables(bundle: Path, edit: Any) -> None:
+    path = bundle / f"tables/{CHAIN}.safetensors"
+    tables = read_tables(path)
+    edit(tables)
+    path.write_bytes(save_tables(tables))
+    record(bundle, str(path.relative_to(bundle)))
 
 
 @pytest.mark.parametrize("case", MUTATIONS)
 def test_an_engine_that_fails_is_not_installed(sd: Path, copy_of, case: str) -> None:
     bundle, (mutate, expected) = copy_of(sd), MUTATIONS[case]
     shutil.rmtree(bundle / "engines")
-    edit_json(bundle / "bundle.json", lambda m: mutate(m["chains"]["text-to-image"]["schedules"]["1"]["rows"][0]))
+    edit_tables(bundle, mutate)
     before = sizes(bundle)
     done = command("build-engine", bundle, *ON_ARGUMENTS)
     assert (done.returncode, done.stdout) == (1, ""), done
@@ -124,20 +131,22 @@ def test_the_summary_and_the_phases(sd: Path, copy_of) -> None:
     assert head.split("  ")[0] == "stage" and set(rule) == {"-", " "}
     columns = [c.strip() for c in head.split("  ") if c.strip()]
     assert columns == ["stage", "precision", "engine size", "build time", "error", "bound", "remedy"]
-    judged = ["schedule", "schedule", "text_encoder", "unet", "vae_decoder", "vae_decoder", "image"]
-    assert [row.split()[0] for row in rows[:7]] == judged
-    assert "fp32" in rows[2] and "MiB" in rows[2] and " s " in rows[2] and "max_abs" in rows[2] and "≤ 0.001" in rows[2]
+    judged = ["schedule", "text_encoder", "unet", "step", "vae_decoder", "vae_decoder", "image", "image"]
+    assert [row.split()[0] for row in rows[:8]] == judged
+    assert "fp32" in rows[1] and "MiB" in rows[1] and " s " in rows[1] and "max_abs" in rows[1] and "≤ 0.001" in rows[1]
     assert f"{bundle}: built and verified in " in done.stdout and "backend onnxruntime (" in done.stdout
     engine = strict_json.read(Engine, next(bundle.glob("engines/*/engine.json")))
-    assert set(engine.build_seconds) == set(GRAPHS) and all(seconds > 0 for seconds in engine.build_seconds.values())
-    assert engine.checks and all(check.passed for check in engine.checks)
+    assert set(engine.graphs) == set(GRAPHS) and all(graph.build_seconds > 0 for graph in engine.graphs.values())
+    assert set(engine.checks) == {CHAIN} and engine.checks[CHAIN]
+    assert all(check.passed for check in engine.checks[CHAIN])
 
 
 def test_the_result_as_json(sd: Path) -> None:
     done = command("build-engine", sd, "--json", *ON_ARGUMENTS)
     result = json.loads(done.stdout)
     assert result["bundle"] == str(sd) and result["phases"] == [] and result["backend"] == "onnxruntime"
-    assert result["precision"] == dict.fromkeys(GRAPHS, "fp32") and all(c["passed"] for c in result["checks"])
+    assert result["precision"] == dict.fromkeys(GRAPHS, "fp32") and result["checks"][CHAIN]
+    assert all(c["passed"] for c in result["checks"][CHAIN]) and result["folder"] == f"{sd}/engines/{result['engine']}"
 
 
 def test_peaks_are_those_of_the_phase(sd: Path, copy_of) -> None:
@@ -169,7 +178,7 @@ def test_the_default_name(tmp_path: Path, sd: Path, copy_of) -> None:
 def test_a_bundle_is_copied_without_torch(sd: Path, tmp_path: Path) -> None:
     code = "import sys\nfrom turbochain.engines import build\nbuild(sys.argv[1], sys.argv[2], backend='onnxruntime')"
     done = without_torch(code, sd, tmp_path / "copy.bundle")
-    assert done.returncode == 0 and phases(done.stderr) == [*(f"compile {g}" for g in GRAPHS), "verify"], done.stderr
+    assert done.returncode == 0 and phases(done.stderr) == ENGINE, done.stderr
     pictures = []
     for path in (sd, tmp_path / "copy.bundle"):
         with Pipeline.load(path) as pipe:
@@ -179,10 +188,12 @@ def test_a_bundle_is_copied_without_torch(sd: Path, tmp_path: Path) -> None:
 
 def test_a_damaged_bundle_is_not_copied(sd: Path, copy_of, tmp_path: Path) -> None:
     bundle = copy_of(sd)
-    (bundle / "graphs/unet.onnx.data").unlink()
+    (bundle / "graphs/unet.fp32-0.data").unlink()
     done = command("build-engine", bundle, "-o", tmp_path / "copy.bundle", *ON_ARGUMENTS)
     assert (
-        done.returncode == 2 and "'graphs/unet.onnx.data' is missing" in done.stderr and "Traceback" not in done.stderr
+        done.returncode == 2
+        and "'graphs/unet.fp32-0.data' is missing" in done.stderr
+        and "Traceback" not in done.stderr
     )
     assert [p.name for p in tmp_path.iterdir()] == [bundle.name]
 
@@ -258,7 +269,10 @@ def test_a_full_disk_a_kill_and_two_at_once(fp16_only: Path, tmp_path: Path) -> 
     told = sorted((tmp_path / f"{name}.out").read_text() for name in ("first", "second"))
     assert all("disk/x.bundle: " in text for text in told)
     assert sum("nothing to do: it is built and verified already" in text for text in told) == 1
-    assert Bundle.open(tmp_path / "x.bundle").manifest.checkpoint.variant == "fp16"
+    parts = Bundle.open(tmp_path / "x.bundle").manifest.checkpoint.parts
+    assert {name: part.variant for name, part in parts.items() if part.weights} == dict.fromkeys(
+        ("text_encoder", "unet", "vae"), "fp16"
+    )
     assert command("turbochain", "verify", tmp_path / "x.bundle").returncode == 0
 
 

@@ -7,7 +7,7 @@ import pytest
 import result
 from turbochain.export import estimate, families
 from turbochain.export.families import Shape
-from turbochain.export.sources import synthetic
+from turbochain.export.sources import presets, synthetic
 
 RESULTS = sorted(result.FOLDER.glob("*-build-cpu-*.json"))
 
@@ -18,7 +18,7 @@ def test_it_is_what_a_measured_build_took_or_a_little_more(path: Path) -> None:
     (build,) = measured.builds
     preset = measured.source.removeprefix("synthetic:")
     parts = synthetic.models(preset)
-    family = families.of(synthetic.PRESETS[preset].pipeline)
+    family = families.of(presets.PRESETS[preset].pipeline)
     needs = estimate.needs(
         family,
         {name: dict(part.config.to_dict() if name.startswith("text") else part.config) for name, part in parts.items()},

@@ -39,7 +39,7 @@ UNET_ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0"
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_that_fits_needs_nothing(bundle_of: BundleFactory, family: str) -> None:
     """Not SDXL's VAE either, whose config has `force_upcast`."""
-    bundle = Bundle.open(bundle_of(family, 1, "fp16"))
+    bundle = Bundle.open(bundle_of(family, "fp16"))
     graphs = bundle.manifest.graphs
     assert {(g.precision, g.remedy) for name, g in graphs.items() if name != "time"} == {("fp16", "")}
     stages = families.of(bundle.manifest.checkpoint.pipeline_class).stages

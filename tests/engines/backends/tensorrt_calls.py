@@ -107,11 +107,11 @@ def build(model: Path, cache: bytes) -> bytes:
     if capability is not None:
         print(capability.SM89)
 
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
         raise RuntimeError(builder.num_errors)  # wrong in 10.16 11.4 rtx: this line is reached
     builder.build_engine(network, config)  # wrong in 10.16 11.4 rtx
-    return bytes(plan)
+    return bytes(serialized)
 
 
 def untyped(config: Any) -> None:
@@ -119,17 +119,17 @@ def untyped(config: Any) -> None:
     config.update({"config": 1})
 
 
-def run(plan: bytes, memory: int, stream: int) -> None:
+def run(serialized: bytes, memory: int, stream: int) -> None:
     runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
     trt.Runtime(trt.Logger("warning"))  # wrong in 10.16 11.4 rtx
-    engine = runtime.deserialize_cuda_engine(plan)
+    engine = runtime.deserialize_cuda_engine(serialized)
     runtime.deserialize_cuda_engine(42)  # wrong in 10.16 11.4 rtx
     print(engine.name)  # wrong in 10.16 11.4 rtx: it may be None
     if engine is None:
         raise ValueError(trt.__version__)
     if hasattr(runtime, "get_engine_validity"):
-        print(runtime.get_engine_validity(plan))
-    print(runtime.get_engine_validity(plan))  # wrong in 10.16 11.4
+        print(runtime.get_engine_validity(serialized))
+    print(runtime.get_engine_validity(serialized))  # wrong in 10.16 11.4
     sizes = engine.device_memory_size_v2, engine.streamable_weights_size
     print(engine.device_memory_size, sizes)  # wrong in 11.4 rtx
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]

@@ -1,110 +1,17 @@
-"""What is said of a checkpoint before it is loaded: its files, its licence, and its scheduler as a table."""
+"""What is said of a checkpoint before it is loaded: its files and its licence."""
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
-import torch
-from diffusers.models.embeddings import Timesteps
 
-from turbochain.export import schedule
-from turbochain.export.sources import hub
-from turbochain.export.sources.checkpoint import Checkpoint, is_hub_id, open_folder
+from turbochain.export.sources.checkpoint import license_of, open_folder
 from turbochain.runtime import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own, about numpy
-
-CONFIGS = ["model_index.json", "README.md", "LICENSE.md", "scheduler/scheduler_config.json"]
-TOKENIZER = [f"tokenizer/{n}" for n in ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json")]
-OTHERS = [".gitattributes", "output_tile.jpg", "images/a.png"]
-
-
-def part(name: str, *variants: str) -> list[str]:
-    """A component's folder on the hub: config, and its weights as safetensors and as pickles."""
-    stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
-    files = [f"{name}/{stem}{infix}{end}" for infix in variants for end in (".safetensors", ".bin")]
-    return [f"{name}/config.json", *files]
-
-
-def repository(*variants: str, second: bool = False) -> list[str]:
-    names = ["text_encoder", "unet", "vae", *(["text_encoder_2"] if second else [])]
-    tokenizers = [*TOKENIZER, *(n.replace("tokenizer", "tokenizer_2", 1) for n in TOKENIZER if second)]
-    return [*CONFIGS, *OTHERS, *tokenizers, *(f for n in names for f in part(n, *variants))]
-
-
-SD_TURBO = [*repository("", ".fp16"), "sd_turbo.safetensors"]
-SDXL_TURBO = [
-    *repository("", ".fp16", second=True),
-    *("sd_xl_turbo_1.0.safetensors", "sd_xl_turbo_1.0_fp16.safetensors"),
-    *("unet/model.onnx", "unet/model.onnx_data", "unet/openvino_model.bin", "unet/openvino_model.xml"),
-    *("text_encoder/flax_model.msgpack", "vae_decoder/model.onnx", "vae_decoder/config.json"),
-    *("vae_1_0/config.json", "vae_1_0/diffusion_pytorch_model.safetensors"),
-]
-SD_15 = [*repository("", ".fp16"), *part("safety_checker", "", ".fp16"), "feature_extractor/preprocessor_config.json"]
-SHARDS = [f"unet/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-FP16_SHARDS = [f"unet/diffusion_pytorch_model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
-SHARDED = [
-    *(n for n in repository("", ".fp16") if "unet/diffusion" not in n),
-    *("unet/diffusion_pytorch_model.safetensors.index.json", *SHARDS),
-    *("unet/diffusion_pytorch_model.safetensors.index.fp16.json", *FP16_SHARDS),
-]
-
-
-def named(infix: str, second: bool = False) -> set[str]:
-    """The safetensors of every component with this infix."""
-    return {n for n in repository(infix, second=second) if n.endswith(".safetensors")}
-
-
-WEIGHTS = {
-    "sd-turbo": (SD_TURBO, None, named("")),
-    "sd-turbo fp16": (SD_TURBO, "fp16", named(".fp16")),
-    "sdxl-turbo": (SDXL_TURBO, None, named("", second=True)),
-    "sdxl-turbo fp16": (SDXL_TURBO, "fp16", named(".fp16", second=True)),
-    "fp16 only": (repository(".fp16"), None, named(".fp16")),
-    "a safety checker": (SD_15, None, named("")),
-    "sharded": (SHARDED, None, {*named("") - {"unet/diffusion_pytorch_model.safetensors"}, *SHARDS}),
-    "sharded fp16": (
-        SHARDED,
-        "fp16",
-        {*named(".fp16") - {"unet/diffusion_pytorch_model.fp16.safetensors"}, *FP16_SHARDS},
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WEIGHTS)
-def test_only_the_weights_that_are_needed_are_downloaded(case: str) -> None:
-    names, variant, expected = WEIGHTS[case]
-    chosen = hub.select(names, variant)
-    assert len(chosen) == len(set(chosen))
-    large = {n for n in chosen if not n.endswith((".json", ".txt", ".md"))}
-    assert large == expected
-    assert {*CONFIGS, *TOKENIZER} <= set(chosen)
-    assert {n for n in names if n.endswith("config.json") and n.split("/")[0] in ("unet", "vae")} <= set(chosen)
-
-
-def test_a_variant_that_the_hub_lacks_is_refused_before_the_download() -> None:
-    with pytest.raises(InputError, match="the repository has no weights of variant 'fp16'"):
-        hub.select(repository(""), "fp16")
-
-
-@pytest.mark.parametrize("ending", [".bin", ".ckpt"])
-def test_pickles_on_the_hub_are_refused(ending: str) -> None:
-    names = [n.removesuffix(".bin") + ending for n in repository("") if not n.endswith(".safetensors")]
-    with pytest.raises(InputError, match=r"only as pickles .* save_pretrained\(FOLDER, safe_serialization=True\)"):
-        hub.select(names, None)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("owner/name", True), ("stabilityai/sd-turbo", True), ("a.b/c_d-1", True)]
-    + [(text, False) for text in ("name", "a/b/c", "/a", "a/", "./a b", "", "synthetic:sd-turbo", "a/b\n")],
-)
-def test_what_looks_like_a_hub_id(text: str, expected: bool) -> None:
-    assert is_hub_id(text) is expected
 
 
 @pytest.fixture
@@ -239,93 +146,10 @@ LICENCES = {
 @pytest.mark.parametrize("card", LICENCES)
 def test_the_licence_on_the_model_card(tmp_path: Path, card: str) -> None:
     (tmp_path / "README.md").write_bytes(card.encode())
-    assert Checkpoint(tmp_path, None).license() == LICENCES[card]
+    assert license_of(tmp_path) == LICENCES[card]
 
 
 def test_no_model_card_or_one_in_another_encoding(tmp_path: Path) -> None:
-    assert Checkpoint(tmp_path, None).license() is None
+    assert license_of(tmp_path) is None
     (tmp_path / "README.md").write_bytes("---\nlicense: mit\n---\ncafé".encode("latin-1"))
-    assert Checkpoint(tmp_path, None).license() == "mit"
-
-
-def embed(t: torch.Tensor) -> torch.Tensor:
-    return Timesteps(32, flip_sin_to_cos=True, downscale_freq_shift=0)(t)
-
-
-SAMPLERS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DDIMScheduler", "LCMScheduler")
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-
-
-def sampler(name: str, prediction: str, spacing: str, **options: Any) -> Any:
-    if name in ("DDIMScheduler", "LCMScheduler"):
-        options = {"clip_sample": False, "set_alpha_to_one": False, **options}
-    return getattr(diffusers, name)(prediction_type=prediction, timestep_spacing=spacing, **BETAS, **options)
-
-
-def follow(scheduler: Any, steps: int, predict: Callable[[int], torch.Tensor]) -> tuple[torch.Tensor, list[float]]:
-    """The scheduler's own run as diffusers' pipelines do it: last sample, and what the network read (its mean)."""
-    generator = torch.Generator().manual_seed(7)
-    scheduler.set_timesteps(steps)
-    x, read = torch.randn(2, 4, 6, 5, generator=generator) * scheduler.init_noise_sigma, []
-    for i, t in enumerate(scheduler.timesteps):
-        read.append(float(scheduler.scale_model_input(x, t).double().mean()))
-        x = scheduler.step(predict(i), t, x, generator=generator, return_dict=False)[0]
-    return x, read
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3, 4])
-@pytest.mark.parametrize("spacing", ["trailing", "leading"])
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_table_does_what_its_scheduler_does(name: str, prediction: str, spacing: str, steps: int) -> None:
-    scheduler = sampler(name, prediction, spacing)
-    table = schedule.tabulate(scheduler, steps, embed)
-    predictions = torch.randn(steps, 2, 4, 6, 5, generator=torch.Generator().manual_seed(8))
-    theirs, read = follow(sampler(name, prediction, spacing), steps, lambda i: predictions[i])
-
-    generator = torch.Generator().manual_seed(7)
-    x = table.q * torch.randn(2, 4, 6, 5, generator=generator).double()
-    scheduler.set_timesteps(steps)
-    assert [row.timestep for row in table.rows] == scheduler.timesteps.tolist() and table.p == 0
-    for i, row in enumerate(table.rows):
-        assert float((row.input_scale * x).mean()) == pytest.approx(read[i], rel=1e-4, abs=1e-6)
-        assert torch.equal(torch.tensor([row.timestep_embedding]), embed(scheduler.timesteps[i : i + 1]))
-        noise = torch.randn(2, 4, 6, 5, generator=generator) if row.draws_noise else 0
-        x = row.a * x + row.b * predictions[i] + row.c * noise
-    assert torch.allclose(x, theirs.double(), rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
-
-
-@pytest.mark.parametrize(
-    ("name", "noisy"),
-    [("EulerDiscreteScheduler", 0), ("EulerAncestralDiscreteScheduler", 3), ("DDIMScheduler", 0), ("LCMScheduler", 3)],
-)
-def test_noise_is_drawn_where_the_sampler_uses_it(name: str, noisy: int) -> None:
-    rows = schedule.tabulate(sampler(name, "epsilon", "trailing"), 4, embed).rows
-    assert [row.draws_noise for row in rows] == [i < noisy for i in range(4)]
-    assert [row.c != 0 for row in rows] == [i < noisy for i in range(4)]
-
-
-HIGHER = (
-    *("DPMSolverMultistepScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "PNDMScheduler"),
-    *("LMSDiscreteScheduler", "UniPCMultistepScheduler"),
-)
-
-
-@pytest.mark.parametrize("name", HIGHER)
-def test_a_sampler_of_higher_order_is_refused_by_name(name: str) -> None:
-    with pytest.raises(InputError, match=f"the scheduler {name} .* first-order one .*scheduler_config.json"):
-        schedule.tabulate(getattr(diffusers, name).from_config(BETAS), 4, embed)
-
-
-def test_a_sampler_that_clips_is_refused() -> None:
-    clipping = sampler("DDIMScheduler", "epsilon", "trailing", clip_sample=True, clip_sample_range=0.5)
-    with pytest.raises(InputError, match="DDIMScheduler is not a first-order linear sampler"):
-        schedule.tabulate(clipping, 4, embed)
-
-
-def test_a_table_leaves_the_scheduler_as_it_was() -> None:
-    scheduler = sampler("EulerAncestralDiscreteScheduler", "epsilon", "trailing")
-    scheduler.set_timesteps(10)
-    before = scheduler.timesteps.clone()
-    assert schedule.tabulate(scheduler, 2, embed) == schedule.tabulate(scheduler, 2, embed)
-    assert torch.equal(scheduler.timesteps, before)
+    assert license_of(tmp_path) == "mit"

@@ -15,7 +15,8 @@ import torch
 import transformers
 
 from turbochain.export.sources import vocabulary
-from turbochain.export.sources.synthetic import PRESETS, models, write_checkpoint
+from turbochain.export.sources.presets import PRESETS
+from turbochain.export.sources.synthetic import models, write_checkpoint
 from turbochain.runtime.errors import InputError
 
 MINIS = ["sd-turbo-mini", "sdxl-turbo-mini"]
@@ -113,7 +114,9 @@ def test_a_mini_is_small_and_has_the_parts_of_the_full_one(name: str, folders: d
     assert sum(f.stat().st_size for f in folders[name].rglob("*") if f.is_file()) < 40e6
     mini, full = models(name), models(name.removesuffix("-mini"))
     assert mini.keys() == full.keys()
-    for key in ("down_block_types", "up_block_types", "addition_embed_type", "use_linear_projection"):
+    for key in ("down_block_types", "up_block_types"):  # each kind of block once, in the full one's order
+        assert list(mini["unet"].config[key]) == list(dict.fromkeys(full["unet"].config[key]))
+    for key in ("addition_embed_type", "use_linear_projection"):
         assert mini["unet"].config[key] == full["unet"].config[key]
     assert mini["vae"].config.latent_channels == 4
     assert len(mini["vae"].config.block_out_channels) == 4

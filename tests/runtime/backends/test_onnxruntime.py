@@ -11,27 +11,26 @@ from turbochain.engines import build
 from turbochain.runtime import Pipeline
 from turbochain.runtime.backends import onnxruntime
 
-UNET = "graphs/unet.onnx.data"
+UNET = "graphs/unet.{}-0.data"
 
 
 def test_weights_are_read_where_they_are_mapped(sd: Path) -> None:
-    assert resident(sd) > 0.9 * (sd / UNET).stat().st_size
+    assert resident(sd / UNET.format("fp32")) > 0.9 * (sd / UNET.format("fp32")).stat().st_size
 
 
 def test_fp16_is_converted_once(bundle_of: BundleFactory, tmp_path: Path) -> None:
     path = tmp_path / "half.bundle"
-    half = bundle_of("sd", precision="fp16")
+    half = bundle_of("sd", "fp16")
     build(str(half), path, backend="onnxruntime", device="cpu", quiet=True)
-    assert resident(path) < 0.5 * (path / UNET).stat().st_size
+    assert resident(path / UNET.format("fp16")) < 0.5 * (path / UNET.format("fp16")).stat().st_size
 
 
-def resident(bundle: Path) -> int:
-    """Bytes of the UNet's weights that are in memory as the file holds them, once a picture is drawn."""
-    with Pipeline.load(bundle, backend="onnxruntime", device="cpu") as pipe:
+def resident(weights: Path) -> int:
+    """Bytes of a bundle's data file that are in memory as the file holds them, once a picture is drawn."""
+    with Pipeline.load(weights.parents[1], backend="onnxruntime", device="cpu") as pipe:
         pipe("a cat", seed=0)
         lines = Path("/proc/self/smaps").read_text().splitlines()
-    name = str(bundle.resolve() / UNET)
-    found = [lines[i:] for i, line in enumerate(lines) if line.endswith(name)]
+    found = [lines[i:] for i, line in enumerate(lines) if line.endswith(str(weights.resolve()))]
     return sum(1024 * int(next(line for line in rest if line.startswith("Rss:")).split()[1]) for rest in found)
 
 

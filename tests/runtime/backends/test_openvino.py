@@ -22,10 +22,12 @@ from test_parity import assert_same_picture, load_diffusers, theirs
 from torch import nn
 
 from turbochain.engines import build
+from turbochain.engines.build import BuildResult
 from turbochain.runtime import Bundle, BundleError, InputError, Pipeline, TurbochainError, VerificationError, backends
 from turbochain.runtime.backends import openvino as backend
 from turbochain.runtime.backends import openvino_model
 from turbochain.runtime.checks import reference
+from turbochain.runtime.checks.bounds import BOUNDS
 from turbochain.runtime.commands.profile import profile
 
 Copy = Callable[[Path], Path]
@@ -47,6 +49,15 @@ def engines(bundle_of: BundleFactory, tmp_path_factory: pytest.TempPathFactory) 
         assert done.returncode == 0, done.stderr
         made[name].with_suffix(".txt").write_text(done.stdout + done.stderr)
     return made
+
+
+@pytest.fixture(scope="module")
+def int8(engines: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BuildResult]:
+    """The SD miniature with one more engine, which has the VAE in int8, and what its build returned."""
+    bundle = tmp_path_factory.mktemp("openvino") / "int8.bundle"
+    shutil.copytree(engines["fp32"], bundle)
+    options = {"vae_int8": True, "inference_precision": "fp32"}
+    return bundle, build(str(bundle), backend="openvino", options=options, quiet=True)
 
 
 def picture(bundle: Path, **where: Any) -> np.ndarray:
@@ -127,13 +138,13 @@ def test_auto_takes_the_fastest_within_its_bounds(demo: Path, copy_of: Copy) -> 
         assert pipe("a large red circle on a white background", seed=0, output_type="uint8").images.any()
 
 
-def test_the_vae_in_int8(sd: Path, copy_of: Copy, checkpoints: dict[str, Path]) -> None:
-    bundle = copy_of(sd)
-    made = build(str(bundle), backend="openvino", options={"vae_int8": True, "inference_precision": "fp32"}, quiet=True)
+def test_the_vae_in_int8(int8: tuple[Path, BuildResult], copy_of: Copy, checkpoints: dict[str, Path]) -> None:
+    original, made = int8
+    bundle = copy_of(original)
     assert made.precision["vae_decoder"] == "int8" and made.precision["unet"] == "fp32"
     folder = bundle / "engines" / made.engine
     assert [path.name for path in folder.glob("*.ranges.json")] == ["vae_decoder.ranges.json"]
-    assert made.engine_bytes["vae_decoder"] > (bundle / "graphs/vae_decoder.onnx.data").stat().st_size
+    assert made.engine_bytes["vae_decoder"] > (bundle / "graphs/vae.fp32-0.data").stat().st_size
     with Pipeline.load(bundle, engine=made.engine) as pipe:
         drawn = pipe(**CALL, output_type="uint8").images
     (expected,) = theirs(load_diffusers(checkpoints["sd"]), CALL)
@@ -150,7 +161,7 @@ def test_the_vae_in_int8(sd: Path, copy_of: Copy, checkpoints: dict[str, Path]) 
 
 def test_an_fp16_bundle(bundle_of: BundleFactory, checkpoints: dict[str, Path], copy_of: Copy) -> None:
     """Its graphs hold GroupNormalization, and all that is put into them must be in fp16 too."""
-    bundle = copy_of(bundle_of("sd", precision="fp16"))
+    bundle = copy_of(bundle_of("sd", "fp16"))
     shutil.rmtree(bundle / "engines")
     made = build(str(bundle), backend="openvino", options={"inference_precision": "fp32"}, quiet=True)
     assert made.precision["vae_decoder"] == "fp16"
@@ -158,10 +169,9 @@ def test_an_fp16_bundle(bundle_of: BundleFactory, checkpoints: dict[str, Path], 
     assert peak_signal_noise_ratio(expected, picture(bundle)[0], data_range=255) >= 38
 
 
-def test_ranges_hold_what_the_convolutions_read(checkpoints: dict[str, Path], sd: Path, copy_of: Copy) -> None:
+def test_ranges_hold_what_the_convolutions_read(checkpoints: dict[str, Path], int8: tuple[Path, BuildResult]) -> None:
     """Against hooks on diffusers' own VAE."""
-    bundle = copy_of(sd)
-    made = build(str(bundle), backend="openvino", options={"vae_int8": True, "inference_precision": "fp32"}, quiet=True)
+    bundle, made = int8
     ranges = json.loads((bundle / "engines" / made.engine / "vae_decoder.ranges.json").read_text())
     vae = AutoencoderKL.from_pretrained(checkpoints["sd"] / "vae")
     found: dict[str, list[float]] = {}
@@ -188,19 +198,16 @@ def test_mixed_is_bf16_for_the_vae_alone(engines: dict[str, Path], copy_of: Copy
     bundle = copy_of(engines["fp32"])
     made = build(str(bundle), options={"inference_precision": "mixed"}, quiet=True)
     assert made.precision == {"text_encoder": "fp32", "time": "fp32", "unet": "fp32", "vae_decoder": "bf16"}
-    bounds = {check.stage: check.bound for check in made.checks}
-    assert bounds["unet"] == bounds.BOUNDS["fp32"]["prediction"]["relative_l2"]
-    assert bounds["vae_decoder"] == bounds.BOUNDS["bf16"]["decoder"]["psnr"]
+    found = {check.stage: check.bound for check in made.checks}
+    assert found["unet"] == BOUNDS["fp32"]["prediction"]["relative_l2"]
+    assert found["vae_decoder"] == BOUNDS["bf16"]["decoder"]["psnr"]
 
 
 @pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16")
-def test_the_engine_built_last_is_taken_unless_another_is_named(sd: Path, copy_of: Copy) -> None:
-    bundle = copy_of(sd)
-    shutil.rmtree(bundle / "engines")
-    names = [
-        build(str(bundle), backend="openvino", options={"inference_precision": p}, quiet=True).engine
-        for p in ("bf16", "fp32")
-    ]
+def test_the_engine_built_last_is_taken_unless_another_is_named(engines: dict[str, Path], copy_of: Copy) -> None:
+    bundle = copy_of(engines["fp32"])
+    names = [path.name for path in bundle.glob("engines/*")]
+    names.append(build(str(bundle), backend="openvino", options={"inference_precision": "bf16"}, quiet=True).engine)
     with Pipeline.load(bundle) as pipe:
         assert pipe.engine_name == names[1]
     with Pipeline.load(bundle, engine=names[0]) as pipe:
@@ -314,7 +321,7 @@ def test_the_weights_are_not_in_memory_twice(engines: dict[str, Path]) -> None:
     """What is mapped of a graph's file takes no memory any more once the graph is compiled."""
     with Pipeline.load(engines["default"]):
         lines = Path("/proc/self/smaps").read_text().splitlines()
-    mapped = [i for i, line in enumerate(lines) if line.endswith("unet.onnx.data")]
+    mapped = [i for i, line in enumerate(lines) if line.endswith("unet.fp32-0.data")]
     assert mapped, "the weights are not mapped"
     for i in mapped:
         resident = next(line for line in lines[i:] if line.startswith("Rss:"))
@@ -338,11 +345,9 @@ def test_threads_change_nothing_but_the_time(engines: dict[str, Path]) -> None:
 
 
 def test_an_engine_in_bf16_does_not_fit_a_cpu_without_it(
-    sd: Path, copy_of: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engines: dict[str, Path], copy_of: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = copy_of(sd)
-    shutil.rmtree(bundle / "engines")
-    build(str(bundle), backend="openvino", quiet=True)
+    bundle = copy_of(engines["default"])
     monkeypatch.setattr(backend, "has_bf16", lambda: False)  # what the library says of such a CPU
     if HAS_BF16:
         with pytest.raises(BundleError, match=r"it computes in bf16, and this CPU does not\); build one: build-engine"):

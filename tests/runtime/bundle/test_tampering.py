@@ -252,7 +252,8 @@ DAMAGES = {
 }
 READ = (
     "tokenizer.json",
-    *(f"graphs/{g}.onnx{end}" for g in ("text_encoder", "time", "unet", "vae_decoder") for end in ("", ".data")),
+    *(f"graphs/{g}.onnx" for g in ("text_encoder", "time", "unet", "vae_decoder")),
+    *(f"graphs/{c}.data" for c in ("text_encoder.fp32-0", "text_encoder.onnx", "unet.fp32-0", "vae.fp32-0")),
 )
 
 
@@ -282,16 +283,16 @@ def test_every_file_on_disk_is_listed(sd: Path) -> None:
     assert {name for name in on_disk if not name.startswith("engines/")} == listed
 
 
-@pytest.mark.parametrize("end", ["", ".data"])
-def test_two_files_exchanged(sd: Path, copy_of, end: str) -> None:
+@pytest.mark.parametrize("names", [("unet.onnx", "vae_decoder.onnx"), ("unet.fp32-0.data", "vae.fp32-0.data")])
+def test_two_files_exchanged(sd: Path, copy_of, names: tuple[str, str]) -> None:
     bundle = copy_of(sd)
-    one, other = (bundle / f"graphs/{g}.onnx{end}" for g in ("unet", "vae_decoder"))
+    one, other = (bundle / "graphs" / name for name in names)
     spare = bundle / "spare"
     one.rename(spare)
     other.rename(one)
     spare.rename(other)
     message = refusal(bundle)
-    assert f"graphs/unet.onnx{end}" in message and f"graphs/vae_decoder.onnx{end}" in message
+    assert all(f"graphs/{name}" in message for name in names)
 
 
 def test_a_folder_or_link_in_the_place_of_a_file(sd: Path, copy_of) -> None:
@@ -320,7 +321,7 @@ def point_to(location: str) -> Callable[[Path], None]:
 
 
 def link_outside(bundle: Path) -> None:
-    (bundle.parent / "outside.data").write_bytes((bundle / "graphs/vae_decoder.onnx.data").read_bytes())
+    (bundle.parent / "outside.data").write_bytes((bundle / "graphs/vae.fp32-0.data").read_bytes())
     (bundle / "graphs/link.data").symlink_to(bundle.parent / "outside.data")
     point_to("link.data")(bundle)
     record = vars(hashing.describe(bundle / "graphs/link.data"))
@@ -330,11 +331,11 @@ def link_outside(bundle: Path) -> None:
 
 EXTERNAL = {
     "absolute": (point_to("/etc/passwd"), "reads a file outside"),
-    "absolute, inside": (point_to("{bundle}/graphs/vae_decoder.onnx.data"), "reads a file outside"),
+    "absolute, inside": (point_to("{bundle}/graphs/vae.fp32-0.data"), "reads a file outside"),
     "above": (point_to("../../secret"), "reads a file outside"),
-    "above and back": (point_to("../../sd-1-fp32.bundle/graphs/vae_decoder.onnx.data"), "reads a file outside"),
+    "above and back": (point_to("../../sd-1-fp32.bundle/graphs/vae.fp32-0.data"), "reads a file outside"),
     "link": (link_outside, "a symbolic link leads outside"),
-    "of another graph": (point_to("unet.onnx.data"), "which the manifest does not list"),
+    "of another graph": (point_to("unet.fp32-0.data"), "which the manifest does not list"),
 }
 
 
@@ -419,7 +420,7 @@ COMMANDS = {
     "newer": (lambda b: edit_json(b / "bundle.json", put("format_version", value=2)), "format version 2", "gvi"),
     "not JSON": (lambda b: (b / "bundle.json").write_text("{"), "cannot be read", "gvi"),
     "wiring": (lambda b: edit_json(b / "bundle.json", drop(*UNET)), "the graph unet, which the bundle lacks", "gvi"),
-    "bit": (lambda b: flip(b / "graphs/unet.onnx.data"), "'graphs/unet.onnx.data' is damaged", "gv"),
+    "bit": (lambda b: flip(b / "graphs/unet.fp32-0.data"), "'graphs/unet.fp32-0.data' is damaged", "gv"),
     "reference": (lambda b: flip(b / "reference.safetensors"), "'reference.safetensors' is damaged", "v"),
     "licence": (lambda b: (b / "LICENSE").unlink(), "'LICENSE' is missing", "v"),
     "engine": (lambda b: engine_json(b).write_text("{"), "has no engine for this machine", "gv"),

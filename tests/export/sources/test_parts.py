@@ -1,4 +1,4 @@
-"""`--vae`: another VAE in the place of the checkpoint's own, against diffusers with the same one."""
+"""Parts that replace a checkpoint's own (`--vae`), against diffusers with the same one."""
 
 import os
 import re
@@ -16,10 +16,12 @@ from test_parity import assert_same_picture, load_diffusers, theirs
 
 from turbochain.engines import build
 from turbochain.export import jobs
-from turbochain.export.sources.checkpoint import local
-from turbochain.export.sources.other_vae import find
+from turbochain.export.order import ExportOrder
+from turbochain.export.prepared import Prepared
+from turbochain.export.sources import Want, find, parts
 from turbochain.runtime import Bundle, InputError, Pipeline
 from turbochain.runtime.backends import openvino
+from turbochain.runtime.bundle.strict_json import convert, plain
 from turbochain.runtime.checks.bounds import BOUNDS
 
 CALL = {"prompt": "a cat in the snow", "num_inference_steps": 2, "seed": 3}
@@ -55,8 +57,15 @@ def test_it_is_diffusers_picture_with_that_vae(checkpoints: dict[str, Path], tin
         "unet": "UNet2DConditionModel",
         "vae_decoder": "AutoencoderTiny",
     }
-    (weights,) = (of for name, of in manifest.checkpoint.weights.items() if name.startswith("vae/"))
+    (weights,) = manifest.checkpoint.parts["vae"].weights.values()
     assert weights.size == (vae / "diffusion_pytorch_model.safetensors").stat().st_size
+    told = {name: (part.source, part.license) for name, part in manifest.checkpoint.parts.items()}
+    own = (checkpoints["sd"].name, "apache-2.0")
+    others = dict.fromkeys(("text_encoder", "unet", "tokenizer", "scheduler"), own)
+    assert told == {**others, "vae": ("our-tiny", "mit")}
+    assert manifest.checkpoint.parts["vae"].terms == ("vae-README.md",)
+    inspected = command("turbochain", "inspect", bundle)
+    assert "vae from our-tiny" in inspected.stdout and "vae: mit" in inspected.stdout
     assert (bundle / "vae-README.md").read_text() == (vae / "README.md").read_text()
     assert build(str(checkpoints["sd"]), bundle, **asked).phases == []
     if openvino.has_bf16():
@@ -70,14 +79,15 @@ def test_it_is_diffusers_picture_with_that_vae(checkpoints: dict[str, Path], tin
 
 
 def test_a_synthetic_checkpoint_has_a_tiny_one(tmp_path: Path) -> None:
-    request = {"height": 64, "width": 64, "batch": 1, "steps": [1], "precision": "fp32", "variant": None}
-    asked = {"source": "synthetic:sdxl-turbo-mini", "vae": "tiny", "request": request, "folder": str(tmp_path)}
-    prepared = jobs.prepare(print, **asked, force=False)
-    vae = AutoencoderTiny.from_pretrained(prepared["vae"])
+    order = ExportOrder("synthetic:sdxl-turbo-mini", vae="tiny", size=SIZE, steps=(1,))
+    prepared = jobs.prepare(print, order=order, recipe=order.recipe("fp32"), folder=tmp_path, force=False)
+    vae = AutoencoderTiny.from_pretrained(prepared.checkpoint.parts["vae"].folder)
     with torch.inference_mode():
         picture = vae.decode(torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))).sample
     assert picture.shape == (1, 3, 64, 64) and 0.1 < picture.std() < 1 and (picture.abs() < 1).float().mean() > 0.7
-    assert prepared["weights"]["vae/diffusion_pytorch_model.safetensors"]["size"] < 2**20
+    (weights,) = prepared.origin.parts["vae"].weights.values()
+    assert weights.size < 2**20
+    assert convert(Prepared, plain(prepared)) == prepared
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -89,12 +99,13 @@ def test_tiny_is_the_familys_own(family: str, checkpoints: dict[str, Path], tiny
     shutil.copytree(tiny, cache / "snapshots" / commit)
     env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     code = (
-        "import sys, pathlib; from turbochain.export.sources.other_vae import find\n"
-        "print(find(pathlib.Path(sys.argv[1]), 'tiny'))"
+        "import sys, pathlib; from turbochain.export.sources import Want, find, parts\n"
+        "checkpoint = parts.fetch(find(sys.argv[1]), Want(pathlib.Path()), {'vae': 'tiny'})\n"
+        "print(checkpoint.parts['vae'].folder, checkpoint.parts['vae'].revision)"
     )
     line = [sys.executable, "-c", code, checkpoints[family]]
     done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=100)
-    assert done.stdout.strip() == str(cache / "snapshots" / commit), done
+    assert done.stdout.split() == [str(cache / "snapshots" / commit), commit], done
     shutil.rmtree(cache)
     done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=100)
     assert f"{TINY[family]} is neither on the hub under that name nor in the local cache" in done.stderr
@@ -109,10 +120,12 @@ def test_tiny_is_the_familys_own(family: str, checkpoints: dict[str, Path], tiny
         ("tiny", "--vae tiny: madebyollin/taesd decodes latents whose scaling_factor is 0.18215, and the VAE of"),
     ],
 )
-def test_what_is_no_vae(vae: str, message: str, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_vae(
+    vae: str, message: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(checkpoints["sd"])
     with pytest.raises(InputError, match=re.escape(message)):
-        find(local("demo") if vae == "tiny" else checkpoints["sd"], vae)
+        parts.fetch(find("demo" if vae == "tiny" else str(checkpoints["sd"])), Want(tmp_path), {"vae": vae})
 
 
 def test_the_command_says_so_and_leaves_nothing(checkpoints: dict[str, Path], tmp_path: Path) -> None:

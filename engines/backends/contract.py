@@ -1,0 +1,91 @@
+"""The types of a builder: `Builder` says how a backend compiles, `Option` what can be chosen when it does."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turbochain.runtime.backends.contract import Device
+from turbochain.runtime.bundle.opened import Bundle
+
+Progress = Callable[[int, int], None]
+"""Called with how much is done and how much there is; an exception that it raises ends the work."""
+Value = bool | int | str
+Options = Mapping[str, Any]
+
+_FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option. Its type is its default's: a flag, a whole number from `least` to `most`, or one of `choices`."""
+
+    default: Value
+    help: str
+    least: int = 0
+    most: int = 0
+    choices: tuple[str, ...] = ()
+
+    @property
+    def expected(self) -> str:
+        """Return what a value may be, as a phrase."""
+        if isinstance(self.default, bool):
+            return "true or false"
+        return ", ".join(self.choices) if self.choices else f"{self.least} to {self.most}"
+
+    def read(self, value: object) -> Value:
+        """Return a value, or the value that a text says, in the option's type; ValueError if it is not allowed."""
+        text = str(value).lower()
+        if isinstance(self.default, bool):
+            return _FLAGS[text] if text in _FLAGS else _refuse(value)
+        if self.choices:
+            return text if text in self.choices else _refuse(value)
+        number = _refuse(value) if isinstance(value, bool | float) else int(text)
+        return number if self.least <= number <= self.most else _refuse(value)
+
+
+def _refuse(value: object) -> Any:
+    raise ValueError(value)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One graph to compile."""
+
+    bundle: Bundle
+    graph: str  # its name; its files have been hashed
+    folder: Path  # where its files go
+    options: Options  # of the key, and those of the candidate that is tried first
+    device: Device
+    cache: Path  # folder for what makes later builds quicker
+    progress: Progress
+
+
+def write_nothing(task: Task) -> list[str]:
+    """Compile nothing, for a backend that compiles a graph in memory when it is loaded."""
+    return []
+
+
+def unchanged(options: Options) -> dict[str, Any]:
+    """Return the options as they are, for a backend of which the machine decides none."""
+    return dict(options)
+
+
+def only_one(options: Options) -> list[dict[str, Any]]:
+    """Return one candidate, for a backend of which the verification decides no option."""
+    return [{}]
+
+
+@dataclass(frozen=True)
+class Builder:
+    """How a backend compiles: the constant `BUILDER` of its module. Nothing imports the library before it is called."""
+
+    name: str  # of the backend, as in turbochain.runtime.backends
+    reads_graphs: bool  # whether its engines read the bundle's graphs; each is then loaded once when it is compiled
+    options: Mapping[str, Option]  # by name: part of an engine's key
+    compile: Callable[[Task], list[str]] = write_nothing
+    # Write what an engine needs for a graph and return the files' names. They must be the same for every candidate.
+    settle: Callable[[Options], dict[str, Any]] = unchanged
+    # Return the options with those that this machine decides; InputError if it lacks what they ask for.
+    candidates: Callable[[Options], list[dict[str, Any]]] = only_one
+    # Return what the options that the verification decides may be, best first; the first that passes is taken.

@@ -1,0 +1,133 @@
+"""`export`: a checkpoint → a bundle. `make` is the part that it shares with `turbochain.engines.build`.
+
+A bundle is made in `NAME.bundle.partial/` and renamed when whole. The folder is locked while in use. What is finished
+is written down with its hashes, so an interrupted export goes on where it stopped.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from turbochain.export import bundling
+from turbochain.export.order import ExportOrder, How, Recipe
+from turbochain.export.phases.phases import LOG, PhaseReport, Phases
+from turbochain.runtime.bundle.lock import lock_directory
+from turbochain.runtime.bundle.opened import Bundle
+from turbochain.runtime.bundle.strict_json import plain
+from turbochain.runtime.errors import InputError
+
+
+def export(
+    source: str,
+    output: str | Path | None = None,
+    *,
+    precision: str | None = None,
+    vae_precision: str | None = None,
+    vae: str | None = None,
+    size: tuple[int, int] | None = None,
+    batch: int | None = None,
+    steps: Sequence[int] | None = None,
+    opset: int | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    force: bool = False,
+    quiet: bool = False,
+    verbose: bool = False,
+) -> Path:
+    """Make the bundle `output` (default: the source's name + ".bundle", here) without an engine; return its path.
+
+    `source`: a hub id, a local folder in diffusers' format, "demo" (the small trained model that comes with this
+    package) or "synthetic:NAME". `precision`: "fp32" (the default) or "fp16"; a stage that would overflow fp16 gets a
+    remedy. `vae_precision`: "fp32" or "bf16", for the VAE instead. `vae`: another VAE than the checkpoint's own:
+    "tiny" (the family's AutoencoderTiny), a hub id or a local folder. `size`: width and height in pixels, multiples
+    of 64 (default 512×512). `batch`: pictures per pass (default 1). `steps`: step counts (default 1 to 4). `opset`: of
+    the ONNX graphs, 18 to 23 (default 21). `revision`: branch, tag or commit of a hub id. `variant`: of the weight
+    files, such as "fp16". `force` skips the check of memory and disk. `quiet` prints no phases, `verbose` shows what
+    the libraries print.
+
+    The bundle holds what diffusers' own pipeline produced, so an engine of it can be checked anywhere. A second call
+    with the same arguments finds the bundle and does nothing. Raises InputError for what cannot be exported.
+    """
+    counts = None if steps is None else tuple(steps)
+    order = ExportOrder(source, precision, vae_precision, vae, size, batch, counts, opset, revision, variant)
+    if is_bundle(source):
+        raise InputError(
+            f"{source} is a bundle already, and a checkpoint was expected: build an engine of it with "
+            f"build-engine {source}"
+        )
+    with make(order, How(path_of(order, output), force, quiet, verbose), "fp32", []) as (_, bundle):
+        return bundle.path
+
+
+@contextmanager
+def make(order: ExportOrder, how: How, precision: str, reports: list[PhaseReport]) -> Iterator[tuple[int, Bundle]]:
+    """Lock the bundle `how.output`, made first if it is not there; yield the lock and the bundle.
+
+    A source that is a bundle is copied, without its engines. `precision` is what the graphs are made in if the order
+    does not say; `reports` grows by the phases. InputError if the path holds something else than what was ordered.
+    """
+    output = how.output
+    if output.exists() and not is_bundle(output):
+        raise InputError(f"{output} exists and is not a bundle: choose another path with -o")
+    recipe = None if is_bundle(order.source) else order.recipe(precision)
+    if not is_bundle(output):
+        partial = output.with_name(output.name + ".partial")
+        with locked(partial, how.quiet) as lock:
+            if not is_bundle(output):
+                if recipe is None:
+                    bundling.copy(Bundle.open(order.source), partial, output)
+                else:
+                    phases = Phases(lock, None if how.verbose else partial / LOG, how.quiet, reports)
+                    bundling.export(phases, order, recipe, partial, output, how.force)
+                yield lock, _checked(output, order, recipe)  # the folder was renamed: the same lock is the bundle's now
+                return
+            partial.rmdir()  # the owner of the lock that we waited for made the bundle
+    with locked(output, how.quiet) as lock:
+        yield lock, _checked(output, order, recipe)
+
+
+def is_bundle(path: str | Path) -> bool:
+    """Return whether a finished bundle lies there."""
+    return Path(path, "bundle.json").is_file()
+
+
+def path_of(order: ExportOrder, output: str | Path | None) -> Path:
+    """Return where the bundle is made: `output`, or the source if it is a bundle, or its name with .bundle, here."""
+    if output is not None:
+        return Path(output)
+    if is_bundle(order.source):
+        return Path(order.source)
+    folder = Path(order.source)
+    name = folder.resolve().name if folder.is_dir() else order.source.rstrip("/").replace(":", "/").rpartition("/")[2]
+    return Path(name + ".bundle")
+
+
+@contextmanager
+def locked(path: Path, quiet: bool) -> Iterator[int]:
+    """Hold the lock of a folder, made if it is not there; say so on stderr if another process holds it."""
+
+    def say() -> None:
+        if not quiet:
+            print(f"waiting: another build of {path} is running", file=sys.stderr)
+
+    with lock_directory(path, on_wait=say) as lock:
+        yield lock
+
+
+def _checked(path: Path, order: ExportOrder, recipe: Recipe | None) -> Bundle:
+    """Return the bundle at `path`; InputError if it is not what is ordered (`recipe` None: a bundle as the source)."""
+    bundle, given = Bundle.open(path), order.given()
+    have, wanted = bundle.manifest.request, plain(given if recipe is None else vars(recipe))
+    left = {"precision", "vae_precision"} - set(given)  # by default the bundle's own
+    other = [
+        f"{name} is {have.get(name)!r} there and {value!r} here"
+        for name, value in wanted.items()
+        if name not in left and have.get(name) != value
+    ]
+    other = [o if not o.startswith("stamp is") else f"the files of {order.source} have changed" for o in other]
+    if recipe is None and Bundle.open(order.source).manifest.files != bundle.manifest.files:
+        other = [f"its files are not those of {order.source}"]
+    if other:
+        raise InputError(f"{path} holds another build ({'; '.join(other)}): choose another path with -o")
+    return bundle

@@ -1,0 +1,117 @@
+"""What an export is asked for, checked in one place for the command line and for Python."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turbochain.export.families import Family, Shape, common
+from turbochain.export.sources import find
+from turbochain.export.sources.parts import TINY
+from turbochain.runtime.errors import InputError
+
+PRECISIONS = ("fp32", "fp16")
+VAE_PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class ExportOrder:
+    """What bundle to make; InputError lists every value that cannot be. None: the default."""
+
+    source: str  # a hub id, a folder in diffusers' format, "demo", "synthetic:NAME"
+    precision: str | None = None  # fp32 or fp16
+    vae_precision: str | None = None  # fp32 or bf16, for the VAE instead
+    vae: str | None = None  # "tiny", a hub id or a folder: this VAE instead of the checkpoint's own
+    size: tuple[int, int] | None = None  # width, height in pixels, multiples of 64
+    batch: int | None = None  # pictures per pass
+    steps: tuple[int, ...] | None = None  # step counts, 1 to 50
+    opset: int | None = None  # of the ONNX graphs, 18 to 23
+    revision: str | None = None  # branch, tag or commit of a hub id
+    variant: str | None = None  # of the weight files, such as "fp16"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.precision not in (None, *PRECISIONS):
+            problems.append(f"precision {self.precision!r}: choose {' or '.join(PRECISIONS)}")
+        if self.vae_precision not in (None, *VAE_PRECISIONS):
+            problems.append(f"precision {self.vae_precision!r} of the VAE: choose {' or '.join(VAE_PRECISIONS)}")
+        if self.size is not None and (min(self.size) < 64 or any(side % 64 for side in self.size)):
+            width, height = self.size
+            problems.append(f"size {width}x{height}: width and height must be multiples of 64 pixels")
+        if self.batch is not None and self.batch < 1:
+            problems.append(f"batch {self.batch}: at least 1 was expected")
+        if self.steps is not None and (not self.steps or min(self.steps) < 1 or max(self.steps) > 50):
+            problems.append(f"steps {list(self.steps)}: counts from 1 to 50 were expected, such as 1-4 or 1,2,4")
+        if self.opset is not None and not 18 <= self.opset <= 23:
+            problems.append(f"opset {self.opset}: 18 to 23 was expected")
+        if problems:
+            raise InputError("; ".join(problems))
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Return component → the name of the part that replaces the checkpoint's own."""
+        given = {"vae": self.vae}
+        return {component: name for component, name in given.items() if name is not None}
+
+    def given(self) -> dict[str, Any]:
+        """Return the fields of the recipe that were asked for explicitly."""
+        told = {c: name if name == TINY else find(name, c).name for c, name in self.parts.items()}
+        width, height = self.size or (None, None)
+        fields = {
+            **{"revision": self.revision, "variant": self.variant, "height": height, "width": width},
+            **{"batch": self.batch, "steps": None if self.steps is None else tuple(sorted(set(self.steps)))},
+            **{"opset": self.opset, "precision": self.precision, "vae_precision": self.vae_precision, **told},
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def recipe(self, precision: str) -> "Recipe":
+        """Return the order with every default, `precision` among them; InputError if a source is of no kind."""
+        source = find(self.source)
+        replaced = {c: find(name, c).stamp for c, name in self.parts.items() if name != TINY}
+        return Recipe(source.name, _stamp({"": source.stamp, **replaced}), **{"precision": precision, **self.given()})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a bundle is made from and for, as the bundle tells it: `request` in bundle.json."""
+
+    source: str
+    stamp: str | None  # digest of what the parts' sources say of their files; None if their names say it all
+    precision: str
+    revision: str | None = None
+    variant: str | None = None
+    height: int = 512  # pixels
+    width: int = 512
+    batch: int = 1
+    steps: tuple[int, ...] = (1, 2, 3, 4)
+    opset: int = 21
+    vae_precision: str | None = None
+    vae: str | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """Return what the graphs are made for."""
+        return Shape(self.height, self.width, self.batch)
+
+    def precisions(self, family: Family) -> dict[str, str]:
+        """Return graph → the precision that was asked for."""
+        return common.precisions(family, self.precision, self.vae_precision)
+
+
+@dataclass(frozen=True)
+class How:
+    """Where a bundle is made, and what is said meanwhile."""
+
+    output: Path  # the bundle
+    force: bool = False  # build even if memory or disk look too small
+    quiet: bool = False  # print no phases
+    verbose: bool = False  # show what the exporter and the libraries print
+
+
+def _stamp(stamps: Mapping[str, str | None]) -> str | None:
+    """Return one digest of the stamps of all parts."""
+    known = {part: stamp for part, stamp in stamps.items() if stamp is not None}
+    text = json.dumps(known, sort_keys=True)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest() if known else None

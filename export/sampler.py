@@ -1,0 +1,114 @@
+"""A diffusers scheduler, called exactly as the diffusers pipelines call it."""
+
+import contextlib
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from turbochain.runtime.errors import InputError
+
+_NEEDED = ("set_timesteps", "scale_model_input", "step", "add_noise", "init_noise_sigma", "order")
+_FOREMOST = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "LCMScheduler")
+
+Draw = Callable[..., torch.Tensor]
+
+
+class Sampler:
+    """One run of a copy of a scheduler, from row `begin * scheduler.order` to its end; deep copies are further runs.
+
+    Each error of the scheduler's own code becomes an InputError with its words, because its config or an argument that
+    the pipelines do not give is the cause.
+    """
+
+    def __init__(self, scheduler: Any, steps: int, begin: int = 0) -> None:
+        """Set the timesteps for `steps` steps; the first `begin` of them are skipped, as image-to-image does.
+
+        Raises InputError for a scheduler that the pipelines cannot call, or that has no row after `begin`.
+        """
+        _check_interface(scheduler)
+        self.name = type(scheduler).__name__
+        self.scheduler = copy.deepcopy(scheduler)
+        with self._explained(f"set_timesteps({steps})"):
+            self.scheduler.set_timesteps(steps, device="cpu")
+            self.first = begin * self.scheduler.order
+            self.timesteps = torch.as_tensor(self.scheduler.timesteps)[self.first :]
+            self.init_noise_sigma = float(self.scheduler.init_noise_sigma)
+            if begin:
+                self._begin_at(self.first)
+        if not 0 < self.timesteps.numel() == len(self.timesteps):
+            raise refusal(self.name, f"has no rows after {begin} of {steps} steps")
+
+    def scale(self, sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Return what the network reads of `sample`; must come before each `step`."""
+        with self._explained("scale_model_input"):
+            return self.scheduler.scale_model_input(sample, t)
+
+    def step(
+        self, prediction: torch.Tensor, t: torch.Tensor, sample: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Return the next sample, computed with the arguments of `prepare_extra_step_kwargs`."""
+        accepted = inspect.signature(self.scheduler.step).parameters
+        extra = {k: v for k, v in (("eta", 0.0), ("generator", generator)) if k in accepted}
+        with self._explained("step"):
+            return self.scheduler.step(prediction, t, sample, **extra, return_dict=False)[0]
+
+    def start(self, row: int) -> tuple[float, float]:
+        """Return (p, q) of a run that begins at `row` of this one: `latents = p·image_latents + q·noise`."""
+        image, noise = torch.eye(2).reshape(2, 1, 1, 1, 2)  # fp32, as the pipelines add noise
+        with self._explained("add_noise"):
+            self._begin_at(self.first + row)
+            p, q = self.scheduler.add_noise(image, noise, self.timesteps[row : row + 1]).flatten().tolist()
+        return p, q
+
+    def _begin_at(self, row: int) -> None:
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(row)
+
+    @contextlib.contextmanager
+    def _explained(self, call: str) -> Iterator[None]:
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:  # any class of diffusers, or of the checkpoint's author, may raise anything
+            words = " ".join(str(error).split())[:300] or type(error).__name__
+            raise refusal(self.name, f"cannot be used as the diffusers pipelines do: {call}: {words}") from error
+
+
+@contextlib.contextmanager
+def drawing(scheduler: Any, replace: Callable[[Draw], Draw]) -> Iterator[None]:
+    """Let the scheduler's modules draw noise through `replace(randn_tensor)` for the time being."""
+    modules = {sys.modules[cls.__module__] for cls in type(scheduler).__mro__}
+    originals = {module: vars(module)["randn_tensor"] for module in modules if "randn_tensor" in vars(module)}
+    try:
+        for module, original in originals.items():
+            vars(module)["randn_tensor"] = replace(original)
+        yield
+    finally:
+        for module, original in originals.items():
+            vars(module)["randn_tensor"] = original
+
+
+def refusal(name: str, reason: str, remedy: str = "") -> InputError:
+    """Return the error for a scheduler that has no table; `remedy` comes before the other classes to choose."""
+    others = ", ".join(other for other in _FOREMOST if other != name)
+    return InputError(
+        f"the scheduler {name} {reason}; one that is linear in latents, prediction and noise was expected: {remedy}"
+        f"name another class ({others}) in the checkpoint's model_index.json and scheduler/scheduler_config.json"
+    )
+
+
+def _check_interface(scheduler: Any) -> None:
+    name = type(scheduler).__name__
+    if missing := [attribute for attribute in _NEEDED if not hasattr(scheduler, attribute)]:
+        raise refusal(name, f"has no {', '.join(missing)}, which the diffusers pipelines use")
+    parameters = list(inspect.signature(scheduler.step).parameters.values())[3:]
+    required = [
+        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    if required:
+        raise refusal(name, f"needs {', '.join(required)} in every step, which the diffusers pipelines do not give")

@@ -1,0 +1,39 @@
+"""A local folder in diffusers' format."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from turbochain.export.sources import ON_DISK, Fetched, Kind, Source, Want
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder; a bundle tells its name and not its path, so it may be given away."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Return the folder's own name."""
+        return self.path.name
+
+    @property
+    def stamp(self) -> str:
+        """Return a line for each file: its name, size and time."""
+        seen = sorted((str(p.relative_to(self.path)), p.stat()) for p in self.path.rglob("*") if p.is_file())
+        return "\n".join(f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in seen)
+
+    @property
+    def tiny_vae(self) -> None:
+        """Return None: the family's serves."""
+
+    def fetch(self, want: Want) -> Fetched:
+        """Return the folder as it is: nothing has to be brought."""
+        return Fetched(self.path, variant=want.variant)
+
+
+def _find(name: str) -> Source | None:
+    return Folder(Path(name).resolve()) if name and Path(name).is_dir() else None
+
+
+KIND = Kind("a folder here", ON_DISK, _find, parts=True)

@@ -1,0 +1,186 @@
+"""A hub id, owner/name: the files of its repository that are needed, downloaded or found in the hub's cache."""
+
+import errno
+import fnmatch
+import os
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from turbochain.export import families
+from turbochain.export.sources import ELSEWHERE, Fetched, Kind, Source, Want
+from turbochain.export.sources.checkpoint import PICKLES, STEMS
+from turbochain.runtime.errors import InputError
+
+_TERMS = ("*.md", "LICENSE*", "LICENCE*")
+_SMALL = ("*.json", "*.txt", *_TERMS, "*/*.json", "*/*.txt")
+_PART = ("config.json", *(f"{stem}*.safetensors*" for stem in STEMS), *_TERMS)
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A repository of the hub; its commit says all, so it has no stamp."""
+
+    name: str
+
+    @property
+    def stamp(self) -> None:
+        """Return None: the files of a revision are asked for by its name."""
+
+    @property
+    def tiny_vae(self) -> None:
+        """Return None: the family's serves."""
+
+    def fetch(self, want: Want) -> Fetched:
+        """Download what is wanted, the small files first, or find it in the hub's cache.
+
+        Progress is in bytes. Raises InputError for an unknown id, a gated one, or if neither the network nor the
+        cache has it.
+        """
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the build has its own; read at the import
+        import huggingface_hub as hub
+        from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+
+        try:
+            if want.part is not None:
+                return _fetched(hub.snapshot_download(self.name, revision=want.revision, allow_patterns=list(_PART)))
+            info = hub.HfApi().model_info(self.name, revision=want.revision, files_metadata=True)
+        except GatedRepoError:
+            raise self._gated() from None
+        except RevisionNotFoundError:
+            raise InputError(f"{self.name} has no revision {want.revision!r}") from None
+        except Exception as error:  # unknown, offline, unreachable: a copy in the cache still serves
+            return self._cached(want, error)
+        sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
+        return self._download(want, str(info.sha), sizes)
+
+    def _download(self, want: Want, commit: str, sizes: dict[str, int]) -> Fetched:
+        """Download the files that are needed, of all in `sizes` (name → bytes)."""
+        wanted = select(list(sizes), want.variant, want.skip)
+        weights = [name for name in wanted if name.endswith(".safetensors")]
+        small = [name for name in wanted if name not in weights]
+        if not wanted:
+            raise InputError(f"{self.name} has no file that a checkpoint in diffusers' format has")
+        total = sum(sizes[name] for name in wanted)
+        folder = self._snapshot(commit, small, lambda done: want.progress(done, total))
+        here = sum(sizes[name] for name in wanted if (folder / name).exists())
+        if weights:
+            want.before_weights(folder, _counts(weights, sizes), total - here)
+            self._snapshot(commit, weights, lambda done: want.progress(min(here + done, total), total))
+        return Fetched(folder, commit, want.variant)
+
+    def _snapshot(self, commit: str, names: list[str], progress: Callable[[int], None]) -> Path:
+        """Download these files and return their folder; `progress` is called with the bytes so far."""
+        import huggingface_hub as hub
+        from huggingface_hub.errors import GatedRepoError
+
+        patterns = [escape(name) for name in names]
+        try:
+            folder = hub.snapshot_download(
+                self.name, revision=commit, allow_patterns=patterns, tqdm_class=_reporting(progress)
+            )
+        except GatedRepoError:
+            raise self._gated() from None
+        except Exception as error:  # the network's errors have no common base class
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
+            raise InputError(
+                f"the download of {self.name} failed ({_first_line(error)}); the same command goes on"
+            ) from error
+        if missing := [name for name in names if not Path(folder, name).exists()]:
+            raise InputError(f"the download of {self.name} ended without {missing[0]}; the same command goes on")
+        return Path(folder)
+
+    def _cached(self, want: Want, error: Exception) -> Fetched:
+        """Return the copy in the hub's cache; InputError with the error of the network if there is none."""
+        import huggingface_hub as hub
+
+        name = "config.json" if want.part is not None else "model_index.json"
+        found = hub.try_to_load_from_cache(self.name, name, revision=want.revision)
+        if not isinstance(found, str):
+            raise InputError(
+                f"{self.name} is neither on the hub under that name nor in the local cache, or there is no network "
+                f"({_first_line(error)}); check the id, or give the path of a local folder"
+            ) from None
+        return _fetched(Path(found).parent, want.variant)
+
+    def _gated(self) -> InputError:
+        return InputError(f"{self.name} is gated: accept its licence on its page, then run: hf auth login")
+
+
+def _fetched(folder: str | Path, variant: str | None = None) -> Fetched:
+    """Return what a snapshot of the hub's cache is: its folder's name is the commit."""
+    return Fetched(Path(folder), Path(folder).name, variant)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _reporting(progress: Callable[[int], None]) -> type[Any]:
+    """Return a silent tqdm class for `snapshot_download` that reports the bytes of all files together.
+
+    The library counts each byte in two bars, as received and as written, and files in a third.
+    """
+    from tqdm import tqdm
+
+    furthest = 0
+
+    class Reporting(tqdm):
+        def __init__(self, *arguments: Any, unit: str = "it", **options: Any) -> None:
+            super().__init__(*arguments, unit=unit, **{**options, "disable": True})
+            self.of_bytes, self.n = unit == "B", options.get("initial") or 0
+
+        def update(self, n: float | None = 1) -> None:
+            nonlocal furthest
+            self.n += n or 0
+            if self.of_bytes and self.n > furthest:
+                furthest = int(self.n)
+                progress(furthest)
+
+    return Reporting
+
+
+def _counts(weights: list[str], sizes: dict[str, int]) -> dict[str, int]:
+    """Return component → values in its weights, judged by the files' sizes."""
+    counts: dict[str, int] = {}
+    for name in weights:
+        component = name.split("/")[0]
+        counts[component] = counts.get(component, 0) + sizes[name] // (2 if "16" in Path(name).name else 4)
+    return counts
+
+
+def select(names: list[str], variant: str | None, skip: Collection[str] = ()) -> list[str]:
+    """Return those of a repository's files that are needed: configs, tokenizers, licence, and weights.
+
+    The weights are the safetensors of the variant (plain ones if `variant` is None, or the only variant that there
+    is), without those of the components in `skip`.
+    """
+    small = [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in _SMALL) and n.count("/") <= 1]
+    stems = tuple(f"/{stem}" for stem in STEMS)
+    weights = [n for n in names if n.endswith(".safetensors") and n.count("/") == 1 and any(s in n for s in stems)]
+    components = {c for family in families.load().values() for c in family.components}
+    folders = sorted({n.split("/")[0] for n in weights} & components)
+    if variant and not any(f".{variant}." in n or f".{variant}-" in n for n in weights):
+        raise InputError(f"the repository has no weights of variant {variant!r}")
+    for folder in folders:
+        here = [n for n in weights if n.startswith(f"{folder}/")]
+        plain = [n for n in here if n.split("/")[1].count(".") == 1]
+        chosen = [n for n in here if f".{variant}." in n or f".{variant}-" in n] if variant else plain
+        small += [] if folder in skip else chosen or plain or here
+    if not folders and any(n.endswith(PICKLES) for n in names):
+        raise InputError(
+            "the repository has its weights only as pickles (.bin, .ckpt), which are refused because loading one "
+            "runs code; convert them: load with diffusers and save_pretrained(FOLDER, safe_serialization=True)"
+        )
+    return small
+
+
+def _find(name: str) -> Source | None:
+    return Hub(name) if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+
+
+KIND = Kind("a hub id (owner/name)", ELSEWHERE, _find, parts=True)

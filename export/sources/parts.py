@@ -1,0 +1,81 @@
+"""Parts that replace a checkpoint's own (`--vae`), and the checkpoint that they make together with the rest."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from turbochain.export.families import Family
+from turbochain.export.sources import Source, Want, find
+from turbochain.export.sources.checkpoint import (
+    Checkpoint,
+    Part,
+    check_configs,
+    open_folder,
+    read_json,
+    settled_variant,
+)
+from turbochain.runtime.errors import InputError
+
+TINY = "tiny"
+"""The name of the AutoencoderTiny that belongs to the checkpoint, as a VAE."""
+
+CLASSES = {"vae": ("AutoencoderTiny", "AutoencoderKL")}
+"""The components that another part may replace → the classes that it may have."""
+
+SCALE = 0.18215  # AutoencoderKL's scaling_factor if its config.json names none
+
+CheckRoom = Callable[[Family, Mapping[str, Any], Mapping[str, int], int], None]
+
+
+def fetch(source: Source, want: Want, parts: Mapping[str, str], check_room: CheckRoom | None = None) -> Checkpoint:
+    """Bring a checkpoint onto this disk with the `parts` (component → name) that replace its own, and check it.
+
+    `check_room(family, configs, counts, bytes to come)` is called before weights are downloaded or drawn, and at the
+    end; it may raise. Raises InputError if anything is missing, damaged or not supported.
+    """
+
+    def before_weights(folder: Path, counts: dict[str, int], coming: int) -> None:
+        replaced = _replacements(source, want, folder, parts)
+        checkpoint = Checkpoint(folder, want.variant, source.name, None, replaced)
+        check_configs(checkpoint)
+        counts = counts | {c: part.parameters() for c, part in replaced.items()}
+        if missing := [c for c in checkpoint.family.components if c not in counts]:
+            raise InputError(f"{source.name} has no safetensors weights of {', '.join(missing)}")
+        if check_room:
+            check_room(checkpoint.family, checkpoint.configs, counts, coming)
+
+    fetched = source.fetch(replace(want, skip=tuple(parts), before_weights=before_weights))
+    replaced = _replacements(source, want, fetched.folder, parts)
+    checkpoint = open_folder(fetched.folder, fetched.variant, source.name, fetched.commit, replaced)
+    if check_room:
+        counts = {c: checkpoint.parameters(c) for c in checkpoint.family.components}
+        check_room(checkpoint.family, checkpoint.configs, counts, 0)
+    return checkpoint
+
+
+def _replacements(source: Source, want: Want, folder: Path, parts: Mapping[str, str]) -> dict[str, Part]:
+    """Return component → the part `parts` names for the checkpoint in `folder`, fetched."""
+    found = {}
+    for component, name in parts.items():
+        other = _tiny(source, folder) if name == TINY else find(name, component)
+        fetched = other.fetch(Want(want.root, part=component))
+        kind = read_json(fetched.folder / "config.json").get("_class_name")
+        if kind not in CLASSES[component]:
+            expected = " or ".join(CLASSES[component])
+            raise InputError(f"--{component} {name}: its config.json is of {kind}, and {expected} was expected")
+        variant = settled_variant([fetched.folder], want.variant)
+        found[component] = Part(fetched.folder, fetched.folder, other.name, fetched.commit, variant)
+    return found
+
+
+def _tiny(source: Source, folder: Path) -> Source:
+    """Return the source of the tiny VAE; InputError if it decodes other latents than this model's."""
+    family = Checkpoint(folder).family
+    found = read_json(folder / "vae" / "config.json").get("scaling_factor", SCALE)
+    if found != family.latents_scale:
+        raise InputError(
+            f"--vae tiny: {family.tiny_vae} decodes latents whose scaling_factor is {family.latents_scale}, and "
+            f"the VAE of {folder} has {found}: they mean something else; give --vae the folder of one for it"
+        )
+    return source.tiny_vae or find(family.tiny_vae, "vae")

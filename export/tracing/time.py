@@ -1,0 +1,65 @@
+"""Compute what a UNet makes of the timestep alone: columns of a table, so that no picture pays for it."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from turbochain.export.tracing.modules import pooled_width, timed_resnets
+
+Columns = dict[str, torch.Tensor]
+
+
+def _projections(unet: Any, timesteps: torch.Tensor) -> Columns:
+    """Return `time_projections` [T, 1, ΣC] fp32: what each ResNet adds of the time, in the order of `timed_resnets`.
+
+    And `activated_time_embedding` [T, D], which those projections read: an adapter that changes a projection needs it.
+    """
+    act = unet.time_embed_act or nn.Identity()
+    embedding = act(unet.time_embedding(unet.time_proj(timesteps)))
+    resnets = timed_resnets(unet)
+    activated = [embedding if r.skip_time_act else r.nonlinearity(embedding) for r in resnets]
+    made = [r.time_emb_proj(a) for r, a in zip(resnets, activated, strict=True)]
+    return {"time_projections": torch.cat(made, dim=-1).unsqueeze(1), "activated_time_embedding": activated[0]}
+
+
+def _embeds(unet: Any, timesteps: torch.Tensor) -> Columns:
+    """Return `time_embeds` [T, 1, D] fp32: the UNet's time embedding, without that of the pooled embeds."""
+    return {"time_embeds": unet.time_embedding(unet.time_proj(timesteps)).unsqueeze(1)}
+
+
+COLUMNS: dict[str, Callable[[Any, torch.Tensor], Columns]] = {"time_projections": _projections, "time_embeds": _embeds}
+"""Column → function of diffusers' UNet, in fp32, and the timesteps [T] fp32, that returns it and what belongs to it."""
+
+
+def _time_ids_embeds(unet: Any, time_ids: tuple[int, ...]) -> torch.Tensor:
+    """Return the part of `add_embedding.linear_1` for these time ids [1, D] fp32, bias included; summed in fp64.
+
+    `time_ids` [6]: original height, width, crop top, left, target height, width, in pixels.
+    """
+    first, split = unet.add_embedding.linear_1, pooled_width(unet)
+    read = unet.add_time_proj(torch.tensor(time_ids)).flatten().double()
+    constant = first.bias.double() + first.weight[:, split:].double() @ read
+    return constant.float().unsqueeze(0)
+
+
+CONSTANTS: dict[str, Callable[..., torch.Tensor]] = {"time_ids_embeds": _time_ids_embeds}
+"""Column that is the same in every row → function of diffusers' UNet, in fp32, and the family's arguments."""
+
+
+def watch(stack: ExitStack, unet: Any, column: str, see: Callable[[torch.Tensor], None]) -> None:
+    """Call `see` with a column's row [1, …] whenever diffusers' own UNet has computed it, until `stack` is closed."""
+    parts = [r.time_emb_proj for r in timed_resnets(unet)] if column == "time_projections" else [unet.time_embedding]
+    made: dict[int, torch.Tensor] = {}  # by the part's place, for they do not run in the order of the modules
+
+    def after(place: int, _: Any, __: Any, output: torch.Tensor) -> None:
+        made[place] = output[:1]
+        if len(made) == len(parts):
+            see(torch.cat([made[i] for i in range(len(parts))], dim=-1))
+            made.clear()
+
+    for place, part in enumerate(parts):
+        stack.callback(part.register_forward_hook(partial(after, place)).remove)

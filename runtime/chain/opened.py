@@ -1,0 +1,142 @@
+"""A chain of a bundle, opened: its tensors, graphs, files and tables in one place."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from turbochain.runtime.bundle.manifest import Chain, Graph, TableEntry, Tensor, TokenizerFile
+from turbochain.runtime.chain import tables, wiring
+from turbochain.runtime.chain.plan import Plan, plan
+from turbochain.runtime.chain.tables import Table
+from turbochain.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from turbochain.runtime.bundle.opened import Bundle
+
+TABLE_COLUMNS = ("m", "v", "w", "input_scale")
+"""The columns that every table has itself; others depend on the timestep or the chain alone."""
+
+
+@dataclass(frozen=True)
+class OpenChain:
+    """A chain whose wiring is sound; `Bundle.open_chain` makes one."""
+
+    bundle: "Bundle"
+    name: str
+
+    @property
+    def chain(self) -> Chain:
+        """Return the manifest's entry."""
+        return self.bundle.manifest.chains[self.name]
+
+    @cached_property
+    def graphs(self) -> dict[str, Graph]:
+        """Return the manifest's entry of every graph, in the order in which they first run."""
+        return {name: self.bundle.manifest.graphs[name] for name in self.chain.graphs}
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor by its name in the chain."""
+        return wiring.tensors(self.chain, self.graphs)
+
+    @property
+    def batch(self) -> int:
+        """Return the number of pictures per pass."""
+        return self.chain.batch
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return height and width of a picture in pixels."""
+        height, width = self.chain.size
+        return height, width
+
+    @cached_property
+    def steps(self) -> list[int]:
+        """Return the step counts that there are tables for, ascending."""
+        return sorted({entry.steps for entry in self.chain.tables.values() if not entry.begin})
+
+    def feeds(self, kind: str) -> list[str]:
+        """Return the names of the feeds of a kind (see `FEEDS` in the manifest)."""
+        return [name for name, feed in self.chain.feeds.items() if feed.is_ == kind]
+
+    @cached_property
+    def tokenizers(self) -> dict[str, TokenizerFile]:
+        """Return the tokenizer of each feed of ids."""
+        return {name: self.bundle.manifest.tokenizers[name] for name in self.feeds("ids")}
+
+    @cached_property
+    def prompt_outputs(self) -> tuple[str, ...]:
+        """Return what the stages of the prompt make, in every mode."""
+        stages = (s for s in self.chain.stages if s.when == "prompt")
+        return tuple(dict.fromkeys(t.name for s in stages for t in wiring.outputs(s, self.graphs)))
+
+    @property
+    def files(self) -> list[str]:
+        """Return every file of the bundle that a call reads: graphs, tokenizers, tables."""
+        graphs = [file for graph in self.graphs.values() for file in graph.files]
+        return [*dict.fromkeys(graphs), *(t.file for t in self.tokenizers.values()), self.chain.tables_file]
+
+    def digests(self) -> dict[str, str]:
+        """Return the digest of every graph's files."""
+        return {name: self.bundle.graph_digest(name) for name in self.graphs}
+
+    def weight_bytes(self) -> int:
+        """Return the size on disk of the graphs' external data, each file counted once."""
+        return sum(self.bundle.manifest.files[f].size for f in {f for g in self.graphs.values() for f in g.data})
+
+    def entry(self, steps: object) -> tuple[str, TableEntry]:
+        """Return the name and entry of the table for `steps` steps; InputError if the bundle has none."""
+        if not isinstance(steps, bool) and isinstance(steps, int | np.integer):
+            for name, entry in self.chain.tables.items():
+                if entry.steps == steps and not entry.begin:
+                    return name, entry
+        choices = ", ".join(map(str, self.steps))
+        raise InputError(f"num_inference_steps={steps!r}: this bundle has tables for {choices} steps")
+
+    @cached_property
+    def tables(self) -> dict[str, Table]:
+        """Read every table by its name in the file, which is hashed first; BundleError if one is not as it should
+        be."""
+        self.bundle.check_files([self.chain.tables_file])
+        columns = {n: self.tensors[n] for n in self.feeds("column") if n not in TABLE_COLUMNS}
+        return tables.read(self.bundle.path / self.chain.tables_file, self.chain, columns)
+
+    def table(self, steps: object) -> Table:
+        """Return the table for `steps` steps; raises InputError if the bundle has none, BundleError if it is
+        damaged."""
+        return self.tables[self.entry(steps)[0]]
+
+    def columns(self, steps: object) -> dict[str, np.ndarray]:
+        """Return the constants of a call, name → [rows, *shape] fp32, of those of the whole call [1, *shape]."""
+        table = self.table(steps)
+        return {name: table.column(name).reshape(-1, *self.tensors[name].shape) for name in self.feeds("column")}
+
+    def plan(self, steps: int, **more: object) -> Plan:
+        """Return the plan of a call of `steps` steps; `more` as in `plan.plan`."""
+        name, entry = self.entry(steps)
+        return plan(self.chain, self.graphs, entry.rows, table=f"{self.name}/{name}", **more)
+
+    def problems(self) -> list[str]:
+        """Return what the chain, its wiring being sound, does not agree with its tensors and tokenizers about."""
+        return [f"chain {self.name}: {problem}" for problem in self._problems()]
+
+    def _problems(self) -> list[str]:
+        chain, output = self.chain, self.tensors[self.chain.output]
+        found = [] if chain.tables else ["there is no table"]
+        if output.dtype != "uint8" or output.shape != (chain.batch, *chain.size, 3):
+            expected = f"uint8 {[chain.batch, *chain.size, 3]}"
+            found.append(f"the output {output.name} is {output.dtype} {list(output.shape)}, and not {expected}")
+        for name in self.feeds("ids"):
+            tokenizer = self.bundle.manifest.tokenizers.get(name)
+            if tokenizer is None or tokenizer.max_length != self.tensors[name].shape[-1]:
+                gives = f"gives {tokenizer.max_length} ids" if tokenizer else "is missing"
+                found.append(f"the tokenizer for {name} {gives}, which is not what the chain reads")
+        found += [f"the draw {d.name} has no such tensor" for d in chain.draws if d.name not in self.tensors]
+        drawn = {d.name for d in chain.draws if not d.discarded}
+        if drawn != set(self.feeds("noise")):
+            found.append(f"it draws {sorted(drawn)}, and its noise is {sorted(self.feeds('noise'))}")
+        if (chain.K > 1) != bool(self.feeds("history")):
+            found.append(f"K is {chain.K}, and its history is {self.feeds('history')}")
+        return found

@@ -1,0 +1,58 @@
+"""What a stage was fed and made in a recorded case, row by row."""
+
+from functools import cached_property
+
+import numpy as np
+
+from turbochain.runtime.chain import wiring
+from turbochain.runtime.chain.opened import OpenChain
+from turbochain.runtime.chain.tables import Table
+from turbochain.runtime.checks.reference import Case
+
+
+class Recorded:
+    """A case beside the chain that it was recorded for."""
+
+    def __init__(self, chain: OpenChain, case: Case) -> None:
+        """Read the case's table."""
+        self.chain, self.case, self.tensors = chain, case, case.tensors
+        self.table: Table = chain.table(case.steps)
+        self.columns = chain.columns(case.steps)
+
+    @cached_property
+    def _per_step(self) -> set[str]:
+        """Return the names of what differs from row to row."""
+        chain = self.chain.chain
+        made = {t.name for s in chain.stages if s.when == "step" for t in wiring.outputs(s, self.chain.graphs)}
+        return made | {name for name, feed in chain.feeds.items() if feed.when == "step"} | {*chain.carry.values()}
+
+    def value(self, name: str, row: int) -> np.ndarray:
+        """Return what was fed or made under this name in a row: of the recording, the table, or the walk along it."""
+        if name in self.columns:
+            column = self.columns[name]
+            return column[row if len(column) > 1 else 0]
+        feed = self.chain.chain.feeds.get(name)
+        if feed is not None and feed.is_ == "history":
+            return self._history(row)
+        if name not in self.tensors:
+            tensor = self.chain.tensors[name]
+            return np.zeros(tensor.shape, tensor.dtype)
+        return self.tensors[name][row] if name in self._per_step else self.tensors[name]
+
+    def _history(self, row: int) -> np.ndarray:
+        """Return the K − 1 tensors besides the latents that a row begins with, fp32."""
+        shape = (self.table.K - 1, *self.tensors["latents"].shape[1:])
+        return self.walked[row - 1, 1:].astype(np.float32) if row else np.zeros(shape, np.float32)
+
+    @cached_property
+    def walked(self) -> np.ndarray:
+        """Walk along the table in fp64 on what diffusers' scheduler was fed: the state after each row [rows, K, …]."""
+        latents, prediction, noise = (self.tensors[k].astype(np.float64) for k in ("latents", "prediction", "noise"))
+        state = np.zeros((self.table.K, *latents.shape[1:]))
+        states = []
+        for row in range(self.table.rows):
+            state[0] = latents[row]
+            m, v, w = (a[row].astype(np.float64) for a in (self.table.m, self.table.v, self.table.w))
+            state = np.tensordot(m, state, 1) + np.multiply.outer(v, prediction[row]) + np.multiply.outer(w, noise[row])
+            states.append(state)
+        return np.array(states)

@@ -1,0 +1,79 @@
+"""Make what a chain is fed in one call: token ids, noise, constants, and what the caller gives."""
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from turbochain.runtime.chain.opened import OpenChain
+from turbochain.runtime.inputs.noise import Generator, draw_run
+from turbochain.runtime.inputs.tokenizer import Tokenizer
+from turbochain.runtime.request import Request
+
+log = logging.getLogger("turbochain")
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Feeds:
+    """The feeds of one chain, whose files have been hashed. Safe from several threads."""
+
+    def __init__(self, chain: OpenChain) -> None:
+        """Read the tokenizers."""
+        folder = chain.bundle.path
+        self.chain = chain
+        self.tokenizers = {
+            name: Tokenizer(folder / t.file, max_length=t.max_length, pad_token=t.pad_token, pad_id=t.pad_id)
+            for name, t in chain.tokenizers.items()
+        }
+        self._constants: dict[int, dict[str, np.ndarray]] = {}
+        self._local = threading.local()
+
+    def of_request(self, request: Request) -> dict[str, np.ndarray]:
+        """Return what differs from picture to picture, for all N of them: [N, …], for every step [rows, N, …]."""
+        chain, count = self.chain, len(request.prompts)
+        first = self._first_generator()
+        generators = [first.manual_seed(s) if i == 0 else Generator(s) for i, s in enumerate(request.seeds)]
+        given = {chain.chain.draws[0].name: request.latents.value} if request.latents else {}
+        noise = draw_run(chain, chain.table(request.steps), generators, count, given=given)
+        ids = {name: tokenizer.encode(request.prompts) for name, tokenizer in self.tokenizers.items()}
+        return {**ids, **noise, **{name: array.value for name, array in request.inputs}}
+
+    def rows(self, feeds: Arrays, rows: list[int]) -> dict[str, np.ndarray]:
+        """Return the feeds of some of all N pictures."""
+
+        def take(name: str, value: np.ndarray) -> np.ndarray:
+            feed = self.chain.chain.feeds[name]
+            if feed.is_ == "number":
+                return value
+            return value[:, rows] if feed.when == "step" else value[rows]
+
+        return {name: take(name, value) for name, value in feeds.items()}
+
+    def constants(self, steps: int) -> dict[str, np.ndarray]:
+        """Return what is the same in every call: the table's columns, and zeros for history at its beginning."""
+        if steps not in self._constants:
+            zeros = {name: self.zeros(name) for kind in ("history", "zeros") for name in self.chain.feeds(kind)}
+            self._constants[steps] = self.chain.columns(steps) | zeros
+        return self._constants[steps]
+
+    def zeros(self, name: str) -> np.ndarray:
+        """Return zeros of a feed's shape and dtype."""
+        tensor = self.chain.tensors[name]
+        return np.zeros(tensor.shape, tensor.dtype)
+
+    def warn_of_truncation(self, prompts: Sequence[str]) -> None:
+        """Say which part of a prompt does not reach the model, as diffusers does."""
+        for prompt in dict.fromkeys(prompts):
+            # Two tokenizers of one checkpoint have the same vocabulary: one warning is enough.
+            dropped, limit = next(((t.dropped(prompt), t.max_length) for t in self.tokenizers.values()), ("", 0))
+            if dropped:
+                log.warning("the prompt is over %d tokens long; this part of it was dropped: %s", limit, dropped)
+
+    def _first_generator(self) -> Generator:
+        """Return one that each thread keeps: making one takes as long as drawing a picture's noise."""
+        generator: Generator | None = getattr(self._local, "generator", None)
+        if generator is None:
+            generator = self._local.generator = Generator(0)
+        return generator

@@ -1,0 +1,99 @@
+"""`find`: a name is of one kind of source, which is found without torch; what is of none is refused with the kinds."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from turbochain.export.sources import find, known
+from turbochain.export.sources.kinds.demo import FOLDER
+from turbochain.export.sources.presets import PRESETS
+from turbochain.runtime import InputError
+
+KINDS = "neither a folder here, nor a hub id (owner/name), nor demo, nor synthetic:NAME"
+
+
+def kind(name: str) -> str:
+    return type(find(name)).__name__
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("owner/name", True), ("stabilityai/sd-turbo", True), ("a.b/c_d-1", True)]
+    + [(text, False) for text in ("name", "a/b/c", "/a", "a/", "./a b", "", "a/b\n")],
+)
+def test_what_looks_like_a_hub_id(text: str, expected: bool) -> None:
+    if expected:
+        assert kind(text) == "Hub" and find(text).name == text and find(text).stamp is None
+        return
+    with pytest.raises(InputError) as caught:
+        find(text)
+    assert str(caught.value) == f"{text} is {KINDS}"
+
+
+def test_a_folder_is_told_by_its_name_and_stamped_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    (folder / "a").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    found = find("owner/name")  # it exists here, so it is no hub id
+    assert kind("owner/name") == "Folder" and (found.name, found.stamp) == ("name", find(str(folder)).stamp)
+    stamps = {found.stamp}
+    for change in (
+        lambda: (folder / "b").write_text("x"),
+        lambda: (folder / "a").write_text("xy"),
+        lambda: os.utime(folder / "b", (1, 1)),
+        lambda: (folder / "b").rename(folder / "c"),
+    ):
+        change()
+        stamps.add(find("owner/name").stamp)
+    assert len(stamps) == 5 and not any(str(tmp_path) in (stamp or "") for stamp in stamps)
+
+
+def test_demo_is_a_name_and_its_folder_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert (find("demo").name, find("demo").stamp) == ("demo", find(str(FOLDER)).stamp)
+    assert find("./demo").stamp == ""
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_synthetic(name: str) -> None:
+    found = find(f"synthetic:{name}")
+    assert kind(f"synthetic:{name}") == "Synthetic" and (found.name, found.stamp) == (f"synthetic:{name}", None)
+
+
+def test_an_unknown_preset() -> None:
+    with pytest.raises(InputError, match=f"no synthetic checkpoint 'x'; expected one of {', '.join(PRESETS)}"):
+        find("synthetic:x")
+
+
+def test_a_single_file_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "sd.safetensors").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"is a file; a folder .* was expected: .*from_single_file\(\.\.\.\)"):
+        find(str(tmp_path / "sd.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["demo", "synthetic:sd-turbo-mini", "nothing"])
+def test_what_no_part_comes_from(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        find(name, "vae")
+    assert str(caught.value) == f"--vae {name} is neither tiny, nor a folder here, nor a hub id (owner/name)"
+
+
+def test_every_module_of_kinds_is_one() -> None:
+    modules = {path.stem for path in Path(FOLDER.parent, "sources", "kinds").glob("*.py")} - {"__init__"}
+    assert len(known()) == len(modules) >= 5
+
+
+def test_finding_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from turbochain.export.sources import find\n"
+        "for name in ('demo', 'synthetic:sd-turbo', 'a/b', '.'): find(name).stamp\n"
+        "print(*{'torch', 'diffusers', 'transformers', 'huggingface_hub', 'safetensors'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert (done.stdout, done.returncode) == ("\n", 0), done
