@@ -15,46 +15,23 @@ if TYPE_CHECKING:
 
 
 def checkpoint(source: str, folder: Path) -> "Checkpoint":
-    """Return a source as a checkpoint on disk; a synthetic one is written into `folder` once.
+    """Return a source as a checkpoint on disk; a synthetic one is written into `folder` once. Raises InputError."""
+    from turbochain.export.sources import Want, find, parts
 
-    Raises InputError if `source` is none.
-    """
-    from turbochain.export.sources import hub, synthetic
-    from turbochain.export.sources.checkpoint import KINDS, SYNTHETIC, is_hub_id, local, open_folder
-    from turbochain.runtime.errors import InputError
-
-    if source.startswith(SYNTHETIC):
-        name = source.removeprefix(SYNTHETIC)
-        path, partial = folder / name, folder / f"{name}.partial"
-        if not path.exists():
-            synthetic.write_checkpoint(name, partial)
-            partial.rename(path)
-        return open_folder(path, None)
-    if local(source).is_dir():
-        return open_folder(local(source).resolve(), None)
-    if not is_hub_id(source):
-        raise InputError(f"{source} is {KINDS}")
-    found, _ = hub.fetch(source, None, None, lambda done, total: None, lambda *_: None)
-    return open_folder(found, None)
+    return parts.fetch(find(source), Want(folder), {})
 
 
 def with_vae(own: "Checkpoint", source: str, vae: str, folder: Path) -> "Checkpoint":
     """Return a checkpoint like `own` with another VAE, made of links; for a synthetic one "tiny" has random weights."""
-    from turbochain.export.sources import synthetic
-    from turbochain.export.sources.checkpoint import SYNTHETIC, Checkpoint, open_folder
-    from turbochain.export.sources.other_vae import TINY, find
+    from turbochain.export.sources import Want, find, parts
+    from turbochain.export.sources.checkpoint import open_folder
 
-    if vae == TINY and source.startswith(SYNTHETIC):
-        found = folder / f"{own.folder.name}-{TINY}-vae"
-        synthetic.write_tiny_vae(source.removeprefix(SYNTHETIC), found)
-    else:
-        found = find(own.folder, vae) or own.part("vae")
-    made = Checkpoint(own.folder, own.variant, found)
+    made = parts.fetch(find(source), Want(folder), {"vae": vae})
     linked = folder / f"{own.folder.name}-{re.sub('[^a-z0-9]+', '-', vae.lower())}"
     linked.mkdir(exist_ok=True)
-    for name in (*made.family.components, *made.family.tokenizers.values(), "scheduler"):
+    for name, part in made.parts.items():
         (linked / name).unlink(missing_ok=True)
-        (linked / name).symlink_to(made.part(name).resolve())
+        (linked / name).symlink_to(part.folder.resolve())
     (linked / "model_index.json").write_text(json.dumps(made.index))
     return open_folder(linked, own.variant)
 
@@ -96,24 +73,24 @@ def step_counts(bundle: Path) -> list[int]:
     """Return the step counts that a bundle has tables for, ascending."""
     from turbochain.runtime import Bundle
 
-    return Bundle.open(bundle).steps
+    return Bundle.open(bundle).open_chain().steps
 
 
 def stages(bundle: Path, steps: int) -> list[Stage]:
     """Return the stages of a text-to-image call of `steps` steps."""
     from turbochain.runtime import Bundle
 
-    opened = Bundle.open(bundle)
-    chain = opened.chain
+    chain = Bundle.open(bundle).open_chain()
+    _, table = chain.entry(steps)
     return [
         Stage(
-            name=name,
-            file=bundle / opened.manifest.graphs[name].file,
-            launches=steps if name in chain.loop else 1,
-            of_prompt=name in chain.before,
+            name=stage.graph,
+            file=bundle / chain.graphs[stage.graph].file,
+            launches=table.rows if stage.when == "step" else 1,
+            of_prompt=stage.when == "prompt",
         )
-        for name in chain.graphs
-        if name not in chain.once
+        for stage in chain.chain.stages
+        if stage.runs(())
     ]
 
 
@@ -128,10 +105,10 @@ class Drawer:
         self._mode = mode
         self._on_gpu = self._pipe.device.kind != "cpu"
         self.stages: dict[str, list[float]] = {}
-        key = self._pipe.bundle.engines()[engine]
-        graphs = self._pipe.bundle.manifest.graphs
-        computed = precisions(key.key.backend, key.options, graphs)
-        self.precision = {graphs[s.name].role: computed[s.name] for s in stages(Path(bundle), 1)}
+        made = self._pipe.bundle.engines()[engine]
+        graphs = self._pipe.bundle.open_chain().graphs
+        computed = precisions(made.key.backend, made.options, graphs)
+        self.precision = {graph.role: computed[name] for name, graph in graphs.items() if graph.component}
 
     def draw(self, prompts: list[str], seed: int, steps: int) -> Any:
         """Return pictures [B, H, W, 3] uint8; see contenders.Contender for the modes."""
@@ -139,16 +116,18 @@ class Drawer:
             self._pipe.prompt_cache.clear()
         self.stages = {}
         # On a GPU, observed stages are launched one by one instead of as one CUDA graph.
-        self._pipe.observe = self._note if self._mode == "stages" or not self._on_gpu else None
-        return self._pipe(prompts, seed=seed, num_inference_steps=steps, output_type="uint8").images
+        observe = self._note if self._mode == "stages" or not self._on_gpu else None
+        given = {"num_inference_steps": steps, "output_type": "uint8", "observe": observe}
+        self._output = self._pipe(prompts, seed=seed, **given)
+        return self._output.images
 
     def _note(self, graph: str, seconds: float) -> None:
         self.stages.setdefault(graph, []).append(seconds)
 
     def gpu_seconds(self) -> float | None:
         """Return how long the GPU worked for the last call; None on a CPU."""
-        return self._pipe.busy_seconds if self._on_gpu else None
+        return self._output.device_seconds if self._on_gpu else None
 
     def remark(self) -> str | None:
-        """Return why the chain is not one CUDA graph; None if it is, and on a CPU."""
-        return self._pipe.uncaptured and f"not one CUDA graph: {self._pipe.uncaptured}"
+        """Return why the last call was not one CUDA graph; None if it was, and on a CPU."""
+        return self._output.uncaptured and f"not one CUDA graph: {self._output.uncaptured}"
