@@ -143,6 +143,8 @@ class Kept:
             seed=SEED,
             runs=(machine.run(settings.device, commit),),
         )
+        if self.before:
+            result.check_alike(self.before, self.mine)  # before anything is measured
 
     def add(self, row: Row) -> None:
         """Write the file with one more row."""

@@ -50,7 +50,7 @@ pipe = Pipeline.load(sys.argv[1])
 seconds = time.perf_counter() - start
 loading = False
 watcher.join()
-weights = pipe.bundle.weight_bytes()
+weights = pipe.bundle.open_chain().weight_bytes()
 print(json.dumps({"seconds": seconds, "weight_bytes": weights, "peak_rss_anon_bytes": peak}))
 """
 
@@ -97,7 +97,7 @@ def build_row(bundle: Path, arguments: argparse.Namespace) -> Build:
     }
     return Build(
         precision=arguments.precision,
-        build={**built, "bundle": bundle.name},
+        build={**built, "bundle": bundle.name, "checks": [check for of in built["checks"].values() for check in of]},
         bench={steps: {**of, "bundle": bundle.name} for steps, of in timed.items()},
         import_seconds=imported["seconds"],
         import_rss_bytes=imported["resident_bytes"],

@@ -81,8 +81,7 @@ class Bar:
 
 
 def _contenders(results: Result, shape: tuple[int, int], contestants: Mapping[str, Figures]) -> list[Bar]:
-    """Return a bar for each contender, from the least to p90; hatched: a wrong picture; black: the floor of that
-    precision."""
+    """Return a bar for each contender, with the least and p90, its precision's floor, and hatched if it is wrong."""
     floors = {f.precision: 1e-3 * f.ms for f in results.floors if (f.batch, f.steps) == shape}
     bars = []
     for name, of in contestants.items():

@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 
 
 def checkpoint(source: str, folder: Path) -> "Checkpoint":
-    """Return a source as a checkpoint on disk; a synthetic one is written into `folder` once.
-
-    Raises InputError if `source` is none.
-    """
+    """Return a source as a checkpoint on disk; a synthetic one is written into `folder` once. Raises InputError."""
     from turbochain.export.sources import Want, find, parts
 
     return parts.fetch(find(source), Want(folder), {})
@@ -76,24 +73,24 @@ def step_counts(bundle: Path) -> list[int]:
     """Return the step counts that a bundle has tables for, ascending."""
     from turbochain.runtime import Bundle
 
-    return Bundle.open(bundle).steps
+    return Bundle.open(bundle).open_chain().steps
 
 
 def stages(bundle: Path, steps: int) -> list[Stage]:
     """Return the stages of a text-to-image call of `steps` steps."""
     from turbochain.runtime import Bundle
 
-    opened = Bundle.open(bundle)
-    chain = opened.chain
+    chain = Bundle.open(bundle).open_chain()
+    _, table = chain.entry(steps)
     return [
         Stage(
-            name=name,
-            file=bundle / opened.manifest.graphs[name].file,
-            launches=steps if name in chain.loop else 1,
-            of_prompt=name in chain.before,
+            name=stage.graph,
+            file=bundle / chain.graphs[stage.graph].file,
+            launches=table.rows if stage.when == "step" else 1,
+            of_prompt=stage.when == "prompt",
         )
-        for name in chain.graphs
-        if name not in chain.once
+        for stage in chain.chain.stages
+        if stage.runs(())
     ]
 
 
@@ -108,10 +105,10 @@ class Drawer:
         self._mode = mode
         self._on_gpu = self._pipe.device.kind != "cpu"
         self.stages: dict[str, list[float]] = {}
-        key = self._pipe.bundle.engines()[engine]
-        graphs = self._pipe.bundle.manifest.graphs
-        computed = precisions(key.key.backend, key.options, graphs)
-        self.precision = {graphs[s.name].role: computed[s.name] for s in stages(Path(bundle), 1)}
+        made = self._pipe.bundle.engines()[engine]
+        graphs = self._pipe.bundle.open_chain().graphs
+        computed = precisions(made.key.backend, made.options, graphs)
+        self.precision = {graph.role: computed[name] for name, graph in graphs.items() if graph.component}
 
     def draw(self, prompts: list[str], seed: int, steps: int) -> Any:
         """Return pictures [B, H, W, 3] uint8; see contenders.Contender for the modes."""
@@ -119,16 +116,18 @@ class Drawer:
             self._pipe.prompt_cache.clear()
         self.stages = {}
         # On a GPU, observed stages are launched one by one instead of as one CUDA graph.
-        self._pipe.observe = self._note if self._mode == "stages" or not self._on_gpu else None
-        return self._pipe(prompts, seed=seed, num_inference_steps=steps, output_type="uint8").images
+        observe = self._note if self._mode == "stages" or not self._on_gpu else None
+        given = {"num_inference_steps": steps, "output_type": "uint8", "observe": observe}
+        self._output = self._pipe(prompts, seed=seed, **given)
+        return self._output.images
 
     def _note(self, graph: str, seconds: float) -> None:
         self.stages.setdefault(graph, []).append(seconds)
 
     def gpu_seconds(self) -> float | None:
         """Return how long the GPU worked for the last call; None on a CPU."""
-        return self._pipe.busy_seconds if self._on_gpu else None
+        return self._output.device_seconds if self._on_gpu else None
 
     def remark(self) -> str | None:
-        """Return why the chain is not one CUDA graph; None if it is, and on a CPU."""
-        return self._pipe.uncaptured and f"not one CUDA graph: {self._pipe.uncaptured}"
+        """Return why the last call was not one CUDA graph; None if it was, and on a CPU."""
+        return self._output.uncaptured and f"not one CUDA graph: {self._output.uncaptured}"

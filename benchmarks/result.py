@@ -111,10 +111,10 @@ def write(result: Result, path: Path) -> None:
 def merge(*results: Result) -> Result:
     """One result with the rows of all; a later row takes the place of an earlier one with the same key.
 
-    Raises InputError if they are of different sources, sizes, devices or kinds of machine.
+    Raises what `check_alike` raises.
     """
     for other in results[1:]:
-        _check_alike(results[0], other)
+        check_alike(results[0], other)
     runs: list[Run] = []
     rows: dict[str, dict[tuple[Any, ...], Row]] = {kind: {} for kind in KINDS}
     for result in results:
@@ -129,7 +129,8 @@ def merge(*results: Result) -> Result:
     return replace(results[0], runs=tuple(runs[i] for i in used), includes=dict(INCLUDES), **renumbered)
 
 
-def _check_alike(one: Result, other: Result) -> None:
+def check_alike(one: Result, other: Result) -> None:
+    """Raise InputError if two results are of different sources, sizes, devices or kinds of machine."""
     for name in ("source", "width", "height", "device", "prompt", "seed"):
         if getattr(one, name) != getattr(other, name):
             raise InputError(

@@ -24,8 +24,11 @@ from figures import spread
 from measure import say
 from rows import Tried
 from turbochain.engines.backends import openvino as builder
+from turbochain.engines.backends.contract import Task
 from turbochain.runtime import Bundle
 from turbochain.runtime.backends import openvino, openvino_model
+from turbochain.runtime.backends.contract import Opened
+from turbochain.runtime.bundle.manifest import Graph
 from turbochain.runtime.commands import console
 
 
@@ -63,26 +66,30 @@ def own_precision() -> str:
     return "bf16" if openvino.has_bf16() else "fp32"
 
 
-class Loaded(openvino.CpuExecutor):
+class Loaded(openvino.OpenVino):
     """One graph, loaded by the backend as a variant, with random inputs."""
 
     def __init__(self, bundle: Bundle, graph: str, variant: Variant, folder: Path) -> None:
         """`folder`: for OpenVINO's cache and the ranges of int8, whose measurement is not part of `load_seconds`."""
         self.variant, self.graph, self.cache = variant, graph, folder
+        self.ends = bundle.manifest.graphs[graph]
         self.rewrites = tuple(rewrite for rewrite in openvino_model.REWRITES if rewrite not in variant.without)
         precision = "fp32" if variant.exact else own_precision()
         options = {"inference_precision": precision, "vae_int8": variant.int8}
         device = openvino.device(None)
-        builder.compile(bundle, graph, folder, options, device, folder, lambda done, total: None)
+        builder.compile(Task(bundle, graph, folder, options, device, folder, lambda done, total: None))
+        super().__init__(Opened(bundle, folder, options, device))
         start = time.perf_counter()
-        super().__init__(bundle, folder, options, device=device, graphs=[graph])
+        loaded = self.load_graph(graph)
         self.load_seconds = time.perf_counter() - start
+        self.arrays = {t.name: np.zeros(t.shape, t.dtype) for t in (*self.ends.inputs, *self.ends.outputs)}
         random = np.random.default_rng(0)
-        for t in bundle.manifest.graphs[graph].inputs:
+        for t in self.ends.inputs:
             if t.dtype == "float32":
-                self.buffers[t.name][...] = random.standard_normal(t.shape)
+                self.arrays[t.name][...] = random.standard_normal(t.shape)
+        self.launch = loaded.bind(self.arrays)
 
-    def properties(self, graph: str, model: Any) -> dict[str, str]:
+    def properties(self, graph: Graph, model: Any) -> dict[str, str]:
         """Return the backend's properties with the variant's."""
         cache = {"CACHE_DIR": str(self.cache)} if self.variant.cached else {}
         return {**super().properties(graph, model), **dict(self.variant.properties), **cache}
@@ -90,13 +97,17 @@ class Loaded(openvino.CpuExecutor):
     def run(self) -> float:
         """Launch the graph once, and return the seconds."""
         start = time.perf_counter()
-        self._graphs[self.graph]()
+        self.launch()
         return time.perf_counter() - start
 
     def output(self) -> np.ndarray:
         """Return the first output of the last run, as float64."""
-        first = self.bundle.manifest.graphs[self.graph].outputs[0]
-        return self.buffers[first.name].astype(np.float64)
+        return self.arrays[self.ends.outputs[0].name].astype(np.float64)
+
+    def close(self) -> None:
+        """Give everything back."""
+        del self.launch
+        super().close()
 
 
 def compare(bundle: Bundle, graph: str, variants: Sequence[Variant], runs: int) -> list[Tried]:
@@ -161,7 +172,7 @@ def _variants(arguments: argparse.Namespace) -> None:
     for graph in arguments.graphs:
         say(f"{graph}: the backend's own")
         rows += compare(bundle, graph, _variants_of(bundle, graph), arguments.runs)
-    height, width = bundle.size
+    height, width = bundle.open_chain().size
     source = Path(bundle.manifest.checkpoint.source).name
     run = machine.run()
     found = result.Result(source, width, height, "cpu", None, None, runs=(run,), variants=tuple(rows))
