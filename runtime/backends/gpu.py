@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,7 +153,7 @@ class GpuExecutor(ABC):
         program = _Program(recording, addresses, {b: self._host(b, recording.tensors[b]) for b in crossing})
         self._fill(program, feeds)
         for _ in range(2):  # ONNX Runtime still allocates in the second run
-            self._walk(program)
+            self._walk(program, without=recording.kept)  # else a stream would be two pictures on
             cuda.synchronize(self.stream)
         try:
             program.graph = self.session.capture(self.stream, lambda: self._walk(program), self.check_captured)
@@ -232,9 +232,15 @@ class GpuExecutor(ABC):
         return timed
 
     def _walk(
-        self, program: _Program, timed: list[tuple[str, Any, Any]] | None = None, cancel: Cancel | None = None
+        self,
+        program: _Program,
+        timed: list[tuple[str, Any, Any]] | None = None,
+        cancel: Cancel | None = None,
+        without: Collection[str] = (),
     ) -> None:
-        """Put every action on the stream; with `timed`, no two launches at once, and events around each."""
+        """Put every action on the stream; with `timed`, no two launches at once, and events around each.
+
+        Nothing is copied into the buffers `without`."""
         at, host = program.addresses, program.host
         for action in program.recording.actions:
             match action:
@@ -242,6 +248,8 @@ class GpuExecutor(ABC):
                     cuda.copy(at[buffer], host[buffer].ctypes.data, host[buffer].nbytes, self.stream)
                 case ToHost(buffer):
                     cuda.copy(host[buffer].ctypes.data, at[buffer], host[buffer].nbytes, self.stream)
+                case OnDevice(_, target) if target in without:
+                    pass
                 case OnDevice(source, target):
                     cuda.copy(at[target], at[source], program.recording.tensors[source].nbytes, self.stream)
                 case Together(launches):

@@ -33,6 +33,9 @@ FEEDS = ("ids", "embeds", "noise", "image", "mask", "number", "column", "adapter
 SCALES = ("", "init_noise_sigma")
 """What unit noise can be multiplied by: nothing, or a number of the call's table."""
 
+TEXTS = ("", "negative_prompt")
+"""What a feed of ids is made of: the prompt, or another argument of the call."""
+
 REFERENCE = "reference.safetensors"
 """The file with what diffusers produced, in every bundle."""
 
@@ -105,6 +108,7 @@ class Feed:
     is_: str  # one of FEEDS
     when: str  # "call": once; "step": before every step; "held": only when it changes
     scale: str = ""  # of noise: the number of the table that unit noise is multiplied by
+    of: str = ""  # of ids: one of TEXTS
 
 
 @dataclass(frozen=True)

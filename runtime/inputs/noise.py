@@ -124,7 +124,7 @@ def draw_run(
             for row in np.flatnonzero(table.draws_noise):
                 made[step.name][row] = draw(generators, shape)
             continue
-        if step.name in given:
+        if step.name in given and not step.discarded:
             noise = given[step.name]
         elif step.per == "image" and images and len(generators) == 1:
             noise = np.concatenate([draw(generators, (images, *shape[1:]))] * (count // images))
