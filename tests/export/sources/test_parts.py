@@ -71,9 +71,7 @@ def test_it_is_diffusers_picture_with_that_vae(checkpoints: dict[str, Path], tin
     if openvino.has_bf16():
         made = build(str(bundle), backend="openvino", options={"inference_precision": "bf16"}, quiet=True)
         bounds = {c.stage: c.bound for c in made.checks["text-to-image"]}
-        assert bounds["vae_decoder"] == BOUNDS["bf16"][
-            "AutoencoderTiny"
-        ]["psnr"]
+        assert bounds["vae_decoder"] == BOUNDS["bf16"]["AutoencoderTiny"]["psnr"]
     with pytest.raises(InputError, match="vae is 'our-tiny' there and 'tiny' here"):
         build(str(bundle), bundle, vae="tiny", quiet=True, **ON)
     os.utime(vae / "diffusion_pytorch_model.safetensors", (1, 1))
