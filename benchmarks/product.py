@@ -60,8 +60,8 @@ def build(
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage of one call."""
+class Launches:
+    """The launches of one graph in a call."""
 
     name: str
     file: Path  # its ONNX graph
@@ -76,14 +76,14 @@ def step_counts(bundle: Path) -> list[int]:
     return Bundle.open(bundle).open_chain().steps
 
 
-def stages(bundle: Path, steps: int) -> list[Stage]:
+def stages(bundle: Path, steps: int) -> list[Launches]:
     """Return the stages of a text-to-image call of `steps` steps."""
     from turbochain.runtime import Bundle
 
     chain = Bundle.open(bundle).open_chain()
     _, table = chain.entry(steps)
     return [
-        Stage(
+        Launches(
             name=stage.graph,
             file=bundle / chain.graphs[stage.graph].file,
             launches=table.rows if stage.when == "step" else 1,

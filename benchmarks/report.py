@@ -14,6 +14,7 @@ from result import INCLUDES, Result
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "RESULTS.md", HERE.parent / "README.md"
 SCORES = HERE.parent / "tests/demo_model/metrics.json"
+BUILD, END_BUILD = "<!-- build cost: python benchmarks/report.py -->\n", "<!-- end of build cost -->"
 START, END = "<!-- headline: python benchmarks/report.py -->\n", "<!-- end of headline -->"
 HEADLINE = (
     ("synthetic-sd-turbo-512x512-cpu-avx512-bf16", "SD-Turbo", "openvino-bf16", "eager-bf16-channels-last"),
@@ -33,8 +34,11 @@ HEADLINE = (
 def main() -> None:
     """Write both files."""
     RESULTS.write_text(text())
-    before, rest = README.read_text().split(START)
-    README.write_text(before + START + headline() + END + rest.split(END)[1])
+    readme = README.read_text()
+    for start, block, end in ((START, headline(), END), (BUILD, build_cost(), END_BUILD)):
+        before, rest = readme.split(start)
+        readme = before + start + block + end + rest.split(end)[1]
+    README.write_text(readme)
 
 
 def headline(folder: Path = result.FOLDER) -> str:
@@ -51,6 +55,23 @@ def headline(folder: Path = result.FOLDER) -> str:
         wrong = f"; {pair.reason}" if pair.reason else ""
         rows.append([model, host, *seconds, tables.ratio(pair.ratio) + wrong])
     return tables.table(["512x512, 1 step", "machine", "turbochain", "diffusers", "faster by"], rows) + "\n"
+
+
+def build_cost(folder: Path = result.FOLDER) -> str:
+    """Return the table for README.md of what a build costs."""
+    rows = []
+    for found in (result.read(path) for path in sorted(folder.glob("*-build-*.json"))):
+        for one in found.builds:
+            phases, machine = one.build["phases"], found.runs[one.run].machine
+            peak = max(phases, key=lambda phase: phase["peak_bytes"])
+            rows.append([
+                f"{found.source.removeprefix('synthetic:')}, {one.precision}",
+                f"{sum(phase['seconds'] for phase in phases) / 60:.0f} min",
+                f"{peak['peak_bytes'] / tables.GiB:.1f} GiB ({peak['name']})",
+                f"{sum(one.build['engine_bytes'].values()) / tables.GiB:.1f} GiB",
+                f"{machine.cores} cores of {machine.cpu} ({machine.instruction_sets[-1]})",
+            ])  # fmt: skip
+    return tables.table(["a build", "time", "peak of memory", "weights on disk", "machine"], rows) + "\n"
 
 
 def text(folder: Path = result.FOLDER) -> str:

@@ -46,7 +46,7 @@ LONGEST_FIRST = (
     "test_build.py",
     "test_tensorrt.py",
     "test_backends.py",
-    "test_other_vae.py",
+    "test_parts.py",
     "test_verify.py",
     "test_light.py",
     "test_trace.py",

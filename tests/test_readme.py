@@ -16,6 +16,8 @@ def test_its_figures_are_those_of_the_results() -> None:
     block = README.split(report.START)[1].split(report.END)[0]
     assert block == report.headline()
     assert len(block.splitlines()) == 2 + 5
+    cost = README.split(report.BUILD)[1].split(report.END_BUILD)[0]
+    assert cost == report.build_cost() and len(cost.splitlines()) == 2 + 2
 
 
 def test_its_make_targets_exist() -> None:

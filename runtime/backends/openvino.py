@@ -1,4 +1,4 @@
-"""OpenVINO: reads the bundle's graphs directly, and computes in bf16 where the CPU can."""
+"""OpenVINO: reads the bundle's graphs directly, and computes in bf16 if the CPU can."""
 
 import ctypes
 import importlib

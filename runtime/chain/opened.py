@@ -1,12 +1,13 @@
 """A chain of a bundle, opened: its tensors, graphs, files and tables in one place."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from turbochain.runtime.bundle.manifest import Chain, Graph, TableEntry, Tensor, TokenizerFile
+from turbochain.runtime.bundle.manifest import Chain, Feed, Graph, TableEntry, Tensor, TokenizerFile
 from turbochain.runtime.chain import tables, wiring
 from turbochain.runtime.chain.plan import Plan, plan
 from turbochain.runtime.chain.tables import Table
@@ -65,6 +66,18 @@ class OpenChain:
     def tokenizers(self) -> dict[str, TokenizerFile]:
         """Return the tokenizer of each feed of ids."""
         return {name: self.bundle.manifest.tokenizers[name] for name in self.feeds("ids")}
+
+    @property
+    def first_noise(self) -> str | None:
+        """Return the noise that a caller may give instead: the first that is drawn for each picture of a call."""
+        feeds, draws = self.chain.feeds, (d for d in self.chain.draws if d.per == "picture" and not d.discarded)
+        return next((d.name for d in draws if d.name in feeds and feeds[d.name].when == "call"), None)
+
+    def read(self, modes: Collection[str] = ()) -> dict[str, Feed]:
+        """Return the feeds that a call with these modes reads, by name."""
+        stages = [s for s in self.chain.stages if s.runs(modes)]
+        wanted = {t.name for s in stages for t in wiring.inputs(s, self.graphs)}
+        return {n: feed for n, feed in wiring.fed(self.chain, self.graphs, modes).items() if n in wanted}
 
     @cached_property
     def prompt_outputs(self) -> tuple[str, ...]:
@@ -139,4 +152,10 @@ class OpenChain:
             found.append(f"it draws {sorted(drawn)}, and its noise is {sorted(self.feeds('noise'))}")
         if (chain.K > 1) != bool(self.feeds("history")):
             found.append(f"K is {chain.K}, and its history is {self.feeds('history')}")
+        rows = {"m": (chain.K, chain.K), "v": (chain.K,), "w": (chain.K,), "input_scale": (1,)}
+        wanted = {name: rows[name] for name in self.feeds("column") if name in rows}
+        wanted |= {name: (chain.K - 1, *self.tensors[name].shape[1:]) for name in self.feeds("history")}
+        for name, shape in wanted.items():
+            if (tensor := self.tensors[name]).shape != shape:
+                found.append(f"{name} is {list(tensor.shape)}, and K = {chain.K} makes it {list(shape)}")
         return found

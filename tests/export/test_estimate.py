@@ -6,7 +6,7 @@ import pytest
 
 import result
 from turbochain.export import estimate, families
-from turbochain.export.families import Shape
+from turbochain.export.families import Shape, common
 from turbochain.export.sources import presets, synthetic
 
 RESULTS = sorted(result.FOLDER.glob("*-build-cpu-*.json"))
@@ -24,7 +24,7 @@ def test_it_is_what_a_measured_build_took_or_a_little_more(path: Path) -> None:
         {name: dict(part.config.to_dict() if name.startswith("text") else part.config) for name, part in parts.items()},
         {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
         Shape(measured.width, measured.height, batch=1),
-        family.precisions(build.precision),
+        common.precisions(family, build.precision),
         fetched=0,
     )
     peaks = {phase["name"]: phase["peak_bytes"] for phase in build.build["phases"]}
@@ -41,7 +41,7 @@ def test_it_grows_with_the_picture() -> None:
     counts = dict.fromkeys(parts, 10**6)
     family = families.of("StableDiffusionPipeline")
     needs = [
-        estimate.needs(family, configs, counts, shape, family.precisions("fp32"), 0).memory["verify"]
+        estimate.needs(family, configs, counts, shape, common.precisions(family, "fp32"), 0).memory["verify"]
         for shape in (Shape(512, 512, 1), Shape(512, 512, 4), Shape(2048, 2048, 1), Shape(4096, 4096, 1))
     ]
     assert needs == sorted(needs) and needs[3] > 100 * 2**30  # attention alone has 512² · 512² scores

@@ -20,6 +20,8 @@ from typing import Any
 import onnx
 import pytest
 from conftest import FAMILIES, BundleFactory, command
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 
 from turbochain.engines import build, cli, options
 from turbochain.engines.backends import tensorrt
@@ -79,12 +81,15 @@ def check_graph(path: Path, graph: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_graph_is_built_and_every_attention_fused(family: str, bundle_of: BundleFactory) -> None:
+def test_every_graph_is_built_and_every_attention_fused(
+    family: str, bundle_of: BundleFactory, checkpoints: dict[str, Path]
+) -> None:
     bundle = Bundle.open(bundle_of(family, "fp16"))
     counts = {name: check_graph(bundle.path / graph.file, name) for name, graph in bundle.manifest.graphs.items()}
-    # The decoder's has one head. In the UNet two per layer of a block: one down, one in the middle, two up.
-    unet = {"sd": (8, 8), "sdxl": (16, 16)}[family]
-    assert counts["unet"] == unet and counts["vae_decoder"] == (1, 0) and counts["step"] == (0, 0)
+    theirs = UNet2DConditionModel.from_pretrained(checkpoints[family], subfolder="unet").modules()
+    attentions = sum(isinstance(module, Attention) for module in theirs)
+    assert counts["unet"] == (attentions, attentions) and attentions >= 8
+    assert counts["vae_decoder"] == (1, 0) and counts["step"] == (0, 0)  # the decoder's has one head
     assert all(total == fused > 0 for name, (total, fused) in counts.items() if name.startswith("text"))
 
 

@@ -30,7 +30,7 @@ from turbochain.runtime import Bundle
 from turbochain.runtime.backends.tensorrt import logger, trt
 from turbochain.runtime.bundle.hashing import digest
 
-LIMIT = 3 * 2**20  # so that the miniature's UNet takes several files
+LIMIT = 2**20  # so that the miniature's UNet takes several files
 SMALL, WIDE = Shape(SIZE[1], SIZE[0], 1), Shape(SIZE[1], 2 * SIZE[0], 1)
 
 
@@ -86,12 +86,13 @@ def hashes(folder: Path) -> Iterator[str]:
 
 
 def test_two_sizes_share_their_weights(two: tuple[Checkpoint, Path]) -> None:
-    _, folder = two
+    checkpoint, folder = two
     assert places(folder, "unet") == places(folder, "unet@wide")
     for graph in ("unet", "unet@wide"):
         arrays = [onnx.numpy_helper.to_array(t) for t in onnx.load(path_of(folder, graph)).graph.initializer]
         shared = sum(length for _, _, length in places(folder, graph))
-        assert shared >= 0.99 * sum(a.nbytes for a in arrays)
+        # SDXL's own constant is half a matrix, which is 0.06% in full size.
+        assert shared >= {"sd": 0.99, "sdxl": 0.98}[checkpoint.family.name] * sum(a.nbytes for a in arrays)
     on_disk = sum(p.stat().st_size for p in (folder / "graphs").iterdir() if p.name.startswith("unet@wide"))
     assert on_disk < 0.05 * sum(p.stat().st_size for p in (folder / "graphs").glob("unet.fp32-*.data"))
 
@@ -105,7 +106,7 @@ def test_each_weight_of_the_checkpoint_is_stored_once(two: tuple[Checkpoint, Pat
     ends = dict.fromkeys(files, 0)
     found = []
     for name, offset, length in read:
-        assert 0 <= offset - ends[name] < 4096 and offset % (4096 if length >= 2**20 else 64) == 0
+        assert 0 <= offset - ends[name] < 64 and offset % 64 == 0
         assert not any(files[name][ends[name] : offset])
         ends[name] = offset + length
         found.append(hashlib.sha256(files[name][offset : offset + length]).hexdigest())
@@ -228,6 +229,18 @@ def test_a_graph_is_made_with_its_own_remedy(checkpoints: dict[str, Path], tmp_p
             expected = (stored[parameter] * np.float32(place.get("factor", 1))).astype(np.float16)
             np.testing.assert_array_equal(held[place["initializer"]].reshape(expected.shape), expected, parameter)
     assert factors["plain"] == {1} and factors["halved"] >= {0.5, 1}
+
+
+def test_large_tensors_start_at_a_page_and_files_end_at_the_limit(tmp_path: Path) -> None:
+    files = weights.DataFiles(tmp_path, "x-{}.data", limit=5 * 2**20)
+    arrays = [np.full(size, i, np.uint8) for i, size in enumerate((2000, 2**21, 3000, 2**22, 2**23, 2**21))]
+    found = [files.place(array, weights.fingerprint(array)) for array in (*arrays, *arrays)]
+    assert found[:6] == found[6:]  # the second time nothing is written
+    assert [name for name, _ in found[:6]] == [f"x-{i}.data" for i in (0, 0, 0, 1, 2, 3)]  # one is over the limit alone
+    for (name, offset), array in zip(found, arrays, strict=False):
+        assert offset % (4096 if array.nbytes >= 2**20 else 64) == 0
+        np.testing.assert_array_equal(np.fromfile(tmp_path / name, np.uint8, array.nbytes, offset=offset), array)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < sum(a.nbytes for a in arrays) + 2 * 4096
 
 
 def test_a_parameter_is_told_by_its_values_not_by_its_memory() -> None:
