@@ -18,7 +18,7 @@ from typing import Any
 import onnx
 
 import product
-from product import Stage
+from product import Launches
 from rows import Ceilings, Floor, StageFloor
 from turbochain.runtime.commands import console
 from turbochain.runtime.errors import InputError
@@ -86,7 +86,7 @@ def seconds(work: Work, ceilings: Ceilings) -> float:
     return max(work.flops / ceilings.matrix, work.bytes / ceilings.copy)
 
 
-def of(stages: Sequence[Stage], ceilings: Ceilings, *, precision: str, batch: int, steps: int) -> Floor:
+def of(stages: Sequence[Launches], ceilings: Ceilings, *, precision: str, batch: int, steps: int) -> Floor:
     """Return the floor of a call: each stage's, the sum over the launches, and that sum without the text encoders."""
     floors = {}
     for stage in stages:

@@ -4,7 +4,8 @@ A file holds what one kind of machine measured of one source and picture size. E
 from (a command, with its commit, date, machine and versions).
 """
 
-from dataclasses import dataclass, field, replace
+import json
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def read(path: Path) -> Result:
 def write(result: Result, path: Path) -> None:
     """Write a results file, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, strict_json.write(result))
+    write_atomically(path, json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
 
 
 def merge(*results: Result) -> Result:

@@ -389,4 +389,5 @@ def test_the_inspector_compares_stage_by_stage(inspector: dict[str, Any], bundle
     _, *rows = inspector["comparison"](half, runner)
     assert [row[0] for row in rows] == list(half.open_chain().graphs)
     errors = {stage: float(error) for stage, _, error, _, _ in rows}
+    assert errors.pop("step") == 0  # fp32 in both bundles
     assert all(1e-5 < error < 1e-2 for error in errors.values()), errors
