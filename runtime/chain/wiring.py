@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations
 
-from turbochain.runtime.bundle.manifest import FEEDS, JUDGED, PLACES, SCALES, Chain, Graph, Stage, Tensor
+from turbochain.runtime.bundle.manifest import FEEDS, JUDGED, PER, PLACES, SCALES, Chain, Graph, Stage, Tensor
 
 Graphs = Mapping[str, Graph]
 WHEN = ("call", "step", "held")
@@ -62,6 +62,9 @@ def _vocabulary(chain: Chain, graphs: Graphs) -> Iterator[str]:
         for value, known in ((how.is_, FEEDS), (how.when, WHEN), (how.scale, SCALES)):
             if value not in known:
                 yield f"the feed {feed} has {value!r}, and one of {', '.join(known)} was expected"
+    for draw in chain.draws:
+        if draw.per not in PER:
+            yield f"the draw {draw.name} has {draw.per!r}, and one of {', '.join(PER)} was expected"
     read = {t.name for stage in chain.stages for t in inputs(stage, graphs)}
     for feed in sorted(chain.feeds.keys() - read):
         yield f"nothing reads the feed {feed}"
@@ -108,7 +111,8 @@ def _loop(chain: Chain, graphs: Graphs, stages: list[Stage]) -> Iterator[str]:
     read = {t.name: t for s in stages if s.when == "step" for t in inputs(s, graphs)}
     before = {t.name for s in stages if s.when in ("prompt", "image") for t in outputs(s, graphs)}
     starts = before | {name for name, feed in chain.feeds.items() if feed.when == "call"}
-    held = {name for name, feed in chain.feeds.items() if feed.when == "held"}
+    every = tensors(chain, graphs)
+    held = {name for name, feed in chain.feeds.items() if feed.when == "held" and name in every}
     if not chain.carry:
         yield "the chain carries nothing from one step to the next"
     for source, target in chain.carry.items():
@@ -119,3 +123,5 @@ def _loop(chain: Chain, graphs: Graphs, stages: list[Stage]) -> Iterator[str]:
     for source, target in chain.keep.items():
         if source not in made or target not in held:
             yield f"keep {source} → {target} does not join something that is made and a held feed"
+        elif (made[source].dtype, made[source].shape) != (every[target].dtype, every[target].shape):
+            yield f"keep {source} → {target} joins tensors of different dtype or shape"
