@@ -10,6 +10,7 @@ from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.errors import (
     BackendMissing,
     BundleError,
+    Cancelled,
     CudaError,
     CudaFault,
     InputError,
@@ -26,6 +27,7 @@ __all__ = [
     "BackendMissing",
     "Bundle",
     "BundleError",
+    "Cancelled",
     "CudaError",
     "CudaFault",
     "Generator",

@@ -196,4 +196,6 @@ def _check_array(argument: str, value: object, dtype: str, shape: tuple[int, ...
         raise InputError(f"{argument} is {value.dtype} {list(value.shape)}: {expected}")
     if not np.isfinite(value).all():
         raise InputError(f"{argument} holds NaN or infinite values")
-    return Array(value)
+    kept = value.copy()  # the caller may change its own while the request waits
+    kept.setflags(write=False)
+    return Array(kept)

@@ -82,7 +82,7 @@ class CpuExecutor(ABC):
                     program.launches[operation]()
                     seconds = time.perf_counter() - start
                     total += seconds
-                    if observe:
+                    if observe is not None:
                         observe(graph, seconds)
                 case Download(name):
                     arrays[name] = buffers[name]

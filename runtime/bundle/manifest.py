@@ -30,6 +30,9 @@ JUDGED = ("text", "image_latents", "residuals", "prediction", "state", "picture"
 FEEDS = ("ids", "embeds", "noise", "image", "mask", "number", "column", "adapter", "zeros", "history")
 """What a feed can be."""
 
+PER = ("picture", "image")
+"""What a draw is made for: every picture, or every image that was given."""
+
 SCALES = ("", "init_noise_sigma")
 """What unit noise can be multiplied by: nothing, or a number of the call's table."""
 
@@ -116,7 +119,7 @@ class Draw:
     """One draw from the generator of a call."""
 
     name: str  # the feed that gets it; of a discarded draw the tensor that has its shape
-    per: str  # "picture": of the shape [N, …] for N pictures; "image": for the images given, repeated to N
+    per: str  # one of PER; "picture": of the shape [N, …] for N pictures; "image": for the images given, repeated to N
     discarded: bool = False  # diffusers draws it and does not use it
 
 

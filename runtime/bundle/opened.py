@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from turbochain.runtime.bundle import external_data, hashing, strict_json
 from turbochain.runtime.bundle.manifest import (
     DTYPES,
-    FEATURES,
     PRECISIONS,
     REFERENCE,
     TEXT_TO_IMAGE,
@@ -37,7 +36,6 @@ class Bundle:
                 f"{path} is not a bundle: there is no such folder; build one: build-engine SOURCE -o {path}"
             )
         bundle = cls(path, strict_json.read(Manifest, path / "bundle.json"))
-        _check_features(path, bundle.manifest.requires)
         problems = bundle._problems()
         if problems:
             raise BundleError(f"{path / 'bundle.json'} is not valid: " + "; ".join(problems))
@@ -106,12 +104,3 @@ class Bundle:
             except BundleError as error:
                 found[engine.name] = error
         return found
-
-
-def _check_features(path: Path, requires: Mapping[str, str]) -> None:
-    """Raise BundleError if the bundle uses an optional feature that this version does not have."""
-    if unknown := {name: version for name, version in requires.items() if name not in FEATURES}:
-        features = ", ".join(f"{name} (turbochain {version})" for name, version in unknown.items())
-        raise BundleError(
-            f"{path} uses {features}, which this turbochain cannot read: pip install --upgrade turbochain"
-        )

@@ -11,7 +11,7 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from turbochain.runtime.bundle.manifest import FORMAT_VERSION
+from turbochain.runtime.bundle.manifest import FEATURES, FORMAT_VERSION
 from turbochain.runtime.errors import BundleError
 
 T = TypeVar("T")
@@ -26,6 +26,7 @@ def read(kind: type[T], path: Path) -> T:
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read: {error}") from None
     _check_version(value, path)
+    _check_features(value, path)
     try:
         return convert(kind, value)
     except ValueError as error:
@@ -74,6 +75,16 @@ def _check_version(value: Any, path: Path) -> None:
         f"{path} has format version {version}, and this turbochain reads version {FORMAT_VERSION} alone: remove "
         f"{path.parent}, and build it again with build-engine SOURCE"
     )
+
+
+def _check_features(value: Any, path: Path) -> None:
+    """Raise BundleError if an optional feature is used that this version does not have, before its keys are read."""
+    requires = value.get("requires") if isinstance(value, dict) else None
+    if isinstance(requires, dict) and (unknown := {name: v for name, v in requires.items() if name not in FEATURES}):
+        features = ", ".join(f"{name} (turbochain {version})" for name, version in unknown.items())
+        raise BundleError(
+            f"{path.parent} uses {features}, which this turbochain cannot read: pip install --upgrade turbochain"
+        )
 
 
 def _no_constant(name: str) -> Any:

@@ -137,7 +137,12 @@ class OpenChain:
 
     def _problems(self) -> list[str]:
         chain, output = self.chain, self.tensors[self.chain.output]
-        found = [] if chain.tables else ["there is no table"]
+        found = [] if self.steps else ["there is no table"]
+        for name, entry in chain.tables.items():
+            if entry.steps < 1 or entry.rows < 1 or entry.begin < 0:
+                found.append(
+                    f"the table {name} has {entry.steps} steps, {entry.rows} rows, and begins at {entry.begin}"
+                )
         if output.dtype != "uint8" or output.shape != (chain.batch, *chain.size, 3):
             expected = f"uint8 {[chain.batch, *chain.size, 3]}"
             found.append(f"the output {output.name} is {output.dtype} {list(output.shape)}, and not {expected}")
@@ -147,15 +152,19 @@ class OpenChain:
                 gives = f"gives {tokenizer.max_length} ids" if tokenizer else "is missing"
                 found.append(f"the tokenizer for {name} {gives}, which is not what the chain reads")
         found += [f"the draw {d.name} has no such tensor" for d in chain.draws if d.name not in self.tensors]
-        drawn = {d.name for d in chain.draws if not d.discarded}
-        if drawn != set(self.feeds("noise")):
-            found.append(f"it draws {sorted(drawn)}, and its noise is {sorted(self.feeds('noise'))}")
+        drawn, noise = sorted(d.name for d in chain.draws if not d.discarded), sorted(self.feeds("noise"))
+        if drawn != noise:
+            found.append(f"it draws {drawn}, and its noise is {noise}")
         if (chain.K > 1) != bool(self.feeds("history")):
             found.append(f"K is {chain.K}, and its history is {self.feeds('history')}")
-        rows = {"m": (chain.K, chain.K), "v": (chain.K,), "w": (chain.K,), "input_scale": (1,)}
-        wanted = {name: rows[name] for name in self.feeds("column") if name in rows}
-        wanted |= {name: (chain.K - 1, *self.tensors[name].shape[1:]) for name in self.feeds("history")}
-        for name, shape in wanted.items():
-            if (tensor := self.tensors[name]).shape != shape:
-                found.append(f"{name} is {list(tensor.shape)}, and K = {chain.K} makes it {list(shape)}")
+        shapes = {"m": (chain.K, chain.K), "v": (chain.K,), "w": (chain.K,), "input_scale": (1,)}
+        for name in TABLE_COLUMNS:
+            feed, tensor = chain.feeds.get(name), self.tensors.get(name)
+            if feed and tensor and (feed.when, tensor.dtype, tensor.shape) != ("step", "float32", shapes[name]):
+                has = f"{tensor.dtype} {list(tensor.shape)} for each {feed.when}"
+                found.append(f"the column {name} is {has}, and not float32 {list(shapes[name])} for each step")
+        for name in self.feeds("history"):
+            tensor = self.tensors[name]
+            if tensor.shape[0] != chain.K - 1:
+                found.append(f"{name} is {list(tensor.shape)}, and K = {chain.K} makes it {chain.K - 1} tensors")
         return found

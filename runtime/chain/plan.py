@@ -84,7 +84,11 @@ class Plan:
     def tensors(self, graphs: Mapping[str, Graph]) -> dict[str, Tensor]:
         """Return every buffer that it touches, by name."""
         runs = [o for o in self.operations if isinstance(o, Run)]
-        return {name: t for run in runs for name, t in ends(run, graphs[run.graph])}
+        found = {name: t for run in runs for name, t in ends(run, graphs[run.graph])}
+        for o in self.operations:
+            if isinstance(o, Copy):  # what is kept for the next call may be read by that one alone
+                found.setdefault(o.target, replace(found[o.source], name=o.target))
+        return found
 
 
 def ends(run: Run, graph: Graph) -> list[tuple[str, Tensor]]:

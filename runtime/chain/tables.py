@@ -7,7 +7,7 @@ A chain's table file (safetensors) holds `NAME/FIELD` for every field of each of
 `timesteps` [T] and `columns/COLUMN` [T, …], which depend on the timestep alone, and `constants/COLUMN`, which are the
 same in every row."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,53 +63,58 @@ def read(path: Path, chain: Chain, columns: Mapping[str, Tensor]) -> dict[str, T
         arrays = load_file(path)
     except (OSError, SafetensorError) as error:
         raise BundleError(f"{path} cannot be read: {error}; build the bundle again with build-engine") from None
-    problems: list[str] = []
-    made = {name: _table(name, entry, chain, columns, arrays, problems) for name, entry in chain.tables.items()}
-    if problems:
-        raise BundleError(f"{path} is not what the manifest says: {'; '.join(dict.fromkeys(problems))}")
-    return made
+    times = arrays["timesteps"].size if "timesteps" in arrays else 0
+    if problems := list(dict.fromkeys(_problems(chain, columns, arrays, times))):
+        raise BundleError(f"{path} is not what the manifest says: {'; '.join(problems)}")
+    return {name: _table(name, chain, columns, arrays) for name in chain.tables}
 
 
-def _table(
-    name: str,
-    entry: TableEntry,
-    chain: Chain,
-    columns: Mapping[str, Tensor],
-    arrays: Mapping[str, np.ndarray],
-    problems: list[str],
-) -> Table:
-    rows, K, times = entry.rows, chain.K, arrays.get("timesteps", np.zeros(0, np.float32))
+def _expected(name: str, entry: TableEntry, K: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the dtype and shape of everything that a table has of its own, by its name in the file."""
+    rows = entry.rows
+    fields = {
+        "m": ("float32", (rows, K, K)),
+        "v": ("float32", (rows, K)),
+        "w": ("float32", (rows, K)),
+        "input_scale": ("float32", (rows,)),
+        "draws_noise": ("bool", (rows,)),
+        "start": ("float32", (rows, 2)),
+        "init_noise_sigma": ("float32", ()),
+        "index": ("int32", (rows,)),
+    }
+    return {f"{name}/{field}": expected for field, expected in fields.items()}
 
-    def take(key: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Return an array that is as it should be, or note the problem and return zeros."""
+
+def _source(column: str, chain: Chain) -> str:
+    """Return a column's name in the file."""
+    return f"{'constants' if chain.feeds[column].when == 'call' else 'columns'}/{column}"
+
+
+def _problems(
+    chain: Chain, columns: Mapping[str, Tensor], arrays: Mapping[str, np.ndarray], times: int
+) -> Iterator[str]:
+    """Find what is missing, of another dtype or shape, not finite, or an index of a timestep that is not there."""
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {"timesteps": ("float32", (times,))}
+    for name, entry in chain.tables.items():
+        expected |= _expected(name, entry, chain.K)
+    for column, tensor in columns.items():
+        source = _source(column, chain)
+        expected[source] = ("float32", (times, *tensor.shape) if source.startswith("columns/") else tensor.shape)
+    for key, (dtype, shape) in expected.items():
         found = arrays.get(key)
         if found is None or (found.dtype.name, found.shape) != (dtype, shape):
             has = "is missing" if found is None else f"is {found.dtype.name} {list(found.shape)}"
-            problems.append(f"{key} {has}, and {dtype} {list(shape)} was expected")
-            return np.zeros(shape, dtype)
-        if not np.isfinite(found).all():
-            problems.append(f"{key} holds NaN or infinite values")
-        return found
+            yield f"{key} {has}, and {dtype} {list(shape)} was expected"
+        elif not np.isfinite(found).all():
+            yield f"{key} holds NaN or infinite values"
+        elif key.endswith("/index") and not ((found >= 0) & (found < times)).all():
+            yield f"{key} names a timestep that there is none of: there are {times}"
 
-    index = take(f"{name}/index", "int32", (rows,))
-    if len(index) and not (index.min() >= 0 and index.max() < max(len(times), 1)):
-        problems.append(f"{name}/index names a timestep that there is none of: there are {len(times)}")
-        index = np.zeros_like(index)
-    others = {}
-    for column, tensor in columns.items():
-        if chain.feeds[column].when == "call":
-            others[column] = take(f"constants/{column}", "float32", tensor.shape)[None]
-        else:
-            others[column] = take(f"columns/{column}", "float32", (len(times), *tensor.shape))[index]
-    return Table(
-        m=take(f"{name}/m", "float32", (rows, K, K)),
-        v=take(f"{name}/v", "float32", (rows, K)),
-        w=take(f"{name}/w", "float32", (rows, K)),
-        input_scale=take(f"{name}/input_scale", "float32", (rows,)),
-        draws_noise=take(f"{name}/draws_noise", "bool", (rows,)),
-        start=take(f"{name}/start", "float32", (rows, 2)),
-        init_noise_sigma=take(f"{name}/init_noise_sigma", "float32", ()),
-        timesteps=take("timesteps", "float32", times.shape),
-        index=index,
-        columns=others,
-    )
+
+def _table(name: str, chain: Chain, columns: Mapping[str, Tensor], arrays: Mapping[str, np.ndarray]) -> Table:
+    index, others = arrays[f"{name}/index"], {}
+    for column in columns:
+        source = _source(column, chain)
+        others[column] = arrays[source][index] if source.startswith("columns/") else arrays[source][None]
+    own = {field: arrays[f"{name}/{field}"] for field in ARRAYS}
+    return Table(**own, timesteps=arrays["timesteps"], columns=others)

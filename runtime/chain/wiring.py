@@ -7,7 +7,19 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations
 
-from turbochain.runtime.bundle.manifest import FEEDS, JUDGED, PLACES, SCALES, TEXTS, Chain, Feed, Graph, Stage, Tensor
+from turbochain.runtime.bundle.manifest import (
+    FEEDS,
+    JUDGED,
+    PER,
+    PLACES,
+    SCALES,
+    TEXTS,
+    Chain,
+    Feed,
+    Graph,
+    Stage,
+    Tensor,
+)
 
 Graphs = Mapping[str, Graph]
 WHEN = ("call", "step", "held")
@@ -62,6 +74,9 @@ def _vocabulary(chain: Chain, graphs: Graphs) -> Iterator[str]:
         for value, known in ((how.is_, FEEDS), (how.when, WHEN), (how.scale, SCALES), (how.of, TEXTS)):
             if value not in known:
                 yield f"the feed {feed} has {value!r}, and one of {', '.join(known)} was expected"
+    for draw in chain.draws:
+        if draw.per not in PER:
+            yield f"the draw {draw.name} has {draw.per!r}, and one of {', '.join(PER)} was expected"
     read = {t.name for stage in chain.stages for t in inputs(stage, graphs)}
     for feed in sorted(chain.feeds.keys() - read):
         yield f"nothing reads the feed {feed}"

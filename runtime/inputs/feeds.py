@@ -20,14 +20,15 @@ class Feeds:
     """The feeds of one chain, whose files have been hashed. Safe from several threads."""
 
     def __init__(self, chain: OpenChain) -> None:
-        """Read the tokenizers."""
+        """Read the tokenizers and the tables; BundleError if one is not what the manifest says."""
         folder = chain.bundle.path
         self.chain = chain
         self.tokenizers = {
             name: Tokenizer(folder / t.file, max_length=t.max_length, pad_token=t.pad_token, pad_id=t.pad_id)
             for name, t in chain.tokenizers.items()
         }
-        self._constants: dict[int, dict[str, np.ndarray]] = {}
+        zeros = {name: self.zeros(name) for kind in ("history", "zeros") for name in chain.feeds(kind)}
+        self._constants = {steps: chain.columns(steps) | zeros for steps in chain.steps}
         self._local = threading.local()
 
     def of_request(self, request: Request) -> dict[str, np.ndarray]:
@@ -62,9 +63,6 @@ class Feeds:
 
     def constants(self, steps: int) -> dict[str, np.ndarray]:
         """Return what is the same in every call: the table's columns, and zeros for history at its beginning."""
-        if steps not in self._constants:
-            zeros = {name: self.zeros(name) for kind in ("history", "zeros") for name in self.chain.feeds(kind)}
-            self._constants[steps] = self.chain.columns(steps) | zeros
         return self._constants[steps]
 
     def zeros(self, name: str) -> np.ndarray:

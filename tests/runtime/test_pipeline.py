@@ -20,10 +20,9 @@ from conftest import SIZE
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from turbochain.runtime import Bundle, InputError, Pipeline, TurbochainError, selection
-from turbochain.runtime.chain.plan import plan
+from turbochain.runtime import Bundle, Cancelled, InputError, Pipeline, TurbochainError, selection
 from turbochain.runtime.commands.bench import bench
-from turbochain.runtime.commands.inspect import wiring
+from turbochain.runtime.commands.inspect import wires
 from turbochain.runtime.inputs.cache import PromptCache
 
 PROMPTS = ["a red fox", "", "рыжий кот", "a robot 🤖", "a cat, oil painting", "a lighthouse", "窓辺の猫"]
@@ -44,14 +43,19 @@ def three(sdxl: Path) -> Iterator[Pipeline]:
         yield pipe
 
 
+class Ran(Counter[str]):
+    """How often each graph was launched in the calls that it observes."""
+
+    def __call__(self, graph: str, seconds: float) -> None:
+        assert seconds > 0
+        self.update([graph])
+
+
 @pytest.fixture
-def ran(one: Pipeline) -> Iterator[Counter[str]]:
-    """How often each graph of `one` was launched, from an empty prompt cache on."""
-    launches: Counter[str] = Counter()
+def ran(one: Pipeline) -> Ran:
+    """For calls of `one`, from an empty prompt cache on."""
     one.prompt_cache.clear()
-    one.observe = lambda graph, seconds: launches.update([graph])
-    yield launches
-    one.observe = None
+    return Ran()
 
 
 def uint8(pipe: Pipeline, prompt: Any, **arguments: Any) -> np.ndarray:
@@ -128,20 +132,22 @@ def test_memory_does_not_grow_over_1000_calls(sd: Path) -> None:
 
 def test_buffers_stay_where_they_are(sd: Path) -> None:
     bundle = Bundle.open(sd)
-    executor = selection.open_executor(bundle, *selection.select(bundle))
-    addresses = {name: buffer.ctypes.data for name, buffer in executor.buffers.items()}
-    assert set(addresses) == set(bundle.tensors)
-    random = np.random.default_rng(0)
+    chain = bundle.open_chain()
+    executor = selection.open_executor(bundle, selection.select(chain))
+    executor.load(chain.graphs)
+    random, addresses = np.random.default_rng(0), {}
     for steps in (1, 3, 1):
-        feeds = {n: random.standard_normal((steps, *t.shape), np.float32) for n, t in bundle.tensors.items()}
-        feeds |= selection.feeds(bundle, executor, steps) | {
+        feeds = {n: random.standard_normal((steps, *t.shape), np.float32) for n, t in chain.tensors.items()}
+        feeds |= chain.columns(steps) | {
             "latents": feeds["latents"][0],
             "input_ids": np.full((1, 77), 7, np.int32),
         }
-        operations = plan(bundle.chain, bundle.manifest.graphs, steps, downloads=["next_latents"])
-        results = executor.execute(operations, feeds)
-        assert {n: a.ctypes.data for n, a in results.items()} == {n: addresses[n] for n in ("next_latents", "image")}
-    assert {name: buffer.ctypes.data for name, buffer in executor.buffers.items()} == addresses
+        everything = [name for name in chain.tensors if name != "image"]
+        results = executor.execute(chain.plan(steps, downloads=everything), feeds).arrays
+        assert set(results) == set(chain.tensors)
+        now = {name: array.ctypes.data for name, array in results.items()}
+        assert now == (addresses or now)
+        addresses = now
     executor.close()
 
 
@@ -177,32 +183,31 @@ def test_threads_are_what_was_asked(sd: Path, one: Pipeline) -> None:
     assert started[1] == 0 < started[3]  # the calling thread is the first
 
 
-def test_a_repeated_prompt_skips_the_text_encoder(one: Pipeline, ran: Counter[str]) -> None:
-    first = uint8(one, "a cat", seed=1, num_inference_steps=2)
-    assert ran == {"text_encoder": 1, "unet": 2, "vae_decoder": 1}
-    again = uint8(one, "a cat", seed=1, num_inference_steps=2)
-    assert ran == {"text_encoder": 1, "unet": 4, "vae_decoder": 2}
+def test_a_repeated_prompt_skips_the_text_encoder(one: Pipeline, ran: Ran) -> None:
+    call = {"seed": 1, "num_inference_steps": 2, "observe": ran}
+    first = uint8(one, "a cat", **call)
+    assert ran == {"text_encoder": 1, "unet": 2, "step": 2, "vae_decoder": 1}
+    again = uint8(one, "a cat", **call)
+    assert ran == {"text_encoder": 1, "unet": 4, "step": 4, "vae_decoder": 2}
     np.testing.assert_array_equal(again, first)
-    other = uint8(one, "a dog", seed=1, num_inference_steps=2)
+    other = uint8(one, "a dog", **call)
     assert ran["text_encoder"] == 2
     assert not np.array_equal(other, first)
-    np.testing.assert_array_equal(uint8(one, "  A CAT ", seed=1, num_inference_steps=2), first)
+    np.testing.assert_array_equal(uint8(one, "  A CAT ", **call), first)
     assert ran["text_encoder"] == 2  # the key is the token ids
 
 
 def test_no_cache_runs_the_text_encoder_every_time(sd: Path, one: Pipeline) -> None:
-    ran: Counter[str] = Counter()
+    ran = Ran()
     with Pipeline.load(sd, prompt_cache_bytes=0) as pipe:
-        pipe.observe = lambda graph, seconds: ran.update([graph])
-        pictures = [uint8(pipe, "a cat", seed=1) for _ in range(3)]
+        pictures = [uint8(pipe, "a cat", seed=1, observe=ran) for _ in range(3)]
     assert ran["text_encoder"] == 3
     for picture in pictures:
         np.testing.assert_array_equal(picture, uint8(one, "a cat", seed=1))
 
 
 def test_the_pipeline_bounds_its_cache(sd: Path) -> None:
-    bundle = Bundle.open(sd)
-    entry = 4 * int(np.prod(bundle.tensors["prompt_embeds"].shape))
+    entry = Bundle.open(sd).open_chain().tensors["prompt_embeds"].nbytes
     with Pipeline.load(sd, prompt_cache_bytes=3 * entry + 1) as pipe:
         for prompt in PROMPTS:
             uint8(pipe, prompt, seed=0)
@@ -345,8 +350,9 @@ def test_height_and_width_may_be_the_bundles(one: Pipeline) -> None:
             uint8(one, "a cat", seed=1, **size)
 
 
-def test_steps_default_to_the_fewest(one: Pipeline, ran: Counter[str]) -> None:
-    np.testing.assert_array_equal(uint8(one, "a cat", seed=1), uint8(one, "a cat", seed=1, num_inference_steps=1))
+def test_steps_default_to_the_fewest(one: Pipeline, ran: Ran) -> None:
+    first = uint8(one, "a cat", seed=1, observe=ran)
+    np.testing.assert_array_equal(first, uint8(one, "a cat", seed=1, num_inference_steps=1, observe=ran))
     assert ran["unet"] == 2
 
 
@@ -355,24 +361,92 @@ def test_the_bench_times_what_runs_for_a_picture(sd: Path) -> None:
     assert {name: timing.n for name, timing in result.stages.items()} == {
         "text_encoder": 2,
         "unet": 12,
+        "step": 12,
         "vae_decoder": 4,
     }
 
 
 def test_the_wiring_tells_when(one: Pipeline) -> None:
-    wires = [(w["name"], w["from"], w["to"]) for w in wiring(one.bundle)]
-    assert wires[0] == ("timestep_embedding", "schedule, at load", "time")
-    assert ("time_projections", "time", "unet") in wires and ("a", "schedule, each step", "unet") in wires
-    assert [name for name, _, _ in wires].count("timestep_embedding") == 1
+    found = [(w["name"], w["from"], w["to"]) for w in wires(one.bundle.open_chain())]
+    assert found[0] == ("input_ids", "caller", "text_encoder")
+    for wire in (
+        ("time_projections", "table, each step", "unet"),
+        ("noise", "caller, each step", "step"),
+        ("prediction", "unet", "step"),
+        ("next_latents", "step", "latents of the next step"),
+        ("image", "vae_decoder", "caller"),
+    ):
+        assert found.count(wire) == 1, wire
 
 
 def test_warmup_runs_everything_and_changes_nothing(sd: Path, one: Pipeline) -> None:
-    ran: Counter[str] = Counter()
+    ran = Ran()
     with Pipeline.load(sd) as pipe:
-        pipe.observe = lambda graph, seconds: ran.update([graph])
         pipe.warmup(3)
-        assert ran == {"text_encoder": 1, "unet": 3, "vae_decoder": 1}
         np.testing.assert_array_equal(uint8(pipe, "a cat", seed=1), uint8(one, "a cat", seed=1))
+        uint8(pipe, "", seed=1, observe=ran)
+        assert ran == {"unet": 1, "step": 1, "vae_decoder": 1}  # so the text encoder has run, on the empty prompt
+
+
+class After:
+    """A `cancel` that ends the call when it is asked for the time of this number, from 0 on."""
+
+    def __init__(self, position: int | None = None) -> None:
+        self.position, self.asked = position, 0
+
+    def __call__(self) -> bool:
+        self.asked += 1
+        return self.asked - 1 == self.position
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_call_may_be_cancelled_before_any_launch(one: Pipeline, ran: Ran, known: bool) -> None:
+    """The next pictures are as if it had never been made, and the cache holds whole prompts alone."""
+    call = {"seed": 3, "num_inference_steps": 3}
+    others, expected = uint8(one, "a dog", **call), uint8(one, ["a cat", "a fox"], **call)
+    one.prompt_cache.clear()
+    uint8(one, ["a dog", *["a cat", "a fox"] * known], **call, observe=ran)
+    kept, per_picture = one.prompt_cache.bytes, 7 if known else 8
+    for position in range(2 * per_picture):
+        ran.clear()
+        with pytest.raises(Cancelled):
+            one(["a cat", "a fox"], **call, cancel=After(position), observe=ran)
+        assert ran.total() == position  # nothing is launched after it has been asked
+        assert len(one.prompt_cache) == (3 if known else 1 + position // per_picture)
+        np.testing.assert_array_equal(uint8(one, "a dog", **call), others)
+        np.testing.assert_array_equal(uint8(one, ["a cat", "a fox"], **call), expected)
+        one.prompt_cache.clear()
+        uint8(one, ["a dog", *["a cat", "a fox"] * known], **call)
+        assert one.prompt_cache.bytes == kept
+    never = After()
+    np.testing.assert_array_equal(uint8(one, ["a cat", "a fox"], **call, cancel=never), expected)
+    assert never.asked == 2 * per_picture
+
+
+def test_an_observer_that_raises_ends_the_call(one: Pipeline) -> None:
+    expected = uint8(one, "a cat", seed=1)
+
+    def observe(graph: str, seconds: float) -> None:
+        if graph == "step":
+            raise KeyError(graph)
+
+    with pytest.raises(KeyError):
+        one("a cat", seed=1, observe=observe)
+    np.testing.assert_array_equal(uint8(one, "a cat", seed=1), expected)
+
+
+def test_a_result_says_what_its_own_call_took(one: Pipeline) -> None:
+    """Also if other threads draw at the same time."""
+    seen: dict[int, list[float]] = {seed: [] for seed in range(6)}
+    with ThreadPoolExecutor(3) as pool:
+        outs = list(
+            pool.map(
+                lambda seed: one("a cat", seed=seed, observe=lambda graph, seconds: seen[seed].append(seconds)), seen
+            )
+        )
+    for seed, out in enumerate(outs):
+        assert out.seed == seed and out.uncaptured is None
+        assert out.seconds >= out.device_seconds == pytest.approx(sum(seen[seed])) and out.device_seconds > 0
 
 
 DIGESTS = """

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from turbochain.runtime.backends import Device, exact
+from turbochain.runtime.backends import exact
+from turbochain.runtime.backends.contract import Device
 from turbochain.runtime.backends.tensorrt import misfit
 from turbochain.runtime.bundle.manifest import EngineKey, Gpu
 
@@ -19,7 +20,7 @@ LIBRARY = ("tensorrt", "10.16.1.11")
 
 
 def key(gpu: Gpu, **options: object) -> EngineKey:
-    return EngineKey("tensorrt", "cuda", *LIBRARY, options, {}, gpu)
+    return EngineKey("tensorrt", "cuda", *LIBRARY, options, gpu)
 
 
 def on(gpu: Gpu) -> Device:
@@ -85,7 +86,7 @@ def test_another_library_is_refused_unless_the_plan_allows_it(
 
 
 def test_the_strict_rule_allows_no_difference() -> None:
-    made = EngineKey("onnxruntime", "cuda", "onnxruntime-gpu", "1.31.1", {}, {}, L4)
+    made = EngineKey("onnxruntime", "cuda", "onnxruntime-gpu", "1.31.1", {}, L4)
     assert exact(made, ("onnxruntime-gpu", "1.31.1"), on(L4)) is None
     assert exact(made, ("onnxruntime-gpu", "1.31.1"), on(RTX_4090)) == (
         "it is for NVIDIA L4 (sm89, 24 GiB), and this device is NVIDIA GeForce RTX 4090 (sm89, 24 GiB)"
@@ -93,7 +94,7 @@ def test_the_strict_rule_allows_no_difference() -> None:
     assert exact(made, ("onnxruntime", "1.31.1"), Device("cpu")) == (
         "it was built with onnxruntime-gpu 1.31.1, and this machine has onnxruntime 1.31.1"
     )
-    cpu = EngineKey("onnxruntime", "cpu", "onnxruntime", "1.31.1", {}, {})
+    cpu = EngineKey("onnxruntime", "cpu", "onnxruntime", "1.31.1", {})
     assert exact(cpu, ("onnxruntime", "1.31.1"), on(L4)) == "it is for cpu, and this device is NVIDIA L4 (sm89, 24 GiB)"
 
 

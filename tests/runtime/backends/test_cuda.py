@@ -194,10 +194,11 @@ def test_a_driver_that_is_of_no_use_is_told_from_none(tmp_path: Path, version: i
 
 def test_an_engine_for_a_gpu_says_why_it_does_not_fit_and_what_builds_one(sd: Path) -> None:
     bundle = Bundle.open(sd)
-    _, made = selection.select(bundle)
+    chain = bundle.open_chain()
+    made = selection.select(chain).engine
     key = dataclasses.replace(
         made.key, backend="tensorrt", device="cuda", gpu=Gpu("NVIDIA L4", "8.9", 24 * 2**30), options={}
     )
     foreign = dataclasses.replace(made, key=key)
-    assert selection.misfit(bundle, foreign) == NO_DRIVER
+    assert selection.misfit(chain, foreign) == NO_DRIVER
     assert selection.rebuild(bundle, foreign) == f"build-engine {sd} --backend tensorrt"

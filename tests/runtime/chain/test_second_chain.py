@@ -319,7 +319,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "a stream of another shape": (in_chain("keep", {"next_history": "stream"}), "keep next_history → stream joins"),
     "a stream that nobody feeds": (in_chain("keep", {"next_stream": "p"}), "keep next_stream → p does not join"),
-    "K": (lambda m: m["chains"][I2I].update(K=2), r"m is \[3, 3\], and K = 2 makes it \[2, 2\]"),
+    "K": (lambda m: m["chains"][I2I].update(K=2), r"m is float32 \[3, 3\] for each step, and not float32 \[2, 2\]"),
     "a draw": (in_chain("draws/0", {"name": "luck", "per": "image"}), "the draw luck has no such tensor"),
     "a size": (in_chain("size", [24, 8]), "the output image is uint8"),
 }

@@ -1,12 +1,18 @@
 """The noise against PyTorch's own CPU generator and diffusers' own `randn_tensor`."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from turbochain.runtime import Bundle
+from turbochain.runtime.bundle.manifest import Draw
+from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.errors import InputError
-from turbochain.runtime.inputs.noise import Generator, draw
+from turbochain.runtime.inputs.noise import Generator, draw, draw_run
 
 TOLERANCE = 1e-6
 SEEDS = [0, 1, 42, 2**31, 2**32 - 1, 2**32, 2**32 + 42, 2**63, 2**64 - 1]
@@ -152,3 +158,61 @@ def test_a_generator_that_is_seeded_again_begins_anew():
         np.testing.assert_allclose(used.randn(*shape), torch.randn(shape, generator=theirs).numpy(), atol=1e-6)
     with pytest.raises(InputError, match="seed"):
         used.manual_seed(-1)
+
+
+LATENTS, NOISE = Draw("latents", "picture"), Draw("noise", "picture")
+
+
+def drawing(bundle: Path, *draws: Draw) -> OpenChain:
+    """The chain of a bundle with other draws."""
+    opened = Bundle.open(bundle)
+    chain = replace(opened.manifest.chains["text-to-image"], draws=draws)
+    return Bundle(bundle, replace(opened.manifest, chains={"text-to-image": chain})).open_chain()
+
+
+def generators(each: bool, count: int) -> tuple[list[Generator], list[torch.Generator]]:
+    seeds = range(5, 5 + count) if each else [5]
+    return [Generator(seed) for seed in seeds], [torch_generator(seed) for seed in seeds]
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_run_draws_in_the_chains_order(sdxl: Path, each: bool, steps: int) -> None:
+    """The latents, then the noise of every row that draws."""
+    chain = drawing(sdxl, LATENTS, NOISE)
+    table, shape, count = chain.table(steps), (4, *chain.tensors["latents"].shape[1:]), 4
+    ours, theirs = generators(each, count)
+    made = draw_run(chain, table, ours, count)
+    assert made.keys() == {"latents", "noise"} and made["noise"].shape == (table.rows, *shape)
+    assert_same(made["latents"] / table.init_noise_sigma, randn_tensor(shape, generator=theirs))
+    for row, draws in zip(made["noise"], table.draws_noise, strict=True):
+        assert_same(row, randn_tensor(shape, generator=theirs) if draws else torch.zeros(shape))
+    assert table.draws_noise.sum() == steps - 1  # Euler ancestral, whose last draw nothing notices
+
+
+def test_a_discarded_draw_takes_its_values_from_the_stream(sd: Path) -> None:
+    chain = drawing(sd, Draw("prediction", "picture", discarded=True), LATENTS, NOISE)
+    made = draw_run(chain, chain.table(1), [Generator(3)], 2)
+    theirs, shape = torch_generator(3), (2, *chain.tensors["latents"].shape[1:])
+    randn_tensor(shape, generator=theirs)
+    assert made.keys() == {"latents", "noise"}
+    assert_same(made["latents"] / chain.table(1).init_noise_sigma, randn_tensor(shape, generator=theirs))
+
+
+def test_for_what_is_given_nothing_is_drawn(sdxl: Path) -> None:
+    chain = drawing(sdxl, LATENTS, NOISE)
+    given = np.full((2, *chain.tensors["latents"].shape[1:]), 0.5, np.float32)
+    made = draw_run(chain, chain.table(2), [Generator(3)], 2, given={"latents": given})
+    np.testing.assert_array_equal(made["latents"], chain.table(2).init_noise_sigma * given)
+    assert_same(made["noise"][0], randn_tensor(given.shape, generator=torch_generator(3)))
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_a_draw_per_image_is_repeated_if_one_generator_draws_it(sd: Path, each: bool) -> None:
+    """As diffusers encodes two images for four pictures."""
+    chain = drawing(sd, Draw("latents", "image"), NOISE)
+    ours, theirs = generators(each, 4)
+    made = draw_run(chain, chain.table(1), ours, 4, images=2)["latents"] / chain.table(1).init_noise_sigma
+    shape = chain.tensors["latents"].shape[1:]
+    drawn = randn_tensor((4 if each else 2, *shape), generator=theirs)
+    assert_same(made, drawn if each else torch.cat([drawn, drawn]))
