@@ -1,10 +1,15 @@
 """One conformance test over every backend that is installed, and the plans that they carry out."""
 
+import importlib
+import inspect
 import json
+import pkgutil
 import shutil
-from collections.abc import Callable, Iterator
+from collections import abc
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import onnx
@@ -12,11 +17,18 @@ import pytest
 from conftest import FAMILIES, SIZE, BundleFactory
 from onnx.reference import ReferenceEvaluator
 
+from turbochain.engines import backends as builders
 from turbochain.engines import build
-from turbochain.runtime import Bundle, InputError, Pipeline, backends, selection
+from turbochain.engines.backends.contract import Builder
+from turbochain.runtime import Bundle, Cancelled, InputError, Pipeline, backends, selection
 from turbochain.runtime.backends import openvino
-from turbochain.runtime.bundle.manifest import PRECISIONS, Engine, Tensor
-from turbochain.runtime.chain.plan import Constant, Copy, Download, Run, Upload, plan, stage_plan
+from turbochain.runtime.backends.contract import Backend, Executor
+from turbochain.runtime.backends.cpu import CpuExecutor
+from turbochain.runtime.backends.gpu import GpuExecutor
+from turbochain.runtime.bundle.manifest import PRECISIONS, Tensor
+from turbochain.runtime.chain.opened import OpenChain
+from turbochain.runtime.chain.plan import Constant, Copy, Download, Plan, Run, Upload, graph_plan, plan
+from turbochain.runtime.selection import Found
 
 
 def _usable(name: str, device: str) -> bool:
@@ -35,8 +47,8 @@ WHERE = [
     for name, device in USABLE
     for precision in (("fp32", "bf16") if name == "openvino" and openvino.has_bf16() else ("fp32",))
 ]
-GRAPHS = [("sd", g) for g in ("text_encoder", "time", "unet", "vae_decoder")] + [
-    ("sdxl", g) for g in ("text_encoder", "text_encoder_2", "time", "unet", "vae_decoder")
+GRAPHS = [("sd", g) for g in ("text_encoder", "unet", "step", "vae_decoder")] + [
+    ("sdxl", g) for g in ("text_encoder", "text_encoder_2", "unet", "step", "vae_decoder")
 ]
 CLOSE = {"fp32": {"float32": 1e-4, "uint8": 1.0}, "bf16": {"float32": 5e-2, "uint8": 8.0}}
 """Relative to the largest value; levels. In bf16 a value has 8 bits."""
@@ -54,8 +66,8 @@ def where(request: pytest.FixtureRequest) -> tuple[str, str, str]:
 @pytest.fixture(scope="module")
 def engines(
     where: tuple[str, str, str], bundle_of: BundleFactory, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Bundle, str, Engine]]:
-    """Family → a bundle of one picture, with an engine of that kind."""
+) -> dict[str, tuple[OpenChain, Found]]:
+    """Family → the chain of a bundle, and an engine of that kind."""
     backend, device, precision = where
     options = {"inference_precision": precision} if backend == "openvino" else {}
     found = {}
@@ -64,16 +76,26 @@ def engines(
         shutil.copytree(bundle_of(family), path)
         made = build(str(path), path, backend=backend, device=device, options=options, quiet=True)
         bundle = Bundle.open(path)
-        found[family] = (bundle, made.engine, bundle.engines()[made.engine])
+        found[family] = (bundle.open_chain(), Found(made.folder, bundle.engines()[made.engine]))
     return found
 
 
+def opened(engine: tuple[OpenChain, Found], device: str) -> Executor:
+    """An executor without a graph."""
+    chain, found = engine
+    return selection.open_executor(chain.bundle, found, device=device)
+
+
 @pytest.fixture(scope="module")
-def executors(where: tuple[str, str, str], engines: dict[str, tuple[Bundle, str, Engine]]) -> Iterator[dict[str, Any]]:
-    """Family → an executor with every graph of that bundle."""
-    made = {family: selection.open_executor(*of, device=where[1]) for family, of in engines.items()}
+def executors(
+    where: tuple[str, str, str], engines: dict[str, tuple[OpenChain, Found]]
+) -> Iterator[dict[str, tuple[OpenChain, Executor]]]:
+    """Family → the chain, and an executor with every graph of it."""
+    made = {family: (of[0], opened(of, where[1])) for family, of in engines.items()}
+    for chain, executor in made.values():
+        executor.load(chain.graphs)
     yield made
-    for executor in made.values():
+    for _, executor in made.values():
         executor.close()
 
 
@@ -85,14 +107,14 @@ def random_value(random: np.random.Generator, tensor: Tensor) -> np.ndarray:
     return random.standard_normal(tensor.shape).astype(tensor.dtype)
 
 
-def right(bundle: Bundle, graph: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def right(chain: OpenChain, graph: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The graph's outputs by onnx's own evaluator, in numpy."""
-    model = onnx.load(bundle.path / bundle.manifest.graphs[graph].file)
+    model = onnx.load(chain.bundle.path / chain.graphs[graph].file)
     names = [o.name for o in model.graph.output]
     return dict(zip(names, ReferenceEvaluator(model).run(names, feeds), strict=True))
 
 
-def assert_close(results: dict[str, np.ndarray], expected: dict[str, np.ndarray], precision: str) -> None:
+def assert_close(results: Mapping[str, np.ndarray], expected: dict[str, np.ndarray], precision: str) -> None:
     assert set(results) == set(expected)
     for name, reference in expected.items():
         assert (results[name].dtype, results[name].shape) == (reference.dtype, reference.shape)
@@ -104,110 +126,225 @@ def assert_close(results: dict[str, np.ndarray], expected: dict[str, np.ndarray]
 
 @pytest.mark.parametrize(("family", "graph"), GRAPHS)
 def test_a_stage_computes_what_its_graph_says(
-    where: tuple[str, str, str], executors: dict[str, Any], family: str, graph: str
+    where: tuple[str, str, str], executors: dict[str, tuple[OpenChain, Executor]], family: str, graph: str
 ) -> None:
-    executor, random = executors[family], np.random.default_rng(0)
-    tensors = executor.bundle.manifest.graphs[graph]
+    (chain, executor), random = executors[family], np.random.default_rng(0)
+    tensors = chain.graphs[graph]
     for _ in range(2):  # the second launch reuses the buffers
         feeds = {t.name: random_value(random, t) for t in tensors.inputs}
-        results = executor.execute(stage_plan(graph, tensors), feeds)
-        assert_close(results, right(executor.bundle, graph, feeds), where[2])
+        results = executor.execute(graph_plan(graph, tensors), feeds)
+        assert_close(results.arrays, right(chain, graph, feeds), where[2])
+        assert results.seconds > 0 and results.uncaptured is None
+
+
+def random_feeds(chain: OpenChain, steps: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+    """The columns of the table, and random values of the other feeds."""
+    columns, found = chain.columns(steps), {}
+    for name, feed in chain.chain.feeds.items():
+        tensor = chain.tensors[name]
+        if feed.is_ != "column":
+            rows = [random_value(random, tensor) for _ in range(steps if feed.when == "step" else 1)]
+            found[name] = np.stack(rows) if feed.when == "step" else rows[0]
+    return found | columns
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_chain_is_its_stages_joined_by_name(
-    where: tuple[str, str, str], executors: dict[str, Any], family: str, steps: int
+    where: tuple[str, str, str], executors: dict[str, tuple[OpenChain, Executor]], family: str, steps: int
 ) -> None:
-    executor, random = executors[family], np.random.default_rng(1)
-    bundle = executor.bundle
-    chain, graphs, tensors = bundle.chain, bundle.manifest.graphs, bundle.tensors
-    feeds = {name: random_value(random, tensors[name]) for name in chain.inputs}
-    feeds |= selection.feeds(bundle, executor, steps)
-    feeds["noise"] = random.standard_normal((steps, *tensors["noise"].shape)).astype(np.float32)
-
-    values = {name: feeds[name] for name in chain.inputs}
-    columns = bundle.columns(steps)
-    sequence = [*chain.before, *(g for row in range(steps) for g in (row, *chain.loop)), *chain.after]
+    (opened, executor), random = executors[family], np.random.default_rng(1)
+    chain, feeds = opened.chain, random_feeds(opened, steps, random)
+    when = {place: [s.graph for s in chain.stages if s.when == place] for place in ("prompt", "step", "end")}
+    sequence = [*when["prompt"], *(g for row in range(steps) for g in (row, *when["step"])), *when["end"]]
+    values: dict[str, np.ndarray] = {}
+    for name, feed in chain.feeds.items():
+        if feed.when == "call":
+            values[name] = feeds[name][0] if feed.is_ == "column" else feeds[name]
     for item in sequence:
         if isinstance(item, int):
-            values |= {name: feeds[name][item] for name in chain.step_inputs}
-            values |= {name: column[item] for name, column in columns.items()}
-            for g in chain.once:
-                values |= right(bundle, g, {t.name: values[t.name] for t in graphs[g].inputs})
+            values |= {name: feeds[name][item] for name, feed in chain.feeds.items() if feed.when == "step"}
             values |= {target: values[source] for source, target in chain.carry.items() if item}
         else:
-            values |= right(bundle, item, {t.name: values[t.name] for t in graphs[item].inputs})
+            values |= right(opened, item, {t.name: values[t.name] for t in opened.graphs[item].inputs})
 
     launched: list[str] = []
     results = executor.execute(
-        plan(chain, graphs, steps, downloads=["next_latents"]), feeds, lambda graph, seconds: launched.append(graph)
+        opened.plan(steps, downloads=["next_latents"]), feeds, observe=lambda graph, seconds: launched.append(graph)
     )
-    assert_close(results, {name: values[name] for name in ("next_latents", "image")}, where[2])
+    assert_close(results.arrays, {name: values[name] for name in ("next_latents", "image")}, where[2])
     assert launched == [item for item in sequence if isinstance(item, str)]
 
 
-def test_feeds_are_left_alone(executors: dict[str, Any]) -> None:
-    executor, random = executors["sd"], np.random.default_rng(2)
-    tensors = executor.bundle.manifest.graphs["unet"]
+def test_feeds_are_left_alone(executors: dict[str, tuple[OpenChain, Executor]]) -> None:
+    (chain, executor), random = executors["sd"], np.random.default_rng(2)
+    tensors = chain.graphs["unet"]
     feeds = {t.name: random_value(random, t) for t in tensors.inputs}
     before = {name: value.copy() for name, value in feeds.items()}
-    first = {k: v.copy() for k, v in executor.execute(stage_plan("unet", tensors), feeds).items()}
+    first = {k: v.copy() for k, v in executor.execute(graph_plan("unet", tensors), feeds).arrays.items()}
     for name, value in before.items():
         np.testing.assert_array_equal(feeds[name], value)
-    again = executor.execute(stage_plan("unet", tensors), feeds)
-    np.testing.assert_array_equal(again["next_latents"], first["next_latents"])
+    again = executor.execute(graph_plan("unet", tensors), feeds).arrays
+    np.testing.assert_array_equal(again["prediction"], first["prediction"])
+
+
+def test_a_graph_serves_two_places_by_its_wires(
+    where: tuple[str, str, str], executors: dict[str, tuple[OpenChain, Executor]]
+) -> None:
+    """Twice in one plan, as for a negative prompt; then what it made is read under its new name."""
+    (chain, executor), random = executors["sd"], np.random.default_rng(6)
+    ids = {name: random_value(random, chain.tensors["input_ids"]) for name in ("input_ids", "negative_ids")}
+    wires = (("input_ids", "negative_ids"), ("prompt_embeds", "negative_embeds"))
+    made = ("prompt_embeds", "negative_embeds")
+    plan_of_two = Plan(
+        (*map(Upload, ids), Run("text_encoder"), Run("text_encoder", wires), *(Download(name) for name in made))
+    )
+    results = executor.execute(plan_of_two, ids).arrays
+    expected = {
+        name: right(chain, "text_encoder", {"input_ids": value})["prompt_embeds"]
+        for name, value in zip(made, ids.values(), strict=True)
+    }
+    assert_close(results, expected, where[2])
+    assert not np.array_equal(results["prompt_embeds"], results["negative_embeds"])
+
+
+def test_a_held_buffer_keeps_its_value(
+    where: tuple[str, str, str], executors: dict[str, tuple[OpenChain, Executor]]
+) -> None:
+    """No plan uploads it, and another plan may change it in between by a copy."""
+    (chain, executor), random = executors["sd"], np.random.default_rng(7)
+    tensors = chain.graphs["step"]
+    feeds = {t.name: random_value(random, t) for t in tensors.inputs}
+    held = (("noise", "kept"),)
+    uploads = [Upload(t.name) for t in tensors.inputs if t.name != "noise"]
+    reading = Plan((*uploads, Run("step", held), Download("next_latents")))
+    kept = random_value(random, chain.tensors["noise"])
+    executor.hold(reading, {"kept": kept})
+    for _ in range(2):
+        results = executor.execute(reading, feeds)
+        assert_close(results.arrays, right(chain, "step", {**feeds, "noise": kept}), where[2])
+    made = results.arrays["next_latents"].copy()
+    writing = Plan((*uploads, Run("step", held), Copy("next_latents", "kept"), Download("next_latents")))
+    executor.execute(writing, feeds)
+    after = executor.execute(reading, feeds)
+    assert_close(after.arrays, right(chain, "step", {**feeds, "noise": made}), where[2])
+
+
+def test_a_cancelled_plan_leaves_the_next_as_it_is(executors: dict[str, tuple[OpenChain, Executor]]) -> None:
+    (chain, executor), random = executors["sd"], np.random.default_rng(5)
+    whole, feeds = chain.plan(2), random_feeds(chain, 2, random)
+    expected = executor.execute(whole, feeds).arrays["image"].copy()
+    for asks in (1, 2, 4):
+        answers = iter([False] * (asks - 1) + [True])
+        with pytest.raises(Cancelled):
+            other = random_feeds(chain, 2, random)
+            executor.execute(whole, other, observe=lambda *_: None, cancel=partial(next, answers))
+        np.testing.assert_array_equal(executor.execute(whole, feeds, cancel=lambda: False).arrays["image"], expected)
 
 
 def test_an_executor_may_hold_a_single_graph(
-    where: tuple[str, str, str], engines: dict[str, tuple[Bundle, str, Engine]]
+    where: tuple[str, str, str], engines: dict[str, tuple[OpenChain, Found]]
 ) -> None:
-    backend, device, precision = where
-    bundle, name, made = engines["sd"]
-    module = backends.get(backend)
-    executor = module.executor(
-        bundle,
-        bundle.path / "engines" / name,
-        made.key.options,
-        device=module.device(device),
-        threads=None,
-        graphs=["vae_decoder"],
-    )
-    tensors = bundle.manifest.graphs["vae_decoder"]
+    chain = engines["sd"][0]
+    executor = opened(engines["sd"], where[1])
+    assert executor.loaded == frozenset()
+    executor.load(["vae_decoder"])
+    assert executor.loaded == {"vae_decoder"}
+    tensors = chain.graphs["vae_decoder"]
     feeds = {t.name: random_value(np.random.default_rng(3), t) for t in tensors.inputs}
-    results = executor.execute(stage_plan("vae_decoder", tensors), feeds)
-    assert_close(results, right(bundle, "vae_decoder", feeds), precision)
+    results = executor.execute(graph_plan("vae_decoder", tensors), feeds)
+    assert_close(results.arrays, right(chain, "vae_decoder", feeds), where[2])
     with pytest.raises(KeyError):
-        executor.execute((Run("unet"),), {})
+        executor.execute(Plan((Run("unet"),)), {})
     executor.close()
+    executor.close()  # twice is once
 
 
-def test_a_graph_that_was_unloaded_is_gone(
-    where: tuple[str, str, str], engines: dict[str, tuple[Bundle, str, Engine]]
+def test_a_graph_that_was_unloaded_is_gone_until_it_is_loaded_again(
+    where: tuple[str, str, str], engines: dict[str, tuple[OpenChain, Found]]
 ) -> None:
-    bundle = engines["sd"][0]
-    executor = selection.open_executor(*engines["sd"], device=where[1])
-    before = selection.feeds(bundle, executor, 2)
-    executor.unload("time")
+    chain = engines["sd"][0]
+    executor = opened(engines["sd"], where[1])
+    executor.load(chain.graphs)
+    feeds = random_feeds(chain, 2, np.random.default_rng(4))
+    whole, known = chain.plan(2), chain.plan(2, given=["prompt_embeds"])
+    first = executor.execute(whole, feeds, observe=None).arrays["image"].copy()
+    embeds = executor.execute(chain.plan(2, downloads=["prompt_embeds"]), feeds).arrays["prompt_embeds"].copy()
+    executor.unload("text_encoder")
+    assert executor.loaded == {*chain.graphs} - {"text_encoder"}
     with pytest.raises(KeyError):
-        selection.feeds(bundle, executor, 2)
-    random = np.random.default_rng(4)
-    feeds = {name: random_value(random, bundle.tensors[name]) for name in bundle.chain.inputs} | before
-    feeds["noise"] = random.standard_normal((2, *bundle.tensors["noise"].shape), np.float32)
-    assert executor.execute(plan(bundle.chain, bundle.manifest.graphs, 2), feeds)["image"].any()
+        executor.execute(whole, feeds)
+    np.testing.assert_array_equal(executor.execute(known, feeds | {"prompt_embeds": embeds}).arrays["image"], first)
+    executor.load(chain.graphs)
+    np.testing.assert_array_equal(executor.execute(whole, feeds).arrays["image"], first)
     executor.close()
+
+
+MODULES = [
+    name
+    for package in (backends, builders)
+    for _, name, _ in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+]
+METHODS = [name for name, member in vars(Executor).items() if inspect.isfunction(member) and not name.startswith("_")]
+
+
+def test_every_constant_of_a_backend_is_of_its_type() -> None:
+    """Each backend has a runtime's half and a builder's half, of the same name as their modules."""
+    found: dict[str, dict[str, Any]] = {"BACKEND": {}, "BUILDER": {}}
+    for name in MODULES:
+        module = importlib.import_module(name)
+        for constant, members in found.items():
+            if constant in vars(module):
+                members[name.rpartition(".")[2]] = vars(module)[constant]
+    assert all(type(backend) is Backend for backend in found["BACKEND"].values())
+    assert all(type(builder) is Builder for builder in found["BUILDER"].values())
+    assert found["BACKEND"].keys() == found["BUILDER"].keys() == {*backends.names()}
+    for members in found.values():
+        assert {module: member.name for module, member in members.items()} == {n: n for n in members}
+
+
+def _parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", [CpuExecutor, GpuExecutor])
+def test_an_executor_has_all_of_the_protocol(kind: type, method: str) -> None:
+    """So whoever is given one need not ask: the same parameters, and of the base classes' subclasses too."""
+    found = {kind, *kind.__subclasses__()}
+    assert len(found) >= 3  # two backends on each kind of device
+    for executor in found:
+        assert _parameters(getattr(executor, method)) == _parameters(getattr(Executor, method)), executor
+    assert isinstance(inspect.getattr_static(kind, "loaded"), property)
+
+
+def _arity(function: Callable[..., Any]) -> list[Any]:
+    return [p.kind for p in inspect.signature(function).parameters.values() if p.default is inspect.Parameter.empty]
+
+
+@pytest.mark.parametrize("kind", [Backend, Builder])
+def test_the_functions_of_a_backend_take_what_the_type_says(kind: type) -> None:
+    everyone = [backends.get(n) if kind is Backend else builders.get(n) for n in backends.names()]
+    for field, hint in get_type_hints(kind).items():
+        wanted = next((h for h in (hint, *get_args(hint)) if get_origin(h) is abc.Callable), None)
+        for one in everyone if wanted else ():
+            function = getattr(one, field)
+            if function is not None:
+                assert len(_arity(function)) == len(get_args(wanted)[0]), (one.name, field)
+            else:
+                assert type(None) in get_args(hint), (one.name, field)
 
 
 def test_every_backend_says_what_it_needs(where: tuple[str, str, str]) -> None:
-    backend, device, _ = where
-    module = backends.get(backend)
-    assert backends.library(backend)[0] in module.LIBRARIES
-    assert module.INSTALL.startswith("pip install ")
-    assert all(set(p.precisions) <= set(PRECISIONS) for p in module.PREFERENCES.values())
-    assert module.device(device).kind == device
-    assert device in module.PREFERENCES
+    name, device, _ = where
+    backend = backends.get(name)
+    assert backends.library(name)[0] in backend.libraries
+    assert backend.install.startswith("pip install ")
+    assert all(set(p.precisions) <= set(PRECISIONS) for p in backend.preferences.values())
+    assert backend.device(device).kind == device
+    assert device in backend.preferences
     with pytest.raises(InputError, match="no-such-device"):
-        module.device("no-such-device")
+        backend.device("no-such-device")
 
 
 def test_a_graph_in_a_precision_that_the_backend_lacks(sd: Path, copy_of: Callable[[Path], Path]) -> None:
@@ -221,47 +358,47 @@ def test_a_graph_in_a_precision_that_the_backend_lacks(sd: Path, copy_of: Callab
 
 def test_the_best_backend_is_installed_and_ranks_highest() -> None:
     name, reason = backends.best()
-    preferences = {u: backends.get(u[0]).PREFERENCES[u[1]] for u in USABLE}
+    preferences = {u: backends.get(u[0]).preferences[u[1]] for u in USABLE}
     best = max(USABLE, key=lambda u: preferences[u].rank)
     assert (name, reason) == (best[0], preferences[best].reason)
 
 
-@pytest.mark.parametrize("name", ["no_such_backend", "os", "host.x", ""])
+@pytest.mark.parametrize("name", ["no_such_backend", "os", "cpu", "contract", "cpu.x", ""])
 def test_an_unknown_backend_is_refused_with_the_known_ones(name: str, sd: Path) -> None:
     with pytest.raises(InputError, match="onnxruntime"):
-        selection.select(Bundle.open(sd), name)
+        selection.select(Bundle.open(sd).open_chain(), name)
 
 
-def _row(row: int, time: str = "time_embeds") -> list[Upload | Constant | Run]:
-    columns = ("input_scale", "a", "b", "c", time)  # and what made the last of these is no part of a picture
-    return [Upload("noise", row), *(Constant(name, row) for name in columns), Run("unet")]
+def _row(row: int, steps: int, time: str = "time_embeds") -> list[Upload | Constant | Run]:
+    columns = ("input_scale", time, "m", "v", "w")
+    table = f"text-to-image/{steps}"
+    return [Upload("noise", row), *(Constant(name, table, row) for name in columns), Run("unet"), Run("step")]
 
 
 def test_plan_of_one_step(sd: Path) -> None:
-    bundle = Bundle.open(sd)
-    assert plan(bundle.chain, bundle.manifest.graphs, 1) == (
+    assert Bundle.open(sd).open_chain().plan(1).operations == (
         Upload("input_ids"),
         Upload("latents"),
         Run("text_encoder"),
-        *_row(0, "time_projections"),
+        *_row(0, 1, "time_projections"),
         Run("vae_decoder"),
         Download("image"),
     )
 
 
 def test_plan_of_three_steps_with_two_text_encoders(sdxl: Path) -> None:
-    bundle = Bundle.open(sdxl)
-    assert plan(bundle.chain, bundle.manifest.graphs, 3, downloads=["next_latents"]) == (
+    assert Bundle.open(sdxl).open_chain().plan(3, downloads=["next_latents"]).operations == (
         Upload("input_ids"),
         Upload("input_ids_2"),
         Upload("latents"),
+        Constant("time_ids_embeds", "text-to-image/3", 0),
         Run("text_encoder"),
         Run("text_encoder_2"),
-        *_row(0),
+        *_row(0, 3),
         Copy("next_latents", "latents"),
-        *_row(1),
+        *_row(1, 3),
         Copy("next_latents", "latents"),
-        *_row(2),
+        *_row(2, 3),
         Run("vae_decoder"),
         Download("next_latents"),
         Download("image"),
@@ -269,21 +406,21 @@ def test_plan_of_three_steps_with_two_text_encoders(sdxl: Path) -> None:
 
 
 def test_plan_with_given_embeds_runs_no_text_encoder(sdxl: Path) -> None:
-    bundle = Bundle.open(sdxl)
     given = ["prompt_embeds", "prompt_embeds_2", "pooled_prompt_embeds"]
-    assert plan(bundle.chain, bundle.manifest.graphs, 1, given=given) == (
+    assert Bundle.open(sdxl).open_chain().plan(1, given=given).operations == (
         Upload("latents"),
         *(Upload(name) for name in given),
-        *_row(0),
+        Constant("time_ids_embeds", "text-to-image/1", 0),
+        *_row(0, 1),
         Run("vae_decoder"),
         Download("image"),
     )
 
 
 def test_plan_with_one_encoders_embeds_runs_the_other(sdxl: Path) -> None:
-    bundle = Bundle.open(sdxl)
-    operations = plan(bundle.chain, bundle.manifest.graphs, 1, given=["prompt_embeds"])
-    assert [o for o in operations if isinstance(o, Run)] == [Run("text_encoder_2"), Run("unet"), Run("vae_decoder")]
+    operations = Bundle.open(sdxl).open_chain().plan(1, given=["prompt_embeds"]).operations
+    runs = [o for o in operations if isinstance(o, Run)]
+    assert runs == [Run("text_encoder_2"), Run("unet"), Run("step"), Run("vae_decoder")]
     assert [o for o in operations if isinstance(o, Upload) and o.row is None] == [
         Upload("input_ids_2"),
         Upload("latents"),
@@ -291,8 +428,15 @@ def test_plan_with_one_encoders_embeds_runs_the_other(sdxl: Path) -> None:
     ]
 
 
+def test_equal_plans_are_one(sd: Path) -> None:
+    one, other = (Bundle.open(sd).open_chain().plan(2) for _ in range(2))
+    assert one is not other and one == other and hash(one) == hash(other)
+    assert one.graphs == ("text_encoder", "unet", "step", "vae_decoder")
+    assert plan(Bundle.open(sd).open_chain().chain, Bundle.open(sd).manifest.graphs, 2, table="another") != one
+
+
 def test_buffers_are_the_names_on_the_graphs(sd: Path) -> None:
-    tensors = Bundle.open(sd).tensors
+    tensors = Bundle.open(sd).open_chain().tensors
     assert tensors["image"] == Tensor("image", "uint8", (1, SIZE[1], SIZE[0], 3))
     assert tensors["latents"].shape == tensors["noise"].shape == tensors["next_latents"].shape
     assert all(tensor.name == name for name, tensor in tensors.items())
