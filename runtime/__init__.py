@@ -22,11 +22,13 @@ from turbochain.runtime.errors import (
 )
 from turbochain.runtime.inputs.noise import Generator
 from turbochain.runtime.pipeline import Pipeline, PipelineOutput
+from turbochain.runtime.request import Request
 
 __all__ = [
     "BackendMissing",
     "Bundle",
     "BundleError",
+    "Cancelled",
     "Cancelled",
     "CudaError",
     "CudaFault",
@@ -37,6 +39,7 @@ __all__ = [
     "PictureError",
     "Pipeline",
     "PipelineOutput",
+    "Request",
     "TurbochainError",
     "VerificationError",
 ]
