@@ -29,7 +29,6 @@ __all__ = [
     "Bundle",
     "BundleError",
     "Cancelled",
-    "Cancelled",
     "CudaError",
     "CudaFault",
     "Generator",
