@@ -22,7 +22,7 @@ from turbochain.runtime.bundle.manifest import Check
 
 @dataclass
 class BuildResult:
-    """What a build did."""
+    """The result of a build: paths, figures and checks."""
 
     bundle: Path
     engine: str  # the name of its folder
@@ -72,9 +72,9 @@ def build(
     checkpoint's own, "tiny" (the family's AutoencoderTiny, many times faster, pictures slightly softer), a hub id or
     a local folder; what diffusers makes with it is then the reference. `size`: width and height in
     pixels, multiples of 64 (default 512×512). `steps`: step counts (default 1 to 4). `opset`: of the ONNX graphs,
-    18 to 23 (default 21). `options`: the backend's own, such as {"builder_optimization_level": 5}; see `OPTIONS`
-    in its module in `turbochain.engines`. `timing_cache`: the folder where TensorRT's timings are kept and found,
-    one file per GPU and library version (default: the folder that the bundle is in). `chains`: compile and verify
+    18 to 23 (default 21). `options`: the backend's own, such as {"builder_optimization_level": 5}; see `BUILDER`
+    in its module in `turbochain.engines.backends`. `timing_cache`: the folder for TensorRT's timings, one file per
+    GPU and library version (default: beside the bundle, or beside `engines`). `chains`: compile and verify
     only the graphs of these chains (default: all of the bundle's); a later call with others adds theirs. `engines`:
     the folder of this bundle's engines (default: its own, or the user's cache if it is read-only). `force` skips the
     check of memory and disk. A second call with the same arguments finds the result and does nothing. Raises
@@ -91,7 +91,7 @@ def carry_out(order: BuildOrder) -> BuildResult:
     """Build what was ordered, unless it is there; raises as `build`."""
     engine, how = order.engine, order.how
     where = installed.device(engine.backend, engine.device, engine.target)
-    builders.get(engine.backend).settle(engine.options)  # what this machine cannot do is told before the work
+    builders.get(engine.backend).settle(engine.options)  # refuse options that this machine lacks before any work
     if not how.quiet:
         print(f"backend {engine.backend} on {where}: {engine.reason}", file=sys.stderr)
     for precision in filter(None, (order.export.precision, order.export.vae_precision)):

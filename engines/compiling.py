@@ -23,7 +23,7 @@ Checks = dict[str, tuple[Check, ...]]
 
 
 def install(phases: Phases, bundle: Bundle, order: EngineOrder, folder: Path) -> Found:
-    """Return the engine that was ordered, with all graphs of its chains; build in the locked `folder` what is missing.
+    """Return the engine that was ordered, with all graphs of its chains; build missing ones in the locked `folder`.
 
     An engine of the same key keeps its graphs that are unchanged in the bundle. One for another machine cannot be
     verified here: it has no checks until it is loaded there. A build that fails or is cancelled leaves nothing behind
@@ -77,10 +77,10 @@ class _Build:
     key: EngineKey
     wanted: list[OpenChain]
     folder: Path  # where it is built
-    old: Found | None  # what can be kept of an engine of the same key
+    old: Found | None  # the usable part of an engine with the same key
 
     def run(self) -> Engine:
-        """Compile and verify what is missing; return the engine, whose files are then in the folder."""
+        """Compile missing graphs and verify; return the engine, which then has its files in the folder."""
         self.state = Finished(self.folder, dataclasses.asdict(self.key))
         candidates = builders.get(self.key.backend).candidates(self.key.options)
         graphs, checks = self._keep()
@@ -108,7 +108,7 @@ class _Build:
         )
 
     def _keep(self) -> tuple[dict[str, EngineGraph], Checks]:
-        """Link what can be kept into the folder; return the graphs, and the chains that need no verification."""
+        """Link the files that are kept into the folder; return their graphs, and the checks that stay valid."""
         if self.old is None:
             return {}, {}
         for file in self.old.engine.files:

@@ -1,4 +1,4 @@
-"""What there is of an engine already, and what of it can be kept when it is built again."""
+"""Find the engines that exist, and the part of each that a new build can keep."""
 
 import dataclasses
 import hashlib
@@ -56,7 +56,7 @@ def chains(bundle: Bundle, names: Collection[str] | None) -> list[OpenChain]:
 
 
 def find(bundle: Bundle, engines: Path | None, key: EngineKey) -> Iterator[tuple[Found, Found]]:
-    """Find the engines of this key: each as it is on the disk, and with only what is intact and of this bundle."""
+    """Find the engines of this key: each as it is on disk, and with only the graphs that a build keeps."""
     for folder in selection.folders(bundle, engines):
         made = bundle.engines(folder).get(folder_name(key))
         if isinstance(made, Engine) and made.key == key:

@@ -1,4 +1,4 @@
-"""What a build is asked for: a bundle and an engine. Checked in one place for the command line and for Python."""
+"""The order of a build: a bundle and an engine. Checked in one place for the command line and for Python."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +13,13 @@ from turbochain.runtime.errors import InputError
 
 @dataclass(frozen=True)
 class EngineOrder:
-    """What engine to build."""
+    """An engine to build."""
 
     backend: str
     device: str | None = None  # of this machine; None: the default one
     target: str | None = None  # an architecture such as "sm89", to build for another machine
     options: Mapping[str, Any] = field(default_factory=dict)  # of the backend; those that are missing are its defaults
-    cache: Path | None = None  # folder for what makes later builds quicker (None: the one that the bundle is in)
+    cache: Path | None = None  # folder for TensorRT's timings; None: beside the bundle, or beside `engines`
     reason: str = "as asked"  # why this backend, for people
     chains: tuple[str, ...] | None = None  # whose graphs are compiled and verified; None: all of the bundle's
     engines: Path | None = None  # folder that engines are kept in; None: the bundle's, or the user's cache
@@ -27,7 +27,7 @@ class EngineOrder:
 
 @dataclass(frozen=True)
 class BuildOrder:
-    """What to build, where, and how."""
+    """A bundle and an engine to build, and how."""
 
     export: ExportOrder
     engine: EngineOrder
