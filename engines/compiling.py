@@ -105,6 +105,7 @@ class _Build:
             created_by=versions("turbochain", self.key.library, "numpy"),
             ordered=options.changed(self.key.backend, self.order.options),
             settled=settled,
+            verified={name: self.bundle.open_chain(name).digest for name in checks},
         )
 
     def _keep(self) -> tuple[dict[str, EngineGraph], Checks]:

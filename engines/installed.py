@@ -66,9 +66,10 @@ def find(bundle: Bundle, engines: Path | None, key: EngineKey) -> Iterator[tuple
 
 def _usable(bundle: Bundle, found: Found) -> Engine:
     graphs = {name: made for name, made in found.engine.graphs.items() if _is_usable(bundle, found, name, made)}
-    have = bundle.manifest.chains
-    checks = {name: c for name, c in found.engine.checks.items() if name in have and {*have[name].graphs} <= {*graphs}}
-    return dataclasses.replace(found.engine, graphs=graphs, checks=checks)
+    have = {name: bundle.open_chain(name).digest for name in bundle.manifest.chains}
+    verified = {name: digest for name, digest in found.engine.verified.items() if have.get(name) == digest}
+    checks = {name: checks for name, checks in found.engine.checks.items() if name in verified}
+    return dataclasses.replace(found.engine, graphs=graphs, checks=checks, verified=verified)
 
 
 def _is_usable(bundle: Bundle, found: Found, name: str, made: EngineGraph) -> bool:

@@ -267,6 +267,7 @@ class Engine:
     created_by: dict[str, str]
     ordered: dict[str, Any] = field(default_factory=dict)  # the options that differ from the backend's defaults
     settled: dict[str, Any] = field(default_factory=dict)  # options that the verification decided, such as "auto"
+    verified: dict[str, str] = field(default_factory=dict)  # chain → OpenChain.digest when it was verified
 
     @property
     def options(self) -> dict[str, Any]:

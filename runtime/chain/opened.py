@@ -1,5 +1,7 @@
 """A chain of a bundle, opened: its tensors, graphs, files and tables in one place."""
 
+import hashlib
+import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from turbochain.runtime.bundle.manifest import Chain, Feed, Graph, TableEntry, Tensor, TokenizerFile
+from turbochain.runtime.bundle import strict_json
+from turbochain.runtime.bundle.manifest import REFERENCE, Chain, Feed, Graph, TableEntry, Tensor, TokenizerFile
 from turbochain.runtime.chain import tables, wiring
 from turbochain.runtime.chain.plan import Plan, plan
 from turbochain.runtime.chain.tables import Table
@@ -90,6 +93,13 @@ class OpenChain:
         """Return every file of the bundle that a call reads: graphs, tokenizers, tables."""
         graphs = [file for graph in self.graphs.values() for file in graph.files]
         return [*dict.fromkeys(graphs), *(t.file for t in self.tokenizers.values()), self.chain.tables_file]
+
+    @cached_property
+    def digest(self) -> str:
+        """Return one digest (SHA-256, hex) of all that a verification depends on: manifest entry, files, reference."""
+        files = {file: self.bundle.manifest.files[file].sha256 for file in (*self.files, REFERENCE)}
+        value = [strict_json.plain(self.chain), {n: strict_json.plain(g) for n, g in self.graphs.items()}, files]
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
     def digests(self) -> dict[str, str]:
         """Return the digest of every graph's files."""

@@ -77,7 +77,7 @@ def verify_bundle(
         checks = verify(opened, executor, precisions(opened, found))
     finally:
         executor.close()
-    if chain not in found.engine.checks and all(c.passed for c in checks):
+    if not _is_verified(opened, found) and all(c.passed for c in checks):
         _keep(opened, found, checks)
     return found.name, checks
 
@@ -89,18 +89,28 @@ def prepare(chain: OpenChain, found: Found, executor: Executor) -> Found:
     if it fails them."""
     selection.admit(chain, found)
     executor.load(chain.graphs)
-    if chain.name in found.engine.checks:
+    if _is_verified(chain, found):
         return found
-    log.warning("the engine %s was built on another machine: it is verified now, as this is its first load", found.name)
+    log.warning(
+        "the engine %s was not verified on this machine yet: it is verified now, which happens once", found.name
+    )
     chain.bundle.check_files([REFERENCE])
     checks = verify(chain, executor, precisions(chain, found))
     require(checks)
     return _keep(chain, found, checks)
 
 
+def _is_verified(chain: OpenChain, found: Found) -> bool:
+    """Return whether the engine has checks of this very chain: same files, same wiring."""
+    return chain.name in found.engine.checks and found.engine.verified.get(chain.name) == chain.digest
+
+
 def _keep(chain: OpenChain, found: Found, checks: list[Check]) -> Found:
-    verified = {**found.engine.checks, chain.name: tuple(checks)}
-    engine = dataclasses.replace(found.engine, checks=verified)
+    engine = dataclasses.replace(
+        found.engine,
+        checks={**found.engine.checks, chain.name: tuple(checks)},
+        verified={**found.engine.verified, chain.name: chain.digest},
+    )
     try:
         writing.write_atomically(found.folder / "engine.json", strict_json.write(engine))
     except InputError as error:
