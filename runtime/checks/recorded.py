@@ -51,7 +51,7 @@ class Recorded:
         state = np.zeros((self.table.K, *latents.shape[1:]))
         states = []
         for row in range(self.table.rows):
-            state[0] = latents[row]
+            state = np.stack([latents[row], *state[1:]])  # the state before stays as it was made
             m, v, w = (a[row].astype(np.float64) for a in (self.table.m, self.table.v, self.table.w))
             state = np.tensordot(m, state, 1) + np.multiply.outer(v, prediction[row]) + np.multiply.outer(w, noise[row])
             states.append(state)
