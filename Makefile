@@ -9,12 +9,14 @@ GPU_EXTRAS := cuda,export,tensorrt,dev
 GPU_VENV := $(if $(filter file,$(origin BIN)),.venv-gpu)
 GPU_BIN := $(if $(GPU_VENV),$(GPU_VENV)/bin,$(BIN))
 # Half of a test is a single thread, so two run at once; the tests of a file stay together, and share what they build.
-# Files in their order: by the number of their tests, those with few long ones would come last, and one would wait.
+# Files in the order of tests/conftest.py, the longest first: by the number of tests, few long ones would come last.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
+# The shared bundles of the tests stay here until the code changes; nothing, as in .ci/run: they are built each time.
+BUNDLES ?= .test-bundles
 BENCH ?= synthetic:sd-turbo
 PRECISION ?= fp32
 PEERS := optimum-onnx optimum-intel
-BENCH_GPU ?=
+BENCH_GPU ?= synthetic:sd-turbo synthetic:sdxl-turbo
 PROMPT ?= a large red circle left of a small blue square on a yellow background
 
 .PHONY: setup demo test check check-full check-gpu bench bench-smoke bench-setup bench-variants bench-build bench-gpu inspect-engines train-demo clean
@@ -45,7 +47,7 @@ demo: setup
 	$(BIN)/python tests/demo_model/contact_sheet.py demo.bundle -o demo.png
 
 test: setup
-	$(BIN)/python -m pytest -q $(TWO)
+	$(BIN)/python -m pytest -q $(TWO) $(BUNDLES:%=--bundles %)
 
 check: setup
 	$(BIN)/ruff check .
@@ -60,10 +62,10 @@ check-gpu: $(addsuffix /.installed,$(GPU_VENV))
 	$(GPU_BIN)/python -m pytest -q -m gpu
 
 bench: setup
-	$(BIN)/python benchmarks/cpu.py $(BENCH)
+	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 bench-smoke: setup
-	$(BIN)/python -m pytest -q tests/benchmarks/test_cpu_bench.py
+	$(BIN)/python -m pytest -q tests/benchmarks/test_bench.py
 
 bench-setup: $(PEERS:%=.bench/%/.installed)
 
@@ -79,10 +81,10 @@ bench-variants: setup
 	$(BIN)/python benchmarks/variants.py $(BUNDLE)
 
 bench-build: setup
-	$(BIN)/python benchmarks/measure.py $(BENCH) --precision $(PRECISION)
+	$(BIN)/python benchmarks/build_cost.py $(BENCH) --precision $(PRECISION)
 
 bench-gpu: $(addsuffix /.installed,$(GPU_VENV))
-	$(GPU_BIN)/python benchmarks/gpu.py $(BENCH_GPU)
+	$(GPU_BIN)/python benchmarks/bench.py --device cuda $(BENCH_GPU)
 
 inspect-engines: $(if $(filter file,$(origin BIN)),setup)
 	$(BIN)/python benchmarks/inspect_engines.py $(BUNDLE)
@@ -95,4 +97,4 @@ train-demo: setup
 	$(BIN)/python tests/demo_model/grade.py
 
 clean:
-	rm -rf $(VENV) .venv-gpu demo.bundle demo.bundle.partial demo.png picture.png build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-gpu demo.bundle demo.bundle.partial demo.png picture.png build dist *.egg-info .test-bundles .pytest_cache .mypy_cache .ruff_cache

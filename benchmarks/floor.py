@@ -1,8 +1,8 @@
-"""The roofline floor of a bundle: what no implementation on a machine can be much quicker than.
+"""The roofline floor of a bundle: a time that no implementation on a machine can be much faster than.
 
     python benchmarks/floor.py sd-turbo.bundle
 
-counts each graph's work (no GPU is needed); `ceilings` measures what the machine can do. A stage's floor is the larger
+counts each graph's work (no GPU is needed); `ceilings` measures the machine's best rates. A stage's floor is the larger
 of operations ÷ matrix rate and bytes ÷ copy bandwidth, the chain's is the sum over its launches.
 """
 
@@ -10,55 +10,40 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from turbochain.runtime.bundle.opened import Bundle
+import product
+from product import Launches
+from rows import Ceilings, Floor, StageFloor
 from turbochain.runtime.commands import console
 from turbochain.runtime.errors import InputError
 
 UNKNOWN = ("Attention", "ConvInteger", "ConvTranspose", "Einsum", "GRU", "LSTM", "MatMulInteger", "RNN")
-"""Operators whose multiplications are not counted here: a graph with one is refused, or its floor would be too low."""
+"""Operators whose work is not counted: a graph that has one is refused, because its floor would be too low."""
 
-HOW = (
-    "per stage the larger of floating-point operations (Conv, MatMul and Gemm; a multiply-add is two) ÷ the measured "
-    "fp16 matrix rate, whatever the stage's precision, and bytes (weights as stored, inputs, outputs, each once) ÷ "
-    "the measured device-to-device copy bandwidth; summed over the chain's launches, without the copies to and from "
-    "the host"
-)
-SECONDS = 0.5  # how long each product and copy is repeated: long enough for the clocks to settle
+SECONDS = 0.5  # for which each product and copy is repeated: the clocks settle
 SECONDS_CPU = 0.1
+GPU_PRODUCTS = ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 8192, 4096))  # m, n, k
+CPU_PRODUCTS = ((512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048))
+CPU_CONVOLUTIONS = ((512, 64), (256, 128))  # channels, height and width
+GPU_COPIES, CPU_COPIES = (2**30, 2**32), (2**26, 2**28)  # bytes
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one launch of a graph cannot do without."""
+    """The least that one launch of a graph computes and moves."""
 
     flops: int
     bytes: int
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What a device does at best."""
-
-    matrix: float  # floating-point operations per second in a large matrix product, on a CPU also in a convolution
-    copy: float  # bytes per second, those read plus those written
-    dtype: str  # of the matrices
-    matrices: dict[str, float]  # shape → rate; `matrix` is the largest
-    copies: dict[str, float]  # bytes copied → bandwidth; `copy` is the largest
-
-    def seconds(self, work: Work) -> float:
-        """The floor of one launch."""
-        return max(work.flops / self.matrix, work.bytes / self.copy)
-
-
 def count(path: Path) -> Work:
-    """The work of the ONNX graph in a file, whose weights are not read; InputError where it cannot be counted."""
+    """Count the work of an ONNX graph, without reading its weights; InputError if it has an operator of UNKNOWN."""
     graph = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), strict_mode=True).graph
     shapes: dict[str, tuple[int, ...]] = {i.name: tuple(i.dims) for i in graph.initializer}
     sizes = {i.name: math.prod(i.dims) * _item(i.data_type) for i in graph.initializer}
@@ -96,40 +81,42 @@ def _flops(node: Any, shapes: dict[str, tuple[int, ...]], path: Path) -> int:
     return 2 * math.prod(out) * per_value[node.op_type]()
 
 
-def work(bundle: Bundle) -> dict[str, Work]:
-    """Graph of the text-to-image chain → its work, but for those that run at load."""
-    graphs, chain = bundle.manifest.graphs, bundle.chain
-    return {g: count(bundle.path / graphs[g].file) for g in chain.graphs if g not in chain.once}
+def seconds(work: Work, ceilings: Ceilings) -> float:
+    """Return the floor of one launch."""
+    return max(work.flops / ceilings.matrix, work.bytes / ceilings.copy)
 
 
-def of(bundle: Bundle, steps: int, ceilings: Ceilings) -> dict[str, Any]:
-    """The floor of a picture of `steps` steps as plain values: each stage's, the chain's, and that without prompt."""
-    stages: dict[str, Any] = {}
-    for graph, needs in work(bundle).items():
-        by_matrix = needs.flops / ceilings.matrix > needs.bytes / ceilings.copy
-        stages[graph] = {
-            **asdict(needs),
-            "launches": steps if graph in bundle.chain.loop else 1,
-            "ms": 1e3 * ceilings.seconds(needs),
-            "limit": "matrix rate" if by_matrix else "copy bandwidth",
-        }
-    ms = {graph: stage["launches"] * stage["ms"] for graph, stage in stages.items()}
-    cached = sum(value for graph, value in ms.items() if graph not in bundle.chain.before)
-    return {"stages": stages, "ms": sum(ms.values()), "cached_ms": cached}
+def of(stages: Sequence[Launches], ceilings: Ceilings, *, precision: str, batch: int, steps: int) -> Floor:
+    """Return the floor of a call: each stage's, the sum over the launches, and that sum without the text encoders."""
+    floors = {}
+    for stage in stages:
+        work = count(stage.file)
+        by_matrix = work.flops / ceilings.matrix > work.bytes / ceilings.copy
+        floors[stage.name] = StageFloor(
+            flops=work.flops,
+            bytes=work.bytes,
+            launches=stage.launches,
+            ms=1e3 * seconds(work, ceilings),
+            limit="matrix rate" if by_matrix else "copy bandwidth",
+        )
+    ms = {stage.name: stage.launches * floors[stage.name].ms for stage in stages}
+    cached = sum(ms[stage.name] for stage in stages if not stage.of_prompt)
+    return Floor(
+        precision=precision, batch=batch, steps=steps, ceilings=ceilings, stages=floors, ms=sum(ms.values()),
+        cached_ms=cached,
+    )  # fmt: skip
 
 
 def ceilings(device: str, precision: str | None = None) -> Ceilings:
-    """Measure a GPU ("cuda", "cuda:1") or a CPU, in "fp32", "fp16" or "bf16" (None: fp16 on a GPU, fp32 on a CPU)."""
+    """Measure a device's best rates in "fp32", "fp16" or "bf16" (None: fp16 on a GPU, fp32 on a CPU)."""
     import torch
 
     gpu = torch.device(device).type == "cuda"
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = dtypes[precision or ("fp16" if gpu else "fp32")]
-    shapes = [(n, n, n) for n in (512, 1024, 2048)]
-    shapes = [(4096, 4096, 4096), (8192, 8192, 8192), (16384, 8192, 4096)] if gpu else shapes
-    sizes = [2**30, 2**32] if gpu else [2**26, 2**28]
+    sizes: Sequence[int] = CPU_COPIES
     if gpu:
-        sizes = [size for size in sizes if 3 * size < torch.cuda.mem_get_info(device)[0]]
+        sizes = [size for size in GPU_COPIES if 3 * size < torch.cuda.mem_get_info(device)[0]]
 
     def product(m: int, n: int, k: int) -> float:
         # Random values: zeros draw less power, and so run faster than any picture.
@@ -150,11 +137,9 @@ def ceilings(device: str, precision: str | None = None) -> Ceilings:
         return 2 * size / _seconds(lambda: target.copy_(source), device, SECONDS if gpu else SECONDS_CPU)
 
     with torch.inference_mode():
-        matrices = {"x".join(map(str, shape)): product(*shape) for shape in shapes}
+        matrices = {"x".join(map(str, shape)): product(*shape) for shape in (GPU_PRODUCTS if gpu else CPU_PRODUCTS)}
         if not gpu:
-            matrices |= {
-                f"3x3 convolution, {c} channels, {s}x{s}": convolution(c, s) for c, s in ((512, 64), (256, 128))
-            }
+            matrices |= {f"3x3 convolution, {c} channels, {s}x{s}": convolution(c, s) for c, s in CPU_CONVOLUTIONS}
         copies = {str(size): copy(size) for size in sizes}
     if gpu:
         torch.cuda.empty_cache()
@@ -162,9 +147,9 @@ def ceilings(device: str, precision: str | None = None) -> Ceilings:
 
 
 def _seconds(run: Callable[[], Any], device: str, at_least: float) -> float:
-    """The mean time of one `run` in a row of them that takes `at_least` seconds, after a first such row.
+    """Return the mean time of one `run` in a series that takes `at_least` seconds, after a first such series.
 
-    On a CPU, which others may use too, the least mean of five rows.
+    On a CPU, which other programs may use too, it is the least mean of five series.
     """
     import torch
 
@@ -188,13 +173,14 @@ def _seconds(run: Callable[[], Any], device: str, at_least: float) -> float:
     return min(row(repeats) for _ in range(1 if gpu else 5)) / repeats
 
 
-def table(counted: dict[str, Work]) -> str:
-    """The counts as text."""
-    rows = [[graph, f"{needs.flops / 1e9:.2f}", f"{needs.bytes / 1e6:.1f}"] for graph, needs in counted.items()]
+def table(bundle: Path) -> str:
+    """Return a bundle's counts as text."""
+    counted = {stage.name: count(stage.file) for stage in product.stages(bundle, 1)}
+    rows = [[name, f"{work.flops / 1e9:.2f}", f"{work.bytes / 1e6:.1f}"] for name, work in counted.items()]
     return console.table([["graph", "GFLOP", "MB"], *rows])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("floor", description="Count the work of a bundle's graphs.")
-    parser.add_argument("bundle")
-    sys.exit(console.run(parser, lambda arguments: print(table(work(Bundle.open(arguments.bundle)))), None))
+    parser.add_argument("bundle", type=Path)
+    sys.exit(console.run(parser, lambda arguments: print(table(arguments.bundle)), None))

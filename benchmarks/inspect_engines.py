@@ -1,9 +1,9 @@
-"""What TensorRT made of each stage, for developers: `make inspect-engines BUNDLE=sd-turbo.bundle`.
+"""Show how TensorRT compiled each stage, for developers: `make inspect-engines BUNDLE=sd-turbo.bundle`.
 
-On a machine where the bundle has a TensorRT engine that fits, polygraphy runs each stage's plan and the same graph on
-ONNX Runtime's CPU provider side by side, stage after stage on what ONNX Runtime made, and the plans' layers are read
-from them. On any other machine TensorRT-RTX builds each stage anew, without installing it, and the layers are those
-that its builder tells of. `--layers` lists them all, not only the figures.
+If the bundle has a TensorRT engine that fits this machine, polygraphy runs each stage's serialized engine and the same
+graph on ONNX Runtime's CPU provider, both with ONNX Runtime's results of the stages before, and the layers are those of
+the serialized engine. Otherwise TensorRT-RTX builds each stage again, without installing it, and the layers are those
+that its builder logs. `--layers` lists them all, not only the counts.
 """
 
 import argparse
@@ -22,9 +22,10 @@ from turbochain.engines import options
 from turbochain.engines.backends import tensorrt
 from turbochain.export.phases.bar import Phase
 from turbochain.runtime import backends, selection
-from turbochain.runtime.backends.tensorrt import target, trt
+from turbochain.runtime.backends.tensorrt import engine_file, target, trt
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.checks import metrics, reference
+from turbochain.runtime.checks.recorded import Recorded
 from turbochain.runtime.commands import console
 from turbochain.runtime.errors import InputError
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables; returns the exit status (see console.run)."""
     parser = argparse.ArgumentParser("inspect_engines", description=__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--target", default="sm89", help="where no engine fits: build for these GPUs (default sm89)")
+    parser.add_argument("--target", default="sm89", help="if no engine fits: build for these GPUs (default sm89)")
     parser.add_argument("--stage", action="append", help="only this one; may be repeated")
     parser.add_argument("--layers", action="store_true", help="list every layer")
     return console.run(parser, _inspect, argv)
@@ -45,19 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _inspect(arguments: argparse.Namespace) -> None:
     bundle = Bundle.open(arguments.bundle)
     bundle.check_files()
-    unknown = set(arguments.stage or ()) - set(bundle.chain.graphs)
-    if unknown:
-        raise InputError(f"there is no stage {', '.join(unknown)}: choose from {', '.join(bundle.chain.graphs)}")
-    stages = [g for g in bundle.chain.graphs if g in (arguments.stage or bundle.chain.graphs)]
+    graphs = bundle.open_chain().graphs
+    if unknown := set(arguments.stage or ()) - set(graphs):
+        raise InputError(f"there is no stage {', '.join(unknown)}: choose from {', '.join(graphs)}")
+    stages = [g for g in graphs if g in (arguments.stage or graphs)]
     try:
-        name, _ = selection.select(bundle, "tensorrt")
+        folder = selection.select(bundle.open_chain(), "tensorrt").folder
     except InputError as reason:
         print(f"nothing is compared: {reason}", file=sys.stderr)
         layers = {stage: built_layers(bundle, stage, arguments.target) for stage in stages}
     else:
-        folder = bundle.path / "engines" / name
-        print(console.table(comparison(bundle, lambda stage: plan_runner(folder / f"{stage}.plan"))) + "\n")
-        layers = {stage: plan_layers(folder / f"{stage}.plan") for stage in stages}
+        print(console.table(comparison(bundle, lambda stage: engine_runner(folder / engine_file(stage)))) + "\n")
+        layers = {stage: engine_layers(folder / engine_file(stage)) for stage in stages}
     print(console.table(summary(layers)))
     if arguments.layers:
         for stage, found in layers.items():
@@ -65,7 +65,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def summary(layers: dict[str, Layers]) -> list[list[str]]:
-    """A row per stage: how many layers, how many of them are fused attentions, and how many there are of each type."""
+    """Return a row per stage: the counts of layers, fused attentions, and each type of layer."""
     rows = [["stage", "layers", "fused attentions", "types"]]
     for stage, found in layers.items():
         types = ", ".join(f"{count} {kind}" for kind, count in Counter(kind for _, kind in found).most_common())
@@ -74,7 +74,7 @@ def summary(layers: dict[str, Layers]) -> list[list[str]]:
 
 
 def built_layers(bundle: Bundle, stage: str, architecture: str) -> Layers:
-    """The layers that the builder tells of, where TensorRT-RTX builds the stage for an architecture such as "sm89"."""
+    """Build a stage with TensorRT-RTX for an architecture such as "sm89"; returns the layers that its builder logs."""
     said: list[str] = []
     path = bundle.path / bundle.manifest.graphs[stage].file
     chosen = options.resolve("tensorrt", {})
@@ -85,51 +85,48 @@ def built_layers(bundle: Bundle, stage: str, architecture: str) -> Layers:
     return re.findall(r"^Name: ([^,]+), LayerType: (\w+)", "\n".join(said), re.M)
 
 
-def plan_layers(path: Path) -> Layers:
-    """The layers of a plan for this machine's GPU."""
-    plan = trt.Runtime(trt.Logger()).deserialize_cuda_engine(path.read_bytes())
-    text = plan.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+def engine_layers(path: Path) -> Layers:
+    """Return the layers of a serialized engine for this machine's GPU."""
+    engine = trt.Runtime(trt.Logger()).deserialize_cuda_engine(path.read_bytes())
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     return [(layer["Name"], layer["LayerType"]) for layer in json.loads(text)["Layers"]]
 
 
 def comparison(bundle: Bundle, runner: Callable[[str], Any]) -> list[list[str]]:
-    """A row per stage and output: how far what `runner` makes is from ONNX Runtime's, both fed what the latter made."""
+    """Return a row per stage and output: the error of `runner` against ONNX Runtime, both fed the latter's results."""
     from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
     from polygraphy.comparator import Comparator
     from polygraphy.logger import G_LOGGER
 
     G_LOGGER.module_severity = G_LOGGER.WARNING
     rows = [["stage", "output", "relative L2", "largest difference", "largest value"]]
-    known = first_inputs(bundle)
-    for stage in bundle.chain.graphs:
-        graph = bundle.manifest.graphs[stage]
+    chain = bundle.open_chain()
+    case = next(case for case in reference.read_cases(bundle, chain.name) if not case.modes)
+    recorded = Recorded(chain, case)
+    known: Feed = {}
+    for place in (place for place in chain.chain.stages if place.runs(case.modes)):
+        stage, graph = place.graph, chain.graphs[place.graph]
         path = str(bundle.path / graph.file)
         expected = OnnxrtRunner(SessionFromOnnx(path, providers=["CPUExecutionProvider"]), name="onnxruntime")
-        feed = {t.name: known[t.name] for t in graph.inputs}
+        names = {t.name: place.wires.get(t.name, t.name) for t in (*graph.inputs, *graph.outputs)}
+        feed = {t.name: known.get(names[t.name], recorded.value(names[t.name], 0)) for t in graph.inputs}
         results = Comparator.run([expected, runner(stage)], data_loader=[feed])
         (_, (right,)), (_, (found,)) = results
         for t in graph.outputs:
-            known[t.name], got = np.array(right[t.name]), np.array(found[t.name])
-            error, most = metrics.relative_l2(got, known[t.name]), metrics.max_abs(got, known[t.name])
-            rows.append([stage, t.name, f"{error:.3g}", f"{most:.3g}", f"{np.abs(known[t.name]).max():.3g}"])
+            want, got = np.array(right[t.name]), np.array(found[t.name])
+            known[names[t.name]] = want
+            error, most = metrics.relative_l2(got, want), metrics.max_abs(got, want)
+            rows.append([stage, t.name, f"{error:.3g}", f"{most:.3g}", f"{np.abs(want).max():.3g}"])
     return rows
 
 
-def plan_runner(path: Path) -> Any:
-    """polygraphy's runner of a plan."""
+def engine_runner(path: Path) -> Any:
+    """Return polygraphy's runner of a serialized engine."""
     if "rtx" in backends.require("tensorrt")[0]:
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read when polygraphy is imported
     from polygraphy.backend.trt import EngineFromPath, TrtRunner
 
     return TrtRunner(EngineFromPath(str(path)), name="tensorrt")
-
-
-def first_inputs(bundle: Bundle) -> Feed:
-    """What the first recorded case fed from outside, for its first step."""
-    case = reference.read_cases(bundle)[0]
-    row = {name: column[0] for name, column in bundle.columns(case.steps).items()}
-    fed = {name: case.tensors[name] for name in bundle.manifest.tokenizers}
-    return {**row, **fed, "latents": case.tensors["latents"][0], "noise": case.tensors["noise"][0]}
 
 
 if __name__ == "__main__":

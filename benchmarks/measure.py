@@ -1,154 +1,273 @@
-"""Build a bundle from a source, load it and time it; write benchmarks/results/NAME.json.
+"""Measuring: pairs, cold starts, growth with the steps, batches and floors of one checkpoint on one device."""
 
-    python benchmarks/measure.py synthetic:sd-turbo --precision fp32
-
-The file names the machine, versions, date and what every figure includes. The bundle stays in --keep, else it
-is removed. Each measurement runs in a process of its own.
-"""
-
-import argparse
-import json
-import os
-import platform
-import re
-import shutil
-import subprocess
+import contextlib
 import sys
-import tempfile
-from datetime import UTC, datetime
-from importlib import metadata
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("turbochain", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
-LIGHT_RUNS = 5
+import numpy as np
 
-IMPORT = """
-import json, time
-start = time.perf_counter()
-import turbochain.runtime
-seconds = time.perf_counter() - start
-status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-print(json.dumps({"seconds": seconds, "resident_bytes": 1024 * int(status["VmRSS"].split()[0])}))
-"""
+import contenders
+import figures
+import floor
+import machine
+import product
+from contenders import Contender
+from figures import Samples, spread
+from process import Process, job
+from rows import Batches, Cold, ColdStart, Floor, Growth, Pair
+from turbochain.runtime.errors import TurbochainError
 
-LOAD = """
-import json, sys, threading, time
-from turbochain.runtime import Pipeline
-def anonymous():
-    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return 1024 * int(status["RssAnon"].split()[0])
-peak, loading = 0, True
-def watch():
-    global peak
-    while loading:
-        peak = max(peak, anonymous())
-        time.sleep(0.005)
-watcher = threading.Thread(target=watch, daemon=True)
-watcher.start()
-start = time.perf_counter()
-pipe = Pipeline.load(sys.argv[1])
-seconds = time.perf_counter() - start
-loading = False
-watcher.join()
-weights = pipe.bundle.weight_bytes()
-after_load = anonymous()
-pipe("a cat", seed=0)
-print(json.dumps({
-    "seconds": seconds, "weight_bytes": weights, "peak_rss_anon_bytes": peak, "ratio": peak / weights,
-    "rss_anon_after_load_bytes": after_load, "rss_anon_after_first_image_bytes": anonymous(),
-}))
-"""
+FAILURES = (RuntimeError, TurbochainError)
+"""These become a row's reason: a contender fails or is missing, or an engine of ours cannot be built here."""
+FEW_STEPS = (1, 2, 3, 4)
 
 
-def main() -> None:
-    """Measure what the arguments name."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source")
-    parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--size", default="512x512")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--steps", nargs="+", default=["1", "4"], help="step counts to time (default 1 4)")
-    parser.add_argument("--keep", type=Path, help="folder for the bundle")
-    parser.add_argument("--name", help="name of the results file (default: from source and precision)")
-    arguments = parser.parse_args()
-    name = arguments.name or f"{arguments.source.replace(':', '-').replace('/', '-')}-{arguments.precision}-cpu"
-    with tempfile.TemporaryDirectory(dir=arguments.keep, prefix="measure-") as temporary:
-        folder = arguments.keep or Path(temporary)
-        bundle = folder / f"{name}.bundle"
-        result = {
-            "what": f"{arguments.source}, {arguments.precision}, {arguments.size}, batch 1",
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": commit(),
-            "machine": machine(),
-            "versions": {p: metadata.version(p) for p in PACKAGES},
-            "includes": {
-                "build.phases": "wall-clock seconds and peak resident memory of each phase's process, with its imports",
-                "import": f"`import turbochain.runtime` and resident memory after it; best of {LIGHT_RUNS} processes",
-                "load": "Pipeline.load: manifest, hashing (stamped files are not read again), engine and tokenizers; "
-                "anonymous resident memory sampled every 5 ms",
-                "bench": "see its own `includes`; stages are single launches",
-            },
-            "import": min((script(IMPORT) for _ in range(LIGHT_RUNS)), key=lambda r: r["seconds"]),
-            "build": command(
-                "build-engine", arguments.source, "-o", bundle, "--precision", arguments.precision,
-                "--size", arguments.size, "--backend", "onnxruntime", "--device", "cpu", "--json",
-            ),
-            "load": script(LOAD, bundle),
-            "bench": {
-                steps: command("turbochain", "bench", bundle, "--steps", steps, "--runs", arguments.runs, "--json")
-                for steps in arguments.steps
-            },
-        }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    text = json.dumps(result, indent=1).replace(str(bundle), bundle.name)
-    path.write_text(text + "\n")
-    print(path)
+@dataclass(frozen=True)
+class Settings:
+    """The source, the shape and the rounds."""
+
+    source: str
+    vae: str | None
+    folder: Path  # of checkpoints, bundles and logs
+    device: str  # "cpu", "cuda" or "cuda:N"
+    size: tuple[int, int]  # width, height
+    steps: tuple[int, ...]
+    runs: int  # rounds that count
+    warmup: int = 0  # rounds before them
+    apart: bool = False  # load the two of a pair again for every picture, never both at once
+    end: float = float("inf")  # time.monotonic() after which nothing is begun
 
 
-def commit() -> str:
-    """The commit of this tree, marked where it was changed since."""
-    if not shutil.which("git"):
-        return "unknown"
-    line = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(line, cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip() or "unknown"
+class Measure:
+    """One checkpoint with everything that is built for it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.own = self.checkpoint = product.checkpoint(settings.source, settings.folder)
+        if settings.vae is not None:
+            self.checkpoint = product.with_vae(self.own, settings.source, settings.vae, settings.folder)
+        self._engines: dict[tuple[str, int], str] = {}
+        self._references: dict[tuple[Path, int, int], np.ndarray] = {}
+        self._ceilings: dict[str, Any] = {}
+
+    def pair(self, ours: str, peer: str, batch: int) -> Iterator[Pair]:
+        """Measure two contenders, interleaved; yields one row for each step count, whatever happens."""
+        say(f"{ours} : {peer}, batch {batch}")
+        rows = [
+            Pair(ours=ours, peer=peer, batch=batch, steps=n, apart=self.settings.apart) for n in self.settings.steps
+        ]
+        done = 0
+        try:
+            self._check_time()
+            names = (contenders.find(ours), contenders.find(peer))
+            for contender in names:  # now, while no contender is in memory
+                self._prepare(contender, batch)
+                self._reference(contender, batch, self.settings.steps[0])
+            measure = self._apart if self.settings.apart else self._together
+            before = machine.clocks(self.settings.device)
+            for row, samples in zip(rows, measure(names, batch), strict=True):
+                after = machine.clocks(self.settings.device)
+                clocks = {"before": before, "after": after} if after else {}
+                yield replace(self._row(row, names, samples), clocks=clocks)
+                done, before = done + 1, after
+        except FAILURES as error:
+            say(f"  {error}")
+            yield from (replace(row, reason=str(error)) for row in rows[done:])
+
+    def _together(self, pair: Sequence[Contender], batch: int) -> Iterator[list[Samples]]:
+        """Load both, then draw by one and the other; yields their samples for each step count."""
+        counts = self.settings.steps
+        with contextlib.ExitStack() as stack:
+            processes, firsts = [], []
+            for contender in pair:  # the first picture before the next one is loaded: its GPU memory is measured
+                processes.append(stack.enter_context(self.start(contender, batch)))
+                firsts.append(self._first(processes[-1], contender, batch, counts[0]))
+            for steps in counts:
+                self._check_time()
+                samples = firsts
+                if steps != counts[0]:
+                    samples = [
+                        replace(first, check=self._first(process, contender, batch, steps).check, drawn=[])
+                        for process, contender, first in zip(processes, pair, firsts, strict=True)
+                    ]
+                for i in range(-self.settings.warmup, self.settings.runs):
+                    for process, of in zip(processes, samples, strict=True):
+                        drawn = process.draw(steps)
+                        if i >= 0:
+                            of.drawn.append(drawn)
+                yield samples
+
+    def _apart(self, pair: Sequence[Contender], batch: int) -> Iterator[list[Samples]]:
+        """Load a contender, draw twice, end it, then the other; yields their samples for each step count."""
+        for steps in self.settings.steps:
+            samples: dict[str, Samples] = {}
+            for _ in range(self.settings.runs):
+                for contender in pair:
+                    self._check_time()
+                    with self.start(contender, batch) as process:
+                        first = self._first(process, contender, batch, steps)
+                        samples.setdefault(contender.name, first).drawn.append(process.draw(steps))
+            yield list(samples.values())
+
+    def _row(self, row: Pair, pair: Sequence[Contender], samples: Sequence[Samples]) -> Pair:
+        precision = figures.differs(pair[0].precision, pair[1].precision, [s.loaded["precision"] for s in samples])
+        differs = [precision, *(contender.differs for contender in pair)]
+        wrong = [c.name for c, of in zip(pair, samples, strict=True) if not of.check.passed]
+        ours, peer = samples
+        return replace(
+            row,
+            differs="; ".join(filter(None, differs)) or None,
+            reason="; ".join(f"wrong picture: {name}" for name in wrong) or None,
+            ratio=spread(peer.seconds / ours.seconds),
+            our_figures=ours.figures(),
+            peer_figures=peer.figures(),
+        )
+
+    def cold(self, ours: str, peer: str) -> Cold:
+        """Measure from the start of a process to a PNG on disk and its end, interleaved."""
+        say(f"cold start, {ours} : {peer}")
+        taken: dict[str, list[ColdStart]] = {ours: [], peer: []}
+        row = Cold(ours=ours, peer=peer)
+        try:
+            for turn in range(1 + self.settings.runs):  # the first brings files into the page cache
+                for name, of in taken.items():
+                    self._check_time()
+                    once = self._cold_start(contenders.find(name))
+                    of += [once] if turn else []
+        except FAILURES as error:
+            say(f"  {error}")
+            return replace(row, reason=str(error))
+        return replace(
+            row,
+            ratio=spread([theirs.whole / mine.whole for mine, theirs in zip(taken[ours], taken[peer], strict=True)]),
+            seconds={name: _medians(of) for name, of in taken.items()},
+        )
+
+    def _cold_start(self, contender: Contender) -> ColdStart:
+        self._prepare(contender, 1)
+        once = job(self.settings.steps[0], self.settings.folder / "cold.png")
+        start = time.perf_counter()
+        with self.start(contender, 1, once=once) as process:
+            drawn = process.read()
+            process.process.wait()
+            whole = time.perf_counter() - start
+            return ColdStart(whole, process.loaded["load_seconds"], drawn["seconds"])
+
+    def growth(self, ours: str, batch: int) -> Growth:
+        """Measure how the time grows with the steps, beside the UNet's own time."""
+        contender = contenders.find(ours)
+        counts = product.step_counts(self._bundle(contender, batch))
+        say(f"{ours}: steps {', '.join(map(str, counts))}")
+        rounds = []
+        with self.start(contender, batch) as process:
+            process.draw(counts[-1])
+            for _ in range(self.settings.runs):
+                rounds.append([process.draw(steps) for steps in counts])
+        seconds = np.array([[drawn["seconds"] for drawn in of] for of in rounds])  # [rounds, steps]
+        unet = np.array([np.mean([s for drawn in of for s in drawn["stages"]["unet"]]) for of in rounds])
+        slopes = np.polyfit(counts, seconds.T, 1)[0]
+        return Growth(
+            ours=ours,
+            seconds={str(n): float(median) for n, median in zip(counts, np.median(seconds, 0), strict=True)},
+            slope_seconds=float(np.median(slopes)),
+            unet_seconds=float(np.median(unet)),
+            ratio=spread(slopes / unet),
+        )
+
+    def batches(self, ours: str, batch: int, counts: Sequence[int]) -> Batches:
+        """Measure the time per picture in larger batches, each interleaved with a batch of `batch`."""
+        contender, steps = contenders.find(ours), self.settings.steps[0]
+        row, alone = Batches(ours=ours, seconds={}, ratio={}, reasons={}), []
+        for count in counts:
+            say(f"{ours}: batch {count}")
+            try:
+                self._check_time()
+                self._prepare(contender, count, counts=())
+                with self.start(contender, batch) as one, self.start(contender, count) as many:
+                    drawn = [[p.draw(steps)["seconds"] for p in (one, many)] for _ in range(1 + self.settings.runs)]
+            except FAILURES as error:
+                say(f"  {error}")
+                row.reasons[str(count)] = str(error)
+                continue
+            each = np.array(drawn[1:]) / (batch, count)  # [rounds, 2]: seconds per picture
+            alone += list(each[:, 0])
+            row.seconds[str(count)] = float(np.median(each[:, 1]))
+            row.ratio[str(count)] = spread(each[:, 1] / each[:, 0])
+        known = {str(batch): float(np.median(alone))} if alone else {}
+        return replace(row, seconds={**known, **row.seconds})
+
+    def floor(self, precision: str, ours: str, batch: int, steps: int) -> Floor:
+        """Return the floor of one call on this device; its matrix rate and copy bandwidth are measured once."""
+        if precision not in self._ceilings:
+            say(f"the device's matrix rate in {precision}, and its copy bandwidth")
+            self._ceilings[precision] = floor.ceilings(self.settings.device, precision)
+        stages = product.stages(self._bundle(contenders.find(ours), batch), steps)
+        return floor.of(stages, self._ceilings[precision], precision=precision, batch=batch, steps=steps)
+
+    def start(self, contender: Contender, batch: int, **more: Any) -> Process:
+        """Start a contender's process; its engine and bundle are there."""
+        where: dict[str, Any] = {"size": self.settings.size, "batch": batch, "device": self.settings.device, **more}
+        if contender.ours:
+            engine = self._engines[contender.base, batch]
+            return Process(contender, self._bundle(contender, batch), engine=engine, **where)
+        given = self.own if contender.own_vae else self.checkpoint
+        return Process(contender, given.folder, variant=given.variant, **where)
+
+    def _bundle(self, contender: Contender, batch: int) -> Path:
+        width, height = self.settings.size
+        name = f"{self.checkpoint.folder.name}-{width}x{height}-b{batch}-{contender.bundle_precision}.bundle"
+        return self.settings.folder / name
+
+    def _prepare(self, contender: Contender, batch: int, counts: Sequence[int] = FEW_STEPS) -> None:
+        """Build a contender's engine once, if it is ours; a bundle has tables for `counts` and the steps asked for."""
+        if contender.ours and (contender.base, batch) not in self._engines:
+            self._engines[contender.base, batch] = product.build(
+                self.checkpoint,
+                self._bundle(contender, batch),
+                backend=contender.backend,
+                options=contender.options,
+                device=self.settings.device,
+                precision=contender.bundle_precision,
+                size=self.settings.size,
+                batch=batch,
+                steps=sorted({*counts, *self.settings.steps}),
+            )
+
+    def _reference(self, contender: Contender, batch: int, steps: int) -> np.ndarray:
+        """Return the pictures of diffusers, eager, fp32 with a contender's checkpoint."""
+        given = self.own if contender.own_vae else self.checkpoint
+        if (given.folder, batch, steps) not in self._references:
+            say(f"reference: diffusers, eager, fp32, {given.folder.name}, batch {batch}")
+            reference = replace(contenders.REFERENCE, own_vae=contender.own_vae)
+            path = self.settings.folder / "reference.npy"
+            with self.start(reference, batch) as process:
+                for each in self.settings.steps:
+                    process.draw(each, path)
+                    self._references[given.folder, batch, each] = np.load(path)
+        return self._references[given.folder, batch, steps]
+
+    def _first(self, process: Process, contender: Contender, batch: int, steps: int) -> Samples:
+        """Draw the first picture, and compare it with the reference."""
+        path = self.settings.folder / "picture.npy"
+        first = process.draw(steps, path)
+        if contender.mode == "cached":  # the first one has filled the cache
+            process.draw(steps, path)
+        check = figures.check(np.load(path), self._reference(contender, batch, steps), contender.precision)
+        return Samples(process.loaded, first, check)
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self.settings.end:
+            raise RuntimeError("left out: the time was spent")
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    info = Path("/proc/cpuinfo").read_text()
-    cpu = dict(re.findall(r"^(\S.*?)\s*: (.*)$", info.split("\n\n")[0], re.M))
-    flags = cpu.get("flags", "").split()
-    return {
-        "cpu": cpu.get("model name", platform.processor()),
-        "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "instruction_sets": [f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if f in flags],
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "note": "a shared virtual machine: absolute times vary, compare ratios within one run",
-    }
+def _medians(of: Sequence[ColdStart]) -> ColdStart:
+    return ColdStart(*(float(np.median([getattr(c, name) for c in of])) for name in ("whole", "load", "picture")))
 
 
-def cpu_kind() -> str:
-    """This CPU's newest instructions that matter here, for a file's name: results of other CPUs are kept beside it."""
-    return [platform.machine(), *machine()["instruction_sets"]][-1].replace("_", "-")
-
-
-def command(*arguments: object) -> Any:
-    """Run one of the project's commands and read its JSON."""
-    script = Path(sys.executable).with_name(str(arguments[0]))
-    line = [str(script), *map(str, arguments[1:])]
-    return json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE).stdout)
-
-
-def script(source: str, *arguments: object) -> Any:
-    """Run Python source in a fresh process and read its JSON."""
-    line = [sys.executable, "-c", source, *map(str, arguments)]
-    return json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE).stdout)
-
-
-if __name__ == "__main__":
-    main()
+def say(what: str) -> None:
+    """Print a line of progress."""
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)

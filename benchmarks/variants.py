@@ -1,46 +1,40 @@
-"""What was tried to make OpenVINO quicker on a CPU: each variant by turns with the one that the backend uses.
+"""Variants of how OpenVINO runs a graph on a CPU, each interleaved with the backend's own way.
 
     python benchmarks/variants.py sd-turbo.bundle
 
-One variant after the other is loaded beside the backend's own, and both run the same input A B A B. Writes
-benchmarks/results/NAME-variants-cpu-KIND.json.
+The backend itself loads each variant, with a rewrite left out or a property added. Both run the same input A B A B.
+Writes results/NAME.json.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cpu import say
-from cpu_rows import spread
-from measure import PACKAGES, commit, cpu_kind, machine
-from turbochain.engines.backends.openvino import measure_ranges
-from turbochain.export.phases.phases import versions
+import machine
+import result
+import tables
+from figures import spread
+from measure import say
+from rows import Tried
+from turbochain.engines.backends import openvino as builder
+from turbochain.engines.backends.contract import Task
 from turbochain.runtime import Bundle
 from turbochain.runtime.backends import openvino, openvino_model
-from turbochain.runtime.bundle.writing import write_atomically
+from turbochain.runtime.backends.contract import Opened
+from turbochain.runtime.bundle.manifest import Graph
 from turbochain.runtime.commands import console
-
-HERE = Path(__file__).parent
-INCLUDES = {
-    "ratio": "seconds of the backend's own ÷ seconds of the variant, for each two runs that followed one another: "
-    "above 1 the variant is quicker",
-    "load": "the graph read, rewritten and compiled, in seconds; files are in the page cache",
-    "error": "relative L2 of the first output against the backend's own in fp32, on the same random input",
-}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to load a graph: what differs from the backend's own, which is in bf16 where the CPU has it."""
+    """A way to load a graph, by its difference from the backend's own, which is in bf16 if the CPU has it."""
 
     name: str
     without: tuple[Callable[[Any], object], ...] = ()  # of the backend's rewrites of a graph
@@ -50,9 +44,9 @@ class Variant:
     cached: bool = False  # from OpenVINO's cache on disk, which an earlier load has filled
 
 
-EXACT = Variant("fp32", exact=True)
+OWN, EXACT = Variant("the backend's own"), Variant("fp32", exact=True)
 VARIANTS = (
-    Variant("the backend's own"),
+    OWN,
     EXACT,
     Variant("normalisation as exported, a sum at a time", (openvino_model.fuse_group_norms,)),
     Variant("normalisation as OpenVINO's GroupNormalization", (openvino_model.split_group_norms,)),
@@ -68,128 +62,129 @@ VARIANTS = (
 
 
 def own_precision() -> str:
-    """What the backend computes in on this CPU."""
+    """Return the precision that the backend computes in on this CPU."""
     return "bf16" if openvino.has_bf16() else "fp32"
 
 
-class Loaded:
-    """A graph, compiled."""
+class Loaded(openvino.OpenVino):
+    """One graph, loaded by the backend as a variant, with random inputs."""
 
-    def __init__(self, bundle: Bundle, graph: str, variant: Variant, cache: str, seed: int = 0) -> None:
-        core = openvino.library().Core()
+    def __init__(self, bundle: Bundle, graph: str, variant: Variant, folder: Path) -> None:
+        """`folder`: for OpenVINO's cache and the ranges of int8, whose measurement is not part of `load_seconds`."""
+        self.variant, self.graph, self.cache = variant, graph, folder
+        self.ends = bundle.manifest.graphs[graph]
+        self.rewrites = tuple(rewrite for rewrite in openvino_model.REWRITES if rewrite not in variant.without)
         precision = "fp32" if variant.exact else own_precision()
-        properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": openvino.HINTS[precision]}
-        properties |= dict(variant.properties)
-        if variant.cached:
-            core.set_property({"CACHE_DIR": cache})
-        ranges = measure_ranges(bundle, graph, lambda done, of: None) if variant.int8 else None
+        options = {"inference_precision": precision, "vae_int8": variant.int8}
+        device = openvino.device(None)
+        builder.compile(Task(bundle, graph, folder, options, device, folder, lambda done, total: None))
+        super().__init__(Opened(bundle, folder, options, device))
         start = time.perf_counter()
-        model = core.read_model(bundle.path / bundle.manifest.graphs[graph].file)
-        for rewrite in openvino_model.REWRITES:
-            if rewrite not in variant.without:
-                rewrite(model)
-        model.validate_nodes_and_infer_types()
-        if ranges is not None:
-            openvino_model.quantize(model, ranges)
-        self.request = core.compile_model(model, "CPU", properties).create_infer_request()
+        loaded = self.load_graph(graph)
         self.load_seconds = time.perf_counter() - start
-        random = np.random.default_rng(seed)
-        self.feeds = [
-            random.standard_normal(t.shape).astype(t.dtype) if t.dtype == "float32" else np.zeros(t.shape, t.dtype)
-            for t in bundle.manifest.graphs[graph].inputs
-        ]
+        self.arrays = {t.name: np.zeros(t.shape, t.dtype) for t in (*self.ends.inputs, *self.ends.outputs)}
+        random = np.random.default_rng(0)
+        for t in self.ends.inputs:
+            if t.dtype == "float32":
+                self.arrays[t.name][...] = random.standard_normal(t.shape)
+        self.launch = loaded.bind(self.arrays)
+
+    def properties(self, graph: Graph, model: Any) -> dict[str, str]:
+        """Return the backend's properties with the variant's."""
+        cache = {"CACHE_DIR": str(self.cache)} if self.variant.cached else {}
+        return {**super().properties(graph, model), **dict(self.variant.properties), **cache}
 
     def run(self) -> float:
-        """Once; its seconds."""
+        """Launch the graph once, and return the seconds."""
         start = time.perf_counter()
-        self.request.infer(self.feeds)
+        self.launch()
         return time.perf_counter() - start
 
     def output(self) -> np.ndarray:
-        """The first one, of the last run."""
-        return np.array(self.request.get_output_tensor(0).data, np.float64)
+        """Return the first output of the last run, as float64."""
+        return self.arrays[self.ends.outputs[0].name].astype(np.float64)
+
+    def close(self) -> None:
+        """Give everything back."""
+        del self.launch
+        super().close()
 
 
-def compare(bundle: Bundle, graph: str, variants: Sequence[Variant], runs: int) -> list[dict[str, Any]]:
-    """Each variant by turns with the first of them."""
+def compare(bundle: Bundle, graph: str, variants: Sequence[Variant], runs: int) -> list[Tried]:
+    """Measure each variant, interleaved with the first."""
     own, *others = variants
-    with tempfile.TemporaryDirectory() as cache:
-        exact = Loaded(bundle, graph, EXACT, cache)
-        exact.run()
-        expected = exact.output()
-        del exact
-        ours = Loaded(bundle, graph, own, cache)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        expected = _exact(bundle, graph, folder)
+        ours = Loaded(bundle, graph, own, folder)
         ours.run()
-        rows = [{"variant": own.name, "load_seconds": ours.load_seconds, "error": _error(ours.output(), expected)}]
-        taken = []
+        rows = [_row(ours, expected, seconds=0.0)]
+        taken: list[float] = []
         for variant in others:
             say(f"{graph}: {variant.name}")
             if variant.cached:
-                del Loaded(bundle, graph, variant, cache).request
-            other = Loaded(bundle, graph, variant, cache)
+                Loaded(bundle, graph, variant, folder).close()
+            other = Loaded(bundle, graph, variant, folder)
             other.run()
-            pairs = np.array([(ours.run(), other.run()) for _ in range(runs)])
-            taken += list(pairs[:, 0])
-            rows.append({
-                "variant": variant.name,
-                "load_seconds": other.load_seconds,
-                "error": _error(other.output(), expected),
-                "seconds": float(np.median(pairs[:, 1])),
-                "ratio": spread(pairs[:, 0] / pairs[:, 1]),
-            })  # fmt: skip
-            if variant.cached:
-                rows[-1]["cache_bytes"] = sum(p.stat().st_size for p in Path(cache).rglob("*") if p.is_file())
-        rows[0]["seconds"] = float(np.median(taken))
-    return rows
+            rounds = np.array([(ours.run(), other.run()) for _ in range(runs)])
+            taken += list(rounds[:, 0])
+            row = _row(other, expected, float(np.median(rounds[:, 1])))
+            rows.append(replace(row, ratio=spread(rounds[:, 0] / rounds[:, 1])))
+            other.close()
+        ours.close()
+    return [replace(rows[0], seconds=float(np.median(taken))), *rows[1:]]
 
 
-def _error(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+def _exact(bundle: Bundle, graph: str, folder: Path) -> np.ndarray:
+    exact = Loaded(bundle, graph, EXACT, folder)
+    exact.run()
+    expected = exact.output()
+    exact.close()
+    return expected
+
+
+def _row(loaded: Loaded, expected: np.ndarray, seconds: float) -> Tried:
+    cached = loaded.variant.cached
+    return Tried(
+        graph=loaded.graph,
+        variant=loaded.variant.name,
+        precision=own_precision(),
+        load_seconds=loaded.load_seconds,
+        error=float(np.linalg.norm(loaded.output() - expected) / np.linalg.norm(expected)),
+        seconds=seconds,
+        cache_bytes=sum(p.stat().st_size for p in loaded.cache.rglob("*.blob")) if cached else None,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what the arguments name; returns the exit status."""
     parser = argparse.ArgumentParser("variants", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("bundle")
+    parser.add_argument("bundle", type=Path)
     parser.add_argument("--graphs", nargs="+", default=["vae_decoder", "unet"])
-    parser.add_argument("--runs", type=int, default=5, help="of each variant (default 5)")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="where the results go")
+    parser.add_argument("--runs", type=int, default=5, help="rounds of each variant (default 5)")
+    parser.add_argument("--results", type=Path, default=result.FOLDER, help="where the results go")
     return console.run(parser, _variants, argv)
 
 
 def _variants(arguments: argparse.Namespace) -> None:
     bundle = Bundle.open(arguments.bundle)
-    found = {}
+    rows: list[Tried] = []
     for graph in arguments.graphs:
         say(f"{graph}: the backend's own")
-        found[graph] = compare(bundle, graph, _variants_of(bundle, graph), arguments.runs)
-    source, size = bundle.manifest.checkpoint.source, "x".join(map(str, bundle.size))
-    result = {
-        "what": f"{Path(source).name}, {size}",
-        "precision": own_precision(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(),
-        "versions": versions(*PACKAGES, "openvino"),
-        "includes": INCLUDES,
-        "graphs": found,
-    }
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    path = arguments.results / f"{Path(source).name}-{size}-variants-cpu-{cpu_kind()}.json"
-    write_atomically(path, json.dumps(result, indent=1) + "\n")
-    for graph, rows in found.items():
-        print(console.table([["variant", "s", "speed", "error", "load s"], *map(_cells, rows)]), graph, "", sep="\n")
+        rows += compare(bundle, graph, _variants_of(bundle, graph), arguments.runs)
+    height, width = bundle.open_chain().size
+    source = Path(bundle.manifest.checkpoint.source).name
+    run = machine.run()
+    found = result.Result(source, width, height, "cpu", None, None, runs=(run,), variants=tuple(rows))
+    path = arguments.results / machine.file_name(source, width, height, what="variants")
+    result.write(found, path)
+    print(tables.variants(found), path, sep="\n")
 
 
 def _variants_of(bundle: Bundle, graph: str) -> list[Variant]:
-    """Those that suit the graph and this CPU, the backend's own first."""
+    """Return those that suit the graph and this CPU, the backend's own first."""
     int8 = bundle.manifest.graphs[graph].role == "vae_decoder"
     return [v for v in VARIANTS if (int8 or not v.int8) and (openvino.has_bf16() or not v.exact)]
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    ratio = f"{row['ratio']['median']:.2f}" if "ratio" in row else "1"
-    return [row["variant"], f"{row['seconds']:.2f}", ratio, f"{row['error']:.4f}", f"{row['load_seconds']:.1f}"]
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def build(
     this package), "synthetic:NAME", or a bundle. `backend`: default the best for this machine. `device`: of this
     machine, such as "cpu" or "cuda:1". `target`: build for another machine's GPU, such as "sm89" (TensorRT-RTX);
     the engine is verified when it is first loaded there.
-    `precision`: "fp32" or "fp16" (default: the backend's); where fp16 would overflow, the stage gets a remedy
+    `precision`: "fp32" or "fp16" (default: the backend's); if fp16 would overflow, the graph gets a remedy
     (`BuildResult.remedy`). `vae_precision`: "fp32" or "bf16", for the VAE instead. `vae`: another VAE than the
     checkpoint's own, "tiny" (the family's AutoencoderTiny, many times faster, pictures slightly softer), a hub id or
     a local folder; what diffusers makes with it is then the reference. `size`: width and height in
@@ -98,7 +98,7 @@ def carry_out(order: BuildOrder) -> BuildResult:
         backends.require_precision(engine.backend, where, precision)
     usual = backends.preference(engine.backend, where).precisions[0]
     reports: list[PhaseReport] = []
-    with make(order.export, how, usual, reports) as (_, bundle):
+    with make(order.export, how, usual, reports) as bundle:
         graphs = bundle.manifest.graphs
         if where.kind == "cuda" and usual not in {g.precision for g in graphs.values()} and not how.quiet:
             print(f"the bundle is not in {usual}, so neither is its engine: export it again for speed", file=sys.stderr)

@@ -38,7 +38,7 @@ def export(
     """Make the bundle `output` (default: the source's name + ".bundle", here) without an engine; return its path.
 
     `source`: a hub id, a local folder in diffusers' format, "demo" (the small trained model that comes with this
-    package) or "synthetic:NAME". `precision`: "fp32" (the default) or "fp16"; a stage that would overflow fp16 gets a
+    package) or "synthetic:NAME". `precision`: "fp32" (the default) or "fp16"; a graph that would overflow fp16 gets a
     remedy. `vae_precision`: "fp32" or "bf16", for the VAE instead. `vae`: another VAE than the checkpoint's own:
     "tiny" (the family's AutoencoderTiny), a hub id or a local folder. `size`: width and height in pixels, multiples
     of 64 (default 512×512). `batch`: pictures per pass (default 1). `steps`: step counts (default 1 to 4). `opset`: of
@@ -56,13 +56,13 @@ def export(
             f"{source} is a bundle already, and a checkpoint was expected: build an engine of it with "
             f"build-engine {source}"
         )
-    with make(order, How(path_of(order, output), force, quiet, verbose), "fp32", []) as (_, bundle):
+    with make(order, How(path_of(order, output), force, quiet, verbose), "fp32", []) as bundle:
         return bundle.path
 
 
 @contextmanager
-def make(order: ExportOrder, how: How, precision: str, reports: list[PhaseReport]) -> Iterator[tuple[int, Bundle]]:
-    """Lock the bundle `how.output`, made first if it is not there; yield the lock and the bundle.
+def make(order: ExportOrder, how: How, precision: str, reports: list[PhaseReport]) -> Iterator[Bundle]:
+    """Lock the bundle `how.output`, made first if it is not there, and yield it.
 
     A source that is a bundle is copied, without its engines. `precision` is what the graphs are made in if the order
     does not say; `reports` grows by the phases. InputError if the path holds something else than what was ordered.
@@ -80,11 +80,11 @@ def make(order: ExportOrder, how: How, precision: str, reports: list[PhaseReport
                 else:
                     phases = Phases(lock, None if how.verbose else partial / LOG, how.quiet, reports)
                     bundling.export(phases, order, recipe, partial, output, how.force)
-                yield lock, _checked(output, order, recipe)  # the folder was renamed: the same lock is the bundle's now
+                yield _checked(output, order, recipe)  # the folder was renamed, so its lock is the bundle's now
                 return
             partial.rmdir()  # the owner of the lock that we waited for made the bundle
-    with locked(output, how.quiet) as lock:
-        yield lock, _checked(output, order, recipe)
+    with locked(output, how.quiet):
+        yield _checked(output, order, recipe)
 
 
 def is_bundle(path: str | Path) -> bool:

@@ -84,7 +84,7 @@ def _files(made: Any) -> list[str]:
 
 
 def _tell(phases: Phases, remedies: dict[str, Remedy]) -> None:
-    """Print what keeps each stage in fp16's range, if any stage was to be in fp16."""
+    """Print what keeps each graph in fp16's range, if any was to be in fp16."""
     judged = {name: r.phrase for name, r in remedies.items() if r.phrase or r.precision == "fp16"}
     for name, phrase in judged.items():
         if not phases.quiet:

@@ -1,4 +1,4 @@
-"""What a build will need, from parameter counts and configs, before the work starts.
+"""Estimate what a build will need, from parameter counts and configs, before the work starts.
 
 The factors are fitted to the peaks in benchmarks/results/ and rounded up.
 """
@@ -58,7 +58,7 @@ def needs(
 
 
 def require(needs: Needs, folder: Path, force: bool) -> None:
-    """Raise InputError where this machine has too little memory, or the disk of `folder` too little room."""
+    """Raise InputError if this machine has too little memory, or the disk of `folder` too little room."""
     if force:
         return
     problems = []
@@ -74,7 +74,7 @@ def require(needs: Needs, folder: Path, force: bool) -> None:
 
 
 def free_memory() -> float:
-    """Bytes that a new process can use: what the kernel and the control group (containers) leave."""
+    """Return the bytes that a new process can use: the kernel and the control group (containers) leave them."""
     free = float("inf")
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -83,7 +83,7 @@ def free_memory() -> float:
         free = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     try:
         group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())  # "max" where there is none
+        limit = int((group / "memory.max").read_text())  # "max" if there is none
         used = int((group / "memory.current").read_text())
         cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         free = min(free, limit - used + int(cache["file"]))
@@ -93,13 +93,13 @@ def free_memory() -> float:
 
 
 def _widest(configs: Mapping[str, Any], shape: Shape) -> float:
-    """Bytes of the decoder's largest tensor: the input of its last block, fp32 at full resolution."""
+    """Return the bytes of the decoder's largest tensor: the input of its last block, fp32 at full resolution."""
     channels = decoder_channels(configs["vae"])
     return 4.0 * channels[min(1, len(channels) - 1)] * shape.height * shape.width * shape.batch
 
 
 def _scores(configs: Mapping[str, Any], shape: Shape) -> float:
-    """Bytes of the largest Q·Kᵀ, fp32: heads · pixels², of the UNet's levels that attend and the VAE."""
+    """Return the bytes of the largest Q·Kᵀ, fp32: heads · pixels², of the UNet's levels that attend and the VAE."""
     unet, pixels = configs["unet"], shape.height * shape.width / 64
     heads = unet["attention_head_dim"]  # diffusers' name for the number of heads
     heads = heads if isinstance(heads, list | tuple) else [heads] * len(unet["down_block_types"])

@@ -54,7 +54,7 @@ def reference(progress: Progress, *, recipe: Recipe, prepared: Prepared, folder:
     family, pipeline, steps = checkpoint.family, load.pipeline(checkpoint), list(recipe.steps)
     made = schedule.tabulate_all(load.scheduler(checkpoint), steps)
     tables.write(made, family, pipeline.unet, recipe.shape, folder / prepared.chain.tables_file)
-    recorder.record(pipeline, checkpoint, recipe.shape, steps, path, progress)
+    recorder.write(pipeline, checkpoint, recipe.shape, steps, path, progress)
     return decide(common.graphs(family, prepared.chain.K), recipe.precisions(family), path)
 
 
@@ -67,7 +67,7 @@ def graphs(
     component: str,
     remedies: dict[str, Remedy],
 ) -> dict[str, Graph]:
-    """Trace every stage of one component into `folder`; returns their entries in the manifest."""
+    """Trace every graph of one component into `folder`; return their entries in the manifest."""
     from turbochain.export import tables
     from turbochain.export.tracing import trace
 

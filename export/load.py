@@ -1,4 +1,4 @@
-"""Loading a checkpoint's parts with diffusers and transformers."""
+"""Load a checkpoint's parts with diffusers and transformers."""
 
 import importlib
 import inspect
@@ -13,10 +13,10 @@ from turbochain.runtime.errors import InputError
 
 
 def component(checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, traceable: bool = False) -> Any:
-    """One component (`unet`, `vae`, `text_encoder`, …) in evaluation mode, weights in `dtype`.
+    """Return one component (`unet`, `vae`, `text_encoder`, …) in evaluation mode, with weights in `dtype`.
 
     `traceable`: with the attention of a text encoder spelled out, which traces to what TensorRT fuses. Raises
-    InputError where a weight is missing, damaged or of a wrong shape.
+    InputError if a weight is missing, damaged or of a wrong shape.
     """
     library, cls = checkpoint.index[name]
     options: dict[str, Any] = {"dtype": dtype} if library == "transformers" else {"torch_dtype": dtype}
@@ -46,7 +46,7 @@ def component(checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, traceabl
 
 
 def pipeline(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
-    """diffusers' own pipeline on the CPU, weights in `dtype`."""
+    """Return diffusers' own pipeline on the CPU, with weights in `dtype`."""
     diffusers = importlib.import_module("diffusers")
     family = checkpoint.family
     parts: dict[str, Any] = {c: component(checkpoint, c, dtype) for c in family.components}
@@ -56,7 +56,7 @@ def pipeline(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def tokenizer(checkpoint: Checkpoint, folder: str) -> Any:
-    """A tokenizer as transformers loads it."""
+    """Return a tokenizer as transformers loads it."""
     library, cls = checkpoint.index[folder]
     path = checkpoint.parts[folder].folder
     try:

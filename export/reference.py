@@ -1,4 +1,4 @@
-"""What diffusers' own pipeline produces, in fp32: the yardstick that every engine is checked against.
+"""Record what diffusers' own pipeline produces, in fp32: every engine is checked against it.
 
 Nothing here computes a picture: the pipeline runs as any user would run it, and hooks write down what goes
 in and out of its parts.
@@ -34,7 +34,7 @@ PROMPTS = (
 """One case per step count; the rows of a batch go on through the list."""
 
 
-def record(
+def write(
     pipeline: Any,
     checkpoint: Checkpoint,
     shape: Shape,
@@ -82,7 +82,7 @@ def record(
 
 
 def run_case(pipeline: Any, checkpoint: Checkpoint, shape: Shape, case: dict[str, Any]) -> dict[str, np.ndarray]:
-    """One call of the pipeline: what its parts read and made, by name (see `record`)."""
+    """Run the pipeline once; return what its parts read and made, by name (see `record`)."""
     once: dict[str, Any] = {}
     steps: list[dict[str, torch.Tensor]] = []
     with contextlib.ExitStack() as stack:
@@ -166,7 +166,7 @@ def _watch_steps(pipeline: Any, steps: list[dict[str, torch.Tensor]]) -> Iterato
 
 @contextlib.contextmanager
 def _magnitudes(pipeline: Any, checkpoint: Checkpoint) -> Iterator[dict[str, float]]:
-    """Component/module → the largest absolute value in its output so far; of attention also `….scores`, Q·Kᵀ."""
+    """Yield component/module → the largest absolute value in its output so far; for attention also `….scores`, Q·Kᵀ."""
     largest: dict[str, float] = {}
 
     def see(key: str, value: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What fp16 needs of each graph, decided from the largest values that diffusers' own fp32 run reached. Torch-free.
+"""Decide what each graph needs for fp16, from the largest values that diffusers' own fp32 run reached. Torch-free.
 
 The measurement decides, not a checkpoint's config: a VAE with `force_upcast` whose values fit needs nothing.
 """
@@ -38,11 +38,11 @@ class Remedy:
     precision: str
     exponents: dict[str, int] = field(default_factory=dict)  # see export.rescale.rescale
     attention: tuple[str, ...] = ()  # see export.attention.upcast
-    phrase: str = ""  # for people; empty where there is nothing to say
+    phrase: str = ""  # for people; empty if there is nothing to say
 
 
 def decide(specs: Mapping[str, GraphSpec], asked: Mapping[str, str], reference: Path) -> dict[str, Remedy]:
-    """Graph → remedy, for the precisions that were asked for and the magnitudes in `reference`.
+    """Return graph → remedy, for the precisions that were asked for and the magnitudes in `reference`.
 
     Only fp16 is judged: fp32 and bf16 reach 3.4e38.
     """
@@ -54,7 +54,7 @@ def decide(specs: Mapping[str, GraphSpec], asked: Mapping[str, str], reference: 
 
 
 def remedy(role: str, reached: Mapping[str, float]) -> Remedy:
-    """What a graph of this role needs for fp16. `reached`: module of the component → largest absolute output.
+    """Return what a graph of this role needs for fp16. `reached`: module of the component → largest absolute output.
 
     A VAE's residual stream and `conv1` outputs are rescaled, attentions whose Q·Kᵀ comes near the limit are computed
     in fp32; for anything else that comes near it the whole graph is, as diffusers' `force_upcast` does.
@@ -83,7 +83,7 @@ def remedy(role: str, reached: Mapping[str, float]) -> Remedy:
 
 
 def _magnitudes(reference: Path) -> dict[str, dict[str, float]]:
-    """Component → module → largest absolute output (the component's own output: the module "")."""
+    """Return component → module → largest absolute output (the component's own output: the module "")."""
     from safetensors import safe_open
 
     found: dict[str, dict[str, float]] = {}

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ class Pipeline:
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float = 0.0,
-        negative_prompt: object = None,
+        negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         latents: np.ndarray | None = None,
@@ -193,7 +193,10 @@ class Pipeline:
             executor = self._opened()
             if name not in self._chains:
                 chain = self.bundle.open_chain(name)
-                self._found = verify.prepare(chain, self._found, executor)
+                found = verify.prepare(chain, self._found, executor)
+                if found is not self._found:  # a verification has left its own values in every buffer
+                    self._held.clear()
+                self._found = found
                 self._chains[name] = _ReadyChain(chain, Feeds(chain))
             return self._chains[name]
 
@@ -202,8 +205,7 @@ class Pipeline:
     ) -> tuple[np.ndarray, Any]:
         """Draw one batch: pictures [B, H, W, 3] uint8, and the executor's results."""
         chain, made = ready.chain, ready.made_of_prompts(request.modes)
-        ids = [feeds[name] for name in ready.feeds.tokenizers]
-        keys = [(chain.name, request.modes, *(i[row].tobytes() for i in ids)) for row in range(chain.batch)]
+        keys = [(chain.name, *ready.prompt_key(request.modes, feeds, row)) for row in range(chain.batch)]
         with self._lock:
             executor = self._opened()
             embeds = self.prompt_cache.get(keys) if made else {}
@@ -211,7 +213,10 @@ class Pipeline:
             executor.load(plan.graphs)
             self._hold(executor, ready, plan)
             fed = {**ready.feeds.constants(request.steps), **feeds, **(embeds or {})}
-            results = executor.execute(plan, fed, observe=observe, cancel=cancel)
+            try:
+                results = executor.execute(plan, fed, observe=observe, cancel=cancel)
+            finally:
+                self._held -= plan.written(chain.graphs)  # another plan's name for the same buffer
             if embeds is None:
                 self.prompt_cache.put(keys, {name: results.arrays[name] for name in made})
             pictures = results.arrays[chain.chain.output].copy()
@@ -245,6 +250,15 @@ class _ReadyChain:
         """Return what the stages of the prompt make in these modes."""
         stages = (s for s in self.chain.chain.stages if s.when == "prompt" and s.runs(modes))
         return [t.name for s in stages for t in wiring.outputs(s, self.chain.graphs)]
+
+    def prompt_key(self, modes: frozenset[str], feeds: Arrays, row: int) -> tuple[Hashable, ...]:
+        """Return all that the stages of the prompt read for the picture of a row, so that equal keys make equal text.
+
+        Numbers and constants of the whole call are the same for all rows."""
+        stages = (s for s in self.chain.chain.stages if s.when == "prompt" and s.runs(modes))
+        read = dict.fromkeys(t.name for s in stages for t in wiring.inputs(s, self.chain.graphs) if t.name in feeds)
+        of = self.chain.chain.feeds
+        return modes, *(feeds[n].tobytes() if of[n].is_ == "number" else feeds[n][row].tobytes() for n in read)
 
     def plan(self, request: Request, *, cached: bool) -> Plan:
         """Return the plan of a request, with or without the stages of the prompt."""

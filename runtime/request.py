@@ -2,7 +2,7 @@
 
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from turbochain.runtime.inputs.tokenizer import check_prompt
 OUTPUT_TYPES = ("pil", "np", "uint8")
 GIVEN = ("embeds", "image", "mask", "number")
 """The kinds of feeds that a caller gives as arrays."""
+REPEATED = ("image", "mask")
+"""Those of which a caller may give fewer than pictures: they are repeated as diffusers repeats them, 1 2 1 2 …"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,7 @@ class Request:
     inputs: tuple[tuple[str, Array], ...] = ()  # the feeds that a caller gives, by name
     modes: frozenset[str] = frozenset()
     output_type: str = "pil"
+    negative_prompts: tuple[str, ...] = ()  # one for each picture
 
     @property
     def seed(self) -> int | list[int]:
@@ -64,21 +67,23 @@ class Request:
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float = 0.0,
-        negative_prompt: object = None,
+        negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         latents: np.ndarray | None = None,
         inputs: Mapping[str, np.ndarray] | None = None,
+        modes: Collection[str] = (),
         output_type: str = "pil",
     ) -> "Request":
         """Return the request of a call; the arguments are those of `Pipeline.__call__`. Raises InputError."""
         prompts = _check_prompts(prompt, num_images_per_prompt)
         _check_size(chain, height, width)
-        _check_guidance(guidance_scale, negative_prompt)
+        _check_guidance(guidance_scale)
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type={output_type!r}: choose from {', '.join(OUTPUT_TYPES)}")
         steps = chain.steps[0] if num_inference_steps is None else num_inference_steps
-        chain.entry(steps)
+        rows = chain.entry(steps)[1].rows
+        modes = _check_modes(chain, modes)
         seed = secrets.randbits(64) if seed is None else seed
         one = isinstance(seed, int | np.integer)
         return cls(
@@ -88,8 +93,10 @@ class Request:
             one_generator=one,
             chain=chain.name,
             latents=None if latents is None else _check_latents(chain, latents, len(prompts)),
-            inputs=_check_inputs(chain, inputs or {}, len(prompts)),
+            inputs=_check_inputs(chain, modes, inputs or {}, len(prompts), rows),
+            modes=modes,
             output_type=output_type,
+            negative_prompts=_check_negative(chain, negative_prompt, len(prompts), num_images_per_prompt),
         )
 
 
@@ -111,15 +118,36 @@ def _check_size(chain: OpenChain, height: int | None, width: int | None) -> None
         )
 
 
-def _check_guidance(guidance_scale: object, negative_prompt: object) -> None:
+def _check_guidance(guidance_scale: object) -> None:
     try:
         guided = math.isnan(guidance_scale) or guidance_scale > 1  # type: ignore[arg-type, operator]
     except TypeError:
         guided = True
     if guided:
         raise InputError(f"guidance_scale={guidance_scale!r}: Turbo models have no guidance; leave it out or give 0.0")
-    if negative_prompt is not None:
+
+
+def _check_negative(chain: OpenChain, negative_prompt: object, count: int, repeats: int) -> tuple[str, ...]:
+    """Return the negative prompt of each picture, () for a chain without; one for all prompts is repeated."""
+    if not any(chain.chain.feeds[name].of == "negative_prompt" for name in chain.feeds("ids")):
+        if negative_prompt is None:
+            return ()
         raise InputError("negative_prompt was given: Turbo models have none, because they work without guidance")
+    given = _check_prompts("" if negative_prompt is None else negative_prompt, repeats)
+    given = given * (count // repeats) if len(given) == repeats else given
+    if len(given) != count:
+        raise InputError(
+            f"negative_prompt is a list of {len(given) // repeats}: one, or one for each of {count // repeats} "
+            "prompts was expected"
+        )
+    return tuple(given)
+
+
+def _check_modes(chain: OpenChain, modes: Collection[str]) -> frozenset[str]:
+    if unknown := sorted(set(modes) - set(chain.chain.modes)):
+        has = ", ".join(chain.chain.modes) or "none"
+        raise InputError(f"modes={unknown}: the chain {chain.name} has {has}; choose from these")
+    return frozenset(modes)
 
 
 def _check_seeds(seed: object, count: int) -> tuple[int, ...]:
@@ -130,23 +158,33 @@ def _check_seeds(seed: object, count: int) -> tuple[int, ...]:
 
 
 def _check_latents(chain: OpenChain, latents: object, count: int) -> Array:
-    name = next((d.name for d in chain.chain.draws if d.name in chain.feeds("noise")), None)
+    name = chain.first_noise
     if name is None:
         raise InputError(f"latents was given, and the chain {chain.name} draws none")
     return _check_array("latents", latents, "float32", (count, *chain.tensors[name].shape[1:]))
 
 
-def _check_inputs(chain: OpenChain, given: Mapping[str, object], count: int) -> tuple[tuple[str, Array], ...]:
-    wanted = {name: feed.is_ for name, feed in chain.chain.feeds.items() if feed.is_ in GIVEN and feed.when != "held"}
+def _check_inputs(
+    chain: OpenChain, modes: frozenset[str], given: Mapping[str, object], count: int, rows: int
+) -> tuple[tuple[str, Array], ...]:
+    """Return what a caller gives for the feeds that are read in these modes, by name.
+
+    A number has its tensor's shape, pictures [N, …]; of `REPEATED` kinds a divisor of N is enough. A feed of every
+    step has [rows, …] in front.
+    """
+    wanted = {name: f for name, f in chain.read(modes).items() if f.is_ in GIVEN and f.when != "held"}
     if wanted.keys() != given.keys():
         raise InputError(
             f"inputs: the chain {chain.name} takes {', '.join(wanted) or 'none'}; given: {', '.join(given) or 'none'}"
         )
     found = []
-    for name, kind in wanted.items():
-        tensor = chain.tensors[name]
-        shape = tensor.shape if kind == "number" else (count, *tensor.shape[1:])
-        found.append((name, _check_array(f"inputs[{name!r}]", given[name], tensor.dtype, shape)))
+    for name, feed in wanted.items():
+        tensor, value = chain.tensors[name], given[name]
+        shape = tensor.shape if feed.is_ == "number" else (count, *tensor.shape[1:])
+        if feed.is_ in REPEATED and feed.when == "call" and isinstance(value, np.ndarray) and value.ndim and len(value):
+            shape = (len(value) if count % len(value) == 0 else count, *shape[1:])
+        shape = (rows, *shape) if feed.when == "step" else shape
+        found.append((name, _check_array(f"inputs[{name!r}]", value, tensor.dtype, shape)))
     return tuple(found)
 
 

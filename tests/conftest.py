@@ -19,6 +19,7 @@ from pathlib import Path
 
 import kept
 import pytest
+from kept import locked
 
 from turbochain.engines import build, cli
 from turbochain.export.sources import synthetic
@@ -35,21 +36,26 @@ ON_ARGUMENTS = ("--backend", "onnxruntime", "--device", "cpu")
 
 BundleFactory = Callable[..., Path]
 
-
 LONGEST_FIRST = (
     "test_demo.py",
     "test_bad_input.py",
     "test_openvino.py",
-    "test_cpu_bench.py",
     "test_parity.py",
-    "test_remedies.py",
     "test_build.py",
+    "test_chains.py",
+    "test_schedule.py",
+    "test_bench.py",
+    "test_remedies.py",
     "test_tensorrt.py",
-    "test_backends.py",
-    "test_other_vae.py",
-    "test_verify.py",
-    "test_light.py",
     "test_trace.py",
+    "test_backends.py",
+    "test_verify.py",
+    "test_parts.py",
+    "test_pipeline.py",
+    "test_light.py",
+    "test_synthetic.py",
+    "test_api.py",
+    "test_variants.py",
 )
 """The files that take over ten seconds; the others follow, so that neither process waits long for the other's last."""
 
@@ -82,9 +88,6 @@ def shared(session: Path, pytestconfig: pytest.Config) -> Iterator[Path]:
     folder = kept.folder(root.absolute(), kept.key(ROOT, PACKAGES))
     with locked(folder / "in-use", fcntl.LOCK_SH):
         yield folder
-
-
-locked = kept.locked
 
 
 @pytest.hookimpl(wrapper=True)

@@ -139,9 +139,9 @@ FOLDERS: dict[str, tuple[Callable[[Folder], object], tuple[str, ...]]] = {
         ],
         ("should map every weight to the name of a file beside it",),
     ),
-    "multistep scheduler": (
-        scheduler("DPMSolverMultistepScheduler"),
-        ("DPMSolverMultistepScheduler", "is not a first-order", "EulerDiscreteScheduler"),
+    "scheduler that clips": (
+        scheduler("DDIMScheduler", thresholding=True),
+        ("DDIMScheduler", "thresholding=True", "clipping is not linear", "to false in the checkpoint's scheduler/"),
     ),
 }
 

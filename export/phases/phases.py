@@ -64,12 +64,12 @@ class Phases:
 
 
 def now() -> str:
-    """UTC, ISO 8601."""
+    """Return the time: UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions(*names: str) -> dict[str, str]:
-    """The installed ones of these distributions and their versions."""
+    """Return the installed ones of these distributions and their versions."""
     found = {}
     for name in names:
         try:

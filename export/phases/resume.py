@@ -31,7 +31,7 @@ class Finished:
             empty(folder)
 
     def once(self, key: str, make: Callable[[], Any], made: Callable[[Any], list[str]]) -> Any:
-        """The result of `make`, unless an earlier build did it and its files (`made`) are still as they were."""
+        """Return the result of `make`, or of an earlier build if its files (`made`) are still as they were."""
         done = self.value["done"].get(key)
         if done and self._intact(done["files"]):
             return done["result"]

@@ -42,9 +42,9 @@ class Worker:
     """A child that runs jobs, one after the other. It ends with the `with` block, or with a job that fails."""
 
     def __init__(self, lock: int, printed: Path | None) -> None:
-        """`lock` is a file descriptor that the child keeps open, so a lock outlives this process as long as the child.
+        """Start a child that keeps the file descriptor `lock` open, so that the lock lives as long as the child.
 
-        What libraries print goes to the file `printed`, or to stderr where it is None.
+        What libraries print goes to the file `printed`, or to stderr if it is None.
         """
         self._printed = printed
         # The child inherits that it does not hear of Ctrl-C, which a terminal sends to both.
@@ -58,7 +58,7 @@ class Worker:
         """Run a job; returns its result and the peak of the child's resident memory meanwhile, in bytes.
 
         Raises what the child raised, if it is a TurbochainError, or a TurbochainError that describes it; PhaseDied
-        where the child ended without a word.
+        if the child ended without a word.
         """
         child = self._child
         assert child.stdin and child.stdout
@@ -129,7 +129,7 @@ def _failure(job: str, last: dict[str, Any], status: int | None, printed: Path |
 
 
 def main() -> None:
-    """The child's side."""
+    """Run the child's side."""
     requests: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     cancelled = threading.Event()
     threading.Thread(target=_listen, args=(requests, cancelled), daemon=True).start()
@@ -175,7 +175,7 @@ def _carry_out(job: str, arguments: dict[str, Any], progress: Progress, send: Ca
 
 
 def _describe(function: str, error: Exception) -> tuple[type[TurbochainError], str]:
-    """An exception that is not ours, as one sentence."""
+    """Return an exception that is not ours as one sentence."""
     full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
     if full:
         return (
@@ -192,7 +192,7 @@ def _describe(function: str, error: Exception) -> tuple[type[TurbochainError], s
 
 
 def _peak_bytes() -> int:
-    """Peak resident memory of this process."""
+    """Return the peak resident memory of this process in bytes."""
     try:  # on Linux, ru_maxrss begins with what the parent had when it forked
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.split("VmHWM:")[1].split()[0])

@@ -153,7 +153,7 @@ def open_folder(
 
 
 def _is_class(entry: Any) -> bool:
-    """Whether an entry of model_index.json is [library, class] of a library that may be imported."""
+    """Return whether an entry of model_index.json is [library, class] of a library that may be imported."""
     return isinstance(entry, list) and len(entry) == 2 and entry[0] in LIBRARIES and isinstance(entry[1], str)
 
 

@@ -2,7 +2,7 @@
 
 The architectures, configs and file names are the published ones; only the weights are drawn, from a seed, with gains
 that keep every activation in half precision's range and make the picture depend on every input. The `-mini` presets
-have the same parts at narrow widths and each kind of the UNet's blocks once, small enough for tests. """
+have the same parts at narrow widths and each kind of the UNet's blocks once, small enough for tests."""
 
 import json
 import re
@@ -69,7 +69,7 @@ You may obtain a copy of the License at https://www.apache.org/licenses/LICENSE-
 
 
 def models(name: str, *, eos_token_id: int = 2) -> dict[str, torch.nn.Module]:
-    """Component name → module of the preset `name`, on the meta device: shapes and config, no memory.
+    """Return component → module of the preset `name`, on the meta device: shapes and config, no memory.
 
     `eos_token_id` is what the text encoders' configs say: 2, as published (transformers then pools at the
     largest id), or 49407, the true one (it pools at the first match). Raises InputError for an unknown name.
@@ -201,7 +201,7 @@ def _write_weights(folder: Path, part: torch.nn.Module, fp16: bool, generator: t
 
 
 def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Random float32 values for the parameter `name`: a bias, a norm's weight, or a matrix or convolution."""
+    """Draw random float32 values for the parameter `name`: a bias, a norm's weight, or a matrix or convolution."""
     values = torch.randn(shape, generator=generator)
     if len(shape) == 1:
         middle = 0.5 if name == "decoder.layers.18.bias" else 0.0  # AutoencoderTiny's pictures are 0 to 1

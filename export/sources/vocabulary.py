@@ -21,10 +21,10 @@ _BYTES = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), 
 
 
 def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's token → id (49,408 entries) and its 48,894 merges, in order of precedence.
+    """Return CLIP's token → id (49,408 entries) and its 48,894 merges, in order of precedence.
 
     Built as OpenAI's `simple_tokenizer.py` builds it: bytes, bytes at the end of a word, merges, specials.
-    Raises InputError where `open_clip_torch`, which carries the merges, is not installed.
+    Raises InputError if `open_clip_torch`, which carries the merges, is not installed.
     """
     package = importlib.util.find_spec("open_clip")
     if package is None or package.origin is None:
@@ -49,7 +49,7 @@ def write_tokenizer(folder: Path, *, pad_token: str) -> None:
 
 
 def save_tokenizer(folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]], *, pad_token: str) -> None:
-    """Like `write_tokenizer`, with another vocabulary (token → id) and its merges, in order of precedence."""
+    """Write a tokenizer like `write_tokenizer`, with another vocabulary (token → id) and its merges in order."""
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=MAX_TOKENS)

@@ -1,4 +1,4 @@
-"""An fp32 island: attention computed in fp32 inside a module of lower precision."""
+"""Compute attention in fp32 inside a module of lower precision."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -31,7 +31,7 @@ def _down(projection: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Ten
 
 
 def _mask_up(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The mask's "minus infinity" is fp16's lowest value, which scores that overflow fp16 would outweigh."""
+    """Replace the mask's "minus infinity", fp16's lowest value: scores that overflow fp16 would outweigh it."""
     mask = named.get("attention_mask")
     if mask is not None:
         lowest = torch.finfo(torch.float32).min

@@ -19,7 +19,7 @@ class GroupNorm(nn.Module):
         self.weight, self.bias = norm.weight, norm.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, C, …] → the same shape."""
+        """Return the normalised tensor, [B, C, …] → the same shape."""
         batch, channels = x.shape[:2]
         rows = x.reshape(batch, self.groups, channels // self.groups, -1, x.shape[-1])
         mean = _mean(rows)
@@ -33,12 +33,12 @@ class GroupNorm(nn.Module):
 
 
 def _mean(rows: torch.Tensor) -> torch.Tensor:
-    """Of a group's channels [B, G, C/G, H, W] → [B, G, 1, 1, 1]."""
+    """Return the mean of a group's channels, [B, G, C/G, H, W] → [B, G, 1, 1, 1]."""
     return rows.mean(-1, keepdim=True).mean(-2, keepdim=True).mean(-3, keepdim=True)
 
 
 def replace_group_norms(model: nn.Module) -> None:
-    """Put `GroupNorm` in the place of every `torch.nn.GroupNorm`; the parameters keep their names."""
+    """Replace every `torch.nn.GroupNorm` by `GroupNorm`; the parameters keep their names."""
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.GroupNorm) and child.affine:

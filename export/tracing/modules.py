@@ -165,7 +165,7 @@ class Step(nn.Module):
     """
 
     def __init__(self, component: nn.Module, K: int) -> None:
-        """`component` is not used: this graph has no weights."""
+        """Set K; `component` is not used, because this graph has no weights."""
         super().__init__()
         self.K = K
 

@@ -1,4 +1,4 @@
-"""An AutoencoderKL whose fp32 values exceed fp16's range, made to fit it exactly.
+"""Make an AutoencoderKL whose fp32 values exceed fp16's range fit it exactly.
 
 A GroupNorm gives the same for x and x/s when its epsilon is divided by s², and in a VAE everything that reads the
 residual stream reads it through one. So the stream can run at 1/s: what is added to it (conv_in, conv2, to_out) is
@@ -23,7 +23,7 @@ def rescale(vae: nn.Module, exponents: Mapping[str, int]) -> dict[str, float]:
     `exponents`: module → e. The modules are those of the stream (conv_in, resnets, attentions, samplers and the
     convolutions in them) and conv1; a block's own name says no more than that of its last module. A scale is no
     larger than its stretch of the stream asks for: small weights become subnormal in fp16. Returns parameter → the
-    factor that it was multiplied by, where that is not 1.
+    factor that it was multiplied by, if that is not 1.
     """
     factors: dict[str, float] = {}
     for name, part in vae.named_children():
@@ -70,13 +70,13 @@ def _shrink_epsilon(norm: nn.GroupNorm, exponent: int) -> None:
 
 
 def _wanted(name: str, exponents: Mapping[str, int]) -> int:
-    """What a module of the stream and the parts of it that add to the stream ask for."""
+    """Return the exponent that a module and those of its parts that add to the stream ask for."""
     mine = (e for m, e in exponents.items() if m == name or (m.startswith(f"{name}.") and not m.endswith(".conv1")))
     return max(mine, default=0)
 
 
 def _stretches(part_name: str, part: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
-    """The modules that the stream runs through, in order, split before each that can change its scale."""
+    """Yield the modules that the stream runs through, in order, split before each that can change its scale."""
     stretch: list[tuple[str, nn.Module]] = []
     for name, module in _stream(part):
         changes = not isinstance(module, Attention) and getattr(module, "conv_shortcut", module) is not None
@@ -88,7 +88,8 @@ def _stretches(part_name: str, part: nn.Module) -> Iterator[list[tuple[str, nn.M
 
 
 def _stream(part: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """conv_in, every resnet, attention and sampler's convolution, in the order of the forward pass; names in `part`."""
+    """Yield conv_in, every resnet, attention and sampler's convolution with its name, in the order of the forward
+    pass."""
     yield "conv_in", part.conv_in
     if hasattr(part, "up_blocks"):
         blocks = ["mid_block", *(f"up_blocks.{i}" for i in range(len(part.up_blocks)))]

@@ -1,4 +1,4 @@
-"""Taking out of a traced graph what no backend needs."""
+"""Take out of a traced graph what no backend needs."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ ROUNDS = 2  # what a rule leaves may be constant
 
 
 def simplify(model: Any) -> None:
-    """Change `model` (onnx_ir.Model) itself: constants are folded, and what does nothing or is there twice goes."""
+    """Change `model` (onnx_ir.Model) itself: fold constants, and remove what does nothing or is there twice."""
     for _ in range(ROUNDS):
         fold_constants(model, onnx_shape_inference=True, should_fold=_fold)
         rewrite(model, RULES)
@@ -42,7 +42,7 @@ def simplify(model: Any) -> None:
 
 
 def _fold(node: Any) -> bool | None:
-    """Whether to fold a node that reads constants; None: as onnxscript would.
+    """Return whether to fold a node that reads constants; None: as onnxscript would.
 
     A Linear's weight stays as the checkpoint has it, and the graph transposes it: that is how OpenVINO wants it, which
     would transpose it again and keep another copy in memory. ONNX Runtime takes the one or the other.

@@ -24,7 +24,7 @@ from turbochain.export.tracing.weights import DataFiles, Parameters
 from turbochain.runtime.bundle.manifest import Graph, Tensor
 from turbochain.runtime.errors import TurbochainError
 
-OPSET = 21  # the first whose attention TensorRT fuses in every stage
+OPSET = 21  # the first whose attention TensorRT fuses in every graph
 OPSET_BF16 = 22  # the first with bf16 convolutions
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -130,7 +130,7 @@ def _load(checkpoint: Checkpoint, component: str, remedy: Remedy) -> tuple[torch
 
 
 def _copy_modules(model: torch.nn.Module) -> torch.nn.Module:
-    """Return a copy of the tree of modules, which a stage may change, on the same parameters and buffers."""
+    """Return a copy of the tree of modules, which a traced module may change, on the same parameters and buffers."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
@@ -209,7 +209,7 @@ def _argmax_of_floats(proto: Any) -> None:
 
 
 def _ends(name: str, values: Any, expected: dict[str, Any], proto: Any) -> tuple[Tensor, ...]:
-    """The graph's inputs or outputs as declared, after checking that the exporter kept them."""
+    """Return the graph's inputs or outputs as declared, after checking that the exporter kept them."""
     read = {i for node in proto.graph.node for i in node.input} | {o.name for o in proto.graph.output}
     found = {}
     for value in values:

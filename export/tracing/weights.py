@@ -49,7 +49,7 @@ class Parameters:
     """The parameters of a loaded component, hashed once for all graphs that are traced of it."""
 
     def __init__(self, model: nn.Module) -> None:
-        """`model`: its parameters must stay as they are for as long as this object is used."""
+        """Hash the parameters of `model`, which must stay as they are for as long as this object is used."""
         self.fingerprints: dict[str, Fingerprint] = {}
         """Parameter → fingerprint."""
         self._model = model  # keeps the memory at `_known` from being used for something else
@@ -67,7 +67,7 @@ class Parameters:
         return known or fingerprint(array)
 
     def __contains__(self, value: Fingerprint) -> bool:
-        """Whether a parameter has these values."""
+        """Return whether a parameter has these values."""
         return value in self._all
 
 
@@ -75,7 +75,7 @@ class DataFiles:
     """One data file, or several of a limited size, that hold each distinct tensor once; they grow graph by graph."""
 
     def __init__(self, folder: Path, name: str, limit: float = math.inf) -> None:
-        """`name`: the files' name, with `{}` for a number if there may be several. Old files are overwritten."""
+        """Begin with no file; `name`: the files' name, with `{}` for a number if there may be several."""
         self._folder, self._name, self._limit = folder, name, limit
         self._number, self._end = 0, 0  # the file that grows, and its size
         self._places: dict[Fingerprint, tuple[str, int]] = {}  # the values → file name, offset

@@ -1,7 +1,7 @@
 """CUDA through `cuda-bindings`: a device, its memory, streams, events and graphs.
 
-The one place where a CUDA status becomes an exception: `NoGpu` where there is nothing to work on, `OutOfMemory`
-where the caller can go on with less, `CudaFault` where the process must restart, `CudaError` for the rest.
+The one place where a CUDA status becomes an exception: `NoGpu` if there is nothing to work on, `OutOfMemory`
+if the caller can go on with less, `CudaFault` if the process must restart, `CudaError` for the rest.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ def _runtime() -> Any:
 def call(function: str, *arguments: Any) -> Any:
     """Call a function of the CUDA runtime: its values without the status (None, one, or a tuple).
 
-    Raises NoGpu, OutOfMemory, CudaFault or CudaError where the status is not success.
+    Raises NoGpu, OutOfMemory, CudaFault or CudaError if the status is not success.
     """
     status, *values = getattr(_runtime(), function)(*arguments)
     if int(status):
@@ -73,9 +73,9 @@ def _no_gpu(status: int) -> NoGpu:
 
 
 def find(name: str | None) -> tuple[int, Gpu]:
-    """The ordinal of a GPU and what it is: "cuda" or None is the first one, "cuda:1" the second.
+    """Return the ordinal of a GPU and what it is: "cuda" or None is the first one, "cuda:1" the second.
 
-    Raises InputError for another name, NoGpu where there is none of that number.
+    Raises InputError for another name, NoGpu if there is none of that number.
     """
     match = re.fullmatch(r"cuda(?::(\d{1,3}))?", name or "cuda")
     if not match:
@@ -103,7 +103,7 @@ class Session:
     """One GPU and everything that was made on it; `close` gives all of it back, last made first."""
 
     def __init__(self, index: int) -> None:
-        """`index`: the CUDA ordinal. Raises what `call` raises."""
+        """Take the GPU of the CUDA ordinal `index`; raises what `call` raises."""
         self.index = index
         self._owned = ExitStack()
         self._streams: list[Any] = []
@@ -120,14 +120,14 @@ class Session:
         return value
 
     def allocate(self, size: int, what: str) -> int:
-        """The address of `size` bytes (at least 1) of GPU memory; OutOfMemory says what they were for."""
+        """Return the address of `size` bytes (at least 1) of GPU memory; OutOfMemory says what they were for."""
         try:
             return self._own(call("cudaMalloc", max(size, 1)), "cudaFree")
         except OutOfMemory:
             raise self.out_of_memory(size, what) from None
 
     def out_of_memory(self, size: int, what: str) -> OutOfMemory:
-        """The error for `size` bytes that could not be had."""
+        """Return the error for `size` bytes that could not be had."""
         free, total = call("cudaMemGetInfo")
         mib = 2**20
         return OutOfMemory(
@@ -136,7 +136,7 @@ class Session:
         )
 
     def pinned(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """Zeros in page-locked host memory, which the GPU reads and writes by itself."""
+        """Return zeros in page-locked host memory, which the GPU reads and writes by itself."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         try:
             address = self._own(call("cudaMallocHost", size), "cudaFreeHost")
@@ -147,21 +147,21 @@ class Session:
         return array
 
     def stream(self) -> Any:
-        """A stream that does not wait for the default one."""
+        """Return a stream that does not wait for the default one."""
         made = self._own(call("cudaStreamCreateWithFlags", _runtime().cudaStreamNonBlocking), "cudaStreamDestroy")
         self._streams.append(made)
         return made
 
     def event(self, *, timing: bool = False) -> Any:
-        """An event; one for ordering alone is cheaper."""
+        """Return an event; one for ordering alone is cheaper."""
         runtime = _runtime()
         flags = runtime.cudaEventDefault if timing else runtime.cudaEventDisableTiming
         return self._own(call("cudaEventCreateWithFlags", flags), "cudaEventDestroy")
 
     def capture(self, stream: Any, enqueue: Callable[[], None], check: Callable[[Any], None] | None = None) -> Any:
-        """What `enqueue` puts on `stream`, not carried out but as an executable graph.
+        """Return what `enqueue` puts on `stream` as an executable graph; nothing is carried out.
 
-        Raises what `enqueue` and `check`, which is given the graph, raise, and CudaError where something cannot be
+        Raises what `enqueue` and `check`, which is given the graph, raise, and CudaError if something cannot be
         captured; the stream is usable again in either case.
         """
         mode = _runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
@@ -183,7 +183,7 @@ class Session:
             _runtime().cudaGraphDestroy(graph)
 
     def synchronize(self) -> None:
-        """Wait until the streams of this session are done; after a fault they are.
+        """Wait until the session's streams are done; after a fault they are.
 
         Not for the whole GPU: that would break what another session is capturing.
         """
@@ -206,8 +206,9 @@ def launch(graph: Any, stream: Any) -> None:
 
 
 def refuse_host(graph: Any, addresses: Collection[int]) -> None:
-    """CudaError where a captured graph would call a function of the host, or copy from or to memory of it that is not
-    at one of these addresses: it was its maker's for one run, and may be another's by the next.
+    """Raise CudaError if a captured graph calls a host function, or copies host memory other than at these addresses.
+
+    Such memory belonged to a library for one run, and may be used for something else by the next.
     """
     runtime = _runtime()
     kinds = runtime.cudaGraphNodeType
@@ -231,13 +232,13 @@ def copy(target: int, source: int, size: int, stream: Any) -> None:
     call("cudaMemcpyAsync", target, source, size, _runtime().cudaMemcpyKind.cudaMemcpyDefault, stream)
 
 
-def record(event: Any, stream: Any) -> None:
-    """The event happens when the stream has done what is on it now."""
+def record_event(event: Any, stream: Any) -> None:
+    """Let the event happen when the stream has done what is on it now."""
     call("cudaEventRecord", event, stream)
 
 
-def wait(stream: Any, event: Any) -> None:
-    """The stream goes on when the event has happened."""
+def wait_event(stream: Any, event: Any) -> None:
+    """Let the stream go on only when the event has happened."""
     call("cudaStreamWaitEvent", stream, event, 0)
 
 
@@ -247,10 +248,10 @@ def synchronize(stream: Any) -> None:
 
 
 def elapsed(start: Any, end: Any) -> float:
-    """Seconds between two events with timing that have happened."""
+    """Return the seconds between two events with timing that have happened."""
     return 1e-3 * call("cudaEventElapsedTime", start, end)
 
 
 def free_bytes() -> int:
-    """GPU memory that is free on the calling thread's device."""
+    """Return the bytes of GPU memory that are free on the calling thread's device."""
     return call("cudaMemGetInfo")[0]

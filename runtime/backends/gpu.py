@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,9 +113,9 @@ class GpuExecutor(ABC):
             self.session.activate()
             program = self._programs.get(plan) or self._prepare(plan, feeds)
             self._fill(program, feeds)
-            cuda.record(self._start, self.stream)
+            cuda.record_event(self._start, self.stream)
             timed = self._enqueue(program, observe, cancel)
-            cuda.record(self._end, self.stream)
+            cuda.record_event(self._end, self.stream)
             cuda.synchronize(self.stream)
         except TurbochainError as error:
             self._fault = self._find_fault(error)
@@ -152,12 +152,9 @@ class GpuExecutor(ABC):
         crossing = (*recording.uploads, *recording.downloads.values())
         program = _Program(recording, addresses, {b: self._host(b, recording.tensors[b]) for b in crossing})
         self._fill(program, feeds)
-        held = self._read_held(recording, addresses)
         for _ in range(2):  # ONNX Runtime still allocates in the second run
-            self._walk(program)
+            self._walk(program, without=recording.kept)  # else a stream would be two pictures on
             cuda.synchronize(self.stream)
-        for buffer, value in held.items():
-            self._upload(value, addresses[buffer])
         try:
             program.graph = self.session.capture(self.stream, lambda: self._walk(program), self.check_captured)
         except TurbochainError as error:
@@ -167,15 +164,6 @@ class GpuExecutor(ABC):
             log.warning("the chain runs graph by graph, because it cannot be captured as one CUDA graph: %s", error)
         self._programs[plan] = program
         return program
-
-    def _read_held(self, recording: Recording, addresses: Mapping[str, int]) -> dict[str, np.ndarray]:
-        """Return what a plan keeps for the next call and does not upload: its first runs must not count as calls."""
-        targets = {a.target for a in recording.actions if isinstance(a, OnDevice)} - recording.uploads.keys()
-        held = {b: np.empty(recording.tensors[b].shape, recording.tensors[b].dtype) for b in targets}
-        for buffer, value in held.items():
-            cuda.copy(value.ctypes.data, addresses[buffer], value.nbytes, self.stream)
-        cuda.synchronize(self.stream)
-        return held
 
     def check_captured(self, graph: Any) -> None:  # noqa: B027 (most may be launched)
         """Raise TurbochainError if a captured graph must not be launched."""
@@ -244,9 +232,15 @@ class GpuExecutor(ABC):
         return timed
 
     def _walk(
-        self, program: _Program, timed: list[tuple[str, Any, Any]] | None = None, cancel: Cancel | None = None
+        self,
+        program: _Program,
+        timed: list[tuple[str, Any, Any]] | None = None,
+        cancel: Cancel | None = None,
+        without: Collection[str] = (),
     ) -> None:
-        """Put every action on the stream; with `timed`, no two launches at once, and events around each."""
+        """Put every action on the stream; with `timed`, no two launches at once, and events around each.
+
+        Nothing is copied into the buffers `without`."""
         at, host = program.addresses, program.host
         for action in program.recording.actions:
             match action:
@@ -254,6 +248,8 @@ class GpuExecutor(ABC):
                     cuda.copy(at[buffer], host[buffer].ctypes.data, host[buffer].nbytes, self.stream)
                 case ToHost(buffer):
                     cuda.copy(host[buffer].ctypes.data, at[buffer], host[buffer].nbytes, self.stream)
+                case OnDevice(_, target) if target in without:
+                    pass
                 case OnDevice(source, target):
                     cuda.copy(at[target], at[source], program.recording.tensors[source].nbytes, self.stream)
                 case Together(launches):
@@ -266,9 +262,9 @@ class GpuExecutor(ABC):
     def _timed(self, launches: Sequence[Launch], at: Mapping[str, int], timed: list[tuple[str, Any, Any]]) -> None:
         for launch in launches:
             start, end = self._timers(len(timed))
-            cuda.record(start, self.stream)
+            cuda.record_event(start, self.stream)
             self._launch(launch, at, self.stream)
-            cuda.record(end, self.stream)
+            cuda.record_event(end, self.stream)
             timed.append((launch.graph, start, end))
 
     def _timers(self, index: int) -> tuple[Any, Any]:
@@ -284,14 +280,14 @@ class GpuExecutor(ABC):
             if i == len(self._side):
                 self._side.append((self.session.stream(), self.session.event(), self.session.event()))
             stream, fork, join = self._side[i]
-            cuda.record(fork, self.stream)
-            cuda.wait(stream, fork)
+            cuda.record_event(fork, self.stream)
+            cuda.wait_event(stream, fork)
             self._launch(launch, at, stream)
-            cuda.record(join, stream)
+            cuda.record_event(join, stream)
         for launch in launches if not self.concurrent else launches[:1]:
             self._launch(launch, at, self.stream)
         for _, _, join in self._side[: len(others)]:
-            cuda.wait(self.stream, join)
+            cuda.wait_event(self.stream, join)
 
     def _launch(self, launch: Launch, at: Mapping[str, int], stream: Any) -> None:
         self._graphs[launch.graph].enqueue({name: at[buffer] for name, buffer in launch.buffers.items()}, stream)

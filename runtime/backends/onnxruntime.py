@@ -185,7 +185,7 @@ def _options() -> Any:
 
 
 def _stays_mapped(graph: Graph) -> bool:
-    """Whether the graph's weights are used as the bundle's file holds them.
+    """Return whether the graph's weights are used mapped, as the bundle's file holds them.
 
     Optimised and packed they are a second copy, which takes seconds and gigabytes to make, and makes a launch of a UNet
     or of a text encoder a tenth quicker. The VAE has few weights and many multiplications: there it pays. So it does
@@ -204,7 +204,7 @@ def _keep_mapped(options: Any) -> list[str]:
 
 @cache
 def _share_arena() -> None:
-    """One arena for all graphs, which run one after the other: it is as large as the largest needs, not their sum."""
+    """Let all graphs share one arena: they run one after the other, so it is as large as the largest needs."""
     library = _library()
     kind, memory = library.OrtAllocatorType.ORT_ARENA_ALLOCATOR, library.OrtMemType.DEFAULT
     library.create_and_register_allocator(library.OrtMemoryInfo("Cpu", kind, 0, memory), library.OrtArenaCfg({}))

@@ -1,4 +1,4 @@
-"""OpenVINO: reads the bundle's graphs directly, and computes in bf16 where the CPU can."""
+"""OpenVINO: reads the bundle's graphs directly, and computes in bf16 if the CPU can."""
 
 import ctypes
 import importlib
@@ -96,6 +96,8 @@ BACKEND = Backend(
 class OpenVino(CpuExecutor):
     """Every graph is a compiled model with an infer request for each of its places in a chain."""
 
+    rewrites = openvino_model.REWRITES
+
     def __init__(self, opened: Opened) -> None:
         """Set up what the graphs share."""
         core()  # before the graphs, which are loaded at once
@@ -109,17 +111,18 @@ class OpenVino(CpuExecutor):
         path = bundle.path / entry.file
         try:
             model = core().read_model(path)  # weights are mapped from the bundle
-            openvino_model.prepare(model)
+            openvino_model.prepare(model, self.rewrites)
             if in_int8(entry, options):
                 ranges = json.loads((self.opened.folder / ranges_file(graph)).read_text())
                 openvino_model.quantize(model, ranges)
             with _few_pages({str((bundle.path / file).resolve()) for file in entry.data}):
-                compiled = core().compile_model(model, "CPU", self._properties(entry, model))
+                compiled = core().compile_model(model, "CPU", self.properties(entry, model))
         except Exception as error:  # OpenVINO raises RuntimeError and its own
             raise _failure(f"cannot load {path}", error) from error
         return _CompiledGraph(graph, entry, compiled, self.opened.profile)
 
-    def _properties(self, graph: Graph, model: Any) -> dict[str, str]:
+    def properties(self, graph: Graph, model: Any) -> dict[str, str]:
+        """Return what OpenVINO is told beside the graph."""
         precision = _asked(graph, self.opened.options)
         properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS[precision]}
         if self.opened.profile:

@@ -1,7 +1,7 @@
-"""What is changed in a graph that OpenVINO has read, before it compiles it."""
+"""Rewrite a graph that OpenVINO has read, before OpenVINO compiles it."""
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -12,7 +12,7 @@ MANY_ROWS = 32
 
 
 def fuse_group_norms(model: Any) -> int:
-    """Put GroupNormalization in the place of what fp32 graphs hold as `export.stages.GroupNorm`; how many there were.
+    """Fuse what fp32 graphs hold as `export.tracing.group_norm.GroupNorm` into GroupNormalization; return how many.
 
     There every sum is an operation of its own, and in bf16 each would be rounded; see `split_group_norms`.
     """
@@ -20,14 +20,13 @@ def fuse_group_norms(model: Any) -> int:
 
 
 def split_group_norms(model: Any) -> int:
-    """Compute each GroupNormalization of [B, C, H, W] with `MANY_ROWS` from sums over these; how many there were.
+    """Compute each GroupNormalization of [B, C, H, W] with `MANY_ROWS` from sums over rows; return how many.
 
     OpenVINO's own wants each channel's values side by side, convolutions want each pixel's: between the two lay a
-    reordering before it and one after it, a seventh of the VAE decoder's time. Sums over rows take either.
-    In bf16 a sum over rows has 8 bits. So a group's mean is taken twice, the second time of what the rows are off the
-    first, and its variance from what their squares are off the first one's: the roundings of many rows cancel. Those of
-    few do not, and there the reordering is cheap.
-    """
+    reordering before it and one after it, a seventh of the VAE decoder's time. Sums over rows take either. In bf16 a
+    sum over rows has 8 bits. So a group's mean is taken twice, the second time over the rows' distances from the first
+    mean, and the variance over the distances of the rows' squares from its square: the roundings of many rows cancel.
+    Those of few rows do not, and there the reordering is cheap."""
     found = [op for op in model.get_ordered_ops() if op.get_type_name() == "GroupNormalization"]
     shapes = [list(op.input_value(0).get_shape()) for op in found]
     found = [op for op, shape in zip(found, shapes, strict=True) if len(shape) == 4 and shape[2] >= MANY_ROWS]
@@ -37,7 +36,7 @@ def split_group_norms(model: Any) -> int:
 
 
 def _group_norm(op: Any) -> Any:
-    """The result of a GroupNormalization [B, C, H, W]."""
+    """Return the result of a GroupNormalization [B, C, H, W]."""
     ops = importlib.import_module("openvino.opset13")
     x, attributes = op.input_value(0), op.get_attributes()
     batch, channels, height, width = x.get_shape()
@@ -69,11 +68,11 @@ def _group_norm(op: Any) -> Any:
 
 
 def merge_upsampling(model: Any) -> int:
-    """Put a transposed convolution in the place of a doubling of the size and the 3x3 convolution of it; how many.
+    """Replace a doubling of the size and the 3x3 convolution after it by a transposed convolution; return how many.
 
     Of the nine pixels that such a convolution reads, at most four differ: a 4x4 kernel with the sums of its weights, in
-    steps of two, makes the same picture with four ninths of the multiplications. Not where there are more weights than
-    results: there it saves little, and its larger kernel takes memory.
+    steps of two, makes the same picture with four ninths of the multiplications. Convolutions with more weights than
+    results are left alone: it saves little there, and the larger kernel takes memory.
     """
     found = [op for op in model.get_ordered_ops() if op.get_type_name() == "Convolution" and _reads_doubled(op)]
     ops = importlib.import_module("openvino.opset13")
@@ -88,7 +87,7 @@ def merge_upsampling(model: Any) -> int:
 
 
 def _reads_doubled(convolution: Any) -> bool:
-    """Whether it is 3x3, over the whole of what Interpolate made of something half as large, pixel by pixel."""
+    """Return whether it is a 3x3 convolution over all that Interpolate doubled, pixel by pixel."""
     resize, attributes = convolution.input_value(0).get_node(), convolution.get_attributes()
     if resize.get_type_name() != "Interpolate":
         return False
@@ -120,15 +119,15 @@ def compare_integers(model: Any) -> None:
 REWRITES = (fuse_group_norms, split_group_norms, merge_upsampling, compare_integers)
 
 
-def prepare(model: Any) -> None:
-    """Change `model` itself with all of `REWRITES`: it computes the same, and takes less time."""
-    for rewrite in REWRITES:
+def prepare(model: Any, rewrites: Sequence[Callable[[Any], object]] = REWRITES) -> None:
+    """Change `model` itself with `rewrites`: it computes the same, and takes less time."""
+    for rewrite in rewrites:
         rewrite(model)
     model.validate_nodes_and_infer_types()
 
 
 def has_as_many_heads_as_tokens(model: Any) -> bool:
-    """Whether it transposes heads and tokens somewhere that are equally many."""
+    """Return whether it transposes equally many heads and tokens somewhere."""
     transposes = (op for op in model.get_ops() if op.get_type_name() == "Transpose")
     orders = ((op.output(0).shape, op.input_value(1).get_node()) for op in transposes)
     return any(
@@ -166,13 +165,13 @@ def quantize(model: Any, ranges: Mapping[str, Sequence[float]]) -> None:
 
 
 def _values(output: Any) -> Any:
-    """A constant's, also where it is stored in fp16 and converted."""
+    """Return a constant's values, also if it is stored in fp16 and converted."""
     node = output.get_node()
     return _values(node.input_value(0)) if node.get_type_name() == "Convert" else node.data
 
 
 def _fuse(root: Any) -> bool:
-    """The one whose standard deviation is `root`, if that is what it is."""
+    """Fuse the norm whose standard deviation is `root`; return whether it is one."""
     rows = _back(root, "Add", *["ReduceMean"] * 3, "Multiply", "Subtract", "Reshape")
     scale = _ahead(root, "Divide", "Multiply")  # 1 / root, times the weight
     shift = _ahead(scale, "Multiply", "Subtract")  # the bias, less the mean times scale
@@ -191,7 +190,7 @@ def _fuse(root: Any) -> bool:
 
 
 def _back(node: Any, *kinds: str) -> Any:
-    """The node that first inputs lead back to over operations of these kinds, else None."""
+    """Return the node that first inputs lead back to over operations of these kinds, or None."""
     for kind in kinds:
         node = node.input_value(0).get_node()
         if node.get_type_name() != kind:
@@ -200,7 +199,7 @@ def _back(node: Any, *kinds: str) -> Any:
 
 
 def _ahead(node: Any, *kinds: str) -> Any:
-    """The node that consumers of these kinds lead on to, else None."""
+    """Return the node that consumers of these kinds lead on to, or None."""
     for kind in kinds:
         if node is None:
             return None

@@ -1,7 +1,6 @@
-"""What `bundle.json` and `engine.json` say, as frozen dataclasses, and the one strict reader for both.
+"""The dataclasses of `bundle.json` and `engine.json`; `strict_json` reads and writes them.
 
-The field names here are the keys of the files; FORMAT.md is the same thing in words. Reading lists every
-problem at once: an unknown key, a missing one and a value of the wrong type are all errors.
+The field names here are the keys of the files; FORMAT.md says the same in words.
 """
 
 import math
@@ -37,6 +36,9 @@ PER = ("picture", "image")
 SCALES = ("", "init_noise_sigma")
 """What unit noise can be multiplied by: nothing, or a number of the call's table."""
 
+TEXTS = ("", "negative_prompt")
+"""What a feed of ids is made of: the prompt, or another argument of the call."""
+
 REFERENCE = "reference.safetensors"
 """The file with what diffusers produced, in every bundle."""
 
@@ -59,7 +61,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """What its values take."""
+        """Return the size of its values in bytes."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
@@ -82,7 +84,7 @@ class Graph:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Every file that a backend reads for this graph."""
+        """Return every file that a backend reads for this graph."""
         return (self.file, *self.data)
 
 
@@ -109,6 +111,7 @@ class Feed:
     is_: str  # one of FEEDS
     when: str  # "call": once; "step": before every step; "held": only when it changes
     scale: str = ""  # of noise: the number of the table that unit noise is multiplied by
+    of: str = ""  # of ids: one of TEXTS
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU; name and memory are None where only the architecture was asked for (`build-engine --target`)."""
+    """A GPU; name and memory are None if only the architecture was asked for (`build-engine --target`)."""
 
     name: str | None
     compute_capability: str  # major.minor, such as "8.9"

@@ -103,12 +103,20 @@ def _is_default(field: "dataclasses.Field[Any]", value: Any) -> bool:
 
 def _format(value: Any, indent: str = "") -> str:
     deeper = indent + "  "
-    if isinstance(value, dict) and any(isinstance(v, dict | list) for v in value.values()):
+    if isinstance(value, dict) and not _is_short(value):
         items = [f"{deeper}{json.dumps(k)}: {_format(v, deeper)}" for k, v in value.items()]
         return "{\n" + ",\n".join(items) + f"\n{indent}}}"
     if isinstance(value, list) and any(isinstance(v, dict) for v in value):
         return "[\n" + ",\n".join(deeper + _format(v, deeper) for v in value) + f"\n{indent}]"
     return json.dumps(value, ensure_ascii=False)
+
+
+def _is_short(value: dict[str, Any]) -> bool:
+    """Return whether an object stands on one line: nothing in it holds an object."""
+    nested = (v.values() if isinstance(v, dict) else v for v in value.values() if isinstance(v, dict | list))
+    return not any(isinstance(v, dict) for v in value.values()) and not any(
+        isinstance(i, dict) for n in nested for i in n
+    )
 
 
 def _convert(kind: Any, value: Any, where: str, problems: list[str]) -> Any:

@@ -1,12 +1,13 @@
 """A chain of a bundle, opened: its tensors, graphs, files and tables in one place."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from turbochain.runtime.bundle.manifest import Chain, Graph, TableEntry, Tensor, TokenizerFile
+from turbochain.runtime.bundle.manifest import Chain, Feed, Graph, TableEntry, Tensor, TokenizerFile
 from turbochain.runtime.chain import tables, wiring
 from turbochain.runtime.chain.plan import Plan, plan
 from turbochain.runtime.chain.tables import Table
@@ -65,6 +66,18 @@ class OpenChain:
     def tokenizers(self) -> dict[str, TokenizerFile]:
         """Return the tokenizer of each feed of ids."""
         return {name: self.bundle.manifest.tokenizers[name] for name in self.feeds("ids")}
+
+    @property
+    def first_noise(self) -> str | None:
+        """Return the noise that a caller may give instead: the first that is drawn for each picture of a call."""
+        feeds, draws = self.chain.feeds, (d for d in self.chain.draws if d.per == "picture" and not d.discarded)
+        return next((d.name for d in draws if d.name in feeds and feeds[d.name].when == "call"), None)
+
+    def read(self, modes: Collection[str] = ()) -> dict[str, Feed]:
+        """Return the feeds that a call with these modes reads, by name."""
+        stages = [s for s in self.chain.stages if s.runs(modes)]
+        wanted = {t.name for s in stages for t in wiring.inputs(s, self.graphs)}
+        return {n: feed for n, feed in wiring.fed(self.chain, self.graphs, modes).items() if n in wanted}
 
     @cached_property
     def prompt_outputs(self) -> tuple[str, ...]:
@@ -150,4 +163,8 @@ class OpenChain:
             if feed and tensor and (feed.when, tensor.dtype, tensor.shape) != ("step", "float32", shapes[name]):
                 has = f"{tensor.dtype} {list(tensor.shape)} for each {feed.when}"
                 found.append(f"the column {name} is {has}, and not float32 {list(shapes[name])} for each step")
+        for name in self.feeds("history"):
+            tensor = self.tensors[name]
+            if tensor.shape[0] != chain.K - 1:
+                found.append(f"{name} is {list(tensor.shape)}, and K = {chain.K} makes it {chain.K - 1} tensors")
         return found

@@ -74,6 +74,13 @@ class Plan:
         """Return the hash of the operations, computed once: a plan is looked up in every call."""
         return self._hash
 
+    def written(self, graphs: Mapping[str, Graph]) -> set[Tensor]:
+        """Return the buffers that it fills with something of its own: uploads, and what graphs make."""
+        known, made = self.tensors(graphs), {o.name for o in self.operations if isinstance(o, Upload)}
+        for run in (o for o in self.operations if isinstance(o, Run)):
+            made |= {name for name, _ in ends(run, graphs[run.graph])[len(graphs[run.graph].inputs) :]}
+        return {known[name] for name in made}
+
     def tensors(self, graphs: Mapping[str, Graph]) -> dict[str, Tensor]:
         """Return every buffer that it touches, by name."""
         runs = [o for o in self.operations if isinstance(o, Run)]
@@ -111,7 +118,7 @@ def plan(
         [s for s in stages if s.when in places] for places in (("prompt", "image"), ("step",), ("end",))
     )
     wanted = {t.name for s in stages for t in wiring.inputs(s, graphs)}
-    feeds = {name: feed for name, feed in chain.feeds.items() if name in wanted}
+    feeds = {name: feed for name, feed in wiring.fed(chain, graphs, modes).items() if name in wanted}
     columns = {when: [n for n, f in feeds.items() if f.is_ == "column" and f.when == when] for when in ("call", "step")}
     uploads = {when: [n for n, f in feeds.items() if f.is_ != "column" and f.when == when] for when in ("call", "step")}
     operations: list[Operation] = [Upload(name) for name in (*uploads["call"], *given) if name in wanted]

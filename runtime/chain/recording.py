@@ -69,6 +69,7 @@ class Recording:
     """What one plan is on a GPU."""
 
     actions: tuple[Action, ...]
+    kept: frozenset[str]  # buffers that it reads as the call before it left them, and leaves changed
     tensors: Mapping[str, Tensor]  # buffer → what it holds
     uploads: Mapping[str, tuple[str, int | None]]  # buffer → the feed that fills it, and which row of it
     constants: Mapping[str, Constant]  # buffer → the row of a table that it holds
@@ -107,7 +108,24 @@ def record(plan: Plan, graphs: Mapping[str, Graph]) -> Recording:
                 actions.append(ToHost(now[name]))
             case Run(graph):
                 _add(actions, _launch(operation, graphs[graph], current))
-    return Recording(tuple(actions), tensors, uploads, constants, downloads)
+    return Recording(tuple(actions), _kept(actions), tensors, uploads, constants, downloads)
+
+
+def _kept(actions: Iterable[Action]) -> frozenset[str]:
+    """Return the buffers that are read before they are written, and written by a copy."""
+    written: set[str] = set()
+    read_first: set[str] = set()
+    copied: set[str] = set()
+    for action in actions:
+        match action:
+            case ToDevice(buffer):
+                written.add(buffer)
+            case OnDevice(_, target):
+                copied.add(target)
+            case Together(launches):
+                read_first |= {b for one in launches for _, b in one.inputs} - written
+                written |= {b for one in launches for _, b in one.outputs}
+    return frozenset(read_first & copied)
 
 
 def _launch(run: Run, graph: Graph, current: Callable[[str], str]) -> Launch:

@@ -3,11 +3,23 @@
 An output and every input of the same name in the chain are one buffer. A stage may rename its graph's tensors
 (`wires`), so that one graph serves two places. Everything is checked for every combination of the chain's modes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations
 
-from turbochain.runtime.bundle.manifest import FEEDS, JUDGED, PER, PLACES, SCALES, Chain, Graph, Stage, Tensor
+from turbochain.runtime.bundle.manifest import (
+    FEEDS,
+    JUDGED,
+    PER,
+    PLACES,
+    SCALES,
+    TEXTS,
+    Chain,
+    Feed,
+    Graph,
+    Stage,
+    Tensor,
+)
 
 Graphs = Mapping[str, Graph]
 WHEN = ("call", "step", "held")
@@ -59,7 +71,7 @@ def _vocabulary(chain: Chain, graphs: Graphs) -> Iterator[str]:
         if unknown := sorted(stage.wires.keys() - ends):
             yield f"the stage {stage.graph} renames {unknown[0]}, which its graph lacks"
     for feed, how in chain.feeds.items():
-        for value, known in ((how.is_, FEEDS), (how.when, WHEN), (how.scale, SCALES)):
+        for value, known in ((how.is_, FEEDS), (how.when, WHEN), (how.scale, SCALES), (how.of, TEXTS)):
             if value not in known:
                 yield f"the feed {feed} has {value!r}, and one of {', '.join(known)} was expected"
     for draw in chain.draws:
@@ -83,14 +95,21 @@ def _ends(chain: Chain, graphs: Graphs) -> Iterator[str]:
                 )
 
 
+def fed(chain: Chain, graphs: Graphs, modes: Collection[str]) -> dict[str, Feed]:
+    """Return the feeds of a call with these modes: all but the zeros that one of its stages makes something of."""
+    made = {t.name for s in chain.stages if s.runs(modes) for t in outputs(s, graphs)}
+    return {name: feed for name, feed in chain.feeds.items() if not (feed.is_ == "zeros" and name in made)}
+
+
 def _of_modes(chain: Chain, graphs: Graphs, modes: tuple[str, ...]) -> Iterator[str]:
     """Find what is wrong in a call with these modes: names made twice, inputs without a source, loose ends."""
     stages = [s for s in chain.stages if s.runs(modes)]
-    known = {name for name, feed in chain.feeds.items() if feed.when != "step"}
-    made: dict[str, str] = dict.fromkeys(chain.feeds, "the caller")
+    given = fed(chain, graphs, modes)
+    known = {name for name, feed in given.items() if feed.when != "step"}
+    made: dict[str, str] = dict.fromkeys(given, "the caller")
     for stage in stages:
         if stage.when == "step":
-            known |= chain.feeds.keys()
+            known |= given.keys()
         for tensor in inputs(stage, graphs):
             if tensor.name not in known:
                 yield f"the input {tensor.name} of {stage.graph} has no source"
@@ -111,9 +130,9 @@ def _loop(chain: Chain, graphs: Graphs, stages: list[Stage]) -> Iterator[str]:
     read = {t.name: t for s in stages if s.when == "step" for t in inputs(s, graphs)}
     before = {t.name for s in stages if s.when in ("prompt", "image") for t in outputs(s, graphs)}
     starts = before | {name for name, feed in chain.feeds.items() if feed.when == "call"}
-    every = tensors(chain, graphs)
-    held = {name for name, feed in chain.feeds.items() if feed.when == "held" and name in every}
-    if not chain.carry:
+    held = {t.name: t for s in stages for t in inputs(s, graphs) if t.name in chain.feeds}
+    held = {name: tensor for name, tensor in held.items() if chain.feeds[name].when == "held"}
+    if not chain.carry and any(table.rows > 1 for table in chain.tables.values()):
         yield "the chain carries nothing from one step to the next"
     for source, target in chain.carry.items():
         if source not in in_loop or target not in read or target not in starts:
@@ -123,5 +142,5 @@ def _loop(chain: Chain, graphs: Graphs, stages: list[Stage]) -> Iterator[str]:
     for source, target in chain.keep.items():
         if source not in made or target not in held:
             yield f"keep {source} → {target} does not join something that is made and a held feed"
-        elif (made[source].dtype, made[source].shape) != (every[target].dtype, every[target].shape):
+        elif (made[source].dtype, made[source].shape) != (held[target].dtype, held[target].shape):
             yield f"keep {source} → {target} joins tensors of different dtype or shape"

@@ -39,6 +39,13 @@ class Recorded:
             return np.zeros(tensor.shape, tensor.dtype)
         return self.tensors[name][row] if name in self._per_step else self.tensors[name]
 
+    def feeds(self, when: str) -> dict[str, np.ndarray]:
+        """Return what the case's feeds of a call, of every step [rows, …], or those that are held begin with."""
+        read = self.chain.read(self.case.modes)
+        names = [name for name, feed in read.items() if feed.when == when]
+        rows = range(self.table.rows)
+        return {n: np.array([self.value(n, i) for i in rows]) if when == "step" else self.value(n, 0) for n in names}
+
     def _history(self, row: int) -> np.ndarray:
         """Return the K − 1 tensors besides the latents that a row begins with, fp32."""
         shape = (self.table.K - 1, *self.tensors["latents"].shape[1:])
@@ -46,12 +53,15 @@ class Recorded:
 
     @cached_property
     def walked(self) -> np.ndarray:
-        """Walk along the table in fp64 on what diffusers' scheduler was fed: the state after each row [rows, K, …]."""
-        latents, prediction, noise = (self.tensors[k].astype(np.float64) for k in ("latents", "prediction", "noise"))
+        """Walk along the table in fp64 on what diffusers' scheduler was fed: the state after each row [rows, K, …].
+
+        With guidance that is `guided_prediction`, in place of the UNet's own."""
+        predicted = "guided_prediction" if "guided_prediction" in self.tensors else "prediction"
+        latents, prediction, noise = (self.tensors[k].astype(np.float64) for k in ("latents", predicted, "noise"))
         state = np.zeros((self.table.K, *latents.shape[1:]))
         states = []
         for row in range(self.table.rows):
-            state = np.stack([latents[row], *state[1:]])  # the state before stays as it was made
+            state = np.stack([latents[row], *state[1:]])
             m, v, w = (a[row].astype(np.float64) for a in (self.table.m, self.table.v, self.table.w))
             state = np.tensordot(m, state, 1) + np.multiply.outer(v, prediction[row]) + np.multiply.outer(w, noise[row])
             states.append(state)

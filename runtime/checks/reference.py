@@ -14,7 +14,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Case:
-    """One recorded call of diffusers' pipeline; tensors as export.reference.record documents them."""
+    """One recorded call of diffusers' pipeline; tensors as export.reference.write documents them."""
 
     prompt: list[str]
     seed: int

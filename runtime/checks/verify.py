@@ -164,7 +164,8 @@ def _check_stage(
     """Run a stage alone on what was recorded, in every row if it is in the loop."""
     graph = chain.graphs[stage.graph]
     plan, bound = graph_plan(stage.graph, graph), bounds.of_stage(precision, stage.judged, graph.model_class)
-    for row in range(recorded.table.rows) if stage.when == "step" else [recorded.table.rows - 1]:
+    rows = {"step": range(recorded.table.rows), "end": [recorded.table.rows - 1]}
+    for row in rows.get(stage.when, [0]):
         feeds = {t.name: recorded.value(stage.wires.get(t.name, t.name), row) for t in graph.inputs}
         results = executor.execute(plan, feeds).arrays
         for tensor in graph.outputs:
@@ -177,7 +178,8 @@ def _check_chain(chain: OpenChain, executor: Executor, bound: Bounds, recorded: 
     """Run the whole chain, ids to picture, with our own noise; the bound is that of the least precise stage."""
     case = recorded.case
     noise = draw_run(chain, recorded.table, [Generator(case.seed)], chain.batch)
-    fed = {name: recorded.value(name, 0) for name, feed in chain.chain.feeds.items() if feed.when == "call"}
     plan = chain.plan(case.steps, modes=case.modes)
+    executor.hold(plan, recorded.feeds("held"))
+    fed = {**recorded.feeds("call"), **recorded.feeds("step")}
     image = executor.execute(plan, {**fed, **recorded.columns, **noise}).arrays[chain.chain.output]
     yield from _judge("image", bound, image, case.tensors[chain.chain.output])

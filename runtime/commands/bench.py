@@ -50,7 +50,7 @@ class BenchResult:
     end_to_end: Timing
     end_to_end_cached: Timing  # the prompt's embeddings are kept: no text encoder runs
     overhead: Timing  # end to end less what the device worked: tokenising, noise, checks; on a CPU also copies
-    uncaptured: str | None  # on a GPU, why the chain is not one CUDA graph; None where it is, and on a CPU
+    uncaptured: str | None  # on a GPU, why the chain is not one CUDA graph; None if it is, and on a CPU
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

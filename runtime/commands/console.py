@@ -1,4 +1,4 @@
-"""What both commands share: errors as one sentence, exit statuses, tables."""
+"""Run a command: errors as one sentence, exit statuses, tables; both commands share it."""
 
 import argparse
 import os
@@ -43,13 +43,14 @@ def run(parser: argparse.ArgumentParser, command: Command, argv: Sequence[str] |
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
-    """`--debug`, which may stand before or after a subcommand."""
+    """Add `--debug`, which may stand before or after a subcommand."""
     help = "show the traceback of an error"
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=help)
 
 
 def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Rows as aligned columns; the first row is the heading, columns after the first `left` are right-aligned."""
+    """Return rows as aligned columns; the first row is the heading, columns after the first `left` are
+    right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -59,7 +60,7 @@ def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as text: 512 B, 3.4 MiB, 4.8 GiB."""
+    """Return bytes as text: 512 B, 3.4 MiB, 4.8 GiB."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

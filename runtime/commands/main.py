@@ -117,7 +117,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def checks_table(checks: Sequence[Check]) -> str:
-    """The figures of a verification as text."""
+    """Return the figures of a verification as text."""
     rows = [["stage", "metric", "value", "bound", ""]]
     for c in checks:
         rows.append([c.stage, c.metric, f"{c.value:.3g}", verify.bound_text(c), "ok" if c.passed else "FAILED"])
@@ -150,7 +150,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 
 def bench_text(result: bench.BenchResult) -> str:
-    """A bench as text."""
+    """Return a bench as text."""
     timings = {**result.stages, "end to end": result.end_to_end, "  prompt cached": result.end_to_end_cached}
     timings["  overhead"] = result.overhead
     rows = [["", "p50 ms", "p90 ms", "p99 ms", "min ms", "n"]]

@@ -9,7 +9,7 @@ import numpy as np
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.inputs.noise import Generator, draw_run
 from turbochain.runtime.inputs.tokenizer import Tokenizer
-from turbochain.runtime.request import Request
+from turbochain.runtime.request import REPEATED, Request
 
 log = logging.getLogger("turbochain")
 
@@ -36,10 +36,19 @@ class Feeds:
         chain, count = self.chain, len(request.prompts)
         first = self._first_generator()
         generators = [first.manual_seed(s) if i == 0 else Generator(s) for i, s in enumerate(request.seeds)]
-        given = {chain.chain.draws[0].name: request.latents.value} if request.latents else {}
-        noise = draw_run(chain, chain.table(request.steps), generators, count, given=given)
-        ids = {name: tokenizer.encode(request.prompts) for name, tokenizer in self.tokenizers.items()}
-        return {**ids, **noise, **{name: array.value for name, array in request.inputs}}
+        given = {chain.first_noise: request.latents.value} if chain.first_noise and request.latents else {}
+        inputs = {name: array.value for name, array in request.inputs}
+        images = next((len(inputs[name]) for name in chain.feeds("image") if name in inputs), None)
+        noise = draw_run(chain, chain.table(request.steps), generators, count, given=given, images=images)
+        for name in (n for n in inputs if chain.chain.feeds[n].is_ in REPEATED):
+            inputs[name] = np.concatenate([inputs[name]] * (count // len(inputs[name])))
+        return {**self._ids(request), **noise, **inputs}
+
+    def _ids(self, request: Request) -> dict[str, np.ndarray]:
+        """Return the token ids of every text, [N, length] int32."""
+        texts = {"": request.prompts, "negative_prompt": request.negative_prompts}
+        feeds = self.chain.chain.feeds
+        return {name: tokenizer.encode(texts[feeds[name].of]) for name, tokenizer in self.tokenizers.items()}
 
     def rows(self, feeds: Arrays, rows: list[int]) -> dict[str, np.ndarray]:
         """Return the feeds of some of all N pictures."""

@@ -29,7 +29,7 @@ class Generator:
         self.manual_seed(seed)
 
     def manual_seed(self, seed: int) -> "Generator":
-        """Begin the stream of `seed` anew, as PyTorch's method of this name; much quicker than another generator."""
+        """Begin the stream of `seed`, as PyTorch's method of this name; much quicker than making another generator."""
         self._twister.seed(check_seed(seed) & 0xFFFFFFFF)
         self._cached: float | None = None
         return self
@@ -45,11 +45,11 @@ class Generator:
         return values.reshape(shape)
 
     def _raw(self, count: int) -> np.ndarray:
-        """The twister's next `count` outputs, uint32."""
+        """Return the twister's next `count` outputs, uint32."""
         return self._twister.randint(0, 1 << 32, count, dtype=np.uint32)
 
     def _many(self, count: int) -> np.ndarray:
-        """ATen's `normal_fill`: Box–Muller in fp32 on 24-bit uniforms, in blocks of 8 radii and 8 angles.
+        """Draw as ATen's `normal_fill`: Box–Muller in fp32 on 24-bit uniforms, in blocks of 8 radii and 8 angles.
 
         A last partial block is not used: 16 fresh uniforms overwrite the last 16 values instead.
         """
@@ -65,7 +65,7 @@ class Generator:
         return np.concatenate([normal[: count - 16], normal[-16:]])
 
     def _few(self, count: int) -> np.ndarray:
-        """ATen's `normal_distribution<double>`: a pair at a time, rounded to fp32 at the end.
+        """Draw as ATen's `normal_distribution<double>`: a pair at a time, rounded to fp32 at the end.
 
         The sine half of a pair waits for the next small draw, however many large ones come between.
         """
@@ -80,7 +80,7 @@ class Generator:
         return values
 
     def _uniform53(self) -> float:
-        """A float64 in [0, 1) from 53 bits of two outputs, the high word first."""
+        """Return a float64 in [0, 1) from 53 bits of two outputs, the high word first."""
         high, low = self._raw(2).tolist()
         return ((high << 32 | low) & ((1 << 53) - 1)) * 2.0**-53
 
@@ -124,7 +124,7 @@ def draw_run(
             for row in np.flatnonzero(table.draws_noise):
                 made[step.name][row] = draw(generators, shape)
             continue
-        if step.name in given:
+        if step.name in given and not step.discarded:
             noise = given[step.name]
         elif step.per == "image" and images and len(generators) == 1:
             noise = np.concatenate([draw(generators, (images, *shape[1:]))] * (count // images))

@@ -57,7 +57,7 @@ class Tokenizer:
         return ids
 
     def dropped(self, prompt: str) -> str:
-        """Return the tail of `prompt` that `encode` truncates, as the user wrote it; "" where it all fits.
+        """Return the tail of `prompt` that `encode` truncates, as the user wrote it; "" if it all fits.
 
         The tail begins with the first character that did not reach the model whole. A long word (or a
         script without spaces) may be cut inside.

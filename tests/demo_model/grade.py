@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from datetime import UTC, datetime
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,7 @@ from turbochain.export.sources.kinds.demo import FOLDER, NAME
 from turbochain.runtime import Pipeline
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from measure import PACKAGES, commit, machine
-from turbochain.export.phases.phases import versions
+import machine
 
 Pictures = NDArray[np.uint8]  # (512, 512, 3)
 Draw = Callable[[str, int, int], Pictures]
@@ -47,11 +46,12 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).with_name("metrics.json"))
     arguments = parser.parse_args()
     asked = scenes.held_out(arguments.single, arguments.double)
+    run = machine.run()
     found: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(),
-        "versions": versions(*PACKAGES),
+        "date": run.date,
+        "commit": run.commit,
+        "machine": asdict(run.machine),
+        "versions": run.versions,
     }
     found["training"] = json.loads((FOLDER / "training.json").read_text())
     found["vae_psnr_db"] = vae_psnr(asked[::5])

@@ -46,10 +46,10 @@ def add_second_chain(bundle: Path, *, prediction: str = "prediction", off: int =
     record(bundle, f"graphs/{GRAPH}.onnx", f"graphs/{GRAPH}.names.json", "reference.safetensors")
 
 
-def write_graph(bundle: Path, manifest: dict[str, Any], shape: list[int], operator: str = "Identity") -> None:
+def write_graph(bundle: Path, manifest: dict[str, Any], shape: list[int]) -> None:
     """Write the graph of one node, and its entry into the manifest."""
     ends = [helper.make_tensor_value_info(name, TensorProto.UINT8, shape) for name in ("picture", "image")]
-    graph = helper.make_graph([helper.make_node(operator, ["picture"], ["image"])], GRAPH, ends[:1], ends[1:])
+    graph = helper.make_graph([helper.make_node("Identity", ["picture"], ["image"])], GRAPH, ends[:1], ends[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, bundle / f"graphs/{GRAPH}.onnx")

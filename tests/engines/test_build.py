@@ -270,7 +270,8 @@ def test_a_full_disk_a_kill_and_two_at_once(fp16_only: Path, tmp_path: Path) -> 
     assert all("disk/x.bundle: " in text for text in told)
     assert sum("nothing to do: it is built and verified already" in text for text in told) == 1
     parts = Bundle.open(tmp_path / "x.bundle").manifest.checkpoint.parts
-    assert {name: part.variant for name, part in parts.items() if part.weights} == dict.fromkeys(("text_encoder", "unet", "vae"), "fp16")
+    weighty = ("text_encoder", "unet", "vae")
+    assert {name: part.variant for name, part in parts.items() if part.weights} == dict.fromkeys(weighty, "fp16")
     assert command("turbochain", "verify", tmp_path / "x.bundle").returncode == 0
 
 

@@ -11,8 +11,6 @@ import pytest
 from turbochain.export.sources.checkpoint import license_of, open_folder
 from turbochain.runtime import InputError
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own, about numpy
-
 
 @pytest.fixture
 def folder(checkpoints: dict[str, Path], tmp_path: Path) -> Path:

@@ -53,8 +53,8 @@ def test_it_is_diffusers_picture_with_that_vae(checkpoints: dict[str, Path], tin
     assert manifest.request["vae"] == "our-tiny"
     assert {name: graph.model_class for name, graph in manifest.graphs.items()} == {
         "text_encoder": "CLIPTextModel",
-        "unet": "UNet2DConditionModel",
         "step": "",
+        "unet": "UNet2DConditionModel",
         "vae_decoder": "AutoencoderTiny",
     }
     (weights,) = manifest.checkpoint.parts["vae"].weights.values()
@@ -70,9 +70,8 @@ def test_it_is_diffusers_picture_with_that_vae(checkpoints: dict[str, Path], tin
     assert build(str(checkpoints["sd"]), bundle, **asked).phases == []
     if openvino.has_bf16():
         made = build(str(bundle), backend="openvino", options={"inference_precision": "bf16"}, quiet=True)
-        assert {c.stage: c.bound for c in made.checks["text-to-image"]}["vae_decoder"] == BOUNDS["bf16"][
-            "AutoencoderTiny"
-        ]["psnr"]
+        bounds = {c.stage: c.bound for c in made.checks["text-to-image"]}
+        assert bounds["vae_decoder"] == BOUNDS["bf16"]["AutoencoderTiny"]["psnr"]
     with pytest.raises(InputError, match="vae is 'our-tiny' there and 'tiny' here"):
         build(str(bundle), bundle, vae="tiny", quiet=True, **ON)
     os.utime(vae / "diffusion_pytorch_model.safetensors", (1, 1))

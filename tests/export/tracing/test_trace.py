@@ -257,7 +257,7 @@ def test_a_column_of_the_time_is_what_diffusers_modules_make(
     """In fp32 whatever the UNet is in, against hooks on a run of the pipeline."""
     chain = Bundle.open(bundle_of(family, precision)).open_chain()
     _, seen = watched_run(checkpoints[family], {"sd": "time_emb_proj", "sdxl": "time_embedding"}[family])
-    assert len(seen) == (14 if family == "sd" else 1)
+    assert len(seen) == (8 if family == "sd" else 1)
     rows = [torch.cat([made for _, made in row], dim=-1)[:1] for row in zip(*seen.values(), strict=True)]
     columns, tensor = chain.columns(4), chain.tensors[TIME[family]]
     assert columns[TIME[family]].shape == (4, *tensor.shape)
@@ -313,8 +313,10 @@ IDS = {"sd": ("input_ids",), "sdxl": ("input_ids", "input_ids_2")}
 PER_STEP = ("latents", "noise", "prediction", "next_latents")
 
 
+@every_precision
 @pytest.mark.parametrize("family", FAMILIES)
-def test_reference_has_what_its_docstring_says(bundle: Bundle, family: str) -> None:
+def test_reference_has_what_its_docstring_says(bundle_of: BundleFactory, family: str, precision: str) -> None:
+    bundle = Bundle.open(bundle_of(family, precision))
     chain, (cases, tensors) = bundle.open_chain(), reference(bundle)
     per_step = {*PER_STEP, TIME[family]}
     names = {*EMBEDS[family], *IDS[family], *per_step, "image"}
@@ -324,7 +326,7 @@ def test_reference_has_what_its_docstring_says(bundle: Bundle, family: str) -> N
         f"{i}/{k}" for i in range(4) for k in names
     }
     for i, case in enumerate(cases):
-        assert len(case["prompt"]) == chain.batch == BATCH[family, "fp32"]
+        assert len(case["prompt"]) == chain.batch == BATCH[family, precision]
         for name in names:
             value, wanted = tensors[f"{i}/{name}"], chain.tensors[name]
             rows = (case["num_inference_steps"],) if name in per_step else ()

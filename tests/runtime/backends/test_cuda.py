@@ -52,8 +52,8 @@ ENTRIES = {
     "free_bytes": cuda.free_bytes,
     "launch": lambda: cuda.launch(0, 0),
     "copy": lambda: cuda.copy(0, 0, 0, 0),
-    "record": lambda: cuda.record(0, 0),
-    "wait": lambda: cuda.wait(0, 0),
+    "record": lambda: cuda.record_event(0, 0),
+    "wait": lambda: cuda.wait_event(0, 0),
     "synchronize": lambda: cuda.synchronize(0),
     "elapsed": lambda: cuda.elapsed(0, 0),
 }

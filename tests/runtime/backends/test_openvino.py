@@ -22,6 +22,7 @@ from test_parity import assert_same_picture, load_diffusers, theirs
 from torch import nn
 
 from turbochain.engines import build
+from turbochain.engines.build import BuildResult
 from turbochain.runtime import (
     Bundle,
     BundleError,
@@ -34,7 +35,8 @@ from turbochain.runtime import (
 )
 from turbochain.runtime.backends import openvino as backend
 from turbochain.runtime.backends import openvino_model
-from turbochain.runtime.checks import bounds, reference
+from turbochain.runtime.checks import reference
+from turbochain.runtime.checks.bounds import BOUNDS
 from turbochain.runtime.commands.profile import profile
 
 Copy = Callable[[Path], Path]
@@ -56,6 +58,15 @@ def engines(bundle_of: BundleFactory, tmp_path_factory: pytest.TempPathFactory) 
         assert done.returncode == 0, done.stderr
         made[name].with_suffix(".txt").write_text(done.stdout + done.stderr)
     return made
+
+
+@pytest.fixture(scope="module")
+def int8(engines: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BuildResult]:
+    """The SD miniature with one more engine, which has the VAE in int8, and what its build returned."""
+    bundle = tmp_path_factory.mktemp("openvino") / "int8.bundle"
+    shutil.copytree(engines["fp32"], bundle)
+    options = {"vae_int8": True, "inference_precision": "fp32"}
+    return bundle, build(str(bundle), backend="openvino", options=options, quiet=True)
 
 
 def picture(bundle: Path, **where: Any) -> np.ndarray:
@@ -137,9 +148,9 @@ def test_auto_takes_the_fastest_within_its_bounds(demo: Path, copy_of: Copy) -> 
         assert pipe("a large red circle on a white background", seed=0, output_type="uint8").images.any()
 
 
-def test_the_vae_in_int8(sd: Path, copy_of: Copy, checkpoints: dict[str, Path]) -> None:
-    bundle = copy_of(sd)
-    made = build(str(bundle), backend="openvino", options={"vae_int8": True, "inference_precision": "fp32"}, quiet=True)
+def test_the_vae_in_int8(int8: tuple[Path, BuildResult], copy_of: Copy, checkpoints: dict[str, Path]) -> None:
+    original, made = int8
+    bundle = copy_of(original)
     assert made.precision["vae_decoder"] == "int8" and made.precision["unet"] == "fp32"
     folder = bundle / "engines" / made.engine
     assert [path.name for path in folder.glob("*.ranges.json")] == ["vae_decoder.ranges.json"]
@@ -168,10 +179,9 @@ def test_an_fp16_bundle(bundle_of: BundleFactory, checkpoints: dict[str, Path], 
     assert peak_signal_noise_ratio(expected, picture(bundle)[0], data_range=255) >= 38
 
 
-def test_ranges_hold_what_the_convolutions_read(checkpoints: dict[str, Path], sd: Path, copy_of: Copy) -> None:
+def test_ranges_hold_what_the_convolutions_read(checkpoints: dict[str, Path], int8: tuple[Path, BuildResult]) -> None:
     """Against hooks on diffusers' own VAE."""
-    bundle = copy_of(sd)
-    made = build(str(bundle), backend="openvino", options={"vae_int8": True, "inference_precision": "fp32"}, quiet=True)
+    bundle, made = int8
     ranges = json.loads((bundle / "engines" / made.engine / "vae_decoder.ranges.json").read_text())
     vae = AutoencoderKL.from_pretrained(checkpoints["sd"] / "vae")
     found: dict[str, list[float]] = {}
@@ -199,18 +209,15 @@ def test_mixed_is_bf16_for_the_vae_alone(engines: dict[str, Path], copy_of: Copy
     made = build(str(bundle), options={"inference_precision": "mixed"}, quiet=True)
     assert made.precision == {"text_encoder": "fp32", "unet": "fp32", "step": "fp32", "vae_decoder": "bf16"}
     held_to = {check.stage: check.bound for check in made.checks["text-to-image"]}
-    assert held_to["unet"] == bounds.BOUNDS["fp32"]["prediction"]["relative_l2"]
-    assert held_to["vae_decoder"] == bounds.BOUNDS["bf16"]["picture"]["psnr"]
+    assert held_to["unet"] == BOUNDS["fp32"]["prediction"]["relative_l2"]
+    assert held_to["vae_decoder"] == BOUNDS["bf16"]["picture"]["psnr"]
 
 
 @pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16")
-def test_the_engine_built_last_is_taken_unless_another_is_named(sd: Path, copy_of: Copy) -> None:
-    bundle = copy_of(sd)
-    shutil.rmtree(bundle / "engines")
-    names = [
-        build(str(bundle), backend="openvino", options={"inference_precision": p}, quiet=True).engine
-        for p in ("bf16", "fp32")
-    ]
+def test_the_engine_built_last_is_taken_unless_another_is_named(engines: dict[str, Path], copy_of: Copy) -> None:
+    bundle = copy_of(engines["fp32"])
+    names = [path.name for path in bundle.glob("engines/*")]
+    names.append(build(str(bundle), backend="openvino", options={"inference_precision": "bf16"}, quiet=True).engine)
     with Pipeline.load(bundle) as pipe:
         assert pipe.engine_name == names[1]
     with Pipeline.load(bundle, engine=names[0]) as pipe:
@@ -348,11 +355,9 @@ def test_threads_change_nothing_but_the_time(engines: dict[str, Path]) -> None:
 
 
 def test_an_engine_in_bf16_does_not_fit_a_cpu_without_it(
-    sd: Path, copy_of: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engines: dict[str, Path], copy_of: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = copy_of(sd)
-    shutil.rmtree(bundle / "engines")
-    build(str(bundle), backend="openvino", quiet=True)
+    bundle = copy_of(engines["default"])
     monkeypatch.setattr(backend, "has_bf16", lambda: False)  # what the library says of such a CPU
     if HAS_BF16:
         with pytest.raises(BundleError, match=r"it computes in bf16, and this CPU does not\); build one: build-engine"):

@@ -1,0 +1,80 @@
+"""Turn samples into the figures of a row."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rows import Check, Figures, Spread
+from turbochain.runtime.checks import metrics
+from turbochain.runtime.checks.bounds import AT_LEAST, BOUNDS
+
+FEWEST_FOR_P99 = 20  # rounds
+
+
+@dataclass
+class Samples:
+    """The answers of one contender of a pair."""
+
+    loaded: dict[str, Any]
+    first: dict[str, Any]
+    check: Check
+    drawn: list[dict[str, Any]] = field(default_factory=list)  # one of each round
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """Seconds of each round."""
+        return np.array([drawn["seconds"] for drawn in self.drawn])
+
+    def figures(self) -> Figures:
+        """Return their statistics."""
+        last, seconds = self.drawn[-1], self.seconds
+        stages = {name: [s for drawn in self.drawn for s in drawn["stages"][name]] for name in last["stages"]}
+        gpu = [drawn["gpu_seconds"] for drawn in self.drawn if drawn["gpu_seconds"] is not None]
+        return Figures(
+            median_seconds=float(np.median(seconds)),
+            p90_seconds=float(np.percentile(seconds, 90)),
+            p99_seconds=float(np.percentile(seconds, 99)) if len(seconds) >= FEWEST_FOR_P99 else None,
+            least_seconds=float(seconds.min()),
+            gpu_seconds=float(np.median(gpu)) if gpu else None,
+            stages={name: float(np.median(of)) for name, of in stages.items()},
+            load_seconds=self.loaded["load_seconds"],
+            first_picture_seconds=self.first["seconds"],
+            peak_rss_bytes=last["peak_rss_bytes"],
+            rss_anon_bytes=last["rss_anon_bytes"],
+            gpu_memory_bytes=self.first["gpu_memory_bytes"],
+            precision=self.loaded["precision"],
+            remark=last["remark"],
+            versions=self.loaded["versions"],
+            against_fp32=self.check,
+        )
+
+
+def spread(ratios: Sequence[float] | np.ndarray) -> Spread:
+    """Return the median and the extremes."""
+    return Spread(float(np.median(ratios)), float(np.min(ratios)), float(np.max(ratios)), len(ratios))
+
+
+def check(pictures: np.ndarray, references: np.ndarray, precision: str) -> Check:
+    """Compare pictures [B, H, W, 3] uint8 with eager fp32's, by the bounds of `precision`."""
+    bound = BOUNDS[precision]["image"]
+    found: dict[str, float] = {metric: getattr(metrics, metric)(pictures, references) for metric in bound}
+    levels = np.abs(pictures.astype(int) - references)
+    return Check(
+        passed=all(found[m] >= b if m in AT_LEAST else found[m] <= b for m, b in bound.items()),
+        psnr=metrics.psnr(pictures, references),
+        mean_abs=float(levels.mean()),
+        max_abs=int(levels.max()),
+        ssim=found.get("ssim"),
+        fraction_differing=found.get("fraction_differing"),
+    )
+
+
+def differs(ours: str, peer: str, precisions: Sequence[dict[str, str]]) -> str | None:
+    """Return how two contenders' precisions differ: as a whole, or else by role in some stages; None if they do not."""
+    if ours != peer:
+        return f"{ours} against {peer}"
+    mine, theirs = precisions
+    other = (role for role in mine if theirs.get(role, mine[role]) != mine[role])
+    return "; ".join(f"{role} in {mine[role]}, the peer's in {theirs[role]}" for role in other) or None

@@ -1,0 +1,133 @@
+"""Everything that the benchmarks use of turbochain: sources, builds, bundles and the pipeline.
+
+Imported by a contender's process too, which must not load more than a user's does: imports are inside the functions.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from turbochain.export.sources.checkpoint import Checkpoint
+
+
+def checkpoint(source: str, folder: Path) -> "Checkpoint":
+    """Return a source as a checkpoint on disk; a synthetic one is written into `folder` once. Raises InputError."""
+    from turbochain.export.sources import Want, find, parts
+
+    return parts.fetch(find(source), Want(folder), {})
+
+
+def with_vae(own: "Checkpoint", source: str, vae: str, folder: Path) -> "Checkpoint":
+    """Return a checkpoint like `own` with another VAE, made of links; for a synthetic one "tiny" has random weights."""
+    from turbochain.export.sources import Want, find, parts
+    from turbochain.export.sources.checkpoint import open_folder
+
+    made = parts.fetch(find(source), Want(folder), {"vae": vae})
+    linked = folder / f"{own.folder.name}-{re.sub('[^a-z0-9]+', '-', vae.lower())}"
+    linked.mkdir(exist_ok=True)
+    for name, part in made.parts.items():
+        (linked / name).unlink(missing_ok=True)
+        (linked / name).symlink_to(part.folder.resolve())
+    (linked / "model_index.json").write_text(json.dumps(made.index))
+    return open_folder(linked, own.variant)
+
+
+def build(
+    source: "Checkpoint",
+    bundle: Path,
+    *,
+    backend: str,
+    options: Mapping[str, Any],
+    device: str,
+    precision: str,
+    size: tuple[int, int],
+    batch: int,
+    steps: Sequence[int],
+) -> str:
+    """See that a bundle is there with an engine, and return the engine's name. Raises what `engines.build` raises."""
+    from turbochain.engines import build
+
+    where = {"backend": backend, "options": options, "device": device}
+    if (bundle / "bundle.json").exists():
+        return build(str(bundle), bundle, **where).engine  # type: ignore[arg-type]
+    # Built even if memory looks too small: a build that fails is a row with its reason.
+    shape = {"size": size, "batch": batch, "steps": list(steps), "precision": precision, "force": True}
+    return build(str(source.folder), bundle, **where, **shape).engine  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Launches:
+    """The launches of one graph in a call."""
+
+    name: str
+    file: Path  # its ONNX graph
+    launches: int
+    of_prompt: bool  # skipped if the prompt's embeddings are kept
+
+
+def step_counts(bundle: Path) -> list[int]:
+    """Return the step counts that a bundle has tables for, ascending."""
+    from turbochain.runtime import Bundle
+
+    return Bundle.open(bundle).open_chain().steps
+
+
+def stages(bundle: Path, steps: int) -> list[Launches]:
+    """Return the stages of a text-to-image call of `steps` steps."""
+    from turbochain.runtime import Bundle
+
+    chain = Bundle.open(bundle).open_chain()
+    _, table = chain.entry(steps)
+    return [
+        Launches(
+            name=stage.graph,
+            file=bundle / chain.graphs[stage.graph].file,
+            launches=table.rows if stage.when == "step" else 1,
+            of_prompt=stage.when == "prompt",
+        )
+        for stage in chain.chain.stages
+        if stage.runs(())
+    ]
+
+
+class Drawer:
+    """turbochain's pipeline with one engine of a bundle, as worker.py wants a contender."""
+
+    def __init__(self, bundle: str, engine: str, device: str, mode: str) -> None:
+        from turbochain.runtime import Pipeline
+        from turbochain.runtime.backends import precisions
+
+        self._pipe = Pipeline.load(bundle, engine=engine, device=device)
+        self._mode = mode
+        self._on_gpu = self._pipe.device.kind != "cpu"
+        self.stages: dict[str, list[float]] = {}
+        made = self._pipe.bundle.engines()[engine]
+        graphs = self._pipe.bundle.open_chain().graphs
+        computed = precisions(made.key.backend, made.options, graphs)
+        self.precision = {graph.role: computed[name] for name, graph in graphs.items() if graph.component}
+
+    def draw(self, prompts: list[str], seed: int, steps: int) -> Any:
+        """Return pictures [B, H, W, 3] uint8; see contenders.Contender for the modes."""
+        if self._mode != "cached":
+            self._pipe.prompt_cache.clear()
+        self.stages = {}
+        # On a GPU, observed stages are launched one by one instead of as one CUDA graph.
+        observe = self._note if self._mode == "stages" or not self._on_gpu else None
+        given = {"num_inference_steps": steps, "output_type": "uint8", "observe": observe}
+        self._output = self._pipe(prompts, seed=seed, **given)
+        return self._output.images
+
+    def _note(self, graph: str, seconds: float) -> None:
+        self.stages.setdefault(graph, []).append(seconds)
+
+    def gpu_seconds(self) -> float | None:
+        """Return how long the GPU worked for the last call; None on a CPU."""
+        return self._output.device_seconds if self._on_gpu else None
+
+    def remark(self) -> str | None:
+        """Return why the last call was not one CUDA graph; None if it was, and on a CPU."""
+        return self._output.uncaptured and f"not one CUDA graph: {self._output.uncaptured}"

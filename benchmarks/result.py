@@ -1,0 +1,147 @@
+"""The results file: its content, reading, writing and merging. Programs write it, `report.py` and `plot.py` read it.
+
+A file holds what one kind of machine measured of one source and picture size. Every row names the run that it comes
+from (a command, with its commit, date, machine and versions).
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rows import Batches, Build, Cold, Floor, Growth, Pair, Row, Run, Tried
+from turbochain.runtime.bundle import strict_json
+from turbochain.runtime.bundle.writing import write_atomically
+from turbochain.runtime.errors import InputError
+
+FOLDER = Path(__file__).parent / "results"
+
+INCLUDES = {
+    "seconds": "prompt strings to uint8 pictures [B, H, W, 3] in host memory: tokenising, drawing the noise, every "
+    "copy and every stage; without loading, the first picture, warm-up rounds and image encoding",
+    "load": "importing the contender's libraries and loading its pipeline, in a fresh process; files are mostly "
+    "cached. Building an engine is not part of it",
+    "first picture": "the first call after loading, with compilation, tuning and capture",
+    "peak_rss_bytes": "VmHWM of the contender's process, from its start to its last picture: mapped files count",
+    "rss_anon_bytes": "RssAnon after the last picture: memory that belongs to no file",
+    "ratio": "the peer's seconds ÷ ours, one ratio for each round",
+    "order": "interleaved: one picture of ours, one of the peer, and again; if a pair is `apart`, each contender is "
+    "loaded again for every picture, which is the second of its process",
+    "stages": "median seconds of one launch. On a GPU between CUDA events, and only of contenders with +stages, whose "
+    "stages are launched one by one",
+    "gpu_seconds": "median time between CUDA events before the first and after the last GPU operation of a call; for "
+    "diffusers from the start of the call, so that pauses between kernels are included",
+    "gpu_memory_bytes": "the largest fall of the GPU's free memory (cudaMemGetInfo, every 5 ms) from before the "
+    "process starts to its first picture: its CUDA context and every allocator count",
+    "diffusers": "guidance 0, the default attention and scheduler, a CPU generator; pictures become uint8 on the "
+    "device. In fp16 the VAE of SDXL runs in fp32 if its config says force_upcast, as diffusers does by default",
+    "reference": "diffusers, eager, fp32 (without TF32), on the same device: the same checkpoint, prompt, seed and "
+    "noise",
+    "cold": "from the start of a process to its end, with a PNG on disk: the interpreter, loading (`load`, with the "
+    "imports), the first picture (`picture`) and encoding it; files are in the page cache from the run before",
+    "growth": "calls of 1 step, 2 steps and so on, interleaved; the slope is that of a straight line through one "
+    "round, the ratio that slope ÷ the mean launch of the UNet in the same round",
+    "batches": "seconds per picture of a batch, interleaved with one picture alone; the ratio is theirs, round by "
+    "round",
+    "floors": "per stage the larger of floating-point operations (Conv, MatMul and Gemm of the ONNX graphs; a "
+    "multiply-add is two) ÷ this device's rate in a large matrix product (on a CPU also a convolution) of that "
+    "precision, by PyTorch, and bytes (weights as stored, inputs, outputs, each once) ÷ its copy bandwidth; summed "
+    "over a call's launches. OpenVINO's VAE decoder does 15% fewer operations than the ONNX graph (merged "
+    "upsampling), so that it can be below",
+    "variants": "speed: seconds of the backend's own way ÷ seconds of the variant, round by round, so that above 1 the"
+    " variant is faster; error: relative L2 of the first output against the backend's own in fp32, on the same random"
+    " input; load: the graph read, rewritten and compiled, with files in the page cache",
+    "builds": "phases: wall-clock seconds and peak resident memory of each phase's process, with its imports; import: "
+    "`import turbochain.runtime`, the best of 5 processes; load: Pipeline.load, that is manifest, hashing (stamped "
+    "files are not read again), engine and tokenizers, anonymous resident memory sampled every 5 ms; stages: single "
+    "launches; end to end: prompt string to uint8 picture in host memory; overhead: the part of it that no stage "
+    "accounts for",
+}
+"""Name of a figure → what it includes."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A results file."""
+
+    source: str  # synthetic:NAME, a hub id or a folder's name; with " with --vae NAME"
+    width: int
+    height: int
+    device: str  # "cpu", or the GPU's name
+    prompt: str | None  # None: nothing was drawn by bench.py
+    seed: int | None
+    runs: tuple[Run, ...]
+    pairs: tuple[Pair, ...] = ()
+    floors: tuple[Floor, ...] = ()
+    cold: tuple[Cold, ...] = ()
+    growth: tuple[Growth, ...] = ()
+    batches: tuple[Batches, ...] = ()
+    variants: tuple[Tried, ...] = ()
+    builds: tuple[Build, ...] = ()
+    includes: dict[str, str] = field(default_factory=lambda: dict(INCLUDES))
+
+    def add(self, row: Row) -> "Result":
+        """The same file with one more row."""
+        (kind,) = (kind for kind, (made, _) in KINDS.items() if isinstance(row, made))
+        return replace(self, **{kind: (*getattr(self, kind), row)})
+
+
+KINDS: dict[str, tuple[type[Row], tuple[str, ...]]] = {
+    "pairs": (Pair, ("ours", "peer", "batch", "steps", "apart")),
+    "floors": (Floor, ("precision", "batch", "steps")),
+    "cold": (Cold, ("ours", "peer")),
+    "growth": (Growth, ("ours",)),
+    "batches": (Batches, ("ours",)),
+    "variants": (Tried, ("graph", "variant", "precision")),
+    "builds": (Build, ("precision",)),
+}
+"""The lists of rows in a Result: their type, and the fields that say what was measured."""
+
+
+def read(path: Path) -> Result:
+    """Read a results file; BundleError lists everything that is wrong with it."""
+    return strict_json.read(Result, path)
+
+
+def write(result: Result, path: Path) -> None:
+    """Write a results file, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
+
+
+def merge(*results: Result) -> Result:
+    """One result with the rows of all; a later row takes the place of an earlier one with the same key.
+
+    Raises what `check_alike` raises.
+    """
+    for other in results[1:]:
+        check_alike(results[0], other)
+    runs: list[Run] = []
+    rows: dict[str, dict[tuple[Any, ...], Row]] = {kind: {} for kind in KINDS}
+    for result in results:
+        for kind, (_, key) in KINDS.items():
+            for row in getattr(result, kind):
+                rows[kind][tuple(getattr(row, name) for name in key)] = replace(row, run=len(runs) + row.run)
+        runs += result.runs
+    used = sorted({row.run for of in rows.values() for row in of.values()})
+    renumbered: dict[str, Any] = {
+        kind: tuple(replace(row, run=used.index(row.run)) for row in of.values()) for kind, of in rows.items()
+    }
+    return replace(results[0], runs=tuple(runs[i] for i in used), includes=dict(INCLUDES), **renumbered)
+
+
+def check_alike(one: Result, other: Result) -> None:
+    """Raise InputError if two results are of different sources, sizes, devices or kinds of machine."""
+    for name in ("source", "width", "height", "device", "prompt", "seed"):
+        if getattr(one, name) != getattr(other, name):
+            raise InputError(
+                f"these results cannot be merged: {name} is {getattr(one, name)!r} in one and {getattr(other, name)!r} "
+                "in another; results of one source, size and device were expected; give merge.py only such files"
+            )
+    kinds = {(r.machine.cpu, r.machine.cores, r.machine.instruction_sets) for r in (*one.runs, *other.runs)}
+    if len(kinds) > 1:
+        names = " and ".join(sorted(f"{cores} cores of {cpu} ({', '.join(sets)})" for cpu, cores, sets in kinds))
+        raise InputError(
+            f"these results cannot be merged: they are of {names}; one kind of machine was expected; "
+            "keep a file for each"
+        )

@@ -1,0 +1,177 @@
+"""The golden bundle is what FORMAT.md says, to the byte, and a reader written from that page alone draws its
+pictures."""
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import ON, ROOT
+from tokenizers import Tokenizer
+
+import turbochain.runtime
+from turbochain.engines import build
+from turbochain.runtime import Bundle, Pipeline
+from turbochain.runtime.bundle import manifest, strict_json
+
+GOLDEN = ROOT / "tests/golden/bundle"
+FORMAT = Path(turbochain.runtime.__file__).with_name("FORMAT.md").read_text()
+DTYPES = {"F32": np.float32, "I32": np.int32, "U8": np.uint8, "BOOL": np.bool_}
+
+
+def safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a file, read as the safetensors format says."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    header.pop("__metadata__", None)
+    found = {}
+    for name, t in header.items():
+        start, end = (8 + length + offset for offset in t["data_offsets"])
+        found[name] = np.frombuffer(raw[start:end], DTYPES[t["dtype"]]).reshape(t["shape"])
+    return found
+
+
+class Reader:
+    """Draws a picture with the golden bundle: FORMAT.md in numpy, torch's generator and ONNX Runtime."""
+
+    def __init__(self, path: Path) -> None:
+        self.manifest = json.loads((path / "bundle.json").read_text())
+        self.chain = self.manifest["chains"]["text-to-image"]
+        self.tables = safetensors(path / self.chain["tables_file"])
+        self.tokenizers = {
+            n: Tokenizer.from_file(str(path / t["file"])) for n, t in self.manifest["tokenizers"].items()
+        }
+        self.sessions = {
+            name: onnxruntime.InferenceSession(path / graph["file"], providers=["CPUExecutionProvider"])
+            for name, graph in self.manifest["graphs"].items()
+        }
+        self.shapes = {
+            stage.get("wires", {}).get(t["name"], t["name"]): t["shape"]
+            for stage in self.chain["stages"]
+            for ends in ("inputs", "outputs")
+            for t in self.manifest["graphs"][stage["graph"]][ends]
+        }
+
+    def ids(self, feed: str, prompt: str) -> np.ndarray:
+        entry = self.manifest["tokenizers"][feed]
+        self.tokenizers[feed].no_truncation()
+        self.tokenizers[feed].no_padding()
+        found, length = self.tokenizers[feed].encode(prompt).ids, entry["max_length"]
+        found = found if len(found) <= length else [*found[: length - 1], found[-1]]
+        return np.array([[*found, *[entry["pad_id"]] * (length - len(found))]], np.int32)
+
+    def column(self, table: str, name: str, row: int) -> np.ndarray:
+        if f"{table}/{name}" in self.tables:
+            value = self.tables[f"{table}/{name}"][row]
+        elif f"columns/{name}" in self.tables:
+            value = self.tables[f"columns/{name}"][self.tables[f"{table}/index"][row]]
+        else:
+            value = self.tables[f"constants/{name}"]
+        return value.reshape(self.shapes[name])
+
+    def run(self, when: str, now: dict[str, np.ndarray]) -> None:
+        for stage in (s for s in self.chain["stages"] if s["when"] == when):
+            session, wires = self.sessions[stage["graph"]], stage.get("wires", {})
+            fed = {i.name: now[wires.get(i.name, i.name)] for i in session.get_inputs()}
+            for end, value in zip(session.get_outputs(), session.run(None, fed), strict=True):
+                now[wires.get(end.name, end.name)] = value
+
+    def draw(self, prompt: str, seed: int, steps: int) -> np.ndarray:
+        (table,) = (n for n, t in self.chain["tables"].items() if t["steps"] == steps and not t.get("begin"))
+        feeds, rows = self.chain["feeds"], self.chain["tables"][table]["rows"]
+        generator = torch.Generator("cpu").manual_seed(seed)
+        drawn: dict[str, Any] = {}
+        for one in self.chain["draws"]:
+            draws = self.tables[f"{table}/draws_noise"] if feeds[one["name"]]["when"] == "step" else [True]
+            shape = self.shapes[one["name"]]
+            noise = [torch.randn(shape, generator=generator).numpy() if d else np.zeros(shape, "f4") for d in draws]
+            scale = feeds[one["name"]].get("scale")
+            drawn[one["name"]] = [n * self.tables[f"{table}/{scale}"] if scale else n for n in noise]
+        now: dict[str, np.ndarray] = {}
+        for name, feed in feeds.items():
+            if feed["is"] == "ids":
+                now[name] = self.ids(name, prompt)
+            elif feed["is"] == "history":
+                now[name] = np.zeros(self.shapes[name], np.float32)
+            elif name in drawn and feed["when"] == "call":
+                (now[name],) = drawn[name]
+        self.run("prompt", now)
+        for row in range(rows):
+            if row:
+                now |= {target: now[source] for source, target in self.chain["carry"].items()}
+            per_step = [name for name, feed in feeds.items() if feed["when"] == "step"]
+            now |= {n: drawn[n][row] if n in drawn else self.column(table, n, row) for n in per_step}
+            self.run("step", now)
+        self.run("end", now)
+        return now[self.chain["output"]]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy with an engine, which was verified against what diffusers produced."""
+    path = tmp_path_factory.mktemp("golden") / "golden.bundle"
+    shutil.copytree(GOLDEN, path)
+    build(str(path), quiet=True, **ON)
+    return path
+
+
+def test_every_file_has_its_record() -> None:
+    records = json.loads((GOLDEN / "bundle.json").read_text())["files"]
+    found = {str(p.relative_to(GOLDEN)): p.read_bytes() for p in GOLDEN.rglob("*") if p.is_file()}
+    raw = found.pop("bundle.json")
+    assert raw.endswith(b"\n")
+    sizes = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in found.items()}
+    assert sizes == records
+    listed = {name: [r["size"], r["sha256"]] for name, r in sorted(records.items())}
+    assert Bundle.open(GOLDEN).id == hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def test_the_manifest_is_written_as_it_was_read() -> None:
+    path = GOLDEN / "bundle.json"
+    assert strict_json.write(strict_json.read(manifest.Manifest, path)).encode() == path.read_bytes()
+
+
+def test_the_pages_example_is_the_golden_chain() -> None:
+    blocks = re.findall(r"(?:^    .*\n)+", FORMAT, re.M)
+    (example,) = (block for block in blocks if '"stages"' in block)
+    assert example.rstrip() in (GOLDEN / "bundle.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [value for value in vars(manifest).values() if dataclasses.is_dataclass(value)],
+    ids=lambda kind: kind.__name__,
+)
+def test_the_page_has_every_key(kind: Any) -> None:
+    for field in dataclasses.fields(kind):
+        key = field.name.removesuffix("_")
+        assert re.search(rf'[`"]{key}[`"(]', FORMAT) or kind in (manifest.Check, manifest.Tensor), key
+
+
+@pytest.mark.parametrize(
+    ("prompt", "seed", "steps"), [("a small red star", 0, 1), ("", 2**32 + 5, 3), ("cat " * 99, 7, 3)]
+)
+def test_a_reader_written_from_the_page_draws_the_same(built: Path, prompt: str, seed: int, steps: int) -> None:
+    expected = Reader(GOLDEN).draw(prompt, seed, steps)
+    with Pipeline.load(built) as pipe:
+        found = pipe(prompt, seed=seed, num_inference_steps=steps, output_type="uint8").images
+    difference = np.abs(found.astype(int) - expected)
+    assert difference.max() <= 1 and (difference > 0).mean() <= 1e-3
+
+
+def test_that_reader_draws_what_diffusers_drew() -> None:
+    recorded = safetensors(GOLDEN / "reference.safetensors")
+    raw = (GOLDEN / "reference.safetensors").read_bytes()
+    cases = json.loads(json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])["__metadata__"]["cases"])
+    for i, case in enumerate(cases):
+        found = Reader(GOLDEN).draw(*case["prompt"], case["seed"], case["num_inference_steps"])
+        assert np.abs(found.astype(int) - recorded[f"{i}/image"]).max() <= 1

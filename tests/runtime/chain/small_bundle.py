@@ -1,0 +1,403 @@
+"""A bundle of tiny graphs written by hand, whose two chains use all that the format has.
+
+`text-to-image` (16×16): a text encoder and a UNet in two places each, with guidance as a mode. `image-to-image` (8×24):
+pictures as feeds, a start, three tensors round the loop, a mode with a graph of its own, and a stream that outlives a
+call. The text encoder serves both. `by_hand.py` has the same arithmetic in numpy.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import tokenizers
+from safetensors.numpy import save_file
+
+from turbochain.runtime import backends
+from turbochain.runtime.bundle import hashing, strict_json
+from turbochain.runtime.bundle.manifest import (
+    FEATURES,
+    FORMAT_VERSION,
+    Chain,
+    Draw,
+    Engine,
+    EngineGraph,
+    EngineKey,
+    Feed,
+    Graph,
+    Manifest,
+    Origin,
+    Stage,
+    TableEntry,
+    Tensor,
+    TokenizerFile,
+)
+from turbochain.runtime.bundle.opened import Bundle
+
+T2I, I2I = "text-to-image", "image-to-image"
+BATCH, CHANNELS, LENGTH = 2, 4, 6
+SIZES = {T2I: (16, 16), I2I: (8, 24)}
+LATENTS = {name: (BATCH, CHANNELS, height // 8, width // 8) for name, (height, width) in SIZES.items()}
+WORDS = (".", "?", "a", "red", "cat", "dog", "in", "the", "snow")
+NUMBERS = np.random.default_rng(17)
+WEIGHTS = {
+    "table": NUMBERS.standard_normal((len(WORDS), CHANNELS), np.float32),
+    "positions": NUMBERS.standard_normal((LENGTH, CHANNELS), np.float32),
+    "decode": NUMBERS.standard_normal((CHANNELS, 3), np.float32),
+    "encode": NUMBERS.standard_normal((3, CHANNELS), np.float32),
+    "control": NUMBERS.standard_normal((3, CHANNELS), np.float32),
+}
+ROWS = {T2I: {2: 2, 3: 3}, I2I: {2: 3}}
+"""Chain → steps → evaluations."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "onnxruntime": {},
+    "openvino": {"inference_precision": "fp32", "vae_int8": False},
+}
+
+
+def _shape(*sizes: int) -> str:
+    return "[" + ",".join(map(str, sizes)) + "]"
+
+
+def _weight(*names: str) -> str:
+    return ", ".join(
+        f"float{_shape(*WEIGHTS[n].shape)} {n} = {{{', '.join(repr(float(v)) for v in WEIGHTS[n].flat)}}}"
+        for n in names
+    )
+
+
+EMBEDS = f"float{_shape(BATCH, LENGTH, CHANNELS)}"
+TEXT_ENCODER = f"""
+text_encoder (int32{_shape(BATCH, LENGTH)} input_ids) => ({EMBEDS} prompt_embeds) <{_weight("table", "positions")}> {{
+    gathered = Gather (table, input_ids)
+    prompt_embeds = Add (gathered, positions)
+}}"""
+
+
+def _unet(latents: str, ends: str, results: str, more: str) -> str:
+    return f"""
+unet (float{latents} latents, float[1] input_scale, float[1,{CHANNELS},1,1] time, float[1] extent,
+      {EMBEDS} prompt_embeds{ends}) => ({results}) <int64[1] tokens = {{1}}, int64[2] places = {{2, 3}}> {{
+    scaled = Mul (latents, input_scale)
+    text = ReduceSum <keepdims = 0> (prompt_embeds, tokens)
+    small = Constant <value_float = 0.05> ()
+    gain = Mul (text, small)
+    wide = Unsqueeze (gain, places)
+    product = Mul (scaled, wide)
+    timed = Add (product, time)
+    {more}
+}}"""
+
+
+def _step(latents: str, ends: str, results: str, more: str, predicted: str) -> str:
+    return f"""
+step (float{latents} latents, float{latents} prediction{ends}, float{latents} noise, float[1,1] m, float[1] v,
+      float[1] w) => (float{latents} next_latents{results}) {{
+    {more}
+    kept = Mul (latents, m)
+    moved = Mul ({predicted}, v)
+    drawn = Mul (noise, w)
+    sum = Add (kept, moved)
+    next_latents = Add (sum, drawn)
+}}"""
+
+
+def _multistep(latents: str, K: int) -> str:
+    history = f"float[{K - 1},{latents[1:]}"
+    return f"""
+step (float{latents} latents, float{latents} prediction, float{latents} noise, float[{K},{K}] m, float[{K}] v,
+      float[{K}] w, {history} history) => (float{latents} next_latents, {history} next_history)
+<int64[1] first = {{0}}, int64[2] flat = {{{K}, -1}}, int64[2] one = {{1, -1}}, int64[2] column = {{{K}, 1}},
+ int64[5] whole = {{{K}, {latents[1:-1]}}}, int64[2] sizes = {{1, {K - 1}}}> {{
+    now = Unsqueeze (latents, first)
+    state = Concat <axis = 0> (now, history)
+    rows = Reshape (state, flat)
+    kept = MatMul (m, rows)
+    predicted = Reshape (prediction, one)
+    by = Reshape (v, column)
+    moved = Mul (by, predicted)
+    unit = Reshape (noise, one)
+    with = Reshape (w, column)
+    drawn = Mul (with, unit)
+    sum = Add (kept, moved)
+    all = Add (sum, drawn)
+    made = Reshape (all, whole)
+    next, next_history = Split <axis = 0> (made, sizes)
+    next_latents = Squeeze (next, first)
+}}"""
+
+
+def _decoder(chain: str) -> str:
+    (_, _, h, w), (height, width) = LATENTS[chain], SIZES[chain]
+    return f"""
+vae_decoder (float{_shape(*LATENTS[chain])} next_latents) => (uint8[{BATCH},{height},{width},3] image)
+<{_weight("decode")}, int64[6] apart = {{{BATCH}, {h}, 1, {w}, 1, 3}}, int64[6] large = {{{BATCH}, {h}, 8, {w}, 8, 3}},
+ int64[4] whole = {{{BATCH}, {height}, {width}, 3}}> {{
+    last = Transpose <perm = [0, 2, 3, 1]> (next_latents)
+    colours = MatMul (last, decode)
+    contrast = Constant <value_float = 40.0> ()
+    grey = Constant <value_float = 128.0> ()
+    black = Constant <value_float = 0.0> ()
+    white = Constant <value_float = 255.0> ()
+    levels = Mul (colours, contrast)
+    shifted = Add (levels, grey)
+    clipped = Clip (shifted, black, white)
+    rounded = Round (clipped)
+    points = Reshape (rounded, apart)
+    blocks = Expand (points, large)
+    pixels = Reshape (blocks, whole)
+    image = Cast <to = 2> (pixels)
+}}"""
+
+
+def _encoder(name: str, picture: str, weight: str, ends: str, result: str, more: str) -> str:
+    (_, _, h, w), (height, width) = LATENTS[I2I], SIZES[I2I]
+    return f"""
+{name} (uint8[{BATCH},{height},{width},3] {picture}{ends}) => (float{_shape(*LATENTS[I2I])} {result})
+<{_weight(weight)}, int64[6] blocks = {{{BATCH}, {h}, 8, {w}, 8, 3}}, int64[2] inside = {{2, 4}}> {{
+    values = Cast <to = 1> ({picture})
+    split = Reshape (values, blocks)
+    points = ReduceMean <keepdims = 0> (split, inside)
+    white = Constant <value_float = 255.0> ()
+    unit = Div (points, white)
+    mixed = MatMul (unit, {weight})
+    first = Transpose <perm = [0, 3, 1, 2]> (mixed)
+    {more}
+}}"""
+
+
+def graphs() -> dict[str, tuple[str, str]]:
+    """Return graph → its role and its text."""
+    text, image = (_shape(*LATENTS[name]) for name in (T2I, I2I))
+    guided = f", float{text} negative_prediction, float[1] guidance_scale"
+    guide = """apart = Sub (prediction, negative_prediction)
+    more = Mul (apart, guidance_scale)
+    guided_prediction = Add (negative_prediction, more)"""
+    stream = f", float{image} stream, float{image} residual, float[1] conditioning_scale"
+    unet_of_stream = """own = Mul (timed, extent)
+    half = Constant <value_float = 0.5> ()
+    quarter = Constant <value_float = 0.25> ()
+    past = Mul (stream, half)
+    steered = Mul (residual, conditioning_scale)
+    with_past = Add (own, past)
+    prediction = Add (with_past, steered)
+    next_stream = Mul (prediction, quarter)"""
+    blur = """tenth = Constant <value_float = 0.1> ()
+    spread = Mul (posterior_noise, tenth)
+    image_latents = Add (first, spread)"""
+    posterior = f", float{image} posterior_noise"
+    start = f"""
+start (float{image} image_latents, float{image} start_noise, float[1] p, float[1] q) => (float{image} latents) {{
+    known = Mul (image_latents, p)
+    unknown = Mul (start_noise, q)
+    latents = Add (known, unknown)
+}}"""
+    result = f"float{image} prediction, float{image} next_stream"
+    return {
+        "text_encoder": ("text_encoder", TEXT_ENCODER),
+        "unet": ("unet", _unet(text, "", f"float{text} prediction", "prediction = Mul (timed, extent)")),
+        "step": ("step", _step(text, "", "", "", "prediction")),
+        "step+guidance": (
+            "step",
+            _step(text, guided, f", float{text} guided_prediction", guide, "guided_prediction"),
+        ),
+        "vae_decoder": ("vae_decoder", _decoder(T2I)),
+        "vae_encoder": (
+            "vae_encoder",
+            _encoder("vae_encoder", "input_image", "encode", posterior, "image_latents", blur),
+        ),
+        "start": ("start", start),
+        "controlnet": (
+            "controlnet",
+            _encoder("controlnet", "control_image", "control", "", "residual", "residual = Identity (first)"),
+        ),
+        "unet@24x8": ("unet", _unet(image, stream, result, unet_of_stream)),
+        "step@24x8": ("step", _multistep(image, 3)),
+        "vae_decoder@24x8": ("vae_decoder", _decoder(I2I)),
+    }
+
+
+COLUMNS = {name: Feed("column", "step") for name in ("input_scale", "time", "m", "v", "w")} | {
+    "extent": Feed("column", "call")
+}
+CHAINS = {
+    T2I: Chain(
+        task=T2I,
+        size=SIZES[T2I],
+        batch=BATCH,
+        K=1,
+        modes=("guidance",),
+        stages=(
+            Stage("text_encoder", "prompt", "text"),
+            Stage(
+                "text_encoder",
+                "prompt",
+                "text",
+                {"input_ids": "negative_input_ids", "prompt_embeds": "negative_prompt_embeds"},
+                if_="guidance",
+            ),
+            Stage("unet", "step", "prediction"),
+            Stage(
+                "unet",
+                "step",
+                "prediction",
+                {"prompt_embeds": "negative_prompt_embeds", "prediction": "negative_prediction"},
+                if_="guidance",
+            ),
+            Stage("step", "step", "state", unless="guidance"),
+            Stage("step+guidance", "step", "state", if_="guidance"),
+            Stage("vae_decoder", "end", "picture"),
+        ),
+        feeds={
+            "input_ids": Feed("ids", "call"),
+            "negative_input_ids": Feed("ids", "call", of="negative_prompt"),
+            "latents": Feed("noise", "call", scale="init_noise_sigma"),
+            "noise": Feed("noise", "step"),
+            "guidance_scale": Feed("number", "call"),
+            **COLUMNS,
+        },
+        draws=(Draw("latents", "picture"), Draw("noise", "picture")),
+        carry={"next_latents": "latents"},
+        tables_file=f"tables/{T2I}.safetensors",
+        tables={str(steps): TableEntry(steps, rows) for steps, rows in ROWS[T2I].items()},
+        output="image",
+    ),
+    I2I: Chain(
+        task=I2I,
+        size=SIZES[I2I],
+        batch=BATCH,
+        K=3,
+        modes=("control",),
+        stages=(
+            Stage("text_encoder", "prompt", "text"),
+            Stage("vae_encoder", "image", "image_latents"),
+            Stage("start", "image", "state"),
+            Stage("controlnet", "image", "residuals", if_="control"),
+            Stage("unet@24x8", "step", "prediction"),
+            Stage("step@24x8", "step", "state"),
+            Stage("vae_decoder@24x8", "end", "picture"),
+        ),
+        feeds={
+            "input_ids": Feed("ids", "call"),
+            "input_image": Feed("image", "call"),
+            "control_image": Feed("image", "call"),
+            "posterior_noise": Feed("noise", "call"),
+            "start_noise": Feed("noise", "call"),
+            "noise": Feed("noise", "step"),
+            "p": Feed("number", "call"),
+            "q": Feed("number", "call"),
+            "conditioning_scale": Feed("number", "step"),
+            "history": Feed("history", "call"),
+            "stream": Feed("zeros", "held"),
+            "residual": Feed("zeros", "held"),
+            **COLUMNS,
+        },
+        draws=(
+            Draw("posterior_noise", "image"),
+            Draw("start_noise", "picture"),
+            Draw("posterior_noise", "image", discarded=True),
+            Draw("noise", "picture"),
+        ),
+        carry={"next_latents": "latents", "next_history": "history"},
+        keep={"next_stream": "stream"},
+        tables_file=f"tables/{I2I}.safetensors",
+        tables={str(steps): TableEntry(steps, rows) for steps, rows in ROWS[I2I].items()},
+        output="image",
+    ),
+}
+
+
+def tables(chain: str) -> dict[str, np.ndarray]:
+    """Return the arrays of a chain's table file: random rows, the second of each table without a draw."""
+    K, numbers = CHAINS[chain].K, np.random.default_rng([*chain.encode()])
+
+    def normal(*shape: int) -> np.ndarray:
+        return numbers.standard_normal(shape, np.float32)
+
+    most = max(ROWS[chain].values())
+    arrays = {
+        "timesteps": np.arange(most, 0, -1, np.float32) * 300,
+        "columns/time": normal(most, 1, CHANNELS, 1, 1),
+        "constants/extent": normal(1),
+    }
+    for steps, rows in ROWS[chain].items():
+        arrays |= {
+            f"{steps}/m": 0.5 * normal(rows, K, K),
+            f"{steps}/v": normal(rows, K),
+            f"{steps}/w": 0.3 * normal(rows, K),
+            f"{steps}/input_scale": normal(rows),
+            f"{steps}/draws_noise": np.arange(rows) != 1,
+            f"{steps}/start": normal(rows, 2),
+            f"{steps}/init_noise_sigma": np.array(1.5, np.float32),
+            f"{steps}/index": np.arange(rows, dtype=np.int32)[::-1] + most - rows,
+        }
+    return {name: np.asarray(array, order="C") for name, array in arrays.items()}
+
+
+def write(folder: Path, cases: list[tuple[dict[str, Any], dict[str, np.ndarray]]]) -> Path:
+    """Write the bundle with these recorded cases (metadata, tensors), and an engine of each backend; return it."""
+    for name in ("graphs", "tables"):
+        (folder / name).mkdir(parents=True)
+    entries = {name: _write_graph(folder, name, role, text) for name, (role, text) in graphs().items()}
+    words = tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="?")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for chain in CHAINS:
+        save_file(tables(chain), folder / f"tables/{chain}.safetensors")
+    recorded = {
+        f"{i}/{name}": np.ascontiguousarray(a) for i, (_, arrays) in enumerate(cases) for name, a in arrays.items()
+    }
+    save_file(recorded, folder / "reference.safetensors", metadata={"cases": json.dumps([case for case, _ in cases])})
+    files = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+    ids = TokenizerFile("tokenizer.json", LENGTH, WORDS[0], 0)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        family="sd",
+        requires=dict.fromkeys(FEATURES, "0.1.0"),
+        checkpoint=Origin("by hand", "StableDiffusionPipeline", {}),
+        request={},
+        created="2026-01-01T00:00:00+00:00",
+        created_by={},
+        tokenizers={"input_ids": ids, "negative_input_ids": ids},
+        graphs=entries,
+        chains=CHAINS,
+        files={file: hashing.describe(folder / file) for file in files},
+    )
+    (folder / "bundle.json").write_text(strict_json.write(manifest))
+    for backend in OPTIONS:
+        write_engine(folder, backend, list(entries))
+    return folder
+
+
+def write_engine(folder: Path, backend: str, names: list[str]) -> None:
+    """Write an engine of these graphs that nobody has verified; the CPU backends read the bundle's own graphs."""
+    bundle = Bundle.open(folder)
+    library, version = backends.require(backend)
+    engine = Engine(
+        format_version=FORMAT_VERSION,
+        key=EngineKey(backend, "cpu", library, version, OPTIONS[backend]),
+        graphs={name: EngineGraph(bundle.graph_digest(name), {}, 0, 0.0, 0) for name in names},
+        checks={},
+        verify_peak_bytes=0,
+        created="2026-01-01T00:00:00+00:00",
+        created_by={},
+    )
+    (folder / "engines" / backend).mkdir(parents=True, exist_ok=True)
+    (folder / "engines" / backend / "engine.json").write_text(strict_json.write(engine))
+
+
+def _write_graph(folder: Path, name: str, role: str, text: str) -> Graph:
+    model = onnx.parser.parse_model('<ir_version: 10, opset_import: ["": 21]>' + text)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, folder / f"graphs/{name}.onnx")
+    (folder / f"graphs/{name}.names.json").write_text("{}")
+    inputs, outputs = (tuple(map(_tensor, ends)) for ends in (model.graph.input, model.graph.output))
+    return Graph(role, "", f"graphs/{name}.onnx", (), f"graphs/{name}.names.json", "fp32", 21, inputs, outputs)
+
+
+def _tensor(value: Any) -> Tensor:
+    kind = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
+    return Tensor(value.name, dtype, tuple(d.dim_value for d in kind.shape.dim))

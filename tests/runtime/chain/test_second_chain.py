@@ -1,0 +1,373 @@
+"""A bundle of two chains that use all that the format has, against the same arithmetic in numpy."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import by_hand
+import numpy as np
+import pytest
+import small_bundle
+from small_bundle import BATCH, CHAINS, I2I, LATENTS, SIZES, T2I
+
+from turbochain.runtime import Bundle, BundleError, InputError, Pipeline
+from turbochain.runtime.chain.plan import Run
+from turbochain.runtime.chain.recording import OnDevice, Together, record
+from turbochain.runtime.checks import verify
+from turbochain.runtime.errors import Cancelled
+from turbochain.runtime.request import Request
+
+BACKENDS = ("onnxruntime", "openvino")
+PROMPTS = ["a red cat", "a dog in the snow the the the a cat"]  # the second is longer than what is read
+SCALES = [0.5, 0.0, -1.5]
+BLOCKS = np.random.default_rng(3).integers(0, 256, (4, BATCH, *LATENTS[I2I][2:], 3), np.uint8)
+PICTURES = BLOCKS.repeat(8, 2).repeat(8, 3)
+GUIDED = {"guidance_scale": np.array([2.5], np.float32)}
+
+
+def numbers(p: float = 0.75, q: float = 0.5) -> dict[str, np.ndarray]:
+    """What a call of the second chain is given beside a picture."""
+    scales = np.array(SCALES, np.float32)[:, None]
+    return {"p": np.array([p], np.float32), "q": np.array([q], np.float32), "conditioning_scale": scales}
+
+
+def cases() -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+    """Recorded calls of both chains in each mode."""
+    made = {
+        (T2I, "", 2): by_hand.text_to_image(PROMPTS, 7, 2),
+        (T2I, "guidance", 3): by_hand.text_to_image(PROMPTS, 7, 3, 2.5, ["snow", "dog"]),
+        (I2I, "", 2): by_hand.image_to_image(PROMPTS, PICTURES[0], 7, 0.75, 0.5, SCALES),
+        (I2I, "control", 2): by_hand.image_to_image(PROMPTS, PICTURES[0], 7, 0.75, 0.5, SCALES, control=PICTURES[1]),
+    }
+    return [
+        (
+            {
+                "chain": chain,
+                "modes": [mode] if mode else [],
+                "prompt": PROMPTS,
+                "seed": 7,
+                "num_inference_steps": steps,
+            },
+            tensors,
+        )
+        for (chain, mode, steps), tensors in made.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tests must not change it."""
+    return small_bundle.write(tmp_path_factory.mktemp("small") / "small.bundle", cases())
+
+
+@pytest.fixture(params=BACKENDS)
+def pipe(request: pytest.FixtureRequest, bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.load(bundle, backend=request.param) as pipe:
+        yield pipe
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(bundle, tmp_path / "copy.bundle"))
+
+
+def assert_same(picture: np.ndarray, reference: np.ndarray) -> None:
+    """At most one level, in one of a thousand values: PyTorch's noise is within 1e-6 of ours."""
+    assert picture.dtype == np.uint8 and picture.shape == reference.shape
+    apart = np.abs(picture.astype(int) - reference)
+    assert apart.max() <= 1 and (apart > 0).mean() <= 1e-3
+    assert reference.std() > 10  # there is something to see
+
+
+def drawn(pipe: Pipeline, chain: str, **arguments: Any) -> np.ndarray:
+    """The pictures of a call."""
+    arguments = {"prompt": PROMPTS, "seed": 5, "output_type": "uint8", **arguments}
+    request = Request.make(pipe.bundle.open_chain(chain), **arguments)
+    images: np.ndarray = pipe.draw(request).images
+    return images
+
+
+def changed(path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    """Change the manifest."""
+    manifest = json.loads((path / "bundle.json").read_text())
+    edit(manifest)
+    (path / "bundle.json").write_text(json.dumps(manifest))
+    return path
+
+
+def loaded(pipe: Pipeline) -> frozenset[str]:
+    assert pipe._executor is not None
+    return pipe._executor.loaded
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_call_without_its_mode(pipe: Pipeline, steps: int) -> None:
+    assert_same(drawn(pipe, T2I, num_inference_steps=steps), by_hand.text_to_image(PROMPTS, 5, steps)["image"])
+
+
+def test_one_graph_in_two_places(pipe: Pipeline) -> None:
+    """With guidance the text encoder and the UNet run twice; the negative prompt is one for all, or one for each."""
+    for negative in (None, "red snow", ["dog", "a cat"]):
+        ours = drawn(pipe, T2I, negative_prompt=negative, inputs=GUIDED, modes=["guidance"])
+        texts = negative if isinstance(negative, list) else [negative or ""] * BATCH
+        assert_same(ours, by_hand.text_to_image(PROMPTS, 5, 2, 2.5, texts)["image"])
+    ran: list[str] = []
+    request = Request.make(
+        pipe.bundle.open_chain(T2I), PROMPTS, seed=1, inputs=GUIDED, modes=["guidance"], negative_prompt="a"
+    )
+    pipe.draw(request, observe=lambda graph, _: ran.append(graph))
+    assert ran == ["text_encoder"] * 2 + ["unet", "unet", "step+guidance"] * 2 + ["vae_decoder"]
+
+
+@pytest.mark.parametrize("seed", [5, [5, 6]], ids=["one generator", "one for each picture"])
+def test_draws_in_their_order(pipe: Pipeline, seed: int | list[int]) -> None:
+    """An image's draws, a hidden one among them: for each image with one generator, else for each picture."""
+    for count in (1, 2):
+        images = PICTURES[0, :count]
+        ours = drawn(pipe, I2I, seed=seed, inputs={"input_image": images, **numbers()})
+        assert_same(ours, by_hand.image_to_image(PROMPTS, images, seed, 0.75, 0.5, SCALES)["image"])
+        pipe._held.clear()  # the stream begins again
+
+
+def test_noise_that_is_given_takes_the_place_of_its_draw(pipe: Pipeline) -> None:
+    noise = {c: np.random.default_rng(8).standard_normal(LATENTS[c], np.float32) for c in CHAINS}
+    ours = drawn(pipe, T2I, latents=noise[T2I])
+    assert_same(ours, by_hand.text_to_image(PROMPTS, 5, 2, latents=noise[T2I])["image"])
+    ours = drawn(pipe, I2I, latents=noise[I2I], inputs={"input_image": PICTURES[0], **numbers()})
+    theirs = by_hand.image_to_image(PROMPTS, PICTURES[0], 5, 0.75, 0.5, SCALES, start_noise=noise[I2I])
+    assert_same(ours, theirs["image"])
+
+
+def test_a_stream_outlives_a_call(pipe: Pipeline) -> None:
+    """Each picture reads what the last one left; what the other chain does between them does not matter."""
+    stream: np.ndarray | float = 0.0
+    for frame, images in enumerate(PICTURES):
+        theirs = by_hand.image_to_image(PROMPTS, images, frame, 0.75, 0.5, SCALES, stream)
+        assert_same(drawn(pipe, I2I, seed=frame, inputs={"input_image": images, **numbers()}), theirs["image"])
+        drawn(pipe, T2I)
+        stream = theirs["next_stream"][-1]
+
+
+def test_a_cancelled_call_leaves_a_stream_as_it_was(pipe: Pipeline) -> None:
+    given = {"input_image": PICTURES[0], **numbers()}
+    first = by_hand.image_to_image(PROMPTS, PICTURES[0], 5, 0.75, 0.5, SCALES)
+    assert_same(drawn(pipe, I2I, inputs=given), first["image"])
+    asked = iter([False] * 5 + [True])
+    request = Request.make(pipe.bundle.open_chain(I2I), PROMPTS, seed=6, inputs=given)
+    with pytest.raises(Cancelled):
+        pipe.draw(request, cancel=lambda: next(asked))
+    second = by_hand.image_to_image(PROMPTS, PICTURES[0], 5, 0.75, 0.5, SCALES, first["next_stream"][-1])
+    assert_same(drawn(pipe, I2I, inputs=given), second["image"])
+
+
+def test_zeros_that_a_mode_makes_something_of(pipe: Pipeline) -> None:
+    """The held zeros are zeros again after a call whose mode wrote that buffer."""
+    stream: np.ndarray | float = 0.0
+    for control in (None, PICTURES[1], None, PICTURES[2]):
+        given = {"input_image": PICTURES[0], **numbers()}
+        given |= {} if control is None else {"control_image": control}
+        theirs = by_hand.image_to_image(PROMPTS, PICTURES[0], 5, 0.75, 0.5, SCALES, stream, control)
+        assert_same(drawn(pipe, I2I, inputs=given, modes=[] if control is None else ["control"]), theirs["image"])
+        stream = theirs["next_stream"][-1]
+
+
+def test_the_prompt_cache_knows_prompts_and_no_pictures(pipe: Pipeline) -> None:
+    """A known prompt runs no text encoder, with another picture too; a picture is encoded each time."""
+    for call, images in enumerate(PICTURES[:2]):
+        pipe._held.clear()
+        ran: list[str] = []
+        given = {"input_image": images, **numbers()}
+        output = pipe.draw(
+            Request.make(pipe.bundle.open_chain(I2I), PROMPTS, seed=5, inputs=given, output_type="uint8"),
+            observe=lambda graph, _: ran.append(graph),  # noqa: B023
+        )
+        assert_same(output.images, by_hand.image_to_image(PROMPTS, images, 5, 0.75, 0.5, SCALES)["image"])
+        assert "vae_encoder" in ran and ("text_encoder" in ran) == (call == 0)
+    kept = {name for entry in pipe.prompt_cache._entries.values() for name in entry}
+    assert kept == {"prompt_embeds"}
+
+
+def test_the_prompt_cache_tells_modes_and_negative_prompts_apart(pipe: Pipeline) -> None:
+    for negative in ("red", "dog", "red"):
+        ours = drawn(pipe, T2I, negative_prompt=negative, inputs=GUIDED, modes=["guidance"])
+        assert_same(ours, by_hand.text_to_image(PROMPTS, 5, 2, 2.5, [negative] * BATCH)["image"])
+        assert_same(drawn(pipe, T2I, negative_prompt=negative), by_hand.text_to_image(PROMPTS, 5, 2)["image"])
+
+
+def test_graphs_load_when_their_chain_is_first_used_and_buffers_are_shared(bundle: Path) -> None:
+    with Pipeline.load(bundle, backend="onnxruntime") as pipe:
+        assert loaded(pipe) == {*CHAINS[T2I].graphs}
+        drawn(pipe, T2I)
+        before = {t: a.ctypes.data for t, a in pipe._executor._buffers.items()}  # type: ignore[union-attr]
+        drawn(pipe, I2I, inputs={"input_image": PICTURES[0], **numbers()})
+        assert loaded(pipe) == {*CHAINS[T2I].graphs, *CHAINS[I2I].graphs}
+        after = {t: a.ctypes.data for t, a in pipe._executor._buffers.items()}  # type: ignore[union-attr]
+        assert before == {t: after[t] for t in before}
+        assert sum(t.name == "prompt_embeds" for t in after) == 1  # both chains' text
+        assert {t.shape for t in after if t.name == "latents"} == set(LATENTS.values())
+    with Pipeline.load(bundle, backend="onnxruntime", chain=I2I) as pipe:
+        assert loaded(pipe) == {*CHAINS[I2I].graphs}
+
+
+def test_an_engine_without_the_second_chain(copy: Path) -> None:
+    """It says so when that chain is used, and the first works before and after."""
+    shutil.rmtree(copy / "engines")
+    small_bundle.write_engine(copy, "onnxruntime", list(CHAINS[T2I].graphs))
+    with Pipeline.load(copy) as pipe:
+        reference = by_hand.text_to_image(PROMPTS, 5, 2)["image"]
+        assert_same(drawn(pipe, T2I), reference)
+        with pytest.raises(BundleError, match=f"lacks vae_encoder.* of the chain {I2I}.*: build-engine"):
+            drawn(pipe, I2I, inputs={"input_image": PICTURES[0], **numbers()})
+        assert_same(drawn(pipe, T2I), reference)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("chain", [T2I, I2I])
+def test_verification_passes_both_chains(bundle: Path, chain: str, backend: str) -> None:
+    """It judges each stage in each mode by what it makes."""
+    _, checks = verify.verify_bundle(bundle, chain=chain, backend=backend)
+    assert {c.stage for c in checks} == {*CHAINS[chain].graphs, "schedule", "image"}
+    verify.require(checks)
+
+
+WRONG: dict[str, tuple[str, str, Callable[[dict[str, np.ndarray]], object]]] = {
+    "history": (I2I, "2/m", lambda a: a["2/m"][1].__setitem__((0, 2), a["2/m"][1, 0, 2] + 0.05)),
+    "history that is made": (I2I, "2/m", lambda a: a["2/m"][0].__setitem__((2, 0), a["2/m"][0, 2, 0] + 0.05)),
+    "v of a row": (T2I, "3/v", lambda a: a["3/v"].__setitem__(2, a["3/v"][2] * 1.02)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_number_of_a_table_is_refused(copy: Path, name: str) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    from turbochain.runtime.bundle import hashing
+
+    chain, _, change = WRONG[name]
+    file = f"tables/{chain}.safetensors"
+    arrays = load_file(copy / file)
+    change(arrays)
+    save_file(arrays, copy / file)
+    changed(copy, lambda m: m["files"].update({file: vars(hashing.describe(copy / file))}))
+    _, checks = verify.verify_bundle(copy, chain=chain, backend="onnxruntime")
+    assert {c.stage for c in checks if not c.passed} >= {"schedule", "image"}
+
+
+def test_a_gpu_shares_no_constant_between_tables(bundle: Path) -> None:
+    """Two chains have a table of two steps each, and every row of each is a buffer of its own."""
+    opened = Bundle.open(bundle)
+    both = {name: opened.open_chain(name) for name in CHAINS}
+    assert not np.array_equal(both[T2I].columns(2)["v"][0], both[I2I].columns(2)["v"][0][:1])
+    recordings = {name: record(chain.plan(2), opened.manifest.graphs) for name, chain in both.items()}
+    buffers = {name: set(recording.constants) for name, recording in recordings.items()}
+    assert buffers[T2I] and not buffers[T2I] & buffers[I2I]
+    assert not set(recordings[T2I].constants.values()) & set(recordings[I2I].constants.values())
+    three = record(both[T2I].plan(3), opened.manifest.graphs)
+    assert not set(three.constants) & buffers[T2I]
+
+
+def test_a_gpu_keeps_a_stream_and_runs_one_graph_once_at_a_time(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    recording = record(opened.open_chain(I2I).plan(2), opened.manifest.graphs)
+    assert recording.kept == {"stream"}  # what a rehearsal must leave alone
+    assert recording.actions[-2:-1] == (OnDevice("next_stream", "stream"),)
+    assert not {"stream", "residual"} & set(recording.uploads)
+    guided = record(opened.open_chain(T2I).plan(2, modes=["guidance"]), opened.manifest.graphs)
+    assert guided.kept == set()
+    groups = [[launch.graph for launch in a.launches] for a in guided.actions if isinstance(a, Together)]
+    assert all(len(group) == len(set(group)) for group in groups)
+    assert [g for group in groups for g in group].count("text_encoder") == 2
+
+
+def test_a_plan_runs_the_stages_of_its_modes(bundle: Path) -> None:
+    chain = Bundle.open(bundle).open_chain(I2I)
+    for modes in ([], ["control"]):
+        plan = chain.plan(2, modes=modes)
+        assert ("controlnet" in plan.graphs) == bool(modes)
+        assert sum(isinstance(o, Run) and o.graph == "step@24x8" for o in plan.operations) == 3  # two steps, three rows
+
+
+def in_chain(key: str, value: object, chain: str = I2I) -> Callable[[dict[str, Any]], object]:
+    """Replace a part of a chain; `key`: "feeds/p"."""
+
+    def edit(manifest: dict[str, Any]) -> None:
+        *path, last = key.split("/")
+        entry = manifest["chains"][chain]
+        for part in path:
+            entry = entry[int(part)] if isinstance(entry, list) else entry[part]
+        entry[int(last) if isinstance(entry, list) else last] = value
+
+    return edit
+
+
+REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "a kind of feed": (in_chain("feeds/p", {"is": "temperature", "when": "call"}), "the feed p has 'temperature'"),
+    "when a feed comes": (in_chain("feeds/p", {"is": "number", "when": "often"}), "the feed p has 'often'"),
+    "a text": (in_chain("feeds/input_ids", {"is": "ids", "when": "call", "of": "poem"}), "input_ids has 'poem'"),
+    "a feed that nothing reads": (in_chain("feeds/z", {"is": "number", "when": "call"}), "nothing reads the feed z"),
+    "a place": (in_chain("stages/2/when", "before"), "the stage start has 'before'"),
+    "a mode": (in_chain("stages/3/if", "magic"), "controlnet depends on the mode 'magic', which the chain lacks"),
+    "an input without a source": (lambda m: m["chains"][I2I]["feeds"].pop("p"), "the input p of start has no source"),
+    "a wire": (in_chain("stages/1/wires", {"x": "y"}), "the stage vae_encoder renames x, which its graph lacks"),
+    "what a mode makes twice": (in_chain("stages/3/wires", {"residual": "latents"}), "latents is produced twice"),
+    "zeros that only a feed of zeros may be": (
+        in_chain("feeds/residual", {"is": "number", "when": "call"}),
+        "residual is produced twice, by the caller and controlnet",
+    ),
+    "a stream of another shape": (in_chain("keep", {"next_history": "stream"}), "keep next_history → stream joins"),
+    "a stream that nobody feeds": (in_chain("keep", {"next_stream": "p"}), "keep next_stream → p does not join"),
+    "K": (lambda m: m["chains"][I2I].update(K=2), r"m is float32 \[3, 3\] for each step, and not float32 \[2, 2\]"),
+    "a draw": (in_chain("draws/0", {"name": "luck", "per": "image"}), "the draw luck has no such tensor"),
+    "a size": (in_chain("size", [24, 8]), "the output image is uint8"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_a_chain_cannot_be_is_refused_when_it_is_opened(copy: Path, what: str) -> None:
+    edit, message = REFUSED[what]
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(changed(copy, edit))
+
+
+def test_a_feature_of_a_later_version(copy: Path) -> None:
+    """The reader names the version that has it, whatever else it does not understand."""
+    changed(copy, lambda m: m["requires"].update({"time_travel": "9.1.0"}))
+    with pytest.raises(BundleError, match=r"uses time_travel \(turbochain 9\.1\.0\), .*pip install --upgrade"):
+        Pipeline.load(copy)
+
+
+ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no picture": (I2I, {"inputs": numbers()}, "takes input_image, p, q, conditioning_scale; given: p, q"),
+    "a picture of another mode": (
+        I2I,
+        {"inputs": {"input_image": PICTURES[0], "control_image": PICTURES[1], **numbers()}},
+        "takes input_image, p, q, conditioning_scale; given: input_image, control_image",
+    ),
+    "three pictures for two": (
+        I2I,
+        {"inputs": {"input_image": np.zeros((3, *SIZES[I2I], 3), np.uint8), **numbers()}},
+        r"inputs\['input_image'\] is uint8 \[3, 8, 24, 3\]: an array of uint8 \[2, 8, 24, 3\]",
+    ),
+    "a number for each step": (
+        I2I,
+        {"inputs": {"input_image": PICTURES[0], **numbers(), "conditioning_scale": np.ones(1, np.float32)}},
+        r"an array of float32 \[3, 1\] was expected",
+    ),
+    "a mode": (T2I, {"modes": ["control"]}, r"modes=\['control'\]: the chain text-to-image has guidance"),
+    "a negative prompt": (
+        I2I,
+        {"negative_prompt": "a", "inputs": {"input_image": PICTURES[0], **numbers()}},
+        "negative_prompt was given",
+    ),
+    "negative prompts": (T2I, {"negative_prompt": ["a"] * 3}, "negative_prompt is a list of 3: one, or one for each"),
+}
+
+
+@pytest.mark.parametrize("what", ARGUMENTS)
+def test_what_a_call_cannot_be_given(bundle: Path, what: str) -> None:
+    chain, arguments, message = ARGUMENTS[what]
+    with pytest.raises(InputError, match=message):
+        Request.make(Bundle.open(bundle).open_chain(chain), PROMPTS, seed=0, **arguments)

@@ -1,0 +1,202 @@
+"""Bundles of other schedulers: multistep ones, and those that a pipeline changes, against diffusers' own pictures.
+
+Nothing but the step graph, the tables and the reference depends on the scheduler, so the other graphs are those of the
+shared bundle, which has the same weights. Everything else is the export's own work.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import BATCH, ON, SIZE, BundleFactory
+from safetensors.numpy import load_file, save_file
+from test_parity import PROMPTS, assert_same_picture, load_diffusers, one_thread, theirs
+
+from turbochain.engines import build
+from turbochain.export import bundling, jobs
+from turbochain.export.order import ExportOrder
+from turbochain.export.phases.phases import Phases
+from turbochain.runtime import Bundle, Pipeline, VerificationError
+from turbochain.runtime.bundle import hashing, strict_json
+from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Graph
+
+__all__ = ["one_thread"]  # a fixture that every test here uses
+
+SD15 = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scheduler in a checkpoint's folder, and the bundle that it gives."""
+
+    cls: str
+    options: dict[str, Any]
+    K: int
+    rows: dict[int, int]  # steps → evaluations of the network
+
+
+CASES = {
+    "DPM++ 2M": Case("DPMSolverMultistepScheduler", SD15, 2, {8: 8}),
+    "Heun": Case("HeunDiscreteScheduler", SD15, 2, {8: 15}),
+    "UniPC": Case("UniPCMultistepScheduler", SD15, 3, {8: 8}),
+    "PNDM": Case("PNDMScheduler", {**SD15, "skip_prk_steps": True, "set_alpha_to_one": False}, 4, {8: 9}),
+    # What StableDiffusionPipeline changes in its constructor: steps_offset to 1, clip_sample to False.
+    "Euler, raw": Case("EulerDiscreteScheduler", {**SD15, "steps_offset": 0, "timestep_spacing": "leading"}, 1, {4: 4}),
+    "DDIM, raw": Case("DDIMScheduler", {**SD15, "clip_sample": True, "set_alpha_to_one": False}, 1, {4: 4}),
+    # The pipelines give it eta=0.0, and its own default is 0.3.
+    "TCD": Case("TCDScheduler", SD15, 1, {4: 4}),
+}
+QUICK = [("sd", "DPM++ 2M"), ("sdxl", "UniPC"), ("sd", "Heun"), ("sdxl", "PNDM")]
+FULL = [("sdxl", "DPM++ 2M"), ("sd", "UniPC"), ("sdxl", "Heun"), ("sd", "PNDM")]
+CHANGED = [("sd", "Euler, raw"), ("sd", "DDIM, raw"), ("sd", "TCD")]
+
+
+@dataclass
+class Reusing(Phases):
+    """Phases in this process; the graphs of components are those of another bundle of the same weights."""
+
+    donor: Bundle | None = None
+
+    def run(self, name: str, job: str, /, *, keep: bool = False, **arguments: Any) -> Any:
+        """Do a job of `export.jobs`, or copy what it would write."""
+        if arguments.get("component"):
+            return self._copied(arguments["component"], arguments["folder"])
+        work: Callable[..., Any] = getattr(jobs, job.partition(":")[2])
+        return strict_json.plain(work(lambda done, total: None, **arguments))
+
+    def _copied(self, component: str, folder: Path) -> Any:
+        assert self.donor is not None
+        (folder / "graphs").mkdir(exist_ok=True)
+        graphs: dict[str, Graph] = {n: g for n, g in self.donor.manifest.graphs.items() if g.component == component}
+        for file in {f for g in graphs.values() for f in (*g.files, g.names)}:
+            shutil.copyfile(self.donor.path / file, folder / file)
+        return strict_json.plain(graphs)
+
+
+def checkpoint_with(case: Case, checkpoint: Path, folder: Path) -> Path:
+    """Write a checkpoint that differs by its scheduler alone."""
+    shutil.copytree(checkpoint, folder, copy_function=os.link)
+    index = json.loads((folder / "model_index.json").read_text())
+    for file, value in {
+        "model_index.json": {**index, "scheduler": ["diffusers", case.cls]},
+        "scheduler/scheduler_config.json": {"_class_name": case.cls, **case.options},
+    }.items():
+        (folder / file).unlink()  # a link to the shared file
+        (folder / file).write_text(json.dumps(value))
+    return folder
+
+
+def export_with(case: Case, checkpoint: Path, donor: Bundle, batch: int, output: Path) -> Bundle:
+    """Export a checkpoint, and give the bundle an engine that is verified when it is first loaded."""
+    order = ExportOrder(str(checkpoint), "fp32", size=SIZE, batch=batch, steps=tuple(case.rows))
+    folder = output.with_name("partial")
+    folder.mkdir()
+    phases = Reusing(0, None, True, [], donor=donor)
+    bundling.export(phases, order, order.recipe("fp32"), folder, output, True)
+    made = Bundle.open(output)
+    (engine,) = (e for e in donor.engines().values() if not isinstance(e, Exception))
+    graphs = {name: vars(engine.graphs[name]) | {"digest": made.graph_digest(name)} for name in made.manifest.graphs}
+    text = json.loads(strict_json.write(engine)) | {"graphs": graphs, "checks": {}}
+    (output / "engines/any").mkdir(parents=True)
+    (output / "engines/any/engine.json").write_text(json.dumps(text))
+    return made
+
+
+@pytest.fixture
+def made(
+    request: pytest.FixtureRequest, bundle_of: BundleFactory, checkpoints: dict[str, Path], tmp_path: Path
+) -> tuple[Path, Path]:
+    """A checkpoint and its bundle; the parameter: family and case."""
+    family, name = request.param
+    checkpoint = checkpoint_with(CASES[name], checkpoints[family], tmp_path / "checkpoint")
+    donor = Bundle.open(bundle_of(family))
+    bundle = export_with(CASES[name], checkpoint, donor, BATCH[family, "fp32"], tmp_path / "x.bundle")
+    chain = bundle.open_chain()
+    assert chain.chain.K == CASES[name].K
+    assert {steps: chain.table(steps).rows for steps in chain.steps} == CASES[name].rows
+    assert ("multistep" in bundle.manifest.requires) == (chain.chain.K > 1)
+    return checkpoint, bundle.path
+
+
+def check(checkpoint: Path, bundle: Path, seeds: range) -> None:
+    """Load the bundle, which verifies it, and compare pictures with diffusers' own pipeline on that checkpoint."""
+    reference = load_diffusers(checkpoint)
+    with Pipeline.load(bundle) as pipe:
+        chain = pipe.bundle.open_chain()
+        for steps in chain.steps:
+            for seed in seeds:
+                prompt = [PROMPTS[(seed + i) % len(PROMPTS)] for i in range(chain.batch)]
+                call = {"prompt": prompt, "num_inference_steps": steps, "seed": seed}
+                assert_same_picture(pipe(**call, output_type="uint8").images, theirs(reference, call))  # type: ignore[arg-type]
+    assert all(c.passed for e in pipe.bundle.engines().values() for c in e.checks[TEXT_TO_IMAGE])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("made", QUICK, indirect=True, ids=" ".join)
+def test_more_than_one_tensor_round_the_loop(made: tuple[Path, Path]) -> None:
+    check(*made, seeds=range(2))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("made", [*QUICK, *FULL], indirect=True, ids=" ".join)
+def test_more_than_one_tensor_round_the_loop_with_ten_seeds(made: tuple[Path, Path]) -> None:
+    check(*made, seeds=range(10))
+
+
+@pytest.mark.parametrize("made", CHANGED, indirect=True, ids=" ".join)
+def test_a_scheduler_as_the_pipeline_has_it_and_calls_it(made: tuple[Path, Path]) -> None:
+    check(*made, seeds=range(2))
+
+
+@pytest.mark.full
+def test_a_build_from_its_beginning(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """With every phase in its own process, as a user builds it."""
+    checkpoint = checkpoint_with(CASES["DPM++ 2M"], checkpoints["sd"], tmp_path / "checkpoint")
+    bundle = tmp_path / "x.bundle"
+    result = build(str(checkpoint), bundle, precision="fp32", size=SIZE, steps=[1, 8], quiet=True, **ON)
+    assert all(c.passed for c in result.checks[TEXT_TO_IMAGE])
+    check(checkpoint, bundle, range(3))
+
+
+def in_row(field: str, row: int, at: tuple[int, ...], factor: float) -> Callable[[dict[str, Any]], None]:
+    """Multiply one number of the table of 8 steps."""
+
+    def change(arrays: dict[str, Any]) -> None:
+        assert abs(arrays[f"8/{field}"][row][at]) > 1e-3
+        arrays[f"8/{field}"][row][at] *= factor
+
+    return change
+
+
+@pytest.mark.parametrize("made", [("sd", "DPM++ 2M")], indirect=True, ids=" ".join)
+def test_a_wrong_number_of_a_table_with_history_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
+    _, bundle = made
+    file = f"tables/{TEXT_TO_IMAGE}.safetensors"
+    changes = {
+        "what history adds to the latents": in_row("m", 4, (0, 1), 1.02),
+        "what the latents leave in history": in_row("m", 4, (1, 0), 1.02),
+        "what the prediction leaves in history": in_row("v", 3, (1,), 0.98),
+        "another row's history": lambda arrays: arrays["8/m"].__setitem__(5, arrays["8/m"][1]),
+    }
+    for i, (what, change) in enumerate(changes.items()):
+        copy = Path(shutil.copytree(bundle, tmp_path / f"{i}.bundle"))
+        arrays = load_file(copy / file)
+        change(arrays)
+        save_file(arrays, copy / file)
+        manifest = json.loads((copy / "bundle.json").read_text())
+        manifest["files"][file] = vars(hashing.describe(copy / file))
+        (copy / "bundle.json").write_text(json.dumps(manifest))
+        with pytest.raises(VerificationError, match=r"schedule: relative_l2 is .*image: "):
+            Pipeline.load(copy)
+            pytest.fail(what)
