@@ -22,6 +22,7 @@ from turbochain.runtime.errors import (
 )
 from turbochain.runtime.inputs.noise import Generator
 from turbochain.runtime.pipeline import Pipeline, PipelineOutput
+from turbochain.runtime.request import Request
 
 __all__ = [
     "BackendMissing",
@@ -37,6 +38,7 @@ __all__ = [
     "PictureError",
     "Pipeline",
     "PipelineOutput",
+    "Request",
     "TurbochainError",
     "VerificationError",
 ]
