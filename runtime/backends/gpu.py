@@ -152,12 +152,9 @@ class GpuExecutor(ABC):
         crossing = (*recording.uploads, *recording.downloads.values())
         program = _Program(recording, addresses, {b: self._host(b, recording.tensors[b]) for b in crossing})
         self._fill(program, feeds)
-        held = self._read_held(recording, addresses)
         for _ in range(2):  # ONNX Runtime still allocates in the second run
             self._walk(program, without=recording.kept)  # else a stream would be two pictures on
             cuda.synchronize(self.stream)
-        for buffer, value in held.items():
-            self._upload(value, addresses[buffer])
         try:
             program.graph = self.session.capture(self.stream, lambda: self._walk(program), self.check_captured)
         except TurbochainError as error:
@@ -167,15 +164,6 @@ class GpuExecutor(ABC):
             log.warning("the chain runs graph by graph, because it cannot be captured as one CUDA graph: %s", error)
         self._programs[plan] = program
         return program
-
-    def _read_held(self, recording: Recording, addresses: Mapping[str, int]) -> dict[str, np.ndarray]:
-        """Return what a plan keeps for the next call and does not upload: its first runs must not count as calls."""
-        targets = {a.target for a in recording.actions if isinstance(a, OnDevice)} - recording.uploads.keys()
-        held = {b: np.empty(recording.tensors[b].shape, recording.tensors[b].dtype) for b in targets}
-        for buffer, value in held.items():
-            cuda.copy(value.ctypes.data, addresses[buffer], value.nbytes, self.stream)
-        cuda.synchronize(self.stream)
-        return held
 
     def check_captured(self, graph: Any) -> None:  # noqa: B027 (most may be launched)
         """Raise TurbochainError if a captured graph must not be launched."""

@@ -136,10 +136,12 @@ def bound_text(check: Check) -> str:
     return f"{'≥' if check.metric in AT_LEAST else '≤'} {check.bound:g}"
 
 
-def _badness(check: Check) -> float:
+def _badness(check: Check) -> tuple[bool, float]:
+    """Return a value that is larger for a worse figure, beside its bound: figures of one stage may have several."""
     if math.isnan(check.value):
-        return math.inf
-    return -check.value if check.metric in AT_LEAST else check.value
+        return True, math.inf
+    part = check.value / check.bound
+    return not check.passed, -part if check.metric in AT_LEAST else part
 
 
 def _judge(stage: str, bounds: Bounds, result: np.ndarray, reference: np.ndarray) -> Iterator[Check]:

@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
 
 from turbochain.export import families, remedies
-from turbochain.export.families import Shape
+from turbochain.export.families import Shape, common
 from turbochain.export.remedies import LARGEST, Remedy
 from turbochain.export.sources.checkpoint import open_folder
 from turbochain.export.tracing import attention, trace
 from turbochain.runtime import Bundle
-from turbochain.runtime.backends import Device
-from turbochain.runtime.backends.cpu import HostExecutor
+from turbochain.runtime.backends.contract import Device, Opened
+from turbochain.runtime.backends.cpu import CpuExecutor, Loaded
+from turbochain.runtime.bundle.manifest import Graph
 from turbochain.runtime.checks import bounds, metrics, reference, verify
 
 CONV1, STREAM = "decoder.up_blocks.2.resnets.0.conv1", "decoder.mid_block.resnets.1"
@@ -41,10 +42,12 @@ def test_a_checkpoint_that_fits_needs_nothing(bundle_of: BundleFactory, family: 
     """Not SDXL's VAE either, whose config has `force_upcast`."""
     bundle = Bundle.open(bundle_of(family, "fp16"))
     graphs = bundle.manifest.graphs
-    assert {(g.precision, g.remedy) for name, g in graphs.items() if name != "time"} == {("fp16", "")}
-    stages = families.of(bundle.manifest.checkpoint.pipeline_class).stages
-    decided = remedies.decide(stages, dict.fromkeys(stages, "fp16"), bundle.path / "reference.safetensors")
-    assert decided == dict.fromkeys(stages, Remedy("fp16"))
+    assert {name: (g.precision, g.remedy) for name, g in graphs.items()} == {
+        name: ("fp32" if name == "step" else "fp16", "") for name in graphs
+    }
+    specs = families.of(bundle.manifest.checkpoint.pipeline_class).graphs
+    decided = remedies.decide(specs, dict.fromkeys(specs, "fp16"), bundle.path / "reference.safetensors")
+    assert decided == dict.fromkeys(specs, Remedy("fp16"))
 
 
 @pytest.mark.parametrize("value", [1e5, math.inf, math.nan])
@@ -78,10 +81,11 @@ def test_attentions_near_the_limit_are_islands() -> None:
 
 
 def test_another_precision_is_not_judged(tmp_path: Path, sd: Path) -> None:
-    stages = families.of("StableDiffusionPipeline").stages
-    asked = families.of("StableDiffusionPipeline").precisions("fp32", "bf16")
-    assert asked == {"text_encoder": "fp32", "time": "fp32", "unet": "fp32", "vae_decoder": "bf16"}
-    decided = remedies.decide(stages, asked, sd / "reference.safetensors")
+    family = families.of("StableDiffusionPipeline")
+    asked = common.precisions(family, "fp32", "bf16")
+    assert asked == {"text_encoder": "fp32", "unet": "fp32", "vae_decoder": "bf16", "step": "fp32"}
+    assert common.precisions(family, "fp16")["step"] == "fp32"  # whatever is asked for
+    decided = remedies.decide(common.graphs(family, 1), asked, sd / "reference.safetensors")
     assert decided == {name: Remedy(precision) for name, precision in asked.items()}
 
 
@@ -200,29 +204,37 @@ def test_a_build_says_what_it_remedied(built: tuple[Bundle, subprocess.Completed
             assert re.search(rf"^{name} .* {re.escape(graphs[name].remedy)}$", table, re.M)
 
 
-class StrictExecutor(HostExecutor):
-    """Every graph is onnx's own evaluator, which computes fp16 in fp16."""
+class StrictGraph(Loaded):
+    """onnx's own evaluator, which computes fp16 in fp16."""
 
-    def load(self, graph: str) -> Callable[[], None]:
-        stage = self.bundle.manifest.graphs[graph]
-        path = self.bundle.path / stage.file
+    def __init__(self, path: Path, graph: Graph) -> None:
+        self.path, self.graph = path, graph
 
+    def bind(self, arrays: Mapping[str, np.ndarray]) -> Callable[[], None]:
         def launch() -> None:
-            results = run_strictly(path, {t.name: self.buffers[t.name] for t in stage.inputs})
-            for tensor, value in zip(stage.outputs, results, strict=True):
-                np.copyto(self.buffers[tensor.name], value)
+            results = run_strictly(self.path, {t.name: arrays[t.name] for t in self.graph.inputs})
+            for tensor, value in zip(self.graph.outputs, results, strict=True):
+                np.copyto(arrays[tensor.name], value)
 
         return launch
 
-    def operators(self, graph: str) -> Iterator[tuple[str, float]]:
+    def operators(self) -> Iterator[tuple[str, float]]:
         raise NotImplementedError
+
+
+class StrictExecutor(CpuExecutor):
+    def load_graph(self, graph: str) -> StrictGraph:
+        entry = self.opened.bundle.manifest.graphs[graph]
+        return StrictGraph(self.opened.bundle.path / entry.file, entry)
 
 
 def test_what_was_built_is_right_in_strict_fp16(built: tuple[Bundle, subprocess.CompletedProcess[str]]) -> None:
     bundle, _ = built
-    executor = StrictExecutor(bundle, bundle.path, {}, device=Device("cpu"))
-    checks = verify.verify(bundle, executor, {name: graph.precision for name, graph in bundle.manifest.graphs.items()})
-    assert {check.stage for check in checks} == {*bundle.manifest.graphs, "schedule", "image"} - {"time"}
+    chain = bundle.open_chain()
+    executor = StrictExecutor(Opened(bundle, bundle.path, {}, Device("cpu")))
+    executor.load(chain.graphs)
+    checks = verify.verify(chain, executor, {name: graph.precision for name, graph in chain.graphs.items()})
+    assert {check.stage for check in checks} == {*chain.graphs, "schedule", "image"}
     verify.require(checks)
 
 
@@ -234,8 +246,8 @@ def test_without_its_remedy_it_is_not(
     bundle, _ = built
     component = bundle.manifest.graphs[name].component
     plain = {name: Remedy("fp16")}
-    graph = trace.export(open_folder(large, None), component, Shape(*SIZE, 1), plain, tmp_path)[name]
-    (case,) = reference.read_cases(bundle)
+    graph = trace.export(open_folder(large, None), component, Shape(*SIZE, 1), plain, {}, tmp_path)[name]
+    (case,) = reference.read_cases(bundle, "text-to-image")
     feeds = case.tensors | {"next_latents": case.tensors["next_latents"][-1]}
     path = tmp_path / graph.file
     model = onnx.load(path)
@@ -266,11 +278,11 @@ def test_the_name_map_says_by_what_a_parameter_was_multiplied(
 def test_a_bf16_decoder_is_valid_and_within_its_bound(sd: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     bundle, checkpoint = Bundle.open(sd), open_folder(checkpoints["sd"], None)
     remedies = {"vae_decoder": Remedy("bf16")}
-    graph = trace.export(checkpoint, "vae", Shape(*SIZE, 1), remedies, tmp_path)["vae_decoder"]
+    graph = trace.export(checkpoint, "vae", Shape(*SIZE, 1), remedies, {}, tmp_path)["vae_decoder"]
     onnx.checker.check_model(tmp_path / graph.file, full_check=True)
     names = json.loads((tmp_path / graph.names).read_text())
     assert names["decoder.conv_in.weight"] and names["encoder.conv_in.weight"] is None
-    case = reference.read_cases(bundle)[0]
+    case = reference.read_cases(bundle, "text-to-image")[0]
     (image,) = run_strictly(tmp_path / graph.file, {"next_latents": case.tensors["next_latents"][-1]})
-    bound = bounds.BOUNDS["bf16"]["decoder"]["psnr"]
-    assert metrics.psnr(image, case.tensors["image"]) >= bound > bounds.BOUNDS["fp16"]["decoder"]["psnr"]
+    bound = bounds.BOUNDS["bf16"]["picture"]["psnr"]
+    assert metrics.psnr(image, case.tensors["image"]) >= bound > bounds.BOUNDS["fp16"]["picture"]["psnr"]

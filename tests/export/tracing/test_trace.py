@@ -15,6 +15,7 @@ from conftest import BATCH, FAMILIES, SIZE, BundleFactory
 from diffusers import DiffusionPipeline
 from onnx import TensorProto
 from onnx.external_data_helper import load_external_data_for_model
+from onnx.reference import ReferenceEvaluator
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -22,21 +23,23 @@ from turbochain.export.families import Shape
 from turbochain.export.remedies import Remedy
 from turbochain.export.sources.checkpoint import open_folder
 from turbochain.export.tracing import group_norm, trace
-from turbochain.runtime import Bundle, selection
+from turbochain.runtime import Bundle
 from turbochain.runtime.bundle.hashing import digest
 
 COMPONENTS = {  # graph → the checkpoint's folder
-    "sd": {"text_encoder": "text_encoder", "time": "unet", "unet": "unet", "vae_decoder": "vae"},
+    "sd": {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae"},
     "sdxl": {
         "text_encoder": "text_encoder",
         "text_encoder_2": "text_encoder_2",
-        "time": "unet",
         "unet": "unet",
         "vae_decoder": "vae",
     },
 }
+TIME = {"sd": "time_projections", "sdxl": "time_embeds"}  # the column that depends on the timestep
+TABLES = "tables/text-to-image.safetensors"
 GRAPHS = [(family, name) for family in FAMILIES for name in COMPONENTS[family]]
-every_graph = pytest.mark.parametrize(("family", "name"), GRAPHS)
+every_graph = pytest.mark.parametrize(("family", "name"), [*GRAPHS, *((family, "step") for family in FAMILIES)])
+every_graph_with_weights = pytest.mark.parametrize(("family", "name"), GRAPHS)
 every_precision = pytest.mark.parametrize("precision", ["fp32", "fp16"])
 
 
@@ -82,7 +85,7 @@ def test_graphs_are_valid_and_as_the_manifest_says(
 @every_graph
 def test_no_graph_holds_a_sine(bundle: Bundle, name: str) -> None:
     operators = {node.op_type for node in read(bundle, name).graph.node}
-    assert operators & {"MatMul", "Gemm", "Conv"}
+    assert operators & ({"Mul", "Add"} if name == "step" else {"MatMul", "Gemm", "Conv"})
     assert not operators & {"Sin", "Cos", "RandomNormal", "RandomNormalLike", "If", "Loop", "SplitToSequence"}
 
 
@@ -107,7 +110,33 @@ def test_graphs_hold_no_trace_of_the_machine(bundle: Bundle, name: str) -> None:
     assert not any(node.metadata_props or node.doc_string for node in proto.graph.node)
 
 
-@every_graph
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_graph_of_a_step_has_no_weights(bundle: Bundle) -> None:
+    graph = bundle.manifest.graphs["step"]
+    assert (graph.component, graph.model_class, graph.data, graph.precision) == ("", "", (), "fp32")
+    assert json.loads((bundle.path / graph.names).read_text()) == {}
+    assert (bundle.path / graph.file).stat().st_size < 2**12
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_a_step_is_a_row_of_a_linear_system(checkpoints: dict[str, Path], tmp_path: Path, K: int) -> None:
+    """Against numpy in fp64, by onnx's own evaluator."""
+    checkpoint, shape = open_folder(checkpoints["sd"], None), Shape(SIZE[1], SIZE[0], 2, K)
+    graph = trace.export(checkpoint, "", shape, {"step": Remedy("fp32")}, {}, tmp_path)["step"]
+    random = np.random.default_rng(0)
+    feeds = {t.name: random.standard_normal(t.shape).astype(t.dtype) for t in graph.inputs}
+    made = ReferenceEvaluator(onnx.load(tmp_path / graph.file)).run([t.name for t in graph.outputs], feeds)
+    state = np.stack([feeds["latents"], *feeds.get("history", ())]).astype(np.float64)
+    expected = np.tensordot(feeds["m"].astype(np.float64), state, 1)
+    for coefficient, tensor in (("v", "prediction"), ("w", "noise")):
+        expected += np.multiply.outer(feeds[coefficient], feeds[tensor].astype(np.float64))
+    assert [t.name for t in graph.outputs] == ["next_latents", "next_history"][: min(K, 2)]
+    np.testing.assert_allclose(made[0], expected[0], atol=1e-5)
+    if K > 1:
+        np.testing.assert_allclose(made[1], expected[1:], atol=1e-5)
+
+
+@every_graph_with_weights
 def test_the_manifest_lists_the_data_files_that_a_graph_reads(bundle: Bundle, family: str, name: str) -> None:
     proto = read(bundle, name)
     external = [t for t in proto.graph.initializer if t.data_location == TensorProto.EXTERNAL]
@@ -126,18 +155,17 @@ def checkpoint_weights(folder: Path) -> dict[str, np.ndarray]:
 
 
 def unused(family: str, name: str, parameter: str) -> bool:
-    """What the graph has no use for: what follows `hidden_states[-2]`, the VAE's encoder, and what another one does."""
+    """What the graph has no use for: what follows `hidden_states[-2]`, the VAE's encoder, what is in the table."""
     if name == "vae_decoder":
         return parameter.startswith(("encoder.", "quant_conv."))
-    if name in ("time", "unet"):  # of each parameter one of the two has no use
-        of_time = parameter.startswith("time_embedding.") or (family == "sd" and ".time_emb_proj." in parameter)
-        return of_time == (name == "unet")
+    if name == "unet":
+        return parameter.startswith("time_embedding.") or (family == "sd" and ".time_emb_proj." in parameter)
     # The miniature's first SDXL encoder has two layers, and nothing reads its pooled output.
     return (family, name) == ("sdxl", "text_encoder") and ("layers.1." in parameter or "final_layer_norm" in parameter)
 
 
 @every_precision
-@every_graph
+@every_graph_with_weights
 def test_name_map_leads_every_parameter_to_its_values(
     bundle_of: BundleFactory, checkpoints: dict[str, Path], family: str, name: str, precision: str
 ) -> None:
@@ -181,8 +209,8 @@ def test_a_step_computes_nothing_of_the_time_alone(bundle_of: BundleFactory, fam
     constants = {t.name for t in graph.initializer} | {
         o for n in graph.node if n.op_type == "Constant" for o in n.output
     }
-    table = {"timestep_embedding", "time_projections", "time_embeds"} & {i.name for i in graph.input}
-    assert table == {"time_projections" if family == "sd" else "time_embeds"}
+    table = {"timestep_embedding", "time_projections", "time_embeds", "time_ids_embeds"} & {i.name for i in graph.input}
+    assert table == {TIME[family], *(["time_ids_embeds"] if family == "sdxl" else [])}
     found = set()
     for node in graph.node:  # in topological order
         read_here = {name for name in node.input if name} - constants
@@ -198,55 +226,80 @@ def test_a_step_computes_nothing_of_the_time_alone(bundle_of: BundleFactory, fam
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_step_joins_constants_to_what_it_reads(bundle: Bundle, family: str) -> None:
-    """The time ids' embedding was one: it is in the bias of the Linear that read it."""
+    """The time ids' embedding was one: it is a column of the table, with the Linear that read it."""
     graph = read(bundle, "unet").graph
     constants = {t.name for t in graph.initializer}
     joins = [node for node in graph.node if node.op_type == "Concat"]
     assert joins and not any(constants & set(node.input) for node in joins)
 
 
+def watched_run(checkpoint: Path, suffix: str) -> tuple[Any, dict[str, list[tuple[torch.Tensor, torch.Tensor]]]]:
+    """A run of four steps: what each module of the UNet with this suffix read and made, in the modules' order."""
+    pipe = DiffusionPipeline.from_pretrained(checkpoint, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    watched = {name: module for name, module in pipe.unet.named_modules() if name.endswith(suffix)}
+    seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in watched}
+    for name, module in watched.items():
+        module.register_forward_hook(lambda _, given, made, name=name: seen[name].append((given[0], made)))
+    pipe("a cat", num_inference_steps=4, height=SIZE[1], width=SIZE[0], guidance_scale=0, output_type="latent")
+    return pipe, seen
+
+
+def assert_rounded(made: np.ndarray, expected: np.ndarray) -> None:
+    assert made.shape == expected.shape
+    np.testing.assert_allclose(made, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize(("family", "precision"), [("sd", "fp32"), ("sd", "fp16"), ("sdxl", "fp32")])
-def test_what_is_made_at_load_is_what_diffusers_modules_make(
+def test_a_column_of_the_time_is_what_diffusers_modules_make(
     bundle_of: BundleFactory, checkpoints: dict[str, Path], family: str, precision: str
 ) -> None:
-    """The column that the graph `time` makes, against hooks on a run of the pipeline."""
-    bundle = Bundle.open(bundle_of(family, precision))
-    executor = selection.open_executor(bundle, *selection.select(bundle))
-    pipe = DiffusionPipeline.from_pretrained(checkpoints[family], local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    suffix, column = ("time_emb_proj", "time_projections") if family == "sd" else ("time_embedding", "time_embeds")
-    watched = [module for name, module in pipe.unet.named_modules() if name.endswith(suffix)]
-    assert len(watched) == (8 if family == "sd" else 1)
-    seen: dict[Any, list[torch.Tensor]] = {module: [] for module in watched}
-    for module in watched:
-        module.register_forward_hook(lambda module, _, output: seen[module].append(output))
-    pipe("a cat", num_inference_steps=4, height=SIZE[1], width=SIZE[0], guidance_scale=0, output_type="latent")
-    made = selection.feeds(bundle, executor, 4)[column]
-    expected = torch.stack([torch.cat(row, dim=-1) for row in zip(*seen.values(), strict=True)]).numpy()
-    assert made.shape == expected.shape == (4, *bundle.tensors[column].shape)
-    np.testing.assert_allclose(made, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
-    executor.close()
+    """In fp32 whatever the UNet is in, against hooks on a run of the pipeline."""
+    chain = Bundle.open(bundle_of(family, precision)).open_chain()
+    _, seen = watched_run(checkpoints[family], {"sd": "time_emb_proj", "sdxl": "time_embedding"}[family])
+    assert len(seen) == (8 if family == "sd" else 1)
+    rows = [torch.cat([made for _, made in row], dim=-1)[:1] for row in zip(*seen.values(), strict=True)]
+    columns, tensor = chain.columns(4), chain.tensors[TIME[family]]
+    assert columns[TIME[family]].shape == (4, *tensor.shape)
+    assert_rounded(columns[TIME[family]], torch.stack(rows).numpy())
+    if family == "sd":  # what an adapter of those projections is applied to
+        table, arrays = chain.table(4), load_file(chain.bundle.path / TABLES)
+        read = torch.cat([given for given, _ in next(iter(seen.values()))]).numpy()
+        assert_rounded(arrays["columns/activated_time_embedding"][table.index], read)
+
+
+def test_the_time_ids_are_their_part_of_the_linear_that_reads_them(
+    bundle_of: BundleFactory, checkpoints: dict[str, Path]
+) -> None:
+    chain = Bundle.open(bundle_of("sdxl")).open_chain()
+    pipe, seen = watched_run(checkpoints["sdxl"], "add_embedding.linear_1")
+    (calls,) = seen.values()
+    pooled = chain.tensors["pooled_prompt_embeds"].shape[-1]
+    weight = pipe.unet.add_embedding.linear_1.weight[:, :pooled]
+    for given, made in calls:
+        expected = (made - given[:, :pooled] @ weight.T).detach().numpy()
+        assert_rounded(chain.columns(4)["time_ids_embeds"][0], expected)
 
 
 def test_exporting_twice_gives_the_same_files(sd: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """The first was exported by another process, when the bundle was built."""
     checkpoint, shape = open_folder(checkpoints["sd"], None), Shape(SIZE[1], SIZE[0], 1)
-    remedies = {"text_encoder": Remedy("fp32")}
-    graphs = [trace.export(checkpoint, "text_encoder", shape, remedies, tmp_path / str(i)) for i in range(2)]
     files = Bundle.open(sd).manifest.files
-    for i, made in enumerate(graphs):
-        (graph,) = made.values()
-        for name in (*graph.files, graph.names):
-            assert digest(tmp_path / str(i) / name) == files[name].sha256, name
+    for name, component in (("text_encoder", "text_encoder"), ("step", "")):
+        remedies = {name: Remedy("fp32")}
+        for i in range(2):
+            (graph,) = trace.export(checkpoint, component, shape, remedies, {}, tmp_path / str(i)).values()
+            for file in (*graph.files, graph.names):
+                assert digest(tmp_path / str(i) / file) == files[file].sha256, file
 
 
 def test_another_precision_of_one_stage_is_another_file(bundle_of: BundleFactory) -> None:
     fp32, fp16 = (Bundle.open(bundle_of("sd", precision)).manifest for precision in ("fp32", "fp16"))
     for name in fp32.graphs:
-        at_load = name == "time"
-        assert (fp32.graphs[name].precision, fp16.graphs[name].precision) == ("fp32", "fp32" if at_load else "fp16")
+        arithmetic = name == "step"  # the sampler's is in fp32 in every precision
+        assert (fp32.graphs[name].precision, fp16.graphs[name].precision) == ("fp32", "fp32" if arithmetic else "fp16")
         small, large = (sum(m.files[f].size for f in m.graphs[name].data) for m in (fp16, fp32))
-        assert small < large if at_load else 0.45 < small / large < 0.65
+        assert small == large == 0 if arithmetic else 0.45 < small / large < 0.65
 
 
 def reference(bundle: Bundle) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
@@ -257,25 +310,28 @@ def reference(bundle: Bundle) -> tuple[list[dict[str, Any]], dict[str, np.ndarra
 
 EMBEDS = {"sd": ("prompt_embeds",), "sdxl": ("prompt_embeds", "prompt_embeds_2", "pooled_prompt_embeds")}
 IDS = {"sd": ("input_ids",), "sdxl": ("input_ids", "input_ids_2")}
-PER_STEP = ("latents", "noise", "prediction", "next_latents", "timestep_embedding")
+PER_STEP = ("latents", "noise", "prediction", "next_latents")
 
 
 @every_precision
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reference_has_what_its_docstring_says(bundle_of: BundleFactory, family: str, precision: str) -> None:
-    bundle, batch = Bundle.open(bundle_of(family, precision)), BATCH[family, precision]
-    cases, tensors = reference(bundle)
+    bundle = Bundle.open(bundle_of(family, precision))
+    chain, (cases, tensors) = bundle.open_chain(), reference(bundle)
+    per_step = {*PER_STEP, TIME[family]}
+    names = {*EMBEDS[family], *IDS[family], *per_step, "image"}
     assert [case["num_inference_steps"] for case in cases] == [1, 2, 3, 4]
-    expected = {f"{i}/{k}" for i in range(4) for k in (*EMBEDS[family], *IDS[family], *PER_STEP, "image")}
-    assert {name for name in tensors if not name.startswith("magnitude/")} == expected
+    assert {(case["chain"], *case["modes"]) for case in cases} == {("text-to-image",)}
+    assert {name for name in tensors if not name.startswith("magnitude/")} == {
+        f"{i}/{k}" for i in range(4) for k in names
+    }
     for i, case in enumerate(cases):
-        assert len(case["prompt"]) == batch
-        for name in (*EMBEDS[family], *IDS[family], *PER_STEP, "image"):
-            value = tensors[f"{i}/{name}"]
-            wanted = bundle.tensors.get(name)
-            shape = bundle.tensors["latents"].shape if wanted is None else wanted.shape
-            assert value.shape == ((case["num_inference_steps"], *shape) if name in PER_STEP else shape), name
-            assert value.dtype == ("float32" if wanted is None else wanted.dtype), name
+        assert len(case["prompt"]) == chain.batch == BATCH[family, precision]
+        for name in names:
+            value, wanted = tensors[f"{i}/{name}"], chain.tensors[name]
+            rows = (case["num_inference_steps"],) if name in per_step else ()
+            assert value.shape == (*rows, *wanted.shape), name
+            assert value.dtype == wanted.dtype, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -305,7 +361,7 @@ def test_reference_is_what_diffusers_does(bundle: Bundle, checkpoints: dict[str,
         assert (difference > 0).mean() <= 1e-3
 
         generator.manual_seed(case["seed"])
-        start = torch.randn(len(images), 4, SIZE[1] // 8, SIZE[0] // 8, generator=generator)
+        start = torch.randn(len(case["prompt"]), 4, SIZE[1] // 8, SIZE[0] // 8, generator=generator)
         pipe.scheduler.set_timesteps(case["num_inference_steps"])
         latents, following = tensors[f"{i}/latents"], tensors[f"{i}/next_latents"]
         np.testing.assert_array_equal(latents[0], (start * pipe.scheduler.init_noise_sigma).numpy())

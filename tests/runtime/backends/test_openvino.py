@@ -23,7 +23,16 @@ from torch import nn
 
 from turbochain.engines import build
 from turbochain.engines.build import BuildResult
-from turbochain.runtime import Bundle, BundleError, InputError, Pipeline, TurbochainError, VerificationError, backends
+from turbochain.runtime import (
+    Bundle,
+    BundleError,
+    InputError,
+    Pipeline,
+    TurbochainError,
+    VerificationError,
+    backends,
+    selection,
+)
 from turbochain.runtime.backends import openvino as backend
 from turbochain.runtime.backends import openvino_model
 from turbochain.runtime.checks import reference
@@ -69,6 +78,7 @@ def test_it_is_the_default_on_a_cpu_and_says_why(engines: dict[str, Path]) -> No
     said = engines["default"].with_suffix(".txt").read_text()
     assert "backend openvino on cpu: it is the fastest on a CPU, and computes in bf16 where the CPU can" in said
     computed = {row.split()[0]: row.split()[1] for row in said.splitlines() if " MiB " in row}
+    assert computed.pop("step") == "fp32"  # the sampler's arithmetic, whatever the rest is in
     assert computed == dict.fromkeys(("text_encoder", "unet", "vae_decoder"), "bf16" if HAS_BF16 else "fp32")
     assert " fp32 " in engines["fp32"].with_suffix(".txt").read_text()
 
@@ -187,7 +197,7 @@ def test_ranges_hold_what_the_convolutions_read(checkpoints: dict[str, Path], in
         if isinstance(module, nn.Conv2d) and min(module.weight.shape[:2]) >= 8:
             module.register_forward_hook(lambda m, given, out, name=name: see(name, m, given[0], out))
     with torch.inference_mode():
-        for case in reference.read_cases(Bundle.open(bundle)):
+        for case in reference.read_cases(Bundle.open(bundle), "text-to-image"):
             vae.decode(torch.from_numpy(case.tensors["next_latents"][-1]) / vae.config.scaling_factor)
     ours, expected = (np.sort(list(of.values()), axis=0) for of in (ranges, found))
     np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
@@ -197,10 +207,10 @@ def test_ranges_hold_what_the_convolutions_read(checkpoints: dict[str, Path], in
 def test_mixed_is_bf16_for_the_vae_alone(engines: dict[str, Path], copy_of: Copy) -> None:
     bundle = copy_of(engines["fp32"])
     made = build(str(bundle), options={"inference_precision": "mixed"}, quiet=True)
-    assert made.precision == {"text_encoder": "fp32", "time": "fp32", "unet": "fp32", "vae_decoder": "bf16"}
-    found = {check.stage: check.bound for check in made.checks}
-    assert found["unet"] == BOUNDS["fp32"]["prediction"]["relative_l2"]
-    assert found["vae_decoder"] == BOUNDS["bf16"]["decoder"]["psnr"]
+    assert made.precision == {"text_encoder": "fp32", "unet": "fp32", "step": "fp32", "vae_decoder": "bf16"}
+    held_to = {check.stage: check.bound for check in made.checks["text-to-image"]}
+    assert held_to["unet"] == BOUNDS["fp32"]["prediction"]["relative_l2"]
+    assert held_to["vae_decoder"] == BOUNDS["bf16"]["picture"]["psnr"]
 
 
 @pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16")
@@ -362,13 +372,14 @@ def test_an_engine_in_bf16_does_not_fit_a_cpu_without_it(
 
 def test_a_graph_that_openvino_does_not_read(engines: dict[str, Path], copy_of: Copy) -> None:
     bundle = Bundle.open(copy_of(engines["fp32"]))
-    options = {"inference_precision": "fp32", "vae_int8": False}
+    executor = selection.open_executor(bundle, selection.select(bundle.open_chain()))
     (bundle.path / "graphs/unet.onnx").write_bytes(b"no graph")
     with pytest.raises(TurbochainError, match=r"^openvino cannot load .*unet\.onnx: "):
-        backend.executor(bundle, bundle.path, options, device=backend.device("cpu"), graphs=["unet"])
-    shutil.copy(bundle.path / "graphs/time.onnx", bundle.path / "graphs/vae_decoder.onnx")
+        executor.load(["unet"])
+    shutil.copy(bundle.path / "graphs/step.onnx", bundle.path / "graphs/vae_decoder.onnx")
     with pytest.raises(BundleError, match=r"graphs/vae_decoder\.onnx: the inputs are .*and bundle\.json says"):
-        backend.executor(bundle, bundle.path, options, device=backend.device("cpu"), graphs=["vae_decoder"])
+        executor.load(["vae_decoder"])
+    assert executor.loaded == frozenset()
 
 
 def test_it_runs_on_no_gpu(engines: dict[str, Path]) -> None:
@@ -383,4 +394,4 @@ def test_its_option_is_checked_and_kept(engines: dict[str, Path]) -> None:
     written = json.loads(path.read_text())
     assert written["ordered"] == {"inference_precision": "fp32"}
     assert written["key"]["options"] == written["ordered"] | {"vae_int8": False}
-    assert backends.get("openvino").LIBRARIES == ("openvino",)
+    assert backends.get("openvino").libraries == ("openvino",)

@@ -20,7 +20,7 @@ def test_every_operator_is_counted(sd: Path, copy_of, backend: str) -> None:
     options = {"inference_precision": "fp32"} if backend == "openvino" else {}
     build(str(bundle), backend=backend, options=options, quiet=True)
     found = profile(bundle, backend=backend, runs=2)
-    assert set(found) == {"text_encoder", "unet", "vae_decoder"}
+    assert set(found) == {"text_encoder", "unet", "step", "vae_decoder"}
     for graph, operators in found.items():
         ops = Counter(node.op_type for node in onnx.load(bundle / f"graphs/{graph}.onnx").graph.node)
         convolutions = [o for o in operators if o.kind.startswith(CONVOLUTIONS[backend])]
