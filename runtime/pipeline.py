@@ -209,14 +209,14 @@ class Pipeline:
         with self._lock:
             executor = self._opened()
             embeds = self.prompt_cache.get(keys) if made else {}
-            plan = ready.plan(request, cached=embeds is not None)
-            executor.load(plan.graphs)
-            self._hold(executor, ready, plan)
+            planned = ready.plan(request, cached=embeds is not None)
+            executor.load(planned.plan.graphs)
+            self._hold(executor, ready, planned)
             fed = {**ready.feeds.constants(request.steps), **feeds, **(embeds or {})}
             try:
-                results = executor.execute(plan, fed, observe=observe, cancel=cancel)
+                results = executor.execute(planned.plan, fed, observe=observe, cancel=cancel)
             finally:
-                self._held -= plan.written(chain.graphs)  # another plan's name for the same buffer
+                self._held -= planned.written  # another plan's name for the same buffer
             if embeds is None:
                 self.prompt_cache.put(keys, {name: results.arrays[name] for name in made})
             pictures = results.arrays[chain.chain.output].copy()
@@ -229,13 +229,20 @@ class Pipeline:
                 )
         return pictures, results
 
-    def _hold(self, executor: Executor, ready: "_ReadyChain", plan: Plan) -> None:
+    def _hold(self, executor: Executor, ready: "_ReadyChain", planned: "_Planned") -> None:
         """Let held feeds that no plan before has read begin as zeros; chains share them by name and shape."""
-        tensors = plan.tensors(ready.chain.graphs)
-        held = {tensors[n] for n, feed in ready.chain.chain.feeds.items() if feed.when == "held" and n in tensors}
-        if new := held - self._held:
-            executor.hold(plan, {tensor.name: ready.feeds.zeros(tensor.name) for tensor in new})
+        if new := planned.held - self._held:
+            executor.hold(planned.plan, {tensor.name: ready.feeds.zeros(tensor.name) for tensor in new})
             self._held |= new
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A plan, and which buffers it leaves to others or takes from them."""
+
+    plan: Plan
+    held: frozenset[Tensor]  # that it reads, and that keep their values from call to call
+    written: frozenset[Tensor]  # that it fills with something of its own
 
 
 @dataclass
@@ -244,7 +251,7 @@ class _ReadyChain:
 
     chain: OpenChain
     feeds: Feeds
-    _plans: dict[tuple[int, frozenset[str], bool], Plan] = field(default_factory=dict)
+    _plans: dict[tuple[int, frozenset[str], bool], _Planned] = field(default_factory=dict)
 
     def made_of_prompts(self, modes: frozenset[str]) -> list[str]:
         """Return what the stages of the prompt make in these modes."""
@@ -260,14 +267,17 @@ class _ReadyChain:
         of = self.chain.chain.feeds
         return modes, *(feeds[n].tobytes() if of[n].is_ == "number" else feeds[n][row].tobytes() for n in read)
 
-    def plan(self, request: Request, *, cached: bool) -> Plan:
-        """Return the plan of a request, with or without the stages of the prompt."""
+    def plan(self, request: Request, *, cached: bool) -> _Planned:
+        """Return the plan of a request, with or without the stages of the prompt; each is made once."""
         key = (request.steps, request.modes, cached)
         if key not in self._plans:
             made = self.made_of_prompts(request.modes)
             downloads = [*self.chain.chain.carry, *([] if cached else made)]
             given = made if cached else ()
-            self._plans[key] = self.chain.plan(request.steps, modes=request.modes, given=given, downloads=downloads)
+            plan = self.chain.plan(request.steps, modes=request.modes, given=given, downloads=downloads)
+            tensors, feeds = plan.tensors(self.chain.graphs), self.chain.chain.feeds
+            held = frozenset(t for name, t in tensors.items() if name in feeds and feeds[name].when == "held")
+            self._plans[key] = _Planned(plan, held, frozenset(plan.written(self.chain.graphs)))
         return self._plans[key]
 
 
