@@ -74,6 +74,8 @@ def _vocabulary(chain: Chain, graphs: Graphs) -> Iterator[str]:
         for value, known in ((how.is_, FEEDS), (how.when, WHEN), (how.scale, SCALES), (how.of, TEXTS)):
             if value not in known:
                 yield f"the feed {feed} has {value!r}, and one of {', '.join(known)} was expected"
+        if how.is_ in FEEDS and how.when in WHEN and how.when not in FEEDS[how.is_]:
+            yield f"the feed {feed} is {how.is_} {how.when!r}, and {' or '.join(FEEDS[how.is_])} was expected"
     for draw in chain.draws:
         if draw.per not in PER:
             yield f"the draw {draw.name} has {draw.per!r}, and one of {', '.join(PER)} was expected"
