@@ -41,7 +41,8 @@ class Pipeline:
     """A loaded engine. Calls are safe from several threads: one at a time is drawn.
 
     Make one with `Pipeline.load`; it is a context manager that closes itself. A chain's graphs are loaded when the
-    chain is first used, and are shared by all chains."""
+    chain is first used, and are shared by all chains.
+    """
 
     def __init__(
         self,
@@ -80,7 +81,8 @@ class Pipeline:
         the engines (default: the bundle's engines/, and the user's cache). `threads`: how many CPU threads one launch
         may use (None: the backend's own choice). `prompt_cache_bytes`: bound of the prompt embeddings that are kept.
         Raises BundleError if the bundle is damaged or has no engine that fits, BackendMissing if the backend is not
-        installed, VerificationError if an engine that was built on another machine fails its checks on this one."""
+        installed, VerificationError if an engine that was built on another machine fails its checks on this one.
+        """
         bundle = Bundle.open(path)
         found = selection.select(bundle.open_chain(chain), backend, device, engine, engines)
         executor = selection.open_executor(bundle, found, device=device, threads=threads)
@@ -118,7 +120,8 @@ class Pipeline:
         table for (None: the fewest). `inputs`: arrays for the chain's feeds that are neither ids nor noise, by name.
         `output_type`: "pil", "uint8", or "np" (the 8-bit levels divided by 255). `observe(graph, seconds)` is called
         after each launch. `cancel()` is asked between launches; if it returns True, the call ends with Cancelled.
-        Raises InputError for a bad argument, PictureError if the model makes no picture."""
+        Raises InputError for a bad argument, PictureError if the model makes no picture.
+        """
         request = Request.make(
             self.bundle.open_chain(chain),
             prompt,
@@ -261,7 +264,8 @@ class _ReadyChain:
     def prompt_key(self, modes: frozenset[str], feeds: Arrays, row: int) -> tuple[Hashable, ...]:
         """Return all that the stages of the prompt read for the picture of a row, so that equal keys make equal text.
 
-        Numbers and constants of the whole call are the same for all rows."""
+        Numbers and constants of the whole call are the same for all rows.
+        """
         stages = (s for s in self.chain.chain.stages if s.when == "prompt" and s.runs(modes))
         read = dict.fromkeys(t.name for s in stages for t in wiring.inputs(s, self.chain.graphs) if t.name in feeds)
         of = self.chain.chain.feeds

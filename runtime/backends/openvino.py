@@ -191,7 +191,8 @@ def _few_pages(files: Set[str]) -> Iterator[None]:
     """Give back the pages of mapped files every now and then, and at the end.
 
     OpenVINO keeps the weights mapped as long as it keeps the compiled graph, which has its own copy of most of them:
-    they would be in memory twice. A page that is read again comes from the file."""
+    they would be in memory twice. A page that is read again comes from the file.
+    """
     done = threading.Event()
 
     def give_back() -> None:

@@ -1,7 +1,8 @@
 """Check that the stages of a chain fit together: wiring is name equality.
 
 An output and every input of the same name in the chain are one buffer. A stage may rename its graph's tensors
-(`wires`), so that one graph serves two places. Everything is checked for every combination of the chain's modes."""
+(`wires`), so that one graph serves two places. Everything is checked for every combination of the chain's modes.
+"""
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
