@@ -122,7 +122,7 @@ class OpenVino(CpuExecutor):
         return _CompiledGraph(graph, entry, compiled, self.opened.profile)
 
     def properties(self, graph: Graph, model: Any) -> dict[str, str]:
-        """Return what OpenVINO is told beside the graph."""
+        """Return the properties that OpenVINO compiles the graph with."""
         precision = _asked(graph, self.opened.options)
         properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS[precision]}
         if self.opened.profile:
