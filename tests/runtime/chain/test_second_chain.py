@@ -179,6 +179,20 @@ def test_a_cancelled_call_leaves_a_stream_as_it_was(pipe: Pipeline) -> None:
     assert_same(drawn(pipe, I2I, inputs=given), second["image"])
 
 
+def test_a_stream_begins_again_after_a_verification(tmp_path: Path) -> None:
+    """A chain that is verified at its first use leaves recorded values in the buffers that it shares with another."""
+    again = [({**case, "chain": "again"}, arrays) for case, arrays in cases() if case["chain"] == I2I]
+    path = small_bundle.write(tmp_path / "x.bundle", [*cases(), *again])
+    changed(path, lambda m: m["chains"].update(again=m["chains"][I2I]))
+    given = {"input_image": PICTURES[0], **numbers()}
+    theirs = by_hand.image_to_image(PROMPTS, PICTURES[0], 5, 0.75, 0.5, SCALES)
+    with Pipeline.load(path, backend="onnxruntime", chain=I2I) as pipe:
+        assert_same(drawn(pipe, I2I, inputs=given), theirs["image"])
+        assert_same(drawn(pipe, "again", inputs=given), theirs["image"])
+        second = by_hand.image_to_image(PROMPTS, PICTURES[0], 5, 0.75, 0.5, SCALES, theirs["next_stream"][-1])
+        assert_same(drawn(pipe, I2I, inputs=given), second["image"])  # the two chains share the stream
+
+
 def test_zeros_that_a_mode_makes_something_of(pipe: Pipeline) -> None:
     """The held zeros are zeros again after a call whose mode wrote that buffer."""
     stream: np.ndarray | float = 0.0
