@@ -153,7 +153,7 @@ class Kept:
 
     @property
     def whole(self) -> Result:
-        """The file's content: this command's rows and those of earlier ones."""
+        """Return the content of the file: the rows of this command and those of earlier ones."""
         return result.merge(self.before, self.mine) if self.before else self.mine
 
 

@@ -23,22 +23,22 @@ class Contender:
 
     @property
     def base(self) -> str:
-        """Its name without modifiers."""
+        """Return the name without modifiers."""
         return self.name.split("+")[0]
 
     @property
     def ours(self) -> bool:
-        """Whether it is turbochain."""
+        """Return whether it is turbochain."""
         return self.kind == "ours"
 
     @property
     def bundle_precision(self) -> str:
-        """The precision that our bundle is exported in; backends on a CPU reduce it by themselves."""
+        """Return the precision that our bundle is exported in; backends on a CPU reduce it by themselves."""
         return "fp16" if self.precision == "fp16" else "fp32"
 
     @property
     def differs(self) -> str | None:
-        """What is not like for like, as a phrase."""
+        """Return as a phrase what is not like for like."""
         if self.own_vae:
             return "the peer decodes with the checkpoint's own VAE"
         return {"stages": "stages launched one by one", "cached": "the prompt is known, so no text encoder runs"}.get(

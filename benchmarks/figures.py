@@ -24,7 +24,7 @@ class Samples:
 
     @property
     def seconds(self) -> np.ndarray:
-        """Seconds of each round."""
+        """Return the seconds of each round."""
         return np.array([drawn["seconds"] for drawn in self.drawn])
 
     def figures(self) -> Figures:

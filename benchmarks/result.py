@@ -81,7 +81,7 @@ class Result:
     includes: dict[str, str] = field(default_factory=lambda: dict(INCLUDES))
 
     def add(self, row: Row) -> "Result":
-        """The same file with one more row."""
+        """Return the same file with one more row."""
         (kind,) = (kind for kind, (made, _) in KINDS.items() if isinstance(row, made))
         return replace(self, **{kind: (*getattr(self, kind), row)})
 

@@ -191,7 +191,7 @@ class Target:
 
     @property
     def passed(self) -> bool | None:
-        """Whether it is reached."""
+        """Return whether it is reached."""
         if self.value is None:
             return None
         return self.value >= self.bound if self.at_least else self.value <= self.bound

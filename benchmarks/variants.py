@@ -70,7 +70,7 @@ class Loaded(openvino.OpenVino):
     """One graph, loaded by the backend as a variant, with random inputs."""
 
     def __init__(self, bundle: Bundle, graph: str, variant: Variant, folder: Path) -> None:
-        """`folder`: for OpenVINO's cache and the ranges of int8, whose measurement is not part of `load_seconds`."""
+        """Load the graph; `folder` is for OpenVINO's cache and the ranges of int8, whose time does not count."""
         self.variant, self.graph, self.cache = variant, graph, folder
         self.ends = bundle.manifest.graphs[graph]
         self.rewrites = tuple(rewrite for rewrite in openvino_model.REWRITES if rewrite not in variant.without)

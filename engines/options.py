@@ -48,7 +48,7 @@ def parse(assignments: list[str]) -> dict[str, str]:
 def described() -> str:
     """Return every backend's options as text, for `--help`."""
     lines: list[str] = []
-    for name, builder in backends.all_of_them().items():
+    for name, builder in backends.known().items():
         lines += [f"options of {name} (-O NAME=VALUE):"] if builder.options else []
         for option, of_it in builder.options.items():
             lines.append(f"  {option}: {of_it.help} ({of_it.expected}; default {str(of_it.default).lower()})")

@@ -41,7 +41,8 @@ class Pipeline:
     """A loaded engine. Calls are safe from several threads: one at a time is drawn.
 
     Make one with `Pipeline.load`; it is a context manager that closes itself. A chain's graphs are loaded when the
-    chain is first used, and are shared by all chains."""
+    chain is first used, and are shared by all chains.
+    """
 
     def __init__(
         self,
@@ -80,7 +81,8 @@ class Pipeline:
         the engines (default: the bundle's engines/, and the user's cache). `threads`: how many CPU threads one launch
         may use (None: the backend's own choice). `prompt_cache_bytes`: bound of the prompt embeddings that are kept.
         Raises BundleError if the bundle is damaged or has no engine that fits, BackendMissing if the backend is not
-        installed, VerificationError if an engine that was built on another machine fails its checks on this one."""
+        installed, VerificationError if an engine that was built on another machine fails its checks on this one.
+        """
         bundle = Bundle.open(path)
         found = selection.select(bundle.open_chain(chain), backend, device, engine, engines)
         executor = selection.open_executor(bundle, found, device=device, threads=threads)
@@ -118,7 +120,8 @@ class Pipeline:
         table for (None: the fewest). `inputs`: arrays for the chain's feeds that are neither ids nor noise, by name.
         `output_type`: "pil", "uint8", or "np" (the 8-bit levels divided by 255). `observe(graph, seconds)` is called
         after each launch. `cancel()` is asked between launches; if it returns True, the call ends with Cancelled.
-        Raises InputError for a bad argument, PictureError if the model makes no picture."""
+        Raises InputError for a bad argument, PictureError if the model makes no picture.
+        """
         request = Request.make(
             self.bundle.open_chain(chain),
             prompt,
@@ -209,14 +212,14 @@ class Pipeline:
         with self._lock:
             executor = self._opened()
             embeds = self.prompt_cache.get(keys) if made else {}
-            plan = ready.plan(request, cached=embeds is not None)
-            executor.load(plan.graphs)
-            self._hold(executor, ready, plan)
+            planned = ready.plan(request, cached=embeds is not None)
+            executor.load(planned.plan.graphs)
+            self._hold(executor, ready, planned)
             fed = {**ready.feeds.constants(request.steps), **feeds, **(embeds or {})}
             try:
-                results = executor.execute(plan, fed, observe=observe, cancel=cancel)
+                results = executor.execute(planned.plan, fed, observe=observe, cancel=cancel)
             finally:
-                self._held -= plan.written(chain.graphs)  # another plan's name for the same buffer
+                self._held -= planned.written  # another plan's name for the same buffer
             if embeds is None:
                 self.prompt_cache.put(keys, {name: results.arrays[name] for name in made})
             pictures = results.arrays[chain.chain.output].copy()
@@ -229,13 +232,20 @@ class Pipeline:
                 )
         return pictures, results
 
-    def _hold(self, executor: Executor, ready: "_ReadyChain", plan: Plan) -> None:
+    def _hold(self, executor: Executor, ready: "_ReadyChain", planned: "_Planned") -> None:
         """Let held feeds that no plan before has read begin as zeros; chains share them by name and shape."""
-        tensors = plan.tensors(ready.chain.graphs)
-        held = {tensors[n] for n, feed in ready.chain.chain.feeds.items() if feed.when == "held" and n in tensors}
-        if new := held - self._held:
-            executor.hold(plan, {tensor.name: ready.feeds.zeros(tensor.name) for tensor in new})
+        if new := planned.held - self._held:
+            executor.hold(planned.plan, {tensor.name: ready.feeds.zeros(tensor.name) for tensor in new})
             self._held |= new
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A plan, and which buffers it leaves to others or takes from them."""
+
+    plan: Plan
+    held: frozenset[Tensor]  # that it reads, and that keep their values from call to call
+    written: frozenset[Tensor]  # that it fills with something of its own
 
 
 @dataclass
@@ -244,7 +254,7 @@ class _ReadyChain:
 
     chain: OpenChain
     feeds: Feeds
-    _plans: dict[tuple[int, frozenset[str], bool], Plan] = field(default_factory=dict)
+    _plans: dict[tuple[int, frozenset[str], bool], _Planned] = field(default_factory=dict)
 
     def made_of_prompts(self, modes: frozenset[str]) -> list[str]:
         """Return what the stages of the prompt make in these modes."""
@@ -254,20 +264,24 @@ class _ReadyChain:
     def prompt_key(self, modes: frozenset[str], feeds: Arrays, row: int) -> tuple[Hashable, ...]:
         """Return all that the stages of the prompt read for the picture of a row, so that equal keys make equal text.
 
-        Numbers and constants of the whole call are the same for all rows."""
+        Numbers and constants of the whole call are the same for all rows.
+        """
         stages = (s for s in self.chain.chain.stages if s.when == "prompt" and s.runs(modes))
         read = dict.fromkeys(t.name for s in stages for t in wiring.inputs(s, self.chain.graphs) if t.name in feeds)
         of = self.chain.chain.feeds
         return modes, *(feeds[n].tobytes() if of[n].is_ == "number" else feeds[n][row].tobytes() for n in read)
 
-    def plan(self, request: Request, *, cached: bool) -> Plan:
-        """Return the plan of a request, with or without the stages of the prompt."""
+    def plan(self, request: Request, *, cached: bool) -> _Planned:
+        """Return the plan of a request, with or without the stages of the prompt; each is made once."""
         key = (request.steps, request.modes, cached)
         if key not in self._plans:
             made = self.made_of_prompts(request.modes)
             downloads = [*self.chain.chain.carry, *([] if cached else made)]
             given = made if cached else ()
-            self._plans[key] = self.chain.plan(request.steps, modes=request.modes, given=given, downloads=downloads)
+            plan = self.chain.plan(request.steps, modes=request.modes, given=given, downloads=downloads)
+            tensors, feeds = plan.tensors(self.chain.graphs), self.chain.chain.feeds
+            held = frozenset(t for name, t in tensors.items() if name in feeds and feeds[name].when == "held")
+            self._plans[key] = _Planned(plan, held, frozenset(plan.written(self.chain.graphs)))
         return self._plans[key]
 
 

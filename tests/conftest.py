@@ -9,8 +9,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a thread for each process is what two cores have
 
 import contextlib
+import dataclasses
 import fcntl
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from kept import locked
 from turbochain.engines import build, cli
 from turbochain.export.sources import synthetic
 from turbochain.runtime import Bundle
+from turbochain.runtime.bundle import hashing
 from turbochain.runtime.commands import main
 
 ROOT = Path(__file__).parents[1]
@@ -183,6 +186,20 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
 def opened(sd: Path) -> Bundle:
     """The SD miniature, opened."""
     return Bundle.open(sd)
+
+
+def reseal(path: Path) -> None:
+    """Describe a bundle's files as they now are, its engines with them, so that only `verify` can tell of a change."""
+    manifest = json.loads((path / "bundle.json").read_text())
+    manifest["files"] = {name: dataclasses.asdict(hashing.describe(path / name)) for name in manifest["files"]}
+    (path / "bundle.json").write_text(json.dumps(manifest))
+    bundle = Bundle.open(path)
+    for file in path.glob("engines/*/engine.json"):
+        made = json.loads(file.read_text())
+        for name, graph in made["graphs"].items():
+            graph["digest"] = bundle.graph_digest(name)
+        made["verified"] = {name: bundle.open_chain(name).digest for name in made["checks"]}
+        file.write_text(json.dumps(made))
 
 
 def command(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import called, command
+from conftest import called, command, reseal
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
@@ -23,7 +23,6 @@ import turbochain.runtime
 from turbochain.export import estimate, load
 from turbochain.export.sources.checkpoint import Checkpoint, open_folder
 from turbochain.runtime import Bundle, InputError, PictureError, Pipeline, TurbochainError
-from turbochain.runtime.bundle import hashing
 
 Folder = Path
 UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
@@ -544,22 +543,17 @@ def test_use_after_close(sd: Path) -> None:
 
 def replace(bundle: Path, graph: str, value: float) -> None:
     """Put a graph of the same inputs and outputs, all constant, in a bundle; hashes and engine stay consistent."""
-    stage = Bundle.open(bundle).manifest.graphs[graph]
+    entry = Bundle.open(bundle).manifest.graphs[graph]
     types = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8}
-    inputs = [helper.make_tensor_value_info(t.name, types[t.dtype], t.shape) for t in stage.inputs]
-    outputs = [helper.make_tensor_value_info(t.name, types[t.dtype], t.shape) for t in stage.outputs]
-    (output,) = stage.outputs
+    inputs = [helper.make_tensor_value_info(t.name, types[t.dtype], t.shape) for t in entry.inputs]
+    outputs = [helper.make_tensor_value_info(t.name, types[t.dtype], t.shape) for t in entry.outputs]
+    (output,) = entry.outputs
     constant = numpy_helper.from_array(np.full(output.shape, value, output.dtype), "constant")
     nodes = [helper.make_node("Identity", ["constant"], [output.name])]
     body = helper.make_graph(nodes, graph, inputs, outputs, [constant])
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    onnx.save(model, bundle / stage.file)
-    description = json.loads((bundle / "bundle.json").read_text())
-    description["files"][stage.file] = vars(hashing.describe(bundle / stage.file))
-    (bundle / "bundle.json").write_text(json.dumps(description))
-    (engine,) = bundle.glob("engines/*/engine.json")
-    key = json.loads(engine.read_text())["key"]
-    edit_json(engine, key={**key, "graphs": Bundle.open(bundle).graph_digests()})
+    onnx.save(model, bundle / entry.file)
+    reseal(bundle)
 
 
 PICTURES = {

@@ -10,7 +10,7 @@ from turbochain.runtime.errors import InputError
 
 
 @cache
-def all_of_them() -> dict[str, Builder]:
+def known() -> dict[str, Builder]:
     """Return every builder by the name of its backend, that of the best backend first."""
     modules = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
     found = {b.name: b for module in modules if isinstance(b := vars(module).get("BUILDER"), Builder)}
@@ -19,6 +19,6 @@ def all_of_them() -> dict[str, Builder]:
 
 def get(backend: str) -> Builder:
     """Return the builder of a backend; InputError if there is none."""
-    if backend not in all_of_them():
-        raise InputError(f"there is no builder for the backend {backend!r}: choose from {', '.join(all_of_them())}")
-    return all_of_them()[backend]
+    if backend not in known():
+        raise InputError(f"there is no builder for the backend {backend!r}: choose from {', '.join(known())}")
+    return known()[backend]

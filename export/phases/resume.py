@@ -13,7 +13,7 @@ STATE = "state.json"
 
 
 class Finished:
-    """`state.json` in a locked folder: what was asked, and what of it is done and with which files.
+    """`state.json` in a locked folder: the request, and which parts of it are done, with their files.
 
     A folder that was left by another request is emptied.
     """

@@ -149,7 +149,7 @@ def main() -> None:
     log.propagate = False
     while line := requests.get():
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory is reset
         _carry_out(**json.loads(line), progress=progress, send=send)
         sys.stdout.flush()
     os._exit(0)  # no library's exit handlers: some of them take seconds

@@ -2,7 +2,8 @@
 
 The architectures, configs and file names are the published ones; only the weights are drawn, from a seed, with gains
 that keep every activation in half precision's range and make the picture depend on every input. The `-mini` presets
-have the same parts at narrow widths and each kind of the UNet's blocks once, small enough for tests."""
+have the same parts at narrow widths and each kind of the UNet's blocks once, small enough for tests.
+"""
 
 import json
 import re

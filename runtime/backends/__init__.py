@@ -12,7 +12,7 @@ from turbochain.runtime.errors import BackendMissing, InputError
 
 
 @cache
-def all_of_them() -> dict[str, Backend]:
+def known() -> dict[str, Backend]:
     """Return every backend that this version has by name, installed or not, best first."""
     modules = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
     found = [b for module in modules if isinstance(b := vars(module).get("BACKEND"), Backend)]
@@ -22,14 +22,14 @@ def all_of_them() -> dict[str, Backend]:
 
 def names() -> list[str]:
     """Return the names of the backends that this version has, best first."""
-    return list(all_of_them())
+    return list(known())
 
 
 def get(name: str) -> Backend:
     """Return the backend; InputError if there is none of that name."""
-    if name not in all_of_them():
+    if name not in known():
         raise InputError(f"there is no backend {name!r}: choose from {', '.join(names())}")
-    return all_of_them()[name]
+    return known()[name]
 
 
 def library(name: str) -> tuple[str, str] | None:

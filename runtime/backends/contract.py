@@ -87,7 +87,8 @@ class Executor(Protocol):
         """Carry out a plan whose graphs are loaded.
 
         `feeds[name]` has the buffer's shape, or [rows, *shape] if the plan names rows. Raises Cancelled if `cancel`
-        says so; the next call is not affected by that."""
+        says so; the next call is not affected by that.
+        """
 
     def hold(self, plan: Plan, values: Mapping[str, np.ndarray]) -> None:
         """Write buffers of a plan that no plan uploads: they keep their values from call to call."""

@@ -240,7 +240,8 @@ class GpuExecutor(ABC):
     ) -> None:
         """Put every action on the stream; with `timed`, no two launches at once, and events around each.
 
-        Nothing is copied into the buffers `without`."""
+        Nothing is copied into the buffers `without`.
+        """
         at, host = program.addresses, program.host
         for action in program.recording.actions:
             match action:

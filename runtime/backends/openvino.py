@@ -122,7 +122,7 @@ class OpenVino(CpuExecutor):
         return _CompiledGraph(graph, entry, compiled, self.opened.profile)
 
     def properties(self, graph: Graph, model: Any) -> dict[str, str]:
-        """Return what OpenVINO is told beside the graph."""
+        """Return the properties that OpenVINO compiles the graph with."""
         precision = _asked(graph, self.opened.options)
         properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS[precision]}
         if self.opened.profile:
@@ -191,7 +191,8 @@ def _few_pages(files: Set[str]) -> Iterator[None]:
     """Give back the pages of mapped files every now and then, and at the end.
 
     OpenVINO keeps the weights mapped as long as it keeps the compiled graph, which has its own copy of most of them:
-    they would be in memory twice. A page that is read again comes from the file."""
+    they would be in memory twice. A page that is read again comes from the file.
+    """
     done = threading.Event()
 
     def give_back() -> None:

@@ -26,7 +26,8 @@ def split_group_norms(model: Any) -> int:
     reordering before it and one after it, a seventh of the VAE decoder's time. Sums over rows take either. In bf16 a
     sum over rows has 8 bits. So a group's mean is taken twice, the second time over the rows' distances from the first
     mean, and the variance over the distances of the rows' squares from its square: the roundings of many rows cancel.
-    Those of few rows do not, and there the reordering is cheap."""
+    Those of few rows do not, and there the reordering is cheap.
+    """
     found = [op for op in model.get_ordered_ops() if op.get_type_name() == "GroupNormalization"]
     shapes = [list(op.input_value(0).get_shape()) for op in found]
     found = [op for op, shape in zip(found, shapes, strict=True) if len(shape) == 4 and shape[2] >= MANY_ROWS]

@@ -27,8 +27,19 @@ PLACES = ("prompt", "image", "step", "end")
 JUDGED = ("text", "image_latents", "residuals", "prediction", "state", "picture")
 """What a stage makes, which decides how verification compares it."""
 
-FEEDS = ("ids", "embeds", "noise", "image", "mask", "number", "column", "adapter", "zeros", "history")
-"""What a feed can be."""
+FEEDS = {
+    "ids": ("call",),
+    "embeds": ("call",),
+    "noise": ("call", "step"),
+    "image": ("call",),
+    "mask": ("call",),
+    "number": ("call", "step"),
+    "column": ("call", "step"),
+    "adapter": ("held",),
+    "zeros": ("call", "held"),
+    "history": ("call",),
+}
+"""What a feed can be → when it can come."""
 
 PER = ("picture", "image")
 """What a draw is made for: every picture, or every image that was given."""

@@ -2,7 +2,8 @@
 
 A key is the field's name; a field that is named like a Python keyword has a trailing underscore (`if_` is the key
 "if"). A field with a default may be missing, so that a later version can add one and still read this version's files; a
-field that has its default is not written."""
+field that has its default is not written.
+"""
 
 import dataclasses
 import json

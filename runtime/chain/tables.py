@@ -5,7 +5,8 @@ which are zeros at first. K = 1 is Euler, DDIM, LCM, …; multistep solvers have
 
 A chain's table file (safetensors) holds `NAME/FIELD` for every field of each of its tables, and once for all of them
 `timesteps` [T] and `columns/COLUMN` [T, …], which depend on the timestep alone, and `constants/COLUMN`, which are the
-same in every row."""
+same in every row.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,8 @@
 """Check that the stages of a chain fit together: wiring is name equality.
 
 An output and every input of the same name in the chain are one buffer. A stage may rename its graph's tensors
-(`wires`), so that one graph serves two places. Everything is checked for every combination of the chain's modes."""
+(`wires`), so that one graph serves two places. Everything is checked for every combination of the chain's modes.
+"""
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
@@ -74,6 +75,8 @@ def _vocabulary(chain: Chain, graphs: Graphs) -> Iterator[str]:
         for value, known in ((how.is_, FEEDS), (how.when, WHEN), (how.scale, SCALES), (how.of, TEXTS)):
             if value not in known:
                 yield f"the feed {feed} has {value!r}, and one of {', '.join(known)} was expected"
+        if how.is_ in FEEDS and how.when in WHEN and how.when not in FEEDS[how.is_]:
+            yield f"the feed {feed} is {how.is_} {how.when!r}, and {' or '.join(FEEDS[how.is_])} was expected"
     for draw in chain.draws:
         if draw.per not in PER:
             yield f"the draw {draw.name} has {draw.per!r}, and one of {', '.join(PER)} was expected"

@@ -1,4 +1,4 @@
-"""The bounds that a result is held to, by precision and by what it is."""
+"""The bounds of every kind of result, by precision."""
 
 Bounds = dict[str, float]
 

@@ -55,7 +55,8 @@ class Recorded:
     def walked(self) -> np.ndarray:
         """Walk along the table in fp64 on what diffusers' scheduler was fed: the state after each row [rows, K, …].
 
-        With guidance that is `guided_prediction`, in place of the UNet's own."""
+        With guidance that is `guided_prediction`, in place of the UNet's own.
+        """
         predicted = "guided_prediction" if "guided_prediction" in self.tensors else "prediction"
         latents, prediction, noise = (self.tensors[k].astype(np.float64) for k in ("latents", predicted, "noise"))
         state = np.zeros((self.table.K, *latents.shape[1:]))

@@ -1,7 +1,8 @@
 """Compare what an engine makes with what diffusers made: every stage alone, the schedule, and the whole chain.
 
 The reference was recorded from diffusers' own pipeline in fp32 when the bundle was exported, so this needs neither
-torch nor the checkpoint."""
+torch nor the checkpoint.
+"""
 
 import dataclasses
 import logging
@@ -86,7 +87,8 @@ def prepare(chain: OpenChain, found: Found, executor: Executor) -> Found:
     """Hash and load everything of a chain; verify it first if its engine has not been verified on such a machine.
 
     Return the engine with its checks, which are kept in its engine.json. Raises VerificationError, with nothing kept,
-    if it fails them."""
+    if it fails them.
+    """
     selection.admit(chain, found)
     executor.load(chain.graphs)
     if _is_verified(chain, found):

@@ -114,7 +114,8 @@ def draw_run(
 
     The draws are the chain's, in its order, which is that of diffusers' pipeline. `given`: unit noise in place of a
     draw; nothing is drawn for it. A step that does not draw has zeros. `images`: how many images were given, if fewer
-    than `count`: with one generator a draw per image is made for these only, and repeated."""
+    than `count`: with one generator a draw per image is made for these only, and repeated.
+    """
     made: dict[str, np.ndarray] = {}
     for step in chain.chain.draws:
         shape = (count, *chain.tensors[step.name].shape[1:])

@@ -8,7 +8,7 @@ the seed and the step's number alone, so a run in parts sees what a run in one p
 where there is one. `small` trains at 256×256, where a picture costs a quarter; `generator` goes on at 512×512; in
 `refine` whole runs of 1 to 4 steps are trained, each step on what the steps before it made, and every object counts
 alike, however small: without these, errors grew from step to step, and small stars lost their points.
-`--start export/demo` takes the VAE and the text encoder from a checkpoint, so that the UNet alone is trained anew.
+`--start export/demo` takes the VAE and the text encoder from a checkpoint, so that only the UNet is trained again.
 `checkpoint.py` makes a checkpoint in diffusers' format of it, and `grade.py` measures that.
 """
 

@@ -17,7 +17,7 @@ ENGINES = Path(builders.__file__).parents[1]
 
 
 def test_each_backend_has_a_builder() -> None:
-    found = builders.all_of_them()
+    found = builders.known()
     assert list(found) == backends.names() and all(isinstance(b, Builder) for b in found.values())
     with pytest.raises(InputError, match=r"no builder for the backend 'none': choose from .*onnxruntime"):
         builders.get("none")
@@ -39,7 +39,7 @@ def test_a_builder(name: str) -> None:
 
 def test_no_library_is_imported() -> None:
     code = (
-        "import sys; from turbochain.engines import backends; backends.all_of_them()\n"
+        "import sys; from turbochain.engines import backends; backends.known()\n"
         "assert not {'tensorrt', 'tensorrt_rtx', 'openvino', 'onnxruntime', 'torch', 'onnx'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

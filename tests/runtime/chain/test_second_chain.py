@@ -10,13 +10,16 @@ import by_hand
 import numpy as np
 import pytest
 import small_bundle
+from safetensors.numpy import load_file, save_file
 from small_bundle import BATCH, CHAINS, I2I, LATENTS, SIZES, T2I
 
 from turbochain.runtime import Bundle, BundleError, InputError, Pipeline
+from turbochain.runtime.bundle import hashing
 from turbochain.runtime.chain.plan import Run
 from turbochain.runtime.chain.recording import OnDevice, Together, record
 from turbochain.runtime.checks import verify
 from turbochain.runtime.errors import Cancelled
+from turbochain.runtime.inputs.noise import Generator, draw_run
 from turbochain.runtime.request import Request
 
 BACKENDS = ("onnxruntime", "openvino")
@@ -141,6 +144,19 @@ def test_noise_that_is_given_takes_the_place_of_its_draw(pipe: Pipeline) -> None
     assert_same(ours, theirs["image"])
 
 
+def test_a_hidden_draw_is_made_whatever_is_given(copy: Path) -> None:
+    changed(
+        copy,
+        lambda m: m["chains"][I2I]["draws"].insert(0, {"name": "start_noise", "per": "picture", "discarded": True}),
+    )
+    chain, (torchs,) = Bundle.open(copy).open_chain(I2I), by_hand.seeded(5)
+    given = np.ones(LATENTS[I2I], np.float32)
+    made = draw_run(chain, chain.table(2), [Generator(5)], BATCH, given={"start_noise": given})
+    by_hand.randn([torchs], given.shape)
+    np.testing.assert_allclose(made["posterior_noise"], by_hand.randn([torchs], given.shape), atol=1e-6)
+    assert (made["start_noise"] == given).all()
+
+
 def test_a_stream_outlives_a_call(pipe: Pipeline) -> None:
     """Each picture reads what the last one left; what the other chain does between them does not matter."""
     stream: np.ndarray | float = 0.0
@@ -233,23 +249,20 @@ def test_verification_passes_both_chains(bundle: Path, chain: str, backend: str)
     verify.require(checks)
 
 
-WRONG: dict[str, tuple[str, str, Callable[[dict[str, np.ndarray]], object]]] = {
-    "history": (I2I, "2/m", lambda a: a["2/m"][1].__setitem__((0, 2), a["2/m"][1, 0, 2] + 0.05)),
-    "history that is made": (I2I, "2/m", lambda a: a["2/m"][0].__setitem__((2, 0), a["2/m"][0, 2, 0] + 0.05)),
-    "v of a row": (T2I, "3/v", lambda a: a["3/v"].__setitem__(2, a["3/v"][2] * 1.02)),
+WRONG: dict[str, tuple[str, str, tuple[int, ...]]] = {
+    "what history adds to the latents": (I2I, "2/m", (1, 0, 2)),
+    "what the latents leave in history": (I2I, "2/m", (0, 2, 0)),
+    "what the prediction adds": (T2I, "3/v", (2, 0)),
 }
+"""What is wrong → the chain, and the place of a number in its table file."""
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_number_of_a_table_is_refused(copy: Path, name: str) -> None:
-    from safetensors.numpy import load_file, save_file
-
-    from turbochain.runtime.bundle import hashing
-
-    chain, _, change = WRONG[name]
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_number_of_a_table_is_refused(copy: Path, what: str) -> None:
+    chain, array, place = WRONG[what]
     file = f"tables/{chain}.safetensors"
     arrays = load_file(copy / file)
-    change(arrays)
+    arrays[array][place] += 0.05
     save_file(arrays, copy / file)
     changed(copy, lambda m: m["files"].update({file: vars(hashing.describe(copy / file))}))
     _, checks = verify.verify_bundle(copy, chain=chain, backend="onnxruntime")
@@ -306,6 +319,10 @@ def in_chain(key: str, value: object, chain: str = I2I) -> Callable[[dict[str, A
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a kind of feed": (in_chain("feeds/p", {"is": "temperature", "when": "call"}), "the feed p has 'temperature'"),
     "when a feed comes": (in_chain("feeds/p", {"is": "number", "when": "often"}), "the feed p has 'often'"),
+    "a kind that does not come then": (
+        in_chain("feeds/history", {"is": "history", "when": "step"}),
+        "the feed history is history 'step', and call was expected",
+    ),
     "a text": (in_chain("feeds/input_ids", {"is": "ids", "when": "call", "of": "poem"}), "input_ids has 'poem'"),
     "a feed that nothing reads": (in_chain("feeds/z", {"is": "number", "when": "call"}), "nothing reads the feed z"),
     "a place": (in_chain("stages/2/when", "before"), "the stage start has 'before'"),
