@@ -44,6 +44,7 @@ LONGEST_FIRST = (
     "test_bad_input.py",
     "test_openvino.py",
     "test_parity.py",
+    "test_schedulers.py",
     "test_build.py",
     "test_chains.py",
     "test_schedule.py",
