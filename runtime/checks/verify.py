@@ -84,15 +84,16 @@ def verify_bundle(
 
 
 def prepare(chain: OpenChain, found: Found, executor: Executor) -> Found:
-    """Hash and load everything of a chain; verify it first if its engine has not been verified on such a machine.
+    """Hash everything of a chain and load what runs in no mode; verify it if its engine has not been on such a machine.
 
     Return the engine with its checks, which are kept in its engine.json. Raises VerificationError, with nothing kept,
     if it fails them.
     """
     selection.admit(chain, found)
-    executor.load(chain.graphs)
     if _is_verified(chain, found):
+        executor.load(stage.graph for stage in chain.chain.stages if stage.runs(()))  # others when their mode is used
         return found
+    executor.load(chain.graphs)
     log.warning(
         "the engine %s was not verified on this machine yet: it is verified now, which happens once", found.name
     )
