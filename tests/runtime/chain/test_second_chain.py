@@ -227,19 +227,24 @@ def test_the_prompt_cache_tells_modes_and_negative_prompts_apart(pipe: Pipeline)
         assert_same(drawn(pipe, T2I, negative_prompt=negative), by_hand.text_to_image(PROMPTS, 5, 2)["image"])
 
 
+def plain(chain: str) -> set[str]:
+    """The graphs of a chain that a call without any mode runs."""
+    return {stage.graph for stage in CHAINS[chain].stages if stage.runs(())}
+
+
 def test_graphs_load_when_their_chain_is_first_used_and_buffers_are_shared(bundle: Path) -> None:
     with Pipeline.load(bundle, backend="onnxruntime") as pipe:
-        assert loaded(pipe) == {*CHAINS[T2I].graphs}
+        assert loaded(pipe) == plain(T2I) < {*CHAINS[T2I].graphs}
         drawn(pipe, T2I)
         before = {t: a.ctypes.data for t, a in pipe._executor._buffers.items()}  # type: ignore[union-attr]
         drawn(pipe, I2I, inputs={"input_image": PICTURES[0], **numbers()})
-        assert loaded(pipe) == {*CHAINS[T2I].graphs, *CHAINS[I2I].graphs}
+        assert loaded(pipe) == plain(T2I) | plain(I2I)
         after = {t: a.ctypes.data for t, a in pipe._executor._buffers.items()}  # type: ignore[union-attr]
         assert before == {t: after[t] for t in before}
         assert sum(t.name == "prompt_embeds" for t in after) == 1  # both chains' text
         assert {t.shape for t in after if t.name == "latents"} == set(LATENTS.values())
     with Pipeline.load(bundle, backend="onnxruntime", chain=I2I) as pipe:
-        assert loaded(pipe) == {*CHAINS[I2I].graphs}
+        assert loaded(pipe) == plain(I2I)
 
 
 def test_an_engine_without_the_second_chain(copy: Path) -> None:
