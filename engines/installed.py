@@ -66,7 +66,8 @@ def find(bundle: Bundle, engines: Path | None, key: EngineKey) -> Iterator[tuple
 
 def _usable(bundle: Bundle, found: Found) -> Engine:
     graphs = {name: made for name, made in found.engine.graphs.items() if _is_usable(bundle, found, name, made)}
-    have = {name: bundle.open_chain(name).digest for name in bundle.manifest.chains}
+    chains = [bundle.open_chain(name) for name in bundle.manifest.chains]
+    have = {chain.name: chain.digest for chain in chains if chain.graphs.keys() <= graphs.keys()}
     verified = {name: digest for name, digest in found.engine.verified.items() if have.get(name) == digest}
     checks = {name: checks for name, checks in found.engine.checks.items() if name in verified}
     return dataclasses.replace(found.engine, graphs=graphs, checks=checks, verified=verified)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from turbochain.runtime.bundle import strict_json
-from turbochain.runtime.bundle.manifest import REFERENCE, Chain, Feed, Graph, TableEntry, Tensor, TokenizerFile
+from turbochain.runtime.bundle.manifest import Chain, Feed, Graph, TableEntry, Tensor, TokenizerFile
 from turbochain.runtime.chain import tables, wiring
 from turbochain.runtime.chain.plan import Plan, plan
 from turbochain.runtime.chain.tables import Table
@@ -96,8 +96,8 @@ class OpenChain:
 
     @cached_property
     def digest(self) -> str:
-        """Return one digest (SHA-256, hex) of all that a verification depends on: manifest entry, files, reference."""
-        files = {file: self.bundle.manifest.files[file].sha256 for file in (*self.files, REFERENCE)}
+        """Return one digest (SHA-256, hex) of all that a call reads: manifest entries, graphs, tables, tokenizers."""
+        files = {file: self.bundle.manifest.files[file].sha256 for file in self.files}
         value = [strict_json.plain(self.chain), {n: strict_json.plain(g) for n, g in self.graphs.items()}, files]
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
