@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import BATCH, FAMILIES, ON, SIZE, BundleFactory
+from conftest import BATCH, FAMILIES, ON, SIZE, BundleFactory, build_here
 from diffusers import DiffusionPipeline
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from turbochain.engines import build
 from turbochain.export.sources import synthetic
 
 Call = dict[str, Any]  # arguments of Pipeline.__call__ as JSON values
@@ -202,7 +201,7 @@ def made(
     else:
         checkpoint, bundle = folder / "checkpoint", folder / "other.bundle"
         chain.write(checkpoints, checkpoint)
-        build(str(checkpoint), bundle, precision="fp32", size=chain.size, batch=chain.batch, quiet=True, **ON)
+        build_here(str(checkpoint), bundle, precision="fp32", size=chain.size, batch=chain.batch, quiet=True, **ON)
     calls = _arguments(chain.size)
     for steps in STEPS:
         calls |= _grid(chain.batch, steps)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, ON, SIZE, command
+from conftest import FAMILIES, ON, SIZE, build_here, command
 from diffusers import AutoencoderTiny
 from test_bad_input import refused
 from test_parity import assert_same_picture, load_diffusers, theirs
@@ -43,7 +43,7 @@ def test_it_is_diffusers_picture_with_that_vae(checkpoints: dict[str, Path], tin
     bundle, vae = tmp_path / "a.bundle", tmp_path / "our-tiny"
     shutil.copytree(tiny, vae)
     asked = {"vae": str(vae), "size": SIZE, "steps": [2], "quiet": True, **ON}
-    made = build(str(checkpoints["sd"]), bundle, **asked)
+    made = build_here(str(checkpoints["sd"]), bundle, **asked)
     assert made.remedy["vae_decoder"] == "" and all(check.passed for check in made.checks["text-to-image"])
     pipe = load_diffusers(checkpoints["sd"])
     pipe.vae = AutoencoderTiny.from_pretrained(vae)

@@ -15,7 +15,7 @@ import onnxruntime
 import openvino
 import pytest
 import torch
-from conftest import FAMILIES, SIZE, BundleFactory
+from conftest import SIZE, BundleFactory
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from safetensors.numpy import load_file
 
@@ -39,7 +39,7 @@ def columns_of(bundle: Path) -> dict[str, tuple[int, ...]]:
     return tables.columns(bundle / Bundle.open(bundle).open_chain().chain.tables_file)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=["sd", pytest.param("sdxl", marks=pytest.mark.full)])
 def two(
     request: pytest.FixtureRequest,
     checkpoints: dict[str, Path],
@@ -192,20 +192,20 @@ def test_graphs_of_one_component_have_precisions_of_their_own(
         return model
 
     monkeypatch.setattr(load, "component", watched)
-    unet = Wanted("unet", checkpoint.family.graphs["unet"], SMALL, Remedy("fp32"))
-    half = dataclasses.replace(unet, name="unet+half", remedy=Remedy("fp16"))
-    wide = dataclasses.replace(unet, name="unet@wide", shape=WIDE)
-    made = trace.export_graphs(checkpoint, "unet", [unet, half, wide], columns_of(bundle_of("sd")), tmp_path)
+    plain = Wanted("vae_decoder", checkpoint.family.graphs["vae_decoder"], SMALL, Remedy("fp32"))
+    half = dataclasses.replace(plain, name="vae_decoder+half", remedy=Remedy("fp16"))
+    wide = dataclasses.replace(plain, name="vae_decoder@wide", shape=WIDE)
+    made = trace.export_graphs(checkpoint, "vae", [plain, half, wide], {}, tmp_path)
     assert len(loaded) == 2
     assert {name: (graph.precision, graph.data) for name, graph in made.items()} == {
-        "unet": ("fp32", ("graphs/unet.fp32-0.data",)),
-        "unet+half": ("fp16", ("graphs/unet.fp16-0.data",)),
-        "unet@wide": ("fp32", ("graphs/unet.fp32-0.data",)),
+        "vae_decoder": ("fp32", ("graphs/vae.fp32-0.data",)),
+        "vae_decoder+half": ("fp16", ("graphs/vae.fp16-0.data",)),
+        "vae_decoder@wide": ("fp32", ("graphs/vae.fp32-0.data",)),
     }
-    for precision, name in (("fp32", "unet"), ("fp16", "unet+half")):
+    for precision, name in (("fp32", "vae_decoder"), ("fp16", "vae_decoder+half")):
         files = Bundle.open(bundle_of("sd", precision)).manifest.files
-        assert digest(tmp_path / made[name].data[0]) == files[f"graphs/unet.{precision}-0.data"].sha256
-        assert digest(tmp_path / made[name].file) == files["graphs/unet.onnx"].sha256
+        assert digest(tmp_path / made[name].data[0]) == files[f"graphs/vae.{precision}-0.data"].sha256
+        assert digest(tmp_path / made[name].file) == files["graphs/vae_decoder.onnx"].sha256
 
 
 def test_a_graph_is_made_with_its_own_remedy(checkpoints: dict[str, Path], tmp_path: Path) -> None:
