@@ -95,7 +95,7 @@ KINDS: dict[str, tuple[type[Row], tuple[str, ...]]] = {
     "variants": (Tried, ("graph", "variant", "precision")),
     "builds": (Build, ("precision",)),
 }
-"""The lists of rows in a Result: their type, and the fields that say what was measured."""
+"""Each list in a Result → the type of its rows, and the fields that identify a measurement."""
 
 
 def read(path: Path) -> Result:

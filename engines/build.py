@@ -88,7 +88,7 @@ def build(
 
 
 def carry_out(order: BuildOrder) -> BuildResult:
-    """Build what was ordered, unless it is there; raises as `build`."""
+    """Build the order's bundle and engine, or find them finished. Raises the errors of `build`."""
     engine, how = order.engine, order.how
     where = installed.device(engine.backend, engine.device, engine.target)
     builders.get(engine.backend).settle(engine.options)  # refuse options that this machine lacks before any work

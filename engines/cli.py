@@ -65,7 +65,7 @@ def _build(arguments: argparse.Namespace) -> None:
 
 
 def text(result: BuildResult) -> str:
-    """Return a summary: the tables of the chains, what was done, and with which backend."""
+    """Return a summary: a table of checks for each chain, what was done, and the backend."""
     seconds = f" in {sum(p.seconds for p in result.phases):.1f} s"
     if result.checks:
         did = f"built and verified{seconds}" if result.phases else "nothing to do: it is built and verified already"

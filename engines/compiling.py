@@ -26,8 +26,8 @@ def install(phases: Phases, bundle: Bundle, order: EngineOrder, folder: Path) ->
     """Return the engine that was ordered, with all graphs of its chains; build missing ones in the locked `folder`.
 
     An engine of the same key keeps its graphs that are unchanged in the bundle. One for another machine cannot be
-    verified here: it has no checks until it is loaded there. A build that fails or is cancelled leaves nothing behind
-    and the old engine as it was; one that is killed, or finds the disk full, leaves what was finished.
+    verified here: it has no checks until it is loaded there. If a build fails or is cancelled, its files are deleted
+    and the old engine stays as it was. If it is killed or the disk is full, finished graphs stay for the next build.
     """
     wanted, key = installed.chains(bundle, order.chains), installed.key(order)
     bundle.check_files({file for chain in wanted for file in chain.files})

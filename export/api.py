@@ -64,8 +64,8 @@ def export(
 def make(order: ExportOrder, how: How, precision: str, reports: list[PhaseReport]) -> Iterator[Bundle]:
     """Lock the bundle `how.output`, made first if it is not there, and yield it.
 
-    A source that is a bundle is copied, without its engines. `precision` is what the graphs are made in if the order
-    does not say; `reports` grows by the phases. InputError if the path holds something else than what was ordered.
+    A source that is a bundle is copied, without its engines. `precision` is the graphs' precision if the order gives
+    none. A report of each phase is appended to `reports`. Raises InputError if another bundle or file is at the path.
     """
     output = how.output
     if output.exists() and not is_bundle(output):

@@ -41,7 +41,8 @@ def copy(source: Bundle, folder: Path, output: Path) -> None:
 def export(phases: Phases, order: ExportOrder, recipe: Recipe, folder: Path, output: Path, force: bool) -> None:
     """Make the bundle `output` of an order and its recipe, in the locked `folder`.
 
-    What cannot be built leaves nothing behind; a full disk, a failure or a kill leaves what was finished, if anything.
+    If the checkpoint cannot be exported, the folder is removed. If the disk is full, or a phase fails or is killed,
+    finished phases stay for the next export.
     """
     try:
         _export(phases, order, recipe, folder, force)

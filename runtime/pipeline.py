@@ -11,7 +11,7 @@ import numpy as np
 
 from turbochain.runtime import selection
 from turbochain.runtime.backends.contract import Cancel, Device, Executor, Observe
-from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Tensor
+from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Stage, Tensor
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.chain import wiring
 from turbochain.runtime.chain.opened import OpenChain
@@ -40,8 +40,7 @@ class PipelineOutput:
 class Pipeline:
     """A loaded engine. Calls are safe from several threads: one at a time is drawn.
 
-    Make one with `Pipeline.load`; it is a context manager that closes itself. A chain's graphs are loaded when the
-    chain is first used, and are shared by all chains.
+    `Pipeline.load` makes one. It is a context manager. Graphs load when a chain first uses them; chains share them.
     """
 
     def __init__(
@@ -258,18 +257,19 @@ class _ReadyChain:
 
     def made_of_prompts(self, modes: frozenset[str]) -> list[str]:
         """Return what the stages of the prompt make in these modes."""
-        stages = (s for s in self.chain.chain.stages if s.when == "prompt" and s.runs(modes))
-        return [t.name for s in stages for t in wiring.outputs(s, self.chain.graphs)]
+        return [t.name for s in self._prompt_stages(modes) for t in wiring.outputs(s, self.chain.graphs)]
 
     def prompt_key(self, modes: frozenset[str], feeds: Arrays, row: int) -> tuple[Hashable, ...]:
         """Return all that the stages of the prompt read for the picture of a row, so that equal keys make equal text.
 
         Numbers and constants of the whole call are the same for all rows.
         """
-        stages = (s for s in self.chain.chain.stages if s.when == "prompt" and s.runs(modes))
-        read = dict.fromkeys(t.name for s in stages for t in wiring.inputs(s, self.chain.graphs) if t.name in feeds)
-        of = self.chain.chain.feeds
+        inputs = (t.name for s in self._prompt_stages(modes) for t in wiring.inputs(s, self.chain.graphs))
+        read, of = [n for n in dict.fromkeys(inputs) if n in feeds], self.chain.chain.feeds
         return modes, *(feeds[n].tobytes() if of[n].is_ == "number" else feeds[n][row].tobytes() for n in read)
+
+    def _prompt_stages(self, modes: frozenset[str]) -> list[Stage]:
+        return [s for s in self.chain.chain.stages if s.when == "prompt" and s.runs(modes)]
 
     def plan(self, request: Request, *, cached: bool) -> _Planned:
         """Return the plan of a request, with or without the stages of the prompt; each is made once."""

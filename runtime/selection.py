@@ -70,15 +70,15 @@ def _lacks(chain: OpenChain, engine: Engine) -> str | None:
     return None
 
 
-def rebuild(bundle: Bundle, engine: Engine, device: str | None = None) -> str:
-    """Return the command that builds such an engine for this machine."""
+def rebuild(bundle: Bundle, engine: Engine, folder: Path | None = None) -> str:
+    """Return the command that builds such an engine for this machine, in `folder` (None: the default one)."""
     options = "".join(f" -O {name}={value}" for name, value in engine.ordered.items())
-    return _command(bundle, engine.key.backend, device) + options
+    return _command(bundle, engine.key.backend, None, folder) + options
 
 
-def _command(bundle: Bundle, backend: str | None, device: str | None) -> str:
-    given = (("--backend", backend), ("--device", device))
-    chosen = "".join(f" {option} {shlex.quote(value)}" for option, value in given if value is not None)
+def _command(bundle: Bundle, backend: str | None, device: str | None, engines: str | Path | None) -> str:
+    given = (("--backend", backend), ("--device", device), ("--engines", engines))
+    chosen = "".join(f" {option} {shlex.quote(str(value))}" for option, value in given if value is not None)
     return f"build-engine {shlex.quote(str(bundle.path))}{chosen}"
 
 
@@ -128,9 +128,8 @@ def select(
     if backend is None:
         backends.best(device)  # with no backend at all, its `pip install` line is what helps
     why = "; ".join(reasons) or "it has none"
-    raise BundleError(
-        f"{bundle.path} has no engine for this machine ({why}); build one: {_command(bundle, backend, device)}"
-    )
+    command = _command(bundle, backend, device, engines)
+    raise BundleError(f"{bundle.path} has no engine for this machine ({why}); build one: {command}")
 
 
 def _engines(bundle: Bundle, engines: str | Path | None) -> Iterator[tuple[Path, Engine | BundleError]]:
@@ -150,7 +149,8 @@ def admit(chain: OpenChain, found: Found) -> None:
     what it lacks.
     """
     if lacks := _lacks(chain, found.engine):
-        command = rebuild(chain.bundle, found.engine)
+        folder = found.folder.parent
+        command = rebuild(chain.bundle, found.engine, None if folder in folders(chain.bundle) else folder)
         raise BundleError(f"the engine {found.name} does not run this chain ({lacks}); add it: {command}")
     records = {name: r for g in chain.graphs for name, r in found.engine.graphs[g].files.items()}
     hashing.check_all(found.folder, records, full=True)

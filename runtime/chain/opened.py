@@ -82,12 +82,6 @@ class OpenChain:
         wanted = {t.name for s in stages for t in wiring.inputs(s, self.graphs)}
         return {n: feed for n, feed in wiring.fed(self.chain, self.graphs, modes).items() if n in wanted}
 
-    @cached_property
-    def prompt_outputs(self) -> tuple[str, ...]:
-        """Return what the stages of the prompt make, in every mode."""
-        stages = (s for s in self.chain.stages if s.when == "prompt")
-        return tuple(dict.fromkeys(t.name for s in stages for t in wiring.outputs(s, self.graphs)))
-
     @property
     def files(self) -> list[str]:
         """Return every file of the bundle that a call reads: graphs, tokenizers, tables."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -177,9 +178,24 @@ def test_engines_are_kept_elsewhere(bundle: Path, tmp_path: Path) -> None:
         Pipeline.load(bundle)
     with Pipeline.load(bundle, engines=elsewhere) as pipe:
         assert pipe("a cat", seed=0, output_type="uint8").images.any()
+    with pytest.raises(BundleError) as refused:
+        Pipeline.load(bundle, engines=tmp_path / "none")
+    assert str(refused.value).endswith(f"build one: build-engine {bundle} --engines {tmp_path / 'none'}")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"engines .*file: a folder was expected"):
         build(str(bundle), engines=tmp_path / "file", quiet=True, **ON)
+
+
+def test_the_command_for_a_missing_chain_mends_the_engine_that_was_loaded(bundle: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "else where"
+    build(str(bundle), engines=elsewhere, quiet=True, **ON)
+    add_second_chain(bundle)
+    with Pipeline.load(bundle, engines=elsewhere) as pipe, pytest.raises(BundleError) as refused:
+        pipe("a cat", chain=SECOND)
+    command(*shlex.split(str(refused.value).partition("; add it: ")[2]))
+    assert not (bundle / "engines").exists()
+    with Pipeline.load(bundle, engines=elsewhere, chain=SECOND) as pipe:
+        assert pipe("a cat", seed=0, chain=SECOND, output_type="uint8").images.any()
 
 
 READ_ONLY = """
