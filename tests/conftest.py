@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a thread for each
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import importlib
 import io
 import json
@@ -25,6 +26,7 @@ from typing import Any
 import kept
 import pytest
 from kept import locked
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from turbochain.engines import BuildResult, build, cli
 from turbochain.export import api
@@ -32,7 +34,11 @@ from turbochain.export.phases.phases import PhaseReport, Phases
 from turbochain.export.sources import synthetic
 from turbochain.runtime import Bundle
 from turbochain.runtime.bundle import hashing, strict_json
+from turbochain.runtime.bundle.manifest import Graph
 from turbochain.runtime.commands import main
+
+# Each export lists the exporter's 700 functions anew, which takes as long as the smallest graphs.
+ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("runtime", "export", "engines")
@@ -120,22 +126,47 @@ def checkpoints(shared: Path) -> dict[str, Path]:
     return folders
 
 
+@dataclasses.dataclass
 class Here(Phases):
-    """Phases in this process, which has the libraries already; the processes of a build have tests of their own."""
+    """Phases in this process, which has the libraries already; the processes of a build have tests of their own.
+
+    The graphs of the components `copied` are not traced: they are those of `donor`, a bundle of the same weights.
+    """
+
+    donor: Bundle | None = None
+    copied: tuple[str, ...] = ()
 
     def run(self, name: str, job: str, /, *, keep: bool = False, **arguments: Any) -> Any:
+        if arguments.get("component") in self.copied:
+            return self._copy(arguments["component"], arguments["folder"])
         module, _, function = job.partition(":")
         start = time.perf_counter()
         result = getattr(importlib.import_module(module), function)(lambda done, total: None, **arguments)
         self.reports.append(PhaseReport(name, time.perf_counter() - start, 0))
         return strict_json.plain(result)
 
+    def _copy(self, component: str, folder: Path) -> Any:
+        assert self.donor is not None
+        (folder / "graphs").mkdir(exist_ok=True)
+        graphs: dict[str, Graph] = {n: g for n, g in self.donor.manifest.graphs.items() if g.component == component}
+        for file in {f for g in graphs.values() for f in (*g.files, g.names)}:
+            shutil.copyfile(self.donor.path / file, folder / file)
+        return strict_json.plain(graphs)
 
-def build_here(*arguments: Any, **more: Any) -> BuildResult:
-    """`turbochain.engines.build` without a process for its phases: importing the exporter's libraries takes seconds."""
+
+@contextlib.contextmanager
+def phases_here(donor: Path | None = None, copied: tuple[str, ...] = ()) -> Iterator[None]:
+    """Do the phases of builds in this process (see `Here`): importing the exporter's libraries takes seconds."""
+    kind = functools.partial(Here, donor=donor and Bundle.open(donor), copied=copied)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "Phases", Here)
-        patch.setattr(build_module, "Phases", Here)
+        patch.setattr(api, "Phases", kind)
+        patch.setattr(build_module, "Phases", kind)
+        yield
+
+
+def build_here(*arguments: Any, donor: Path | None = None, copied: tuple[str, ...] = (), **more: Any) -> BuildResult:
+    """`turbochain.engines.build` without a process for its phases."""
+    with phases_here(donor, copied):
         return build(*arguments, **more)
 
 
@@ -157,11 +188,37 @@ def bundle_of(checkpoints: dict[str, Path], shared: Path) -> BundleFactory:
     return make
 
 
+EXPORTED = """
+import sys
+from turbochain.export import export
+print(export("demo", sys.argv[1], quiet=True))
+assert not {"torch", "diffusers", "transformers", "onnx"} & set(sys.modules)
+"""
+
+
 @pytest.fixture(scope="session")
-def demo(shared: Path) -> Path:
-    """The demo model's bundle, built by the command from the source's name. Tests must not change it."""
+def exported(shared: Path) -> Path:
+    """The demo model's bundle without an engine. Tests must not change it.
+
+    The process that asked for it printed its path alone, and loaded none of the exporter's libraries.
+    """
+    path = shared / "exported" / "demo.bundle"
+    with locked(shared / "exported.lock"):
+        if not path.exists():
+            line = [sys.executable, "-c", EXPORTED, str(path)]
+            path.parent.mkdir(exist_ok=True)
+            done = subprocess.run(line, capture_output=True, text=True, timeout=600)
+            assert (done.stdout, done.stderr, done.returncode) == (f"{path}\n", "", 0), done
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo(exported: Path, shared: Path) -> Path:
+    """The demo model's bundle, with an engine that the command built. Tests must not change it."""
     path = shared / "demo.bundle"
     with locked(shared / "demo.lock"):
+        if not path.exists():
+            shutil.copytree(exported, path)
         if not (path / "engines").exists():
             done = command("build-engine", "demo", "-o", path, *ON_ARGUMENTS)
             assert done.returncode == 0, done.stderr

@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BATCH, ON, SIZE, BundleFactory
+from conftest import BATCH, ON, SIZE, BundleFactory, Here
 from safetensors.numpy import load_file, save_file
 from test_parity import PROMPTS, assert_same_picture, load_diffusers, one_thread, theirs
 
 from turbochain.engines import build
-from turbochain.export import bundling, jobs
+from turbochain.export import bundling
 from turbochain.export.order import ExportOrder
-from turbochain.export.phases.phases import Phases
 from turbochain.runtime import Bundle, Pipeline, VerificationError
 from turbochain.runtime.bundle import hashing, strict_json
-from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Graph
+from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
 
 __all__ = ["one_thread"]  # a fixture that every test here uses
 
@@ -63,28 +62,6 @@ FULL = [("sdxl", "DPM++ 2M"), ("sd", "UniPC"), ("sdxl", "Heun"), ("sd", "PNDM")]
 CHANGED = [("sd", "Euler, raw"), ("sd", "DDIM, raw"), ("sd", "TCD")]
 
 
-@dataclass
-class Reusing(Phases):
-    """Phases in this process; the graphs of components are those of another bundle of the same weights."""
-
-    donor: Bundle | None = None
-
-    def run(self, name: str, job: str, /, *, keep: bool = False, **arguments: Any) -> Any:
-        """Do a job of `export.jobs`, or copy what it would write."""
-        if arguments.get("component"):
-            return self._copied(arguments["component"], arguments["folder"])
-        work: Callable[..., Any] = getattr(jobs, job.partition(":")[2])
-        return strict_json.plain(work(lambda done, total: None, **arguments))
-
-    def _copied(self, component: str, folder: Path) -> Any:
-        assert self.donor is not None
-        (folder / "graphs").mkdir(exist_ok=True)
-        graphs: dict[str, Graph] = {n: g for n, g in self.donor.manifest.graphs.items() if g.component == component}
-        for file in {f for g in graphs.values() for f in (*g.files, g.names)}:
-            shutil.copyfile(self.donor.path / file, folder / file)
-        return strict_json.plain(graphs)
-
-
 def checkpoint_with(case: Case, checkpoint: Path, folder: Path) -> Path:
     """Write a checkpoint that differs by its scheduler alone."""
     shutil.copytree(checkpoint, folder, copy_function=os.link)
@@ -103,7 +80,8 @@ def export_with(case: Case, checkpoint: Path, donor: Bundle, batch: int, output:
     order = ExportOrder(str(checkpoint), "fp32", size=SIZE, batch=batch, steps=tuple(case.rows))
     folder = output.with_name("partial")
     folder.mkdir()
-    phases = Reusing(0, None, True, [], donor=donor)
+    components = tuple({graph.component for graph in donor.manifest.graphs.values()} - {""})
+    phases = Here(0, None, True, [], donor=donor, copied=components)
     bundling.export(phases, order, order.recipe("fp32"), folder, output, True)
     made = Bundle.open(output)
     (engine,) = (e for e in donor.engines().values() if not isinstance(e, Exception))

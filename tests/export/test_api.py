@@ -1,35 +1,18 @@
 """`turbochain.export.export`: a checkpoint becomes a bundle without an engine; an order is checked before any work."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import SIZE
 
 from turbochain.export import export
 from turbochain.export.order import ExportOrder, Recipe
 from turbochain.runtime import Bundle, InputError
 from turbochain.runtime.bundle.strict_json import convert
 
-SHAPE: dict[str, Any] = {"size": SIZE, "steps": [2, 1, 2], "quiet": True}
 
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle from a synthetic source; the process that asked for it has loaded none of the exporter's libraries."""
-    path = tmp_path_factory.mktemp("export") / "mini.bundle"
-    code = (
-        "import json, sys; from turbochain.export import export\n"
-        "print(export('synthetic:sd-turbo-mini', sys.argv[1], **json.loads(sys.argv[2])))\n"
-        "assert not {'torch', 'diffusers', 'transformers', 'onnx'} & set(sys.modules)"
-    )
-    line = [sys.executable, "-c", code, path, json.dumps(SHAPE)]
-    done = subprocess.run([*map(str, line)], capture_output=True, text=True, timeout=600)
-    assert (done.stdout, done.stderr, done.returncode) == (f"{path}\n", "", 0), done
-    return path
+@pytest.fixture
+def bundle(exported: Path) -> Path:
+    return exported
 
 
 def test_a_bundle_without_an_engine(bundle: Path) -> None:
@@ -40,16 +23,16 @@ def test_a_bundle_without_an_engine(bundle: Path) -> None:
     found = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file()}
     assert found == {*opened.manifest.files, "bundle.json"}
     recipe = convert(Recipe, opened.manifest.request)
-    assert recipe == Recipe("synthetic:sd-turbo-mini", None, "fp32", height=SIZE[1], width=SIZE[0], steps=(1, 2))
+    assert recipe == ExportOrder("demo", size=(512, 512), steps=(1, 2, 3, 4)).recipe("fp32")
 
 
 def test_every_part_tells_where_it_came_from(bundle: Path) -> None:
     origin = Bundle.open(bundle).manifest.checkpoint
-    assert (origin.source, origin.pipeline_class) == ("synthetic:sd-turbo-mini", "StableDiffusionPipeline")
+    assert (origin.source, origin.pipeline_class) == ("demo", "StableDiffusionPipeline")
     assert list(origin.parts) == ["text_encoder", "unet", "vae", "tokenizer", "scheduler"]
     for part in origin.parts.values():
         told = (part.source, part.revision, part.variant, part.license, part.terms)
-        assert told == ("synthetic:sd-turbo-mini", None, None, "apache-2.0", ("LICENSE", "README.md"))
+        assert told == ("demo", None, None, "apache-2.0", ("LICENSE", "README.md"))
     assert {name: list(part.weights) for name, part in origin.parts.items() if part.weights} == {
         "text_encoder": ["model.safetensors"],
         "unet": ["diffusion_pytorch_model.safetensors"],
@@ -62,15 +45,15 @@ def test_a_second_export_does_nothing_and_another_is_refused(bundle: Path) -> No
         return {path: path.stat().st_mtime_ns for path in bundle.rglob("*") if path.is_file()}
 
     before = times()
-    assert export("synthetic:sd-turbo-mini", bundle, **SHAPE) == bundle
+    assert export("demo", bundle, steps=[4, 2, 1, 3, 2], quiet=True) == bundle
     for other, said in (
-        ({"steps": [1]}, r"steps is \[1, 2\] there and \[1\] here"),
+        ({"steps": [1]}, r"steps is \[1, 2, 3, 4\] there and \[1\] here"),
         ({"precision": "fp16"}, "precision is 'fp32' there and 'fp16' here"),
         ({"vae": "tiny"}, "vae is None there and 'tiny' here"),
         ({"revision": "v2"}, "revision is None there and 'v2' here"),
     ):
         with pytest.raises(InputError, match=rf"holds another build \({said}\): choose another path with -o"):
-            export("synthetic:sd-turbo-mini", bundle, **{**SHAPE, **other})
+            export("demo", bundle, quiet=True, **other)  # type: ignore[arg-type]
     assert times() == before
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import FAMILIES, ON_ARGUMENTS, SIZE, BundleFactory, command
+from conftest import FAMILIES, ON_ARGUMENTS, SIZE, BundleFactory, called, phases_here
 from diffusers.models.attention_processor import Attention
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
@@ -185,9 +185,9 @@ def large(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 def built(large: Path) -> tuple[Bundle, subprocess.CompletedProcess[str]]:
     path = large.with_name("large.bundle")
     size = "x".join(map(str, SIZE))
-    done = command(
-        "build-engine", large, "-o", path, "--precision", "fp16", "--size", size, "--steps", "1", *ON_ARGUMENTS
-    )
+    shape = ("--precision", "fp16", "--size", size, "--steps", "1")
+    with phases_here():
+        done = called("build-engine", large, "-o", path, *shape, *ON_ARGUMENTS)
     assert done.returncode == 0, done.stderr
     return Bundle.open(path), done
 
@@ -195,7 +195,7 @@ def built(large: Path) -> tuple[Bundle, subprocess.CompletedProcess[str]]:
 def test_a_build_says_what_it_remedied(built: tuple[Bundle, subprocess.CompletedProcess[str]]) -> None:
     bundle, done = built
     graphs = bundle.manifest.graphs
-    shown = command("turbochain", "inspect", bundle.path).stdout
+    shown = called("turbochain", "inspect", bundle.path).stdout
     for name, phrase in TOLD.items():
         assert re.fullmatch(phrase, graphs[name].remedy), graphs[name].remedy
         assert graphs[name].precision == ("fp32" if name == "text_encoder_2" else "fp16")

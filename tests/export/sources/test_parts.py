@@ -39,11 +39,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_it_is_diffusers_picture_with_that_vae(checkpoints: dict[str, Path], tiny: Path, tmp_path: Path) -> None:
+def test_it_is_diffusers_picture_with_that_vae(
+    checkpoints: dict[str, Path], sd: Path, tiny: Path, tmp_path: Path
+) -> None:
     bundle, vae = tmp_path / "a.bundle", tmp_path / "our-tiny"
     shutil.copytree(tiny, vae)
     asked = {"vae": str(vae), "size": SIZE, "steps": [2], "quiet": True, **ON}
-    made = build_here(str(checkpoints["sd"]), bundle, **asked)
+    made = build_here(str(checkpoints["sd"]), bundle, donor=sd, copied=("text_encoder", "unet"), **asked)
     assert made.remedy["vae_decoder"] == "" and all(check.passed for check in made.checks["text-to-image"])
     pipe = load_diffusers(checkpoints["sd"])
     pipe.vae = AutoencoderTiny.from_pretrained(vae)

@@ -192,20 +192,19 @@ def test_graphs_of_one_component_have_precisions_of_their_own(
         return model
 
     monkeypatch.setattr(load, "component", watched)
-    plain = Wanted("vae_decoder", checkpoint.family.graphs["vae_decoder"], SMALL, Remedy("fp32"))
-    half = dataclasses.replace(plain, name="vae_decoder+half", remedy=Remedy("fp16"))
-    wide = dataclasses.replace(plain, name="vae_decoder@wide", shape=WIDE)
-    made = trace.export_graphs(checkpoint, "vae", [plain, half, wide], {}, tmp_path)
+    plain = Wanted("text_encoder", checkpoint.family.graphs["text_encoder"], SMALL, Remedy("fp32"))
+    half = dataclasses.replace(plain, name="text_encoder+half", remedy=Remedy("fp16"))
+    pair = dataclasses.replace(plain, name="text_encoder*2", shape=dataclasses.replace(SMALL, batch=2))
+    made = trace.export_graphs(checkpoint, "text_encoder", [plain, half, pair], {}, tmp_path)
     assert len(loaded) == 2
-    assert {name: (graph.precision, graph.data) for name, graph in made.items()} == {
-        "vae_decoder": ("fp32", ("graphs/vae.fp32-0.data",)),
-        "vae_decoder+half": ("fp16", ("graphs/vae.fp16-0.data",)),
-        "vae_decoder@wide": ("fp32", ("graphs/vae.fp32-0.data",)),
+    assert {name: (graph.precision, *graph.data) for name, graph in made.items()} == {
+        name: (precision, f"graphs/text_encoder.{precision}-0.data", f"graphs/{name}.onnx.data")
+        for name, precision in (("text_encoder", "fp32"), ("text_encoder+half", "fp16"), ("text_encoder*2", "fp32"))
     }
-    for precision, name in (("fp32", "vae_decoder"), ("fp16", "vae_decoder+half")):
+    for precision, name in (("fp32", "text_encoder"), ("fp16", "text_encoder+half")):
         files = Bundle.open(bundle_of("sd", precision)).manifest.files
-        assert digest(tmp_path / made[name].data[0]) == files[f"graphs/vae.{precision}-0.data"].sha256
-        assert digest(tmp_path / made[name].file) == files["graphs/vae_decoder.onnx"].sha256
+        assert digest(tmp_path / made[name].data[0]) == files[f"graphs/text_encoder.{precision}-0.data"].sha256
+        assert digest(tmp_path / made[name].file) == files["graphs/text_encoder.onnx"].sha256
 
 
 def test_a_graph_is_made_with_its_own_remedy(checkpoints: dict[str, Path], tmp_path: Path) -> None:
