@@ -52,6 +52,7 @@ LONGEST_FIRST = (
     "test_parity.py",
     "test_schedulers.py",
     "test_build.py",
+    "test_inversion.py",
     "test_chains.py",
     "test_schedule.py",
     "test_bench.py",
