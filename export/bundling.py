@@ -13,7 +13,7 @@ from turbochain.export.phases.resume import STATE, Finished, empty, leave_nothin
 from turbochain.export.prepared import Prepared
 from turbochain.export.remedies import Remedy
 from turbochain.runtime.bundle import hashing, strict_json, writing
-from turbochain.runtime.bundle.manifest import FORMAT_VERSION, REFERENCE, TEXT_TO_IMAGE, Chain, Graph, Manifest
+from turbochain.runtime.bundle.manifest import FORMAT_VERSION, REFERENCE, TEXT_TO_IMAGE, Graph, Manifest
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.bundle.strict_json import convert
 from turbochain.runtime.errors import InputError, NoSpace, PictureError
@@ -113,7 +113,7 @@ def _manifest(
         request=strict_json.plain(vars(recipe)),
         created=now(),
         created_by=versions(*VERSIONS),
-        requires=_requires(prepared.chain),
+        requires=_requires(prepared),
         tokenizers=prepared.tokenizers,
         graphs=graphs,
         chains={TEXT_TO_IMAGE: prepared.chain},
@@ -121,9 +121,11 @@ def _manifest(
     )
 
 
-def _requires(chain: Chain) -> dict[str, str]:
-    """Return the optional features of the format that a chain uses → the first turbochain that reads them."""
+def _requires(prepared: Prepared) -> dict[str, str]:
+    """Return the optional features of the format that a bundle uses → the first turbochain that reads them."""
+    chain = prepared.chain
     used = {
+        "expansions": any(tokenizer.expansions for tokenizer in prepared.tokenizers.values()),
         "multistep": chain.K > 1,
         "modes": bool(chain.modes),
         "keep": bool(chain.keep),

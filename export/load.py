@@ -46,13 +46,18 @@ def component(checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, traceabl
 
 
 def pipeline(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
-    """Return diffusers' own pipeline on the CPU, with weights in `dtype`."""
-    diffusers = importlib.import_module("diffusers")
-    family = checkpoint.family
+    """Return diffusers' own pipeline on the CPU, with weights in `dtype`.
+
+    It is made as `from_pretrained` makes it, but for the family's `pipeline_options`.
+    """
+    family, index = checkpoint.family, checkpoint.index
+    pipeline_class = getattr(importlib.import_module("diffusers"), family.pipeline_class)
+    named = inspect.signature(pipeline_class).parameters.keys() & index.keys()
+    settings = {name: index[name] for name in named if not isinstance(index[name], list)}  # a list names a part's class
     parts: dict[str, Any] = {c: component(checkpoint, c, dtype) for c in family.components}
     parts |= {folder: tokenizer(checkpoint, folder) for folder in family.tokenizers.values()}
     parts["scheduler"] = scheduler(checkpoint)
-    return getattr(diffusers, family.pipeline_class)(**parts, **family.pipeline_options)
+    return pipeline_class(**settings | parts | family.pipeline_options)
 
 
 def tokenizer(checkpoint: Checkpoint, folder: str) -> Any:

@@ -9,7 +9,7 @@ import copy
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
+from turbochain.export import inversion
 from turbochain.export.families import Shape
 from turbochain.export.sampler import Draw, drawing
 from turbochain.export.sources.checkpoint import Checkpoint
@@ -31,7 +32,7 @@ PROMPTS = (
     "une petite maison bleue près d'un lac, 水彩画",
     "",
 )
-"""One case per step count; the rows of a batch go on through the list."""
+"""One case per step count; the rows of a batch go on through the list. Added tokens have cases of their own."""
 
 
 def write(
@@ -42,7 +43,9 @@ def write(
     path: Path,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Run one case per step count and write `path` (safetensors, everything fp32, ids int32, pictures uint8).
+    """Run one case per step count, and with the fewest steps as many as use every added token; write `path`.
+
+    It is safetensors: everything fp32, ids int32, pictures uint8.
 
     Tensors of case i, with R evaluations: `i/<feed of ids>` [B, 77], `i/<embeds>`, `i/latents`, `i/noise`,
     `i/prediction`, `i/next_latents` [R, B, 4, h, w], `i/<column of the time>` [R, 1, n], `i/image` [B, H, W, 3];
@@ -52,18 +55,20 @@ def write(
     int}. `pipeline`: diffusers' own, in fp32.
     """
     pipeline.set_progress_bar_config(disable=True)
+
+    def rows(prompts: Sequence[str], start: int) -> list[str]:
+        return [prompts[(start + row) % len(prompts)] for row in range(shape.batch)]
+
+    tokenizers = [getattr(pipeline, folder) for folder in checkpoint.family.tokenizers.values()]
+    of_tokens = inversion.prompts(pipeline, tokenizers)
+    calls = [(count, rows(PROMPTS, i)) for i, count in enumerate(steps)]
+    calls += [(min(steps), rows(of_tokens, start)) for start in range(0, len(of_tokens), shape.batch)]
     cases = [
-        {
-            "chain": TEXT_TO_IMAGE,
-            "modes": [],
-            "prompt": [PROMPTS[(i + row) % len(PROMPTS)] for row in range(shape.batch)],
-            "seed": 1000 + i,
-            "num_inference_steps": count,
-        }
-        for i, count in enumerate(steps)
+        {"chain": TEXT_TO_IMAGE, "modes": [], "prompt": prompt, "seed": 1000 + i, "num_inference_steps": count}
+        for i, (count, prompt) in enumerate(calls)
     ]
     tensors: dict[str, np.ndarray] = {}
-    done, total = 0, sum(steps) + len(steps)  # a few more evaluations than steps for some schedulers
+    done, total = 0, sum(count + 1 for count, _ in calls)  # a few more evaluations than steps for some schedulers
 
     def advance(*_: Any) -> None:
         nonlocal done

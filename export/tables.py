@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-from turbochain.export import load
+from turbochain.export import inversion, load
 from turbochain.export.families import Family, Shape
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tracing import time
@@ -37,8 +37,25 @@ def tokenizers(checkpoint: Checkpoint, folder: Path) -> dict[str, TokenizerFile]
                 f"{checkpoint.folder / component} has model_max_length={length}, and the text encoder reads "
                 f"{encoder['max_position_embeddings']} tokens"
             )
-        entries[name] = TokenizerFile(file, length, tokenizer.pad_token, tokenizer.pad_token_id)
+        _check(tokenizer, encoder, checkpoint.parts[component].folder)
+        pad = (tokenizer.pad_token, tokenizer.pad_token_id)
+        entries[name] = TokenizerFile(file, length, *pad, inversion.expansions(tokenizer))
     return entries
+
+
+def _check(tokenizer: Any, encoder: Mapping[str, Any], folder: Path) -> None:
+    """Raise InputError if the tokenizer does what the runtime's does not, or has a token that its encoder lacks."""
+    expected = {"padding_side": "right", "truncation_side": "right", "split_special_tokens": False}
+    for name, value in expected.items():
+        if getattr(tokenizer, name) != value:
+            raise InputError(f"{folder} has {name}={getattr(tokenizer, name)!r}, supported is {value!r}")
+    rows = encoder.get("vocab_size")
+    if lost := [token for token, id_ in tokenizer.added_tokens_encoder.items() if rows is not None and id_ >= rows]:
+        raise InputError(
+            f"{folder} has the added token {lost[0]!r} ({len(lost)} in all), and its text encoder has {rows} "
+            "embeddings, none for that token: save the checkpoint again after diffusers' load_textual_inversion, or "
+            "without the token"
+        )
 
 
 def entries(tables: Mapping[int, Table]) -> dict[str, TableEntry]:

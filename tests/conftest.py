@@ -58,6 +58,7 @@ LONGEST_FIRST = (
     "test_parity.py",
     "test_schedulers.py",
     "test_build.py",
+    "test_inversion.py",
     "test_chains.py",
     "test_schedule.py",
     "test_bench.py",
@@ -130,14 +131,15 @@ def checkpoints(shared: Path) -> dict[str, Path]:
 class Here(Phases):
     """Phases in this process, which has the libraries already; the processes of a build have tests of their own.
 
-    The graphs of the components `copied` are not traced: they are those of `donor`, a bundle of the same weights.
+    With a `donor`, a bundle of the same weights, only the graphs of the components `traced` and those without weights
+    are traced; the others are the donor's.
     """
 
     donor: Bundle | None = None
-    copied: tuple[str, ...] = ()
+    traced: tuple[str, ...] = ()
 
     def run(self, name: str, job: str, /, *, keep: bool = False, **arguments: Any) -> Any:
-        if arguments.get("component") in self.copied:
+        if self.donor and arguments.get("component") and arguments["component"] not in self.traced:
             return self._copy(arguments["component"], arguments["folder"])
         module, _, function = job.partition(":")
         start = time.perf_counter()
@@ -155,18 +157,18 @@ class Here(Phases):
 
 
 @contextlib.contextmanager
-def phases_here(donor: Path | None = None, copied: tuple[str, ...] = ()) -> Iterator[None]:
+def phases_here(donor: Path | None = None, traced: tuple[str, ...] = ()) -> Iterator[None]:
     """Do the phases of builds in this process (see `Here`): importing the exporter's libraries takes seconds."""
-    kind = functools.partial(Here, donor=donor and Bundle.open(donor), copied=copied)
+    kind = functools.partial(Here, donor=donor and Bundle.open(donor), traced=traced)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "Phases", kind)
         patch.setattr(build_module, "Phases", kind)
         yield
 
 
-def build_here(*arguments: Any, donor: Path | None = None, copied: tuple[str, ...] = (), **more: Any) -> BuildResult:
+def build_here(*arguments: Any, donor: Path | None = None, traced: tuple[str, ...] = (), **more: Any) -> BuildResult:
     """`turbochain.engines.build` without a process for its phases."""
-    with phases_here(donor, copied):
+    with phases_here(donor, traced):
         return build(*arguments, **more)
 
 

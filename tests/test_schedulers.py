@@ -75,13 +75,17 @@ def checkpoint_with(case: Case, checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-def export_with(case: Case, checkpoint: Path, donor: Bundle, batch: int, output: Path) -> Bundle:
-    """Export a checkpoint, and give the bundle an engine that is verified when it is first loaded."""
-    order = ExportOrder(str(checkpoint), "fp32", size=SIZE, batch=batch, steps=tuple(case.rows))
+def export_with(
+    steps: tuple[int, ...], checkpoint: Path, donor: Bundle, batch: int, output: Path, traced: tuple[str, ...] = ()
+) -> Bundle:
+    """Export a checkpoint, and give the bundle an engine that is verified when it is first loaded.
+
+    Only the graphs of the components `traced` differ from the donor's.
+    """
+    order = ExportOrder(str(checkpoint), "fp32", size=SIZE, batch=batch, steps=steps)
     folder = output.with_name("partial")
     folder.mkdir()
-    components = tuple({graph.component for graph in donor.manifest.graphs.values()} - {""})
-    phases = Here(0, None, True, [], donor=donor, copied=components)
+    phases = Here(0, None, True, [], donor=donor, traced=traced)
     bundling.export(phases, order, order.recipe("fp32"), folder, output, True)
     made = Bundle.open(output)
     (engine,) = (e for e in donor.engines().values() if not isinstance(e, Exception))
@@ -100,7 +104,7 @@ def made(
     family, name = request.param
     checkpoint = checkpoint_with(CASES[name], checkpoints[family], tmp_path / "checkpoint")
     donor = Bundle.open(bundle_of(family))
-    bundle = export_with(CASES[name], checkpoint, donor, BATCH[family, "fp32"], tmp_path / "x.bundle")
+    bundle = export_with(tuple(CASES[name].rows), checkpoint, donor, BATCH[family, "fp32"], tmp_path / "x.bundle")
     chain = bundle.open_chain()
     assert chain.chain.K == CASES[name].K
     assert {steps: chain.table(steps).rows for steps in chain.steps} == CASES[name].rows

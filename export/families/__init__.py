@@ -50,7 +50,10 @@ class Family:
     """What differs between checkpoints of different pipelines."""
 
     name: str
-    pipeline_class: str  # model_index.json's _class_name
+    pipeline_class: str  # diffusers' for text-to-image
+    kin: tuple[
+        str, ...
+    ]  # other classes in a model_index.json whose parts, but for a ControlNet, that pipeline draws with
     components: tuple[str, ...]  # folders with weights
     tokenizers: Mapping[str, str]  # feed that takes the ids → the checkpoint's tokenizer folder
     graphs: Mapping[str, GraphSpec]  # graph → spec, but for `common.step`; those of one component in this order
@@ -67,7 +70,7 @@ class Family:
 
 
 def load() -> dict[str, Family]:
-    """Return every family by the diffusers pipeline class that it serves."""
+    """Return every family by its diffusers pipeline class."""
     names = [m.name for m in pkgutil.iter_modules(__path__) if m.name != "common"]
     modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
     return {m.FAMILY.pipeline_class: m.FAMILY for m in modules}
@@ -76,9 +79,10 @@ def load() -> dict[str, Family]:
 def of(pipeline_class: str) -> Family:
     """Return the family of a pipeline class; InputError that names the supported ones."""
     families = load()
-    if pipeline_class not in families:
-        raise InputError(
-            f"the pipeline class {pipeline_class} is not supported: choose a checkpoint of "
-            + " or ".join(sorted(families))
-        )
-    return families[pipeline_class]
+    for family in families.values():
+        if pipeline_class in (family.pipeline_class, *family.kin):
+            return family
+    raise InputError(
+        f"the pipeline class {pipeline_class} is not supported: choose a checkpoint of "
+        f"{' or '.join(sorted(families))}, or of their image-to-image, inpainting and ControlNet pipelines"
+    )

@@ -4,13 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from turbochain.export.families import Family, GraphSpec, Inputs, Shape
-from turbochain.export.families.common import VAE_DECODER, check, ids, tokens, unet_inputs
+from turbochain.export.families.common import check, ids, tokens, unet_inputs, vae_decoder
 from turbochain.runtime.bundle.manifest import Stage
 
 
 def _check(configs: Mapping[str, Any]) -> list[str]:
-    """Return `check`'s phrases, and whether every ResNet adds a projection of the time, as `tracing.time.sd` has it."""
+    """Return `check`'s phrases, and whether the text encoder reads all tokens, and every ResNet adds a projection of
+    the time, as `tracing.time.sd` has it."""
     problems, unet = check(configs), configs["unet"]
+    if configs["text_encoder"].get("use_attention_mask"):  # which the SDXL pipeline does not read
+        problems.append("the text encoder asks for an attention mask")
     blocks = (*unet["down_block_types"], *unet["up_block_types"])
     kinds = {unet.get("resnet_time_scale_shift", "default"), *("ada_group" for b in blocks if b.startswith("K"))}
     for kind in sorted(kinds - {"default", "scale_shift"}):
@@ -27,6 +30,13 @@ def _unet_inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
 FAMILY = Family(
     name="sd",
     pipeline_class="StableDiffusionPipeline",
+    kin=(
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionControlNetImg2ImgPipeline",
+        "StableDiffusionControlNetInpaintPipeline",
+    ),
     components=("text_encoder", "unet", "vae"),
     tokenizers={"input_ids": "tokenizer"},
     graphs={
@@ -44,7 +54,7 @@ FAMILY = Family(
             inputs=_unet_inputs,
             outputs=("prediction",),
         ),
-        "vae_decoder": VAE_DECODER,
+        "vae_decoder": vae_decoder("VaeDecoder"),
     },
     prompt_stages=(Stage("text_encoder", "prompt", "text"),),
     columns=("time_projections",),

@@ -4,8 +4,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from turbochain.export.families import Family, GraphSpec, Inputs, Shape
-from turbochain.export.families.common import VAE_DECODER, check, ids, tokens, unet_inputs
+from turbochain.export.families.common import check, ids, tokens, unet_inputs, vae_decoder
 from turbochain.runtime.bundle.manifest import Stage
+
+
+def _check(configs: Mapping[str, Any]) -> list[str]:
+    """Return `check`'s phrases, and whether the UNet reads the pooled embeds and six time ids, as the pipeline gives
+    them: the refiner's reads five, one of them an aesthetic score."""
+    problems, unet = check(configs, addition="text_time"), configs["unet"]
+    if problems:
+        return problems
+    given = configs["text_encoder_2"]["projection_dim"] + 6 * unet["addition_time_embed_dim"]
+    if (reads := unet["projection_class_embeddings_input_dim"]) != given:
+        problems.append(
+            f"the UNet's add_embedding reads {reads} values, and the pooled embeds with six time ids are {given}"
+        )
+    return problems
 
 
 def _time_ids(shape: Shape) -> tuple[Any, ...]:
@@ -37,6 +51,16 @@ def _embeds(configs: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, An
 FAMILY = Family(
     name="sdxl",
     pipeline_class="StableDiffusionXLPipeline",
+    kin=(
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLControlNetImg2ImgPipeline",
+        "StableDiffusionXLControlNetInpaintPipeline",
+        "StableDiffusionXLControlNetUnionPipeline",
+        "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+        "StableDiffusionXLControlNetUnionInpaintPipeline",
+    ),
     components=("text_encoder", "text_encoder_2", "unet", "vae"),
     tokenizers={"input_ids": "tokenizer", "input_ids_2": "tokenizer_2"},
     graphs={
@@ -61,14 +85,14 @@ FAMILY = Family(
             inputs=_unet_inputs,
             outputs=("prediction",),
         ),
-        "vae_decoder": VAE_DECODER,
+        "vae_decoder": vae_decoder("SDXLVaeDecoder"),
     },
     prompt_stages=(Stage("text_encoder", "prompt", "text"), Stage("text_encoder_2", "prompt", "text")),
     columns=("time_embeds",),
     constants={"time_ids_embeds": _time_ids},
     pipeline_options={"add_watermarker": False},
     embeds=_embeds,
-    check=lambda configs: check(configs, addition="text_time"),
+    check=_check,
     tiny_vae="madebyollin/taesdxl",
     latents_scale=0.13025,
 )

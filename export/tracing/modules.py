@@ -190,22 +190,42 @@ class Step(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """latents [B, 4, H/8, W/8] fp32 → picture [B, H, W, 3] uint8, as diffusers' image processor rounds it."""
+    """latents [B, 4, H/8, W/8] fp32 → picture [B, H, W, 3] uint8, as diffusers' image processor rounds it.
+
+    Of the config it reads `scaling_factor` alone, as diffusers' SD pipeline does.
+    """
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
-        config = vae.config
-        mean = getattr(config, "latents_mean", None) or [0.0] * config.latent_channels
-        std = getattr(config, "latents_std", None) or [1.0] * config.latent_channels
-        scale = torch.tensor(std, dtype=torch.float64) / config.scaling_factor
-        self.register_buffer("scale", scale.float().reshape(1, -1, 1, 1))
-        self.register_buffer("shift", torch.tensor(mean).float().reshape(1, -1, 1, 1))
+
+    def unscaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return what the VAE decodes."""
+        return latents / self.vae.config.scaling_factor
 
     def forward(self, next_latents: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        latents = next_latents * self.scale + self.shift
+        latents = self.unscaled(next_latents)
         image = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
         levels = torch.round((image * 0.5 + 0.5).clamp(0, 1) * 255)
         # uint8 must be the very last node: TensorRT refuses it in the middle of a graph.
         return levels.permute(0, 2, 3, 1).contiguous().to(torch.uint8)
+
+
+class SDXLVaeDecoder(VaeDecoder):
+    """`VaeDecoder` that reads `latents_mean` and `latents_std` too if the config has both, as diffusers' SDXL
+    pipeline does."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__(vae)
+        mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+        self.normalized = mean is not None and std is not None
+        if self.normalized:
+            self.register_buffer("mean", torch.tensor(mean).float().reshape(1, -1, 1, 1))
+            self.register_buffer("std", torch.tensor(std).float().reshape(1, -1, 1, 1))
+
+    def unscaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        if not self.normalized:
+            return super().unscaled(latents)
+        return latents * self.std / self.vae.config.scaling_factor + self.mean

@@ -18,7 +18,7 @@ FORMAT_VERSION = 2
 TEXT_TO_IMAGE = "text-to-image"
 """The chain that every bundle has: the default."""
 
-FEATURES = ("keep", "modes", "multistep", "wires")
+FEATURES = ("expansions", "keep", "modes", "multistep", "wires")
 """The optional features of the format that this version reads."""
 
 PLACES = ("prompt", "image", "step", "end")
@@ -175,6 +175,7 @@ class TokenizerFile:
     max_length: int  # tokens, start and end markers included
     pad_token: str
     pad_id: int
+    expansions: dict[str, int] = field(default_factory=dict)  # added token of several vectors → how many, 2 or more
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ class EngineGraph:
 class Check:
     """One figure of a verification."""
 
-    stage: str  # a graph of the chain, "schedule" or "image"
+    stage: str  # a graph of the chain, "ids", "schedule" or "image"
     metric: str
     value: float
     bound: float

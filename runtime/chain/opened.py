@@ -92,7 +92,7 @@ class OpenChain:
     def digest(self) -> str:
         """Return one digest (SHA-256, hex) of all that a call reads: manifest entries, graphs, tables, tokenizers."""
         files = {file: self.bundle.manifest.files[file].sha256 for file in self.files}
-        value = [strict_json.plain(self.chain), {n: strict_json.plain(g) for n, g in self.graphs.items()}, files]
+        value = [strict_json.plain(v) for v in (self.chain, self.graphs, self.tokenizers, files)]
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
     def digests(self) -> dict[str, str]:
@@ -155,6 +155,8 @@ class OpenChain:
             if tokenizer is None or tokenizer.max_length != self.tensors[name].shape[-1]:
                 gives = f"gives {tokenizer.max_length} ids" if tokenizer else "is missing"
                 found.append(f"the tokenizer for {name} {gives}, which is not what the chain reads")
+            elif short := [token for token, count in tokenizer.expansions.items() if count < 2]:
+                found.append(f"the tokenizer for {name} expands {short[0]} to fewer than two tokens")
         found += [f"the draw {d.name} has no such tensor" for d in chain.draws if d.name not in self.tensors]
         drawn, noise = sorted(d.name for d in chain.draws if not d.discarded), sorted(self.feeds("noise"))
         if drawn != noise:

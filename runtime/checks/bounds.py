@@ -54,6 +54,10 @@ COLUMN: Bounds = {"relative_l2": 1e-5}
 """A column of the table that depends on the timestep, against what diffusers' UNet made of the timestep."""
 
 
+IDS: Bounds = {"fraction_differing": 0.0}
+"""The token ids of a prompt, against those that diffusers' pipeline fed its text encoder."""
+
+
 def of_stage(precision: str, judged: str, model_class: str) -> Bounds:
     """Return the bounds of what a stage makes, computed in `precision` by a model of this class."""
     if judged == "state":

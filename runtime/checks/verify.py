@@ -1,4 +1,4 @@
-"""Compare what an engine makes with what diffusers made: every stage alone, the schedule, and the whole chain.
+"""Compare what an engine makes with what diffusers made: ids, every stage alone, the schedule, and the whole chain.
 
 The reference was recorded from diffusers' own pipeline in fp32 when the bundle was exported, so this needs neither
 torch nor the checkpoint.
@@ -24,7 +24,9 @@ from turbochain.runtime.checks.bounds import AT_LEAST, BOUNDS, Bounds
 from turbochain.runtime.checks.recorded import Recorded
 from turbochain.runtime.checks.reference import read_cases
 from turbochain.runtime.errors import InputError, VerificationError
+from turbochain.runtime.inputs.feeds import tokenizers
 from turbochain.runtime.inputs.noise import Generator, draw_run
+from turbochain.runtime.inputs.tokenizer import Tokenizer
 from turbochain.runtime.selection import Found
 
 log = logging.getLogger("turbochain")
@@ -40,11 +42,11 @@ def verify(
 
     `computed`: graph → the precision that it is computed in, which decides its bounds; see `precisions`.
     """
-    cases = read_cases(chain.bundle, chain.name)
+    cases, readers = read_cases(chain.bundle, chain.name), tokenizers(chain)
     worst: dict[tuple[str, str], Check] = {}
     for i, case in enumerate(cases):
         progress(i, len(cases))
-        for check in _checks(chain, executor, computed, Recorded(chain, case)):
+        for check in _checks(chain, executor, computed, readers, Recorded(chain, case)):
             key = (check.stage, check.metric)
             if key not in worst or _badness(check) > _badness(worst[key]):
                 worst[key] = check
@@ -143,7 +145,7 @@ def _badness(check: Check) -> tuple[bool, float]:
     """Return a value that is larger for a worse figure, beside its bound: figures of one stage may have several."""
     if math.isnan(check.value):
         return True, math.inf
-    part = check.value / check.bound
+    part = check.value / check.bound if check.bound else check.value
     return not check.passed, -part if check.metric in AT_LEAST else part
 
 
@@ -154,7 +156,16 @@ def _judge(stage: str, bounds: Bounds, result: np.ndarray, reference: np.ndarray
         yield Check(stage, metric, value, bound, bool(passed and np.isfinite(result).all()))
 
 
-def _checks(chain: OpenChain, executor: Executor, computed: Mapping[str, str], recorded: Recorded) -> Iterator[Check]:
+def _checks(
+    chain: OpenChain,
+    executor: Executor,
+    computed: Mapping[str, str],
+    readers: Mapping[str, Tokenizer],
+    recorded: Recorded,
+) -> Iterator[Check]:
+    for name, tokenizer in readers.items():
+        if not chain.chain.feeds[name].of:  # no other text is recorded
+            yield from _judge("ids", bounds.IDS, tokenizer.encode(recorded.case.prompt), recorded.value(name, 0))
     yield from _check_schedule(chain, recorded)
     for stage in chain.chain.stages:
         if stage.runs(recorded.case.modes):

@@ -16,17 +16,27 @@ log = logging.getLogger("turbochain")
 Arrays = Mapping[str, np.ndarray]
 
 
+def tokenizers(chain: OpenChain) -> dict[str, Tokenizer]:
+    """Read the tokenizer of each feed of ids, from files that have been hashed; BundleError if one is damaged."""
+    return {
+        name: Tokenizer(
+            chain.bundle.path / t.file,
+            max_length=t.max_length,
+            pad_token=t.pad_token,
+            pad_id=t.pad_id,
+            expansions=t.expansions,
+        )
+        for name, t in chain.tokenizers.items()
+    }
+
+
 class Feeds:
     """The feeds of one chain, whose files have been hashed. Safe from several threads."""
 
     def __init__(self, chain: OpenChain) -> None:
         """Read the tokenizers and the tables; BundleError if one is not what the manifest says."""
-        folder = chain.bundle.path
         self.chain = chain
-        self.tokenizers = {
-            name: Tokenizer(folder / t.file, max_length=t.max_length, pad_token=t.pad_token, pad_id=t.pad_id)
-            for name, t in chain.tokenizers.items()
-        }
+        self.tokenizers = tokenizers(chain)
         zeros = {name: self.zeros(name) for kind in ("history", "zeros") for name in chain.feeds(kind)}
         self._constants = {steps: chain.columns(steps) | zeros for steps in chain.steps}
         self._local = threading.local()
@@ -73,8 +83,9 @@ class Feeds:
     def warn_of_truncation(self, prompts: Sequence[str]) -> None:
         """Say which part of a prompt does not reach the model, as diffusers does."""
         for prompt in dict.fromkeys(prompts):
-            # Two tokenizers of one checkpoint have the same vocabulary: one warning is enough.
-            dropped, limit = next(((t.dropped(prompt), t.max_length) for t in self.tokenizers.values()), ("", 0))
+            # Tokenizers of one checkpoint mostly have the same vocabulary: one warning is enough.
+            found = ((t.dropped(prompt), t.max_length) for t in self.tokenizers.values())
+            dropped, limit = next(((text, limit) for text, limit in found if text), ("", 0))
             if dropped:
                 log.warning("the prompt is over %d tokens long; this part of it was dropped: %s", limit, dropped)
 

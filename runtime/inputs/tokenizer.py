@@ -1,12 +1,17 @@
 """Prompts to token ids, as transformers' CLIPTokenizer makes them, without transformers."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from turbochain.runtime.errors import BundleError, InputError
+
+if TYPE_CHECKING:
+    import tokenizers
 
 MAX_PROMPT_BYTES = 32 * 1024
 
@@ -15,12 +20,22 @@ class Tokenizer:
     """A `tokenizer.json` with one fixed length: `max_length` ids, start and end marker included.
 
     `pad_token` and `pad_id` are the checkpoint's padding token and its id. The file's own truncation and
-    padding state is ignored. Nothing changes after construction, so threads may share one tokenizer.
+    padding state is ignored. `expansions`: an added token that stands for several vectors (textual inversion) → how
+    many; see `expanded`. Nothing changes after construction, so threads may share one tokenizer.
 
-    Raises `BundleError` for a file that cannot be read, or whose id of `pad_token` is not `pad_id`.
+    Raises `BundleError` for a file that cannot be read, whose id of `pad_token` is not `pad_id`, or that lacks a token
+    of an expansion.
     """
 
-    def __init__(self, path: str | PathLike[str], *, max_length: int, pad_token: str, pad_id: int):
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        *,
+        max_length: int,
+        pad_token: str,
+        pad_id: int,
+        expansions: Mapping[str, int] = MappingProxyType({}),
+    ):
         import tokenizers  # on use: `import turbochain.runtime` stays cheap
 
         try:
@@ -40,13 +55,21 @@ class Tokenizer:
             )
         self.max_length = max_length
         self._pad_id = pad_id
-        self._encoding = functools.lru_cache(16)(self._tokenizer.encode)  # of one prompt several things are asked
+        parts = {token: [token, *(f"{token}_{i}" for i in range(1, count))] for token, count in expansions.items()}
+        for part in (part for found in parts.values() for part in found):
+            if self._tokenizer.token_to_id(part) is None:
+                raise BundleError(
+                    f"The tokenizer {path} has no token {part!r}, of which the bundle says that it is a part of a "
+                    "textual inversion: build the bundle again with `build-engine`."
+                )
+        self._expansions = {token: " ".join(found) for token, found in parts.items()}
+        self._encoding = functools.lru_cache(16)(self._encode)  # of one prompt several things are asked
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
         """Return the ids of `prompts`, int32 [len(prompts), max_length].
 
-        Equal to transformers' `CLIPTokenizer(prompts, padding="max_length", truncation=True)`: of a long
-        prompt the first `max_length - 2` tokens stay, between the start and the end marker.
+        Equal to transformers' `CLIPTokenizer(prompts, padding="max_length", truncation=True)` of the `expanded`
+        prompts: of a long one the first `max_length - 2` tokens stay, between the start and the end marker.
         """
         ids = np.full((len(prompts), self.max_length), self._pad_id, np.int32)
         for row, prompt in zip(ids, prompts, strict=True):
@@ -57,7 +80,7 @@ class Tokenizer:
         return ids
 
     def dropped(self, prompt: str) -> str:
-        """Return the tail of `prompt` that `encode` truncates, as the user wrote it; "" if it all fits.
+        """Return the tail of `prompt`, `expanded`, that `encode` truncates, as the user wrote it; "" if it all fits.
 
         The tail begins with the first character that did not reach the model whole. A long word (or a
         script without spaces) may be cut inside.
@@ -66,7 +89,23 @@ class Tokenizer:
         if len(encoding) <= self.max_length:
             return ""
         start, _ = encoding.offsets[self.max_length - 1]  # of the first token that lost its place
-        return prompt[start:]
+        return self.expanded(prompt)[start:]
+
+    def expanded(self, prompt: str) -> str:
+        """Return `prompt` with every token of several vectors written out: `tok` becomes `tok tok_1 tok_2`.
+
+        As diffusers' `maybe_convert_prompt`: a token that is in the tokenized prompt is replaced wherever the prompt
+        has its text. Tokens are replaced in the order in which they come; diffusers' order is random, which makes a
+        difference only if the text of one holds that of another.
+        """
+        if not self._expansions:
+            return prompt
+        for token in dict.fromkeys(self._tokenizer.encode(prompt, add_special_tokens=False).tokens):
+            prompt = prompt.replace(token, self._expansions.get(token, token))
+        return prompt
+
+    def _encode(self, prompt: str) -> "tokenizers.Encoding":
+        return self._tokenizer.encode(self.expanded(prompt))
 
 
 def check_prompt(prompt: object, *, argument: str = "prompt") -> str:

@@ -234,7 +234,7 @@ def test_what_was_built_is_right_in_strict_fp16(built: tuple[Bundle, subprocess.
     executor = StrictExecutor(Opened(bundle, bundle.path, {}, Device("cpu")))
     executor.load(chain.graphs)
     checks = verify.verify(chain, executor, {name: graph.precision for name, graph in chain.graphs.items()})
-    assert {check.stage for check in checks} == {*chain.graphs, "schedule", "image"}
+    assert {check.stage for check in checks} == {*chain.graphs, "ids", "schedule", "image"}
     verify.require(checks)
 
 

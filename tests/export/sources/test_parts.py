@@ -45,7 +45,7 @@ def test_it_is_diffusers_picture_with_that_vae(
     bundle, vae = tmp_path / "a.bundle", tmp_path / "our-tiny"
     shutil.copytree(tiny, vae)
     asked = {"vae": str(vae), "size": SIZE, "steps": [2], "quiet": True, **ON}
-    made = build_here(str(checkpoints["sd"]), bundle, donor=sd, copied=("text_encoder", "unet"), **asked)
+    made = build_here(str(checkpoints["sd"]), bundle, donor=sd, traced=("vae",), **asked)
     assert made.remedy["vae_decoder"] == "" and all(check.passed for check in made.checks["text-to-image"])
     pipe = load_diffusers(checkpoints["sd"])
     pipe.vae = AutoencoderTiny.from_pretrained(vae)

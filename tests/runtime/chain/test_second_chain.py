@@ -264,7 +264,7 @@ def test_an_engine_without_the_second_chain(copy: Path) -> None:
 def test_verification_passes_both_chains(bundle: Path, chain: str, backend: str) -> None:
     """It judges each stage in each mode by what it makes."""
     _, checks = verify.verify_bundle(bundle, chain=chain, backend=backend)
-    assert {c.stage for c in checks} == {*CHAINS[chain].graphs, "schedule", "image"}
+    assert {c.stage for c in checks} == {*CHAINS[chain].graphs, "ids", "schedule", "image"}
     verify.require(checks)
 
 

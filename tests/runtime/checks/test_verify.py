@@ -285,7 +285,7 @@ def test_good_bundles_pass_every_bound_of_the_design(family: str, precision: str
     assert all(c["passed"] for c in answer["checks"])
     bounds = {(c["stage"], c["metric"]): c["bound"] for c in answer["checks"]}
     graphs = Bundle.open(path).manifest.graphs
-    assert {stage for stage, _ in bounds} == {*graphs, "schedule", "image"}
+    assert {stage for stage, _ in bounds} == {*graphs, "ids", "schedule", "image"}
     text = {"max_abs": 1e-3} if precision == "fp32" else {"cosine": 0.9999}
     assert {m: b for (s, m), b in bounds.items() if s == "text_encoder"} == text
     assert bounds["unet", "relative_l2"] == {"fp32": 1e-4, "fp16": 1e-2}[precision]
