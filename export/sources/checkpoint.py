@@ -6,7 +6,7 @@ Whatever its source, it ends as a `Checkpoint` whose files have been looked at b
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,11 @@ STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' nam
 LIBRARIES = ("diffusers", "transformers")  # model_index.json can name any module; no other is imported
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 TERMS = ("LICENSE*", "LICENCE*", "README.md")  # licence and model card
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt"),
+)
+"""What transformers may read of a tokenizer's folder."""
 
 
 @dataclass(frozen=True)
@@ -176,16 +181,41 @@ def weight_files(folder: Path, variant: str | None) -> tuple[Path, ...]:
     raise InputError(f"{folder} has no safetensors weights{named}{hint}")
 
 
+def files_read(folder: Path, variant: str | None, without: Collection[str] = ()) -> list[Path]:
+    """Return the files of a checkpoint that an export reads, but for its licence and model card.
+
+    `without`: components that are read elsewhere. Raises InputError if it is no checkpoint, or weights are missing.
+    """
+    family = Checkpoint(folder).family
+    own = [folder / c for c in family.components if c not in without]
+    variant = settled_variant(own, variant)
+    tokenizers = [folder / t / name for t in family.tokenizers.values() for name in TOKENIZER_FILES]
+    alone = [folder / "model_index.json", folder / "scheduler" / "scheduler_config.json", *tokenizers]
+    return [p for p in alone if p.is_file()] + [p for part in own for p in part_files_read(part, variant)]
+
+
+def part_files_read(folder: Path, variant: str | None) -> list[Path]:
+    """Return the files of a component that an export reads; InputError if it has no weights."""
+    weights = weight_files(folder, variant)
+    used = variant if any(f".{variant}" in path.name for path in weights) else None
+    found = [folder / "config.json", *(_named(folder, stem, used)[1] for stem in STEMS), *weights]
+    return [path for path in found if path.is_file()]
+
+
 def _found(folder: Path, variant: str | None) -> tuple[Path, ...]:
-    infix = f".{variant}" if variant else ""
     for stem in STEMS:
-        single = folder / f"{stem}{infix}.safetensors"
+        single, index = _named(folder, stem, variant)
+        if index.is_file() and (stem == STEMS[0] or not single.is_file()):  # of both diffusers reads the shards
+            return _shards(index)
         if single.is_file():
             return (single,)
-        index = folder / f"{stem}.safetensors.index{infix}.json"
-        if index.is_file():
-            return _shards(index)
     return ()
+
+
+def _named(folder: Path, stem: str, variant: str | None) -> tuple[Path, Path]:
+    """Return the paths of weights in one file, and of the index of weights in several."""
+    infix = f".{variant}" if variant else ""
+    return folder / f"{stem}{infix}.safetensors", folder / f"{stem}.safetensors.index{infix}.json"
 
 
 def _shards(index: Path) -> tuple[Path, ...]:

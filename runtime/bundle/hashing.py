@@ -18,7 +18,7 @@ from turbochain.runtime.errors import BundleError
 
 CHUNK = 64 * 2**20  # bytes hashed as one; a file of at most this size has its plain SHA-256 as digest
 _READ = 2**18  # stays in a core's L2 cache between the read and the hash
-_SETTLED = 2 * 10**9  # ns; a file younger than a coarse clock's tick may change again and look the same
+SETTLED = 2 * 10**9  # ns; a file younger than a coarse clock's tick may change again and look the same
 _Progress = Callable[[int], None]
 
 
@@ -77,7 +77,7 @@ def check_all(
             if found != record.sha256:
                 hashes = f"its SHA-256 is {found}, the manifest says {record.sha256}"
                 problems.append(f"{relative!r} is damaged: {hashes}")
-            elif record.size > CHUNK and started - status.st_ctime_ns > _SETTLED:
+            elif record.size > CHUNK and started - status.st_ctime_ns > SETTLED:
                 _leave_stamp(path, status, found)
     if problems:
         several = f"{len(problems)} files are not what the manifest says: " if len(problems) > 1 else ""
