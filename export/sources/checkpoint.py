@@ -124,15 +124,19 @@ def check_configs(checkpoint: Checkpoint) -> None:
     folder, family = checkpoint.folder, checkpoint.family
     if unnamed := [part for part in checkpoint.parts if not _is_class(checkpoint.index.get(part))]:
         raise InputError(f"{folder}/model_index.json names no class of {' or '.join(LIBRARIES)} as {unnamed[0]}")
-    missing = [c for c in family.components if not (checkpoint.parts[c].folder / "config.json").is_file()]
-    if missing:
-        raise InputError(f"{folder} lacks {', '.join(f'{c}/config.json' for c in missing)}")
+    _require_configs(folder, {c: checkpoint.parts[c].folder for c in family.components})
     try:
         problems = family.check(checkpoint.configs)
     except KeyError as error:
         raise InputError(f"{folder} is not supported: a config.json in it lacks the key {error}") from None
     if problems:
         raise InputError(f"{folder} is not supported: " + "; ".join(problems))
+
+
+def _require_configs(folder: Path, components: Mapping[str, Path]) -> None:
+    missing = [f"{c}/config.json" for c, path in components.items() if not (path / "config.json").is_file()]
+    if missing:
+        raise InputError(f"{folder} lacks {', '.join(missing)}")
 
 
 def open_folder(
@@ -188,6 +192,7 @@ def files_read(folder: Path, variant: str | None, without: Collection[str] = ())
     """
     family = Checkpoint(folder).family
     own = [folder / c for c in family.components if c not in without]
+    _require_configs(folder, {path.name: path for path in own})
     variant = settled_variant(own, variant)
     tokenizers = [folder / t / name for t in family.tokenizers.values() for name in TOKENIZER_FILES]
     alone = [folder / "model_index.json", folder / "scheduler" / "scheduler_config.json", *tokenizers]
