@@ -14,6 +14,7 @@ from typing import Any
 
 from turbochain.export import families
 from turbochain.export.families import Family
+from turbochain.runtime.bundle import lfs
 from turbochain.runtime.errors import InputError
 
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' name for a component's weights
@@ -196,15 +197,31 @@ def files_read(folder: Path, variant: str | None, without: Collection[str] = ())
     variant = settled_variant(own, variant)
     tokenizers = [folder / t / name for t in family.tokenizers.values() for name in TOKENIZER_FILES]
     alone = [folder / "model_index.json", folder / "scheduler" / "scheduler_config.json", *tokenizers]
-    return [p for p in alone if p.is_file()] + [p for part in own for p in part_files_read(part, variant)]
+    found = [p for p in alone if p.is_file()] + [p for part in own for p in _part_files(part, variant)]
+    _refuse_pointers(*found)
+    return found
 
 
 def part_files_read(folder: Path, variant: str | None) -> list[Path]:
     """Return the files of a component that an export reads; InputError if it has no weights."""
+    found = _part_files(folder, variant)
+    _refuse_pointers(*found)
+    return found
+
+
+def _part_files(folder: Path, variant: str | None) -> list[Path]:
     weights = weight_files(folder, variant)
     used = variant if any(f".{variant}" in path.name for path in weights) else None
     found = [folder / "config.json", *(_named(folder, stem, used)[1] for stem in STEMS), *weights]
     return [path for path in found if path.is_file()]
+
+
+def _refuse_pointers(*paths: Path) -> None:
+    """Raise InputError if one of the files is a Git LFS pointer."""
+    if pointers := [path for path in paths if lfs.is_pointer(path)]:
+        more = f" (and {len(pointers) - 1} more)" if len(pointers) > 1 else ""
+        folder = pointers[0].parent
+        raise InputError(f"{pointers[0]}{more} is a Git LFS pointer, not the file itself. {lfs.remedy(folder)}")
 
 
 def _found(folder: Path, variant: str | None) -> tuple[Path, ...]:
@@ -254,6 +271,7 @@ def _values(path: Path) -> int:
     except FileNotFoundError:
         raise InputError(f"{path} is missing; download the checkpoint again") from None
     except (OSError, SafetensorError) as error:
+        _refuse_pointers(path)
         raise InputError(f"{path} is damaged ({error}); download it again") from None
 
 
@@ -262,6 +280,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
+        _refuse_pointers(path)
         raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} cannot be read: a JSON object was expected")

@@ -110,6 +110,8 @@ class Bundle:
             if not self._is_plain(folder, name, source):
                 target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 writing.link(source, target)
+                if not os.path.samefile(source, target):
+                    hashing.check(folder, name, self.manifest.files[name], full=False)
         return folder
 
     def _is_plain(self, folder: Path, name: str, source: Path) -> bool:
