@@ -1,4 +1,4 @@
-"""A clone without Git LFS: pointers in place of files are refused with the way to fetch them, in checkpoints and bundles.
+"""A clone without Git LFS: pointers in place of files are refused, with the way to fetch them.
 
 The pointers are of the format's specification (git-lfs, docs/spec.md).
 """
