@@ -118,7 +118,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "model_index.json": lambda source: (source / "model_index.json").open("a").write("\n"),
     "scheduler/scheduler_config.json": lambda source: (source / "scheduler/scheduler_config.json").open("a").write(" "),
     "tokenizer/added_tokens.json": lambda source: (source / "tokenizer/added_tokens.json").write_text("{}"),
-    "vae/config.json": lambda source: (source / "vae/config.json").unlink(),
+    "vae/config.json": lambda source: (source / "vae/config.json").open("a").write("\n"),
 }
 
 
