@@ -113,7 +113,7 @@ class _Build:
         if self.old is None:
             return {}, {}
         for file in self.old.engine.files:
-            installed.link(self.old.folder / file, self.folder / file)
+            writing.link(self.old.folder / file, self.folder / file)
         return dict(self.old.engine.graphs), dict(self.old.engine.checks)
 
     def _arguments(self, chosen: dict[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from turbochain.engines import backends as builders
 from turbochain.engines.order import EngineOrder
 from turbochain.runtime import backends, selection
 from turbochain.runtime.backends import Device
-from turbochain.runtime.bundle import hashing, writing
+from turbochain.runtime.bundle import hashing
 from turbochain.runtime.bundle.manifest import Engine, EngineGraph, EngineKey
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.chain.opened import OpenChain
@@ -87,13 +85,3 @@ def lacks(engine: Engine, wanted: Collection[OpenChain], verified: bool) -> bool
     """Return whether an engine lacks a graph of these chains, or (if `verified`) the checks of one."""
     graphs = {name for chain in wanted for name in chain.graphs}
     return not graphs <= {*engine.graphs} or (verified and not {c.name for c in wanted} <= {*engine.checks})
-
-
-def link(source: Path, target: Path) -> None:
-    """Give a file a second name, or copy it if the file system cannot; `target` is replaced."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        with writing.atomic_write(target, size=source.stat().st_size) as file, source.open("rb") as original:
-            shutil.copyfileobj(original, file, 2**20)

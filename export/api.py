@@ -11,7 +11,9 @@ from pathlib import Path
 
 from turbochain.export import bundling
 from turbochain.export.order import ExportOrder, How, Recipe
-from turbochain.export.phases.phases import LOG, PhaseReport, Phases
+from turbochain.export.phases.bar import Phase
+from turbochain.export.phases.phases import LOG, SMALL, PhaseReport, Phases
+from turbochain.export.sources.digests import Digests
 from turbochain.runtime.bundle.lock import lock_directory
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.bundle.strict_json import plain
@@ -70,21 +72,42 @@ def make(order: ExportOrder, how: How, precision: str, reports: list[PhaseReport
     output = how.output
     if output.exists() and not is_bundle(output):
         raise InputError(f"{output} exists and is not a bundle: choose another path with -o")
-    recipe = None if is_bundle(order.source) else order.recipe(precision)
+    partial = output.with_name(output.name + ".partial")
+    digests = Digests(output, partial)
+    recipe = None if is_bundle(order.source) else _recipe(order, how, precision, digests)
     if not is_bundle(output):
-        partial = output.with_name(output.name + ".partial")
         with locked(partial, how.quiet) as lock:
             if not is_bundle(output):
                 if recipe is None:
                     bundling.copy(Bundle.open(order.source), partial, output)
                 else:
                     phases = Phases(lock, None if how.verbose else partial / LOG, how.quiet, reports)
-                    bundling.export(phases, order, recipe, partial, output, how.force)
-                yield _checked(output, order, recipe)  # the folder was renamed, so its lock is the bundle's now
+                    bundling.export(phases, order, recipe, digests, partial, output, how.force)
+                    recipe = order.recipe(precision, digests)  # a file that was too young to be remembered is not now
+                yield _checked(
+                    output, order, recipe, digests
+                )  # the folder was renamed, so its lock is the bundle's now
                 return
             partial.rmdir()  # the owner of the lock that we waited for made the bundle
     with locked(output, how.quiet):
-        yield _checked(output, order, recipe)
+        yield _checked(output, order, recipe, digests)
+
+
+def _recipe(order: ExportOrder, how: How, precision: str, digests: Digests) -> Recipe:
+    """Return the order's recipe, with a bar if that means reading much."""
+    files = order.files().values()
+    if (total := digests.unread(files)) > SMALL:
+        with Phase("hash the source", quiet=how.quiet) as phase:
+            done = 0
+
+            def progress(count: int) -> None:
+                nonlocal done
+                done += count
+                phase(done, total)
+
+            for path in files:
+                digests.record(path, progress)
+    return order.recipe(precision, digests)
 
 
 def is_bundle(path: str | Path) -> bool:
@@ -115,19 +138,37 @@ def locked(path: Path, quiet: bool) -> Iterator[int]:
         yield lock
 
 
-def _checked(path: Path, order: ExportOrder, recipe: Recipe | None) -> Bundle:
-    """Return the bundle at `path`; InputError if it is not what is ordered (`recipe` None: a bundle as the source)."""
+def _checked(path: Path, order: ExportOrder, recipe: Recipe | None, digests: Digests) -> Bundle:
+    """Return the bundle at `path`; InputError if it is not what is ordered (`recipe` None: a bundle as the source).
+
+    What is known of the source's files is left with the bundle.
+    """
     bundle, given = Bundle.open(path), order.given()
     have, wanted = bundle.manifest.request, plain(given if recipe is None else vars(recipe))
+    wanted.pop("files", None)
     left = {"precision", "vae_precision"} - set(given)  # by default the bundle's own
     other = [
         f"{name} is {have.get(name)!r} there and {value!r} here"
         for name, value in wanted.items()
         if name not in left and have.get(name) != value
     ]
-    other = [o if not o.startswith("stamp is") else f"the files of {order.source} have changed" for o in other]
+    if changed := _changed(have.get("files") or {}, order, recipe, digests):
+        several = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        other.append(f"files of the source have changed: {', '.join(changed[:3])}{several}")
     if recipe is None and Bundle.open(order.source).manifest.files != bundle.manifest.files:
         other = [f"its files are not those of {order.source}"]
     if other:
         raise InputError(f"{path} holds another build ({'; '.join(other)}): choose another path with -o")
+    digests.save(path)
     return bundle
+
+
+def _changed(before: dict[str, str], order: ExportOrder, recipe: Recipe | None, digests: Digests) -> list[str]:
+    """Return which of the files of the order's folders are not those that a bundle was made from, `before`."""
+    if recipe is not None:
+        now = recipe.files
+    else:  # the bundle is the source; only parts that are named beside it are compared
+        now = {name: digests.record(path).sha256 for name, path in order.part_files().items()}
+        parts = {name.partition("/")[0] for name in now}
+        before = {name: digest for name, digest in before.items() if name.partition("/")[0] in parts}
+    return sorted(name for name in {*now, *before} if now.get(name) != before.get(name))

@@ -1,5 +1,6 @@
 """Checkpoint → bundle: the export's phases, in a folder that is renamed when it is whole."""
 
+import json
 import shutil
 import sys
 from functools import partial
@@ -12,6 +13,7 @@ from turbochain.export.phases.phases import SMALL, Phases, now, versions
 from turbochain.export.phases.resume import STATE, Finished, empty, leave_nothing
 from turbochain.export.prepared import Prepared
 from turbochain.export.remedies import Remedy
+from turbochain.export.sources.digests import MEMORY, Digests
 from turbochain.runtime.bundle import hashing, strict_json, writing
 from turbochain.runtime.bundle.manifest import FORMAT_VERSION, REFERENCE, TEXT_TO_IMAGE, Graph, Manifest
 from turbochain.runtime.bundle.opened import Bundle
@@ -38,14 +40,16 @@ def copy(source: Bundle, folder: Path, output: Path) -> None:
     writing.install_directory(folder, output)
 
 
-def export(phases: Phases, order: ExportOrder, recipe: Recipe, folder: Path, output: Path, force: bool) -> None:
+def export(
+    phases: Phases, order: ExportOrder, recipe: Recipe, digests: Digests, folder: Path, output: Path, force: bool
+) -> None:
     """Make the bundle `output` of an order and its recipe, in the locked `folder`.
 
-    If the checkpoint cannot be exported, the folder is removed. If the disk is full, or a phase fails or is killed,
-    finished phases stay for the next export.
+    `digests`: what is known of the source's files, left in the folder. If the checkpoint cannot be exported, the
+    folder is removed. If the disk is full, or a phase fails or is killed, finished phases stay for the next export.
     """
     try:
-        _export(phases, order, recipe, folder, force)
+        _export(phases, order, recipe, digests, folder, force)
     except (InputError, PictureError) as error:
         if not isinstance(error, NoSpace) or not (folder / STATE).exists():
             leave_nothing(folder)
@@ -55,12 +59,14 @@ def export(phases: Phases, order: ExportOrder, recipe: Recipe, folder: Path, out
     writing.install_directory(folder, output)
 
 
-def _export(phases: Phases, order: ExportOrder, recipe: Recipe, folder: Path, force: bool) -> None:
+def _export(phases: Phases, order: ExportOrder, recipe: Recipe, digests: Digests, folder: Path, force: bool) -> None:
     _require_export()
     state = Finished(folder, strict_json.plain(recipe))
+    digests.save(folder)
     common = {"recipe": recipe, "folder": folder}
     load = partial(phases.run, "load", "turbochain.export.jobs:prepare", keep=True, order=order, force=force, **common)
-    prepared = convert(Prepared, state.once("prepare", load, lambda made: convert(Prepared, made).files))
+    place = json.dumps([str(source.local) for source in order.sources.values()])  # what lies elsewhere is loaded again
+    prepared = convert(Prepared, state.once(f"prepare {place}", load, lambda made: convert(Prepared, made).files))
     common["prepared"] = prepared
     run = partial(phases.run, keep=prepared.weight_bytes <= SMALL)
     judge = partial(run, "reference", "turbochain.export.jobs:reference", **common)
@@ -73,7 +79,7 @@ def _export(phases: Phases, order: ExportOrder, recipe: Recipe, folder: Path, fo
         trace = partial(run, phase, "turbochain.export.jobs:graphs", component=component, remedies=remedies, **common)
         graphs |= convert(dict[str, Graph], state.once(phase, trace, _files))
     text = strict_json.write(_manifest(recipe, prepared, graphs, state.records()))
-    keep = {*state.records(), "bundle.json"}
+    keep = {*state.records(), "bundle.json", MEMORY}
     writing.write_atomically(folder / "bundle.json", text)
     Bundle.open(folder)
     empty(folder, keep)

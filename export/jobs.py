@@ -13,7 +13,7 @@ from turbochain.export.prepared import Prepared
 from turbochain.export.remedies import Remedy, decide
 from turbochain.export.sources import Want, find, parts
 from turbochain.export.sources.checkpoint import Checkpoint, Part
-from turbochain.runtime.bundle.hashing import describe
+from turbochain.export.sources.digests import Digests
 from turbochain.runtime.bundle.manifest import REFERENCE, Graph, Origin, PartOrigin
 
 Progress = Callable[[int, int], None]
@@ -78,7 +78,7 @@ def graphs(
 
 def _origin(checkpoint: Checkpoint, folder: Path) -> Origin:
     """Return where the checkpoint came from, its licences copied into `folder`."""
-    weighty = checkpoint.family.components
+    weighty, known = checkpoint.family.components, Digests(folder)
     return Origin(
         source=checkpoint.source,
         pipeline_class=checkpoint.family.pipeline_class,
@@ -89,7 +89,7 @@ def _origin(checkpoint: Checkpoint, folder: Path) -> Origin:
                 variant=part.own_variant if name in weighty else None,
                 license=part.license,
                 terms=_copy_terms(part, folder, f"{name}-" if name in checkpoint.replaced else ""),
-                weights={path.name: describe(path) for path in part.weights} if name in weighty else {},
+                weights={path.name: known.record(path) for path in part.weights} if name in weighty else {},
             )
             for name, part in checkpoint.parts.items()
         },

@@ -1,19 +1,20 @@
 """What an export is asked for, checked in one place for the command line and for Python."""
 
-import hashlib
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from turbochain.export.families import Family, Shape, common
-from turbochain.export.sources import find
+from turbochain.export.sources import Source, find
+from turbochain.export.sources.checkpoint import files_read, part_files_read, settled_variant
+from turbochain.export.sources.digests import Digests
 from turbochain.export.sources.parts import TINY
 from turbochain.runtime.errors import InputError
 
 PRECISIONS = ("fp32", "fp16")
 VAE_PRECISIONS = ("fp32", "bf16")
+LOCAL = "a folder"
+"""The source in a recipe if it is a folder here: not its name but its files say what it is."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,17 @@ class ExportOrder:
         given = {"vae": self.vae}
         return {component: name for component, name in given.items() if name is not None}
 
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Return where parts are read from: "" → the checkpoint's source, component → that of what replaces its own.
+
+        The tiny VAE's source is not here: the checkpoint decides it. InputError if a name is of no kind.
+        """
+        return {"": find(self.source)} | {c: find(name, c) for c, name in self.parts.items() if name != TINY}
+
     def given(self) -> dict[str, Any]:
         """Return the fields of the recipe that were asked for explicitly."""
-        told = {c: name if name == TINY else find(name, c).name for c, name in self.parts.items()}
+        told = {c: name if name == TINY else _told(find(name, c)) for c, name in self.parts.items()}
         width, height = self.size or (None, None)
         fields = {
             **{"revision": self.revision, "variant": self.variant, "height": height, "width": width},
@@ -66,19 +75,42 @@ class ExportOrder:
         }
         return {name: value for name, value in fields.items() if value is not None}
 
-    def recipe(self, precision: str) -> "Recipe":
-        """Return the order with every default, `precision` among them; InputError if a source is of no kind."""
-        source = find(self.source)
-        replaced = {c: find(name, c).stamp for c, name in self.parts.items() if name != TINY}
-        return Recipe(source.name, _stamp({"": source.stamp, **replaced}), **{"precision": precision, **self.given()})
+    def part_files(self) -> dict[str, Path]:
+        """Return what an export reads of the parts that are folders here: name in the checkpoint → file."""
+        folders = {component: source.local for component, source in self.sources.items() if component and source.local}
+        return {
+            f"{component}/{path.name}": path
+            for component, folder in folders.items()
+            for path in part_files_read(folder, settled_variant([folder], self.variant))
+        }
+
+    def files(self) -> dict[str, Path]:
+        """Return what an export reads of all sources that are folders here: name in the checkpoint → file.
+
+        Licences and model cards do not count. Raises InputError if a source is of no kind, or lacks files.
+        """
+        folder, parts = find(self.source).local, self.part_files()
+        own = files_read(folder, self.variant, self.parts) if folder else []
+        if folder and self.vae == TINY:  # whether it decodes this checkpoint's latents
+            own.append(folder / "vae" / "config.json")
+        return {str(path.relative_to(folder)): path for path in own if folder} | parts
+
+    def recipe(self, precision: str, digests: Digests | None = None) -> "Recipe":
+        """Return the order with every default, `precision` among them.
+
+        `digests`: what is known of the files already. Raises InputError as `files`.
+        """
+        known = digests or Digests()
+        files = {name: known.record(path).sha256 for name, path in self.files().items()}
+        return Recipe(_told(find(self.source)), files, **{"precision": precision, **self.given()})
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What a bundle is made from and for, as the bundle tells it: `request` in bundle.json."""
 
-    source: str
-    stamp: str | None  # digest of what the parts' sources say of their files; None if their names say it all
+    source: str  # its name, or LOCAL
+    files: dict[str, str]  # what is read of the sources that are folders here: name in the checkpoint → digest
     precision: str
     revision: str | None = None
     variant: str | None = None
@@ -110,8 +142,5 @@ class How:
     verbose: bool = False  # show what the exporter and the libraries print
 
 
-def _stamp(stamps: Mapping[str, str | None]) -> str | None:
-    """Return one digest of the stamps of all parts."""
-    known = {part: stamp for part, stamp in stamps.items() if stamp is not None}
-    text = json.dumps(known, sort_keys=True)
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest() if known else None
+def _told(source: Source) -> str:
+    return LOCAL if source.local else source.name

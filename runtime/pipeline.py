@@ -72,17 +72,20 @@ class Pipeline:
         engine: str | None = None,
         engines: str | Path | None = None,
         threads: int | None = None,
+        trust_engines: bool = False,
         prompt_cache_bytes: int = PROMPT_CACHE_BYTES,
     ) -> "Pipeline":
         """Open a bundle's best engine for this machine, with every file hashed first, and load the graphs of `chain`.
 
-        `backend`, `device`: the best one of these. `engine`: the one of this folder name. `engines`: the folder with
-        the engines (default: the bundle's engines/, and the user's cache). `threads`: how many CPU threads one launch
-        may use (None: the backend's own choice). `prompt_cache_bytes`: bound of the prompt embeddings that are kept.
-        Raises BundleError if the bundle is damaged or has no engine that fits, BackendMissing if the backend is not
-        installed, VerificationError if an engine that was built on another machine fails its checks on this one.
+        `path`: a folder, or a bundle on the hub as OWNER/NAME or OWNER/NAME@REVISION, which is downloaded unless the
+        hub's cache has it. `trust_engines`: also use the engines that came with a bundle from the hub: an engine may
+        be code. `backend`, `device`: the best one of these. `engine`: the one of this folder name. `engines`: the
+        folder with the engines (default: the bundle's engines/, and the user's cache). `threads`: how many CPU threads
+        one launch may use (None: the backend's own choice). `prompt_cache_bytes`: bound of the prompt embeddings that
+        are kept. Raises BundleError if the bundle is damaged or has no engine that fits, BackendMissing if the backend
+        is not installed, VerificationError if an engine that was built on another machine fails its checks on this one.
         """
-        bundle = Bundle.open(path)
+        bundle = Bundle.open(path, trust_engines=trust_engines)
         found = selection.select(bundle.open_chain(chain), backend, device, engine, engines)
         executor = selection.open_executor(bundle, found, device=device, threads=threads)
         pipe = cls(bundle, found, executor, prompt_cache_bytes=prompt_cache_bytes)

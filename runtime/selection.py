@@ -11,6 +11,7 @@ from turbochain.runtime.backends.contract import Executor, Opened
 from turbochain.runtime.bundle import hashing
 from turbochain.runtime.bundle.manifest import Engine, EngineKey
 from turbochain.runtime.bundle.opened import Bundle
+from turbochain.runtime.bundle.paths import blobs
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.errors import BundleError, InputError
 
@@ -29,16 +30,21 @@ class Found:
 
 
 def folders(bundle: Bundle, engines: str | Path | None = None) -> list[Path]:
-    """Return where engines of the bundle are looked for: `engines`, or the bundle's own folder and the user's cache."""
-    return [Path(engines)] if engines is not None else [bundle.path / "engines", _cache(bundle)]
+    """Return where engines of the bundle are looked for: `engines`, or its own folder, if trusted, and the cache."""
+    own = [bundle.path / "engines"] if bundle.trusts_engines else []
+    return [Path(engines)] if engines is not None else [*own, _cache(bundle)]
 
 
 def folder_to_write(bundle: Bundle, engines: str | Path | None = None) -> Path:
-    """Return where an engine is built: `engines`, the bundle's own folder, or the user's cache if that is read-only."""
+    """Return where an engine is built: `engines`, the bundle's own folder, or the user's cache.
+
+    The cache is for a bundle that is read-only, or lies in the hub's cache.
+    """
     own, cache = bundle.path / "engines", _cache(bundle)
     if engines is not None:
         return Path(engines)
-    return own if os.access(own if own.exists() else bundle.path, os.W_OK) else cache
+    writable = blobs(bundle.path) is None and os.access(own if own.exists() else bundle.path, os.W_OK)
+    return own if writable else cache
 
 
 def _cache(bundle: Bundle) -> Path:
@@ -127,7 +133,9 @@ def select(
         return max(fitting, key=lambda found: (_rank(found.engine.key), found.engine.created))
     if backend is None:
         backends.best(device)  # with no backend at all, its `pip install` line is what helps
-    why = "; ".join(reasons) or "it has none"
+    why = "; ".join(reasons) or (
+        "it has none" if bundle.trusts_engines else "those that come with a bundle of the hub need --trust-engines"
+    )
     command = _command(bundle, backend, device, engines)
     raise BundleError(f"{bundle.path} has no engine for this machine ({why}); build one: {command}")
 

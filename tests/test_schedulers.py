@@ -20,9 +20,11 @@ from test_parity import PROMPTS, assert_same_picture, load_diffusers, one_thread
 from turbochain.engines import build
 from turbochain.export import bundling
 from turbochain.export.order import ExportOrder
+from turbochain.export.sources.digests import Digests
 from turbochain.runtime import Bundle, Pipeline, VerificationError
 from turbochain.runtime.bundle import hashing, strict_json
 from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
+from turbochain.runtime.errors import PhaseDied
 
 __all__ = ["one_thread"]  # a fixture that every test here uses
 
@@ -86,7 +88,7 @@ def export_with(
     folder = output.with_name("partial")
     folder.mkdir()
     phases = Here(0, None, True, [], donor=donor, traced=traced)
-    bundling.export(phases, order, order.recipe("fp32"), folder, output, True)
+    bundling.export(phases, order, order.recipe("fp32"), Digests(), folder, output, True)
     made = Bundle.open(output)
     (engine,) = (e for e in donor.engines().values() if not isinstance(e, Exception))
     graphs = {name: vars(engine.graphs[name]) | {"digest": made.graph_digest(name)} for name in made.manifest.graphs}
@@ -182,3 +184,33 @@ def test_a_wrong_number_of_a_table_with_history_is_refused(made: tuple[Path, Pat
         with pytest.raises(VerificationError, match=r"schedule: relative_l2 is .*image: "):
             Pipeline.load(copy)
             pytest.fail(what)
+
+
+@dataclass
+class Dying(Here):
+    """Phases of which the first export of a graph dies."""
+
+    def _copy(self, component: str, folder: Path) -> Any:
+        raise PhaseDied(component)
+
+
+def test_an_export_goes_on_from_a_copy_of_its_source(
+    bundle_of: BundleFactory, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """One that was killed, of a source that is elsewhere by then; what lay there first is not read again."""
+    donor, folder, output = Bundle.open(bundle_of("sd")), tmp_path / "partial", tmp_path / "x.bundle"
+    first = shutil.copytree(checkpoints["sd"], tmp_path / "first")
+    order = ExportOrder(str(first), "fp32", size=SIZE, steps=(1,))
+    folder.mkdir()
+    with pytest.raises(PhaseDied):
+        bundling.export(
+            Dying(0, None, True, [], donor=donor), order, order.recipe("fp32"), Digests(), folder, output, True
+        )
+    recorded = (folder / "reference.safetensors").stat()
+    second = first.rename(tmp_path / "second")
+    order = ExportOrder(str(second), "fp32", size=SIZE, steps=(1,))
+    bundling.export(Here(0, None, True, [], donor=donor), order, order.recipe("fp32"), Digests(), folder, output, True)
+    made = Bundle.open(output)
+    made.check_files(full=True)
+    assert made.manifest.checkpoint.source == "second" and "first" not in (output / "bundle.json").read_text()
+    assert os.path.samestat((output / "reference.safetensors").stat(), recorded)

@@ -68,7 +68,7 @@ def measure_ranges(bundle: Bundle, name: str, progress: Progress) -> dict[str, l
     """Return convolution → the least and the greatest value that it reads, over all recorded runs of the graph."""
     library, graph = openvino.library(), bundle.manifest.graphs[name]
     ops = library.opset13
-    model = openvino.core().read_model(bundle.path / graph.file)
+    model = openvino.core().read_model(bundle.plain(name) / graph.file)
     openvino_model.prepare(model)
     found = openvino_model.convolutions(model)
     axes = ops.constant(np.arange(4))

@@ -59,7 +59,7 @@ def compile(task: Task) -> list[str]:
     Raises TurbochainError, with every reason that TensorRT gives, if it cannot build the graph; InputError for an
     option that this library does not have. An exception from `progress` stops the build.
     """
-    path = task.bundle.path / task.bundle.manifest.graphs[task.graph].file
+    path = task.bundle.plain(task.graph) / task.bundle.manifest.graphs[task.graph].file
     serialized = serialize(path, task.graph, task.options, task.device, task.cache, task.progress, _show)
     name = engine_file(task.graph)
     with writing.atomic_write(task.folder / name, size=serialized.nbytes) as file:

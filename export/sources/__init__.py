@@ -57,8 +57,8 @@ class Source(Protocol):
         """Return the name as the bundle tells it: a hub id, a folder's name without its path, …."""
 
     @property
-    def stamp(self) -> str | None:
-        """Return a text that changes if the files do; None if the name and the revision say it all."""
+    def local(self) -> Path | None:
+        """Return the folder here whose files may change at any time; None if name and revision say what they are."""
 
     @property
     def tiny_vae(self) -> "Source | None":

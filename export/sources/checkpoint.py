@@ -6,7 +6,7 @@ Whatever its source, it ends as a `Checkpoint` whose files have been looked at b
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +14,18 @@ from typing import Any
 
 from turbochain.export import families
 from turbochain.export.families import Family
+from turbochain.runtime.bundle import lfs
 from turbochain.runtime.errors import InputError
 
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' name for a component's weights
 LIBRARIES = ("diffusers", "transformers")  # model_index.json can name any module; no other is imported
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 TERMS = ("LICENSE*", "LICENCE*", "README.md")  # licence and model card
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt"),
+)
+"""What transformers may read of a tokenizer's folder."""
 
 
 @dataclass(frozen=True)
@@ -119,15 +125,19 @@ def check_configs(checkpoint: Checkpoint) -> None:
     folder, family = checkpoint.folder, checkpoint.family
     if unnamed := [part for part in checkpoint.parts if not _is_class(checkpoint.index.get(part))]:
         raise InputError(f"{folder}/model_index.json names no class of {' or '.join(LIBRARIES)} as {unnamed[0]}")
-    missing = [c for c in family.components if not (checkpoint.parts[c].folder / "config.json").is_file()]
-    if missing:
-        raise InputError(f"{folder} lacks {', '.join(f'{c}/config.json' for c in missing)}")
+    _require_configs(folder, {c: checkpoint.parts[c].folder for c in family.components})
     try:
         problems = family.check(checkpoint.configs)
     except KeyError as error:
         raise InputError(f"{folder} is not supported: a config.json in it lacks the key {error}") from None
     if problems:
         raise InputError(f"{folder} is not supported: " + "; ".join(problems))
+
+
+def _require_configs(folder: Path, components: Mapping[str, Path]) -> None:
+    missing = [f"{c}/config.json" for c, path in components.items() if not (path / "config.json").is_file()]
+    if missing:
+        raise InputError(f"{folder} lacks {', '.join(missing)}")
 
 
 def open_folder(
@@ -176,16 +186,58 @@ def weight_files(folder: Path, variant: str | None) -> tuple[Path, ...]:
     raise InputError(f"{folder} has no safetensors weights{named}{hint}")
 
 
+def files_read(folder: Path, variant: str | None, without: Collection[str] = ()) -> list[Path]:
+    """Return the files of a checkpoint that an export reads, but for its licence and model card.
+
+    `without`: components that are read elsewhere. Raises InputError if it is no checkpoint, or weights are missing.
+    """
+    family = Checkpoint(folder).family
+    own = [folder / c for c in family.components if c not in without]
+    _require_configs(folder, {path.name: path for path in own})
+    variant = settled_variant(own, variant)
+    tokenizers = [folder / t / name for t in family.tokenizers.values() for name in TOKENIZER_FILES]
+    alone = [folder / "model_index.json", folder / "scheduler" / "scheduler_config.json", *tokenizers]
+    found = [p for p in alone if p.is_file()] + [p for part in own for p in _part_files(part, variant)]
+    _refuse_pointers(*found)
+    return found
+
+
+def part_files_read(folder: Path, variant: str | None) -> list[Path]:
+    """Return the files of a component that an export reads; InputError if it has no weights."""
+    found = _part_files(folder, variant)
+    _refuse_pointers(*found)
+    return found
+
+
+def _part_files(folder: Path, variant: str | None) -> list[Path]:
+    weights = weight_files(folder, variant)
+    used = variant if any(f".{variant}" in path.name for path in weights) else None
+    found = [folder / "config.json", *(_named(folder, stem, used)[1] for stem in STEMS), *weights]
+    return [path for path in found if path.is_file()]
+
+
+def _refuse_pointers(*paths: Path) -> None:
+    """Raise InputError if one of the files is a Git LFS pointer."""
+    if pointers := [path for path in paths if lfs.is_pointer(path)]:
+        more = f" (and {len(pointers) - 1} more)" if len(pointers) > 1 else ""
+        folder = pointers[0].parent
+        raise InputError(f"{pointers[0]}{more} is a Git LFS pointer, not the file itself. {lfs.remedy(folder)}")
+
+
 def _found(folder: Path, variant: str | None) -> tuple[Path, ...]:
-    infix = f".{variant}" if variant else ""
     for stem in STEMS:
-        single = folder / f"{stem}{infix}.safetensors"
+        single, index = _named(folder, stem, variant)
+        if index.is_file() and (stem == STEMS[0] or not single.is_file()):  # of both diffusers reads the shards
+            return _shards(index)
         if single.is_file():
             return (single,)
-        index = folder / f"{stem}.safetensors.index{infix}.json"
-        if index.is_file():
-            return _shards(index)
     return ()
+
+
+def _named(folder: Path, stem: str, variant: str | None) -> tuple[Path, Path]:
+    """Return the paths of weights in one file, and of the index of weights in several."""
+    infix = f".{variant}" if variant else ""
+    return folder / f"{stem}{infix}.safetensors", folder / f"{stem}.safetensors.index{infix}.json"
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
@@ -219,6 +271,7 @@ def _values(path: Path) -> int:
     except FileNotFoundError:
         raise InputError(f"{path} is missing; download the checkpoint again") from None
     except (OSError, SafetensorError) as error:
+        _refuse_pointers(path)
         raise InputError(f"{path} is damaged ({error}); download it again") from None
 
 
@@ -227,6 +280,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
+        _refuse_pointers(path)
         raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} cannot be read: a JSON object was expected")

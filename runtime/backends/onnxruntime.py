@@ -220,7 +220,7 @@ def _shrink_arena() -> None:
 
 
 def _session(bundle: Bundle, graph: str, options: Any, providers: list[Any], without: Sequence[str] = ()) -> Any:
-    path = bundle.path / bundle.manifest.graphs[graph].file
+    path = bundle.plain(graph) / bundle.manifest.graphs[graph].file
     if hasattr(_library(), "preload_dlls") and providers != ["CPUExecutionProvider"]:
         _library().preload_dlls()  # CUDA's and cuDNN's, where pip has installed them
     try:

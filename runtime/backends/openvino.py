@@ -108,14 +108,15 @@ class OpenVino(CpuExecutor):
         bundle, options = self.opened.bundle, self.opened.options
         entry = bundle.manifest.graphs[graph]
         backends.require_precision("openvino", self.device, entry.precision)
-        path = bundle.path / entry.file
+        folder = bundle.plain(graph)
+        path = folder / entry.file
         try:
             model = core().read_model(path)  # weights are mapped from the bundle
             openvino_model.prepare(model, self.rewrites)
             if in_int8(entry, options):
                 ranges = json.loads((self.opened.folder / ranges_file(graph)).read_text())
                 openvino_model.quantize(model, ranges)
-            with _few_pages({str((bundle.path / file).resolve()) for file in entry.data}):
+            with _few_pages({str((folder / file).resolve()) for file in entry.data}):
                 compiled = core().compile_model(model, "CPU", self.properties(entry, model))
         except Exception as error:  # OpenVINO raises RuntimeError and its own
             raise _failure(f"cannot load {path}", error) from error

@@ -142,7 +142,7 @@ class TensorRt(GpuExecutor):
         if options.get("strip_plan"):
             refitter = trt.Refitter(engine, log)
             source = trt.OnnxParserRefitter(refitter, log)
-            if not source.refit_from_file(str(bundle.path / entry.file)) or not refitter.refit_cuda_engine():
+            if not source.refit_from_file(str(bundle.plain(graph) / entry.file)) or not refitter.refit_cuda_engine():
                 raise self._failure(log, f"cannot put the weights of {entry.file} into {path}", size)
         _check_ends(engine, entry, path)
         context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from turbochain.runtime.bundle import hashing
-from turbochain.runtime.bundle.paths import resolve_inside
+from turbochain.runtime.bundle.paths import AnyPath, blobs, resolve_inside
 from turbochain.runtime.errors import BundleError
 
 # Every message of onnx.proto that can hold a TensorProto: {message: {field number: message}}.
@@ -64,21 +64,20 @@ def external_locations(path: str | os.PathLike[str]) -> set[str]:
     return found
 
 
-def check_external(
-    root: str | os.PathLike[str], relative_onnx: str, allowed: Collection[str], sha256: str | None = None
-) -> None:
+def check_external(root: AnyPath, relative_onnx: str, allowed: Collection[str], sha256: str | None = None) -> None:
     """Raise BundleError unless each location in the .onnx file names, from its folder, an allowed file.
 
     `relative_onnx` and `allowed` are relative to `root`. A location with ".." is refused wherever it leads,
     as ONNX Runtime does. So is an .onnx file behind a symbolic link, since readers differ in the folder that
-    they then start from.
+    they then start from; only in the hub's cache it may be one, for there no reader meets it (`Bundle.plain`).
 
     `sha256` is the file's digest if it was verified just now. The locations that the file has are then kept
     under it with the hash stamps, and not looked for again in any file with that digest. A stamp can only
     save work: if it is damaged, or does not lead to allowed files, the file itself is read.
     """
     path = resolve_inside(root, relative_onnx)
-    if str(path) != os.path.join(os.path.realpath(root), os.path.normpath(relative_onnx)):
+    named = Path(os.path.realpath(root), os.path.normpath(relative_onnx))
+    if path != named and path.parent != blobs(root):
         raise BundleError(f"{relative_onnx!r} is behind a symbolic link, which an ONNX graph must not be")
     stamped = None if sha256 is None else _stamped(sha256)
     if stamped is not None and _problem(root, relative_onnx, stamped, allowed) is None:
@@ -93,9 +92,7 @@ def check_external(
         _leave_stamp(path, sha256, locations)
 
 
-def _problem(
-    root: str | os.PathLike[str], relative_onnx: str, locations: Collection[str], allowed: Collection[str]
-) -> str | None:
+def _problem(root: AnyPath, relative_onnx: str, locations: Collection[str], allowed: Collection[str]) -> str | None:
     for location in sorted(locations):
         target = posixpath.join(posixpath.dirname(relative_onnx), location)
         try:

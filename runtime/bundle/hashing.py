@@ -12,14 +12,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from turbochain.runtime.bundle import lfs
 from turbochain.runtime.bundle.paths import AnyPath, resolve_inside
 from turbochain.runtime.bundle.writing import write_atomically
 from turbochain.runtime.errors import BundleError
 
 CHUNK = 64 * 2**20  # bytes hashed as one; a file of at most this size has its plain SHA-256 as digest
 _READ = 2**18  # stays in a core's L2 cache between the read and the hash
-_SETTLED = 2 * 10**9  # ns; a file younger than a coarse clock's tick may change again and look the same
+SETTLED = 2 * 10**9  # ns; a file younger than a coarse clock's tick may change again and look the same
 _Progress = Callable[[int], None]
+
+
+class _Pointer(BundleError):
+    """A file was not fetched by Git LFS."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,16 @@ def check_all(
     its last hash left in the user's cache folder, unless `full`. A stamp can only vouch for a file, never
     accuse it. `progress` is as in `digest`.
     """
-    problems, hashing, started = [], [], time.time_ns()
+    problems, hashing, started, pointers = [], [], time.time_ns(), False
     with _hashers() as pool:
         for relative, record in records.items():
             try:
                 path, status = _right_size(root, relative, record)
                 if full or record.size <= CHUNK or not _is_stamped(path, status, record.sha256):
                     hashing.append((relative, record, path, status, _start(pool, path, record.size)))
+            except _Pointer as problem:
+                pointers = True
+                problems.append(str(problem))
             except BundleError as problem:
                 problems.append(str(problem))
         for relative, record, path, status, parts in hashing:
@@ -77,11 +85,12 @@ def check_all(
             if found != record.sha256:
                 hashes = f"its SHA-256 is {found}, the manifest says {record.sha256}"
                 problems.append(f"{relative!r} is damaged: {hashes}")
-            elif record.size > CHUNK and started - status.st_ctime_ns > _SETTLED:
+            elif record.size > CHUNK and started - status.st_ctime_ns > SETTLED:
                 _leave_stamp(path, status, found)
     if problems:
         several = f"{len(problems)} files are not what the manifest says: " if len(problems) > 1 else ""
         remedy = "Copy the bundle again, or remove it and run build-engine SOURCE again."
+        remedy = lfs.remedy(root) if pointers else remedy
         raise BundleError(f"in the bundle {root}, {several}{'; '.join(problems)}. {remedy}")
 
 
@@ -128,6 +137,8 @@ def _right_size(root: AnyPath, relative: str, record: FileRecord) -> tuple[Path,
         raise BundleError(f"{relative!r} {what}") from None
     if not stat.S_ISREG(status.st_mode):
         raise BundleError(f"{relative!r} is not a regular file")
+    if status.st_size != record.size and lfs.is_pointer(path):
+        raise _Pointer(f"{relative!r} is a Git LFS pointer, not the file itself")
     if status.st_size != record.size:
         how = "is truncated" if status.st_size < record.size else "is too long"
         sizes = f"it has {status.st_size} bytes, the manifest says {record.size}"

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from turbochain.runtime.bundle import external_data, hashing, strict_json
+from turbochain.runtime.bundle import external_data, hashing, hub, strict_json, writing
 from turbochain.runtime.bundle.manifest import (
     DTYPES,
     PRECISIONS,
@@ -15,6 +16,7 @@ from turbochain.runtime.bundle.manifest import (
     Engine,
     Manifest,
 )
+from turbochain.runtime.bundle.paths import blobs, resolve_inside
 from turbochain.runtime.chain import wiring
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.errors import BundleError, InputError
@@ -26,19 +28,25 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    trusts_engines: bool = True  # whether engines that came with it are used: those in its engines/
 
     @classmethod
-    def open(cls, path: str | Path) -> "Bundle":
-        """Read and check the manifest; raises BundleError with every problem that it has."""
-        path = Path(path)
-        if not path.is_dir():
+    def open(cls, path: str | Path, *, trust_engines: bool = False) -> "Bundle":
+        """Read and check the manifest; raises BundleError with every problem that it has.
+
+        `path`: a folder, or a hub id (see `hub.folder`). Engines that came with a bundle from the hub are not used
+        unless `trust_engines`.
+        """
+        folder = hub.folder(path, engines=trust_engines)
+        if not folder.is_dir():
             raise BundleError(
                 f"{path} is not a bundle: there is no such folder; build one: build-engine SOURCE -o {path}"
             )
-        bundle = cls(path, strict_json.read(Manifest, path / "bundle.json"))
+        trusted = trust_engines or blobs(folder) is None
+        bundle = cls(folder, strict_json.read(Manifest, folder / "bundle.json"), trusted)
         problems = bundle._problems()
         if problems:
-            raise BundleError(f"{path / 'bundle.json'} is not valid: " + "; ".join(problems))
+            raise BundleError(f"{folder / 'bundle.json'} is not valid: " + "; ".join(problems))
         return bundle
 
     def _problems(self) -> list[str]:
@@ -86,6 +94,35 @@ class Bundle:
             if graph.file in names:
                 known = None if full else self.manifest.files[graph.file].sha256
                 external_data.check_external(self.path, graph.file, graph.data, known)
+
+    def plain(self, graph: str) -> Path:
+        """Return the folder in which a graph's files, already hashed, are no symbolic links; for a library to read.
+
+        It is the bundle's. Of a bundle in the hub's cache, where libraries refuse data that lies in another folder than
+        the .onnx file, it is one in the user's cache, with hard links, or copies where the file system has none.
+        Raises InputError if that cannot be written.
+        """
+        if blobs(self.path) is None:
+            return self.path
+        folder = hashing.user_cache() / "bundles" / self.id
+        for name in self.manifest.graphs[graph].files:
+            source, target = resolve_inside(self.path, name), folder / name
+            if not self._is_plain(folder, name, source):
+                target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                writing.link(source, target)
+                if not os.path.samefile(source, target):
+                    hashing.check(folder, name, self.manifest.files[name], full=False)
+        return folder
+
+    def _is_plain(self, folder: Path, name: str, source: Path) -> bool:
+        """Return whether the folder has a file of the bundle: as the same file, or as a copy."""
+        try:
+            if not os.path.islink(folder / name) and os.path.samefile(folder / name, source):
+                return True
+            hashing.check(folder, name, self.manifest.files[name], full=False)
+        except (OSError, BundleError):
+            return False
+        return True
 
     def graph_digest(self, name: str) -> str:
         """Return one digest for a graph's files: SHA-256 over their SHA-256 digests in order (hex)."""

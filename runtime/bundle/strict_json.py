@@ -12,6 +12,7 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
+from turbochain.runtime.bundle import lfs
 from turbochain.runtime.bundle.manifest import FEATURES, FORMAT_VERSION
 from turbochain.runtime.errors import BundleError
 
@@ -25,6 +26,8 @@ def read(kind: type[T], path: Path) -> T:
     except FileNotFoundError:
         raise BundleError(f"{path.parent} is not a bundle: it has no {path.name}") from None
     except (OSError, ValueError, RecursionError) as error:
+        if lfs.is_pointer(path):
+            raise BundleError(f"{path} is a Git LFS pointer, not the file itself. {lfs.remedy(path.parent)}") from None
         raise BundleError(f"{path} cannot be read: {error}") from None
     _check_version(value, path)
     _check_features(value, path)

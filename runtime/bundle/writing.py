@@ -51,6 +51,17 @@ def write_atomically(path: AnyPath, data: bytes | str) -> None:
         file.write(raw)
 
 
+def link(source: AnyPath, target: AnyPath) -> None:
+    """Give a file a second name, or copy it if the file system cannot; `target` is replaced. Raises InputError."""
+    with suppress(FileNotFoundError):
+        os.unlink(target)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links; or another process was quicker
+        with atomic_write(target, size=os.path.getsize(source)) as file, open(source, "rb") as original:
+            shutil.copyfileobj(original, file, 2**20)
+
+
 def install_directory(temporary: AnyPath, final: AnyPath) -> None:
     """Make everything in `temporary` durable, then rename it to `final`, on the same file system.
 

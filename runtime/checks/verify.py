@@ -63,13 +63,14 @@ def verify_bundle(
     engine: str | None = None,
     engines: str | Path | None = None,
     threads: int | None = None,
+    trust_engines: bool = False,
 ) -> tuple[str, list[Check]]:
     """Hash every file of a bundle again and verify a chain with its best engine for this machine, or with `engine`.
 
     Return the engine's name and the checks. This is the Python twin of `turbochain verify`. Raises what Pipeline.load
     raises; `require` raises if a check failed.
     """
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path, trust_engines=trust_engines)
     bundle.check_files(full=True)
     opened = bundle.open_chain(chain)
     found = selection.select(opened, backend, device, engine, engines)

@@ -69,11 +69,19 @@ def bench(
     engine: str | None = None,
     engines: str | Path | None = None,
     threads: int | None = None,
+    trust_engines: bool = False,
 ) -> BenchResult:
     """Time `runs` calls after `warmup` calls that are not counted. Raises what Pipeline.load raises."""
     start = time.perf_counter()
     pipe = Pipeline.load(
-        path, chain=chain, backend=backend, device=device, engine=engine, engines=engines, threads=threads
+        path,
+        chain=chain,
+        backend=backend,
+        device=device,
+        engine=engine,
+        engines=engines,
+        threads=threads,
+        trust_engines=trust_engines,
     )
     loaded = time.perf_counter()
     with pipe:

@@ -51,7 +51,10 @@ def _command(commands: Any, name: str, function: console.Command, text: str, *, 
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(command=function)
     console.add_debug(parser)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", help="a folder, or a bundle on the hub as OWNER/NAME or OWNER/NAME@REVISION")
+    parser.add_argument(
+        "--trust-engines", action="store_true", help="use the engines of a bundle from the hub: they may be code"
+    )
     if machine:
         parser.add_argument("--backend", help="default: the best engine in the bundle that fits this machine")
         parser.add_argument("--device", help="default: the backend's own choice")
@@ -64,7 +67,7 @@ def _command(commands: Any, name: str, function: console.Command, text: str, *, 
     return parser
 
 
-MACHINE = ("chain", "backend", "device", "engine", "engines", "threads")
+MACHINE = ("chain", "backend", "device", "engine", "engines", "threads", "trust_engines")
 
 
 def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -125,7 +128,7 @@ def checks_table(checks: Sequence[Check]) -> str:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    bundle = Bundle.open(arguments.bundle)
+    bundle = Bundle.open(arguments.bundle, trust_engines=arguments.trust_engines)
     print(json.dumps(as_json(bundle), indent=2) if arguments.json else as_text(bundle))
 
 

@@ -36,13 +36,14 @@ def profile(
     engine: str | None = None,
     engines: str | Path | None = None,
     threads: int | None = None,
+    trust_engines: bool = False,
 ) -> dict[str, list[Operator]]:
     """Return graph → its operators by kind, the slowest first: means over `runs` pictures, by the backend's profiler.
 
     `engine`: the one with this folder name. A profiled graph is slower than one that is not. Raises what Pipeline.load
     raises, and InputError on a GPU.
     """
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path, trust_engines=trust_engines)
     opened = bundle.open_chain(chain)
     found = selection.select(opened, backend, device, engine, engines)
     if found.engine.key.device != "cpu":

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ON, ON_ARGUMENTS, command
+from conftest import ON, ON_ARGUMENTS, called, command
 from safetensors.numpy import load_file as read_tables
 from safetensors.numpy import save as save_tables
 from safetensors.torch import load_file, save_file
 from second_chain import record
 
 from turbochain.engines import build
-from turbochain.runtime import Bundle, InputError, Pipeline
+from turbochain.export.sources.digests import MEMORY
+from turbochain.runtime import Bundle, Pipeline
 from turbochain.runtime.bundle import strict_json
 from turbochain.runtime.bundle.manifest import Engine
 
@@ -204,20 +205,30 @@ def test_a_bundle_does_not_tell_where_it_was_built(sd: Path, checkpoints: dict[s
 
 
 def test_a_changed_source_is_noticed(sd: Path, checkpoints: dict[str, Path], copy_of, tmp_path: Path) -> None:
-    source, bundle = tmp_path / "elsewhere" / checkpoints["sd"].name, copy_of(sd)
-    shutil.copytree(checkpoints["sd"], source)  # the same names, sizes and times: the same source
+    """`cd checkpoint; build-engine .`: the bundle lies in its source."""
+    source = tmp_path / "a-copy"
+    shutil.copytree(checkpoints["sd"], source, copy_function=shutil.copyfile)
+    bundle = copy_of(sd).rename(source / "a-copy.bundle")
 
-    def again() -> Any:
-        return build(str(source), bundle, size=(64, 64), quiet=True, **ON)
+    def again() -> subprocess.CompletedProcess[str]:
+        return called("build-engine", ".", "--size", "64x64", *ON_ARGUMENTS, cwd=source)
 
-    before = sizes(bundle)
-    assert again().phases == []
-    os.utime(source / "unet/config.json")
-    with pytest.raises(
-        InputError, match=r"holds another build \(the files of .* have changed\): choose another path with -o"
-    ):
-        again()
-    assert sizes(bundle) == before
+    def state() -> dict[str, tuple[int, int]]:
+        return {name: found for name, found in sizes(bundle).items() if name != MEMORY}
+
+    before = state()
+    for stray in (".DS_Store", "README.md", "unet/x.safetensors"):
+        (source / stray).write_text("x")
+        done = again()
+        assert done.returncode == 0 and "a-copy.bundle: nothing to do: it is built and verified already" in done.stdout
+    (source / "unet/config.json").open("a").write("\n")
+    weights = source / "vae/diffusion_pytorch_model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    done = again()
+    changed = "unet/config.json, vae/diffusion_pytorch_model.safetensors"
+    expected = f"a-copy.bundle holds another build (files of the source have changed: {changed}): choose another path"
+    assert done.returncode == 2 and expected in done.stderr and state() == before
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +268,8 @@ def test_a_full_disk_a_kill_and_two_at_once(fp16_only: Path, tmp_path: Path) -> 
     """
     (tmp_path / "disk").mkdir()
     own = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", STORY, "sh"]
-    line = [BUILD, fp16_only, "-o", "disk/x.bundle", "--size", "64x64", "--steps", "1,2", *ON_ARGUMENTS]
+    shutil.copytree(fp16_only, tmp_path, dirs_exist_ok=True)  # the bundle lies in its source
+    line = [BUILD, ".", "-o", "disk/x.bundle", "--size", "64x64", "--steps", "1,2", *ON_ARGUMENTS]
     done = subprocess.run([*own, *line], cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.stdout.split() == TOLD.split(), done
     full, killed, first, second = ((tmp_path / name).read_text() for name in ("full", "killed", "first", "second"))

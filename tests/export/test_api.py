@@ -77,15 +77,3 @@ def test_an_order_lists_every_problem() -> None:
         ExportOrder("demo", precision="int8", vae_precision="fp16", size=(100, 64), batch=0, steps=(0,), opset=3)
     words = ("precision 'int8'", "'fp16' of the VAE", "size 100x64", "batch 0", "steps [0]", "opset 3")
     assert all(word in str(caught.value) for word in words)
-
-
-def test_the_stamp_is_of_all_parts(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    source, vae = str(checkpoints["sd"]), tmp_path / "vae"
-    vae.mkdir()
-    (vae / "config.json").write_text("{}")
-    stamps = [ExportOrder(source).recipe("fp32").stamp, ExportOrder(source, vae=str(vae)).recipe("fp32").stamp]
-    (vae / "config.json").write_text("{ }")
-    stamps.append(ExportOrder(source, vae=str(vae)).recipe("fp32").stamp)
-    stamps.append(ExportOrder(str(checkpoints["sdxl"]), vae=str(vae)).recipe("fp32").stamp)
-    assert len(set(stamps)) == 4 and None not in stamps
-    assert ExportOrder("owner/name", vae="tiny").recipe("fp32").stamp is None

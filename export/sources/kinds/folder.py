@@ -18,10 +18,9 @@ class Folder:
         return self.path.name
 
     @property
-    def stamp(self) -> str:
-        """Return a line for each file: its name, size and time."""
-        seen = sorted((str(p.relative_to(self.path)), p.stat()) for p in self.path.rglob("*") if p.is_file())
-        return "\n".join(f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in seen)
+    def local(self) -> Path:
+        """Return the folder."""
+        return self.path
 
     @property
     def tiny_vae(self) -> None:

@@ -22,12 +22,12 @@ _PART = ("config.json", *(f"{stem}*.safetensors*" for stem in STEMS), *_TERMS)
 
 @dataclass(frozen=True)
 class Hub:
-    """A repository of the hub; its commit says all, so it has no stamp."""
+    """A repository of the hub; its commit says all."""
 
     name: str
 
     @property
-    def stamp(self) -> None:
+    def local(self) -> None:
         """Return None: the files of a revision are asked for by its name."""
 
     @property

@@ -12,7 +12,7 @@ PREFIX = "synthetic:"
 
 @dataclass(frozen=True)
 class Synthetic:
-    """One of the presets; its name says all, so it has no stamp."""
+    """One of the presets; its name says all."""
 
     preset: str
 
@@ -22,7 +22,7 @@ class Synthetic:
         return PREFIX + self.preset
 
     @property
-    def stamp(self) -> None:
+    def local(self) -> None:
         """Return None: the same name gives the same weights."""
 
     @property
@@ -52,7 +52,7 @@ class TinyVae:
         return f"{PREFIX}{self.preset}/tiny"
 
     @property
-    def stamp(self) -> None:
+    def local(self) -> None:
         """Return None: the same name gives the same weights."""
 
     @property

@@ -1,6 +1,5 @@
 """`find`: a name is of one kind of source, which is found without torch; what is of none is refused with the kinds."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,43 +25,34 @@ def kind(name: str) -> str:
 )
 def test_what_looks_like_a_hub_id(text: str, expected: bool) -> None:
     if expected:
-        assert kind(text) == "Hub" and find(text).name == text and find(text).stamp is None
+        assert kind(text) == "Hub" and find(text).name == text and find(text).local is None
         return
     with pytest.raises(InputError) as caught:
         find(text)
     assert str(caught.value) == f"{text} is {KINDS}"
 
 
-def test_a_folder_is_told_by_its_name_and_stamped_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "owner" / "name"
     folder.mkdir(parents=True)
-    (folder / "a").write_text("x")
     monkeypatch.chdir(tmp_path)
     found = find("owner/name")  # it exists here, so it is no hub id
-    assert kind("owner/name") == "Folder" and (found.name, found.stamp) == ("name", find(str(folder)).stamp)
-    stamps = {found.stamp}
-    for change in (
-        lambda: (folder / "b").write_text("x"),
-        lambda: (folder / "a").write_text("xy"),
-        lambda: os.utime(folder / "b", (1, 1)),
-        lambda: (folder / "b").rename(folder / "c"),
-    ):
-        change()
-        stamps.add(find("owner/name").stamp)
-    assert len(stamps) == 5 and not any(str(tmp_path) in (stamp or "") for stamp in stamps)
+    assert kind("owner/name") == "Folder" and (found.name, found.local) == ("name", folder)
+    monkeypatch.chdir(folder)
+    assert (find(".").name, find(".").local) == ("name", folder)
 
 
 def test_demo_is_a_name_and_its_folder_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "demo").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert (find("demo").name, find("demo").stamp) == ("demo", find(str(FOLDER)).stamp)
-    assert find("./demo").stamp == ""
+    assert (find("demo").name, find("demo").local) == ("demo", FOLDER)
+    assert find("./demo").local == tmp_path / "demo"
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_synthetic(name: str) -> None:
     found = find(f"synthetic:{name}")
-    assert kind(f"synthetic:{name}") == "Synthetic" and (found.name, found.stamp) == (f"synthetic:{name}", None)
+    assert kind(f"synthetic:{name}") == "Synthetic" and (found.name, found.local) == (f"synthetic:{name}", None)
 
 
 def test_an_unknown_preset() -> None:
@@ -92,7 +82,7 @@ def test_every_module_of_kinds_is_one() -> None:
 def test_finding_imports_nothing_heavy() -> None:
     code = (
         "import sys; from turbochain.export.sources import find\n"
-        "for name in ('demo', 'synthetic:sd-turbo', 'a/b', '.'): find(name).stamp\n"
+        "for name in ('demo', 'synthetic:sd-turbo', 'a/b', '.'): find(name).local\n"
         "print(*{'torch', 'diffusers', 'transformers', 'huggingface_hub', 'safetensors'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)

@@ -52,7 +52,7 @@ def test_it_is_diffusers_picture_with_that_vae(
     with Pipeline.load(bundle) as ours:
         assert_same_picture(ours(**CALL, output_type="uint8").images, theirs(pipe, CALL))
     manifest = Bundle.open(bundle).manifest
-    assert manifest.request["vae"] == "our-tiny"
+    assert manifest.request["vae"] == "a folder"
     assert {name: graph.model_class for name, graph in manifest.graphs.items()} == {
         "text_encoder": "CLIPTextModel",
         "step": "",
@@ -74,11 +74,14 @@ def test_it_is_diffusers_picture_with_that_vae(
         made = build(str(bundle), backend="openvino", options={"inference_precision": "bf16"}, quiet=True)
         bounds = {c.stage: c.bound for c in made.checks["text-to-image"]}
         assert bounds["vae_decoder"] == BOUNDS["bf16"]["AutoencoderTiny"]["psnr"]
-    with pytest.raises(InputError, match="vae is 'our-tiny' there and 'tiny' here"):
+    with pytest.raises(InputError, match="vae is 'a folder' there and 'tiny' here"):
         build(str(bundle), bundle, vae="tiny", quiet=True, **ON)
-    os.utime(vae / "diffusion_pytorch_model.safetensors", (1, 1))
-    with pytest.raises(InputError, match=r"the files of .* have changed"):
-        build(str(checkpoints["sd"]), bundle, **asked)
+    copy = shutil.copytree(vae, tmp_path / "a-copy", copy_function=shutil.copyfile)
+    assert build(str(checkpoints["sd"]), bundle, **{**asked, "vae": str(copy)}).phases == []
+    (copy / "config.json").open("a").write("\n")
+    for source in (checkpoints["sd"], bundle):
+        with pytest.raises(InputError, match=r"files of the source have changed: vae/config\.json\)"):
+            build(str(source), bundle, **{**asked, "vae": str(copy)})
 
 
 def test_a_synthetic_checkpoint_has_a_tiny_one(tmp_path: Path) -> None:

@@ -544,7 +544,7 @@ def test_every_listed_file_is_checked_in_full(sd: Path, copy_of) -> None:
 
 def test_every_file_on_disk_is_listed(sd: Path) -> None:
     on_disk = {str(p.relative_to(sd)) for p in sd.rglob("*") if p.is_file()}
-    listed = {"bundle.json", *Bundle.open(sd).manifest.files}
+    listed = {"bundle.json", "source.json", *Bundle.open(sd).manifest.files}
     assert {name for name in on_disk if not name.startswith("engines/")} == listed
 
 
