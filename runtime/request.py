@@ -1,5 +1,6 @@
 """A call's arguments, checked once: what `Pipeline` draws, and what a server can queue."""
 
+import logging
 import math
 import secrets
 from collections.abc import Collection, Mapping, Sequence
@@ -13,6 +14,8 @@ from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs.noise import check_seed
 from turbochain.runtime.inputs.tokenizer import check_prompt
+
+log = logging.getLogger("turbochain")
 
 OUTPUT_TYPES = ("pil", "np", "uint8")
 GIVEN = ("embeds", "image", "mask", "number")
@@ -130,9 +133,9 @@ def _check_guidance(guidance_scale: object) -> None:
 def _check_negative(chain: OpenChain, negative_prompt: object, count: int, repeats: int) -> tuple[str, ...]:
     """Return the negative prompt of each picture, () for a chain without; one for all prompts is repeated."""
     if not any(chain.chain.feeds[name].of == "negative_prompt" for name in chain.feeds("ids")):
-        if negative_prompt is None:
-            return ()
-        raise InputError("negative_prompt was given: Turbo models have none, because they work without guidance")
+        if negative_prompt is not None:
+            log.warning("negative_prompt has no effect, as in diffusers without guidance")
+        return ()
     given = _check_prompts("" if negative_prompt is None else negative_prompt, repeats)
     given = given * (count // repeats) if len(given) == repeats else given
     if len(given) != count:

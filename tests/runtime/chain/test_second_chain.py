@@ -393,11 +393,6 @@ ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
         r"an array of float32 \[3, 1\] was expected",
     ),
     "a mode": (T2I, {"modes": ["control"]}, r"modes=\['control'\]: the chain text-to-image has guidance"),
-    "a negative prompt": (
-        I2I,
-        {"negative_prompt": "a", "inputs": {"input_image": PICTURES[0], **numbers()}},
-        "negative_prompt was given",
-    ),
     "negative prompts": (T2I, {"negative_prompt": ["a"] * 3}, "negative_prompt is a list of 3: one, or one for each"),
 }
 
