@@ -236,8 +236,8 @@ def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
 
 
 OPTIONS = {
-    "size": (["--size", "100x64"], "size 100x64: width and height must be multiples of 64"),
-    "size zero": (["--size", "0x0"], "size 0x0: width and height must be multiples of 64"),
+    "size": (["--size", "100x64"], "size 100x64: width and height must be multiples of 8"),
+    "size zero": (["--size", "0x0"], "size 0x0: width and height must be multiples of 8"),
     "size text": (["--size", "big"], "--size big: width x height was expected, such as 512x512"),
     "size one": (["--size", "512"], "--size 512: width x height was expected"),
     "steps zero": (["--steps", "0"], "counts from 1 to 50 were expected, such as 1-4 or 1,2,4"),
