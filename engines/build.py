@@ -71,7 +71,7 @@ def build(
     (`BuildResult.remedy`). `vae_precision`: "fp32" or "bf16", for the VAE instead. `vae`: another VAE than the
     checkpoint's own, "tiny" (the family's AutoencoderTiny, many times faster, pictures slightly softer), a hub id or
     a local folder; what diffusers makes with it is then the reference. `size`: width and height in
-    pixels, multiples of 64 (default 512×512). `steps`: step counts (default 1 to 4). `opset`: of the ONNX graphs,
+    pixels, multiples of 8 (default 512×512). `steps`: step counts (default 1 to 4). `opset`: of the ONNX graphs,
     18 to 23 (default 21). `options`: the backend's own, such as {"builder_optimization_level": 5}; see `BUILDER`
     in its module in `turbochain.engines.backends`. `timing_cache`: the folder for TensorRT's timings, one file per
     GPU and library version (default: beside the bundle, or beside `engines`). `chains`: compile and verify

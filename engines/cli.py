@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--precision", help="fp32 or fp16 (default: fp32 for a CPU backend, fp16 for a GPU backend)")
     add("--vae-precision", help="fp32 or bf16, for the VAE instead of --precision")
     add("--vae", help="tiny (TAESD or TAESDXL), a hub id or a folder: this VAE instead of the checkpoint's own")
-    add("--size", help="width x height in pixels, multiples of 64 (default 512x512)")
+    add("--size", help="width x height in pixels, multiples of 8 (default 512x512)")
     add("--batch", type=int, help="pictures per pass (default 1)")
     add("--steps", help="step counts, such as 1-4 or 1,2,4 (default 1-4)")
     add("--opset", type=int, help="of the ONNX graphs, 18 to 23 (default 21)")

@@ -25,7 +25,7 @@ class ExportOrder:
     precision: str | None = None  # fp32 or fp16
     vae_precision: str | None = None  # fp32 or bf16, for the VAE instead
     vae: str | None = None  # "tiny", a hub id or a folder: this VAE instead of the checkpoint's own
-    size: tuple[int, int] | None = None  # width, height in pixels, multiples of 64
+    size: tuple[int, int] | None = None  # width, height in pixels, multiples of 8
     batch: int | None = None  # pictures per pass
     steps: tuple[int, ...] | None = None  # step counts, 1 to 50
     opset: int | None = None  # of the ONNX graphs, 18 to 23
@@ -38,9 +38,9 @@ class ExportOrder:
             problems.append(f"precision {self.precision!r}: choose {' or '.join(PRECISIONS)}")
         if self.vae_precision not in (None, *VAE_PRECISIONS):
             problems.append(f"precision {self.vae_precision!r} of the VAE: choose {' or '.join(VAE_PRECISIONS)}")
-        if self.size is not None and (min(self.size) < 64 or any(side % 64 for side in self.size)):
+        if self.size is not None and (min(self.size) < 8 or any(side % 8 for side in self.size)):
             width, height = self.size
-            problems.append(f"size {width}x{height}: width and height must be multiples of 64 pixels")
+            problems.append(f"size {width}x{height}: width and height must be multiples of 8 pixels")
         if self.batch is not None and self.batch < 1:
             problems.append(f"batch {self.batch}: at least 1 was expected")
         if self.steps is not None and (not self.steps or min(self.steps) < 1 or max(self.steps) > 50):

@@ -21,7 +21,8 @@ from turbochain.runtime.errors import (
     VerificationError,
 )
 from turbochain.runtime.inputs.noise import Generator
-from turbochain.runtime.pipeline import Pipeline, PipelineOutput
+from turbochain.runtime.output import PipelineOutput
+from turbochain.runtime.pipeline import Pipeline
 from turbochain.runtime.request import Request
 
 __all__ = [

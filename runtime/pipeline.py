@@ -2,39 +2,26 @@
 
 import threading
 import time
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from turbochain.runtime import selection
-from turbochain.runtime.backends.contract import Cancel, Device, Executor, Observe
-from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Stage, Tensor
+from turbochain.runtime.backends.contract import Cancel, Device, Executor, Observe, Results
+from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Tensor
 from turbochain.runtime.bundle.opened import Bundle
-from turbochain.runtime.chain import wiring
-from turbochain.runtime.chain.opened import OpenChain
-from turbochain.runtime.chain.plan import Plan
 from turbochain.runtime.checks import verify
 from turbochain.runtime.errors import PictureError, TurbochainError
 from turbochain.runtime.inputs.cache import PromptCache
 from turbochain.runtime.inputs.feeds import Feeds
+from turbochain.runtime.output import PipelineOutput, as_images, problem
+from turbochain.runtime.ready import Planned, ReadyChain
 from turbochain.runtime.request import Request
 
 PROMPT_CACHE_BYTES = 64 * 2**20
 Arrays = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class PipelineOutput:
-    """What a call returns."""
-
-    images: Any  # list of PIL images; or [N, H, W, 3] uint8 ("uint8") or fp32 in [0, 1] ("np")
-    seed: int | list[int]  # the one that was used, also if the caller gave none
-    seconds: float  # the whole call
-    device_seconds: float  # how long the device worked; the rest of the call's time is the host's
-    uncaptured: str | None  # on a GPU, why the chain did not run as one CUDA graph; None if it did, and on a CPU
 
 
 class Pipeline:
@@ -56,7 +43,7 @@ class Pipeline:
         self.engine_name = found.name
         self._found = found
         self._executor: Executor | None = executor
-        self._chains: dict[str, _ReadyChain] = {}
+        self._chains: dict[str, ReadyChain] = {}
         self._held: set[Tensor] = set()
         self._lock = threading.RLock()
         self.prompt_cache = PromptCache(prompt_cache_bytes)
@@ -98,7 +85,7 @@ class Pipeline:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
         chain: str = TEXT_TO_IMAGE,
         height: int | None = None,
@@ -108,11 +95,15 @@ class Pipeline:
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
+        generator: object = None,
         latents: np.ndarray | None = None,
+        prompt_embeds: np.ndarray | None = None,
+        pooled_prompt_embeds: np.ndarray | None = None,
         inputs: Arrays | None = None,
         output_type: str = "pil",
         observe: Observe | None = None,
         cancel: Cancel | None = None,
+        **others: Any,
     ) -> PipelineOutput:
         """Make pictures; arguments are named and mean as in diffusers, and N = prompts · num_images_per_prompt.
 
@@ -120,9 +111,13 @@ class Pipeline:
         one per picture, None draws one; the noise is that of `torch.Generator("cpu").manual_seed(seed)`. `latents`:
         unit noise [N, 4, H/8, W/8] fp32 instead of the first draw. `num_inference_steps`: one that the bundle has a
         table for (None: the fewest). `inputs`: arrays for the chain's feeds that are neither ids nor noise, by name.
-        `output_type`: "pil", "uint8", or "np" (the 8-bit levels divided by 255). `observe(graph, seconds)` is called
-        after each launch. `cancel()` is asked between launches; if it returns True, the call ends with Cancelled.
-        Raises InputError for a bad argument, PictureError if the model makes no picture.
+        `output_type`: "pil", "uint8", "np" (the 8-bit levels divided by 255), or "latent" (fp32, not decoded).
+        `generator`: a CPU `torch.Generator` that nothing has been drawn from, a list of N, or their seeds, instead of
+        `seed`; a call leaves it after what was drawn. `prompt_embeds` [prompts, tokens, width] and, where the model
+        reads them, `pooled_prompt_embeds` [prompts, width], fp32: instead of `prompt`. `others`: diffusers' further
+        arguments, if they change nothing. `observe(graph, seconds)` is called after each launch. `cancel()` is asked
+        between launches; if it returns True, the call ends with Cancelled. Raises InputError for a bad argument,
+        TypeError for one that diffusers does not have either, PictureError if the model makes no picture.
         """
         request = Request.make(
             self.bundle.open_chain(chain),
@@ -134,16 +129,23 @@ class Pipeline:
             negative_prompt=negative_prompt,
             num_images_per_prompt=num_images_per_prompt,
             seed=seed,
+            generator=generator,
             latents=latents,
+            prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
             inputs=inputs,
             output_type=output_type,
+            **others,
         )
-        return self.draw(request, observe=observe, cancel=cancel)
+        output = self.draw(request, observe=observe, cancel=cancel)
+        if generator is not None:
+            self._ready(chain).feeds.advance(generator, request)
+        return output
 
     def draw(self, request: Request, *, observe: Observe | None = None, cancel: Cancel | None = None) -> PipelineOutput:
         """Carry out a request; see `__call__`."""
         start, device_seconds, uncaptured = time.perf_counter(), 0.0, None
-        ready, count = self._ready(request.chain), len(request.prompts)
+        ready, count = self._ready(request.chain), request.count
         feeds = ready.feeds.of_request(request)
         ready.feeds.warn_of_truncation(request.prompts)
         batch, pictures = ready.chain.batch, []
@@ -153,7 +155,8 @@ class Pipeline:
             pictures.append(picture[: count - first])
             device_seconds += results.seconds
             uncaptured = results.uncaptured
-        images = _as(request.output_type, pictures[0] if len(pictures) == 1 else np.concatenate(pictures))
+        made = pictures[0] if len(pictures) == 1 else np.concatenate(pictures)
+        images = as_images(request.output_type, made)
         return PipelineOutput(images, request.seed, time.perf_counter() - start, device_seconds, uncaptured)
 
     @property
@@ -192,7 +195,7 @@ class Pipeline:
         """Close."""
         self.close()
 
-    def _ready(self, name: str) -> "_ReadyChain":
+    def _ready(self, name: str) -> ReadyChain:
         """Return a chain that can be drawn with; the first use hashes, loads and, if need be, verifies it."""
         with self._lock:
             executor = self._opened()
@@ -202,102 +205,38 @@ class Pipeline:
                 if found is not self._found:  # a verification has left its own values in every buffer
                     self._held.clear()
                 self._found = found
-                self._chains[name] = _ReadyChain(chain, Feeds(chain))
+                self._chains[name] = ReadyChain(chain, Feeds(chain))
             return self._chains[name]
 
     def _run(
-        self, ready: "_ReadyChain", request: Request, feeds: Arrays, observe: Observe | None, cancel: Cancel | None
-    ) -> tuple[np.ndarray, Any]:
-        """Draw one batch: pictures [B, H, W, 3] uint8, and the executor's results."""
+        self, ready: ReadyChain, request: Request, feeds: Arrays, observe: Observe | None, cancel: Cancel | None
+    ) -> tuple[np.ndarray, Results]:
+        """Draw one batch: pictures [B, H, W, 3] uint8 or latents [B, 4, H/8, W/8] fp32, and the executor's results."""
         chain, made = ready.chain, ready.made_of_prompts(request.modes)
-        keys = [(chain.name, *ready.prompt_key(request.modes, feeds, row)) for row in range(chain.batch)]
+        keys = [] if request.embeds else ready.prompt_keys(request.modes, feeds)
         with self._lock:
             executor = self._opened()
-            embeds = self.prompt_cache.get(keys) if made else {}
-            planned = ready.plan(request, cached=embeds is not None)
+            known: Arrays | None = {name: feeds[name] for name, _ in request.embeds}
+            if made and not request.embeds:
+                known = self.prompt_cache.get(keys)
+            planned = ready.plan(request, None if known is None else tuple(known))
             executor.load(planned.plan.graphs)
             self._hold(executor, ready, planned)
-            fed = {**ready.feeds.constants(request.steps), **feeds, **(embeds or {})}
+            fed = {**ready.feeds.constants(request.steps), **feeds, **(known or {})}
             try:
                 results = executor.execute(planned.plan, fed, observe=observe, cancel=cancel)
             finally:
                 self._held -= planned.written  # another plan's name for the same buffer
-            if embeds is None:
+            if known is None:
                 self.prompt_cache.put(keys, {name: results.arrays[name] for name in made})
-            pictures = results.arrays[chain.chain.output].copy()
+            pictures = results.arrays[ready.result(request)].copy()
             finite = all(np.isfinite(results.arrays[name]).all() for name in chain.chain.carry)
-        for picture in pictures:
-            if not finite or _is_uniform(picture):
-                kind = "a picture of one single value" if finite else "NaN or infinite latents"
-                raise PictureError(
-                    f"the model made {kind}; check the engine with: turbochain verify {self.bundle.path}"
-                )
+        if found := problem(pictures, finite, request.output_type):
+            raise PictureError(f"the model made {found}; check the engine with: turbochain verify {self.bundle.path}")
         return pictures, results
 
-    def _hold(self, executor: Executor, ready: "_ReadyChain", planned: "_Planned") -> None:
+    def _hold(self, executor: Executor, ready: ReadyChain, planned: Planned) -> None:
         """Let held feeds that no plan before has read begin as zeros; chains share them by name and shape."""
         if new := planned.held - self._held:
             executor.hold(planned.plan, {tensor.name: ready.feeds.zeros(tensor.name) for tensor in new})
             self._held |= new
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """A plan, and which buffers it leaves to others or takes from them."""
-
-    plan: Plan
-    held: frozenset[Tensor]  # that it reads, and that keep their values from call to call
-    written: frozenset[Tensor]  # that it fills with something of its own
-
-
-@dataclass
-class _ReadyChain:
-    """A chain whose files are hashed and whose engine is verified, with what its calls share."""
-
-    chain: OpenChain
-    feeds: Feeds
-    _plans: dict[tuple[int, frozenset[str], bool], _Planned] = field(default_factory=dict)
-
-    def made_of_prompts(self, modes: frozenset[str]) -> list[str]:
-        """Return what the stages of the prompt make in these modes."""
-        return [t.name for s in self._prompt_stages(modes) for t in wiring.outputs(s, self.chain.graphs)]
-
-    def prompt_key(self, modes: frozenset[str], feeds: Arrays, row: int) -> tuple[Hashable, ...]:
-        """Return all that the stages of the prompt read for the picture of a row, so that equal keys make equal text.
-
-        Numbers and constants of the whole call are the same for all rows.
-        """
-        inputs = (t.name for s in self._prompt_stages(modes) for t in wiring.inputs(s, self.chain.graphs))
-        read, of = [n for n in dict.fromkeys(inputs) if n in feeds], self.chain.chain.feeds
-        return modes, *(feeds[n].tobytes() if of[n].is_ == "number" else feeds[n][row].tobytes() for n in read)
-
-    def _prompt_stages(self, modes: frozenset[str]) -> list[Stage]:
-        return [s for s in self.chain.chain.stages if s.when == "prompt" and s.runs(modes)]
-
-    def plan(self, request: Request, *, cached: bool) -> _Planned:
-        """Return the plan of a request, with or without the stages of the prompt; each is made once."""
-        key = (request.steps, request.modes, cached)
-        if key not in self._plans:
-            made = self.made_of_prompts(request.modes)
-            downloads = [*self.chain.chain.carry, *([] if cached else made)]
-            given = made if cached else ()
-            plan = self.chain.plan(request.steps, modes=request.modes, given=given, downloads=downloads)
-            tensors, feeds = plan.tensors(self.chain.graphs), self.chain.chain.feeds
-            held = frozenset(t for name, t in tensors.items() if name in feeds and feeds[name].when == "held")
-            self._plans[key] = _Planned(plan, held, frozenset(plan.written(self.chain.graphs)))
-        return self._plans[key]
-
-
-def _is_uniform(picture: np.ndarray) -> bool:
-    value = picture[0, 0, 0]
-    return bool((picture[0] == value).all() and (picture == value).all())  # the first row says no in microseconds
-
-
-def _as(output_type: str, pictures: np.ndarray) -> Any:
-    if output_type == "uint8":
-        return pictures
-    if output_type == "np":
-        return pictures.astype(np.float32) / 255
-    from PIL import Image
-
-    return [Image.fromarray(picture) for picture in pictures]

@@ -1,5 +1,6 @@
 """A call's arguments, checked once: what `Pipeline` draws, and what a server can queue."""
 
+import logging
 import math
 import secrets
 from collections.abc import Collection, Mapping, Sequence
@@ -11,37 +12,27 @@ import numpy as np
 from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.errors import InputError
+from turbochain.runtime.inputs.arrays import Array, check_array
+from turbochain.runtime.inputs.embeds import check_embeds
+from turbochain.runtime.inputs.generators import seeds_of
 from turbochain.runtime.inputs.noise import check_seed
+from turbochain.runtime.inputs.others import check_others
 from turbochain.runtime.inputs.tokenizer import check_prompt
 
-OUTPUT_TYPES = ("pil", "np", "uint8")
+log = logging.getLogger("turbochain")
+
+OUTPUT_TYPES = ("pil", "np", "uint8", "latent")
 GIVEN = ("embeds", "image", "mask", "number")
 """The kinds of feeds that a caller gives as arrays."""
 REPEATED = ("image", "mask")
 """Those of which a caller may give fewer than pictures: they are repeated as diffusers repeats them, 1 2 1 2 …"""
 
 
-@dataclass(frozen=True, eq=False)
-class Array:
-    """An array that is compared and hashed by its values, so that a request can be."""
-
-    value: np.ndarray
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Array) and self._key() == other._key()
-
-    def __hash__(self) -> int:
-        return hash(self._key())
-
-    def _key(self) -> tuple[Any, ...]:
-        return self.value.dtype.str, self.value.shape, self.value.tobytes()
-
-
 @dataclass(frozen=True)
 class Request:
     """One call. `make` checks its arguments against a chain; equal requests give equal pictures."""
 
-    prompts: tuple[str, ...]  # one for each picture
+    prompts: tuple[str, ...]  # one for each picture; () if their embeds are given
     steps: int
     seeds: tuple[int, ...]  # one for the whole call, or one for each picture
     one_generator: bool  # whether the first seed is that of the whole call
@@ -51,6 +42,17 @@ class Request:
     modes: frozenset[str] = frozenset()
     output_type: str = "pil"
     negative_prompts: tuple[str, ...] = ()  # one for each picture
+    embeds: tuple[tuple[str, Array], ...] = ()  # what the text encoders would make, [N, …] by name
+
+    @property
+    def count(self) -> int:
+        """Return N, the number of pictures."""
+        return len(self.prompts) if self.prompts else len(self.embeds[0][1].value)
+
+    @property
+    def decode(self) -> bool:
+        """Return whether the latents are decoded."""
+        return self.output_type != "latent"
 
     @property
     def seed(self) -> int | list[int]:
@@ -61,7 +63,7 @@ class Request:
     def make(
         cls,
         chain: OpenChain,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
         height: int | None = None,
         width: int | None = None,
@@ -70,43 +72,58 @@ class Request:
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
+        generator: object = None,
         latents: np.ndarray | None = None,
+        prompt_embeds: np.ndarray | None = None,
+        pooled_prompt_embeds: np.ndarray | None = None,
         inputs: Mapping[str, np.ndarray] | None = None,
         modes: Collection[str] = (),
         output_type: str = "pil",
+        **others: Any,
     ) -> "Request":
-        """Return the request of a call; the arguments are those of `Pipeline.__call__`. Raises InputError."""
-        prompts = _check_prompts(prompt, num_images_per_prompt)
+        """Return the request of a call; the arguments are those of `Pipeline.__call__`.
+
+        Raises InputError, and TypeError for a name that neither this package nor diffusers has.
+        """
+        repeats = _check_repeats(num_images_per_prompt)
+        embeds = check_embeds(chain, prompt_embeds, pooled_prompt_embeds, repeats)
+        if embeds and prompt is not None:
+            raise InputError("prompt and prompt_embeds were given: one of the two was expected")
+        prompts = () if embeds else _check_prompts(prompt, repeats)
+        count = len(embeds[0][1].value) if embeds else len(prompts)
         _check_size(chain, height, width)
         _check_guidance(guidance_scale)
-        if output_type not in OUTPUT_TYPES:
-            raise InputError(f"output_type={output_type!r}: choose from {', '.join(OUTPUT_TYPES)}")
+        _check_output_type(chain, output_type)
         steps = chain.steps[0] if num_inference_steps is None else num_inference_steps
         rows = chain.entry(steps)[1].rows
         modes = _check_modes(chain, modes)
-        seed = secrets.randbits(64) if seed is None else seed
-        one = isinstance(seed, int | np.integer)
+        seed = _check_generator(seed, generator)
         return cls(
-            prompts=tuple(prompts),
+            prompts=prompts,
             steps=int(steps),
-            seeds=_check_seeds(seed, len(prompts)),
-            one_generator=one,
+            seeds=_check_seeds(seed, count),
+            one_generator=isinstance(seed, int | np.integer),
             chain=chain.name,
-            latents=None if latents is None else _check_latents(chain, latents, len(prompts)),
-            inputs=_check_inputs(chain, modes, inputs or {}, len(prompts), rows),
+            latents=None if latents is None else _check_latents(chain, latents, count),
+            inputs=_check_inputs(chain, modes, inputs or {}, count, rows),
             modes=modes,
             output_type=output_type,
-            negative_prompts=_check_negative(chain, negative_prompt, len(prompts), num_images_per_prompt),
+            negative_prompts=_check_negative(chain, negative_prompt, others, count, repeats),
+            embeds=embeds,
         )
 
 
-def _check_prompts(prompt: object, repeats: object) -> list[str]:
+def _check_repeats(repeats: object) -> int:
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+        raise InputError(f"num_images_per_prompt={repeats!r}: a whole number of at least 1 was expected")
+    return repeats
+
+
+def _check_prompts(prompt: object, repeats: int) -> tuple[str, ...]:
     prompts = [prompt] if isinstance(prompt, str) or not isinstance(prompt, list | tuple) else list(prompt)
     if not prompts:
         raise InputError("prompt=[]: at least one prompt was expected")
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-        raise InputError(f"num_images_per_prompt={repeats!r}: a whole number of at least 1 was expected")
-    return [check_prompt(p) for p in prompts for _ in range(repeats)]
+    return tuple(check_prompt(p) for p in prompts for _ in range(repeats))
 
 
 def _check_size(chain: OpenChain, height: int | None, width: int | None) -> None:
@@ -127,12 +144,26 @@ def _check_guidance(guidance_scale: object) -> None:
         raise InputError(f"guidance_scale={guidance_scale!r}: Turbo models have no guidance; leave it out or give 0.0")
 
 
-def _check_negative(chain: OpenChain, negative_prompt: object, count: int, repeats: int) -> tuple[str, ...]:
-    """Return the negative prompt of each picture, () for a chain without; one for all prompts is repeated."""
-    if not any(chain.chain.feeds[name].of == "negative_prompt" for name in chain.feeds("ids")):
-        if negative_prompt is None:
-            return ()
-        raise InputError("negative_prompt was given: Turbo models have none, because they work without guidance")
+def _check_output_type(chain: OpenChain, output_type: object) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise InputError(f"output_type={output_type!r}: choose from {', '.join(OUTPUT_TYPES)}")
+    if output_type == "latent" and chain.latents is None:
+        raise InputError(f"output_type='latent': the chain {chain.name} carries no latents; choose another")
+
+
+def _check_negative(
+    chain: OpenChain, negative_prompt: object, others: Mapping[str, object], count: int, repeats: int
+) -> tuple[str, ...]:
+    """Return the negative prompt of each picture, () for a chain without; one for all prompts is repeated.
+
+    `others`: the further arguments of diffusers' call; one warning names all that have no effect without guidance.
+    """
+    negative = any(chain.chain.feeds[name].of == "negative_prompt" for name in chain.feeds("ids"))
+    idle = check_others(chain, others, negative=negative)
+    if not negative:
+        if idle := [*["negative_prompt"] * (negative_prompt is not None), *idle]:
+            log.warning("%s: without guidance this has no effect, as in diffusers", ", ".join(idle))
+        return ()
     given = _check_prompts("" if negative_prompt is None else negative_prompt, repeats)
     given = given * (count // repeats) if len(given) == repeats else given
     if len(given) != count:
@@ -140,7 +171,7 @@ def _check_negative(chain: OpenChain, negative_prompt: object, count: int, repea
             f"negative_prompt is a list of {len(given) // repeats}: one, or one for each of {count // repeats} "
             "prompts was expected"
         )
-    return tuple(given)
+    return given
 
 
 def _check_modes(chain: OpenChain, modes: Collection[str]) -> frozenset[str]:
@@ -148,6 +179,15 @@ def _check_modes(chain: OpenChain, modes: Collection[str]) -> frozenset[str]:
         has = ", ".join(chain.chain.modes) or "none"
         raise InputError(f"modes={unknown}: the chain {chain.name} has {has}; choose from these")
     return frozenset(modes)
+
+
+def _check_generator(seed: Any, generator: object) -> Any:
+    """Return the seed, that of the generator, or one that is drawn."""
+    if generator is None:
+        return secrets.randbits(64) if seed is None else seed
+    if seed is not None:
+        raise InputError("seed and generator were given: one of the two was expected")
+    return seeds_of(generator)
 
 
 def _check_seeds(seed: object, count: int) -> tuple[int, ...]:
@@ -161,7 +201,7 @@ def _check_latents(chain: OpenChain, latents: object, count: int) -> Array:
     name = chain.first_noise
     if name is None:
         raise InputError(f"latents was given, and the chain {chain.name} draws none")
-    return _check_array("latents", latents, "float32", (count, *chain.tensors[name].shape[1:]))
+    return check_array("latents", latents, "float32", (count, *chain.tensors[name].shape[1:]))
 
 
 def _check_inputs(
@@ -184,18 +224,5 @@ def _check_inputs(
         if feed.is_ in REPEATED and feed.when == "call" and isinstance(value, np.ndarray) and value.ndim and len(value):
             shape = (len(value) if count % len(value) == 0 else count, *shape[1:])
         shape = (rows, *shape) if feed.when == "step" else shape
-        found.append((name, _check_array(f"inputs[{name!r}]", value, tensor.dtype, shape)))
+        found.append((name, check_array(f"inputs[{name!r}]", value, tensor.dtype, shape)))
     return tuple(found)
-
-
-def _check_array(argument: str, value: object, dtype: str, shape: tuple[int, ...]) -> Array:
-    expected = f"an array of {dtype} {list(shape)} was expected"
-    if not isinstance(value, np.ndarray):
-        raise InputError(f"{argument} is of type {type(value).__name__}: {expected}")
-    if value.dtype != dtype or value.shape != shape:
-        raise InputError(f"{argument} is {value.dtype} {list(value.shape)}: {expected}")
-    if not np.isfinite(value).all():
-        raise InputError(f"{argument} holds NaN or infinite values")
-    kept = value.copy()  # the caller may change its own while the request waits
-    kept.setflags(write=False)
-    return Array(kept)

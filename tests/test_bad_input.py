@@ -237,8 +237,8 @@ def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
 
 
 OPTIONS = {
-    "size": (["--size", "100x64"], "size 100x64: width and height must be multiples of 64"),
-    "size zero": (["--size", "0x0"], "size 0x0: width and height must be multiples of 64"),
+    "size": (["--size", "100x64"], "size 100x64: width and height must be multiples of 8"),
+    "size zero": (["--size", "0x0"], "size 0x0: width and height must be multiples of 8"),
     "size text": (["--size", "big"], "--size big: width x height was expected, such as 512x512"),
     "size one": (["--size", "512"], "--size 512: width x height was expected"),
     "steps zero": (["--steps", "0"], "counts from 1 to 50 were expected, such as 1-4 or 1,2,4"),
@@ -406,6 +406,11 @@ COMMANDS = {
     "backend": (["generate", "{sd}", "x", "--backend", "abacus"], "there is no backend 'abacus'"),
     "device": (["generate", "{sd}", "x", "--device", "tpu"], "tpu"),
     "threads": (["generate", "{sd}", "x", "--threads", "0"], "threads=0: a whole number of at least 1 was expected"),
+    "no prompt": (
+        ["generate", "{sd}"],
+        "one prompt was expected; a prompt that begins with '-' is given as --prompt TEXT",
+    ),
+    "two prompts": (["generate", "{sd}", "a cat", "--prompt", "a dog"], "one prompt was expected"),
     "prompt long": (["generate", "{sd}", "x" * 32769], "32,769 bytes long as UTF-8: expected at most 32,768"),
     "prompt not UTF-8": (["generate", "{sd}", b"caf\xe9"], "lone surrogate U+DCE9 at position 3"),
     "runs": (["bench", "{sd}", "--runs", "0"], "--runs must be at least 1"),
@@ -499,7 +504,7 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "guidance NaN": ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
     "guidance text": ({"guidance_scale": "0"}, "guidance_scale='0'"),
     "guidance None": ({"guidance_scale": None}, "guidance_scale=None"),
-    "negative prompt": ({"negative_prompt": "blurry"}, "negative_prompt was given: Turbo models have none"),
+    "negative prompt and guidance": ({"negative_prompt": "blurry", "guidance_scale": 2.0}, "guidance_scale=2.0"),
     "height": ({"height": 128}, "this bundle is built for 64x64; build another with build-engine SOURCE --size 64x128"),
     "width": ({"width": 128, "height": 64}, "build-engine SOURCE --size 128x64"),
     "height zero": ({"height": 0}, "height=0"),

@@ -167,9 +167,10 @@ class Chain:
 
 
 # Each family in both batches: two of them are the shared bundles, two are of other checkpoints and sizes.
+# (72, 88) makes latents of 9×11, which do not halve evenly: diffusers gives the UNet's upsamplers their sizes.
 CHAINS = {
     "sd-1": Chain("sd", 1),
-    "sd-3-v_prediction": Chain("sd", 3, (128, 64), _v_prediction),
+    "sd-3-v_prediction": Chain("sd", 3, (72, 88), _v_prediction),
     "sdxl-1-true_eos": Chain("sdxl", 1, (64, 128), _true_eos),
     "sdxl-3": Chain("sdxl", 3),
 }

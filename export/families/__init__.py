@@ -20,7 +20,7 @@ Inputs = dict[str, tuple[str, tuple[int, ...]] | None]
 class Shape:
     """What a chain is built for."""
 
-    height: int  # pixels, a multiple of 64
+    height: int  # pixels, a multiple of 8
     width: int
     batch: int  # pictures per pass
     K: int = 1  # tensors that go round the loop, see runtime.chain.tables

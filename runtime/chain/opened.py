@@ -76,6 +76,12 @@ class OpenChain:
         feeds, draws = self.chain.feeds, (d for d in self.chain.draws if d.per == "picture" and not d.discarded)
         return next((d.name for d in draws if d.name in feeds and feeds[d.name].when == "call"), None)
 
+    @cached_property
+    def latents(self) -> str | None:
+        """Return what goes round the loop and is no history: after the last row the latents, [B, 4, H/8, W/8] fp32."""
+        history = self.feeds("history")
+        return next((made for made, read in self.chain.carry.items() if read not in history), None)
+
     def read(self, modes: Collection[str] = ()) -> dict[str, Feed]:
         """Return the feeds that a call with these modes reads, by name."""
         stages = [s for s in self.chain.stages if s.runs(modes)]

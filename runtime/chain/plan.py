@@ -107,13 +107,18 @@ def plan(
     modes: Collection[str] = (),
     given: Collection[str] = (),
     downloads: Iterable[str] = (),
+    decode: bool = True,
 ) -> Plan:
     """Return the plan of a whole call: `rows` evaluations with the constants of `table`, in these modes.
 
     `given` names tensors that the caller uploads instead of running the stage that makes them: a stage before the loop
-    whose outputs are all given is left out. `downloads` are read back besides the output.
+    whose outputs are all given is left out. `downloads` are read back besides the output. Without `decode` the stages
+    of the end are left out, and the output and what is kept of them with these.
     """
     stages = [s for s in chain.stages if s.runs(modes) and not _is_given(s, graphs, given)]
+    left_out = [] if decode else [s for s in stages if s.when == "end"]
+    stages = [s for s in stages if s not in left_out]
+    lost = {t.name for s in left_out for t in wiring.outputs(s, graphs)}
     before, loop, after = (
         [s for s in stages if s.when in places] for places in (("prompt", "image"), ("step",), ("end",))
     )
@@ -131,8 +136,8 @@ def plan(
         operations += [Constant(name, table, row) for name in columns["step"]]
         operations += [_run(s) for s in loop]
     operations += [_run(s) for s in after]
-    operations += [Copy(source, target) for source, target in chain.keep.items()]
-    return Plan((*operations, *(Download(name) for name in (*downloads, chain.output))))
+    operations += [Copy(source, target) for source, target in chain.keep.items() if source not in lost]
+    return Plan((*operations, *(Download(name) for name in (*downloads, chain.output) if name not in lost)))
 
 
 def graph_plan(graph: str, tensors: Graph) -> Plan:

@@ -12,7 +12,8 @@ import numpy as np
 from turbochain.runtime.backends.contract import Observe
 from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
 from turbochain.runtime.chain.opened import OpenChain
-from turbochain.runtime.pipeline import Pipeline, PipelineOutput
+from turbochain.runtime.output import PipelineOutput
+from turbochain.runtime.pipeline import Pipeline
 
 PROMPT = "a photo of a cat wearing a red hat, studio light"
 INCLUDES = (

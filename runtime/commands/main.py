@@ -23,11 +23,12 @@ from turbochain.runtime.pipeline import Pipeline
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out one command; returns the exit status (see console.run)."""
-    parser = argparse.ArgumentParser("turbochain", description="Run a bundle of compiled engines.")
+    parser = _Parser("turbochain", description="Run a bundle of compiled engines.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = _command(commands, "generate", _generate, "make a picture")
-    generate.add_argument("prompt")
+    generate.add_argument("text", nargs="?", metavar="PROMPT", help="what to draw")
+    generate.add_argument(PROMPT, metavar="TEXT", help="the same; TEXT may begin with '-'")
     generate.add_argument("--seed", type=int, default=0, help="0 to 2^64-1 (default 0)")
     generate.add_argument("--steps", type=int, help="step count (default: the fewest that the bundle has)")
     generate.add_argument("-o", "--output", type=Path, default=Path("out.png"), help="picture file (default out.png)")
@@ -44,7 +45,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     timing.add_argument("--steps", type=int, help="step count (default: the fewest that the bundle has)")
     timing.add_argument("--profile", action="store_true", help="also the slowest operators of each stage (on a CPU)")
     timing.add_argument("--json", action="store_true")
-    return console.run(parser, lambda arguments: arguments.command(arguments), argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    return console.run(parser, lambda arguments: arguments.command(arguments), _joined(words))
+
+
+PROMPT = "--prompt"
+DASH = f"a prompt that begins with '-' is given as {PROMPT} TEXT"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that takes an unknown option for what it may be: the prompt."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as the base class does; where a prompt is expected, an unknown option is an error here."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown and "prompt" in found:
+            self.error(f"unrecognized arguments: {' '.join(unknown)} ({DASH})")
+        return found, unknown
+
+
+def _joined(words: list[str]) -> list[str]:
+    """Join `--prompt` and the word after it, which argparse would take for an option if it begins with '-'."""
+    if PROMPT not in words[:-1] or "--" in words[: words.index(PROMPT)]:
+        return words
+    at = words.index(PROMPT)
+    return [*words[:at], f"{PROMPT}={words[at + 1]}", *words[at + 2 :]]
 
 
 def _command(commands: Any, name: str, function: console.Command, text: str, *, machine: bool = True) -> Any:
@@ -76,9 +101,12 @@ def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _generate(arguments: argparse.Namespace) -> None:
     path: Path = arguments.output
+    if (arguments.text is None) == (arguments.prompt is None):
+        raise InputError(f"one prompt was expected; {DASH}")
     _check_writable(path)
     with Pipeline.load(arguments.bundle, **_machine(arguments)) as pipe:
-        out = pipe(arguments.prompt, chain=arguments.chain, num_inference_steps=arguments.steps, seed=arguments.seed)
+        prompt = arguments.prompt if arguments.text is None else arguments.text
+        out = pipe(prompt, chain=arguments.chain, num_inference_steps=arguments.steps, seed=arguments.seed)
     encoded = io.BytesIO()
     out.images[0].save(encoded, _format(path))
     write_atomically(path, encoded.getvalue())

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from turbochain.runtime.chain.opened import OpenChain
+from turbochain.runtime.inputs.generators import advance
 from turbochain.runtime.inputs.noise import Generator, draw_run
 from turbochain.runtime.inputs.tokenizer import Tokenizer
 from turbochain.runtime.request import REPEATED, Request
@@ -43,31 +44,45 @@ class Feeds:
 
     def of_request(self, request: Request) -> dict[str, np.ndarray]:
         """Return what differs from picture to picture, for all N of them: [N, …], for every step [rows, N, …]."""
-        chain, count = self.chain, len(request.prompts)
         first = self._first_generator()
-        generators = [first.manual_seed(s) if i == 0 else Generator(s) for i, s in enumerate(request.seeds)]
-        given = {chain.first_noise: request.latents.value} if chain.first_noise and request.latents else {}
+        noise = self.noise(
+            request, [first.manual_seed(s) if i == 0 else Generator(s) for i, s in enumerate(request.seeds)]
+        )
         inputs = {name: array.value for name, array in request.inputs}
-        images = next((len(inputs[name]) for name in chain.feeds("image") if name in inputs), None)
-        noise = draw_run(chain, chain.table(request.steps), generators, count, given=given, images=images)
-        for name in (n for n in inputs if chain.chain.feeds[n].is_ in REPEATED):
-            inputs[name] = np.concatenate([inputs[name]] * (count // len(inputs[name])))
-        return {**self._ids(request), **noise, **inputs}
+        for name in (n for n in inputs if self.chain.chain.feeds[n].is_ in REPEATED):
+            inputs[name] = np.concatenate([inputs[name]] * (request.count // len(inputs[name])))
+        return {**self._ids(request), **noise, **inputs, **{name: array.value for name, array in request.embeds}}
+
+    def noise(self, request: Request, generators: Sequence[Generator]) -> dict[str, np.ndarray]:
+        """Return the noise of all N pictures, as `draw_run`."""
+        chain, inputs = self.chain, dict(request.inputs)
+        given = {chain.first_noise: request.latents.value} if chain.first_noise and request.latents else {}
+        images = next((len(inputs[name].value) for name in chain.feeds("image") if name in inputs), None)
+        return draw_run(chain, chain.table(request.steps), generators, request.count, given=given, images=images)
+
+    def advance(self, generator: object, request: Request) -> None:
+        """Bring a caller's generator, or each of a list, to the end of what the request draws from it."""
+        given = generator if isinstance(generator, list | tuple) else [generator]
+        streams = [Generator(seed) for seed in request.seeds]
+        self.noise(request, streams)
+        for one, stream in zip(given, streams, strict=True):
+            advance(one, stream)
 
     def _ids(self, request: Request) -> dict[str, np.ndarray]:
-        """Return the token ids of every text, [N, length] int32."""
+        """Return the token ids of every text, [N, length] int32; none of a text that is given as embeds."""
         texts = {"": request.prompts, "negative_prompt": request.negative_prompts}
         feeds = self.chain.chain.feeds
-        return {name: tokenizer.encode(texts[feeds[name].of]) for name, tokenizer in self.tokenizers.items()}
+        read = {name: texts[feeds[name].of] for name in self.tokenizers}
+        return {name: self.tokenizers[name].encode(text) for name, text in read.items() if text}
 
     def rows(self, feeds: Arrays, rows: list[int]) -> dict[str, np.ndarray]:
-        """Return the feeds of some of all N pictures."""
+        """Return the feeds of some of all N pictures, and what is given in place of the stages of the prompt."""
 
         def take(name: str, value: np.ndarray) -> np.ndarray:
-            feed = self.chain.chain.feeds[name]
-            if feed.is_ == "number":
+            feed = self.chain.chain.feeds.get(name)
+            if feed is not None and feed.is_ == "number":
                 return value
-            return value[:, rows] if feed.when == "step" else value[rows]
+            return value[:, rows] if feed is not None and feed.when == "step" else value[rows]
 
         return {name: take(name, value) for name, value in feeds.items()}
 

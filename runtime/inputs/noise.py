@@ -34,6 +34,11 @@ class Generator:
         self._cached: float | None = None
         return self
 
+    def state(self) -> tuple[np.ndarray, int, float | None]:
+        """Return the twister's 624 words, how many of them are used, and the value that waits for a small draw."""
+        state = self._twister.get_state(legacy=False)["state"]
+        return state["key"], state["pos"], self._cached
+
     def randn(self, *shape: int) -> np.ndarray:
         """Return the next fp32 standard normal values, of `shape`, as `torch.randn(shape, generator=…)` does.
 

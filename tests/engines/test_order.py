@@ -11,6 +11,7 @@ from turbochain.runtime import InputError
 
 OF_THE_BUNDLE: dict[str, tuple[list[str], dict[str, Any]]] = {
     "size": (["--size", "100x64"], {"size": (100, 64)}),
+    "no size": (["--size", "0x8"], {"size": (0, 8)}),
     "batch": (["--batch", "0"], {"batch": 0}),
     "steps": (["--steps", "0,60"], {"steps": [0, 60]}),
     "no steps": (["--steps", "4-1"], {"steps": []}),

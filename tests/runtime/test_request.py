@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_bad_input import CALLS, NOISE
 
 from turbochain.runtime import Bundle, InputError
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.request import Request
 
+EMBEDS = np.zeros((1, 77, 64), np.float32)
 DIFFERENT: dict[str, dict[str, Any]] = {
     "prompt": {"prompt": "a dog"},
     "two prompts": {"prompt": ["a cat", "a cat"]},
@@ -20,6 +22,10 @@ DIFFERENT: dict[str, dict[str, Any]] = {
     "latents": {"latents": NOISE},
     "other latents": {"latents": NOISE + np.float32(1)},
     "output type": {"output_type": "np"},
+    "latents instead of a picture": {"output_type": "latent"},
+    "prompt_embeds": {"prompt": None, "prompt_embeds": EMBEDS},
+    "other prompt_embeds": {"prompt": None, "prompt_embeds": EMBEDS + np.float32(1)},
+    "two prompt_embeds": {"prompt": None, "prompt_embeds": EMBEDS, "num_images_per_prompt": 2},
 }
 """Calls that give other results than the plain one, each of its own."""
 
@@ -62,6 +68,10 @@ def test_what_means_the_same_is_equal(chain: OpenChain) -> None:
         {"guidance_scale": 1.0},
         {"height": 64, "width": 64},
         {"inputs": {}},
+        {"seed": None, "generator": 0},
+        {"seed": None, "generator": torch.Generator("cpu").manual_seed(0)},
+        {"negative_prompt": "a dog"},
+        {"clip_skip": None, "eta": 0.0, "original_size": (64, 64)},
     ):
         same = make(chain, **arguments)
         assert same == plain and hash(same) == hash(plain), arguments

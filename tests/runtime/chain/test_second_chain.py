@@ -227,6 +227,27 @@ def test_the_prompt_cache_tells_modes_and_negative_prompts_apart(pipe: Pipeline)
         assert_same(drawn(pipe, T2I, negative_prompt=negative), by_hand.text_to_image(PROMPTS, 5, 2)["image"])
 
 
+def test_embeds_in_place_of_the_prompt_leave_the_negative_prompt_to_its_stage(pipe: Pipeline) -> None:
+    reference = by_hand.text_to_image(PROMPTS, 5, 2, 2.5, ["red", "dog"])
+    given = {"prompt": None, "prompt_embeds": reference["prompt_embeds"], "negative_prompt": ["red", "dog"]}
+    assert_same(drawn(pipe, T2I, **given, inputs=GUIDED, modes=["guidance"]), reference["image"])
+    with pytest.raises(
+        InputError, match="guidance_rescale was given: of guidance this chain takes negative_prompt alone"
+    ):
+        drawn(pipe, T2I, **given, inputs=GUIDED, modes=["guidance"], guidance_rescale=0.5)
+
+
+def test_latents_are_what_the_last_row_leaves(pipe: Pipeline) -> None:
+    """Without the history that goes round the loop too; what a call keeps for the next one, it keeps all the same."""
+    call = {"inputs": {"input_image": PICTURES[0], **numbers()}}
+    pipe._held.clear()
+    first = by_hand.image_to_image(PROMPTS, PICTURES[0], 5, 0.75, 0.5, SCALES)
+    latents = drawn(pipe, I2I, **call, output_type="latent")
+    np.testing.assert_allclose(latents, first["next_latents"][-1], rtol=0, atol=1e-5)
+    second = by_hand.image_to_image(PROMPTS, PICTURES[0], 5, 0.75, 0.5, SCALES, first["next_stream"][-1])
+    assert_same(drawn(pipe, I2I, **call), second["image"])
+
+
 def plain(chain: str) -> set[str]:
     """The graphs of a chain that a call without any mode runs."""
     return {stage.graph for stage in CHAINS[chain].stages if stage.runs(())}
@@ -393,11 +414,6 @@ ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
         r"an array of float32 \[3, 1\] was expected",
     ),
     "a mode": (T2I, {"modes": ["control"]}, r"modes=\['control'\]: the chain text-to-image has guidance"),
-    "a negative prompt": (
-        I2I,
-        {"negative_prompt": "a", "inputs": {"input_image": PICTURES[0], **numbers()}},
-        "negative_prompt was given",
-    ),
     "negative prompts": (T2I, {"negative_prompt": ["a"] * 3}, "negative_prompt is a list of 3: one, or one for each"),
 }
 

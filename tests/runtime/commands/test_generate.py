@@ -1,0 +1,37 @@
+"""How `turbochain generate` is given its prompt."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import called
+from PIL import Image
+
+from turbochain.runtime import Pipeline
+
+DASHED = "-5 degrees", "-cold", "--steps"
+
+
+@pytest.mark.parametrize("prompt", DASHED)
+def test_a_prompt_that_begins_with_a_dash(sd: Path, tmp_path: Path, prompt: str) -> None:
+    with Pipeline.load(sd) as pipe:
+        expected = pipe(prompt, seed=3, output_type="uint8").images[0]
+    options = ("-o", tmp_path / "out.png", "--seed", 3)
+    lines = [
+        ("--prompt", prompt, sd, *options),
+        (sd, *options, f"--prompt={prompt}"),
+        (*options, "--", sd, prompt),
+        *([(sd, prompt, *options)] if prompt == "-5 degrees" else []),  # with a space it is no option
+    ]
+    for line in lines:
+        done = called("turbochain", "generate", *line)
+        assert done.returncode == 0, done.stderr
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out.png")), expected)
+        (tmp_path / "out.png").unlink()
+
+
+@pytest.mark.parametrize("line", [("-cold",), ("a cat", "-cold"), ("--prompt", "a cat", "-cold")])
+def test_an_unknown_option_may_be_a_prompt(tmp_path: Path, line: tuple[str, ...]) -> None:
+    done = called("turbochain", "generate", tmp_path, *line)
+    assert done.returncode == 2
+    assert done.stderr.endswith("arguments: -cold (a prompt that begins with '-' is given as --prompt TEXT)\n")
