@@ -181,6 +181,7 @@ def test_graphs_of_one_component_have_precisions_of_their_own(
     checkpoints: dict[str, Path], bundle_of: BundleFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = open_folder(checkpoints["sd"], None)
+    bundles = {precision: Bundle.open(bundle_of("sd", precision)).manifest.files for precision in ("fp32", "fp16")}
     loaded: list[weakref.ref[torch.nn.Module]] = []
     component = load.component
 
@@ -201,8 +202,7 @@ def test_graphs_of_one_component_have_precisions_of_their_own(
         name: (precision, f"graphs/text_encoder.{precision}-0.data", f"graphs/{name}.onnx.data")
         for name, precision in (("text_encoder", "fp32"), ("text_encoder+half", "fp16"), ("text_encoder*2", "fp32"))
     }
-    for precision, name in (("fp32", "text_encoder"), ("fp16", "text_encoder+half")):
-        files = Bundle.open(bundle_of("sd", precision)).manifest.files
+    for (precision, files), name in zip(bundles.items(), ("text_encoder", "text_encoder+half"), strict=True):
         assert digest(tmp_path / made[name].data[0]) == files[f"graphs/text_encoder.{precision}-0.data"].sha256
         assert digest(tmp_path / made[name].file) == files["graphs/text_encoder.onnx"].sha256
 
