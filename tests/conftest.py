@@ -138,7 +138,7 @@ class Here(Phases):
     donor: Bundle | None = None
     traced: tuple[str, ...] = ()
 
-    def run(self, name: str, job: str, /, *, keep: bool = False, **arguments: Any) -> Any:
+    def run(self, name: str, job: str, /, *, keep: bool = False, online: bool = False, **arguments: Any) -> Any:
         if self.donor and arguments.get("component") and arguments["component"] not in self.traced:
             return self._copy(arguments["component"], arguments["folder"])
         module, _, function = job.partition(":")

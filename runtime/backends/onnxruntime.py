@@ -171,7 +171,9 @@ class _CudaGraph(GpuGraph):
 
 
 def _library() -> Any:
+    """Return the module `onnxruntime`, imported so that it neither reports to its maker nor leaves files for that."""
     backends.require("onnxruntime")
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at the import
     return importlib.import_module("onnxruntime")
 
 
