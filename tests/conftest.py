@@ -203,8 +203,8 @@ assert not {"torch", "diffusers", "transformers", "onnx"} & set(sys.modules)
 def exported(shared: Path) -> Path:
     """The demo model's bundle without an engine. Tests must not change it.
 
-    The process that asked for it printed its path alone, and loaded none of the exporter's libraries. It had no network,
-    and `exported-home` as its home.
+    The process that asked for it printed its path alone, and loaded none of the exporter's libraries. It had no
+    network, and `exported-home` as its home.
     """
     path, home = shared / "exported" / "demo.bundle", shared / "exported-home"
     with locked(shared / "exported.lock"):
