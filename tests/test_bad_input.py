@@ -406,6 +406,7 @@ COMMANDS = {
     "backend": (["generate", "{sd}", "x", "--backend", "abacus"], "there is no backend 'abacus'"),
     "device": (["generate", "{sd}", "x", "--device", "tpu"], "tpu"),
     "threads": (["generate", "{sd}", "x", "--threads", "0"], "threads=0: a whole number of at least 1 was expected"),
+    "threads many": (["generate", "{sd}", "x", "--threads", "1000"], "threads=1000: at most "),
     "no prompt": (
         ["generate", "{sd}"],
         "one prompt was expected; a prompt that begins with '-' is given as --prompt TEXT",
