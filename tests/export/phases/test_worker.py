@@ -3,7 +3,6 @@
 import functools
 import logging
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,8 @@ def polls(progress):
 
 def sleeps(progress):
     progress(1, 2)
-    time.sleep(600)
+    time.sleep(20)  # far longer than a job is given
+    open(os.environ["ENDED"], "w").close()
 """
 
 
@@ -95,10 +95,8 @@ def test_ctrl_c_ends_it(run, tmp_path: Path, job: str, ended: bool) -> None:
     def interrupted(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run(job, interrupted)
-    assert time.monotonic() - start < 10
     assert (tmp_path / "ended").exists() == ended and (tmp_path / "printed").read_text() == ""
 
 
