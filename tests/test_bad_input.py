@@ -68,6 +68,15 @@ def change(name: str, edit: Callable[[dict[str, np.ndarray]], object]) -> Callab
     return damage
 
 
+def with_lora(tensors: dict[str, np.ndarray]) -> None:
+    """Name one layer's weights as peft does while a LoRA is loaded."""
+    name = next(name for name in tensors if name.endswith("attn1.to_q.weight"))
+    layer, weight = name.removesuffix(".weight"), tensors.pop(name)
+    tensors[f"{layer}.base_layer.weight"] = weight
+    tensors[f"{layer}.lora_A.default.weight"] = weight[:2].copy()
+    tensors[f"{layer}.lora_B.default.weight"] = weight[:, :2].copy()
+
+
 def only_pickles(ending: str) -> Callable[[Folder], None]:
     return lambda folder: [(p.rename(p.with_suffix(ending))) and None for p in folder.glob("*/*.safetensors")]
 
@@ -130,6 +139,14 @@ FOLDERS: dict[str, tuple[Callable[[Folder], object], tuple[str, ...]]] = {
             (f / f"{UNET}.index.json").write_text('{"weight_map": {"a": "x-00001-of-00001.safetensors"}}'),
         ],
         ("x-00001-of-00001.safetensors is missing",),
+    ),
+    "a LoRA beside its weights": (
+        change(UNET, with_lora),
+        ("saved with a LoRA that is not fused", "attn1.to_q.", "3 such in all", "pipe.fuse_lora()"),
+    ),
+    "a LoRA beside other weights, as diffusers once saved it": (
+        change(TEXT, lambda t: t.update({"q_proj.lora_linear_layer.up.weight": t[TEXT_NORM]})),
+        (TEXT, "saved with a LoRA that is not fused", "q_proj.lora_linear_layer.up.weight; 1 such in all"),
     ),
     "shards outside": (
         lambda f: [
