@@ -80,9 +80,9 @@ class Pipeline:
         be code. `backend`, `device`: the best one of these. `engine`: the one of this folder name. `engines`: the
         folder with the engines (default: the bundle's engines/, and the user's cache). `threads`: how many CPU threads
         one launch may use, at most one for each CPU that this process may use (None: the backend's own choice).
-        `prompt_cache_bytes`: bound of the prompt embeddings that are kept. Raises BundleError if the bundle is damaged or
-        has no engine that fits, BackendMissing if the backend is not installed, VerificationError if an engine that was
-        built on another machine fails its checks on this one.
+        `prompt_cache_bytes`: bound of the prompt embeddings that are kept. Raises BundleError if the bundle is damaged
+        or has no engine that fits, BackendMissing if the backend is not installed, VerificationError if an engine that
+        was built on another machine fails its checks on this one.
         """
         bundle = Bundle.open(path, trust_engines=trust_engines)
         found = selection.select(bundle.open_chain(chain), backend, device, engine, engines)
