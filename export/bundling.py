@@ -64,7 +64,8 @@ def _export(phases: Phases, order: ExportOrder, recipe: Recipe, digests: Digests
     state = Finished(folder, strict_json.plain(recipe))
     digests.save(folder)
     common = {"recipe": recipe, "folder": folder}
-    load = partial(phases.run, "load", "turbochain.export.jobs:prepare", keep=True, order=order, force=force, **common)
+    job, where = "turbochain.export.jobs:prepare", {"keep": True, "online": order.online}
+    load = partial(phases.run, "load", job, **where, order=order, force=force, **common)
     place = json.dumps([str(source.local) for source in order.sources.values()])  # what lies elsewhere is loaded again
     prepared = convert(Prepared, state.once(f"prepare {place}", load, lambda made: convert(Prepared, made).files))
     common["prepared"] = prepared

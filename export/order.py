@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from turbochain.export.families import Family, Shape, common
-from turbochain.export.sources import Source, find
+from turbochain.export.sources import Source, find, is_elsewhere
 from turbochain.export.sources.checkpoint import files_read, part_files_read, settled_variant
 from turbochain.export.sources.digests import Digests
 from turbochain.export.sources.parts import TINY
@@ -63,6 +63,14 @@ class ExportOrder:
         The tiny VAE's source is not here: the checkpoint decides it. InputError if a name is of no kind.
         """
         return {"": find(self.source)} | {c: find(name, c) for c, name in self.parts.items() if name != TINY}
+
+    @property
+    def online(self) -> bool:
+        """Return whether the network is asked: for what a hub id names, or for the family's tiny VAE."""
+        if TINY in self.parts.values() and find(self.source).tiny_vae is None:
+            return True
+        named = [(name, c) for c, name in self.parts.items() if name != TINY]
+        return is_elsewhere(self.source) or any(is_elsewhere(name, c) for name, c in named)
 
     def given(self) -> dict[str, Any]:
         """Return the fields of the recipe that were asked for explicitly."""

@@ -1,7 +1,9 @@
 """`Pipeline`: prompt in, pixels out, from a bundle and one of its engines."""
 
+import os
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from turbochain.runtime import selection
+from turbochain.runtime.backends import forks
 from turbochain.runtime.backends.contract import Cancel, Device, Executor, Observe, Results
 from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Tensor
 from turbochain.runtime.bundle.opened import Bundle
@@ -21,6 +24,11 @@ from turbochain.runtime.ready import Planned, ReadyChain
 from turbochain.runtime.request import Request
 
 PROMPT_CACHE_BYTES = 64 * 2**20
+CLOSED = "the pipeline is closed; load it again"
+FORKED = (
+    "the pipeline was loaded before this process was forked, and the threads that it computes with are in the other "
+    "process: load the pipeline in the workers alone (with gunicorn: without --preload)"
+)
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -28,6 +36,7 @@ class Pipeline:
     """A loaded engine. Calls are safe from several threads: one at a time is drawn.
 
     `Pipeline.load` makes one. It is a context manager. Graphs load when a chain first uses them; chains share them.
+    In a process forked from the one that loaded it, a call raises TurbochainError: load it in the worker alone.
     """
 
     def __init__(
@@ -43,10 +52,12 @@ class Pipeline:
         self.engine_name = found.name
         self._found = found
         self._executor: Executor | None = executor
+        self._gone = CLOSED  # why, if there is none
         self._chains: dict[str, ReadyChain] = {}
         self._held: set[Tensor] = set()
         self._lock = threading.RLock()
         self.prompt_cache = PromptCache(prompt_cache_bytes)
+        _PIPELINES.add(self)
 
     @classmethod
     def load(
@@ -68,9 +79,10 @@ class Pipeline:
         hub's cache has it. `trust_engines`: also use the engines that came with a bundle from the hub: an engine may
         be code. `backend`, `device`: the best one of these. `engine`: the one of this folder name. `engines`: the
         folder with the engines (default: the bundle's engines/, and the user's cache). `threads`: how many CPU threads
-        one launch may use (None: the backend's own choice). `prompt_cache_bytes`: bound of the prompt embeddings that
-        are kept. Raises BundleError if the bundle is damaged or has no engine that fits, BackendMissing if the backend
-        is not installed, VerificationError if an engine that was built on another machine fails its checks on this one.
+        one launch may use, at most one for each CPU that this process may use (None: the backend's own choice).
+        `prompt_cache_bytes`: bound of the prompt embeddings that are kept. Raises BundleError if the bundle is damaged
+        or has no engine that fits, BackendMissing if the backend is not installed, VerificationError if an engine that
+        was built on another machine fails its checks on this one.
         """
         bundle = Bundle.open(path, trust_engines=trust_engines)
         found = selection.select(bundle.open_chain(chain), backend, device, engine, engines)
@@ -166,7 +178,7 @@ class Pipeline:
 
     def _opened(self) -> Executor:
         if self._executor is None:
-            raise TurbochainError("the pipeline is closed; load it again")
+            raise TurbochainError(self._gone)
         return self._executor
 
     def warmup(self, num_inference_steps: int | None = None, *, chain: str = TEXT_TO_IMAGE) -> None:
@@ -186,6 +198,13 @@ class Pipeline:
             self._chains.clear()
             self._held.clear()
             self.prompt_cache.clear()
+
+    def _abandon(self) -> None:
+        """Give up the engine in a process that was forked, where it can be neither used nor freed."""
+        self._lock = threading.RLock()  # a thread that the fork has not copied may hold the other one
+        if self._executor is not None:
+            forks.keep_for_ever(self._executor)
+            self._executor, self._gone = None, FORKED
 
     def __enter__(self) -> "Pipeline":
         """Return the pipeline itself."""
@@ -240,3 +259,14 @@ class Pipeline:
         if new := planned.held - self._held:
             executor.hold(planned.plan, {tensor.name: ready.feeds.zeros(tensor.name) for tensor in new})
             self._held |= new
+
+
+_PIPELINES: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for pipe in list(_PIPELINES):
+        pipe._abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_all)

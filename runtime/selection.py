@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from turbochain.runtime import backends
+from turbochain.runtime.backends import cpus
 from turbochain.runtime.backends.contract import Executor, Opened
 from turbochain.runtime.bundle import hashing
 from turbochain.runtime.bundle.manifest import Engine, EngineKey
@@ -168,9 +169,20 @@ def admit(chain: OpenChain, found: Found) -> None:
 def open_executor(
     bundle: Bundle, found: Found, *, device: str | None = None, threads: int | None = None, profile: bool = False
 ) -> Executor:
-    """Return an executor for an engine, with nothing loaded; `admit` comes before a chain's graphs are loaded."""
+    """Return an executor for an engine, with nothing loaded; `admit` comes before a chain's graphs are loaded.
+
+    `threads` None: the backend's own choice, or what a container's quota allows. Raises InputError for a number that
+    is more than this process may use.
+    """
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads={threads!r}: a whole number of at least 1 was expected")
+    if threads is not None and threads > (most := cpus.available()):
+        raise InputError(
+            f"threads={threads}: at most {most} was expected, one for each CPU that this process may use (its affinity "
+            "and its container's quota are counted); give fewer, or leave it to the backend"
+        )
+    if threads is None and (quota := cpus.quota()) is not None and quota < cpus.allowed():
+        threads = quota  # the backends count the CPUs, and not how much of their time there is
     backend = backends.get(found.engine.key.backend)
     where = backend.device(device)
     return backend.executor(Opened(bundle, found.folder, found.engine.options, where, threads, profile))

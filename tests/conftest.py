@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import kept
+import outside
 import pytest
 from kept import locked
 from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -138,7 +139,7 @@ class Here(Phases):
     donor: Bundle | None = None
     traced: tuple[str, ...] = ()
 
-    def run(self, name: str, job: str, /, *, keep: bool = False, **arguments: Any) -> Any:
+    def run(self, name: str, job: str, /, *, keep: bool = False, online: bool = False, **arguments: Any) -> Any:
         if self.donor and arguments.get("component") and arguments["component"] not in self.traced:
             return self._copy(arguments["component"], arguments["folder"])
         module, _, function = job.partition(":")
@@ -202,14 +203,14 @@ assert not {"torch", "diffusers", "transformers", "onnx"} & set(sys.modules)
 def exported(shared: Path) -> Path:
     """The demo model's bundle without an engine. Tests must not change it.
 
-    The process that asked for it printed its path alone, and loaded none of the exporter's libraries.
+    The process that asked for it printed its path alone, and loaded none of the exporter's libraries. It had no
+    network, and `exported-home` as its home.
     """
-    path = shared / "exported" / "demo.bundle"
+    path, home = shared / "exported" / "demo.bundle", shared / "exported-home"
     with locked(shared / "exported.lock"):
         if not path.exists():
-            line = [sys.executable, "-c", EXPORTED, str(path)]
             path.parent.mkdir(exist_ok=True)
-            done = subprocess.run(line, capture_output=True, text=True, timeout=600)
+            done = outside.run(sys.executable, "-c", EXPORTED, path, home=home, cwd=path.parent)
             assert (done.stdout, done.stderr, done.returncode) == (f"{path}\n", "", 0), done
     return path
 
@@ -288,10 +289,14 @@ def reseal(path: Path) -> None:
         file.write_text(json.dumps(made))
 
 
+def program(name: str) -> Path:
+    """Where `turbochain` or `build-engine` is installed."""
+    return Path(sys.executable).with_name(name)
+
+
 def command(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
     """Run `turbochain` or `build-engine` (the first argument) as a user would; output captured as text."""
-    script = Path(sys.executable).with_name(str(arguments[0]))
-    line = [str(script), *map(str, arguments[1:])]
+    line = [str(program(str(arguments[0]))), *map(str, arguments[1:])]
     return subprocess.run(line, capture_output=True, text=True, **{"timeout": 600, **options})  # type: ignore[call-overload]
 
 

@@ -35,15 +35,17 @@ class Phases:
     reports: list[PhaseReport]
     _kept: Worker | None = None
 
-    def run(self, name: str, job: str, /, *, keep: bool = False, **arguments: Any) -> Any:
+    def run(self, name: str, job: str, /, *, keep: bool = False, online: bool = False, **arguments: Any) -> Any:
         """Run a job in a process of its own, with a progress bar; see `Worker.run`.
 
         `keep`: in the process that the last phase with `keep` left, for phases whose memory need not be returned.
+        `online`: in one that may ask the hub, which is never kept.
         """
+        keep = keep and not online
         if not keep:
             self.release()
         with Phase(name, quiet=self.quiet) as phase:
-            worker = self._kept or Worker(self.lock, self.log)
+            worker = self._kept or Worker(self.lock, self.log, online=online)
             self._kept = worker if keep else None
             try:
                 result, peak = worker.run(job, arguments, phase)

@@ -35,22 +35,27 @@ Progress = Callable[[int, int], None]
 
 log = logging.getLogger("turbochain")
 
+# Both are read when huggingface_hub is imported.
+_SILENT = {"HF_HUB_DISABLE_TELEMETRY": "1"}
+_OFFLINE = {"HF_HUB_OFFLINE": "1"}  # not every loader of diffusers and transformers heeds `local_files_only`
+
 _GRACE = 1.0  # seconds that a job has to end by itself
 
 
 class Worker:
     """A child that runs jobs, one after the other. It ends with the `with` block, or with a job that fails."""
 
-    def __init__(self, lock: int, printed: Path | None) -> None:
+    def __init__(self, lock: int, printed: Path | None, *, online: bool = False) -> None:
         """Start a child that keeps the file descriptor `lock` open, so that the lock lives as long as the child.
 
-        What libraries print goes to the file `printed`, or to stderr if it is None.
+        What libraries print goes to the file `printed`, or to stderr if it is None. Unless it is `online`, the
+        libraries that know the hub do not ask it for anything.
         """
         self._printed = printed
         # The child inherits that it does not hear of Ctrl-C, which a terminal sends to both.
         heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self._child = _start(lock, printed)
+            self._child = _start(lock, printed, online)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
@@ -100,7 +105,7 @@ class Worker:
         self.close()
 
 
-def _start(lock: int, printed: Path | None) -> "subprocess.Popen[str]":
+def _start(lock: int, printed: Path | None, online: bool) -> "subprocess.Popen[str]":
     output = printed.open("ab") if printed else None
     try:
         return subprocess.Popen(
@@ -109,6 +114,7 @@ def _start(lock: int, printed: Path | None) -> "subprocess.Popen[str]":
             stdout=subprocess.PIPE,
             stderr=output,
             pass_fds=(lock,),
+            env={**os.environ, **_SILENT, **({} if online else _OFFLINE)},
             text=True,
         )
     finally:

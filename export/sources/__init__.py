@@ -88,10 +88,19 @@ def known() -> list[Kind]:
 
 def find(name: str, part: str | None = None) -> Source:
     """Return the source `name`, of a checkpoint or of its part `part` ("vae"); InputError if it is of no kind."""
+    return _find(name, part)[1]
+
+
+def is_elsewhere(name: str, part: str | None = None) -> bool:
+    """Return whether the network is asked for the source `name`; InputError if it is of no kind."""
+    return _find(name, part)[0].rank == ELSEWHERE
+
+
+def _find(name: str, part: str | None) -> tuple[Kind, Source]:
     possible = [kind for kind in known() if kind.parts or part is None]
     for kind in possible:
         if found := kind.find(name):
-            return found
+            return kind, found
     forms = ", nor ".join(sorted(kind.form for kind in possible if kind.form))
     if part is not None:
         raise InputError(f"--{part} {name} is neither tiny, nor {forms}")

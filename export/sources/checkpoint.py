@@ -20,6 +20,7 @@ from turbochain.runtime.errors import InputError
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' name for a component's weights
 LIBRARIES = ("diffusers", "transformers")  # model_index.json can name any module; no other is imported
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_OF_LORA = re.compile(r"\.base_layer\.|(?:^|[._])lora[._]")  # peft's names, and those that diffusers once gave
 TERMS = ("LICENSE*", "LICENCE*", "README.md")  # licence and model card
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -262,17 +263,25 @@ def settled_variant(folders: Sequence[Path], wanted: str | None) -> str | None:
 
 
 def _values(path: Path) -> int:
-    """Return the number of values in a safetensors file; InputError if it is missing, damaged or cut off."""
+    """Return the number of values in a safetensors file; InputError if it is damaged or holds a LoRA beside weights."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
-            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no mapping
+            names = list(file.keys())
+            count = sum(math.prod(file.get_slice(name).get_shape()) for name in names)
     except FileNotFoundError:
         raise InputError(f"{path} is missing; download the checkpoint again") from None
     except (OSError, SafetensorError) as error:
         _refuse_pointers(path)
         raise InputError(f"{path} is damaged ({error}); download it again") from None
+    if unfused := [name for name in names if _OF_LORA.search(name)]:
+        raise InputError(
+            f"{path} was saved with a LoRA that is not fused into the weights ({unfused[0]}; {len(unfused)} such in "
+            "all): load the model and the LoRA as before, call pipe.fuse_lora(), pipe.unload_lora_weights() and "
+            "pipe.save_pretrained(FOLDER), and build from that folder"
+        )
+    return count
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -90,9 +90,12 @@ class OnnxRuntimeCpu(CpuExecutor):
         backends.require_precision("onnxruntime", self.device, entry.precision)
         options = _options()
         options.add_session_config_entry("session.use_env_allocators", "1")
-        # Each graph has its own threads, and they must not spin while those of the next graph work.
+        # Each graph has its own threads, and they must not spin while those of the next graph work. Threads that graphs
+        # share are the whole process's, of one number for all: with them an app's own sessions are refused.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if threads is not None:
+        if not entry.component:
+            options.intra_op_num_threads = 1  # the sampler's arithmetic: a few nodes
+        elif threads is not None:
             options.intra_op_num_threads = threads
         if self.opened.profile:
             options.enable_profiling = True
@@ -171,7 +174,9 @@ class _CudaGraph(GpuGraph):
 
 
 def _library() -> Any:
+    """Return the module `onnxruntime`, imported so that it neither reports to its maker nor leaves files for that."""
     backends.require("onnxruntime")
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at the import
     return importlib.import_module("onnxruntime")
 
 

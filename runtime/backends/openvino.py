@@ -4,16 +4,17 @@ import ctypes
 import importlib
 import json
 import mmap
+import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from turbochain.runtime import backends
-from turbochain.runtime.backends import openvino_model
+from turbochain.runtime.backends import forks, openvino_model
 from turbochain.runtime.backends.contract import Backend, Device, Executor, Opened, Options, Preference
 from turbochain.runtime.backends.cpu import Arrays, CpuExecutor, Launch, Loaded
 from turbochain.runtime.bundle.manifest import COMPUTED, EngineKey, Graph
@@ -22,6 +23,10 @@ from turbochain.runtime.errors import BundleError, InputError, OutOfMemory, Turb
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 """What a graph is computed in → OpenVINO's name for it."""
 
+FORKED = (
+    "openvino was used before this process was forked, and its threads are in the other process: load a pipeline in "
+    "the workers alone (with gunicorn: without --preload), or start them with multiprocessing's spawn"
+)
 _TELEMETRY = "openvino_telemetry"
 _IMPORTING = threading.Lock()
 _DTYPES = {"f32": "float32", "f16": "float16", "i32": "int32", "u8": "uint8"}
@@ -97,9 +102,13 @@ class OpenVino(CpuExecutor):
     """Every graph is a compiled model with an infer request for each of its places in a chain."""
 
     rewrites = openvino_model.REWRITES
+    process: ClassVar[int | None] = None  # the one whose threads OpenVINO computes with
 
     def __init__(self, opened: Opened) -> None:
-        """Set up what the graphs share."""
+        """Set up what the graphs share; TurbochainError in a process forked from one that has done so."""
+        if OpenVino.process not in (None, os.getpid()):
+            raise TurbochainError(FORKED)
+        OpenVino.process = os.getpid()
         core()  # before the graphs, which are loaded at once
         super().__init__(opened)
 
@@ -244,7 +253,9 @@ def library() -> Any:
 @cache
 def core() -> Any:
     """Return OpenVINO's view of the devices."""
-    return library().Core()
+    made = library().Core()
+    os.register_at_fork(before=forks.let_threads_rest, after_in_child=lambda: forks.keep_for_ever(made))
+    return made
 
 
 def _failure(what: str, error: Exception) -> TurbochainError:

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +47,12 @@ def without_torch(code: str, *arguments: object) -> subprocess.CompletedProcess[
     return subprocess.run([*line, *map(str, arguments)], capture_output=True, text=True, timeout=100)
 
 
-@pytest.mark.alone
 def test_a_second_build_does_nothing(sd: Path, checkpoints: dict[str, Path]) -> None:
     before = sizes(sd)
     for source in (checkpoints["sd"], sd):
-        start = time.monotonic()
         done = command("build-engine", source, "-o", sd, "--size", "64x64", "--steps", "1-4", *ON_ARGUMENTS)
-        seconds = time.monotonic() - start
         assert done.returncode == 0 and "nothing to do: it is built and verified already" in done.stdout, done
-        assert phases(done.stderr) == [] and seconds < 2
+        assert phases(done.stderr) == []
     assert sizes(sd) == before
 
 

@@ -22,6 +22,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from turbochain.runtime import Bundle, Cancelled, InputError, Pipeline, TurbochainError, selection
+from turbochain.runtime.backends import cpus
 from turbochain.runtime.commands.bench import bench
 from turbochain.runtime.commands.inspect import wires
 from turbochain.runtime.inputs.cache import PromptCache
@@ -179,14 +180,24 @@ def threads_alive() -> int:
 
 def test_threads_are_what_was_asked(sd: Path, one: Pipeline) -> None:
     expected, started = uint8(one, "a cat", seed=1, num_inference_steps=3), {}
-    for threads in (1, 3):
+    most = cpus.available()
+    for threads in (1, most):
         before = threads_alive()
         with Pipeline.load(sd, threads=threads) as pipe:
             started[threads] = threads_alive() - before
             difference = np.abs(uint8(pipe, "a cat", seed=1, num_inference_steps=3).astype(int) - expected)
         assert difference.max() <= 1
         assert (difference > 0).mean() <= 1e-3
-    assert started[1] == 0 < started[3]  # the calling thread is the first
+    models = [graph for graph in one.bundle.manifest.graphs.values() if graph.component]
+    assert started == {1: 0, most: len(models) * (most - 1)}  # the calling thread is each graph's first
+
+
+def test_a_containers_quota_bounds_the_default(sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpus, "quota", lambda: 1)  # a container's files have tests of their own
+    before = threads_alive()
+    with Pipeline.load(sd) as pipe:
+        assert threads_alive() == before
+        uint8(pipe, "a cat", seed=1)
 
 
 def test_a_repeated_prompt_skips_the_text_encoder(one: Pipeline, ran: Ran) -> None:

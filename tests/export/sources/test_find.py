@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from turbochain.export.order import ExportOrder
 from turbochain.export.sources import find, known
 from turbochain.export.sources.kinds.demo import FOLDER
 from turbochain.export.sources.presets import PRESETS
@@ -30,6 +31,19 @@ def test_what_looks_like_a_hub_id(text: str, expected: bool) -> None:
     with pytest.raises(InputError) as caught:
         find(text)
     assert str(caught.value) == f"{text} is {KINDS}"
+
+
+@pytest.mark.parametrize(
+    ("source", "vae", "expected"),
+    [
+        *(("owner/name", None, True), ("demo", None, False), ("synthetic:sd-turbo-mini", None, False)),
+        *((".", None, False), ("demo", "tiny", True), ("demo", "owner/name", True), ("demo", ".", False)),
+        *(("synthetic:sd-turbo-mini", "tiny", False), ("owner/name", ".", True)),
+    ],
+)
+def test_only_a_hub_id_needs_the_network(source: str, vae: str | None, expected: bool) -> None:
+    """And the family's tiny VAE, which is one; a synthetic checkpoint has a tiny VAE of its own."""
+    assert ExportOrder(source, vae=vae).online == expected
 
 
 def test_a_folder_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 import hashlib
 import os
 import random
-import time
+from contextlib import suppress
 
 import numpy as np
 import onnx
@@ -330,7 +330,11 @@ def test_a_cache_that_cannot_be_written_is_not_used(bundle, tmp_path, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     path = bundle / "graphs" / "m.onnx"
     onnx.save_model(model_of(external("w.data")), path)
-    check_external(bundle, "graphs/m.onnx", ["graphs/w.data"], hashlib.sha256(path.read_bytes()).hexdigest())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    check_external(bundle, "graphs/m.onnx", ["graphs/w.data"], digest)
+    with pytest.raises(BundleError, match="which the manifest does not list"):
+        check_external(bundle, "graphs/m.onnx", [], digest)
+    assert (tmp_path / "file").read_text() == ""
 
 
 def test_an_opened_bundle_uses_the_stamps_unless_full(opened, cache):
@@ -405,20 +409,40 @@ def test_the_last_of_two_keys_counts_as_in_protobuf(found_in):
     assert found_in(raw) == locations(onnx.ModelProto.FromString(raw)) == {"b"}
 
 
-def test_five_megabytes_are_quick(found_in):
+class Counted(bytes):
+    """Bytes that count how many of them were read."""
+
+    reads = 0
+
+    def __getitem__(self, place):
+        found = super().__getitem__(place)
+        self.reads += len(found) if isinstance(place, slice) else 1
+        return found
+
+
+def reads(raw: bytes) -> int:
+    """How many bytes the search for locations reads of a model, until it ends or refuses."""
+    data = Counted(raw)
+    with suppress(external_data._Malformed):
+        external_data._walk(data, "ModelProto", 0, len(raw), 0, set())
+    return data.reads
+
+
+def test_no_byte_is_read_twice_and_tensors_not_at_all(found_in):
     nodes = [
         helper.make_node("Conv", [f"value_{i}", f"weight_{i}"], [f"value_{i + 1}"], f"/unet/block/{i}", pads=[1] * 4)
-        for i in range(25_000)
+        for i in range(1_000)
     ]
     raw = model_of(external("w.data"), nodes=nodes)
     raw.graph.initializer.append(numpy_helper.from_array(np.zeros(700_000, np.float32), "inline"))
-    start = time.perf_counter()
     assert found_in(raw) == {"w.data"}
-    assert time.perf_counter() - start < 5
-    empty_nodes = field(7, b"\x0a\x00" * 1_000_000)
-    start = time.perf_counter()
-    assert found_in(empty_nodes) == set()
-    assert time.perf_counter() - start < 15
+    raw.graph.ClearField("node")
+    rest = raw.SerializeToString()
+    assert 0 < reads(rest) < 200 < len(rest)
+    raw.graph.node.extend(nodes)
+    assert reads(raw.SerializeToString()) < sum(node.ByteSize() + 4 for node in nodes) + 200
+    empty_nodes = field(7, b"\x0a\x00" * 10_000)
+    assert found_in(empty_nodes) == set() and reads(empty_nodes) == len(empty_nodes)
 
 
 def test_damaged_models_are_refused_or_read_as_onnx_reads_them(found_in):
@@ -437,7 +461,6 @@ def test_damaged_models_are_refused_or_read_as_onnx_reads_them(found_in):
             theirs = locations(onnx.ModelProto.FromString(bytes(damaged)))
         except (DecodeError, UnicodeDecodeError):
             theirs = None
-        start = time.perf_counter()
         try:
             ours = found_in(bytes(damaged))
         except BundleError:
@@ -445,5 +468,5 @@ def test_damaged_models_are_refused_or_read_as_onnx_reads_them(found_in):
         else:
             outcomes["only ours" if theirs is None else "agreed"] += 1
             assert theirs is None or theirs <= ours  # nothing that onnx would open stays unseen
-        assert time.perf_counter() - start < 1
+        assert reads(bytes(damaged)) <= len(damaged)
     assert outcomes["refused"] > 100 and outcomes["agreed"] > 50, outcomes

@@ -260,20 +260,25 @@ def test_a_young_file_and_a_small_one_get_no_stamp(bundle, cache):
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000])
 def test_a_broken_stamp_is_not_used(settled, cache, content):
-    path = settled / "a"
-    record = hashing.describe(path)
-    hashing.check(settled, path.name, record, full=False)
-    cache.mkdir(parents=True, exist_ok=True)
-    name = hashlib.sha256(os.fsencode(path)).hexdigest()
-    (cache / f"{name}.json").write_bytes(content)
-    hashing.check(settled, path.name, record, full=False)
+    """The file is hashed, which shows what a stamp that vouched for it would hide; then it is stamped again."""
+    record = hashing.describe(settled / "a")
+    hashing.check(settled, "a", record, full=False)
+    (stamp,) = cache.iterdir()
+    sound = stamp.read_bytes()
+    stamp.write_bytes(content)
+    assert "is damaged" in problem(settled, "a", FileRecord(record.size, "f" * 64))
+    assert stamp.read_bytes() == content
+    hashing.check(settled, "a", record, full=False)
+    assert stamp.read_bytes() == sound
 
 
 def test_a_cache_that_cannot_be_written_is_not_used(settled, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    path = settled / "a"
-    hashing.check(settled, path.name, hashing.describe(path), full=False)
+    record = hashing.describe(settled / "a")
+    hashing.check(settled, "a", record, full=False)
+    assert "is damaged" in problem(settled, "a", FileRecord(record.size, "f" * 64))
+    assert (tmp_path / "file").read_text() == ""
 
 
 # --- paths

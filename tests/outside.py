@@ -1,0 +1,100 @@
+"""Run a command that must not reach the network: `python outside.py COMMAND …`; Linux only.
+
+The kernel (seccomp) ends every process of it that makes an internet socket by SIGSYS, whether Python asks or a
+library's native code, for a connection or for a look-up of a name. Exit status: the command's, or `REACHED` if it or
+a process that outlived its parent was ended so. (What a process does with a child that it waits for, it says itself.)
+"""
+
+import ctypes
+import os
+import platform
+import resource
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+REACHED = 97
+PROBE = "import socket\nsocket.has_ipv6 = False  # at its import urllib3 makes a socket to see whether there is IPv6\n"
+SOCKET = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}  # machine → audit's number for it, the system call
+_NO_NEW_PRIVILEGES, _SECCOMP, _SUBREAPER = 38, 22, 36  # of prctl
+_KILL, _ALLOW = 0x80000000, 0x7FFF0000
+_LOAD, _EQUAL, _RETURN = 0x20, 0x15, 0x06
+
+
+def run(*arguments: object, home: Path, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a command so, with `home` as its home and its folder for temporary files, which are made."""
+    (home / "python").mkdir(parents=True, exist_ok=True)
+    (home / "python" / "sitecustomize.py").write_text(PROBE)
+    (home / "tmp").mkdir(exist_ok=True)
+    own = {"HOME": str(home), "TMPDIR": str(home / "tmp"), "PYTHONPATH": str(home / "python")}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_", "ORT_"))}
+    line = [sys.executable, __file__, *map(str, arguments)]
+    more = {"env": {**kept, **own, "PYTHONDONTWRITEBYTECODE": "1"}, "timeout": 600, **options}
+    return subprocess.run(line, capture_output=True, text=True, **more)  # type: ignore[call-overload, no-any-return]
+
+
+def left(home: Path) -> set[str]:
+    """What a command has left in `home` beside turbochain's own notes on files, relative to it."""
+    ours = {home / "python" / "sitecustomize.py"}
+    files = {path for path in home.rglob("*") if path.is_file() and path not in ours}
+    return {str(f.relative_to(home)) for f in files if f.parent != home / ".cache" / "turbochain" / "hashes"}
+
+
+def _prctl(option: int, value: object, pointer: object = None) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, ctypes.c_ulong(value), pointer, 0, 0):  # type: ignore[arg-type]
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+def _filter() -> bytes:
+    """The kernel's program: what is read is the number of a call at 0, the machine at 4, the first argument at 16."""
+    machine, call = SOCKET[platform.machine()]
+    program = [
+        (_LOAD, 0, 0, 4),
+        (_EQUAL, 0, 6, machine),
+        (_LOAD, 0, 0, 0),
+        (_EQUAL, 0, 4, call),
+        (_LOAD, 0, 0, 16),
+        (_EQUAL, 1, 0, 2),  # AF_INET
+        (_EQUAL, 0, 1, 10),  # AF_INET6
+        (_RETURN, 0, 0, _KILL),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
+    return b"".join(struct.pack("HBBI", *step) for step in program)
+
+
+def _shut_off() -> None:
+    """Let this process, and all that it starts, end at an internet socket."""
+    program = _filter()
+    held = ctypes.create_string_buffer(program)
+    described = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(held))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _prctl(_NO_NEW_PRIVILEGES, 1)
+    _prctl(_SECCOMP, 2, ctypes.c_char_p(described))
+
+
+def _ends() -> Iterator[tuple[int, int]]:
+    """Wait for every process that is left; yield its id and how it ended."""
+    while True:
+        try:
+            yield os.wait()
+        except ChildProcessError:
+            return
+
+
+def main(line: list[str]) -> int:
+    _prctl(_SUBREAPER, 1)
+    child = os.fork()
+    if child == 0:
+        _shut_off()
+        os.execvp(line[0], line)
+    ends = dict(_ends())
+    reached = any(os.WIFSIGNALED(how) and os.WTERMSIG(how) == signal.SIGSYS for how in ends.values())
+    return REACHED if reached else os.waitstatus_to_exitcode(ends[child])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

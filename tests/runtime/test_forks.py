@@ -1,0 +1,72 @@
+"""A process that is forked from one with a pipeline: it is told what to do, and it ends."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import build_here
+
+SECONDS = 60  # that a process has, so that one that hangs is told from one that works
+
+SCRIPT = """
+import json, os, signal, sys, time
+from turbochain.runtime import Pipeline, TurbochainError
+
+bundle, backend, engines, limit = sys.argv[1:]
+
+def load():
+    return Pipeline.load(bundle, backend=backend, engines=engines)
+
+def draw(pipe):
+    return int(pipe("a cat", seed=0, output_type="uint8").images.sum())
+
+def fresh():
+    with load() as other:
+        return draw(other)
+
+def child(work):
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            said = work()
+        except TurbochainError as error:
+            said = str(error)
+        os.write(write, json.dumps(said).encode())
+        sys.exit()  # as a worker of gunicorn does: the interpreter and every library end
+    os.close(write)
+    end = time.monotonic() + float(limit)
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        if time.monotonic() > end:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return "hangs"
+        time.sleep(0.01)
+    return json.loads(os.read(read, 10_000) or '"dies"')
+
+pipe = load()
+found = {"before": draw(pipe), "nothing": child(lambda: None), "draw": child(lambda: draw(pipe))}
+found |= {"close": child(pipe.close), "fresh": child(fresh), "after": draw(pipe)}
+pipe.close()
+found |= {"nothing after": child(lambda: None), "fresh after": child(fresh), "own": fresh()}
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_child_is_told_and_ends(backend: str, sd: Path, tmp_path: Path) -> None:
+    build_here(str(sd), backend=backend, engines=tmp_path / "engines", quiet=True)
+    line = [sys.executable, "-c", SCRIPT, str(sd), backend, str(tmp_path / "engines"), str(SECONDS)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=8 * SECONDS)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    picture = found.pop("before")
+    assert "load the pipeline in the workers alone" in found.pop("draw")
+    ended = {"nothing": None, "close": None, "nothing after": None, "after": picture, "own": picture}
+    if backend == "openvino":
+        assert all("load a pipeline in the workers alone" in found.pop(name) for name in ("fresh", "fresh after"))
+        assert found == ended
+    else:
+        assert found == {**ended, "fresh": picture, "fresh after": picture}
