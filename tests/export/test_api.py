@@ -21,7 +21,7 @@ def test_a_bundle_without_an_engine(bundle: Path) -> None:
     assert not (bundle / "engines").exists()
     assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
     found = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file()}
-    assert found == {*opened.manifest.files, "bundle.json"}
+    assert found == {*opened.manifest.files, "bundle.json", "source.json"}
     recipe = convert(Recipe, opened.manifest.request)
     assert recipe == ExportOrder("demo", size=(512, 512), steps=(1, 2, 3, 4)).recipe("fp32")
 
@@ -49,7 +49,7 @@ def test_a_second_export_does_nothing_and_another_is_refused(bundle: Path) -> No
     for other, said in (
         ({"steps": [1]}, r"steps is \[1, 2, 3, 4\] there and \[1\] here"),
         ({"precision": "fp16"}, "precision is 'fp32' there and 'fp16' here"),
-        ({"vae": "tiny"}, "vae is None there and 'tiny' here"),
+        ({"vae": "tiny"}, "vae is None there and 'tiny' here; files of the source have changed: vae/.*"),
         ({"revision": "v2"}, "revision is None there and 'v2' here"),
     ):
         with pytest.raises(InputError, match=rf"holds another build \({said}\): choose another path with -o"):
