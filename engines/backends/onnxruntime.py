@@ -1,5 +1,20 @@
-"""ONNX Runtime: nothing is written; a graph is loaded from the bundle, and optimised in memory."""
+"""ONNX Runtime: on a CPU nothing is written, and a graph is loaded from the bundle; for CUDA its form is written."""
 
-from turbochain.engines.backends.contract import Builder
+from turbochain.engines.backends.contract import Builder, Task
+from turbochain.runtime.backends.onnxruntime import form_file
+from turbochain.runtime.bundle import writing
 
-BUILDER = Builder(name="onnxruntime", reads_graphs=True, options={})
+
+def compile(task: Task) -> list[str]:
+    """Write the form of a graph that the CUDA provider runs whole, and nothing for a CPU; returns the file's name."""
+    if task.device.kind == "cpu":
+        return []
+    from turbochain.engines import forms
+    from turbochain.engines.forms import group_norm
+
+    name = form_file(task.graph)
+    writing.write_atomically(task.folder / name, forms.make(task.bundle, task.graph, [group_norm.by_instance]))
+    return [name]
+
+
+BUILDER = Builder(name="onnxruntime", reads_graphs=True, options={}, compile=compile)

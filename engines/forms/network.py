@@ -1,11 +1,20 @@
 """An ONNX graph that is rewritten node by node."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+
+class Step:
+    """An operator in a row of them, which reads what the one before makes, and constants."""
+
+    def __init__(self, kind: str, *constants: str, **attributes: Any) -> None:
+        self.kind, self.constants, self.attributes = kind, constants, attributes
 
 
 class Network:
@@ -31,8 +40,6 @@ class Network:
 
     def value(self, name: str) -> np.ndarray | None:
         """Return the values of a constant, read from the bundle's data if they are there; None if it is none."""
-        from onnx import numpy_helper
-
         known = self.initializers.get(name)
         return None if known is None else numpy_helper.to_array(known, str(self.folder))
 
@@ -42,15 +49,15 @@ class Network:
 
     def constant(self, name: str, values: np.ndarray) -> str:
         """Add a constant that the form itself holds; returns its name."""
-        from onnx import numpy_helper
-
         return self._add(numpy_helper.from_array(np.ascontiguousarray(values), name))
+
+    def sizes(self, *values: int) -> str:
+        """Add a constant shape, or other whole numbers in a row (int64); returns its name."""
+        return self.constant(f"sizes_{'_'.join(map(str, values))}", np.array(values, np.int64))
 
     def reshaped(self, constant: str, shape: tuple[int, ...]) -> str:
         """Return the name of the same constant in another shape; its values stay where they are."""
-        import onnx
-
-        name = f"{constant}/{'x'.join(map(str, shape))}"
+        name = f"{constant}_as_{'_'.join(map(str, shape))}"
         if name not in self.initializers:
             assert math.prod(shape) == math.prod(self.shape(constant)), (constant, shape)
             copy = onnx.TensorProto()
@@ -71,7 +78,7 @@ class Network:
 
         Nodes that nothing reads any more and constants without a reader go.
         """
-        nodes = []
+        nodes: list[Any] = []
         for node in self.model.graph.node:
             made = make(node) if node.op_type == kind else None
             nodes += [node] if made is None else made
@@ -87,10 +94,17 @@ class Network:
         self.initializers = {t.name: t for t in self.model.graph.initializer}
 
 
+def chain(first: str, steps: Sequence[Step], last: str) -> Iterator[Any]:
+    """Make the nodes of a row of steps, of which the first reads `first` and the last makes `last`."""
+    read = first
+    for number, step in enumerate(steps, 1):
+        made = last if number == len(steps) else f"{last}_step_{number}"
+        yield helper.make_node(step.kind, [read, *step.constants], [made], f"node_{made}", **step.attributes)
+        read = made
+
+
 def attributes(node: Any) -> Mapping[str, Any]:
     """Return the attributes of a node by name."""
-    from onnx import helper
-
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
@@ -106,8 +120,6 @@ def _alive(nodes: list[Any], wanted: set[str]) -> list[Any]:
 
 def _types(model: Any) -> dict[str, Any]:
     """Return the type of every tensor of a graph, without its constants."""
-    import onnx
-
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     for node in copy.graph.node:

@@ -1,8 +1,9 @@
-"""ONNX Runtime: reads the bundle's graphs directly, on its CPU provider or, with onnxruntime-gpu, on a GPU."""
+"""ONNX Runtime: reads the bundle's graphs on its CPU provider or, with onnxruntime-gpu, the engine's forms on a GPU."""
 
 import importlib
 import json
 import os
+import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,13 +19,15 @@ from turbochain.runtime.backends.contract import Backend, Device, Executor, Open
 from turbochain.runtime.backends.cpu import Arrays, CpuExecutor, Launch, Loaded
 from turbochain.runtime.backends.gpu import GpuExecutor, GpuGraph
 from turbochain.runtime.bundle.manifest import Graph
-from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.errors import BundleError, InputError, OutOfMemory, TurbochainError
 
 _IDENTITY = (  # x → y, float32 [1]: a model that can be run without a file
     b'\x08\x08\x12\x00:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08'
     b"\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x15"
 )
+
+LEAST_GPU = "1.31.1"
+"""The release of onnxruntime-gpu that was seen to stage nothing in the host's memory. Before, Concat did."""
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -101,7 +104,8 @@ class OnnxRuntimeCpu(CpuExecutor):
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(tempfile.gettempdir()) / f"turbochain-{os.getpid()}-{graph}")
         without = _keep_mapped(options) if _stays_mapped(entry) else []
-        return _CpuGraph(graph, entry, _session(bundle, graph, options, ["CPUExecutionProvider"], without))
+        path = bundle.plain(graph) / entry.file
+        return _CpuGraph(graph, entry, _session(str(path), graph, options, "CPUExecutionProvider", {}, without))
 
     def close(self) -> None:
         """See Executor; also give back the arena's memory that is free."""
@@ -132,10 +136,46 @@ class _CpuGraph(Loaded):
             yield kind, mean
 
 
+CUDA_WITHOUT = ("GatherSliceToSplitFusion",)
+"""The optimisers that a graph on a GPU must do without: a Split into unequal parts, which that one makes of the slices
+of the time projections, is given its sizes in page-locked memory, in every run anew."""
+
+
+def form_file(graph: str) -> str:
+    """Return the name of the engine's file with the form of a graph that the CUDA provider runs."""
+    return f"{graph}.onnx"
+
+
+def read_form(opened: Opened, graph: str, options: Any) -> bytes:
+    """Return the engine's form of a graph, and let a session with `options` find its data in the bundle.
+
+    Raises BundleError if the engine has none, or it names other data than the graph's.
+    """
+    path = opened.folder / form_file(graph)
+    try:
+        form = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}; build the engine again") from None
+    opened.bundle.check_form(graph, form)
+    beside = opened.bundle.plain(graph) / opened.bundle.manifest.graphs[graph].file
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(beside.parent))
+    return form
+
+
 class OnnxRuntimeCuda(GpuExecutor):
     """Every graph is a session on the executor's stream, bound to the executor's buffers."""
 
     concurrent = False  # a session is tied to one stream when it is made
+
+    def __init__(self, opened: Opened) -> None:
+        """Take the GPU; InputError if onnxruntime-gpu is older than `LEAST_GPU`, and what `GpuExecutor` raises."""
+        _, version = backends.require("onnxruntime")
+        if _numbers(version) < _numbers(LEAST_GPU):
+            raise InputError(
+                f"onnxruntime-gpu {version} is installed, and on a GPU {LEAST_GPU} or later is needed: "
+                "pip install --upgrade 'turbochain[cuda]'"
+            )
+        super().__init__(opened)
 
     def load_graph(self, graph: str) -> GpuGraph:
         """Create the graph's session on the GPU; TurbochainError if ONNX Runtime cannot."""
@@ -148,9 +188,9 @@ class OnnxRuntimeCuda(GpuExecutor):
         # With the CPU's provider behind it ONNX Runtime would compute there, silently, what it cannot do on the GPU.
         options = _options()
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        bundle = self.opened.bundle
-        session = _session(bundle, graph, options, [("CUDAExecutionProvider", provider)])
-        return _CudaGraph(graph, bundle.manifest.graphs[graph], session, self.device.index)
+        form = read_form(self.opened, graph, options)
+        session = _session(form, graph, options, "CUDAExecutionProvider", provider, CUDA_WITHOUT)
+        return _CudaGraph(graph, self.opened.bundle.manifest.graphs[graph], session, self.device.index)
 
     def check_captured(self, graph: Any) -> None:
         """Refuse a captured graph whose kernels leave work to the host, or copy memory that may be freed by then."""
@@ -224,23 +264,39 @@ def _shrink_arena() -> None:
     session.run(None, {"x": np.zeros(1, np.float32)}, run)
 
 
-def _session(bundle: Bundle, graph: str, options: Any, providers: list[Any], without: Sequence[str] = ()) -> Any:
-    path = bundle.plain(graph) / bundle.manifest.graphs[graph].file
-    if hasattr(_library(), "preload_dlls") and providers != ["CPUExecutionProvider"]:
-        _library().preload_dlls()  # CUDA's and cuDNN's, where pip has installed them
+def _session(
+    model: str | bytes,
+    graph: str,
+    options: Any,
+    provider: str,
+    settings: Mapping[str, str],
+    without: Sequence[str] = (),
+) -> Any:
+    """Return a session on a provider of a model: the path of its file, or its bytes."""
+    library = _library()
+    if provider == "CUDAExecutionProvider" and hasattr(library, "preload_dlls"):
+        library.preload_dlls()  # CUDA's and cuDNN's, where pip has installed them
     try:
-        session = _library().InferenceSession(
-            str(path), options, providers=providers, disabled_optimizers=list(without)
+        return library.InferenceSession(
+            model, options, providers=[(provider, dict(settings))], disabled_optimizers=list(without)
         )
     except Exception as error:  # ONNX Runtime has no common base class for what it raises
-        raise _failure(f"cannot load {path}", error) from error
-    wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
-    if session.get_providers()[0] != wanted:  # where CUDA's libraries are missing it only warns
-        raise TurbochainError(
-            f"onnxruntime cannot use its {wanted}: CUDA's or cuDNN's libraries are missing, or of another version: "
-            "pip install 'onnxruntime-gpu[cuda,cudnn]'"
-        )
-    return session
+        if not _has(provider, settings):  # then its error is about nodes that are left to the CPU
+            raise TurbochainError(
+                f"onnxruntime cannot use its {provider}: CUDA's or cuDNN's libraries are missing, or of another "
+                "version: pip install 'turbochain[cuda]'"
+            ) from error
+        raise _failure(f"cannot load {graph}", error) from error
+
+
+def _has(provider: str, settings: Mapping[str, str]) -> bool:
+    """Return whether a session gets this provider; ONNX Runtime goes on without one that it cannot load."""
+    session = _library().InferenceSession(_IDENTITY, _options(), providers=[(provider, dict(settings))])
+    return bool(session.get_providers()[0] == provider)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
 def _check_ends(graph: Graph, session: Any) -> None:

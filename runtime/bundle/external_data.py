@@ -51,16 +51,31 @@ def external_locations(path: str | os.PathLike[str]) -> set[str]:
     A tensor's location counts whatever its `data_location` says, since readers differ in what they make of
     the two. Raises BundleError for bytes that are no ONNX model, OSError when the file cannot be read.
     """
-    found: set[str] = set()
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if not size:
-            raise BundleError(f"{path} is not an ONNX model: it is empty")
+        if not os.fstat(file.fileno()).st_size:
+            return _locations(b"", str(path))
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            try:
-                _walk(data, "ModelProto", 0, size, 0, found)
-            except _Malformed as why:
-                raise BundleError(f"{path} is not an ONNX model: {why}") from None
+            return _locations(data, str(path))
+
+
+def check_form(root: AnyPath, relative_onnx: str, allowed: Collection[str], form: bytes) -> None:
+    """Raise BundleError unless each location in another form of an .onnx file names, from that file's folder, an
+    allowed file.
+
+    `relative_onnx` and `allowed` are relative to `root`, as in `check_external`; `form` are the bytes that are parsed.
+    """
+    if problem := _problem(root, relative_onnx, _locations(form, f"the form of {relative_onnx}"), allowed):
+        raise BundleError(f"the form of {problem}")
+
+
+def _locations(data: _Data, name: str) -> set[str]:
+    found: set[str] = set()
+    try:
+        if not len(data):
+            raise _Malformed("it is empty")
+        _walk(data, "ModelProto", 0, len(data), 0, found)
+    except _Malformed as why:
+        raise BundleError(f"{name} is not an ONNX model: {why}") from None
     return found
 
 

@@ -95,6 +95,14 @@ class Bundle:
                 known = None if full else self.manifest.files[graph.file].sha256
                 external_data.check_external(self.path, graph.file, graph.data, known)
 
+    def check_form(self, graph: str, form: bytes) -> None:
+        """Raise BundleError if a form of a graph (ONNX, an engine's) reads anything but the graph's own data files.
+
+        They are found from the folder of the bundle's graph, wherever the form itself is kept.
+        """
+        entry = self.manifest.graphs[graph]
+        external_data.check_form(self.path, entry.file, entry.data, form)
+
     def plain(self, graph: str) -> Path:
         """Return the folder in which a graph's files, already hashed, are no symbolic links; for a library to read.
 
