@@ -9,11 +9,12 @@ def compile(task: Task) -> list[str]:
     """Write the form of a graph that the CUDA provider runs whole, and nothing for a CPU; returns the file's name."""
     if task.device.kind == "cpu":
         return []
-    from turbochain.engines import forms
-    from turbochain.engines.forms import group_norm
+    from turbochain.engines.forms import form  # it imports onnx
+    from turbochain.engines.forms.group_norm import by_instance
 
+    path = task.bundle.plain(task.graph) / task.bundle.manifest.graphs[task.graph].file
     name = form_file(task.graph)
-    writing.write_atomically(task.folder / name, forms.make(task.bundle, task.graph, [group_norm.by_instance]))
+    writing.write_atomically(task.folder / name, form(path, [by_instance]))
     return [name]
 
 

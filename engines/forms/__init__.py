@@ -1,28 +1,29 @@
-"""A target's own form of a graph: the same results from other nodes, made when an engine is built.
+"""A target's own form of a graph: it computes the same, and suits the target's library better.
 
-A rewrite is a function that changes a `Network`; but for rounding its results stay as they were. A form reads the same
+A rewrite changes a model (onnx_ir.Model, with shapes) itself, and returns in how many places. A form reads the same
 data files as the bundle's graph, from that graph's folder, and holds within itself what a rewrite adds. These modules
-import onnx: a builder imports them when it compiles.
+import onnx and onnx_ir, so a builder imports them when it compiles.
 """
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
-import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from turbochain.engines.forms.network import Network
-from turbochain.runtime.bundle.opened import Bundle
+from turbochain.engines.forms import shapes
 
-Rewrite = Callable[[Network], None]
+Rewrite = Callable[[ir.Model], int]
 
 
-def make(bundle: Bundle, graph: str, rewrites: Iterable[Rewrite]) -> bytes:
-    """Return the form of a graph, whose files have been hashed, as a serialized ONNX model.
+def form(path: Path, rewrites: Iterable[Rewrite]) -> bytes:
+    """Return the graph of an ONNX file, rewritten and serialized; the data that it refers to lies beside that file.
 
-    Whoever parses it is told that its data lies in the folder of `bundle.plain(graph) / file`, the bundle's own graph.
+    Raises TurbochainError if the file is no graph.
     """
-    path = bundle.plain(graph) / bundle.manifest.graphs[graph].file
-    model = onnx.load(path, load_external_data=False)
+    model = shapes.read(path)
     for rewrite in rewrites:
-        rewrite(Network(model, path.parent))
-    serialized: bytes = model.SerializeToString(deterministic=True)
+        rewrite(model)
+    RemoveUnusedNodesPass()(model)
+    serialized: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
     return serialized

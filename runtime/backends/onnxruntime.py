@@ -1,12 +1,11 @@
 """ONNX Runtime: reads the bundle's graphs on its CPU provider or, with onnxruntime-gpu, the engine's forms on a GPU."""
 
-import importlib
 import json
 import os
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,26 +14,15 @@ import numpy as np
 
 from turbochain.runtime import backends
 from turbochain.runtime.backends import cuda
+from turbochain.runtime.backends import onnxruntime_sessions as sessions
 from turbochain.runtime.backends.contract import Backend, Device, Executor, Opened, Preference
 from turbochain.runtime.backends.cpu import Arrays, CpuExecutor, Launch, Loaded
 from turbochain.runtime.backends.gpu import GpuExecutor, GpuGraph
 from turbochain.runtime.bundle.manifest import Graph
-from turbochain.runtime.errors import BundleError, InputError, OutOfMemory, TurbochainError
-
-_IDENTITY = (  # x → y, float32 [1]: a model that can be run without a file
-    b'\x08\x08\x12\x00:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08'
-    b"\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x15"
-)
+from turbochain.runtime.errors import BundleError, InputError
 
 LEAST_GPU = "1.31.1"
-"""The release of onnxruntime-gpu that was seen to stage nothing in the host's memory. Before, Concat did."""
-
-_DTYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(int32)": "int32",
-    "tensor(uint8)": "uint8",
-}
+"""The release of onnxruntime-gpu that was seen to stage nothing in page-locked memory; an older one's Concat may."""
 
 
 def device(name: str | None) -> Device:
@@ -91,7 +79,7 @@ class OnnxRuntimeCpu(CpuExecutor):
         bundle, threads = self.opened.bundle, self.opened.threads
         entry = bundle.manifest.graphs[graph]
         backends.require_precision("onnxruntime", self.device, entry.precision)
-        options = _options()
+        options = sessions.default_options()
         options.add_session_config_entry("session.use_env_allocators", "1")
         # Each graph has its own threads, and they must not spin while those of the next graph work. Threads that graphs
         # share are the whole process's, of one number for all: with them an app's own sessions are refused.
@@ -105,7 +93,7 @@ class OnnxRuntimeCpu(CpuExecutor):
             options.profile_file_prefix = str(Path(tempfile.gettempdir()) / f"turbochain-{os.getpid()}-{graph}")
         without = _keep_mapped(options) if _stays_mapped(entry) else []
         path = bundle.plain(graph) / entry.file
-        return _CpuGraph(graph, entry, _session(str(path), graph, options, "CPUExecutionProvider", {}, without))
+        return _CpuGraph(graph, entry, sessions.load(str(path), graph, options, sessions.CPU, {}, without))
 
     def close(self) -> None:
         """See Executor; also give back the arena's memory that is free."""
@@ -116,11 +104,11 @@ class OnnxRuntimeCpu(CpuExecutor):
 class _CpuGraph(Loaded):
     def __init__(self, name: str, graph: Graph, session: Any) -> None:
         self.name, self.graph, self.session = name, graph, session
-        _check_ends(graph, session)
+        sessions.check_ends(graph, session)
 
     def bind(self, arrays: Arrays) -> Launch:
-        binding = _bind(self.graph, self.session, "cpu", 0, {name: a.ctypes.data for name, a in arrays.items()})
-        return lambda: _run(self.name, self.session, binding, None)
+        binding = sessions.bind(self.graph, self.session, "cpu", 0, {name: a.ctypes.data for name, a in arrays.items()})
+        return lambda: sessions.run(self.name, self.session, binding, None)
 
     def operators(self) -> Iterable[tuple[str, float]]:
         """Return ONNX's operators, and those that ONNX Runtime makes of several."""
@@ -186,10 +174,10 @@ class OnnxRuntimeCuda(GpuExecutor):
             "arena_extend_strategy": "kSameAsRequested",
         }
         # With the CPU's provider behind it ONNX Runtime would compute there, silently, what it cannot do on the GPU.
-        options = _options()
+        options = sessions.default_options()
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         form = read_form(self.opened, graph, options)
-        session = _session(form, graph, options, "CUDAExecutionProvider", provider, CUDA_WITHOUT)
+        session = sessions.load(form, graph, options, sessions.CUDA, provider, CUDA_WITHOUT)
         return _CudaGraph(graph, self.opened.bundle.manifest.graphs[graph], session, self.device.index)
 
     def check_captured(self, graph: Any) -> None:
@@ -200,8 +188,8 @@ class OnnxRuntimeCuda(GpuExecutor):
 class _CudaGraph(GpuGraph):
     def __init__(self, name: str, graph: Graph, session: Any, index: int) -> None:
         self.name, self.graph, self.session, self.index = name, graph, session, index
-        _check_ends(graph, session)
-        self.options = _library().RunOptions()
+        sessions.check_ends(graph, session)
+        self.options = sessions.library().RunOptions()
         # The end of a run must not wait for the stream: it may be being captured.
         self.options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self.bindings: dict[tuple[tuple[str, int], ...], Any] = {}
@@ -209,24 +197,8 @@ class _CudaGraph(GpuGraph):
     def enqueue(self, addresses: Mapping[str, int], stream: Any) -> None:
         key = tuple(addresses.items())
         if key not in self.bindings:
-            self.bindings[key] = _bind(self.graph, self.session, "cuda", self.index, addresses)
-        _run(self.name, self.session, self.bindings[key], self.options)
-
-
-def _library() -> Any:
-    """Return the module `onnxruntime`, imported so that it neither reports to its maker nor leaves files for that."""
-    backends.require("onnxruntime")
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at the import
-    return importlib.import_module("onnxruntime")
-
-
-def _options() -> Any:
-    options = _library().SessionOptions()
-    options.log_severity_level = 3  # errors only: its warnings are about nodes that it places well
-    # A pattern of what a run allocates is no quicker, holds twice as much as the runs need, and is allocated in a later
-    # run than the first, which cannot be captured.
-    options.enable_mem_pattern = False
-    return options
+            self.bindings[key] = sessions.bind(self.graph, self.session, "cuda", self.index, addresses)
+        sessions.run(self.name, self.session, self.bindings[key], self.options)
 
 
 def _stays_mapped(graph: Graph) -> bool:
@@ -243,90 +215,26 @@ def _keep_mapped(options: Any) -> list[str]:
     """Let a session neither pack nor rewrite weights; returns the optimisers that it must do without."""
     options.add_session_config_entry("session.disable_prepacking", "1")
     # The level above this one rearranges the weights of convolutions.
-    options.graph_optimization_level = _library().GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.graph_optimization_level = sessions.library().GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     return ["ConstantFolding"]  # it transposes weights; a MatMul can read them as they are
 
 
 @cache
 def _share_arena() -> None:
     """Let all graphs share one arena: they run one after the other, so it is as large as the largest needs."""
-    library = _library()
+    library = sessions.library()
     kind, memory = library.OrtAllocatorType.ORT_ARENA_ALLOCATOR, library.OrtMemType.DEFAULT
     library.create_and_register_allocator(library.OrtMemoryInfo("Cpu", kind, 0, memory), library.OrtArenaCfg({}))
 
 
 def _shrink_arena() -> None:
     """Give back what no graph holds; ONNX Runtime does that at the end of a run that asks for it, and only there."""
-    options, run = _options(), _library().RunOptions()
+    options, run = sessions.default_options(), sessions.library().RunOptions()
     options.add_session_config_entry("session.use_env_allocators", "1")
     run.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-    session = _library().InferenceSession(_IDENTITY, options, providers=["CPUExecutionProvider"])
+    session = sessions.library().InferenceSession(sessions.IDENTITY, options, providers=[sessions.CPU])
     session.run(None, {"x": np.zeros(1, np.float32)}, run)
-
-
-def _session(
-    model: str | bytes,
-    graph: str,
-    options: Any,
-    provider: str,
-    settings: Mapping[str, str],
-    without: Sequence[str] = (),
-) -> Any:
-    """Return a session on a provider of a model: the path of its file, or its bytes."""
-    library = _library()
-    if provider == "CUDAExecutionProvider" and hasattr(library, "preload_dlls"):
-        library.preload_dlls()  # CUDA's and cuDNN's, where pip has installed them
-    try:
-        return library.InferenceSession(
-            model, options, providers=[(provider, dict(settings))], disabled_optimizers=list(without)
-        )
-    except Exception as error:  # ONNX Runtime has no common base class for what it raises
-        if not _has(provider, settings):  # then its error is about nodes that are left to the CPU
-            raise TurbochainError(
-                f"onnxruntime cannot use its {provider}: CUDA's or cuDNN's libraries are missing, or of another "
-                "version: pip install 'turbochain[cuda]'"
-            ) from error
-        raise _failure(f"cannot load {graph}", error) from error
-
-
-def _has(provider: str, settings: Mapping[str, str]) -> bool:
-    """Return whether a session gets this provider; ONNX Runtime goes on without one that it cannot load."""
-    session = _library().InferenceSession(_IDENTITY, _options(), providers=[(provider, dict(settings))])
-    return bool(session.get_providers()[0] == provider)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
-
-
-def _check_ends(graph: Graph, session: Any) -> None:
-    """Raise BundleError if a session's inputs and outputs are not those of bundle.json."""
-    ends = ((graph.inputs, session.get_inputs(), "input"), (graph.outputs, session.get_outputs(), "output"))
-    for declared, found, kind in ends:
-        expected = {t.name: (t.dtype, list(t.shape)) for t in declared}
-        actual = {t.name: (_DTYPES.get(t.type, t.type), t.shape) for t in found}
-        if expected != actual:
-            raise BundleError(f"{graph.file}: the {kind}s are {actual}, and bundle.json says {expected}")
-
-
-def _bind(graph: Graph, session: Any, device: str, index: int, addresses: Mapping[str, int]) -> Any:
-    """Return a binding of a session's inputs and outputs to these addresses."""
-    binding = session.io_binding()
-    for bind, tensors in ((binding.bind_input, graph.inputs), (binding.bind_output, graph.outputs)):
-        for t in tensors:
-            bind(t.name, device, index, np.dtype(t.dtype), list(t.shape), addresses[t.name])
-    return binding
-
-
-def _run(graph: str, session: Any, binding: Any, options: Any) -> None:
-    try:
-        session.run_with_iobinding(binding, options)
-    except Exception as error:
-        raise _failure(f"failed in {graph}", error) from error
-
-
-def _failure(what: str, error: Exception) -> TurbochainError:
-    reason = str(error).strip().splitlines()[0][:300]
-    signs = ("out of memory", "Failed to allocate memory", "ALLOC_FAILED", "cudaErrorMemoryAllocation")
-    kind = OutOfMemory if any(sign in str(error) for sign in signs) else TurbochainError
-    return kind(f"onnxruntime {what}: {reason}")

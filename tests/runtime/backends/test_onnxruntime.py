@@ -9,7 +9,7 @@ from conftest import BundleFactory
 
 from turbochain.engines import build
 from turbochain.runtime import Pipeline
-from turbochain.runtime.backends import onnxruntime
+from turbochain.runtime.backends import onnxruntime_sessions as sessions
 
 UNET = "graphs/unet.{}-0.data"
 
@@ -57,6 +57,6 @@ def test_a_closed_pipeline_gives_the_arena_back(demo: Path) -> None:
 
 
 def test_the_model_that_shrinks_the_arena_is_one() -> None:
-    model = onnx.load_from_string(onnxruntime._IDENTITY)
+    model = onnx.load_from_string(sessions.IDENTITY)
     onnx.checker.check_model(model)
     assert [node.op_type for node in model.graph.node] == ["Identity"]
