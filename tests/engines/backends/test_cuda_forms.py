@@ -1,0 +1,119 @@
+"""The forms of graphs for ONNX Runtime's CUDA provider, on its CPU provider: what they hold, and what they compute."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from conftest import FAMILIES, BundleFactory
+
+from turbochain.engines.backends.contract import Task
+from turbochain.engines.backends.onnxruntime import BUILDER
+from turbochain.runtime import Bundle, BundleError
+from turbochain.runtime.backends import onnxruntime
+from turbochain.runtime.backends import onnxruntime_sessions as sessions
+from turbochain.runtime.backends.contract import Device, Opened
+from turbochain.runtime.backends.cpu import Loaded
+from turbochain.runtime.bundle.manifest import Gpu
+from turbochain.runtime.checks import verify
+
+GPU = Device("cuda", 0, Gpu("NVIDIA L4", "8.9", 24 * 2**30))
+ON_HOST = {"Shape", "Size", "ConstantOfShape", "Range", "NonZero", "Loop", "If"}
+"""Operators that the CUDA provider leaves to the CPU, or of which it reads a result there."""
+
+Forms = Callable[[str], Opened]
+
+
+def compiled(bundle: Bundle, folder: Path, device: Device) -> list[str]:
+    """Compile every graph of the bundle into the folder; the files that the builder names."""
+    folder.mkdir()
+    made = [
+        BUILDER.compile(Task(bundle, g, folder, {}, device, folder, lambda *_: None)) for g in bundle.manifest.graphs
+    ]
+    return [file for files in made for file in files]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def forms(request: pytest.FixtureRequest, bundle_of: BundleFactory, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    """An engine for a GPU of a bundle in fp16, opened: its folder has a form of every graph."""
+    bundle, folder = Bundle.open(bundle_of(request.param, "fp16")), tmp_path_factory.mktemp("forms") / "engine"
+    assert compiled(bundle, folder, GPU) == [f"{graph}.onnx" for graph in bundle.manifest.graphs]
+    return Opened(bundle, folder, {}, GPU)
+
+
+def optimised(model: bytes | str, options: Any, file: Path, without: tuple[str, ...]) -> list[onnx.NodeProto]:
+    """The nodes of a graph as ONNX Runtime runs it, at its default level, as on a GPU."""
+    options.optimized_model_filepath = str(file)
+    sessions.load(model, "it", options, sessions.CPU, {}, without)
+    return list(onnx.load(file, load_external_data=False).graph.node)
+
+
+def nodes_of(forms: Opened, graph: str, file: Path, without: tuple[str, ...] = onnxruntime.CUDA_WITHOUT) -> list[Any]:
+    options = sessions.default_options()
+    return optimised(onnxruntime.read_form(forms, graph, options), options, file, without)
+
+
+def kinds(nodes: list[onnx.NodeProto]) -> set[str]:
+    return {node.op_type for node in nodes}
+
+
+def test_no_node_is_left_to_the_host(forms: Opened, tmp_path: Path) -> None:
+    for graph, entry in forms.bundle.manifest.graphs.items():
+        found = kinds(nodes_of(forms, graph, tmp_path / "form.onnx"))
+        assert not found & {*ON_HOST, "GroupNormalization"}, graph
+        as_it_was = optimised(
+            str(forms.bundle.path / entry.file), sessions.default_options(), tmp_path / "was.onnx", ()
+        )
+        assert bool(kinds(as_it_was) & ON_HOST) == (entry.role in ("unet", "vae_decoder")), graph
+
+
+def unequal(nodes: list[onnx.NodeProto]) -> list[str]:
+    """The Splits that are given sizes, or that nodes of ONNX Runtime's own making divide into many parts."""
+    return [node.name for node in nodes if node.op_type == "Split" and len(node.input) > 1]
+
+
+def test_no_split_reads_sizes(forms: Opened, tmp_path: Path) -> None:
+    """The time projections of SD stay slices; with the optimiser they become one Split."""
+    for graph in forms.bundle.manifest.graphs:
+        assert not unequal(nodes_of(forms, graph, tmp_path / "form.onnx"))
+    slices = forms.bundle.manifest.family == "sd"
+    assert len(unequal(nodes_of(forms, "unet", tmp_path / "with.onnx", ()))) == slices
+
+
+class FormsOnCpu(onnxruntime.OnnxRuntimeCpu):
+    """Runs the forms of an engine for a GPU, read as on one."""
+
+    def load_graph(self, graph: str) -> Loaded:
+        options = sessions.default_options()
+        form = onnxruntime.read_form(self.opened, graph, options)
+        session = sessions.load(form, graph, options, sessions.CPU, {}, onnxruntime.CUDA_WITHOUT)
+        return onnxruntime._CpuGraph(graph, self.opened.bundle.manifest.graphs[graph], session)
+
+
+def test_the_forms_pass_against_diffusers(forms: Opened) -> None:
+    chain = forms.bundle.open_chain()
+    executor = FormsOnCpu(forms)
+    executor.load(chain.graphs)
+    checks = verify.verify(chain, executor, dict.fromkeys(chain.graphs, "fp16"), lambda *_: None)
+    executor.close()
+    verify.require(checks)
+    assert {check.stage for check in checks} >= {"unet", "vae_decoder", "image"}
+
+
+def test_an_engine_without_a_form_says_what_to_do(forms: Opened, tmp_path: Path) -> None:
+    bare = Opened(forms.bundle, tmp_path, {}, GPU)
+    with pytest.raises(BundleError, match=r"unet\.onnx cannot be read: .*; build the engine again"):
+        onnxruntime.read_form(bare, "unet", sessions.default_options())
+
+
+def test_a_form_reads_no_other_data_than_its_graph(forms: Opened, tmp_path: Path) -> None:
+    """The text encoder's data is in the bundle too, and the form of the UNet still must not name it."""
+    (tmp_path / "unet.onnx").write_bytes((forms.folder / "text_encoder.onnx").read_bytes())
+    with pytest.raises(BundleError, match=r"the form of 'graphs/unet\.onnx' reads 'text_encoder.*does not list"):
+        onnxruntime.read_form(Opened(forms.bundle, tmp_path, {}, GPU), "unet", sessions.default_options())
+
+
+def test_for_a_cpu_nothing_is_written(sd: Path, tmp_path: Path) -> None:
+    assert compiled(Bundle.open(sd), tmp_path / "engine", Device("cpu")) == []
+    assert not list((tmp_path / "engine").iterdir())
