@@ -10,11 +10,12 @@ def compile(task: Task) -> list[str]:
     if task.device.kind == "cpu":
         return []
     from turbochain.engines.forms import form  # it imports onnx
-    from turbochain.engines.forms.group_norm import by_instance
+    from turbochain.engines.forms.bf16 import widen
+    from turbochain.engines.forms.group_norm import expand_group_norms
 
     path = task.bundle.plain(task.graph) / task.bundle.manifest.graphs[task.graph].file
     name = form_file(task.graph)
-    writing.write_atomically(task.folder / name, form(path, [by_instance]))
+    writing.write_atomically(task.folder / name, form(path, [expand_group_norms, widen]))
     return [name]
 
 

@@ -1,15 +1,20 @@
-"""What ONNX Runtime's CPU provider holds in memory."""
+"""What ONNX Runtime's CPU provider holds in memory, and what is said where its CUDA provider is missing."""
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import onnx
-from conftest import BundleFactory
+import pytest
+from conftest import ROOT, BundleFactory
+from packaging.requirements import Requirement
 
 from turbochain.engines import build
-from turbochain.runtime import Pipeline
+from turbochain.runtime import Bundle, InputError, Pipeline, TurbochainError
+from turbochain.runtime.backends import onnxruntime
 from turbochain.runtime.backends import onnxruntime_sessions as sessions
+from turbochain.runtime.backends.contract import Device, Opened
 
 UNET = "graphs/unet.{}-0.data"
 
@@ -60,3 +65,43 @@ def test_the_model_that_shrinks_the_arena_is_one() -> None:
     model = onnx.load_from_string(sessions.IDENTITY)
     onnx.checker.check_model(model)
     assert [node.op_type for node in model.graph.node] == ["Identity"]
+
+
+LIBRARIES = r"libraries of CUDA or cuDNN are missing, or of another version.*: pip install 'turbochain\[cuda\]'"
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider' is not in available provider names")
+def test_a_missing_provider_is_told_from_nodes_that_are_left_to_the_cpu(sd: Path) -> None:
+    """ONNX Runtime goes on without the provider, and its own error is about the nodes in either case."""
+    if sessions.CUDA in sessions.library().get_available_providers():
+        pytest.skip("this onnxruntime has a CUDA provider")
+    options = sessions.default_options()
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    with pytest.raises(TurbochainError, match=LIBRARIES) as caught:
+        sessions.load(str(sd / "graphs/step.onnx"), "step", options, sessions.CUDA, {"device_id": "0"})
+    assert "fallback to CPU EP has been explicitly disabled" in str(caught.value.__cause__)
+
+
+def test_a_graph_that_cannot_be_loaded_is_its_own_error(tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"not a graph")
+    with pytest.raises(TurbochainError, match=r"^onnxruntime cannot load unet: .*[Pp]rotobuf"):
+        sessions.load(str(tmp_path / "bad.onnx"), "unet", sessions.default_options(), sessions.CPU, {})
+
+
+def test_what_the_preloading_of_libraries_prints_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:
+    sessions._preload.cache_clear()
+    sessions._preload()
+    assert capsys.readouterr().out == ""
+
+
+def test_an_older_release_is_refused_on_a_gpu(sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Opened(Bundle.open(sd), sd, {}, Device("cuda"))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.9.2")
+    with pytest.raises(InputError, match=r"1\.9\.2 is installed, and on a GPU .* or later is needed: pip install"):
+        onnxruntime.executor(opened)
+
+
+def test_the_release_that_is_needed_is_the_one_that_is_installed_with_the_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (needed,) = (r for r in map(Requirement, extras["cuda"]) if r.name == "onnxruntime-gpu")
+    assert str(needed.specifier) == f">={onnxruntime.LEAST_GPU}"

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from turbochain.runtime.bundle import external_data
-from turbochain.runtime.bundle.external_data import check_external, external_locations
+from turbochain.runtime.bundle.external_data import check_external, check_form, external_locations
 from turbochain.runtime.errors import BundleError
 
 
@@ -214,6 +214,19 @@ def test_other_files_are_refused(bundle, location, place):
     everything = ["graphs/w.data", "x", "graphs/out", "graphs/up/secret", "secret", "/etc/passwd", location]
     message = refused(bundle, *everything)
     assert message.startswith("'graphs/m.onnx' reads ") and "\n" not in message
+    with pytest.raises(BundleError) as caught:  # the same of an engine's form of a graph, wherever that is kept
+        check_form(bundle, "graphs/m.onnx", everything, model.SerializeToString())
+    assert str(caught.value) == f"the form of {message}"
+
+
+def test_a_form_reads_what_its_graph_may_read(bundle):
+    form = model_of(external("w.data"), external("./w.data")).SerializeToString()
+    check_form(bundle, "graphs/m.onnx", ["graphs/w.data"], form)  # m.onnx itself need not be there
+    with pytest.raises(BundleError, match=r"the form of 'graphs/m\.onnx' reads '\./w\.data', which the manifest"):
+        check_form(bundle, "graphs/m.onnx", ["w.data"], form)
+    for raw in (b"", form[:-1]):
+        with pytest.raises(BundleError, match=r"the form of graphs/m\.onnx is not an ONNX model: "):
+            check_form(bundle, "graphs/m.onnx", ["graphs/w.data"], raw)
 
 
 def test_onnx_runtimes_marker_for_raw_memory_is_refused(bundle):

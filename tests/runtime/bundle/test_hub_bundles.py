@@ -14,8 +14,14 @@ from hub_cache import COMMIT, NAME, put
 from PIL import Image
 
 from turbochain.engines import build
+from turbochain.engines.backends import onnxruntime as onnxruntime_builder
+from turbochain.engines.backends.contract import Task
 from turbochain.runtime import Bundle, BundleError, Pipeline
+from turbochain.runtime.backends import onnxruntime
+from turbochain.runtime.backends import onnxruntime_sessions as sessions
+from turbochain.runtime.backends.contract import Device, Opened
 from turbochain.runtime.bundle import hashing, hub
+from turbochain.runtime.bundle.manifest import Gpu
 
 GRAPHS = ("text_encoder", "unet", "step", "vae_decoder")
 
@@ -62,6 +68,15 @@ def test_a_snapshot_is_a_bundle(backend: str, sd: Path, snapshot: Path, home: Pa
     expected = drawn(sd, engines=made.folder.parent)
     assert (drawn(snapshot) == expected).all() and tree(home) == before
     assert os.path.samefile(bundle.plain("unet") / "graphs/unet.fp32-0.data", snapshot / "graphs/unet.fp32-0.data")
+
+
+def test_an_engines_own_form_of_a_graph_finds_its_data(snapshot: Path, tmp_path: Path) -> None:
+    bundle, gpu = Bundle.open(snapshot), Device("cuda", 0, Gpu("NVIDIA L4", "8.9", 24 * 2**30))
+    onnxruntime_builder.compile(Task(bundle, "unet", tmp_path, {}, gpu, tmp_path, lambda *_: None))
+    options = sessions.default_options()
+    form = onnxruntime.read_form(Opened(bundle, tmp_path, {}, gpu), "unet", options)
+    session = sessions.load(form, "unet", options, sessions.CPU, {})
+    sessions.check_ends(bundle.manifest.graphs["unet"], session)
 
 
 def test_an_id_is_a_bundle(sd: Path, snapshot: Path, tmp_path: Path, home: Path) -> None:
