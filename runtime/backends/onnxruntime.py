@@ -143,7 +143,9 @@ def read_form(opened: Opened, graph: str, options: Any) -> bytes:
     try:
         form = path.read_bytes()
     except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}; build the engine again") from None
+        raise BundleError(
+            f"{path} cannot be read: {error.strerror}; remove {path.parent}, and build it again"
+        ) from None
     opened.bundle.check_form(graph, form)
     beside = opened.bundle.plain(graph) / opened.bundle.manifest.graphs[graph].file
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(beside.parent))

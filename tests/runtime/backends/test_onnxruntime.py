@@ -88,12 +88,6 @@ def test_a_graph_that_cannot_be_loaded_is_its_own_error(tmp_path: Path) -> None:
         sessions.load(str(tmp_path / "bad.onnx"), "unet", sessions.default_options(), sessions.CPU, {})
 
 
-def test_what_the_preloading_of_libraries_prints_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:
-    sessions._preload.cache_clear()
-    sessions._preload()
-    assert capsys.readouterr().out == ""
-
-
 def test_an_older_release_is_refused_on_a_gpu(sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Opened(Bundle.open(sd), sd, {}, Device("cuda"))
     monkeypatch.setattr("importlib.metadata.version", lambda name: "1.9.2")
