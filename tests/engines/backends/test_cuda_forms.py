@@ -41,7 +41,7 @@ def forms(request: pytest.FixtureRequest, bundle_of: BundleFactory, tmp_path_fac
 def optimised(
     forms: Opened, graph: str, file: Path, *, bare: bool = False, without: tuple[str, ...] = onnxruntime.CUDA_WITHOUT
 ) -> list[onnx.NodeProto]:
-    """The nodes of a form (`bare`: of the graph as it was) as ONNX Runtime runs it, at its default level, as on a GPU."""
+    """The nodes of a form, or of the graph as it was (`bare`), as ONNX Runtime runs it at its default level."""
     options = sessions.default_options()
     options.optimized_model_filepath = str(file)
     path = forms.bundle.path / forms.bundle.manifest.graphs[graph].file
