@@ -87,7 +87,7 @@ bench-gpu: $(addsuffix /.installed,$(GPU_VENV))
 	$(GPU_BIN)/python benchmarks/bench.py --device cuda $(BENCH_GPU)
 
 inspect-engines: $(if $(filter file,$(origin BIN)),setup)
-	$(BIN)/python benchmarks/inspect_engines.py $(BUNDLE)
+	$(BIN)/python benchmarks/inspect_engines.py $(BUNDLE) $(RESULTS:%=--results %)
 
 # Hours on a CPU, minutes on a GPU; stopped, the same command goes on. README's picture and figures are then old:
 # contact_sheet.py draws the one, benchmarks/report.py writes the others.

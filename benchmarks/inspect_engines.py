@@ -2,35 +2,69 @@
 
 If the bundle has a TensorRT engine that fits this machine, polygraphy runs each stage's serialized engine and the same
 graph on ONNX Runtime's CPU provider, both with ONNX Runtime's results of the stages before, and the layers are those of
-the serialized engine. Otherwise TensorRT-RTX builds each stage again, without installing it, and the layers are those
-that its builder logs. `--layers` lists them all, not only the counts.
+the serialized engine. Otherwise TensorRT-RTX builds each stage again, without installing it: as it is in the bundle,
+and in the form that build-engine gives it; the layers are those that its builder logs. `--layers` lists them all, not
+only the counts; `--results FOLDER` keeps the counts.
 """
 
 import argparse
 import json
 import os
 import re
+import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import machine
+import result
+from rows import Compiled, Counted
 from turbochain.engines import options
 from turbochain.engines.backends import tensorrt
 from turbochain.export.phases.bar import Phase
 from turbochain.runtime import backends, selection
-from turbochain.runtime.backends.tensorrt import engine_file, target, trt
+from turbochain.runtime.backends.tensorrt import engine_file, logger, target, trt
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.checks import metrics, reference
 from turbochain.runtime.checks.recorded import Recorded
 from turbochain.runtime.commands import console
 from turbochain.runtime.errors import InputError
 
-Layers = list[tuple[str, str]]  # name, type
 Feed = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of an engine: on a GPU one kernel, or a few."""
+
+    name: str
+    kind: str
+    writes: dict[str, str]  # tensor → type
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What TensorRT compiled of a stage."""
+
+    layers: tuple[Layer, ...]
+    size: int  # bytes
+    ends: frozenset[str]  # the stage's outputs
+
+    def counted(self) -> Counted:
+        """Count what matters in it."""
+        wide = [x for x in self.layers if x.writes and all(re.search("Float|FP32", of) for of in x.writes.values())]
+        return Counted(
+            layers=len(self.layers),
+            fused_attentions=sum("mha" in layer.name for layer in self.layers),
+            fp32_inside=sum(self.ends.isdisjoint(layer.writes) for layer in wide),
+            kinds=dict(Counter(layer.kind for layer in self.layers).most_common()),
+            engine_bytes=self.size,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", default="sm89", help="if no engine fits: build for these GPUs (default sm89)")
     parser.add_argument("--stage", action="append", help="only this one; may be repeated")
     parser.add_argument("--layers", action="store_true", help="list every layer")
+    parser.add_argument("--results", type=Path, help="if no engine fits: write the counts into this folder")
     return console.run(parser, _inspect, argv)
 
 
@@ -54,42 +89,87 @@ def _inspect(arguments: argparse.Namespace) -> None:
         folder = selection.select(bundle.open_chain(), "tensorrt").folder
     except InputError as reason:
         print(f"nothing is compared: {reason}", file=sys.stderr)
-        layers = {stage: built_layers(bundle, stage, arguments.target) for stage in stages}
+        plain = {stage: built(bundle, stage, arguments.target, rewrite=False) for stage in stages}
+        engines = {stage: built(bundle, stage, arguments.target) for stage in stages}
+        if arguments.results:
+            _keep(bundle, arguments.target, plain, engines, arguments.results)
     else:
         print(console.table(comparison(bundle, lambda stage: engine_runner(folder / engine_file(stage)))) + "\n")
-        layers = {stage: engine_layers(folder / engine_file(stage)) for stage in stages}
-    print(console.table(summary(layers)))
+        plain, engines = {}, {stage: loaded(bundle, stage, folder / engine_file(stage)) for stage in stages}
+    print(console.table(summary(plain, engines)))
     if arguments.layers:
-        for stage, found in layers.items():
-            print("\n" + console.table([[stage, "type"], *map(list, found)], left=2))
+        for stage, engine in engines.items():
+            found = [[layer.name, layer.kind, ", ".join(layer.writes.values())] for layer in engine.layers]
+            print("\n" + console.table([[stage, "type", "writes"], *found], left=3))
 
 
-def summary(layers: dict[str, Layers]) -> list[list[str]]:
-    """Return a row per stage: the counts of layers, fused attentions, and each type of layer."""
-    rows = [["stage", "layers", "fused attentions", "types"]]
-    for stage, found in layers.items():
-        types = ", ".join(f"{count} {kind}" for kind, count in Counter(kind for _, kind in found).most_common())
-        rows.append([stage, str(len(found)), str(sum("mha" in name for name, _ in found)), types])
+def summary(plain: Mapping[str, Engine], engines: Mapping[str, Engine]) -> list[list[str]]:
+    """Return a row per stage: the counts of layers, fused attentions, tensors in fp32, and each type of layer."""
+    rows = [["stage", "layers", "fused attentions", "fp32 inside", "types"]]
+    for stage, engine in engines.items():
+        for name, of in ((stage, engine), (f"{stage}, as in the bundle", plain.get(stage))):
+            if of:
+                counted = of.counted()
+                kinds = ", ".join(f"{count} {kind}" for kind, count in counted.kinds.items())
+                rows.append([name, *map(str, (counted.layers, counted.fused_attentions, counted.fp32_inside)), kinds])
     return rows
 
 
-def built_layers(bundle: Bundle, stage: str, architecture: str) -> Layers:
-    """Build a stage with TensorRT-RTX for an architecture such as "sm89"; returns the layers that its builder logs."""
+def built(bundle: Bundle, stage: str, architecture: str, *, rewrite: bool = True) -> Engine:
+    """Build a stage with TensorRT-RTX for an architecture such as "sm89", and return what its builder logs."""
     said: list[str] = []
-    path = bundle.path / bundle.manifest.graphs[stage].file
-    chosen = options.resolve("tensorrt", {})
-    with Phase(f"build {stage}") as phase:
-        tensorrt.serialize(
+    graph = bundle.manifest.graphs[stage]
+    path, chosen = bundle.plain(stage) / graph.file, options.resolve("tensorrt", {"rewrite": rewrite})
+    with Phase(f"build {stage}" + ("" if rewrite else ", as it is")) as phase:
+        serialized = tensorrt.serialize(
             path, stage, chosen, target(architecture), path.parent, phase, lambda _, text: said.append(text)
         )
-    return re.findall(r"^Name: ([^,]+), LayerType: (\w+)", "\n".join(said), re.M)
+    found = re.findall(r"^Name: ([^,]+), LayerType: (\w+), .*?Outputs: \[(.*?)\], TacticName", "\n".join(said), re.M)
+    written = re.compile(r"\{ Name: ([^,]+),.*?Datatype: (\w+)")
+    layers = tuple(Layer(name, kind, dict(written.findall(outputs))) for name, kind, outputs in found)
+    return Engine(layers, serialized.nbytes, frozenset(t.name for t in graph.outputs))
 
 
-def engine_layers(path: Path) -> Layers:
-    """Return the layers of a serialized engine for this machine's GPU."""
-    engine = trt.Runtime(trt.Logger()).deserialize_cuda_engine(path.read_bytes())
+def loaded(bundle: Bundle, stage: str, path: Path) -> Engine:
+    """Return a serialized engine for this machine's GPU."""
+    engine = trt.Runtime(logger()).deserialize_cuda_engine(path.read_bytes())
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return [(layer["Name"], layer["LayerType"]) for layer in json.loads(text)["Layers"]]
+    layers = [
+        Layer(
+            layer["Name"],
+            layer["LayerType"],
+            {o["Name"]: str(o.get("Datatype", o.get("Format/Datatype"))) for o in layer.get("Outputs", ())},
+        )
+        for layer in json.loads(text)["Layers"]
+    ]
+    return Engine(tuple(layers), path.stat().st_size, frozenset(t.name for t in bundle.manifest.graphs[stage].outputs))
+
+
+def _keep(
+    bundle: Bundle, architecture: str, plain: Mapping[str, Engine], engines: Mapping[str, Engine], folder: Path
+) -> None:
+    """Write the counts of both forms of each stage into a results file, in place of older ones of the same stage."""
+    chain, source = bundle.open_chain().chain, bundle.manifest.checkpoint.source
+    height, width = chain.size
+    path = folder / machine.file_name(source, width, height, what=f"engines {architecture}")
+    rows = tuple(
+        Compiled(
+            graph=stage,
+            precision=bundle.manifest.graphs[stage].precision,
+            architecture=architecture,
+            as_in_bundle=plain[stage].counted(),
+            rewritten=engine.counted(),
+        )
+        for stage, engine in engines.items()
+    )
+    named = (word for stage in engines for word in ("--stage", stage))
+    command = shlex.join(
+        ["python", "benchmarks/inspect_engines.py", bundle.path.name, "--target", architecture, *named]
+    )
+    run = replace(machine.run(), command=command)
+    made = result.Result(source, width, height, "cpu", prompt=None, seed=None, runs=(run,), compiled=rows)
+    result.write(result.merge(result.read(path), made) if path.exists() else made, path)
+    print(f"written to {path}", file=sys.stderr)
 
 
 def comparison(bundle: Bundle, runner: Callable[[str], Any]) -> list[list[str]]:

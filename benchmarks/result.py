@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rows import Batches, Build, Cold, Floor, Growth, Pair, Row, Run, Tried
+from rows import Batches, Build, Cold, Compiled, Floor, Growth, Pair, Row, Run, Tried
 from turbochain.runtime.bundle import strict_json
 from turbochain.runtime.bundle.writing import write_atomically
 from turbochain.runtime.errors import InputError
@@ -78,6 +78,7 @@ class Result:
     batches: tuple[Batches, ...] = ()
     variants: tuple[Tried, ...] = ()
     builds: tuple[Build, ...] = ()
+    compiled: tuple[Compiled, ...] = ()
     includes: dict[str, str] = field(default_factory=lambda: dict(INCLUDES))
 
     def add(self, row: Row) -> "Result":
@@ -94,6 +95,7 @@ KINDS: dict[str, tuple[type[Row], tuple[str, ...]]] = {
     "batches": (Batches, ("ours",)),
     "variants": (Tried, ("graph", "variant", "precision")),
     "builds": (Build, ("precision",)),
+    "compiled": (Compiled, ("graph", "precision", "architecture")),
 }
 """Each list in a Result → the type of its rows, and the fields that identify a measurement."""
 

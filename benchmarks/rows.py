@@ -210,3 +210,25 @@ class Build(Row):
     load_seconds: float
     load_weight_bytes: int
     load_peak_rss_anon_bytes: int
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What an engine of TensorRT consists of."""
+
+    layers: int  # of its inspector: one kernel or a few each
+    fused_attentions: int
+    fp32_inside: int  # layers that write fp32 alone, and no output of the graph
+    kinds: dict[str, int]  # type of layer → how many
+    engine_bytes: int
+
+
+@dataclass(frozen=True)
+class Compiled(Row):
+    """How TensorRT-RTX compiles a graph: as it is in the bundle, and in the form that build-engine gives it."""
+
+    graph: str
+    precision: str
+    architecture: str
+    as_in_bundle: Counted
+    rewritten: Counted

@@ -277,6 +277,21 @@ def _build(result: Result, build: Build) -> dict[str, str]:
     return column | {f"{c['stage']}: {c['metric']}": f"{c['value']:.2g} (bound {c['bound']:g})" for c in checks}
 
 
+def compiled(of: Result) -> str:
+    """Return the table of inspect_engines.py: two rows for each graph, and what it was made with."""
+    rows = [["graph", "form", "layers", "fused attentions", "fp32 inside", "MB", "kinds of layers"]]
+    for one in of.compiled:
+        for form, counted in (("as in the bundle", one.as_in_bundle), ("rewritten", one.rewritten)):
+            numbers = (counted.layers, counted.fused_attentions, counted.fp32_inside)
+            kinds = ", ".join(f"{count} {kind}" for kind, count in counted.kinds.items())
+            size = f"{counted.engine_bytes / 1e6:.0f}"
+            rows.append([f"{one.graph}, {one.precision}", form, *map(str, numbers), size, kinds])
+    last = of.runs[of.compiled[-1].run]
+    library = next(f"{name} {version}" for name, version in last.versions.items() if name.startswith("tensorrt"))
+    what = f"{of.source}, {of.width}x{of.height}, for {of.compiled[-1].architecture}: {library}, commit {last.commit}"
+    return f"{table(rows[0], rows[1:])}\n\n{what}.\n"
+
+
 def _psnr(value: float) -> str:
     return "equal" if value >= EQUAL else f"{value:.1f}"
 

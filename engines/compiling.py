@@ -42,7 +42,7 @@ def install(phases: Phases, bundle: Bundle, order: EngineOrder, folder: Path) ->
         building.mkdir(exist_ok=True)
         made = _Build(phases, bundle, order, key, wanted, building, found[0][1] if found else None).run()
         writing.write_atomically(building / "engine.json", strict_json.write(made))
-        empty(building, keep=(*made.files, "engine.json"))
+        empty(building, keep=(*made.files, "engine.json", *_left(key, building)))
         writing.replace_directory(building, final)
     except (NoSpace, PhaseDied):
         raise
@@ -57,6 +57,12 @@ def install(phases: Phases, bundle: Bundle, order: EngineOrder, folder: Path) ->
         phases.release()
     _tidy(phases, folder)
     return Found(final, made)
+
+
+def _left(key: EngineKey, folder: Path) -> list[str]:
+    """Return the names of the files that loading an engine left in its folder for the next load."""
+    pattern = builders.get(key.backend).left
+    return [path.name for path in folder.glob(pattern)] if pattern else []
 
 
 def _tidy(phases: Phases, folder: Path) -> None:
@@ -112,7 +118,7 @@ class _Build:
         """Link the files that are kept into the folder; return their graphs, and the checks that stay valid."""
         if self.old is None:
             return {}, {}
-        for file in self.old.engine.files:
+        for file in (*self.old.engine.files, *_left(self.key, self.old.folder)):
             writing.link(self.old.folder / file, self.folder / file)
         return dict(self.old.engine.graphs), dict(self.old.engine.checks)
 

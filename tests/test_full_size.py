@@ -46,3 +46,4 @@ def check_tensorrt(bundle: Path) -> None:
     rows = {row[0]: row for row in map(str.split, done.stdout.splitlines())}
     assert rows["unet"][2] == "140" and int(rows["unet"][1]) > 140  # two in each of 70 transformer blocks
     assert rows["vae_decoder"][2] == "0" and int(rows["vae_decoder"][1]) > 50  # its one attention has a single head
+    assert rows["vae_decoder"][3] == "0"  # nothing is computed in fp32 where fp16 was meant

@@ -89,3 +89,4 @@ class Builder:
     # Return the options with those that this machine decides; InputError if it lacks what they ask for.
     candidates: Callable[[Options], list[dict[str, Any]]] = only_one
     # Return what the options that the verification decides may be, best first; the first that passes is taken.
+    left: str = ""  # pattern of the files that loading leaves beside an engine's own: they may stay, and may be missing

@@ -4,25 +4,21 @@
 network is strongly typed: the graph's own dtypes say what is computed in which precision.
 """
 
-import hashlib
 import logging
-import re
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from turbochain.engines.backends.contract import Builder, Option, Options, Progress, Task
 from turbochain.engines.backends.fractions import Fractions
 from turbochain.runtime import backends
 from turbochain.runtime.backends import cuda
 from turbochain.runtime.backends.contract import Device
-from turbochain.runtime.backends.tensorrt import engine_file, logger, trt
-from turbochain.runtime.bundle import writing
-from turbochain.runtime.errors import InputError, TurbochainError
-
-Echo = Callable[[str, str], None]  # severity, message
+from turbochain.runtime.backends.tensorrt import Echo, engine_file, file_name, listen, logger, trt
+from turbochain.runtime.bundle import sealed, writing
+from turbochain.runtime.errors import BackendMissing, InputError, TurbochainError
 
 OPTIONS = {
     "builder_optimization_level": Option(3, "how hard the builder searches; 5 may take many times as long", most=5),
@@ -41,6 +37,11 @@ OPTIONS = {
     "version_compatible": Option(False, "also run with later versions of the same major version; slower"),
     "refit": Option(False, "the weights can be replaced in the serialized engine"),
     "strip_plan": Option(False, "no weights in the file: they come from the ONNX file at each load"),
+    "rewrite": Option(
+        True,
+        "first give a graph the form that suits a GPU and computes the same; not with refit and strip_plan, which need "
+        "the weights as they are in the ONNX file",
+    ),
 }
 """The names are those of TensorRT's builder.
 
@@ -51,6 +52,25 @@ log = logging.getLogger("turbochain")
 
 _TOTAL = 1000  # the parts that progress is reported in
 _REPORT_EVERY = 0.1  # seconds
+
+
+WRONG_REFIT = (11, 3)
+"""The release of TensorRT whose notes say that an engine built with REFIT may compute wrong results."""
+
+
+def settle(options: Options) -> dict[str, Any]:
+    """Return the options; InputError if the installed library does not do right what they ask for."""
+    check_refit(options, *backends.require("tensorrt"))
+    return dict(options)
+
+
+def check_refit(options: Options, library: str, version: str) -> None:
+    """Raise InputError if engines with REFIT are wrong in this version. What `strip_plan` uses is another mode."""
+    if options["refit"] and "rtx" not in library and tuple(map(int, version.split(".")[:2])) == WRONG_REFIT:
+        raise InputError(
+            f"option refit: {library} {version} computes wrong results in an engine that can be refitted; leave it, or "
+            f"pip install '{library}!={'.'.join(map(str, WRONG_REFIT))}.*'"
+        )
 
 
 def compile(task: Task) -> list[str]:
@@ -67,7 +87,9 @@ def compile(task: Task) -> list[str]:
     return [name]
 
 
-BUILDER = Builder(name="tensorrt", reads_graphs=False, options=OPTIONS, compile=compile)
+BUILDER = Builder(
+    name="tensorrt", reads_graphs=False, options=OPTIONS, compile=compile, settle=settle, left="*.kernels"
+)
 
 
 def _show(severity: str, message: str) -> None:
@@ -92,30 +114,41 @@ def serialize(
     progress(0, _TOTAL)
     if device.gpu and device.gpu.name:
         cuda.call("cudaSetDevice", device.index)  # the builder times its kernels on the current one
-    said = logger(echo)
-    builder = trt.Builder(said)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, said)  # it owns weights that the network refers to
-    if not parser.parse_from_file(str(path)):
-        raise TurbochainError(_parser_errors(parser, graph))
-    config = builder.create_builder_config()
-    _configure(config, options)
-    _aim(config, device)
-    times = None if hasattr(trt, "IRuntimeCache") else timing_file(cache, device)  # TensorRT-RTX times nothing
-    if times:
-        load_timings(config, times)
-    raised: list[BaseException] = []
-    config.progress_monitor = _monitor(progress, raised)
-    serialized = builder.build_serialized_network(network, config)
+    with listen(echo) as said:
+        builder = trt.Builder(logger())
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, logger())  # it owns weights that the network refers to
+        if not _parse(parser, path, options):
+            raise TurbochainError(_parser_errors(parser, graph))
+        config = builder.create_builder_config()
+        _configure(config, options)
+        _aim(config, device)
+        times = None if hasattr(trt, "IRuntimeCache") else timing_file(cache, device)  # TensorRT-RTX times nothing
+        if times:
+            load_timings(config, times)
+        raised: list[BaseException] = []
+        config.progress_monitor = _monitor(progress, raised)
+        serialized = builder.build_serialized_network(network, config)
     if raised:
         raise raised[0]
     if serialized is None:
-        reasons = "; ".join(said.errors) or "it gave no reason"
-        raise TurbochainError(f"TensorRT cannot build {graph}: {reasons}")
+        raise TurbochainError(f"TensorRT cannot build {graph}: {said}")
     if times:
         save_timings(config, times)
     progress(_TOTAL, _TOTAL)
     return memoryview(serialized)
+
+
+def _parse(parser: "trt.OnnxParser", path: Path, options: Options) -> bool:
+    """Give the parser the graph in the form that is compiled; return whether it takes it."""
+    if options["refit"] or options["strip_plan"] or not options["rewrite"]:
+        return parser.parse_from_file(str(path))
+    try:
+        from turbochain.engines.forms.tensorrt import rewrite  # it needs onnx, as no other part of a build does
+    except ModuleNotFoundError as error:
+        install = backends.get("tensorrt").install
+        raise BackendMissing(f"{error.name} is not installed: {install}, or build with -O rewrite=false") from None
+    return parser.parse(rewrite(path), str(path))
 
 
 def _parser_errors(parser: "trt.OnnxParser", graph: str) -> str:
@@ -150,6 +183,8 @@ def _configure(config: "trt.IBuilderConfig", options: Options) -> None:
             "ampere_plus": trt.HardwareCompatibilityLevel.AMPERE_PLUS,
             "same_compute_capability": trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY,
         }[options["hardware_compatibility"]]
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # what allocates while it runs cannot be captured
     if options["version_compatible"]:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options["strip_plan"]:
@@ -172,42 +207,28 @@ def _aim(config: "trt.IBuilderConfig", device: Device) -> None:
 
 def timing_file(folder: Path, device: Device) -> Path:
     """Return the file for the timings of this library version on this kind of GPU."""
-    library, version = backends.require("tensorrt")
-    gpu = re.sub(r"[^A-Za-z0-9]+", "-", str(device.gpu)).strip("-")
-    return folder / f"{library}-{version}-{gpu}.timings"
+    return folder / f"{'-'.join(backends.require('tensorrt'))}-{file_name(device)}.timings"
 
 
 def load_timings(config: "trt.IBuilderConfig", path: Path) -> None:
-    """Give the builder the timings in `path`; if they are unusable, warn, and let it begin without any.
-
-    The file holds the SHA-256 of the serialized timings, then the timings: TensorRT itself ignores damaged ones
-    without a message.
-    """
+    """Give the builder the timings in `path`; if they are unusable, warn, and let it begin without any."""
     known, wrong = b"", ""
     try:
-        data = path.read_bytes()
-        known = data[32:]
-        wrong = "" if hashlib.sha256(known).digest() == data[:32] else "is damaged"
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        wrong = f"cannot be read ({error.strerror})"
+        known = sealed.read(path) or b""  # TensorRT itself ignores damaged timings without a message
+    except InputError as error:
+        wrong = str(error)
     if not wrong and not config.set_timing_cache(config.create_timing_cache(known), False):
-        wrong = "is of another GPU or library"
+        wrong = f"{path} is of another GPU or library"
     if wrong:
-        log.warning("the timing cache %s %s: every kernel is timed again", path, wrong)
+        log.warning("the timing cache %s: every kernel is timed again", wrong)
         config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
 def save_timings(config: "trt.IBuilderConfig", path: Path) -> None:
     """Keep the builder's timings in `path` for later builds; warn if that is impossible."""
-    timings = memoryview(config.get_timing_cache().serialize())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with writing.atomic_write(path, size=timings.nbytes) as file:
-            file.write(hashlib.sha256(timings).digest())
-            file.write(timings)
-    except (InputError, OSError) as error:
+        sealed.write(path, memoryview(config.get_timing_cache().serialize()))
+    except InputError as error:
         log.warning("the timings of this build are not kept: %s", error)
 
 

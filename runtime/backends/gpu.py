@@ -38,6 +38,9 @@ class GpuGraph(ABC):
     def place(self, address: int, size: int) -> None:  # noqa: B027 (a graph without scratch memory does nothing)
         """Set where the scratch memory is."""
 
+    def check_capturable(self, stream: Any) -> None:  # noqa: B027 (most can be captured)
+        """Raise TurbochainError if the library says that a launch on this stream cannot be captured."""
+
     @abstractmethod
     def enqueue(self, addresses: Mapping[str, int], stream: Any) -> None:
         """Put one launch on a stream; `addresses`: where each input and output is. TurbochainError on failure."""
@@ -156,6 +159,8 @@ class GpuExecutor(ABC):
             self._walk(program, without=recording.kept)  # else a stream would be two pictures on
             cuda.synchronize(self.stream)
         try:
+            for name in plan.graphs:
+                self._graphs[name].check_capturable(self.stream)
             program.graph = self.session.capture(self.stream, lambda: self._walk(program), self.check_captured)
         except TurbochainError as error:
             if self._find_fault(error):

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from turbochain.runtime.backends.upsampling import transposed_kernel
+
 FEW_CHANNELS = 8
 MANY_ROWS = 32
 
@@ -71,18 +73,14 @@ def _group_norm(op: Any) -> Any:
 def merge_upsampling(model: Any) -> int:
     """Replace a doubling of the size and the 3x3 convolution after it by a transposed convolution; return how many.
 
-    Of the nine pixels that such a convolution reads, at most four differ: a 4x4 kernel with the sums of its weights, in
-    steps of two, makes the same picture with four ninths of the multiplications. Convolutions with more weights than
-    results are left alone: it saves little there, and the larger kernel takes memory.
+    See `transposed_kernel`. Convolutions with more weights than results are left alone: it saves little there, and the
+    larger kernel takes memory.
     """
     found = [op for op in model.get_ordered_ops() if op.get_type_name() == "Convolution" and _reads_doubled(op)]
     ops = importlib.import_module("openvino.opset13")
     for op in found:
         small, weight = op.input_value(0).get_node().input_value(0), _values(op.input_value(1))
-        kernel = np.zeros((*weight.shape[1::-1], 4, 4), np.float32)
-        for i, j in np.ndindex(2, 2):  # every pixel is four: the sum of four kernels, each moved by one of their places
-            kernel[:, :, i : i + 3, j : j + 3] += weight[:, :, ::-1, ::-1].swapaxes(0, 1)
-        kernel = ops.constant(kernel, small.get_element_type())
+        kernel = ops.constant(transposed_kernel(weight), small.get_element_type())
         _replace(op, ops.convolution_backprop_data(small, kernel, [2, 2], None, [1, 1], [1, 1], [1, 1]))
     return len(found)
 

@@ -3,10 +3,15 @@
 `tensorrt` and `tensorrt_rtx` are one code path.
 """
 
+import ctypes
+import functools
 import importlib
+import logging
 import mmap
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +21,13 @@ from turbochain.runtime import backends
 from turbochain.runtime.backends import cuda
 from turbochain.runtime.backends.contract import Backend, Device, Executor, Opened, Preference
 from turbochain.runtime.backends.gpu import GpuExecutor, GpuGraph
+from turbochain.runtime.bundle import sealed
 from turbochain.runtime.bundle.manifest import EngineKey, Gpu, Graph
 from turbochain.runtime.errors import BundleError, CudaError, InputError, TurbochainError
+
+log = logging.getLogger("turbochain")
+
+Echo = Callable[[str, str], None]  # severity, message
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -81,29 +91,84 @@ def _version_compatible(key: EngineKey, version: str) -> bool:
     return bool(key.options.get("version_compatible")) and built[:1] == here[:1] and built <= here
 
 
-def logger(echo: Callable[[str, str], None] | None = None) -> Any:
-    """Return a logger whose `errors` are TensorRT's complaints, to be quoted.
+@dataclass(eq=False)
+class Said:
+    """What TensorRT says while something is done."""
 
-    `echo` gets every message: the name of its severity, and its text.
-    """
+    echo: Echo | None = None  # gets every message: the name of its severity, and its text
+    errors: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "; ".join(self.errors) or "it gave no reason"
+
+
+@contextmanager
+def listen(echo: Echo | None = None) -> Iterator[Said]:
+    """Collect TensorRT's complaints while the block runs, those of other threads included, and none from before it."""
+    said = Said(echo)
+    logger().heard_by.append(said)
+    try:
+        yield said
+    finally:
+        logger().heard_by.remove(said)
+
+
+@functools.cache
+def logger() -> Any:
+    """Return the one logger of this process: TensorRT keeps the first that it gets for as long as it is loaded."""
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.errors: list[str] = []
+            self.heard_by: list[Said] = []
 
         def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(msg)
-            if echo:
-                echo(severity.name, msg)
+            for said in tuple(self.heard_by):
+                if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                    said.errors.append(msg)
+                if said.echo:
+                    with suppress(Exception):  # none may pass through TensorRT, which would end the process
+                        said.echo(severity.name, msg)
 
-    return Logger()
+    made = Logger()
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))  # engines may be freed after this module when Python ends
+    return made
 
 
 def engine_file(graph: str) -> str:
     """Return the name of a graph's serialized engine in the engine's folder."""
     return f"{graph}.engine"
+
+
+def kernels_file(graph: str, device: Device) -> str:
+    """Return the name of the file with a graph's compiled kernels, beside its engine: see `read_kernels`."""
+    return f"{graph}.{file_name(device)}.kernels"
+
+
+def file_name(device: Device) -> str:
+    """Return a GPU's name as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", str(device.gpu)).strip("-")
+
+
+def read_kernels(path: Path, purpose: str) -> bytes | None:
+    """Return the kernels that TensorRT-RTX compiled for an engine; None if there are none, or if they are damaged.
+
+    They are code, as the engine is. They are taken only if they were kept for this `purpose`, which names library, GPU
+    and graph; TensorRT itself refuses those of an older driver.
+    """
+    try:
+        return sealed.read(path, purpose)
+    except InputError as error:
+        log.warning("TensorRT compiles kernels again: %s", error)
+        return None
+
+
+def keep_kernels(path: Path, kernels: memoryview, purpose: str) -> None:
+    """Keep compiled kernels for the next load; warn if that is impossible."""
+    try:
+        sealed.write(path, kernels, purpose)
+    except InputError as error:
+        log.warning("TensorRT compiles kernels at each load: %s", error)
 
 
 def executor(opened: Opened) -> Executor:
@@ -128,8 +193,12 @@ class TensorRt(GpuExecutor):
 
     def load_graph(self, graph: str) -> GpuGraph:
         """Deserialize the graph's engine; BundleError if it is another graph's, OutOfMemory or TurbochainError."""
-        log, options, bundle = logger(), self.opened.options, self.opened.bundle
-        runtime = trt.Runtime(log)
+        with listen() as said:
+            return self._load(graph, said)
+
+    def _load(self, graph: str, said: Said) -> "_Graph":
+        options, bundle = self.opened.options, self.opened.bundle
+        runtime = trt.Runtime(logger())
         # A version-compatible engine carries the code that runs it; its file has been hashed.
         runtime.engine_host_code_allowed = bool(options.get("version_compatible"))
         path = self.opened.folder / engine_file(graph)
@@ -137,40 +206,64 @@ class TensorRt(GpuExecutor):
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as serialized:
             engine = runtime.deserialize_cuda_engine(serialized)
         if engine is None:
-            raise self._failure(log, f"cannot load {path}", size)
+            raise self._failure(said, f"cannot load {path}", size)
         entry = bundle.manifest.graphs[graph]
         if options.get("strip_plan"):
-            refitter = trt.Refitter(engine, log)
-            source = trt.OnnxParserRefitter(refitter, log)
+            refitter = trt.Refitter(engine, logger())
+            source = trt.OnnxParserRefitter(refitter, logger())
             if not source.refit_from_file(str(bundle.plain(graph) / entry.file)) or not refitter.refit_cuda_engine():
-                raise self._failure(log, f"cannot put the weights of {entry.file} into {path}", size)
+                raise self._failure(said, f"cannot put the weights of {entry.file} into {path}", size)
         _check_ends(engine, entry, path)
-        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        context = self._context(graph, engine)
         if context is None:
-            raise self._failure(log, f"cannot make a context for {path}", engine.device_memory_size_v2)
-        return _Graph(graph, (runtime, engine), context, engine.device_memory_size_v2, log)
+            raise self._failure(said, f"cannot make a context for {path}", engine.device_memory_size_v2)
+        return _Graph(graph, (runtime, engine), context, engine.device_memory_size_v2)
 
-    def _failure(self, log: Any, what: str, size: int) -> TurbochainError:
+    def _context(self, graph: str, engine: "trt.ICudaEngine") -> "trt.IExecutionContext | None":
+        """Return a context without scratch memory. TensorRT-RTX compiles kernels for it, or has them from a file."""
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if hasattr(config, "create_runtime_cache") and hasattr(config, "set_runtime_cache"):
+            path, purpose = self.opened.folder / kernels_file(graph, self.device), self._purpose(graph)
+            cache, kept = config.create_runtime_cache(), read_kernels(path, purpose)
+            known = kept is not None and cache.deserialize(kept)
+            config.set_runtime_cache(cache)
+            context = engine.create_execution_context(config)
+            if context is not None and not known:
+                keep_kernels(path, memoryview(cache.serialize()), purpose)
+            return context
+        return engine.create_execution_context(config)
+
+    def _purpose(self, graph: str) -> str:
+        library, version = backends.require("tensorrt")
+        return f"{library} {version}, {self.device}, graph {self.opened.bundle.graph_digest(graph)}"
+
+    def _failure(self, said: Said, what: str, size: int) -> TurbochainError:
         """Return OutOfMemory if the GPU has less than `size` bytes left or TensorRT says so, else what it said."""
-        if cuda.free_bytes() < size or any("outofmemory" in e.lower().replace(" ", "") for e in log.errors):
+        if cuda.free_bytes() < size or any("outofmemory" in e.lower().replace(" ", "") for e in said.errors):
             return self.session.out_of_memory(size, what.removeprefix("cannot "))
-        return TurbochainError(f"TensorRT {what}: {'; '.join(log.errors) or 'it gave no reason'}")
+        return TurbochainError(f"TensorRT {what}: {said}")
 
 
 class _Graph(GpuGraph):
     def __init__(
-        self, name: str, owners: tuple[Any, ...], context: "trt.IExecutionContext", scratch_bytes: int, log: Any
+        self, name: str, owners: tuple[Any, ...], context: "trt.IExecutionContext", scratch_bytes: int
     ) -> None:
-        self.name, self.context, self.scratch_bytes, self.log = name, context, scratch_bytes, log
+        self.name, self.context, self.scratch_bytes = name, context, scratch_bytes
         self.owners = owners  # they must live as long as the context
 
     def place(self, address: int, size: int) -> None:
         self.context.set_device_memory(address, size)
 
+    def check_capturable(self, stream: Any) -> None:
+        if hasattr(self.context, "is_stream_capturable") and not self.context.is_stream_capturable(int(stream)):
+            raise CudaError(f"TensorRT says that {self.name} cannot be captured")
+
     def enqueue(self, addresses: Mapping[str, int], stream: Any) -> None:
-        bound = all(self.context.set_tensor_address(name, address) for name, address in addresses.items())
-        if not bound or not self.context.execute_async_v3(int(stream)):
-            raise CudaError(f"TensorRT failed in {self.name}: {'; '.join(self.log.errors) or 'it gave no reason'}")
+        with listen() as said:
+            bound = all(self.context.set_tensor_address(name, address) for name, address in addresses.items())
+            if not bound or not self.context.execute_async_v3(int(stream)):
+                raise CudaError(f"TensorRT failed in {self.name}: {said}")
 
 
 def _check_ends(engine: "trt.ICudaEngine", graph: Graph, path: Path) -> None:

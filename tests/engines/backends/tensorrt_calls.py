@@ -57,6 +57,8 @@ def build(model: Path, cache: bytes) -> bytes:
             print(error.desc(), error.node(), error.node_name(), error.node_operator(), error.code().name)
             print(error.node_name + ": " + error.desc())  # wrong in 10.16 11.4 rtx: it is a method
             print(error.message())  # wrong in 10.16 11.4 rtx
+    parser.parse(model.read_bytes(), str(model))
+    parser.parse(str(model))  # wrong in 10.16 11.4 rtx: the bytes are asked for
     parser.parse_from_file(model)  # wrong in 10.16 11.4 rtx: a str is asked for
     parser.supports_model(b"")  # wrong in 11.4 rtx
     print(parser.num_errors())  # wrong in 10.16 11.4 rtx: it is a property
@@ -154,6 +156,20 @@ def run(serialized: bytes, memory: int, stream: int) -> None:
     context.execute_async_v3(stream=stream)  # wrong in 10.16 11.4 rtx
     context.execute_async_v2([memory], stream)  # wrong in 10.16 11.4 rtx
     print(context.is_stream_capturable(stream))  # wrong in 10.16 11.4
+    if hasattr(context, "is_stream_capturable"):
+        print(context.is_stream_capturable(stream))
+        print(context.is_stream_capturable())  # wrong in rtx
+    chosen = engine.create_runtime_config()
+    chosen.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    chosen.set_execution_context_allocation_strategy(0)  # wrong in 10.16 11.4 rtx
+    engine.create_execution_context(chosen)
+    print(chosen.create_runtime_cache())  # wrong in 10.16 11.4
+    if hasattr(chosen, "create_runtime_cache") and hasattr(chosen, "set_runtime_cache"):
+        kernels = chosen.create_runtime_cache()
+        print(kernels.deserialize(serialized), memoryview(kernels.serialize()))
+        kernels.deserialize("kernels")  # wrong in rtx
+        chosen.set_runtime_cache(kernels)
+        chosen.set_runtime_cache(serialized)  # wrong in rtx
     print(context.engine.no_such_property)  # wrong in 10.16 11.4 rtx
     inspector = engine.create_engine_inspector()
     inspector.execution_context = context

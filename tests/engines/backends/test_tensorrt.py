@@ -1,6 +1,7 @@
 """TensorRT's builder, for real and without a GPU: TensorRT-RTX parses and builds every graph for another machine."""
 
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -26,14 +27,24 @@ from diffusers.models.attention_processor import Attention
 from turbochain.engines import build, cli, options
 from turbochain.engines.backends import tensorrt
 from turbochain.engines.backends.fractions import Fractions
-from turbochain.runtime import Bundle, InputError, TurbochainError
-from turbochain.runtime.backends.tensorrt import logger, target, trt
+from turbochain.runtime import BackendMissing, Bundle, InputError, TurbochainError
+from turbochain.runtime.backends.contract import Device
+from turbochain.runtime.backends.tensorrt import (
+    keep_kernels,
+    kernels_file,
+    listen,
+    logger,
+    read_kernels,
+    target,
+    trt,
+)
 from turbochain.runtime.bundle import hashing, manifest, strict_json
 from turbochain.runtime.bundle.manifest import Engine
 
 BUILD = Path(sys.executable).with_name("build-engine")
 AHEAD = ("--backend", "tensorrt", "--target", "sm89")
 GRAPHS = ("text_encoder", "unet", "step", "vae_decoder")
+L4 = manifest.Gpu("NVIDIA L4", "8.9", 24 * 2**30)
 NO_DRIVER = "there is no NVIDIA driver on this machine"
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")
@@ -232,8 +243,105 @@ def test_what_progress_raises_stops_the_build(bundle_of: BundleFactory) -> None:
 
 def test_a_file_that_is_no_graph(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(b"nonsense")
-    with pytest.raises(TurbochainError, match=r"TensorRT cannot read the graph unet: .*Failed to parse"):
-        serialize(tmp_path / "x.onnx", "unet")
+    for rewrite, expected in (
+        (True, "x.onnx is not an ONNX graph"),
+        (False, "TensorRT cannot read the graph unet: .*"),
+    ):
+        with pytest.raises(TurbochainError, match=expected):
+            serialize(tmp_path / "x.onnx", "unet", rewrite=rewrite)
+
+
+def test_without_onnx_it_says_what_to_install(bundle_of: BundleFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [name for name in sys.modules if name.startswith("turbochain.engines.forms")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    path = bundle_of("sd", "fp16") / "graphs/step.onnx"
+    with pytest.raises(
+        BackendMissing, match=r"onnx_ir is not installed: pip install .*, or build with -O rewrite=false"
+    ):
+        serialize(path, "step")
+    assert serialize(path, "step", rewrite=False)[0] > 1000
+
+
+def test_one_logger_hears_everything_and_repeats_nothing(bundle_of: BundleFactory, tmp_path: Path) -> None:
+    """TensorRT keeps the first logger of a process and its pointer, also if that was freed."""
+    made = logger()
+    (tmp_path / "x.onnx").write_bytes(b"nonsense")
+    for name in ("one", "two"):
+        with pytest.raises(TurbochainError) as caught:
+            serialize(tmp_path / "x.onnx", name, rewrite=False)
+        assert str(caught.value).startswith(f"TensorRT cannot read the graph {name}: ")
+    path = bundle_of("sd", "fp16") / "graphs/step.onnx"
+    said = []
+    for _ in range(2):
+        gc.collect()
+        with listen() as errors:
+            said.append(serialize(path, "step")[1])
+        assert errors.errors == [] and logger() is made
+    assert all(len(re.findall("^Name: ", text, re.M)) == 1 and "differs from one already" not in text for text in said)
+    with listen() as outer:
+        with listen() as inner:
+            made.log(trt.ILogger.ERROR, "told while both listen")
+        made.log(trt.ILogger.ERROR, "told when one has left")
+    assert inner.errors == ["told while both listen"] and str(outer) == "; ".join(outer.errors)
+    assert outer.errors == [*inner.errors, "told when one has left"]
+
+
+def test_what_an_echo_raises_does_not_reach_tensorrt() -> None:
+    def echo(severity: str, text: str) -> None:
+        raise BrokenPipeError
+
+    with listen(echo) as said:
+        logger().log(trt.ILogger.ERROR, "a complaint")
+    assert str(said) == "a complaint"
+
+
+@pytest.mark.parametrize(
+    ("given", "library", "version", "refused"),
+    [
+        ({"refit": True}, "tensorrt-cu13", "11.3.0.99", True),
+        ({"refit": True}, "tensorrt", "11.3.1", True),
+        ({"refit": True}, "tensorrt", "11.4.0.106", False),
+        ({"refit": True}, "tensorrt", "10.16.1.11", False),
+        ({"refit": True}, "tensorrt-rtx-cu13", "11.3.0", False),  # another library, with numbers of its own
+        ({"strip_plan": True}, "tensorrt", "11.3.0.99", False),  # refitted with the same weights
+    ],
+)
+def test_refit_is_refused_where_its_results_are_wrong(
+    given: dict[str, bool], library: str, version: str, refused: bool
+) -> None:
+    chosen = options.resolve("tensorrt", given)
+    if refused:
+        with pytest.raises(InputError, match=rf"option refit: {library} {version} computes wrong .* '{library}!=11.3"):
+            tensorrt.check_refit(chosen, library, version)
+    else:
+        tensorrt.check_refit(chosen, library, version)
+
+
+def test_compiled_kernels_are_kept_for_one_gpu_library_and_graph(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What there is to see of them without a GPU: no others are ever given to TensorRT."""
+    names = {kernels_file("unet", Device("cuda", 0, gpu)) for gpu in (L4, manifest.Gpu(None, "8.9", None))}
+    assert len(names) == 2 and all(re.fullmatch(r"unet\.[\w-]+\.kernels", name) for name in names)
+    path = tmp_path / "engine" / "unet.kernels"
+    assert read_kernels(path, "this") is None and not caplog.records
+    keep_kernels(path, memoryview(b"compiled"), "this")
+    assert read_kernels(path, "this") == b"compiled" and [p.name for p in path.parent.iterdir()] == [path.name]
+    whole = path.read_bytes()
+    for data, purpose in (
+        (whole, "that"),
+        (whole[:-1], "this"),
+        (whole[:33] + b"!" + whole[34:], "this"),
+        (b"", "this"),
+    ):
+        path.write_bytes(data)
+        caplog.clear()
+        assert read_kernels(path, purpose) is None
+        assert caplog.messages == [f"TensorRT compiles kernels again: {path} is damaged, or not for {purpose}"]
+    caplog.clear()
+    keep_kernels(Path("/proc/none/x.kernels"), memoryview(b"compiled"), "this")
+    assert caplog.messages[0].startswith("TensorRT compiles kernels at each load: cannot write /proc/none/x.kernels")
 
 
 WRONG = {
@@ -372,11 +480,30 @@ def test_the_inspector_lists_layers_and_fusions(
     assert inspector["main"]([str(bundle), "--stage", "text_encoder", "--layers"]) == 0
     shown = capsys.readouterr()
     assert f"nothing is compared: {NO_DRIVER}" in shown.err
-    stage, layers, fused, *types = shown.out.splitlines()[2].split()
-    assert (stage, fused) == ("text_encoder", "3") and shown.out.count("_mha_") == 3
+    stage, layers, fused, wide, *types = shown.out.splitlines()[2].split()
+    assert (stage, fused, wide) == ("text_encoder", "3", "0") and shown.out.count("_mha_") == 3
     assert int(layers) == sum(int(n) for n in types[::2]) == len(shown.out.split("\n\n")[1].splitlines()) - 2
     assert inspector["main"]([str(bundle), "--stage", "tower"]) == 2
     assert "there is no stage tower: choose from " in capsys.readouterr().err
+
+
+def test_the_rewritten_graphs_have_fewer_layers(
+    inspector: dict[str, Any], bundle_of: BundleFactory, tmp_path: Path
+) -> None:
+    """Three copies of an attention's Q, K and V are one, and each doubling goes with the convolution after it."""
+    import result
+
+    for stage in ("text_encoder", "vae_decoder"):  # the file gets the rows of both
+        assert inspector["main"]([str(bundle_of("sd", "fp16")), "--stage", stage, "--results", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    text, vae = result.read(path).compiled
+    assert (text.graph, vae.graph) == ("text_encoder", "vae_decoder")
+    assert text.as_in_bundle.fused_attentions == text.rewritten.fused_attentions == 3
+    assert text.rewritten.layers == text.as_in_bundle.layers - 2 * 3
+    before, after = vae.as_in_bundle, vae.rewritten
+    assert "deconv" not in before.kinds and after.kinds["deconv"] == 3
+    assert after.kinds["correlation"] == before.kinds["correlation"] - 3 and after.layers <= before.layers - 3
+    assert after.fp32_inside <= before.fp32_inside
 
 
 def test_the_inspector_compares_stage_by_stage(inspector: dict[str, Any], bundle_of: BundleFactory) -> None:
