@@ -28,4 +28,4 @@ def test_pictures_are_the_cpus(family: str, bundle_of: BundleFactory) -> None:
             for _ in range(2):
                 for steps, picture in zip((1, 2, 3, 4), right, strict=True):
                     np.testing.assert_array_equal(draw(pipe, num_inference_steps=steps), picture)
-        assert runtime.leaked() == []
+        assert (runtime.problems(), runtime.leaked()) == ([], [])
