@@ -203,7 +203,7 @@ class Runtime:
 
     def _launchable(self) -> list[Task]:
         """What graphs hold that can be launched."""
-        return [task for g in self.graphs if isinstance(g, Executable) for task in g.tasks()]
+        return [task for g in self.graphs if isinstance(g, Executable) and g not in self.lost for task in g.tasks()]
 
     def _stream(self, stream: Any) -> Stream:
         for known in self.scheduler.streams:
