@@ -34,13 +34,13 @@ def standing_in(seed: int = 0, **options: Any) -> Iterator[Runtime]:
         yield runtime
 
 
-def pipeline(path: Path, kind: type[GpuExecutor], index: int = 0, chain: str = TEXT_TO_IMAGE) -> Pipeline:
+def pipeline(bundle: Path | Bundle, kind: type[GpuExecutor], index: int = 0) -> Pipeline:
     """Load a bundle that has an engine of ONNX Runtime onto a GPU of the stand-in."""
-    bundle = Bundle.open(path)
-    found = selection.select(bundle.open_chain(chain), "onnxruntime", "cpu")
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    found = selection.select(bundle.open_chain(), "onnxruntime", "cpu")
     pipe = Pipeline(bundle, found, kind(Opened(bundle, found.folder, found.engine.options, gpu(index))))
     try:
-        pipe._ready(chain)
+        pipe._ready(TEXT_TO_IMAGE)
     except BaseException:
         pipe.close()
         raise
