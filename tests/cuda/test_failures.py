@@ -1,4 +1,4 @@
-"""Every call of a life fails once, in each way that CUDA has; and what is left when a pipeline goes."""
+"""Every call of a life fails once, in each way that CUDA has."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
