@@ -56,12 +56,14 @@ build_module = sys.modules["turbochain.engines.build"]  # the package has a func
 
 LONGEST_FIRST = (
     "test_demo.py",
+    "test_conformance.py",
     "test_bad_input.py",
     "test_openvino.py",
     "test_parity.py",
     "test_schedulers.py",
     "test_build.py",
     "test_inversion.py",
+    "test_failures.py",
     "test_chains.py",
     "test_schedule.py",
     "test_bench.py",
