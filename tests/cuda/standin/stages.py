@@ -1,0 +1,162 @@
+"""Stages on the stand-in: ONNX Runtime's CPU provider, on addresses of the stand-in's memory, as three kernels."""
+
+import contextlib
+import ctypes
+import functools
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from turbochain.runtime import Bundle, Pipeline, selection
+from turbochain.runtime.backends import cuda, onnxruntime
+from turbochain.runtime.backends.contract import Device, Opened
+from turbochain.runtime.backends.cpu import Loaded
+from turbochain.runtime.backends.gpu import GpuExecutor, GpuGraph
+from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Gpu, Graph, Tensor
+from turbochain.runtime.errors import CudaError, OutOfMemory, TurbochainError
+
+from . import memory
+from .runtime import Error, Module, Refused, Runtime
+
+WEIGHTS = 4096  # bytes: what a stage keeps on the GPU for itself
+
+
+@contextlib.contextmanager
+def standing_in(seed: int = 0, **options: Any) -> Iterator[Runtime]:
+    """Put a stand-in in the place of the CUDA runtime."""
+    runtime = Runtime(seed, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_runtime", lambda: runtime)
+        yield runtime
+
+
+def pipeline(bundle: Path | Bundle, kind: type[GpuExecutor], index: int = 0) -> Pipeline:
+    """Load a bundle that has an engine of ONNX Runtime onto a GPU of the stand-in."""
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    found = selection.select(bundle.open_chain(), "onnxruntime", "cpu")
+    pipe = Pipeline(bundle, found, kind(Opened(bundle, found.folder, found.engine.options, gpu(index))))
+    try:
+        pipe._ready(TEXT_TO_IMAGE)
+    except BaseException:
+        pipe.close()
+        raise
+    return pipe
+
+
+def gpu(index: int = 0) -> Device:
+    """A device of the stand-in."""
+    return Device("cuda", index, Gpu("Stand-in", "9.0", 2**33))
+
+
+class StandIn(GpuExecutor):
+    """The executor under test, with stages that use scratch memory as TensorRT's do."""
+
+    def load_graph(self, graph: str) -> GpuGraph:
+        """Load a graph on the CPU provider, and take some memory of the GPU as its weights."""
+        return Stage(graph, self.opened, self.opened.bundle.manifest.graphs[graph])
+
+
+class OneByOne(StandIn):
+    """The same with stages that keep memory of their own and are tied to one stream, as ONNX Runtime's are."""
+
+    concurrent = False
+
+    def load_graph(self, graph: str) -> GpuGraph:
+        """See StandIn."""
+        return Stage(graph, self.opened, self.opened.bundle.manifest.graphs[graph], shares=False)
+
+
+class Stage(GpuGraph):
+    """A graph: a kernel that copies the inputs into scratch memory, one that computes there, one that copies out.
+
+    So it reads its inputs before it computes, and its scratch memory is its own only as long as it runs.
+    """
+
+    def __init__(self, name: str, opened: Opened, graph: Graph, *, shares: bool = True) -> None:
+        """`shares`: whether the scratch memory is given by the executor; else it is the stage's own."""
+        self.name, self.graph, self.loaded = name, graph, load(name, opened)
+        self.offsets: dict[str, int] = {}
+        size = 0
+        for tensor in (*graph.inputs, *graph.outputs):
+            self.offsets[tensor.name] = size
+            size += -(-tensor.nbytes // cuda.ALIGNMENT) * cuda.ALIGNMENT
+        runtime, blocks = cuda._runtime(), [cuda.call("cudaMalloc", WEIGHTS)]
+        self.module = Module(runtime, opened.device.index)
+        weakref.finalize(self, _destroy, runtime, self.module, blocks).atexit = False
+        self.weights: int = blocks[0]
+        memory.move(self.weights, WEIGHT.ctypes.data, WEIGHTS)
+        self.scratch: tuple[int, int] | None = None
+        if shares:
+            self.scratch_bytes = size
+        else:
+            blocks.append(cuda.call("cudaMalloc", size))
+            self.scratch = (blocks[1], size)
+
+    def place(self, address: int, size: int) -> None:
+        """See GpuGraph."""
+        assert size == self.scratch_bytes and address % cuda.ALIGNMENT == 0
+        if size:
+            self.scratch = (address, size)
+
+    def enqueue(self, addresses: Mapping[str, int], stream: Any) -> None:
+        """See GpuGraph."""
+        assert self.scratch is not None, "a stage with scratch memory was launched before it was told where that is"
+        # The kernels must not keep the stage alive.
+        (base, size), weights, inputs, outputs = self.scratch, self.weights, self.graph.inputs, self.graph.outputs
+        inside = {name: base + offset for name, offset in self.offsets.items()}
+        run = self.loaded.bind({t.name: array(t, inside[t.name]) for t in (*inputs, *outputs)})
+
+        def begin() -> None:
+            memory.fill(base, size)
+            for tensor in inputs:
+                memory.move(inside[tensor.name], addresses[tensor.name], tensor.nbytes)
+            for tensor in outputs:
+                memory.fill(addresses[tensor.name], tensor.nbytes)
+
+        def compute() -> None:
+            if (array(Tensor("", "uint8", (WEIGHTS,)), weights) == WEIGHT).all():
+                with contextlib.suppress(TurbochainError):  # of nonsense a GPU makes nonsense
+                    run()
+
+        def end() -> None:
+            for tensor in outputs:
+                memory.move(addresses[tensor.name], inside[tensor.name], tensor.nbytes)
+
+        read, written = ([(addresses[t.name], t.nbytes) for t in tensors] for tensors in (inputs, outputs))
+        own = [(base, size)] if size else []
+        try:
+            self.module.launch(stream, begin, [*read, *written, *own])
+            self.module.launch(stream, compute, [(weights, WEIGHTS), *own])
+            self.module.launch(stream, end, [*written, *own])
+        except Refused as refused:
+            kind = OutOfMemory if refused.status == Error.cudaErrorMemoryAllocation else CudaError
+            raise kind(f"the stage {self.name} failed: {refused.status.name}") from None
+
+
+WEIGHT = np.random.default_rng(5).integers(0, 256, WEIGHTS, np.uint8)
+
+
+def load(name: str, opened: Opened) -> Loaded:
+    """Load a graph on ONNX Runtime's CPU provider, as the CPU backend does."""
+    return _load(name, opened.bundle.path, opened.folder)
+
+
+@functools.cache  # it is not what is tested, and its kernels run one at a time
+def _load(name: str, path: Path, folder: Path) -> Loaded:
+    return onnxruntime.OnnxRuntimeCpu(Opened(Bundle.open(path), folder, {}, Device("cpu"))).load_graph(name)
+
+
+def array(tensor: Tensor, address: int) -> np.ndarray:
+    """The memory at an address as an array."""
+    raw = (ctypes.c_char * tensor.nbytes).from_address(address)
+    return np.frombuffer(raw, tensor.dtype).reshape(tensor.shape)
+
+
+def _destroy(runtime: Runtime, module: Module, blocks: list[int]) -> None:
+    module.unload()
+    for block in blocks:
+        runtime.cudaFree(block)
