@@ -52,6 +52,7 @@ class _Program:
     """A plan that is ready to run."""
 
     name: str  # what it runs
+    graphs: tuple[str, ...]
     recording: Recording
     addresses: dict[str, int]  # buffer → where it is on the GPU
     host: dict[str, np.ndarray]  # buffer that is uploaded or downloaded → its page-locked copy
@@ -168,7 +169,7 @@ class GpuExecutor(ABC):
         }
         crossing = (*recording.uploads, *recording.downloads.values())
         host = {b: self._buffers.host(b, recording.tensors[b]) for b in crossing}
-        program = _Program(str(plan), recording, addresses, host)
+        program = _Program(str(plan), tuple(plan.graphs), recording, addresses, host)
         self._fill(program, feeds)
         for _ in range(2):  # ONNX Runtime still allocates in the second run
             self._walk(program, without=recording.kept)  # else a stream would be two pictures on
@@ -180,7 +181,7 @@ class GpuExecutor(ABC):
     def _capture(self, program: _Program) -> None:
         """Make one CUDA graph of a program; if that fails, the program says why, and whether to try again."""
         try:
-            for name in plan.graphs:
+            for name in program.graphs:
                 self._graphs[name].check_capturable(self.stream)
             program.graph = self.session.capture(self.stream, lambda: self._walk(program), self.check_captured)
         except TurbochainError as error:
