@@ -326,9 +326,29 @@ class Squaring(diffusers.EulerDiscreteScheduler):
         return super().step(model_output * model_output, timestep, sample, **kwargs)
 
 
-class SlightlyBent(diffusers.EulerDiscreteScheduler):
+class BentAtFirst(diffusers.EulerDiscreteScheduler):
+    """By a thousandth, in the first step alone."""
+
     def step(self, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
-        return super().step(model_output + 1e-3 * model_output.abs(), timestep, sample, **kwargs)
+        bend = 0 if self.step_index else 1e-3
+        return super().step(model_output + bend * model_output.abs(), timestep, sample, **kwargs)
+
+
+class Rounding(diffusers.EulerDiscreteScheduler):
+    def step(self, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
+        return super().step((model_output * 10).round() / 10, timestep, sample, **kwargs)
+
+
+class KeepingNear(diffusers.EulerDiscreteScheduler):
+    """It draws a sample that is far from its own last result towards that, which inpainting would notice."""
+
+    last: Any = None
+
+    def step(self, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
+        if self.last is not None:
+            sample = self.last + (sample - self.last).clamp(-20, 20)
+        (self.last, *_) = result = super().step(model_output, timestep, sample, **kwargs)
+        return result
 
 
 class DrawingTwice(diffusers.EulerAncestralDiscreteScheduler):
@@ -363,7 +383,9 @@ class Masked(diffusers.EulerDiscreteScheduler):
     [
         (NoiseOfItsOwn, "adds noise that is not the generator's"),
         (Squaring, "computes something that is not linear"),
-        (SlightlyBent, "computes something that is not linear"),
+        (BentAtFirst, "computes something that is not linear"),
+        (Rounding, "computes something that is not linear"),
+        (KeepingNear, "computes something that is not linear"),
         (DrawingTwice, "draws noise 2 times in one step"),
         (Shifting, "does not scale the latents by one number"),
         (NotANumberWhenLarge, "computes something that is not linear"),
