@@ -184,8 +184,8 @@ def _trajectory_error(sampler: Sampler, table: Table, amplitude: float, replaced
         x = sampler.step(prediction, t, x, theirs)
         made, history = _row(x), (row @ read)[1:]
         size = max(np.linalg.norm(made), np.linalg.norm(read[0]))
-        worst = max(worst, float(np.linalg.norm(made - row[0] @ read) / size))
-    return worst
+        worst = np.maximum(worst, np.linalg.norm(made - row[0] @ read) / size)  # NaN if any step is NaN
+    return float(worst)
 
 
 def _row(tensor: torch.Tensor) -> np.ndarray:

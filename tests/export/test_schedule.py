@@ -13,6 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers import scheduling_euler_ancestral_discrete as euler_ancestral
 
 from turbochain.export import load, reference, schedule
 from turbochain.export.families import Shape
@@ -28,6 +29,7 @@ pytestmark = [
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 SHAPE = (2, 4, 3, 5)
 BOUND = 1e-4  # relative L2; schedulers cancel in fp32: up to 2.6e-5 was measured, a clipped one is off by 0.26 or more
+OF_EULER = {key: value for key, value in BETAS.items() if key != "clip_sample"}
 CLASSES = sorted(
     name for name in dir(diffusers) if name.endswith("Scheduler") and inspect.isclass(getattr(diffusers, name))
 )
@@ -324,6 +326,53 @@ class Squaring(diffusers.EulerDiscreteScheduler):
         return super().step(model_output * model_output, timestep, sample, **kwargs)
 
 
+class BentAtFirst(diffusers.EulerDiscreteScheduler):
+    """By a thousandth, in the first step alone."""
+
+    def step(self, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
+        bend = 0 if self.step_index else 1e-3
+        return super().step(model_output + bend * model_output.abs(), timestep, sample, **kwargs)
+
+
+class Rounding(diffusers.EulerDiscreteScheduler):
+    def step(self, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
+        return super().step((model_output * 10).round() / 10, timestep, sample, **kwargs)
+
+
+class KeepingNear(diffusers.EulerDiscreteScheduler):
+    """It draws a sample that is far from its own last result towards that, which inpainting would notice."""
+
+    last: Any = None
+
+    def step(self, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
+        if self.last is not None:
+            sample = self.last + (sample - self.last).clamp(-20, 20)
+        (self.last, *_) = result = super().step(model_output, timestep, sample, **kwargs)
+        return result
+
+
+class DrawingTwice(diffusers.EulerAncestralDiscreteScheduler):
+    def step(self, model_output: Any, timestep: Any, sample: Any, generator: Any = None, **kwargs: Any) -> Any:
+        euler_ancestral.randn_tensor(sample.shape, generator=generator)
+        return super().step(model_output, timestep, sample, generator, **kwargs)
+
+
+class Shifting(diffusers.EulerDiscreteScheduler):
+    def scale_model_input(self, sample: Any, timestep: Any) -> Any:
+        return super().scale_model_input(sample, timestep).roll(1, -1)
+
+
+class NotANumberWhenLarge(diffusers.EulerDiscreteScheduler):
+    def step(self, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
+        return super().step(model_output.where(model_output.abs() < 100, torch.nan), timestep, sample, **kwargs)
+
+
+class MixingPictures(diffusers.EulerDiscreteScheduler):
+    def step(self, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
+        mixed = model_output.mean(0, keepdim=True).expand_as(model_output)
+        return super().step(mixed, timestep, sample, **kwargs)
+
+
 class Masked(diffusers.EulerDiscreteScheduler):
     def step(self, model_output: Any, timestep: Any, sample: Any, mask: Any, **kwargs: Any) -> Any:  # type: ignore
         return super().step(model_output * mask, timestep, sample, **kwargs)
@@ -334,6 +383,13 @@ class Masked(diffusers.EulerDiscreteScheduler):
     [
         (NoiseOfItsOwn, "adds noise that is not the generator's"),
         (Squaring, "computes something that is not linear"),
+        (BentAtFirst, "computes something that is not linear"),
+        (Rounding, "computes something that is not linear"),
+        (KeepingNear, "computes something that is not linear"),
+        (DrawingTwice, "draws noise 2 times in one step"),
+        (Shifting, "does not scale the latents by one number"),
+        (NotANumberWhenLarge, "computes something that is not linear"),
+        (MixingPictures, "computes something that is not linear"),
         (Masked, "needs mask in every step, which the diffusers pipelines do not give"),
         (diffusers.FlowMatchEulerDiscreteScheduler, "has no .*add_noise.*, which the diffusers pipelines use"),
         (diffusers.RePaintScheduler, "needs original_image, mask in every step"),
@@ -342,6 +398,17 @@ class Masked(diffusers.EulerDiscreteScheduler):
 def test_why_a_scheduler_is_refused(cls: Any, reason: str) -> None:
     with pytest.raises(InputError, match=f"the scheduler {cls.__name__} {reason}.*name another class .Euler"):
         schedule.tabulate(cls(), 2)
+
+
+def test_a_class_of_the_checkpoints_author_has_the_table_of_its_parent() -> None:
+    """It stands in another module than the code that draws."""
+
+    class Renamed(diffusers.EulerAncestralDiscreteScheduler):
+        pass
+
+    table = check_table(Renamed(**OF_EULER), 3)
+    expected = schedule.tabulate(diffusers.EulerAncestralDiscreteScheduler(**OF_EULER), 3)
+    assert np.array_equal(table.w, expected.w) and table.w.any()
 
 
 def test_steps_that_the_scheduler_itself_refuses() -> None:
@@ -367,13 +434,11 @@ def test_a_table_leaves_the_scheduler_as_it_was() -> None:
 
 
 def test_the_module_draws_as_before_after_a_refusal() -> None:
-    from diffusers.schedulers import scheduling_euler_ancestral_discrete as module
-
-    before = module.randn_tensor
+    before = euler_ancestral.randn_tensor
     schedule.tabulate(sampler("EulerAncestralDiscreteScheduler"), 2)
     with pytest.raises(InputError):
         schedule.tabulate(sampler("EulerAncestralDiscreteScheduler", prediction_type="sample"), 2)
-    assert module.randn_tensor is before
+    assert euler_ancestral.randn_tensor is before
 
 
 @pytest.fixture(scope="module")

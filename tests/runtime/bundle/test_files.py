@@ -8,16 +8,20 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
+from turbochain.runtime import Bundle
 from turbochain.runtime.bundle import hashing, paths, writing
 from turbochain.runtime.bundle.hashing import CHUNK, FileRecord
 from turbochain.runtime.bundle.lock import lock_directory
 from turbochain.runtime.bundle.writing import write_atomically
 from turbochain.runtime.errors import BundleError, InputError
 
+GOLDEN = ROOT / "tests/golden/bundle"
 PRELUDE = """import os, subprocess, sys, time
 from turbochain.runtime.bundle.hashing import *
 from turbochain.runtime.bundle.lock import *
@@ -201,15 +205,24 @@ def test_what_is_no_regular_file(bundle, tmp_path):
     hashing.check(bundle, "inner", hello, full=False)
 
 
+def test_a_file_that_cannot_be_read_does_not_hide_the_next(tmp_path):
+    """Linux refuses to read the start of a process's memory, which no right can change."""
+    records = dict.fromkeys(("mem", "status"), FileRecord(0, "0" * 64))
+    with pytest.raises(BundleError, match=r"2 files .*'mem' cannot be read: Input/output error; 'status' is damaged"):
+        hashing.check_all("/proc/self", records, full=False)
+
+
 # --- stamps
 
 
 @pytest.fixture(scope="module")
 def settled(tmp_path_factory):
-    """A folder with three files over a chunk, old enough to be stamped."""
+    """A folder with files over a chunk, and a small one, all old enough to be stamped."""
     root = tmp_path_factory.mktemp("settled")
-    for name in ("a", "b", "c"):
+    (root / "more").mkdir()
+    for name in ("a", "b", "c", "d", "more/a"):
         sparse(root / name, CHUNK + 10, at_100=name.encode())
+    (root / "small").write_text("hello")
     time.sleep(2.1)
     return root
 
@@ -251,11 +264,62 @@ def test_a_stamp_does_not_hide_a_changed_or_replaced_file(settled, cache):
     assert "is damaged" in problem(settled, "b", record)
 
 
-def test_a_young_file_and_a_small_one_get_no_stamp(bundle, cache):
+def test_a_young_file_and_a_small_one_get_no_stamp(settled, bundle, cache):
+    """Also not a young one whose mtime is old, as `cp -p` makes them."""
+    os.utime(sparse(bundle / "copied", CHUNK + 1), ns=(10**18, 10**18))
     sparse(bundle / "large", CHUNK + 1)
-    hashing.check(bundle, "large", hashing.describe(bundle / "large"), full=False)
-    hashing.check(bundle, "model card", hashing.describe(bundle / "model card"), full=False)
+    for name in ("large", "copied"):
+        hashing.check(bundle, name, hashing.describe(bundle / name), full=False)
+    hashing.check(settled, "small", hashing.describe(settled / "small"), full=False)
     assert not cache.exists()
+
+
+@pytest.mark.parametrize("figure", ["path", "st_size", "st_mtime_ns", "st_ctime_ns", "st_ino"])
+def test_a_stamp_of_another_file_or_time_is_not_used(settled, cache, figure):
+    record, lie = hashing.describe(settled / "a"), "f" * 64
+    hashing.check(settled, "a", record, full=False)
+    (stamp,) = cache.iterdir()
+    content = json.loads(stamp.read_text()) | {"sha256": lie}
+    stamp.write_text(json.dumps(content | {figure: content[figure] * 2}))
+    assert "is damaged" in problem(settled, "a", FileRecord(record.size, lie))
+
+
+def test_files_of_one_name_have_a_stamp_each_that_no_other_user_can_read(settled, cache):
+    for name in ("a", "more/a"):
+        hashing.check(settled, name, hashing.describe(settled / name), full=False)
+    assert len(list(cache.iterdir())) == 2
+    assert cache.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_file_that_changes_while_it_is_hashed_gets_no_stamp_that_vouches_for_it(settled, cache):
+    record, changes = hashing.describe(settled / "d"), []
+
+    def change(_: int) -> None:
+        if not changes:  # the first chunk is hashed, the second may be
+            changes.append(flip(settled / "d", 5))
+
+    hashing.check_all(settled, {"d": record}, full=False, progress=change)
+    assert changes and "is damaged" in problem(settled, "d", record)
+
+
+def test_a_bundle_that_is_checked_in_full_asks_no_stamp(settled, cache):
+    record = hashing.describe(settled / "a")
+    hashing.check(settled, "a", record, full=False)
+    (stamp,) = cache.iterdir()
+    stamp.write_text(stamp.read_text().replace(record.sha256, "f" * 64))
+    files = {"a": FileRecord(record.size, "f" * 64)}
+    opened = Bundle(settled, replace(Bundle.open(GOLDEN).manifest, files=files, graphs={}))
+    opened.check_files()
+    with pytest.raises(BundleError, match="'a' is damaged"):
+        opened.check_files(full=True)
+
+
+def test_a_relative_cache_folder_is_ignored(tmp_path, monkeypatch):
+    """As the XDG Base Directory Specification says."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value in ("", "relative", "./x"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert hashing.user_cache() == tmp_path / ".cache/turbochain"
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000])
@@ -297,6 +361,28 @@ def test_paths_not_inside(bundle, relative):
     with pytest.raises(BundleError, match="is not a path inside the bundle") as caught:
         paths.resolve_inside(bundle, relative)
     str(caught.value).encode()  # can be printed
+
+
+def test_an_absolute_path_is_refused_though_it_leads_inside(bundle):
+    with pytest.raises(BundleError, match="is not a path inside the bundle: it is absolute"):
+        paths.resolve_inside(bundle, str(bundle / "model card"))
+
+
+@pytest.mark.parametrize(
+    ("root", "followed"),
+    [("snapshots/c0ffee", True), ("snapshots/c0ffee/a/bundle", True), ("versions/c0ffee", False), ("snapshots", False)],
+)
+def test_links_to_blobs_are_followed_in_a_snapshot_of_the_hubs_cache_alone(tmp_path, root, followed):
+    blob, link = tmp_path / "models--o--n/blobs/0123", tmp_path / "models--o--n" / root / "f"
+    for path in (blob, link):
+        path.parent.mkdir(parents=True)
+    blob.write_text("hello")
+    link.symlink_to(blob)
+    if followed:
+        assert paths.resolve_inside(link.parent, "f") == blob
+    else:
+        with pytest.raises(BundleError, match="a symbolic link leads outside"):
+            paths.resolve_inside(link.parent, "f")
 
 
 @pytest.mark.parametrize("relative", ["out", "out/x", "up/x", "chain", "chain/x"])

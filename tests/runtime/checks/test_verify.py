@@ -19,10 +19,12 @@ from safetensors.numpy import load_file, save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from transformers import CLIPTextModel
 
+import turbochain.runtime
 from turbochain.export.tracing import modules
 from turbochain.runtime import Bundle, Pipeline, VerificationError, selection
 from turbochain.runtime.bundle.manifest import Check
-from turbochain.runtime.checks import metrics, verify
+from turbochain.runtime.checks import bounds, metrics, verify
+from turbochain.runtime.checks.reference import read_cases
 
 Copy = Callable[[Path], Path]
 Change = Callable[[Path, Path], None]  # a bundle, the checkpoint that it was made of
@@ -295,6 +297,46 @@ def test_good_bundles_pass_every_bound_of_the_design(family: str, precision: str
     assert {m: b for (s, m), b in bounds.items() if s == "vae_decoder"} == decoder
     image = same if precision == "fp32" else {"psnr": 38, "ssim": 0.98}
     assert {m: b for (s, m), b in bounds.items() if s == "image"} == image
+
+
+PAGE = Path(turbochain.runtime.__file__).with_name("FORMAT.md").read_text()
+NUMBER = re.compile(r"([≤≥]) ([\d.e-]+)(%?)")
+
+
+def test_the_bounds_are_those_of_the_page() -> None:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| ")]
+    start = rows.index(["", "fp32", "fp16", "bf16"]) + 2
+    for what, fp32, fp16, last in rows[start : start + 4]:
+        bf16, _, int8 = last.partition("int8")
+        said = {"fp32": fp32, "fp16": fp16, "bf16": fp16 if bf16.startswith("the same") else bf16, "int8": int8}
+        for precision, text in said.items():
+            stated = [(sign, float(number) / (100 if part else 1)) for sign, number, part in NUMBER.findall(text)]
+            for kind in what.split(" of ")[0].split(", "):
+                held = bounds.BOUNDS[precision].get(kind, {}).items()
+                assert stated == [("≥" if m in bounds.AT_LEAST else "≤", b) for m, b in held], (kind, precision)
+    (tiny,) = re.findall(r"AutoencoderTiny ([\d.]+)\)", PAGE)
+    for precision, held in bounds.BOUNDS.items():
+        own = {"psnr": float(tiny)} if precision == "bf16" else held["picture"]
+        assert bounds.of_stage(precision, "picture", "AutoencoderTiny") == own
+        assert bounds.of_stage(precision, "picture", "AutoencoderKL") == held["picture"]
+    _, state, *others = rows[start + 4]
+    assert [float(number) for _, number, _ in NUMBER.findall(state)] == [
+        *bounds.STATE.values(),
+        *bounds.COLUMN.values(),
+    ]
+    assert others == ["the same"] * 2 and bounds.of_stage("bf16", "state", "") == bounds.STATE
+
+
+def test_the_figure_of_several_pictures_is_that_of_the_worst(bundle_of: BundleFactory) -> None:
+    path = bundle_of("sd", "fp16")
+    (shown,) = (c for c in checks_of(path) if (c.stage, c.metric) == ("image", "psnr"))
+    found = []
+    with Pipeline.load(path) as pipe:
+        for case in read_cases(pipe.bundle, "text-to-image"):
+            call = {"prompt": case.prompt, "seed": case.seed, "num_inference_steps": case.steps}
+            picture = pipe(**call, output_type="uint8").images  # type: ignore[arg-type]
+            found.append(peak_signal_noise_ratio(case.tensors["image"], picture, data_range=255))
+    assert shown.value == pytest.approx(min(found), rel=1e-6) and max(found) > min(found) + 0.1
 
 
 def test_the_command_fails_with_stage_figure_and_bound(sdxl: Path, copy_of: Copy) -> None:

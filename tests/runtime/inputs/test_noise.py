@@ -12,6 +12,7 @@ from turbochain.runtime import Bundle
 from turbochain.runtime.bundle.manifest import Draw
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.errors import InputError
+from turbochain.runtime.inputs.generators import advance
 from turbochain.runtime.inputs.noise import Generator, draw, draw_run
 
 TOLERANCE = 1e-6
@@ -160,6 +161,18 @@ def test_a_generator_that_is_seeded_again_begins_anew():
         used.manual_seed(-1)
 
 
+@pytest.mark.parametrize("lengths", [[1], [2], [3, 16], [1000], [5, 17, 4], []])
+def test_a_callers_generator_goes_on_where_ours_ended(lengths):
+    """Also after an odd number of small draws, which leaves a value waiting."""
+    ours, theirs, callers = Generator(9), torch_generator(9), torch_generator(9)
+    for length in lengths:
+        ours.randn(length)
+        torch.randn(length, generator=theirs)
+    advance(callers, ours)
+    for length in (3, 20, 1):
+        assert torch.equal(torch.randn(length, generator=callers), torch.randn(length, generator=theirs))
+
+
 LATENTS, NOISE = Draw("latents", "picture"), Draw("noise", "picture")
 
 
@@ -197,6 +210,12 @@ def test_a_discarded_draw_takes_its_values_from_the_stream(sd: Path) -> None:
     randn_tensor(shape, generator=theirs)
     assert made.keys() == {"latents", "noise"}
     assert_same(made["latents"] / chain.table(1).init_noise_sigma, randn_tensor(shape, generator=theirs))
+
+
+def test_a_discarded_draw_leaves_what_was_drawn_for_that_feed(sd: Path) -> None:
+    chain = drawing(sd, LATENTS, replace(LATENTS, discarded=True), NOISE)
+    made, shape = draw_run(chain, chain.table(1), [Generator(3)], 2), (2, *chain.tensors["latents"].shape[1:])
+    assert_same(made["latents"] / chain.table(1).init_noise_sigma, randn_tensor(shape, generator=torch_generator(3)))
 
 
 def test_for_what_is_given_nothing_is_drawn(sdxl: Path) -> None:

@@ -270,6 +270,24 @@ def test_a_contradictory_padding_token(tmp_path):
     )
 
 
+def test_a_part_of_an_inversion_that_is_no_token(tmp_path):
+    """The first part, or the last."""
+    vocab, merges = clip_vocabulary()
+    theirs = CLIPTokenizer(vocab=vocab, merges=merges, pad_token="!", model_max_length=LENGTH)
+    theirs.add_tokens(["<cat>", "<cat>_1", "<dog>_1"])
+    theirs.save_pretrained(tmp_path)
+
+    def expanding(token: str, count: int) -> Tokenizer:
+        path, pad = tmp_path / "tokenizer.json", {"pad_token": "!", "pad_id": 0}
+        return Tokenizer(path, max_length=LENGTH, **pad, expansions={token: count})
+
+    found = expanding("<cat>", 2).encode(["a <cat>"])
+    np.testing.assert_array_equal(found, expected_ids(theirs, ["a <cat> <cat>_1"]))
+    for token, count, missing in (("<cat>", 3, "<cat>_2"), ("<dog>", 2, "<dog>")):
+        with pytest.raises(BundleError, match=f"has no token '{missing}', .*: build the bundle again"):
+            expanding(token, count)
+
+
 @pytest.mark.parametrize("prompt", ["", "a cat", "🐈" * 8192, "x" * 32768, "\x01\t\n", *PHRASES])
 def test_good_prompts_come_back(prompt):
     assert check_prompt(prompt) is prompt
@@ -281,6 +299,7 @@ def test_good_prompts_come_back(prompt):
         (None, "The prompt is of type NoneType: expected a str."),
         (b"a cat", "The prompt is of type bytes: expected a str."),
         (["a cat"], "The prompt is of type list: expected a str."),
+        ("\0", "The prompt holds a NUL character at position 0: expected text without any."),
         ("a\0cat", "The prompt holds a NUL character at position 1: expected text without any."),
         (
             "cat \ud83d!",
