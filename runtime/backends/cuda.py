@@ -6,17 +6,31 @@ if the caller can go on with less, `CudaFault` if the process must restart, `Cud
 
 import ctypes
 import functools
+import gc
 import importlib
 import math
+import os
 import re
-from collections.abc import Callable, Collection
-from contextlib import ExitStack
+import threading
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from turbochain.runtime.backends import forks
 from turbochain.runtime.bundle.manifest import Gpu
-from turbochain.runtime.errors import BackendMissing, CudaError, CudaFault, InputError, NoGpu, OutOfMemory
+from turbochain.runtime.errors import (
+    BackendMissing,
+    CudaError,
+    CudaFault,
+    InputError,
+    NoGpu,
+    OutOfMemory,
+    TurbochainError,
+)
 
 ALIGNMENT = 256  # bytes: what every address that a kernel reads or writes is a multiple of
 
@@ -99,24 +113,79 @@ def _count() -> int:
         raise NoGpu(f"the NVIDIA driver gives no access to a GPU; {way_out}: {error}") from None
 
 
+@dataclass
+class _Owned:
+    """What a session has made on its GPU."""
+
+    index: int  # the GPU's CUDA ordinal
+    users: dict[str, Any]  # what libraries have loaded
+    process: int = field(default_factory=os.getpid)
+    streams: list[Any] = field(default_factory=list)
+    graphs: list[Any] = field(default_factory=list)
+    others: list[tuple[str, Any]] = field(default_factory=list)  # the function that frees it, and what it is
+
+    def close(self) -> None:
+        """Give everything back: the graphs, the users, then the rest, last made first."""
+        if os.getpid() != self.process:  # the GPU and the libraries' threads are the other process's
+            forks.keep_for_ever(self)
+            return
+        runtime = _runtime()
+        # A status is of no use: after a fault every call fails, and the memory is gone with the process.
+        with _restored():
+            runtime.cudaSetDevice(self.index)
+            for stream in self.streams:
+                runtime.cudaStreamSynchronize(stream)
+            for graph in self.graphs:
+                runtime.cudaGraphExecDestroy(graph)
+            if int(runtime.cudaFree(0)[0]):  # a fault, after which ONNX Runtime's destructors end the process
+                forks.keep_for_ever(dict(self.users))
+            self.users.clear()
+            for free, value in reversed(self.others):
+                getattr(runtime, free)(value)
+            runtime.cudaGetLastError()
+
+
+@contextmanager
+def _restored() -> Iterator[None]:
+    """Leave the calling thread on the GPU that it is on now."""
+    runtime = _runtime()
+    status, before = runtime.cudaGetDevice()
+    try:
+        yield
+    finally:
+        if not int(status):
+            runtime.cudaSetDevice(before)
+
+
 class Session:
-    """One GPU and everything that was made on it; `close` gives all of it back, last made first."""
+    """One GPU and everything that was made on it.
 
-    def __init__(self, index: int) -> None:
-        """Take the GPU of the CUDA ordinal `index`; raises what `call` raises."""
+    `close` gives it back, and so does the end of the last reference to the session. The end of the process does so
+    without either.
+    """
+
+    def __init__(self, index: int, users: dict[str, Any] | None = None) -> None:
+        """Take the GPU of the CUDA ordinal `index`; raises what `call` raises.
+
+        `users`: what libraries load onto the GPU. It is given up after the graphs that run it and before the streams
+        and the memory that it uses; after a fault never, because that would end the process.
+        """
         self.index = index
-        self._owned = ExitStack()
-        self._streams: list[Any] = []
-        self.activate()
+        self._owned = _Owned(index, {} if users is None else users)
+        self._finalizer = weakref.finalize(self, self._owned.close)
+        self._finalizer.atexit = False
+        with self.active():
+            pass  # an error comes now
 
-    def activate(self) -> None:
-        """Make this GPU the calling thread's. Every thread needs it before its first call."""
-        call("cudaSetDevice", self.index)
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Let this GPU be the calling thread's for a while, as every call for it needs."""
+        with _restored():
+            call("cudaSetDevice", self.index)
+            yield
 
     def _own(self, value: Any, free: str) -> Any:
-        runtime = _runtime()
-        # Its status is of no use: after a fault every call fails, and the memory is gone with the process.
-        self._owned.callback(getattr(runtime, free), value)
+        self._owned.others.append((free, value))
         return value
 
     def allocate(self, size: int, what: str) -> int:
@@ -125,6 +194,11 @@ class Session:
             return self._own(call("cudaMalloc", max(size, 1)), "cudaFree")
         except OutOfMemory:
             raise self.out_of_memory(size, what) from None
+
+    def free(self, address: int) -> None:
+        """Give back what `allocate` returned; nothing may use it any more."""
+        self._owned.others.remove(("cudaFree", address))
+        call("cudaFree", address)
 
     def out_of_memory(self, size: int, what: str) -> OutOfMemory:
         """Return the error for `size` bytes that could not be had."""
@@ -149,7 +223,7 @@ class Session:
     def stream(self) -> Any:
         """Return a stream that does not wait for the default one."""
         made = self._own(call("cudaStreamCreateWithFlags", _runtime().cudaStreamNonBlocking), "cudaStreamDestroy")
-        self._streams.append(made)
+        self._owned.streams.append(made)
         return made
 
     def event(self, *, timing: bool = False) -> Any:
@@ -165,39 +239,77 @@ class Session:
         captured; the stream is usable again in either case.
         """
         mode = _runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        call("cudaStreamBeginCapture", stream, mode)
-        try:
-            enqueue()
-        except BaseException:
-            status, graph = _runtime().cudaStreamEndCapture(stream)
-            if not int(status):
-                _runtime().cudaGraphDestroy(graph)
-            _runtime().cudaGetLastError()
-            raise
-        graph = call("cudaStreamEndCapture", stream)
+        with _COLLECTION.paused():
+            call("cudaStreamBeginCapture", stream, mode)
+            try:
+                enqueue()
+            except BaseException:
+                status, graph = _runtime().cudaStreamEndCapture(stream)
+                if not int(status):
+                    _runtime().cudaGraphDestroy(graph)
+                _runtime().cudaGetLastError()
+                raise
+            graph = call("cudaStreamEndCapture", stream)
         try:
             if check:
                 check(graph)
-            return self._own(call("cudaGraphInstantiate", graph, 0), "cudaGraphExecDestroy")
+            made = call("cudaGraphInstantiate", graph, 0)
         finally:
             _runtime().cudaGraphDestroy(graph)
+        self._owned.graphs.append(made)
+        return made
+
+    def destroy(self, graph: Any) -> None:
+        """Give back what `capture` returned; it must not be running."""
+        self._owned.graphs.remove(graph)
+        call("cudaGraphExecDestroy", graph)
 
     def synchronize(self) -> None:
-        """Wait until the session's streams are done; after a fault they are.
+        """Wait until all of the session's streams are done; then raises the first error that one of them reports.
 
         Not for the whole GPU: that would break what another session is capturing.
         """
-        runtime = _runtime()
-        runtime.cudaSetDevice(self.index)
-        for stream in self._streams:
-            runtime.cudaStreamSynchronize(stream)
-        runtime.cudaGetLastError()
+        errors = []
+        for stream in self._owned.streams:
+            try:
+                synchronize(stream)
+            except TurbochainError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def close(self) -> None:
         """Wait for the GPU and give everything back; a second call does nothing."""
-        self.synchronize()
-        self._streams.clear()
-        self._owned.close()
+        self._finalizer()
+
+
+class _Collection:
+    """Python's garbage collection, which stands still while any thread captures.
+
+    What the destructor of an unrelated object frees would break the capture.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.captures, self.enabled = threading.Lock(), 0, True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        gc.collect()
+        with self.lock:
+            if not self.captures:
+                self.enabled = gc.isenabled()
+            self.captures += 1
+            gc.disable()
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.captures -= 1
+                if not self.captures and self.enabled:
+                    gc.enable()
+
+
+_COLLECTION = _Collection()
 
 
 def launch(graph: Any, stream: Any) -> None:
@@ -206,25 +318,33 @@ def launch(graph: Any, stream: Any) -> None:
 
 
 def refuse_host(graph: Any, addresses: Collection[int]) -> None:
-    """Raise CudaError if a captured graph calls a host function, or copies host memory other than at these addresses.
+    """Raise CudaError if a captured graph does more than kernels, fills, and copies on the GPU or at these addresses.
 
-    Such memory belonged to a library for one run, and may be used for something else by the next.
+    Other memory of the host belonged to a library for one run, and may be used for something else by the next.
     """
     runtime = _runtime()
     kinds = runtime.cudaGraphNodeType
-    on_device = (runtime.cudaMemoryType.cudaMemoryTypeDevice, runtime.cudaMemoryType.cudaMemoryTypeManaged)
     *_, count = call("cudaGraphGetNodes", graph, 0)
     nodes, _ = call("cudaGraphGetNodes", graph, count)
     for node in nodes:
         kind = call("cudaGraphNodeGetType", node)
-        if kind == kinds.cudaGraphNodeTypeHost:
+        if kind == kinds.cudaGraphNodeTypeGraph:
+            refuse_host(call("cudaGraphChildGraphNodeGetGraph", node), addresses)
+        elif kind == kinds.cudaGraphNodeTypeMemcpy:
+            _refuse_foreign(call("cudaGraphMemcpyNodeGetParams", node), addresses)
+        elif kind == kinds.cudaGraphNodeTypeHost:
             raise CudaError("it calls a function of the host")
-        if kind == kinds.cudaGraphNodeTypeMemcpy:
-            copied = call("cudaGraphMemcpyNodeGetParams", node)
-            for address in (int(copied.srcPtr.ptr), int(copied.dstPtr.ptr)):
-                where = call("cudaPointerGetAttributes", address).type
-                if where not in on_device and address not in addresses:
-                    raise CudaError("it copies from or to memory of the host that is another's")
+        elif kind not in (kinds.cudaGraphNodeTypeKernel, kinds.cudaGraphNodeTypeMemset, kinds.cudaGraphNodeTypeEmpty):
+            raise CudaError(f"it holds what cannot be looked into: {kind.name}")
+
+
+def _refuse_foreign(copied: Any, addresses: Collection[int]) -> None:
+    """Raise CudaError if a copy reads or writes memory of the host at another address."""
+    kinds = _runtime().cudaMemoryType
+    for address in (int(copied.srcPtr.ptr), int(copied.dstPtr.ptr)):
+        where = call("cudaPointerGetAttributes", address).type
+        if where not in (kinds.cudaMemoryTypeDevice, kinds.cudaMemoryTypeManaged) and address not in addresses:
+            raise CudaError("it copies from or to memory of the host that is another's")
 
 
 def copy(target: int, source: int, size: int, stream: Any) -> None:

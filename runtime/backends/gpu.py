@@ -2,7 +2,8 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from turbochain.runtime.chain.recording import (
     record,
     scratch,
 )
-from turbochain.runtime.errors import CudaFault, InputError, TurbochainError
+from turbochain.runtime.errors import CudaFault, InputError, OutOfMemory, TurbochainError
 
 log = logging.getLogger("turbochain")
 
@@ -47,11 +48,13 @@ class GpuGraph(ABC):
 class _Program:
     """A plan that is ready to run."""
 
+    name: str  # what it runs
     recording: Recording
     addresses: dict[str, int]  # buffer → where it is on the GPU
     host: dict[str, np.ndarray]  # buffer that is uploaded or downloaded → its page-locked copy
     graph: Any = None  # the captured plan; None if it could not be captured
     uncaptured: str | None = None  # why not
+    try_again: bool = False  # whether it could at another time
 
 
 class GpuExecutor(ABC):
@@ -71,14 +74,15 @@ class GpuExecutor(ABC):
         self._graphs: dict[str, GpuGraph] = {}
         self._device_buffers: dict[tuple[str, Tensor], int] = {}
         self._host_buffers: dict[tuple[str, Tensor], np.ndarray] = {}
-        self._constants: dict[Constant, int] = {}
+        self._columns: dict[tuple[str, str], tuple[int, int]] = {}  # name and table → address, bytes from row to row
         self._scratch = (0, 0)  # address and size of the graphs' shared block
-        self.session = cuda.Session(opened.device.index)
+        self._side: list[tuple[Any, Any, Any]] = []  # stream, fork, join
+        self._events: list[tuple[Any, Any]] = []  # start, end
+        self.session = cuda.Session(opened.device.index, self._graphs)
         try:
-            self.stream = self.session.stream()
-            self._side: list[tuple[Any, Any, Any]] = []  # stream, fork, join
-            self._events: list[tuple[Any, Any]] = []  # start, end
-            self._start, self._end = self.session.event(timing=True), self.session.event(timing=True)
+            with self.session.active():
+                self.stream = self.session.stream()
+                self._start, self._end = self.session.event(timing=True), self.session.event(timing=True)
         except BaseException:
             self.close()
             raise
@@ -92,12 +96,39 @@ class GpuExecutor(ABC):
         """See Executor."""
         return frozenset(self._graphs)
 
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Let the thread work on the GPU; after an error nothing is left on a stream, and a fault is known as one."""
+        if self._fault:
+            raise CudaFault(self._fault)
+        with self.session.active():
+            try:
+                yield
+            except BaseException as error:
+                self._fault = self._find_fault(error)
+                if self._fault and isinstance(error, TurbochainError) and not isinstance(error, CudaFault):
+                    raise CudaFault(self._fault) from error
+                raise
+
+    def _find_fault(self, error: BaseException) -> str | None:
+        """Wait for what an interrupted call has put on the streams; returns what CUDA says if no call can succeed.
+
+        A library's own error may hide that.
+        """
+        try:
+            self.session.synchronize()
+        except CudaFault as fault:
+            return str(fault)
+        except TurbochainError:
+            pass
+        return str(error) if isinstance(error, CudaFault) else None
+
     def load(self, graphs: Iterable[str]) -> None:
         """See Executor."""
-        self.session.activate()
-        for name in graphs:
-            if name not in self._graphs:
-                self._graphs[name] = self.load_graph(name)
+        with self._working():
+            for name in graphs:
+                if name not in self._graphs:
+                    self._graphs[name] = self.load_graph(name)
 
     def execute(
         self, plan: Plan, feeds: Arrays, *, observe: Observe | None = None, cancel: Cancel | None = None
@@ -107,38 +138,21 @@ class GpuExecutor(ABC):
         With `observe` the graphs go on the stream one by one, each with its own timing. A plan that runs as one CUDA
         graph asks `cancel` once, before the launch; its constants are read when it is new.
         """
-        if self._fault:
-            raise CudaFault(self._fault)
-        try:
-            self.session.activate()
+        with self._working():
             program = self._programs.get(plan) or self._prepare(plan, feeds)
+            if program.try_again:
+                self._capture(program)
             self._fill(program, feeds)
             cuda.record_event(self._start, self.stream)
             timed = self._enqueue(program, observe, cancel)
             cuda.record_event(self._end, self.stream)
             cuda.synchronize(self.stream)
-        except TurbochainError as error:
-            self._fault = self._find_fault(error)
-            if self._fault and not isinstance(error, CudaFault):
-                raise CudaFault(self._fault) from error
-            raise
-        for graph, start, end in timed:
-            assert observe is not None
-            observe(graph, cuda.elapsed(start, end))
+            for graph, start, end in timed:
+                assert observe is not None
+                observe(graph, cuda.elapsed(start, end))
+            seconds = cuda.elapsed(self._start, self._end)
         arrays = {name: program.host[buffer] for name, buffer in program.recording.downloads.items()}
-        return Results(arrays, cuda.elapsed(self._start, self._end), program.uncaptured)
-
-    def _find_fault(self, error: TurbochainError) -> str | None:
-        """Return what CUDA says if no further call can succeed: a library's own error may hide that."""
-        if isinstance(error, CudaFault):
-            return str(error)
-        try:
-            cuda.synchronize(self.stream)  # also what a cancelled call has put on the stream
-        except CudaFault as fault:
-            return str(fault)
-        except TurbochainError:
-            pass
-        return None
+        return Results(arrays, seconds, program.uncaptured)
 
     def _prepare(self, plan: Plan, feeds: Arrays) -> _Program:
         """Allocate what a new plan needs, run it twice (libraries set themselves up then), and capture it."""
@@ -150,20 +164,28 @@ class GpuExecutor(ABC):
             for buffer, tensor in recording.tensors.items()
         }
         crossing = (*recording.uploads, *recording.downloads.values())
-        program = _Program(recording, addresses, {b: self._host(b, recording.tensors[b]) for b in crossing})
+        host = {b: self._host(b, recording.tensors[b]) for b in crossing}
+        program = _Program(str(plan), recording, addresses, host)
         self._fill(program, feeds)
         for _ in range(2):  # ONNX Runtime still allocates in the second run
             self._walk(program, without=recording.kept)  # else a stream would be two pictures on
             cuda.synchronize(self.stream)
+        self._capture(program)
+        self._programs[plan] = program
+        return program
+
+    def _capture(self, program: _Program) -> None:
+        """Make one CUDA graph of a program; if that fails, the program says why, and whether to try again."""
         try:
             program.graph = self.session.capture(self.stream, lambda: self._walk(program), self.check_captured)
         except TurbochainError as error:
             if self._find_fault(error):
                 raise
-            program.uncaptured = str(error)
-            log.warning("the chain runs graph by graph, because it cannot be captured as one CUDA graph: %s", error)
-        self._programs[plan] = program
-        return program
+            if str(error) != program.uncaptured:
+                log.warning("%s: it runs graph by graph, because it is not captured as one: %s", program.name, error)
+            program.uncaptured, program.try_again = str(error), isinstance(error, OutOfMemory)
+        else:
+            program.uncaptured, program.try_again = None, False
 
     def check_captured(self, graph: Any) -> None:  # noqa: B027 (most may be launched)
         """Raise TurbochainError if a captured graph must not be launched."""
@@ -177,14 +199,14 @@ class GpuExecutor(ABC):
         sizes = {name: graph.scratch_bytes for name, graph in self._graphs.items()}
         actions = [a for r in (*(p.recording for p in self._programs.values()), recording) for a in r.actions]
         offsets, total = scratch(actions if self.concurrent else (), sizes)
-        address, size = self._scratch
-        if total > size:
-            self.session.synchronize()
-            self._programs.clear()
-            address, size = self.session.allocate(total, "the graphs' scratch memory"), total
-            self._scratch = (address, size)
+        if total > self._scratch[1]:
+            self._forget(list(self._programs))
+            if self._scratch[1]:
+                self.session.free(self._scratch[0])
+            self._scratch = (0, 0)
+            self._scratch = (self.session.allocate(total, "the graphs' scratch memory"), total)
         for name, graph in self._graphs.items():
-            graph.place(address + offsets[name], graph.scratch_bytes)
+            graph.place(self._scratch[0] + offsets[name], graph.scratch_bytes)
 
     def _address(self, buffer: str, tensor: Tensor) -> int:
         if (buffer, tensor) not in self._device_buffers:
@@ -197,13 +219,30 @@ class GpuExecutor(ABC):
             self._host_buffers[buffer, tensor] = self.session.pinned(tensor.shape, tensor.dtype)
         return self._host_buffers[buffer, tensor]
 
+    def _forget(self, plans: Iterable[Plan]) -> None:
+        """Give back the captured graphs of these plans."""
+        for plan in plans:
+            program = self._programs.pop(plan)
+            if program.graph is not None:
+                self.session.destroy(program.graph)
+
     def _constant(self, constant: Constant, feeds: Arrays) -> int:
-        if constant not in self._constants:
-            value = np.ascontiguousarray(feeds[constant.name][constant.row])
-            address = self.session.allocate(value.nbytes, f"the table's {constant.name}")
-            self._upload(value, address)
-            self._constants[constant] = address
-        return self._constants[constant]
+        """Return the address of a row of a table's column; all rows of it go to the GPU at once."""
+        key = (constant.name, constant.table)
+        if key not in self._columns:
+            column = np.ascontiguousarray(feeds[constant.name])
+            stride = -(-column[0].nbytes // cuda.ALIGNMENT) * cuda.ALIGNMENT
+            rows = np.zeros((len(column), stride), np.uint8)
+            rows[:, : column[0].nbytes] = column.reshape(len(column), -1).view(np.uint8)
+            address = self.session.allocate(rows.nbytes, f"the table's {constant.name}")
+            try:
+                self._upload(rows, address)
+            except BaseException:
+                self.session.free(address)
+                raise
+            self._columns[key] = (address, stride)
+        address, stride = self._columns[key]
+        return address + constant.row * stride
 
     def _upload(self, value: np.ndarray, address: int) -> None:
         cuda.copy(address, value.ctypes.data, value.nbytes, self.stream)
@@ -211,10 +250,10 @@ class GpuExecutor(ABC):
 
     def hold(self, plan: Plan, values: Arrays) -> None:
         """See Executor."""
-        self.session.activate()
         tensors = plan.tensors(self.opened.bundle.manifest.graphs)
-        for name, value in values.items():
-            self._upload(np.ascontiguousarray(value, tensors[name].dtype), self._address(name, tensors[name]))
+        with self._working():
+            for name, value in values.items():
+                self._upload(np.ascontiguousarray(value, tensors[name].dtype), self._address(name, tensors[name]))
 
     def _fill(self, program: _Program, feeds: Arrays) -> None:
         for buffer, (name, row) in program.recording.uploads.items():
@@ -299,13 +338,13 @@ class GpuExecutor(ABC):
 
     def unload(self, graph: str) -> None:
         """See Executor."""
-        self.session.synchronize()
-        self._programs = {p: program for p, program in self._programs.items() if graph not in p.graphs}
-        del self._graphs[graph]
+        with self._working():
+            self.session.synchronize()
+            self._forget([plan for plan in self._programs if graph in plan.graphs])
+            del self._graphs[graph]
 
     def close(self) -> None:
-        """See Executor."""
-        self.session.synchronize()
-        for kept in (self._programs, self._graphs, self._device_buffers, self._host_buffers, self._constants):
-            kept.clear()
+        """See Executor. After a CudaFault the graphs' memory is kept, because freeing it would end the process."""
         self.session.close()
+        for kept in (self._programs, self._graphs, self._device_buffers, self._host_buffers, self._columns):
+            kept.clear()

@@ -4,6 +4,7 @@ A plan says nothing about arrays or devices, so a CPU backend interprets it, a G
 can read it.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -73,6 +74,11 @@ class Plan:
     def __hash__(self) -> int:
         """Return the hash of the operations, computed once: a plan is looked up in every call."""
         return self._hash
+
+    def __str__(self) -> str:
+        """Return what it runs: "the plan of text_encoder, 2 unet, 2 step, vae_decoder"."""
+        launches = Counter(o.graph for o in self.operations if isinstance(o, Run))
+        return "the plan of " + ", ".join(f"{n} {graph}" if n > 1 else graph for graph, n in launches.items())
 
     def written(self, graphs: Mapping[str, Graph]) -> set[Tensor]:
         """Return the buffers that it fills with something of its own: uploads, and what graphs make."""

@@ -4,6 +4,7 @@ Below them a driver of a few lines stands in for a machine with a driver that is
 runtime itself is the real one, and decides.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -66,7 +67,7 @@ def test_without_a_driver_every_entry_says_so(entry: str) -> None:
 
 
 METHODS = {
-    "activate": lambda session: session.activate(),
+    "active": lambda session: session.active().__enter__(),
     "allocate": lambda session: session.allocate(16, "a test"),
     "pinned": lambda session: session.pinned((4,), "float32"),
     "stream": lambda session: session.stream(),
@@ -78,7 +79,7 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_without_a_driver_a_session_makes_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:  # as if the driver had gone after the session was made
-        patch.setattr(cuda.Session, "activate", lambda self: None)
+        patch.setattr(cuda.Session, "active", lambda self: contextlib.nullcontext())
         session = cuda.Session(0)
     with pytest.raises(NoGpu, match=NO_DRIVER):
         METHODS[method](session)

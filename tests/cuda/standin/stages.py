@@ -1,0 +1,138 @@
+"""Stages on the stand-in: ONNX Runtime's CPU provider, on addresses of the stand-in's memory, as three kernels."""
+
+import contextlib
+import ctypes
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from turbochain.runtime import Bundle, Pipeline, selection
+from turbochain.runtime.backends import cuda, onnxruntime
+from turbochain.runtime.backends.contract import Device, Opened
+from turbochain.runtime.backends.cpu import Loaded
+from turbochain.runtime.backends.gpu import GpuExecutor, GpuGraph
+from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Gpu, Graph, Tensor
+from turbochain.runtime.errors import CudaError
+
+from . import memory
+from .runtime import Module, Refused, Runtime
+
+WEIGHTS = 4096  # bytes: what a stage keeps on the GPU for itself
+
+
+@contextlib.contextmanager
+def standing_in(seed: int = 0, **options: Any) -> Iterator[Runtime]:
+    """Put a stand-in in the place of the CUDA runtime."""
+    runtime = Runtime(seed, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_runtime", lambda: runtime)
+        yield runtime
+
+
+def pipeline(path: Path, kind: type[GpuExecutor], index: int = 0, chain: str = TEXT_TO_IMAGE) -> Pipeline:
+    """Load a bundle that has an engine of ONNX Runtime onto a GPU of the stand-in."""
+    bundle = Bundle.open(path)
+    found = selection.select(bundle.open_chain(chain), "onnxruntime", "cpu")
+    executor = kind(Opened(bundle, found.folder, found.engine.options, gpu(index)))
+    pipe = Pipeline(bundle, found, executor)
+    try:
+        pipe._ready(chain)
+    except BaseException:
+        pipe.close()
+        raise
+    return pipe
+
+
+def gpu(index: int = 0) -> Device:
+    """A device of the stand-in."""
+    return Device("cuda", index, Gpu("Stand-in", "9.0", 2**33))
+
+
+class StandIn(GpuExecutor):
+    """The executor under test, with stages that use scratch memory as TensorRT's do."""
+
+    def load_graph(self, graph: str) -> GpuGraph:
+        """Load a graph on the CPU provider, and take some memory of the GPU as its weights."""
+        return Stage(graph, self.opened, self.opened.bundle.manifest.graphs[graph])
+
+
+class Stage(GpuGraph):
+    """A graph: a kernel that copies the inputs into scratch memory, one that computes there, one that copies out.
+
+    So it reads its inputs before it computes, and its scratch memory is its own only as long as it runs.
+    """
+
+    def __init__(self, name: str, opened: Opened, graph: Graph) -> None:
+        self.name, self.graph = name, graph
+        self.loaded = load(name, opened)
+        runtime = cuda._runtime()
+        self.weights = cuda.call("cudaMalloc", WEIGHTS)
+        memory.move(self.weights, WEIGHT.ctypes.data, WEIGHTS)
+        self.module = Module(runtime, opened.device.index)
+        weakref.finalize(self, _destroy, runtime, self.module, self.weights).atexit = False
+        self.offsets: dict[str, int] = {}
+        for tensor in (*graph.inputs, *graph.outputs):
+            self.offsets[tensor.name] = self.scratch_bytes
+            self.scratch_bytes += -(-tensor.nbytes // cuda.ALIGNMENT) * cuda.ALIGNMENT
+        self.scratch: tuple[int, int] | None = None
+
+    def place(self, address: int, size: int) -> None:
+        """See GpuGraph."""
+        assert size == self.scratch_bytes and address % cuda.ALIGNMENT == 0
+        self.scratch = (address, size)
+
+    def enqueue(self, addresses: Mapping[str, int], stream: Any) -> None:
+        """See GpuGraph."""
+        assert self.scratch is not None, "a stage with scratch memory was launched before it was told where that is"
+        # The kernels must not keep the stage alive.
+        (base, size), weights, inputs, outputs = self.scratch, self.weights, self.graph.inputs, self.graph.outputs
+        inside = {name: base + offset for name, offset in self.offsets.items()}
+        run = self.loaded.bind({t.name: array(t, inside[t.name]) for t in (*inputs, *outputs)})
+
+        def begin() -> None:
+            memory.fill(base, size)
+            for tensor in inputs:
+                memory.move(inside[tensor.name], addresses[tensor.name], tensor.nbytes)
+            for tensor in outputs:
+                memory.fill(addresses[tensor.name], tensor.nbytes)
+
+        def compute() -> None:
+            if (array(Tensor("", "uint8", (WEIGHTS,)), weights) == WEIGHT).all():
+                run()
+
+        def end() -> None:
+            for tensor in outputs:
+                memory.move(addresses[tensor.name], inside[tensor.name], tensor.nbytes)
+
+        read, written = ([(addresses[t.name], t.nbytes) for t in tensors] for tensors in (inputs, outputs))
+        own = [(base, size)] if size else []
+        try:
+            self.module.launch(stream, begin, [*read, *written, *own])
+            self.module.launch(stream, compute, [(weights, WEIGHTS), *own])
+            self.module.launch(stream, end, [*written, *own])
+        except Refused as refused:
+            raise CudaError(f"the stage {self.name} failed: {refused.status.name}") from None
+
+
+WEIGHT = np.random.default_rng(5).integers(0, 256, WEIGHTS, np.uint8)
+
+
+def load(name: str, opened: Opened) -> Loaded:
+    """Load a graph on ONNX Runtime's CPU provider, as the CPU backend does."""
+    on_cpu = Opened(opened.bundle, opened.folder, opened.options, Device("cpu"), opened.threads)
+    return onnxruntime.OnnxRuntimeCpu(on_cpu).load_graph(name)
+
+
+def array(tensor: Tensor, address: int) -> np.ndarray:
+    """The memory at an address as an array."""
+    raw = (ctypes.c_char * tensor.nbytes).from_address(address)
+    return np.frombuffer(raw, tensor.dtype).reshape(tensor.shape)
+
+
+def _destroy(runtime: Runtime, module: Module, weights: int) -> None:
+    module.unload()
+    runtime.cudaFree(weights)
