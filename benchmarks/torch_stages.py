@@ -4,7 +4,7 @@ Not a backend of the product. The benchmark has it as a peer (our one CUDA graph
 `first_gpu_run` as the way to put cuda.py and the executor on a GPU with nothing installed but PyTorch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -38,8 +38,8 @@ class Place(Protocol):
     def view(self, tensor: Tensor, address: int) -> torch.Tensor:
         """Return the memory at an address as a tensor."""
 
-    def run(self, stream: Any, work: Callable[[], None]) -> None:
-        """Put on a stream what `work` computes."""
+    def run(self, stream: Any, work: Callable[[], None], uses: Sequence[tuple[int, int]]) -> None:
+        """Put on a stream what `work` computes; `uses`: address and bytes of all that it reads and writes."""
 
 
 class OnGpu:
@@ -60,7 +60,7 @@ class OnGpu:
             self._views[tensor, address] = torch.as_tensor(_Memory(tensor, address), device=self.device)
         return self._views[tensor, address]
 
-    def run(self, stream: Any, work: Callable[[], None]) -> None:
+    def run(self, stream: Any, work: Callable[[], None], uses: Sequence[tuple[int, int]]) -> None:
         """See Place."""
         ours = torch.cuda.ExternalStream(int(stream), device=self.device)
         with torch.cuda.stream(ours), torch.cuda.use_mem_pool(self.pool, self.device), torch.no_grad():
@@ -89,8 +89,9 @@ class TorchGraph(GpuGraph):
 
     def enqueue(self, addresses: Mapping[str, int], stream: Any) -> None:
         """See GpuGraph."""
+        uses = [(addresses[t.name], t.nbytes) for t in (*self.graph.inputs, *self.graph.outputs)]
         try:
-            self.place.run(stream, partial(self._compute, dict(addresses)))
+            self.place.run(stream, partial(self._compute, dict(addresses)), uses)
         except torch.cuda.OutOfMemoryError as error:
             raise OutOfMemory(f"PyTorch in {self.name}: {_first_line(error)}") from error
         except RuntimeError as error:  # PyTorch has no class of its own for what CUDA refuses
@@ -172,6 +173,8 @@ def of_parts(
         height, width = bundle.open_chain().size
         arguments = spec.arguments(Shape(height, width, bundle.open_chain().batch, K))
         made[name] = getattr(modules, spec.module)(model, *arguments).to(device).eval().requires_grad_(False)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the executor's streams do not wait for the one that this is done on
     return made
 
 
