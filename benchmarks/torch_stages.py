@@ -85,22 +85,22 @@ class TorchGraph(GpuGraph):
     """A module, its outputs copied to where the executor wants them."""
 
     def __init__(self, name: str, graph: Graph, module: torch.nn.Module, place: Place) -> None:
-        self.name, self.graph, self.module, self.place = name, graph, module, place
+        self.name, self.graph, self.module, self.where = name, graph, module, place
 
     def enqueue(self, addresses: Mapping[str, int], stream: Any) -> None:
         """See GpuGraph."""
         uses = [(addresses[t.name], t.nbytes) for t in (*self.graph.inputs, *self.graph.outputs)]
         try:
-            self.place.run(stream, partial(self._compute, dict(addresses)), uses)
+            self.where.run(stream, partial(self._compute, dict(addresses)), uses)
         except torch.cuda.OutOfMemoryError as error:
             raise OutOfMemory(f"PyTorch in {self.name}: {_first_line(error)}") from error
         except RuntimeError as error:  # PyTorch has no class of its own for what CUDA refuses
             raise CudaError(f"PyTorch failed in {self.name}: {_first_line(error)}") from error
 
     def _compute(self, addresses: dict[str, int]) -> None:
-        made = self.module(*(self.place.view(t, addresses[t.name]) for t in self.graph.inputs))
+        made = self.module(*(self.where.view(t, addresses[t.name]) for t in self.graph.inputs))
         for tensor, value in zip(self.graph.outputs, made if isinstance(made, tuple) else (made,), strict=True):
-            target = self.place.view(tensor, addresses[tensor.name])
+            target = self.where.view(tensor, addresses[tensor.name])
             if (value.shape, value.dtype) != (target.shape, target.dtype):
                 raise TurbochainError(f"{self.name} makes {tensor.name} as {value.dtype} {list(value.shape)}")
             target.copy_(value)

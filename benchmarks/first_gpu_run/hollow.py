@@ -94,14 +94,18 @@ def _reading_time(unet: Any) -> Any:
     return alone
 
 
+_NOTHING = b"\x08\x08\x12\x00:\x00"
+"""An ONNX model with a graph of no nodes."""
+
+
 def _sealed(manifest: Manifest, folder: Path) -> Bundle:
-    """Write the manifest, its graphs' files being empty, and open the bundle."""
+    """Write the manifest, with graphs of nothing, and open the bundle."""
     graphs = {}
     for name, graph in manifest.graphs.items():
         graphs[name] = replace(graph, file=f"graphs/{name}.onnx", data=(), names=f"graphs/{name}.names.json")
         for file in (graphs[name].file, graphs[name].names):
             (folder / file).parent.mkdir(exist_ok=True)
-            (folder / file).write_bytes(b"")
+            (folder / file).write_bytes(_NOTHING)
     (folder / REFERENCE).touch()
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != "bundle.json")
     records = {file: hashing.describe(folder / file) for file in files}

@@ -1,5 +1,6 @@
 """The first run on a GPU, tried on the stand-in: each step finds nothing wrong there, and the runner keeps its limits."""
 
+import gc
 import importlib
 import json
 import weakref
@@ -62,8 +63,11 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
         return (real.cudaError_t.cudaSuccess,)
 
     monkeypatch.setattr(Runtime, "cudaLaunchHostFunc", host_function, raising=False)
+    gc.collect()
+    gc.freeze()  # before each capture Python's garbage is collected, and looking at all of diffusers takes long
     with standing_in(3) as runtime:
         yield runtime
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
