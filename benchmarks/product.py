@@ -141,8 +141,8 @@ def drawer(spec: Mapping[str, Any]) -> Drawer:
 def drawer_of_torch(spec: Mapping[str, Any]) -> Drawer:
     """Load the checkpoint's modules as PyTorch's own stages of a bundle, under our executor (a GPU is needed)."""
     import torch
-    import torch_stages
 
+    import torch_stages
     from turbochain.export.sources.checkpoint import open_folder
     from turbochain.runtime import Bundle
 
@@ -167,7 +167,6 @@ def export(source: "Checkpoint", bundle: Path, **shape: Any) -> None:
 def vae_exponents(bundle: Path) -> dict[str, int]:
     """Return what rescales the VAE of a bundle for fp16, as its export decided: module → exponent."""
     import torch_stages
-
     from turbochain.runtime import Bundle
 
     return torch_stages.remedies_of(Bundle.open(bundle), "fp16")["vae_decoder"].exponents

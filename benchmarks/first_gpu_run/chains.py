@@ -8,12 +8,18 @@ import numpy as np
 
 from turbochain.runtime import Pipeline, PipelineOutput
 from turbochain.runtime.backends.contract import Observe
+from turbochain.runtime.checks import metrics
 
 PROMPT = "a photo of a cat wearing a red hat, studio light"
 
 
 def draw(
-    pipe: Pipeline, seed: int = 0, steps: int = 1, prompt: str = PROMPT, known: bool = False, observe: Observe | None = None
+    pipe: Pipeline,
+    seed: int = 0,
+    steps: int = 1,
+    prompt: str = PROMPT,
+    known: bool = False,
+    observe: Observe | None = None,
 ) -> PipelineOutput:
     """Draw a batch of one prompt; unless it is `known`, its text encoders run."""
     if not known:
@@ -52,6 +58,4 @@ def _medians(made: list[PipelineOutput]) -> Mapping[str, float]:
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
     """Return the peak signal-to-noise ratio of two uint8 pictures in dB; 120 for equal ones."""
-    from turbochain.runtime.checks import metrics
-
     return metrics.psnr(one, other)

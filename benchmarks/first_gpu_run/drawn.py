@@ -22,11 +22,6 @@ def models(preset: str, device: torch.device | str = "cpu") -> dict[str, torch.n
     return parts
 
 
-def miniature(preset: str, bundle: Bundle, place: Place, precision: str) -> Modules:
-    """Return a miniature's stages in a precision; its bundle was made of the same weights."""
-    return torch_stages.of_parts(models(preset), bundle, torch_stages.remedies_of(bundle, precision), place.device)
-
-
 def chain(
     checkpoint: Path, parts: Mapping[str, torch.nn.Module], size: int, place: Place, precision: str, folder: Path
 ) -> tuple[Bundle, Modules]:

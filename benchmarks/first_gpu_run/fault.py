@@ -6,13 +6,10 @@ from pathlib import Path
 import torch
 
 from torch_stages import OnGpu, Place
-from turbochain.runtime import Bundle
 from turbochain.runtime.errors import CudaFault
 
-from . import drawn
 from .chains import draw
-from .miniatures import Miniature
-from .prepare import MINIATURES
+from .miniatures import miniature
 from .results import Report
 
 
@@ -33,9 +30,7 @@ def run(
     cause: Callable[[], None] = write_outside,
 ) -> None:
     """Report what three calls after the fault say, and whether the pipeline closes."""
-    bundle = Bundle.open(prepared / "sd.bundle")
-    mini = Miniature(bundle, drawn.miniature(MINIATURES["sd"][0], bundle, place(), "fp32"), place)
-    with mini.loaded() as pipe:
+    with miniature(prepared, place, "sd", "fp32").loaded() as pipe:
         draw(pipe)
         report.attempt("cause", cause)
         for i in range(3):

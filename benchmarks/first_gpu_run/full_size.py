@@ -2,6 +2,7 @@
 
 import importlib
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,6 @@ def run(
 
 def report_seconds(report: Report, name: str, work: Callable[[], Any]) -> Any:
     """Return what `work` returns, and write down how long it took."""
-    import time
-
     start = time.perf_counter()
     value = work()
     report.add(name, {"seconds": time.perf_counter() - start})

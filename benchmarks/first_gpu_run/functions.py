@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def run(report: Report, prepared: Path) -> None:
     """Try everything; each by itself, so that one that fails says nothing of the others."""
     for name, work in {**WORKS, **REFUSED}.items():
         with made() as bench:
-            report.attempt(name, lambda work=work, bench=bench: work(bench))  # type: ignore[misc]
+            report.attempt(name, partial(work, bench))
     report.attempt("the same after all of it", lambda: all(_fresh(work) for work in WORKS.values()))
 
 

@@ -40,6 +40,6 @@ def run(
         for name in filter(eager.__contains__, ORDER):
             made |= compiled({name: eager[name]})
             with torch_stages.pipeline(bundle, made, place()) as pipe:
-                report_seconds(report, f"compiling {name}", lambda: draw(pipe))  # noqa: B023
-                report.attempt(f"with {name} compiled", lambda: figures(pipe, runs))  # noqa: B023
+                report_seconds(report, f"compiling {name}", lambda: draw(pipe))
+                report.attempt(f"with {name} compiled", lambda: figures(pipe, runs))
                 report.add(f"PSNR with {name} compiled", psnr(draw(pipe).images, right))

@@ -52,14 +52,32 @@ class Miniature:
 
 def run(report: Report, prepared: Path, place: Callable[[], Place] = OnGpu, counts: Counts = Counts()) -> None:
     """Try everything with each miniature; each by itself."""
+    for family in MINIATURES:
+        against_diffusers(report, prepared, place, family)
+        others(report, prepared, place, family, counts)
+
+
+def against_diffusers(report: Report, prepared: Path, place: Callable[[], Place], family: str) -> None:
+    """Report the verification of a miniature in both precisions."""
+    for precision in ("fp32", "fp16"):
+        mini = miniature(prepared, place, family, precision)
+        report.attempt(f"{family} {precision}, against diffusers", partial(checks, mini, precision))
+
+
+def others(report: Report, prepared: Path, place: Callable[[], Place], family: str, counts: Counts) -> None:
+    """Report everything else, in fp32."""
+    mini = miniature(prepared, place, family, "fp32")
+    for name, work in WORKS.items():
+        report.attempt(f"{family}, {name}", partial(work, mini, counts))
+
+
+def miniature(prepared: Path, place: Callable[[], Place], family: str, precision: str) -> Miniature:
+    """Return a miniature, with its weights drawn and where it runs; PyTorch makes the same values in every run."""
     exact()
-    for family, (preset, _) in MINIATURES.items():
-        bundle = Bundle.open(prepared / f"{family}.bundle")
-        for precision in ("fp16", "fp32"):
-            mini = Miniature(bundle, drawn.miniature(preset, bundle, place(), precision), place)
-            report.attempt(f"{family} {precision}, against diffusers", partial(checks, mini, precision))
-        for name, work in WORKS.items():  # in fp32, the last
-            report.attempt(f"{family}, {name}", partial(work, mini, counts))
+    bundle = Bundle.open(prepared / f"{family}.bundle")
+    parts, where = drawn.models(MINIATURES[family][0]), place()
+    remedies = torch_stages.remedies_of(bundle, precision)
+    return Miniature(bundle, torch_stages.of_parts(parts, bundle, remedies, where.device), place)
 
 
 def exact() -> None:

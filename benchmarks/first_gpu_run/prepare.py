@@ -1,5 +1,6 @@
 """Write what a run needs and cannot make: miniature bundles with diffusers' own pictures, tokenizers and configs."""
 
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -37,7 +38,5 @@ def write_small(preset: str, folder: Path) -> None:
     def stop(*_: object) -> None:
         raise _Enough
 
-    try:
+    with contextlib.suppress(_Enough):
         synthetic.write_checkpoint(preset, folder, before_weights=stop)
-    except _Enough:
-        pass

@@ -1,5 +1,6 @@
 """Run the steps, each in a process of its own with a limit, within one budget of time."""
 
+import contextlib
 import json
 import os
 import signal
@@ -77,10 +78,8 @@ def _one(given: dict[str, object], limit: float, environment: dict[str, str], lo
     except subprocess.TimeoutExpired:
         return f"stopped after {limit:.0f} s"
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # also what it has left running, such as Inductor's workers
-        except ProcessLookupError:
-            pass
         process.wait()
     return "done" if status == 0 else f"failed with exit status {status}; log.txt says why"
 

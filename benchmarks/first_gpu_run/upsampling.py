@@ -1,6 +1,7 @@
 """Step: nearest ×2 and a 3×3 convolution, against the one transposed convolution that is equal to both."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ def run(
 ) -> None:
     """Report for each shape and memory layout the seconds of both, and how far apart their results are."""
     torch.backends.cudnn.benchmark = True
+    where = torch.device(device)
     for channels, side in shapes:
         for layout in (torch.channels_last, torch.contiguous_format):
             name = f"{channels}x{side}x{side} {str(layout).removeprefix('torch.')}"
-            report.attempt(name, lambda c=channels, s=side, f=layout: compare(c, s, f, torch.device(device), dtype, runs))  # type: ignore[misc]
+            report.attempt(name, partial(compare, channels, side, layout, where, dtype, runs))
 
 
 def compare(
@@ -60,6 +62,6 @@ def _apart(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor) -> torch.Tensor
 
 
 def transposed(weight: torch.Tensor) -> torch.Tensor:
-    """Return the weight [C_in, C_out, 4, 4] of the transposed convolution, of that [C_out, C_in, 3, 3] after nearest ×2."""
+    """Return the transposed convolution's weight [C_in, C_out, 4, 4], of the one [C_out, C_in, 3, 3] after nearest ×2."""
     mix = MIX.to(weight)
     return torch.einsum("ai,ocij,bj->coab", mix, weight, mix)
