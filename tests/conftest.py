@@ -23,7 +23,9 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import calls
 import kept
+import numpy as np
 import outside
 import pytest
 from kept import locked
@@ -238,6 +240,19 @@ def sd(bundle_of: BundleFactory) -> Path:
 def sdxl(bundle_of: BundleFactory) -> Path:
     """The SDXL miniature, fp32, three pictures per pass."""
     return bundle_of("sdxl")
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The two chains written by hand (`small_bundle.py`), verified on the CPU. Tests must not change it."""
+    return calls.write(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def right(small: Path) -> list[np.ndarray]:
+    """What the CPU backend makes of `calls.ALL`, one after the other."""
+    with calls.on_cpu(small) as pipe:
+        return [calls.draw(pipe, call) for call in calls.ALL]
 
 
 @pytest.fixture(scope="session")

@@ -294,7 +294,6 @@ class _Collection:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        gc.collect()
         with self.lock:
             if not self.captures:
                 self.enabled = gc.isenabled()

@@ -139,8 +139,10 @@ class GpuExecutor(ABC):
         graph asks `cancel` once, before the launch; its constants are read when it is new.
         """
         with self._working():
-            program = self._programs.get(plan) or self._prepare(plan, feeds)
-            if program.try_again:
+            program = self._programs.get(plan)
+            if program is None:
+                program = self._prepare(plan, feeds)
+            elif program.try_again:
                 self._capture(program)
             self._fill(program, feeds)
             cuda.record_event(self._start, self.stream)
@@ -181,9 +183,10 @@ class GpuExecutor(ABC):
         except TurbochainError as error:
             if self._find_fault(error):
                 raise
-            if str(error) != program.uncaptured:
-                log.warning("%s: it runs graph by graph, because it is not captured as one: %s", program.name, error)
-            program.uncaptured, program.try_again = str(error), isinstance(error, OutOfMemory)
+            reason = str(error)  # an error that is kept holds what it passed through
+            if reason != program.uncaptured:
+                log.warning("%s runs graph by graph, because it is not captured as one: %s", program.name, reason)
+            program.uncaptured, program.try_again = reason, isinstance(error, OutOfMemory)
         else:
             program.uncaptured, program.try_again = None, False
 
@@ -201,9 +204,9 @@ class GpuExecutor(ABC):
         offsets, total = scratch(actions if self.concurrent else (), sizes)
         if total > self._scratch[1]:
             self._forget(list(self._programs))
-            if self._scratch[1]:
-                self.session.free(self._scratch[0])
-            self._scratch = (0, 0)
+            (old, size), self._scratch = self._scratch, (0, 0)
+            if size:
+                self.session.free(old)
             self._scratch = (self.session.allocate(total, "the graphs' scratch memory"), total)
         for name, graph in self._graphs.items():
             graph.place(self._scratch[0] + offsets[name], graph.scratch_bytes)
@@ -234,12 +237,8 @@ class GpuExecutor(ABC):
             stride = -(-column[0].nbytes // cuda.ALIGNMENT) * cuda.ALIGNMENT
             rows = np.zeros((len(column), stride), np.uint8)
             rows[:, : column[0].nbytes] = column.reshape(len(column), -1).view(np.uint8)
-            address = self.session.allocate(rows.nbytes, f"the table's {constant.name}")
-            try:
-                self._upload(rows, address)
-            except BaseException:
-                self.session.free(address)
-                raise
+            address = self._address(f"{constant.name}[{constant.table}]", Tensor(constant.name, "uint8", rows.shape))
+            self._upload(rows, address)
             self._columns[key] = (address, stride)
         address, stride = self._columns[key]
         return address + constant.row * stride

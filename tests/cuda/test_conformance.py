@@ -1,31 +1,242 @@
-"""The executor of the GPU backends over the stand-in: the CPU backend's pictures, bit for bit."""
+"""The executor of the GPU backends over the stand-in: the CPU backend's pictures bit for bit, in whatever order."""
 
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from calls import ALL, assert_nothing_left, draw, on_cpu, output
 from conftest import FAMILIES, BundleFactory
-from standin import StandIn, pipeline, standing_in
+from standin import OneByOne, Runtime, StandIn, pipeline, standing_in
 
-from turbochain.runtime import Pipeline
+from turbochain.runtime import CudaError, TurbochainError
+from turbochain.runtime.backends import cuda
+from turbochain.runtime.backends.gpu import GpuExecutor
+from turbochain.runtime.chain.recording import Recording
+
+KINDS = (StandIn, OneByOne)
+SOON, LONG = range(30), range(200)
 
 
-def draw(pipe: Pipeline, **arguments: Any) -> np.ndarray:
-    """A picture; on the stand-in, of one graph."""
-    given = {"prompt": "a red cat", "seed": 5, "output_type": "uint8", **arguments}
-    output = pipe(**given)
-    assert output.uncaptured is None
-    return output.images
+def conform(
+    kind: type[GpuExecutor],
+    path: Path,
+    right: Sequence[np.ndarray],
+    seed: int = 0,
+    calls: Sequence[dict[str, Any]] = ALL,
+    index: int = 0,
+) -> None:
+    """Load, draw twice as many pictures as there are calls, close; raises if anything is not as it must be."""
+    with standing_in(seed) as runtime:
+        with pipeline(path, kind, index) as pipe:
+            for call, expected in zip(calls, right, strict=True):
+                np.testing.assert_array_equal(draw(pipe, call), expected)
+        assert_nothing_left(runtime)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pictures_are_the_cpus(family: str, bundle_of: BundleFactory) -> None:
-    path = bundle_of(family)
-    with Pipeline.load(path, backend="onnxruntime", device="cpu") as cpu:
-        right = [draw(cpu, num_inference_steps=steps) for steps in (1, 2, 3, 4)]
-    with standing_in(0) as runtime:
-        with pipeline(path, StandIn) as pipe:
-            for _ in range(2):
-                for steps, picture in zip((1, 2, 3, 4), right, strict=True):
-                    np.testing.assert_array_equal(draw(pipe, num_inference_steps=steps), picture)
-        assert (runtime.problems(), runtime.leaked()) == ([], [])
+def test_pictures_of_both_families(family: str, bundle_of: BundleFactory) -> None:
+    """1 to 4 steps of a new prompt, then of a known one."""
+    calls = [
+        {"prompt": prompt, "seed": steps, "num_inference_steps": steps}
+        for prompt in ("a cat", "a dog", "a cat")
+        for steps in (1, 2, 3, 4)[: 4 if prompt == "a cat" else 1]
+    ]
+    with on_cpu(bundle_of(family)) as cpu:
+        right = [draw(cpu, call) for call in calls]
+    for seed, kind in enumerate(KINDS):
+        conform(kind, bundle_of(family), right, seed, calls)
+
+
+@pytest.mark.parametrize("seed", SOON)
+def test_in_a_random_order(small: Path, right: list[np.ndarray], seed: int) -> None:
+    conform(KINDS[seed % 5 == 0], small, right, seed)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", LONG)
+def test_in_many_random_orders(small: Path, right: list[np.ndarray], seed: int) -> None:
+    for kind in KINDS:
+        conform(kind, small, right, 1000 + seed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stage_by_stage(small: Path, right: list[np.ndarray], kind: type[GpuExecutor]) -> None:
+    """With someone who observes the launches there is no one graph, and the same picture."""
+    with standing_in() as runtime:
+        with pipeline(small, kind) as pipe:
+            for call, expected in zip(ALL, right, strict=True):
+                seen: list[float] = []
+                made = output(pipe, call, observe=lambda graph, seconds: seen.append(seconds))  # noqa: B023
+                np.testing.assert_array_equal(made.images, expected)
+                assert seen and all(seconds > 0 for seconds in seen)
+                assert sum(seen) < made.device_seconds
+        assert_nothing_left(runtime)
+
+
+def test_the_second_gpu_leaves_the_thread_on_the_first(small: Path, right: list[np.ndarray]) -> None:
+    for index in (0, 1):
+        with standing_in() as runtime:
+            assert cuda.call("cudaSetDevice", 1 - index) is None
+            with pipeline(small, StandIn, index) as pipe:
+                assert cuda.call("cudaGetDevice") == 1 - index
+                for call, expected in zip(ALL, right, strict=True):
+                    np.testing.assert_array_equal(draw(pipe, call), expected)
+                    assert cuda.call("cudaGetDevice") == 1 - index
+                assert pipe._executor is not None
+                pipe._executor.unload("text_encoder")
+                assert cuda.call("cudaGetDevice") == 1 - index
+            assert cuda.call("cudaGetDevice") == 1 - index
+            assert_nothing_left(runtime)
+
+
+def together(*works: Callable[[], None]) -> None:
+    """Do all of this at once, each in a thread of its own; raises what the first of them raised."""
+    raised: list[BaseException] = []
+
+    def guarded(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=guarded, args=[work]) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if raised:
+        raise raised[0]
+
+
+def test_two_threads_with_a_pipeline_each(small: Path, right: list[np.ndarray]) -> None:
+    """While one captures, the other allocates and waits."""
+
+    def life(index: int, kind: type[GpuExecutor]) -> None:
+        with pipeline(small, kind, index) as pipe:
+            for call, expected in zip(ALL, right, strict=True):
+                np.testing.assert_array_equal(draw(pipe, call), expected)
+
+    with standing_in() as runtime:
+        together(lambda: life(0, StandIn), lambda: life(0, OneByOne), lambda: life(1, StandIn))
+        assert_nothing_left(runtime)
+
+
+def test_two_threads_with_one_pipeline(small: Path, right: list[np.ndarray]) -> None:
+    """Loaded in one thread, used in others, closed in the first. Calls without a stream are in no order."""
+    alone = [(call, expected) for call, expected in zip(ALL, right, strict=True) if "input_image" not in str(call)]
+
+    with standing_in() as runtime:
+        with pipeline(small, StandIn, 1) as pipe:
+
+            def life() -> None:
+                for call, expected in alone * 2:
+                    np.testing.assert_array_equal(draw(pipe, call), expected)
+                assert cuda.call("cudaGetDevice") == 0
+
+            together(life, life)
+        assert_nothing_left(runtime)
+
+
+class SharedScratch(StandIn):
+    """All stages have their scratch memory in the same place."""
+
+    def _place_scratch(self, recording: Recording) -> None:
+        super()._place_scratch(recording)
+        for graph in self._graphs.values():
+            graph.place(self._scratch[0], graph.scratch_bytes)
+
+
+class NoWait(StandIn):
+    """The stream does not wait for what is on the side streams."""
+
+    def _branch(self, *arguments: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda, "wait_event", lambda s, e: s is not self.stream and original["wait_event"](s, e))
+            super()._branch(*arguments)
+
+
+class NoFork(StandIn):
+    """Side streams do not wait for what is on the stream."""
+
+    def _branch(self, *arguments: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda, "wait_event", lambda s, e: s is self.stream and original["wait_event"](s, e))
+            super()._branch(*arguments)
+
+
+class ImpatientHost(StandIn):
+    """The host reads the results before they are there."""
+
+    def execute(self, *arguments: Any, **more: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda, "synchronize", lambda stream: None)
+            patch.setattr(cuda, "elapsed", lambda start, end: 0.0)
+            return super().execute(*arguments, **more)
+
+
+class Copies(StandIn):
+    """Copies have another size."""
+
+    times, more = 1.0, 0
+
+    def _walk(self, *arguments: Any, **more: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda, "copy", lambda t, s, n, on: original["copy"](t, s, int(self.times * n) + self.more, on))
+            super()._walk(*arguments, **more)
+
+
+class HalfACopy(Copies):
+    times = 0.5
+
+
+class ACopyTooLong(Copies):
+    more = 4
+
+
+original = {name: vars(cuda)[name] for name in ("wait_event", "copy")}
+BROKEN = (SharedScratch, NoWait, NoFork, ImpatientHost, HalfACopy, ACopyTooLong)
+
+
+def uncaptured(kind: type[StandIn]) -> type[StandIn]:
+    """The same executor, whose graphs may not be launched."""
+
+    class Uncaptured(kind):  # type: ignore[valid-type, misc]
+        def check_captured(self, graph: Any) -> None:
+            raise CudaError("this test wants it so")
+
+    return Uncaptured
+
+
+def is_noticed(kind: type[GpuExecutor], small: Path, right: list[np.ndarray], seed: int, by: str) -> bool:
+    """Whether the pictures, or what the stand-in says of them, tell that an executor is broken."""
+    try:
+        with standing_in(seed) as runtime, pipeline(small, kind) as pipe:
+            made = [output(pipe, call) for call in ALL]
+    except TurbochainError:
+        return True
+    wrong = any(not np.array_equal(m.images, expected) for m, expected in zip(made, right, strict=True))
+    return wrong or (by == "capture" and any(m.uncaptured for m in made)) or bool(runtime.problems())
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("by", ["capture", "order"])
+def test_a_broken_executor_is_noticed(small: Path, right: list[np.ndarray], kind: type[StandIn], by: str) -> None:
+    """Among thirty orders; stage by stage too, where no capture tells of it."""
+    tried = kind if by == "capture" else uncaptured(kind)
+    assert any(is_noticed(tried, small, right, seed, by) for seed in SOON)
+
+
+def test_what_is_not_captured_makes_the_same_pictures(small: Path, right: list[np.ndarray]) -> None:
+    """The executor that the broken ones are made of is found sound by the same measure."""
+    for seed in range(5):
+        assert not is_noticed(uncaptured(StandIn), small, right, seed, "order")
+        assert not is_noticed(StandIn, small, right, seed, "capture")
+
+
+def test_the_stand_in_is_left_as_it_was() -> None:
+    with standing_in() as runtime:
+        assert isinstance(runtime, Runtime) and cuda._runtime() is runtime
+    assert cuda._runtime() is not runtime

@@ -10,7 +10,7 @@ It is stricter than CUDA wherever CUDA leaves something open:
 `Runtime.misuse` collects what a program must never do, whatever became of the picture.
 """
 
-from .runtime import Module, Runtime
-from .stages import StandIn, gpu, pipeline, standing_in
+from .runtime import STICKY, Error, Module, Runtime
+from .stages import OneByOne, Stage, StandIn, gpu, pipeline, standing_in
 
-__all__ = ["Module", "Runtime", "StandIn", "gpu", "pipeline", "standing_in"]
+__all__ = ["STICKY", "Error", "Module", "OneByOne", "Runtime", "Stage", "StandIn", "gpu", "pipeline", "standing_in"]

@@ -85,7 +85,7 @@ class Runtime:
         self.gpus, self.total = gpus, total
         self.misuse: list[str] = []
         self.calls: list[str] = []
-        self.fail: dict[int, Error] = {}  # number of a call → what becomes of it
+        self.fail: dict[int | str, Error] = {}  # a call, by its number or once by its name → what becomes of it
         self.last = Error.cudaSuccess
         self.sticky: Error | None = None
         self.modules: list[Module] = []
@@ -150,7 +150,7 @@ class Runtime:
 
     def _enter(self, name: str, arguments: tuple[Any, ...]) -> None:
         self.calls.append(name)
-        status = self.sticky or self.fail.get(len(self.calls) - 1)
+        status = self.sticky or self.fail.get(len(self.calls) - 1) or self.fail.pop(name, None)
         if status is None:
             return
         if "Destroy" in name or "Free" in name:
@@ -203,7 +203,7 @@ class Runtime:
 
     def _launchable(self) -> list[Task]:
         """What graphs hold that can be launched."""
-        return [task for g in self.graphs if isinstance(g, Executable) for task in g.tasks()]
+        return [task for g in self.graphs if isinstance(g, Executable) and g not in self.lost for task in g.tasks()]
 
     def _stream(self, stream: Any) -> Stream:
         for known in self.scheduler.streams:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,10 +17,10 @@ from turbochain.runtime.backends.contract import Device, Opened
 from turbochain.runtime.backends.cpu import Loaded
 from turbochain.runtime.backends.gpu import GpuExecutor, GpuGraph
 from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Gpu, Graph, Tensor
-from turbochain.runtime.errors import CudaError
+from turbochain.runtime.errors import CudaError, OutOfMemory
 
 from . import memory
-from .runtime import Module, Refused, Runtime
+from .runtime import Error, Module, Refused, Runtime
 
 WEIGHTS = 4096  # bytes: what a stage keeps on the GPU for itself
 
@@ -33,14 +34,13 @@ def standing_in(seed: int = 0, **options: Any) -> Iterator[Runtime]:
         yield runtime
 
 
-def pipeline(path: Path, kind: type[GpuExecutor], index: int = 0, chain: str = TEXT_TO_IMAGE) -> Pipeline:
+def pipeline(bundle: Path | Bundle, kind: type[GpuExecutor], index: int = 0) -> Pipeline:
     """Load a bundle that has an engine of ONNX Runtime onto a GPU of the stand-in."""
-    bundle = Bundle.open(path)
-    found = selection.select(bundle.open_chain(chain), "onnxruntime", "cpu")
-    executor = kind(Opened(bundle, found.folder, found.engine.options, gpu(index)))
-    pipe = Pipeline(bundle, found, executor)
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    found = selection.select(bundle.open_chain(), "onnxruntime", "cpu")
+    pipe = Pipeline(bundle, found, kind(Opened(bundle, found.folder, found.engine.options, gpu(index))))
     try:
-        pipe._ready(chain)
+        pipe._ready(TEXT_TO_IMAGE)
     except BaseException:
         pipe.close()
         raise
@@ -60,30 +60,47 @@ class StandIn(GpuExecutor):
         return Stage(graph, self.opened, self.opened.bundle.manifest.graphs[graph])
 
 
+class OneByOne(StandIn):
+    """The same with stages that keep memory of their own and are tied to one stream, as ONNX Runtime's are."""
+
+    concurrent = False
+
+    def load_graph(self, graph: str) -> GpuGraph:
+        """See StandIn."""
+        return Stage(graph, self.opened, self.opened.bundle.manifest.graphs[graph], shares=False)
+
+
 class Stage(GpuGraph):
     """A graph: a kernel that copies the inputs into scratch memory, one that computes there, one that copies out.
 
     So it reads its inputs before it computes, and its scratch memory is its own only as long as it runs.
     """
 
-    def __init__(self, name: str, opened: Opened, graph: Graph) -> None:
-        self.name, self.graph = name, graph
-        self.loaded = load(name, opened)
-        runtime = cuda._runtime()
-        self.weights = cuda.call("cudaMalloc", WEIGHTS)
-        memory.move(self.weights, WEIGHT.ctypes.data, WEIGHTS)
-        self.module = Module(runtime, opened.device.index)
-        weakref.finalize(self, _destroy, runtime, self.module, self.weights).atexit = False
+    def __init__(self, name: str, opened: Opened, graph: Graph, *, shares: bool = True) -> None:
+        """`shares`: whether the scratch memory is given by the executor; else it is the stage's own."""
+        self.name, self.graph, self.loaded = name, graph, load(name, opened)
         self.offsets: dict[str, int] = {}
+        size = 0
         for tensor in (*graph.inputs, *graph.outputs):
-            self.offsets[tensor.name] = self.scratch_bytes
-            self.scratch_bytes += -(-tensor.nbytes // cuda.ALIGNMENT) * cuda.ALIGNMENT
+            self.offsets[tensor.name] = size
+            size += -(-tensor.nbytes // cuda.ALIGNMENT) * cuda.ALIGNMENT
+        runtime, blocks = cuda._runtime(), [cuda.call("cudaMalloc", WEIGHTS)]
+        self.module = Module(runtime, opened.device.index)
+        weakref.finalize(self, _destroy, runtime, self.module, blocks).atexit = False
+        self.weights: int = blocks[0]
+        memory.move(self.weights, WEIGHT.ctypes.data, WEIGHTS)
         self.scratch: tuple[int, int] | None = None
+        if shares:
+            self.scratch_bytes = size
+        else:
+            blocks.append(cuda.call("cudaMalloc", size))
+            self.scratch = (blocks[1], size)
 
     def place(self, address: int, size: int) -> None:
         """See GpuGraph."""
         assert size == self.scratch_bytes and address % cuda.ALIGNMENT == 0
-        self.scratch = (address, size)
+        if size:
+            self.scratch = (address, size)
 
     def enqueue(self, addresses: Mapping[str, int], stream: Any) -> None:
         """See GpuGraph."""
@@ -115,7 +132,8 @@ class Stage(GpuGraph):
             self.module.launch(stream, compute, [(weights, WEIGHTS), *own])
             self.module.launch(stream, end, [*written, *own])
         except Refused as refused:
-            raise CudaError(f"the stage {self.name} failed: {refused.status.name}") from None
+            kind = OutOfMemory if refused.status == Error.cudaErrorMemoryAllocation else CudaError
+            raise kind(f"the stage {self.name} failed: {refused.status.name}") from None
 
 
 WEIGHT = np.random.default_rng(5).integers(0, 256, WEIGHTS, np.uint8)
@@ -123,8 +141,12 @@ WEIGHT = np.random.default_rng(5).integers(0, 256, WEIGHTS, np.uint8)
 
 def load(name: str, opened: Opened) -> Loaded:
     """Load a graph on ONNX Runtime's CPU provider, as the CPU backend does."""
-    on_cpu = Opened(opened.bundle, opened.folder, opened.options, Device("cpu"), opened.threads)
-    return onnxruntime.OnnxRuntimeCpu(on_cpu).load_graph(name)
+    return _load(name, opened.bundle.path, opened.folder)
+
+
+@functools.cache  # it is not what is tested, and its kernels run one at a time
+def _load(name: str, path: Path, folder: Path) -> Loaded:
+    return onnxruntime.OnnxRuntimeCpu(Opened(Bundle.open(path), folder, {}, Device("cpu"))).load_graph(name)
 
 
 def array(tensor: Tensor, address: int) -> np.ndarray:
@@ -133,6 +155,7 @@ def array(tensor: Tensor, address: int) -> np.ndarray:
     return np.frombuffer(raw, tensor.dtype).reshape(tensor.shape)
 
 
-def _destroy(runtime: Runtime, module: Module, weights: int) -> None:
+def _destroy(runtime: Runtime, module: Module, blocks: list[int]) -> None:
     module.unload()
-    runtime.cudaFree(weights)
+    for block in blocks:
+        runtime.cudaFree(block)
