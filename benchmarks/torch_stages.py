@@ -51,7 +51,8 @@ class OnGpu:
 
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device("cuda", index)
-        self.pool = torch.cuda.MemPool()
+        with torch.cuda.device(self.device):
+            self.pool = torch.cuda.MemPool()
         self._views: dict[tuple[Tensor, int], torch.Tensor] = {}
 
     def view(self, tensor: Tensor, address: int) -> torch.Tensor:

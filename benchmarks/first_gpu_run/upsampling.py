@@ -62,6 +62,6 @@ def _apart(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor) -> torch.Tensor
 
 
 def transposed(weight: torch.Tensor) -> torch.Tensor:
-    """Return the transposed convolution's weight [C_in, C_out, 4, 4], of the one [C_out, C_in, 3, 3] after nearest ×2."""
+    """Return the weight [C_in, C_out, 4, 4] that does what nearest ×2 and then this one [C_out, C_in, 3, 3] do."""
     mix = MIX.to(weight)
     return torch.einsum("ai,ocij,bj->coab", mix, weight, mix)

@@ -16,6 +16,8 @@ from cuda.bindings import runtime as real
 from standin import Module, Runtime, standing_in
 from standin.runtime import Refused
 from standin.stages import array
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from first_gpu_run import (
     drawn,
@@ -136,6 +138,36 @@ def test_a_module_of_another_shape_is_refused(runtime: Runtime, prepared: Path) 
     mini.made["unet"].forward = lambda *_: torch.zeros(1)  # type: ignore[method-assign]
     with pytest.raises(TurbochainError, match=r"unet makes prediction as torch.float32 \[1\]"), mini.loaded() as pipe:
         miniatures.draw(pipe)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_of_a_stage_goes_to_the_host_or_comes_from_it(runtime: Runtime, prepared: Path, family: str) -> None:
+    """On the meta device a value cannot be read, and a tensor of the CPU's is seen: a capture would be refused."""
+    mini = miniatures.miniature(prepared, partial(OnStandIn, runtime), family, "fp16")
+    for name, module in mini.made.items():
+        given = (
+            torch.empty(t.shape, dtype=getattr(torch, t.dtype), device="meta")
+            for t in mini.bundle.manifest.graphs[name].inputs
+        )
+        with torch.no_grad(), OfTheHost() as found:
+            module.to("meta")(*given)
+        assert found.operations == [], name
+
+
+class OfTheHost(TorchDispatchMode):
+    """Notes the operations that have to do with memory of the host."""
+
+    operations: list[str]
+
+    def __enter__(self) -> Any:
+        self.operations = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operation(*args, **(kwargs or {}))
+        tensors = [t for t in tree_iter((args, kwargs, made)) if isinstance(t, torch.Tensor)]
+        self.operations += [str(operation)] * any(t.device.type == "cpu" for t in tensors)
+        return made
 
 
 def test_after_a_fault_every_call_says_so(runtime: Runtime, report: Report, prepared: Path) -> None:
