@@ -151,7 +151,7 @@ def drawer_of_torch(spec: Mapping[str, Any]) -> Drawer:
     made = torch_stages.of_checkpoint(open_folder(Path(spec["source"]), spec["variant"]), bundle, place.device)
     graphs = bundle.manifest.graphs
     if spec["compiled"]:
-        made = torch_stages.compiled(made)
+        made = torch_stages.compiled(made, bundle, place.device)
     pipe = torch_stages.pipeline(bundle, made, place, spec["device"])
     return Drawer(pipe, {g.role: g.precision for g in graphs.values() if g.component}, spec["mode"])
 

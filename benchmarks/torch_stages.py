@@ -185,9 +185,18 @@ def of_checkpoint(checkpoint: Checkpoint, bundle: Bundle, device: torch.device) 
     return of_parts(parts, bundle, remedies_of(bundle), device)
 
 
-def compiled(made: Modules) -> dict[str, torch.nn.Module]:
-    """Return the modules compiled by Inductor when they first run; without CUDA graphs, which ours could not hold."""
-    return {
-        name: torch.compile(module, mode="max-autotune-no-cudagraphs", dynamic=False) if name != ARITHMETIC else module
-        for name, module in made.items()
-    }
+def compiled(made: Modules, bundle: Bundle, device: torch.device) -> dict[str, torch.nn.Module]:
+    """Return the modules compiled by Inductor, without CUDA graphs of its own, which ours could not hold.
+
+    Each runs once, so that what the compiler allocates to try its kernels is not of the executor's pool.
+    """
+    found = {}
+    for name, module in made.items():
+        if name == ARITHMETIC:
+            found[name] = module
+            continue
+        found[name] = torch.compile(module, mode="max-autotune-no-cudagraphs", dynamic=False)
+        ends = bundle.manifest.graphs[name].inputs
+        with torch.no_grad():
+            found[name](*(torch.zeros(t.shape, dtype=getattr(torch, t.dtype), device=device) for t in ends))
+    return found

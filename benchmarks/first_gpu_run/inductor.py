@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ def run(
     size: int = 512,
     precision: str = "fp16",
     runs: int = 30,
-    compiled: Callable[[Modules], Modules] = torch_stages.compiled,
+    compiled: Callable[..., Modules] = torch_stages.compiled,
 ) -> None:
     """Report the chain's figures after each stage that was compiled, how long that took, and the picture's PSNR."""
     torch.backends.cudnn.benchmark = True
@@ -38,8 +39,8 @@ def run(
             right = draw(pipe).images
         made = dict(eager)
         for name in filter(eager.__contains__, ORDER):
-            made |= compiled({name: eager[name]})
+            one = {name: eager[name]}
+            made |= report_seconds(report, f"compiling {name}", partial(compiled, one, bundle, where.device))
             with torch_stages.pipeline(bundle, made, place()) as pipe:
-                report_seconds(report, f"compiling {name}", lambda: draw(pipe))
-                report.attempt(f"with {name} compiled", lambda: figures(pipe, runs))
+                report.attempt(f"with {name} compiled", partial(figures, pipe, runs))
                 report.add(f"PSNR with {name} compiled", psnr(draw(pipe).images, right))

@@ -61,7 +61,8 @@ class Report:
             value = work()
         except Exception as error:
             traceback.print_exc()
-            self.add(name, {"error": f"{type(error).__name__}: {error}", "after_seconds": time.perf_counter() - start})
+            said = f"{type(error).__name__}: {error}"[:500]
+            self.add(name, {"error": said, "after_seconds": time.perf_counter() - start})
             return None
         self.add(name, value)
         return value

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,6 +67,10 @@ def run(prepared: Path, out: Path, commit: str | None, steps: Sequence[Step] = S
             status = read(path)["steps"][step.name]["status"]
             failed += status != "done"
             print(f"{step.name}: {status}", flush=True)
+    kernels = out / "inductor"
+    if kernels.exists():  # as one file, for a later run with the same PyTorch
+        shutil.make_archive(str(kernels), "gztar", kernels)
+        shutil.rmtree(kernels)
     return failed
 
 
@@ -81,7 +86,11 @@ def _one(given: dict[str, object], limit: float, environment: dict[str, str], lo
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # also what it has left running, such as Inductor's workers
         process.wait()
-    return "done" if status == 0 else f"failed with exit status {status}; log.txt says why"
+    if status:
+        return f"failed with exit status {status}; log.txt says why"
+    found = read(Path(str(given["results"])))["steps"][given["step"]].get("results", {})
+    errors = [name for name, value in found.items() if isinstance(value, dict) and "error" in value]
+    return f"done, but this failed: {', '.join(errors)}" if errors else "done"
 
 
 def _environment(site: Path, out: Path) -> dict[str, str]:
