@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import gc
 import importlib
 import io
 import json
@@ -19,11 +20,13 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import calls
+import interrupted as interruption
 import kept
 import numpy as np
 import outside
@@ -56,12 +59,14 @@ build_module = sys.modules["turbochain.engines.build"]  # the package has a func
 
 LONGEST_FIRST = (
     "test_demo.py",
+    "test_conformance.py",
     "test_bad_input.py",
     "test_openvino.py",
     "test_parity.py",
     "test_schedulers.py",
     "test_build.py",
     "test_inversion.py",
+    "test_failures.py",
     "test_chains.py",
     "test_schedule.py",
     "test_bench.py",
@@ -87,6 +92,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: i for i, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # the libraries' objects, a million, would be looked at again in each collection
 
 
 @pytest.fixture(scope="session")
@@ -193,27 +203,45 @@ def bundle_of(checkpoints: dict[str, Path], shared: Path) -> BundleFactory:
     return make
 
 
+@pytest.fixture(scope="session")
+def interrupted(checkpoints: dict[str, Path], shared: Path) -> Path:
+    """A checkpoint with `x.bundle` in it, whose build was interrupted, and what was said; see `interrupted.build`.
+
+    Three pictures of 72×88 per pass, with 1 to 4 steps. Tests must not change it.
+    """
+    folder = shared / "interrupted"
+    with locked(shared / "interrupted.lock"):
+        if not (folder / "x.bundle").exists():
+            interruption.write_source(checkpoints["sd"], folder)
+            interruption.build(folder, *ON_ARGUMENTS)
+    return folder
+
+
 EXPORTED = """
 import sys
 from turbochain.export import export
 print(export("demo", sys.argv[1], quiet=True))
+print(sys.modules["turbochain.export"].__file__)
 assert not {"torch", "diffusers", "transformers", "onnx"} & set(sys.modules)
 """
 
 
 @pytest.fixture(scope="session")
-def exported(shared: Path) -> Path:
-    """The demo model's bundle without an engine. Tests must not change it.
+def exported(shared: Path, wheel: Path) -> Path:
+    """The demo model's bundle without an engine, made by an installed wheel. Tests must not change it.
 
-    The process that asked for it printed its path alone, and loaded none of the exporter's libraries. It had no
+    The process that asked for it printed nothing of its own, and loaded none of the exporter's libraries. It had no
     network, and `exported-home` as its home.
     """
     path, home = shared / "exported" / "demo.bundle", shared / "exported-home"
     with locked(shared / "exported.lock"):
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(outside.installed(home))
             done = outside.run(sys.executable, "-c", EXPORTED, path, home=home, cwd=path.parent)
-            assert (done.stdout, done.stderr, done.returncode) == (f"{path}\n", "", 0), done
+            own = outside.installed(home) / "turbochain/export/__init__.py"
+            assert (done.stdout, done.stderr, done.returncode) == (f"{path}\n{own}\n", "", 0), done
     return path
 
 

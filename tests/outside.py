@@ -26,21 +26,26 @@ _LOAD, _EQUAL, _RETURN = 0x20, 0x15, 0x06
 
 def run(*arguments: object, home: Path, **options: object) -> subprocess.CompletedProcess[str]:
     """Run a command so, with `home` as its home and its folder for temporary files, which are made."""
-    (home / "python").mkdir(parents=True, exist_ok=True)
-    (home / "python" / "sitecustomize.py").write_text(PROBE)
+    installed(home).mkdir(parents=True, exist_ok=True)
+    (installed(home) / "sitecustomize.py").write_text(PROBE)
     (home / "tmp").mkdir(exist_ok=True)
-    own = {"HOME": str(home), "TMPDIR": str(home / "tmp"), "PYTHONPATH": str(home / "python")}
+    own = {"HOME": str(home), "TMPDIR": str(home / "tmp"), "PYTHONPATH": str(installed(home))}
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_", "ORT_"))}
     line = [sys.executable, __file__, *map(str, arguments)]
     more = {"env": {**kept, **own, "PYTHONDONTWRITEBYTECODE": "1"}, "timeout": 600, **options}
     return subprocess.run(line, capture_output=True, text=True, **more)  # type: ignore[call-overload, no-any-return]
 
 
+def installed(home: Path) -> Path:
+    """The folder of Python modules that come before the environment's own."""
+    return home / "python"
+
+
 def left(home: Path) -> set[str]:
     """What a command has left in `home` beside turbochain's own notes on files, relative to it."""
-    ours = {home / "python" / "sitecustomize.py"}
-    files = {path for path in home.rglob("*") if path.is_file() and path not in ours}
-    return {str(f.relative_to(home)) for f in files if f.parent != home / ".cache" / "turbochain" / "hashes"}
+    ours = (installed(home), home / ".cache" / "turbochain" / "hashes")
+    files = (path for path in home.rglob("*") if path.is_file() and not any(path.is_relative_to(of) for of in ours))
+    return {str(path.relative_to(home)) for path in files}
 
 
 def _prctl(option: int, value: object, pointer: object = None) -> None:

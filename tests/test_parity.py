@@ -1,14 +1,14 @@
 """The same picture as diffusers, made in a process that has no torch."""
 
 import json
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import interrupted
 import numpy as np
 import pytest
 import torch
@@ -83,8 +83,10 @@ def theirs(pipe: Any, call: Call, size: tuple[int, int] = SIZE) -> Pictures:
     return np.stack([np.asarray(picture) for picture in result.images])
 
 
-def load_diffusers(checkpoint: Path) -> Any:
-    pipe = DiffusionPipeline.from_pretrained(checkpoint, local_files_only=True)
+def load_diffusers(checkpoint: Path, variant: str | None = None) -> Any:
+    """diffusers' own pipeline in fp32, from weight files of this variant."""
+    where = {"variant": variant, "torch_dtype": torch.float32, "local_files_only": True}
+    pipe = DiffusionPipeline.from_pretrained(checkpoint, **where)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -143,19 +145,6 @@ def _arguments(size: tuple[int, int] = SIZE) -> dict[str, Call]:
     }
 
 
-def _v_prediction(checkpoints: dict[str, Path], folder: Path) -> None:
-    shutil.copytree(checkpoints["sd"], folder)
-    path = folder / "scheduler" / "scheduler_config.json"
-    config = json.loads(path.read_text())
-    assert config["prediction_type"] == "epsilon"
-    path.write_text(json.dumps(config | {"prediction_type": "v_prediction"}))
-
-
-def _true_eos(_: dict[str, Path], folder: Path) -> None:
-    """transformers then pools at the first end marker; with 2, as hubs have it, at the largest id."""
-    synthetic.write_checkpoint("sdxl-turbo-mini", folder, eos_token_id=49407)
-
-
 @dataclass(frozen=True)
 class Chain:
     """A bundle and the pipeline that it stands for."""
@@ -163,15 +152,15 @@ class Chain:
     family: str
     batch: int
     size: tuple[int, int] = SIZE  # width, height
-    write: Callable[[dict[str, Path], Path], None] | None = None  # another checkpoint than the shared miniature
+    made: Literal["shared", "interrupted", "true eos"] = "shared"
 
 
 # Each family in both batches: two of them are the shared bundles, two are of other checkpoints and sizes.
 # (72, 88) makes latents of 9×11, which do not halve evenly: diffusers gives the UNet's upsamplers their sizes.
 CHAINS = {
     "sd-1": Chain("sd", 1),
-    "sd-3-v_prediction": Chain("sd", 3, (72, 88), _v_prediction),
-    "sdxl-1-true_eos": Chain("sdxl", 1, (64, 128), _true_eos),
+    "sd-3-v_prediction": Chain("sd", interrupted.BATCH, interrupted.SIZE, "interrupted"),
+    "sdxl-1-true_eos": Chain("sdxl", 1, (64, 128), "true eos"),
     "sdxl-3": Chain("sdxl", 3),
 }
 
@@ -196,17 +185,22 @@ def made(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Made:
     chain, folder = CHAINS[request.param], tmp_path_factory.mktemp("ours")
-    if chain.write is None:
-        checkpoint, bundle = checkpoints[chain.family], bundle_of(chain.family)
-        assert BATCH[chain.family, "fp32"] == chain.batch
-    else:
-        checkpoint, bundle = folder / "checkpoint", folder / "other.bundle"
-        chain.write(checkpoints, checkpoint)
-        build_here(str(checkpoint), bundle, precision="fp32", size=chain.size, batch=chain.batch, quiet=True, **ON)
+    match chain.made:
+        case "shared":
+            checkpoint, bundle = checkpoints[chain.family], bundle_of(chain.family)
+            assert BATCH[chain.family, "fp32"] == chain.batch
+        case "interrupted":
+            checkpoint = request.getfixturevalue("interrupted")
+            bundle = checkpoint / "x.bundle"
+        case "true eos":  # transformers then pools at the first end marker; with 2, as hubs have it, at the largest id
+            checkpoint, bundle = folder / "checkpoint", folder / "other.bundle"
+            synthetic.write_checkpoint("sdxl-turbo-mini", checkpoint, eos_token_id=49407)
+            build_here(str(checkpoint), bundle, precision="fp32", size=chain.size, batch=chain.batch, quiet=True, **ON)
     calls = _arguments(chain.size)
     for steps in STEPS:
         calls |= _grid(chain.batch, steps)
-    return Made(chain, ours(bundle, calls, folder), load_diffusers(checkpoint))
+    variant = "fp16" if chain.made == "interrupted" else None
+    return Made(chain, ours(bundle, calls, folder), load_diffusers(checkpoint, variant))
 
 
 @pytest.mark.parametrize("steps", STEPS)

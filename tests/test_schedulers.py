@@ -129,7 +129,7 @@ def check(checkpoint: Path, bundle: Path, seeds: range) -> None:
 
 @pytest.mark.parametrize("made", QUICK, indirect=True, ids=" ".join)
 def test_more_than_one_tensor_round_the_loop(made: tuple[Path, Path]) -> None:
-    check(*made, seeds=range(2))
+    check(*made, seeds=range(1))
 
 
 @pytest.mark.full

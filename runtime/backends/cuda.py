@@ -6,12 +6,10 @@ if the caller can go on with less, `CudaFault` if the process must restart, `Cud
 
 import ctypes
 import functools
-import gc
 import importlib
 import math
 import os
 import re
-import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from turbochain.runtime.backends import forks
+from turbochain.runtime.backends import forks, garbage
 from turbochain.runtime.bundle.manifest import Gpu
 from turbochain.runtime.errors import (
     BackendMissing,
@@ -66,10 +64,15 @@ def _error(function: str, status: Any) -> Exception:
     runtime.cudaGetLastError()  # forget it, or the next call of another library reports it as its own
     if int(status) == _OUT_OF_MEMORY:
         return OutOfMemory(f"the GPU is out of memory: {what}")
-    # cudaFree(0) never fails in a healthy process.
-    if int(status) not in _CAPTURE and int(runtime.cudaFree(0)[0]) == int(status):
+    if int(status) not in _CAPTURE and _fault() == int(status):
         return CudaFault(f"the GPU cannot be used by this process any more; restart it: {what}")
     return CudaError(what)
+
+
+def _fault() -> int:
+    """Return the status that every call has now, or 0: a call may also report once what another one has done."""
+    first, second = (int(_runtime().cudaFree(0)[0]) for _ in range(2))  # which never fails in a healthy process
+    return first if first == second else 0
 
 
 def _no_gpu(status: int) -> NoGpu:
@@ -137,7 +140,7 @@ class _Owned:
                 runtime.cudaStreamSynchronize(stream)
             for graph in self.graphs:
                 runtime.cudaGraphExecDestroy(graph)
-            if int(runtime.cudaFree(0)[0]):  # a fault, after which ONNX Runtime's destructors end the process
+            if _fault():  # after which ONNX Runtime's destructors end the process
                 forks.keep_for_ever(dict(self.users))
             self.users.clear()
             for free, value in reversed(self.others):
@@ -239,7 +242,7 @@ class Session:
         captured; the stream is usable again in either case.
         """
         mode = _runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        with _COLLECTION.paused():
+        with garbage.kept():
             call("cudaStreamBeginCapture", stream, mode)
             try:
                 enqueue()
@@ -281,34 +284,6 @@ class Session:
     def close(self) -> None:
         """Wait for the GPU and give everything back; a second call does nothing."""
         self._finalizer()
-
-
-class _Collection:
-    """Python's garbage collection, which stands still while any thread captures.
-
-    What the destructor of an unrelated object frees would break the capture.
-    """
-
-    def __init__(self) -> None:
-        self.lock, self.captures, self.enabled = threading.Lock(), 0, True
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        with self.lock:
-            if not self.captures:
-                self.enabled = gc.isenabled()
-            self.captures += 1
-            gc.disable()
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.captures -= 1
-                if not self.captures and self.enabled:
-                    gc.enable()
-
-
-_COLLECTION = _Collection()
 
 
 def launch(graph: Any, stream: Any) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 
 from turbochain.runtime.backends import cuda
 from turbochain.runtime.backends.contract import Cancel, Observe, Opened, Results, stop_if
-from turbochain.runtime.bundle.manifest import Tensor
-from turbochain.runtime.chain.plan import Constant, Plan
+from turbochain.runtime.backends.gpu_buffers import Buffers
+from turbochain.runtime.chain.plan import Plan
 from turbochain.runtime.chain.recording import (
     Launch,
     OnDevice,
@@ -72,9 +72,6 @@ class GpuExecutor(ABC):
         self._fault: str | None = None
         self._programs: dict[Plan, _Program] = {}
         self._graphs: dict[str, GpuGraph] = {}
-        self._device_buffers: dict[tuple[str, Tensor], int] = {}
-        self._host_buffers: dict[tuple[str, Tensor], np.ndarray] = {}
-        self._columns: dict[tuple[str, str], tuple[int, int]] = {}  # name and table → address, bytes from row to row
         self._scratch = (0, 0)  # address and size of the graphs' shared block
         self._side: list[tuple[Any, Any, Any]] = []  # stream, fork, join
         self._events: list[tuple[Any, Any]] = []  # start, end
@@ -83,6 +80,7 @@ class GpuExecutor(ABC):
             with self.session.active():
                 self.stream = self.session.stream()
                 self._start, self._end = self.session.event(timing=True), self.session.event(timing=True)
+            self._buffers = Buffers(self.session, self.stream)
         except BaseException:
             self.close()
             raise
@@ -162,11 +160,11 @@ class GpuExecutor(ABC):
         self._place_scratch(recording)
         constants = recording.constants
         addresses = {
-            buffer: self._constant(constants[buffer], feeds) if buffer in constants else self._address(buffer, tensor)
-            for buffer, tensor in recording.tensors.items()
+            b: self._buffers.constant(constants[b], feeds) if b in constants else self._buffers.address(b, tensor)
+            for b, tensor in recording.tensors.items()
         }
         crossing = (*recording.uploads, *recording.downloads.values())
-        host = {b: self._host(b, recording.tensors[b]) for b in crossing}
+        host = {b: self._buffers.host(b, recording.tensors[b]) for b in crossing}
         program = _Program(str(plan), recording, addresses, host)
         self._fill(program, feeds)
         for _ in range(2):  # ONNX Runtime still allocates in the second run
@@ -195,7 +193,7 @@ class GpuExecutor(ABC):
 
     def host_buffers(self) -> Iterable[np.ndarray]:
         """Return the page-locked arrays."""
-        return self._host_buffers.values()
+        return self._buffers.page_locked.values()
 
     def _place_scratch(self, recording: Recording) -> None:
         """Give the loaded graphs one block that suffices for this plan too; programs with other addresses go."""
@@ -211,17 +209,6 @@ class GpuExecutor(ABC):
         for name, graph in self._graphs.items():
             graph.place(self._scratch[0] + offsets[name], graph.scratch_bytes)
 
-    def _address(self, buffer: str, tensor: Tensor) -> int:
-        if (buffer, tensor) not in self._device_buffers:
-            address = self.session.allocate(tensor.nbytes, f"the buffer {buffer}")
-            self._device_buffers[buffer, tensor] = address
-        return self._device_buffers[buffer, tensor]
-
-    def _host(self, buffer: str, tensor: Tensor) -> np.ndarray:
-        if (buffer, tensor) not in self._host_buffers:
-            self._host_buffers[buffer, tensor] = self.session.pinned(tensor.shape, tensor.dtype)
-        return self._host_buffers[buffer, tensor]
-
     def _forget(self, plans: Iterable[Plan]) -> None:
         """Give back the captured graphs of these plans."""
         for plan in plans:
@@ -229,30 +216,13 @@ class GpuExecutor(ABC):
             if program.graph is not None:
                 self.session.destroy(program.graph)
 
-    def _constant(self, constant: Constant, feeds: Arrays) -> int:
-        """Return the address of a row of a table's column; all rows of it go to the GPU at once."""
-        key = (constant.name, constant.table)
-        if key not in self._columns:
-            column = np.ascontiguousarray(feeds[constant.name])
-            stride = -(-column[0].nbytes // cuda.ALIGNMENT) * cuda.ALIGNMENT
-            rows = np.zeros((len(column), stride), np.uint8)
-            rows[:, : column[0].nbytes] = column.reshape(len(column), -1).view(np.uint8)
-            address = self._address(f"{constant.name}[{constant.table}]", Tensor(constant.name, "uint8", rows.shape))
-            self._upload(rows, address)
-            self._columns[key] = (address, stride)
-        address, stride = self._columns[key]
-        return address + constant.row * stride
-
-    def _upload(self, value: np.ndarray, address: int) -> None:
-        cuda.copy(address, value.ctypes.data, value.nbytes, self.stream)
-        cuda.synchronize(self.stream)  # the array may go
-
     def hold(self, plan: Plan, values: Arrays) -> None:
         """See Executor."""
         tensors = plan.tensors(self.opened.bundle.manifest.graphs)
         with self._working():
             for name, value in values.items():
-                self._upload(np.ascontiguousarray(value, tensors[name].dtype), self._address(name, tensors[name]))
+                address = self._buffers.address(name, tensors[name])
+                self._buffers.upload(np.ascontiguousarray(value, tensors[name].dtype), address)
 
     def _fill(self, program: _Program, feeds: Arrays) -> None:
         for buffer, (name, row) in program.recording.uploads.items():
@@ -345,5 +315,4 @@ class GpuExecutor(ABC):
     def close(self) -> None:
         """See Executor. After a CudaFault the graphs' memory is kept, because freeing it would end the process."""
         self.session.close()
-        for kept in (self._programs, self._graphs, self._device_buffers, self._host_buffers, self._columns):
-            kept.clear()
+        self._programs.clear()

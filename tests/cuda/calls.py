@@ -26,6 +26,8 @@ ALL: Sequence[dict[str, Any]] = (
     PICTURE | {"prompt": ["in the snow", "a cat"]},  # it goes on with the stream
     OTHER | {"num_inference_steps": 3},
     NEW | {"num_inference_steps": 3, "output_type": "latent"},
+    # A plan that is known, with another prompt and picture.
+    PICTURE | {"prompt": ["red", "a dog in snow"], "inputs": {"input_image": PICTURES[2], **numbers()}},
 )
 """Batch 2; new prompts and known ones; each chain without its mode and with it."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calls import ALL, assert_nothing_left, draw, on_cpu, output
+from calls import ALL, CONTROLLED, NEW, PICTURE, assert_nothing_left, draw, on_cpu, output
 from conftest import FAMILIES, BundleFactory
 from standin import OneByOne, Runtime, StandIn, pipeline, standing_in
 
@@ -234,6 +234,20 @@ def test_what_is_not_captured_makes_the_same_pictures(small: Path, right: list[n
     for seed in range(5):
         assert not is_noticed(uncaptured(StandIn), small, right, seed, "order")
         assert not is_noticed(StandIn, small, right, seed, "capture")
+
+
+def test_a_graph_beside_different_others(small: Path) -> None:
+    """Plans that group the stages otherwise follow each other, and none is captured: scratch memory suits them all."""
+    calls = [PICTURE, CONTROLLED, NEW, PICTURE, CONTROLLED]
+    with on_cpu(small) as cpu:
+        right = [draw(cpu, call) for call in calls]
+    for seed in range(10):
+        with standing_in(seed) as runtime:
+            with pipeline(small, uncaptured(StandIn)) as pipe:
+                pipe.prompt_cache.limit_bytes = 0  # so that the text encoder runs beside the VAE encoder each time
+                for call, expected in zip(calls, right, strict=True):
+                    np.testing.assert_array_equal(output(pipe, call).images, expected)
+            assert_nothing_left(runtime)
 
 
 def test_the_stand_in_is_left_as_it_was() -> None:

@@ -12,7 +12,6 @@ import pytest
 from conftest import ON, ON_ARGUMENTS, called, command
 from safetensors.numpy import load_file as read_tables
 from safetensors.numpy import save as save_tables
-from safetensors.torch import load_file, save_file
 from second_chain import record
 
 from turbochain.engines import build
@@ -229,60 +228,21 @@ def test_a_changed_source_is_noticed(sd: Path, checkpoints: dict[str, Path], cop
     assert done.returncode == 2 and expected in done.stderr and state() == before
 
 
-@pytest.fixture(scope="module")
-def fp16_only(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The SD miniature as an fp16-only folder of the hub has it."""
-    folder = tmp_path_factory.mktemp("source") / "fp16"
-    shutil.copytree(checkpoints["sd"], folder)
-    for path in folder.glob("*/*.safetensors"):
-        tensors = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
-        save_file(tensors, path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
-        path.unlink()
-    return folder
-
-
-STORY = """
-mount -t tmpfs -o size=200m none disk
-head -c 186m /dev/zero > disk/ballast
-"$@" --force 2> full; echo full $?; ls disk
-rm disk/ballast
-"$@" 2> killed & builder=$!
-until grep -q "export text_encoder" disk/x.bundle.partial/state.json; do sleep 0.1; done; sleep 1
-worker=$(pgrep -P $builder); kill -KILL $builder
-runs() { grep -qs "^State:.[RSD]" /proc/$worker/status; }
-for i in $(seq 100); do runs || break; sleep 0.1; done; runs || echo its worker has gone; ls disk
-"$@" > first.out 2> first & first=$!
-"$@" > second.out 2> second & second=$!
-wait $first; echo first $?; wait $second; echo second $?; ls -A disk
-cp -r disk/x.bundle .
-"""
-TOLD = "full 2 ballast x.bundle.partial its worker has gone x.bundle.partial first 0 second 0 x.bundle"
-
-
-def test_a_full_disk_a_kill_and_two_at_once(fp16_only: Path, tmp_path: Path) -> None:
-    """One build, of a folder that has only fp16 weights, that meets all three, and does nothing twice.
-
-    On a small file system in a mount namespace of its own, which needs no privilege.
-    """
-    (tmp_path / "disk").mkdir()
-    own = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", STORY, "sh"]
-    shutil.copytree(fp16_only, tmp_path, dirs_exist_ok=True)  # the bundle lies in its source
-    line = [BUILD, ".", "-o", "disk/x.bundle", "--size", "64x64", "--steps", "1,2", *ON_ARGUMENTS]
-    done = subprocess.run([*own, *line], cwd=tmp_path, capture_output=True, text=True, timeout=500)
-    assert done.stdout.split() == TOLD.split(), done
-    full, killed, first, second = ((tmp_path / name).read_text() for name in ("full", "killed", "first", "second"))
+def test_a_full_disk_a_kill_and_two_at_once(interrupted: Path) -> None:
+    """One build, of a folder that has only fp16 weights, that meets all three, and does nothing twice."""
+    full, killed, first, second = ((interrupted / name).read_text() for name in ("full", "killed", "first", "second"))
     assert phases(full) == ALL[:2] and phases(full, "failed") == ALL[2:3] and phases(killed) == ALL[2:3]
     said = full.splitlines()[-1]
     assert said.startswith("build-engine: error: ") and "no space left" in said and "Traceback" not in full
     assert sorted([phases(first), phases(second)]) == [[], ALL[3:]], (first, second)
     assert (first + second).count("waiting: another build of disk/x.bundle.partial is running") == 1
-    told = sorted((tmp_path / f"{name}.out").read_text() for name in ("first", "second"))
+    told = sorted((interrupted / f"{name}.out").read_text() for name in ("first", "second"))
     assert all("disk/x.bundle: " in text for text in told)
     assert sum("nothing to do: it is built and verified already" in text for text in told) == 1
-    parts = Bundle.open(tmp_path / "x.bundle").manifest.checkpoint.parts
+    parts = Bundle.open(interrupted / "x.bundle").manifest.checkpoint.parts
     weighty = ("text_encoder", "unet", "vae")
     assert {name: part.variant for name, part in parts.items() if part.weights} == dict.fromkeys(weighty, "fp16")
-    assert command("turbochain", "verify", tmp_path / "x.bundle").returncode == 0
+    assert called("turbochain", "verify", interrupted / "x.bundle").returncode == 0
 
 
 CHATTER = """

@@ -80,7 +80,7 @@ class Scheduler:
         self.random = random.Random(seed)
         self.streams: list[Stream] = []
         self.time = 0
-        self.eagerness = self.random.choice((0.0, 0.2, 0.7))  # how much is done while nobody waits
+        self.eagerness = self.random.choice((0.0, 0.0, 0.0, 0.1, 0.6))  # how much is done while nobody waits
         self.refuse: Callable[[Task], str | None] = lambda task: None
         self.failed: Callable[[str], None] = lambda reason: None
 

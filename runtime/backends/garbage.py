@@ -1,0 +1,31 @@
+"""Python's garbage collection, which stands still while any thread captures a CUDA graph.
+
+What the destructor of an unrelated object frees or waits for would break the capture.
+"""
+
+import gc
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_lock = threading.Lock()
+_captures = 0  # that are going on in this process
+_was_enabled = True  # before the first of them
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Let nothing be collected meanwhile."""
+    global _captures, _was_enabled
+    with _lock:
+        if not _captures:
+            _was_enabled = gc.isenabled()
+        _captures += 1
+        gc.disable()
+    try:
+        yield
+    finally:
+        with _lock:
+            _captures -= 1
+            if not _captures and _was_enabled:
+                gc.enable()
