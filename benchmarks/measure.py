@@ -243,6 +243,8 @@ class Measure:
 
         A bundle has tables for `counts` and the steps asked for.
         """
+        if contender.vae and not product.upcasts(self.checkpoint):
+            raise RuntimeError("left out: diffusers runs this VAE in fp16 as it is")
         shape: dict[str, Any] = {
             "precision": contender.bundle_precision,
             "size": self.settings.size,

@@ -164,6 +164,11 @@ def export(source: "Checkpoint", bundle: Path, **shape: Any) -> None:
         make(str(source.folder), bundle, force=True, **shape)
 
 
+def upcasts(checkpoint: "Checkpoint") -> bool:
+    """Return whether diffusers' fp16 pipeline runs the VAE in fp32."""
+    return checkpoint.family.name == "sdxl" and bool(checkpoint.configs["vae"].get("force_upcast"))
+
+
 def vae_exponents(bundle: Path) -> dict[str, int]:
     """Return what rescales the VAE of a bundle for fp16, as its export decided: module → exponent."""
     import torch_stages

@@ -138,7 +138,7 @@ def two_pipelines(mini: Miniature, counts: Counts) -> bool:
 def threads(mini: Miniature, counts: Counts) -> bool:
     """Return whether four threads draw from one pipeline what one draws."""
     with mini.loaded() as pipe:
-        right, made = draw(pipe, seed=0).images, []
+        right, made = draw(pipe, seed=0).images, list[bool]()
 
         def work() -> None:
             made.extend(_equal(draw(pipe, seed=0, known=i % 2 == 1).images, right) for i in range(3))

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
 from .results import FILE, read, update
 
@@ -58,7 +59,7 @@ def run(prepared: Path, out: Path, commit: str | None, steps: Sequence[Step] = S
             update(path, "steps", step.name, value={"status": "left out: the time was spent"})
             if limit >= LEAST:
                 line = {"module": step.module or step.name, "arguments": step.arguments, "step": step.name}
-                given = {"prepared": str(prepared.resolve()), "results": str(path), **line}
+                given: dict[str, Any] = {"prepared": str(prepared.resolve()), "results": str(path), **line}
                 print(f"{step.name}, at most {limit:.0f} s", flush=True)
                 start = time.monotonic()
                 status = _one(given, limit, _environment(Path(site), out), log)
@@ -74,10 +75,10 @@ def run(prepared: Path, out: Path, commit: str | None, steps: Sequence[Step] = S
     return failed
 
 
-def _one(given: dict[str, object], limit: float, environment: dict[str, str], log: object) -> str:
+def _one(given: Mapping[str, Any], limit: float, environment: dict[str, str], log: TextIO) -> str:
     """Run one step, and end all of its processes at the limit; returns its status."""
     line = [sys.executable, "-m", "first_gpu_run", "step", json.dumps(given)]
-    process = subprocess.Popen(line, env=environment, stdout=log, stderr=log, start_new_session=True)  # type: ignore[call-overload]
+    process = subprocess.Popen(line, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
         status = process.wait(limit)
     except subprocess.TimeoutExpired:
@@ -88,7 +89,7 @@ def _one(given: dict[str, object], limit: float, environment: dict[str, str], lo
         process.wait()
     if status:
         return f"failed with exit status {status}; log.txt says why"
-    found = read(Path(str(given["results"])))["steps"][given["step"]].get("results", {})
+    found = read(Path(given["results"]))["steps"][given["step"]].get("results", {})
     errors = [name for name, value in found.items() if isinstance(value, dict) and "error" in value]
     return f"done, but this failed: {', '.join(errors)}" if errors else "done"
 

@@ -219,6 +219,11 @@ def test_an_engine_that_cannot_be_built_is_a_row_with_its_reason(
     assert row.reason and "device='cpu': cuda, or cuda:N" in row.reason
 
 
+def test_another_precision_of_the_vae_is_for_one_that_diffusers_moves_to_fp32(measure: Measure) -> None:
+    (row,) = measure.pair("openvino-fp32", "eager-fp16-tuned+bf16-vae", 1)
+    assert row.reason == "left out: diffusers runs this VAE in fp16 as it is" and row.ratio is None
+
+
 def test_nothing_is_begun_after_the_time_is_spent(measure: Measure) -> None:
     bench = with_settings(measure, end=0.0)
     assert [row.reason for row in bench.pair("openvino-fp32", "eager-fp32", 1)] == ["left out: the time was spent"]

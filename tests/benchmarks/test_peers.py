@@ -56,6 +56,7 @@ def test_another_vae_is_in_its_precision_and_makes_the_picture(
     assert peer.precision["vae_decoder"] == {"rescaled": "fp16"}.get(vae, vae) and peer.precision["unet"] == "fp16"
     assert figures.check(peer.draw(PROMPTS, SEED, 1), reference[family], "fp16").passed
     assert peer.pipe.vae.dtype == DTYPES[vae]  # it was not moved to fp32 for the call
+    assert product.upcasts(open_folder(checkpoints[family])) == (family == "sdxl")
     as_diffusers_has_it = load("eager-fp16-tuned", checkpoints[family])
     assert as_diffusers_has_it.precision["vae_decoder"] == ("fp32" if family == "sdxl" else "fp16")
     if exponents:
