@@ -17,6 +17,7 @@ BENCH ?= synthetic:sd-turbo
 PRECISION ?= fp32
 PEERS := optimum-onnx optimum-intel
 BENCH_GPU ?= synthetic:sd-turbo synthetic:sdxl-turbo
+TINY := --vae tiny --steps 1 --batch 1 --cold --pairs tensorrt-fp16:eager-fp16-tuned tensorrt-fp16:compiled-fp16
 PROMPT ?= a large red circle left of a small blue square on a yellow background
 
 .PHONY: setup demo test check check-full check-gpu bench bench-smoke bench-setup bench-variants bench-build bench-gpu inspect-engines train-demo clean
@@ -85,6 +86,7 @@ bench-build: setup
 
 bench-gpu: $(addsuffix /.installed,$(GPU_VENV))
 	$(GPU_BIN)/python benchmarks/bench.py --device cuda $(BENCH_GPU)
+	$(if $(filter file,$(origin BENCH_GPU)),$(GPU_BIN)/python benchmarks/bench.py --device cuda $(BENCH_GPU) $(TINY))
 
 inspect-engines: $(if $(filter file,$(origin BIN)),setup)
 	$(BIN)/python benchmarks/inspect_engines.py $(BUNDLE) $(RESULTS:%=--results %)

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--pairs", nargs="*", metavar="OURS:PEER", help="the pairs (default: see benchmarks/README.md)")
     add("--cold", nargs="*", metavar="OURS:PEER", help="pairs of cold starts (default: see benchmarks/README.md)")
     add("--batches", type=int, nargs="*", help="larger batches of the first of ours (default 2 4 8; on a GPU none)")
-    add("--apart", action="store_true", help="load the two of a pair again for every picture, never both at once")
+    add("--turns", type=int, help="load the two of a pair by turns, so often, never both at once (default on a GPU 2)")
     add("--budget-seconds", type=float, default=float("inf"), help="begin nothing after this time")
     add("--commit", help="the commit to write down, if git cannot say it")
     add("--folder", type=Path, default=FOLDER, help="where checkpoints, bundles and kernels are kept")
@@ -76,7 +76,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     end = time.monotonic() + arguments.budget_seconds
     check_device(arguments.device)
     defaults = contenders.defaults(arguments.device)
-    for name in ("pairs", "cold", "steps", "batch", "batches", "runs", "warmup"):
+    for name in ("pairs", "cold", "steps", "batch", "batches", "runs", "warmup", "turns"):
         if getattr(arguments, name) is None:
             setattr(arguments, name, getattr(defaults, name))
     for pair in (*arguments.pairs, *arguments.cold):
@@ -94,7 +94,7 @@ def _bench(arguments: argparse.Namespace) -> None:
             steps=tuple(arguments.steps),
             runs=arguments.runs,
             warmup=arguments.warmup,
-            apart=arguments.apart,
+            turns=arguments.turns,
             end=end,
         )
         kept = Kept(settings, arguments.results, arguments.commit)

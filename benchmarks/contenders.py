@@ -12,11 +12,14 @@ class Contender:
     """One way of making a picture; it runs in a process of its own."""
 
     name: str
-    kind: str  # "ours", "eager", "compiled", "optimum.onnxruntime" or "optimum.intel"
+    kind: str  # "ours", "eager", "compiled", "graphed", "optimum.onnxruntime" or "optimum.intel"
     precision: str  # what it computes in
     backend: str = ""  # ours
     options: Mapping[str, Any] = field(default_factory=dict)  # of our engine, or OpenVINO's of optimum.intel
     channels_last: bool = False
+    tuned: bool = False  # with what diffusers' guide and PyTorch offer besides: see peers.py
+    compiled: bool = False  # graphed: the modules are compiled by Inductor
+    vae: str = ""  # eager, compiled: "bf16", or "rescaled" to fit fp16 as our export does; "": as diffusers has it
     environment: str = ""  # its folder in .bench/ (make bench-setup); "": the Python that runs the benchmark
     own_vae: bool = False  # decodes with the checkpoint's own VAE although the others have --vae
     mode: str = ""  # ours: "stages" launches and times them one by one, "cached" keeps the prompt's embeddings
@@ -41,6 +44,8 @@ class Contender:
         """Return as a phrase what is not like for like."""
         if self.own_vae:
             return "the peer decodes with the checkpoint's own VAE"
+        if self.vae == "rescaled":
+            return "the peer's VAE is rescaled to fp16 as ours is"
         return {"stages": "stages launched one by one", "cached": "the prompt is known, so no text encoder runs"}.get(
             self.mode
         )
@@ -65,14 +70,18 @@ CONTENDERS = {
         _openvino("openvino-fp32-vae-int8", "int8", inference_precision="fp32", vae_int8=True),
         Contender("onnxruntime-fp32", "ours", "fp32", "onnxruntime"),
         Contender("onnxruntime-fp16", "ours", "fp16", "onnxruntime"),
+        Contender("onnxruntime-fp16-nhwc", "ours", "fp16", "onnxruntime", {"prefer_nhwc": True}),
         Contender("tensorrt-fp16", "ours", "fp16", "tensorrt"),
         Contender("eager-fp32", "eager", "fp32"),
         Contender("eager-bf16", "eager", "bf16"),
         Contender("eager-bf16-channels-last", "eager", "bf16", channels_last=True),
         Contender("eager-fp16", "eager", "fp16"),
+        Contender("eager-fp16-tuned", "eager", "fp16", channels_last=True, tuned=True),
         Contender("compiled-fp32", "compiled", "fp32", channels_last=True),
         Contender("compiled-bf16", "compiled", "bf16", channels_last=True),
-        Contender("compiled-fp16", "compiled", "fp16", channels_last=True),
+        Contender("compiled-fp16", "compiled", "fp16", channels_last=True, tuned=True),
+        Contender("graphed-fp16", "graphed", "fp16", channels_last=True, tuned=True),
+        Contender("graphed-compiled-fp16", "graphed", "fp16", channels_last=True, tuned=True, compiled=True),
         Contender("optimum-onnx", "optimum.onnxruntime", "fp32", environment="optimum-onnx"),
         _optimum_intel("fp32", "f32"),
         _optimum_intel("bf16", "bf16"),
@@ -83,6 +92,8 @@ REFERENCE = CONTENDERS["eager-fp32"]
 
 MODIFIERS: dict[str, dict[str, Any]] = {
     "own-vae": {"own_vae": True},
+    "bf16-vae": {"vae": "bf16"},
+    "rescaled-vae": {"vae": "rescaled"},
     "stages": {"mode": "stages"},
     "cached": {"mode": "cached"},
 }
@@ -114,6 +125,7 @@ class Defaults:
     batches: tuple[int, ...]
     runs: int
     warmup: int
+    turns: int | None  # None: both of a pair are in memory at once
     floors: tuple[str, ...]  # the precisions that floors are measured in, if a contender computes in them
 
 
@@ -142,13 +154,22 @@ CPU = Defaults(
     batches=(2, 4, 8),
     runs=5,
     warmup=0,
+    turns=None,
     floors=("bf16", "fp32"),
 )
 GPU = Defaults(
     pairs=(
         "tensorrt-fp16:eager-fp16",
+        "tensorrt-fp16:eager-fp16-tuned",
+        "tensorrt-fp16:eager-fp16-tuned+bf16-vae",
+        "tensorrt-fp16:eager-fp16-tuned+rescaled-vae",
         "tensorrt-fp16:compiled-fp16",
+        "tensorrt-fp16:compiled-fp16+bf16-vae",
+        "tensorrt-fp16:compiled-fp16+rescaled-vae",
+        "tensorrt-fp16:graphed-fp16",
+        "tensorrt-fp16:graphed-compiled-fp16",
         "onnxruntime-fp16:eager-fp16",
+        "onnxruntime-fp16-nhwc:onnxruntime-fp16",
         "tensorrt-fp16:onnxruntime-fp16",
         "tensorrt-fp16+cached:tensorrt-fp16",
         "tensorrt-fp16+stages:tensorrt-fp16",
@@ -160,6 +181,7 @@ GPU = Defaults(
     batches=(),
     runs=50,
     warmup=5,
+    turns=2,
     floors=("fp16",),
 )
 

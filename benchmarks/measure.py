@@ -38,7 +38,7 @@ class Settings:
     steps: tuple[int, ...]
     runs: int  # rounds that count
     warmup: int = 0  # rounds before them
-    apart: bool = False  # load the two of a pair again for every picture, never both at once
+    turns: int | None = None  # load the two of a pair by turns, so often, never both at once; None: both at once
     end: float = float("inf")  # time.monotonic() after which nothing is begun
 
 
@@ -58,7 +58,8 @@ class Measure:
         """Measure two contenders, interleaved; yields one row for each step count, whatever happens."""
         say(f"{ours} : {peer}, batch {batch}")
         rows = [
-            Pair(ours=ours, peer=peer, batch=batch, steps=n, apart=self.settings.apart) for n in self.settings.steps
+            Pair(ours=ours, peer=peer, batch=batch, steps=n, apart=self.settings.turns is not None)
+            for n in self.settings.steps
         ]
         done = 0
         try:
@@ -67,7 +68,7 @@ class Measure:
             for contender in names:  # now, while no contender is in memory
                 self._prepare(contender, batch)
                 self._reference(contender, batch, self.settings.steps[0])
-            measure = self._apart if self.settings.apart else self._together
+            measure = self._together if self.settings.turns is None else self._by_turns
             before = machine.clocks(self.settings.device)
             for row, samples in zip(rows, measure(names, batch), strict=True):
                 after = machine.clocks(self.settings.device)
@@ -91,7 +92,7 @@ class Measure:
                 samples = firsts
                 if steps != counts[0]:
                     samples = [
-                        replace(first, check=self._first(process, contender, batch, steps).check, drawn=[])
+                        self._next(first, process, contender, batch, steps)
                         for process, contender, first in zip(processes, pair, firsts, strict=True)
                     ]
                 for i in range(-self.settings.warmup, self.settings.runs):
@@ -101,17 +102,28 @@ class Measure:
                             of.drawn.append(drawn)
                 yield samples
 
-    def _apart(self, pair: Sequence[Contender], batch: int) -> Iterator[list[Samples]]:
-        """Load a contender, draw twice, end it, then the other; yields their samples for each step count."""
-        for steps in self.settings.steps:
-            samples: dict[str, Samples] = {}
-            for _ in range(self.settings.runs):
-                for contender in pair:
-                    self._check_time()
-                    with self.start(contender, batch) as process:
-                        first = self._first(process, contender, batch, steps)
-                        samples.setdefault(contender.name, first).drawn.append(process.draw(steps))
-            yield list(samples.values())
+    def _by_turns(self, pair: Sequence[Contender], batch: int) -> Iterator[list[Samples]]:
+        """Load one, draw its share of the rounds, end it, then the other, and again; yields as `_together`."""
+        counts, turns = self.settings.steps, self.settings.turns or 1
+        shares = [self.settings.runs * (i + 1) // turns - self.settings.runs * i // turns for i in range(turns)]
+        found: dict[tuple[str, int], Samples] = {}
+        for share in filter(None, shares):
+            for contender in pair:
+                self._check_time()
+                with self.start(contender, batch) as process:
+                    first = self._first(process, contender, batch, counts[0])
+                    for steps in counts:
+                        of = first if steps == counts[0] else self._next(first, process, contender, batch, steps)
+                        for _ in range(self.settings.warmup):
+                            process.draw(steps)
+                        drawn = [process.draw(steps) for _ in range(share)]
+                        found.setdefault((contender.name, steps), of).drawn.extend(drawn)
+        for steps in counts:
+            yield [found[contender.name, steps] for contender in pair]
+
+    def _next(self, first: Samples, process: Process, contender: Contender, batch: int, steps: int) -> Samples:
+        """Return the samples of a further step count, after its first picture."""
+        return replace(first, check=self._first(process, contender, batch, steps).check, drawn=[])
 
     def _row(self, row: Pair, pair: Sequence[Contender], samples: Sequence[Samples]) -> Pair:
         precision = figures.differs(pair[0].precision, pair[1].precision, [s.loaded["precision"] for s in samples])
@@ -215,6 +227,10 @@ class Measure:
             engine = self._engines[contender.base, batch]
             return Process(contender, self._bundle(contender, batch), engine=engine, **where)
         given = self.own if contender.own_vae else self.checkpoint
+        if contender.kind == "graphed":
+            where["bundle"] = str(self._bundle(contender, batch))
+        if contender.vae == "rescaled":
+            where["exponents"] = product.vae_exponents(self._bundle(contender, batch))
         return Process(contender, given.folder, variant=given.variant, **where)
 
     def _bundle(self, contender: Contender, batch: int) -> Path:
@@ -223,7 +239,20 @@ class Measure:
         return self.settings.folder / name
 
     def _prepare(self, contender: Contender, batch: int, counts: Sequence[int] = FEW_STEPS) -> None:
-        """Build a contender's engine once, if it is ours; a bundle has tables for `counts` and the steps asked for."""
+        """Make what a contender is loaded from, once: an engine of ours, or the bundle alone that a peer reads.
+
+        A bundle has tables for `counts` and the steps asked for.
+        """
+        if contender.vae and not product.upcasts(self.checkpoint):
+            raise RuntimeError("left out: diffusers runs this VAE in fp16 as it is")
+        shape: dict[str, Any] = {
+            "precision": contender.bundle_precision,
+            "size": self.settings.size,
+            "batch": batch,
+            "steps": sorted({*counts, *self.settings.steps}),
+        }
+        if contender.kind == "graphed" or contender.vae == "rescaled":
+            product.export(self.checkpoint, self._bundle(contender, batch), **shape)
         if contender.ours and (contender.base, batch) not in self._engines:
             self._engines[contender.base, batch] = product.build(
                 self.checkpoint,
@@ -231,10 +260,7 @@ class Measure:
                 backend=contender.backend,
                 options=contender.options,
                 device=self.settings.device,
-                precision=contender.bundle_precision,
-                size=self.settings.size,
-                batch=batch,
-                steps=sorted({*counts, *self.settings.steps}),
+                **shape,
             )
 
     def _reference(self, contender: Contender, batch: int, steps: int) -> np.ndarray:

@@ -51,31 +51,50 @@ class Pipe:
 
 
 class Eager(Pipe):
-    """diffusers' own pipeline; its pictures become uint8 on the device, so that less is downloaded."""
+    """diffusers' own pipeline; its pictures become uint8 on the device, so that less is downloaded.
+
+    "tuned": cuDNN tries its algorithms (`cudnn.benchmark`). "vae": a VAE that diffusers would run in fp32 runs in bf16,
+    or in fp16 with its weights rescaled as our export does.
+    """
 
     def __init__(self, spec: dict[str, Any]) -> None:
         import torch
 
         torch.set_grad_enabled(False)
         torch.backends.cudnn.allow_tf32 = spec["precision"] != "fp32"
+        torch.backends.cudnn.benchmark = spec["tuned"]
         diffusers = importlib.import_module("diffusers")
         diffusers.utils.logging.set_verbosity_error()  # at each call it would say that SDXL's VAE moves to fp32
-        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[spec["precision"]]
-        kind = diffusers.AutoPipelineForText2Image
-        pipe = kind.from_pretrained(spec["source"], torch_dtype=dtype, variant=spec["variant"]).to(spec["device"])
-        super().__init__(pipe, spec)
-        # Only the SDXL pipelines heed that entry of the VAE's config.
+        dtype = _dtype(spec["precision"])
+        given = {"variant": spec["variant"]}
+        pipe = diffusers.AutoPipelineForText2Image.from_pretrained(spec["source"], torch_dtype=dtype, **given)
+        if spec["vae"]:
+            pipe.vae = self._another_vae(spec, type(pipe.vae), given)
+        super().__init__(pipe.to(spec["device"]), spec)
+        # Only the SDXL pipelines heed that entry of the VAE's config, and only of a VAE in fp16.
         upcast = pipe.vae.config.get("force_upcast") and "XL" in type(pipe).__name__
-        self.upcast = dtype == torch.float16 and bool(upcast)
+        self.upcast = pipe.vae.dtype == torch.float16 and bool(upcast)
         encoders = [name for name in ("text_encoder", "text_encoder_2") if getattr(pipe, name, None)]
-        self.precision = dict.fromkeys([*encoders, "unet", "vae_decoder"], spec["precision"])
-        if self.upcast:
-            self.precision["vae_decoder"] = "fp32"
+        decoder = "fp32" if self.upcast else {"rescaled": "fp16"}.get(spec["vae"], spec["vae"] or spec["precision"])
+        self.precision = {**dict.fromkeys([*encoders, "unet"], spec["precision"]), "vae_decoder": decoder}
         if spec["channels_last"]:
             for part in (pipe.unet, pipe.vae):
                 part.to(memory_format=torch.channels_last)
+        if spec["vae"]:
+            pipe.vae.decode = _casting(pipe.vae.decode, pipe.vae.dtype)
         gpu = torch.device(spec["device"]).type == "cuda"
         self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if gpu else []
+
+    def _another_vae(self, spec: dict[str, Any], kind: Any, given: dict[str, Any]) -> Any:
+        """Return the VAE in the precision that is wanted; the weights are rescaled before they are rounded."""
+        dtype = _dtype("fp32" if spec["vae"] == "rescaled" else spec["vae"])
+        vae = kind.from_pretrained(spec["source"], subfolder="vae", torch_dtype=dtype, **given)
+        if spec["vae"] == "rescaled":
+            if spec["exponents"]:
+                rescaling = importlib.import_module("turbochain.export.tracing.rescale")
+                rescaling.rescale(vae, spec["exponents"])
+            vae.to(_dtype("fp16")).register_to_config(force_upcast=False)
+        return vae
 
     def draw(self, prompts: list[str], seed: int, steps: int) -> Any:
         """See Pipe."""
@@ -98,14 +117,30 @@ class Eager(Pipe):
         return 1e-3 * self.events[0].elapsed_time(self.events[1])
 
 
+INDUCTOR = {
+    "conv_1x1_as_mm": True,
+    "coordinate_descent_tuning": True,
+    "epilogue_fusion": False,
+    "coordinate_descent_check_all_directions": True,
+}
+"""Inductor's settings in diffusers' guide "Accelerate inference of text-to-image diffusion models"."""
+
+
 class Compiled(Eager):
-    """`Eager` with torch.compile; on a GPU every network, as diffusers' guide has it (max-autotune, CUDA graphs)."""
+    """`Eager` with torch.compile; on a GPU every network, as diffusers' guide has it (max-autotune, CUDA graphs).
+
+    "tuned": with the guide's settings of Inductor, and Q, K and V as one product.
+    """
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__(spec)
         import torch
 
         unet, vae = self.pipe.unet, self.pipe.vae
+        if spec["tuned"]:
+            for name, value in INDUCTOR.items():
+                setattr(importlib.import_module("torch._inductor.config"), name, value)
+            self.pipe.fuse_qkv_projections(vae=hasattr(vae, "fuse_qkv_projections"))
         if not self.events:
             unet.compile()
             vae.decode = torch.compile(vae.decode)
@@ -115,8 +150,18 @@ class Compiled(Eager):
         for name in self.precision.keys() - {"vae_decoder"}:
             module = getattr(self.pipe, name)
             module.forward = _with_cuda_graphs(module.forward)
-        decode, dtype = _with_cuda_graphs(vae.decode), vae.dtype
-        vae.decode = lambda latents, return_dict, generator=None: decode(latents.to(dtype), return_dict=return_dict)
+        vae.decode = _casting(_with_cuda_graphs(vae.decode), vae.dtype)
+
+
+def _dtype(precision: str) -> Any:
+    import torch
+
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
+def _casting(decode: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
+    """Return a VAE's `decode` that takes latents of any precision."""
+    return lambda latents, return_dict, generator=None: decode(latents.to(dtype), return_dict=return_dict)
 
 
 def _with_cuda_graphs(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from turbochain.export.sources.checkpoint import Checkpoint
+    from turbochain.runtime import Pipeline
 
 
 def checkpoint(source: str, folder: Path) -> "Checkpoint":
@@ -95,20 +96,12 @@ def stages(bundle: Path, steps: int) -> list[Launches]:
 
 
 class Drawer:
-    """turbochain's pipeline with one engine of a bundle, as worker.py wants a contender."""
+    """turbochain's pipeline, as worker.py wants a contender."""
 
-    def __init__(self, bundle: str, engine: str, device: str, mode: str) -> None:
-        from turbochain.runtime import Pipeline
-        from turbochain.runtime.backends import precisions
-
-        self._pipe = Pipeline.load(bundle, engine=engine, device=device)
-        self._mode = mode
-        self._on_gpu = self._pipe.device.kind != "cpu"
+    def __init__(self, pipe: "Pipeline", precision: dict[str, str], mode: str) -> None:
+        self._pipe, self._mode, self.precision = pipe, mode, precision
+        self._on_gpu = pipe.device.kind != "cpu"
         self.stages: dict[str, list[float]] = {}
-        made = self._pipe.bundle.engines()[engine]
-        graphs = self._pipe.bundle.open_chain().graphs
-        computed = precisions(made.key.backend, made.options, graphs)
-        self.precision = {graph.role: computed[name] for name, graph in graphs.items() if graph.component}
 
     def draw(self, prompts: list[str], seed: int, steps: int) -> Any:
         """Return pictures [B, H, W, 3] uint8; see contenders.Contender for the modes."""
@@ -131,3 +124,54 @@ class Drawer:
     def remark(self) -> str | None:
         """Return why the last call was not one CUDA graph; None if it was, and on a CPU."""
         return self._output.uncaptured and f"not one CUDA graph: {self._output.uncaptured}"
+
+
+def drawer(spec: Mapping[str, Any]) -> Drawer:
+    """Load one of a bundle's engines; `spec` as worker.py has it."""
+    from turbochain.runtime import Pipeline
+    from turbochain.runtime.backends import precisions
+
+    pipe = Pipeline.load(spec["source"], engine=spec["engine"], device=spec["device"])
+    made = pipe.bundle.engines()[spec["engine"]]
+    graphs = pipe.bundle.open_chain().graphs
+    computed = precisions(made.key.backend, made.options, graphs)
+    return Drawer(pipe, {graph.role: computed[name] for name, graph in graphs.items() if graph.component}, spec["mode"])
+
+
+def drawer_of_torch(spec: Mapping[str, Any]) -> Drawer:
+    """Load the checkpoint's modules as PyTorch's own stages of a bundle, under our executor (a GPU is needed)."""
+    import torch
+
+    import torch_stages
+    from turbochain.export.sources.checkpoint import open_folder
+    from turbochain.runtime import Bundle
+
+    torch.backends.cudnn.benchmark = True
+    bundle, place = Bundle.open(spec["bundle"]), torch_stages.OnGpu(torch.device(spec["device"]).index or 0)
+    made = torch_stages.of_checkpoint(open_folder(Path(spec["source"]), spec["variant"]), bundle, place.device)
+    graphs = bundle.manifest.graphs
+    if spec["compiled"]:
+        made = torch_stages.compiled(made, bundle, place.device)
+    pipe = torch_stages.pipeline(bundle, made, place, spec["device"])
+    return Drawer(pipe, {g.role: g.precision for g in graphs.values() if g.component}, spec["mode"])
+
+
+def export(source: "Checkpoint", bundle: Path, **shape: Any) -> None:
+    """See that a bundle is there, with or without an engine; `shape` as `build` has it. Raises what `export` raises."""
+    from turbochain.export import export as make
+
+    if not (bundle / "bundle.json").exists():
+        make(str(source.folder), bundle, force=True, **shape)
+
+
+def upcasts(checkpoint: "Checkpoint") -> bool:
+    """Return whether diffusers' fp16 pipeline runs the VAE in fp32."""
+    return checkpoint.family.name == "sdxl" and bool(checkpoint.configs["vae"].get("force_upcast"))
+
+
+def vae_exponents(bundle: Path) -> dict[str, int]:
+    """Return what rescales the VAE of a bundle for fp16, as its export decided: module → exponent."""
+    import torch_stages
+    from turbochain.runtime import Bundle
+
+    return torch_stages.remedies_of(Bundle.open(bundle), "fp16")["vae_decoder"].exponents

@@ -25,8 +25,8 @@ INCLUDES = {
     "peak_rss_bytes": "VmHWM of the contender's process, from its start to its last picture: mapped files count",
     "rss_anon_bytes": "RssAnon after the last picture: memory that belongs to no file",
     "ratio": "the peer's seconds ÷ ours, one ratio for each round",
-    "order": "interleaved: one picture of ours, one of the peer, and again; if a pair is `apart`, each contender is "
-    "loaded again for every picture, which is the second of its process",
+    "order": "interleaved: one picture of ours, one of the peer, and again; if a pair is `apart`, the two are loaded "
+    "by turns, never both at once, and each time draw their share of the rounds after a first picture and the warm-up",
     "stages": "median seconds of one launch. On a GPU between CUDA events, and only of contenders with +stages, whose "
     "stages are launched one by one",
     "gpu_seconds": "median time between CUDA events before the first and after the last GPU operation of a call; for "

@@ -1,9 +1,10 @@
 """One contender in a process and an environment of its own; `process.py` starts it.
 
-The argument is JSON: {"kind", "precision", "channels_last", "options", "mode", "source", "engine", "variant", "device",
-"size", "batch"}. Reads a job per line, {"prompt", "seed", "steps", "save"}, and writes a JSON object per line: first
-what loading took, then for each job its seconds, stages and memory. With a job as "once" it does that one and ends.
-It imports nothing but the contender's own libraries.
+The argument is JSON: what a Contender has ("kind", "precision", "tuned", …), and "source", "variant", "device", "size",
+"batch"; of ours "engine", of PyTorch's modules under our executor "bundle", with a rescaled VAE "exponents". Reads a
+job per line, {"prompt", "seed", "steps", "save"}, and writes a JSON object per line: first what loading took, then for
+each job its seconds, stages and memory. With a job as "once" it does that one and ends. It imports nothing but the
+contender's own libraries.
 """
 
 import importlib
@@ -23,9 +24,9 @@ PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "openvino", "op
 
 def load(spec: dict[str, Any]) -> Any:
     """Load the contender: a drawer as in peers.py."""
-    if spec["kind"] == "ours":
+    if spec["kind"] in ("ours", "graphed"):  # the only ones that may import turbochain
         product = importlib.import_module("product")
-        return product.Drawer(spec["source"], spec["engine"], spec["device"], spec["mode"])
+        return product.drawer(spec) if spec["kind"] == "ours" else product.drawer_of_torch(spec)
     return peers.KINDS[spec["kind"]](spec)
 
 

@@ -70,6 +70,7 @@ LONGEST_FIRST = (
     "test_chains.py",
     "test_schedule.py",
     "test_bench.py",
+    "test_first_gpu_run.py",
     "test_remedies.py",
     "test_tensorrt.py",
     "test_trace.py",

@@ -1,6 +1,6 @@
 """ONNX Runtime: on a CPU nothing is written, and a graph is loaded from the bundle; for CUDA its form is written."""
 
-from turbochain.engines.backends.contract import Builder, Task
+from turbochain.engines.backends.contract import Builder, Option, Task
 from turbochain.runtime.backends.onnxruntime import form_file
 from turbochain.runtime.bundle import writing
 
@@ -19,4 +19,6 @@ def compile(task: Task) -> list[str]:
     return [name]
 
 
-BUILDER = Builder(name="onnxruntime", reads_graphs=True, options={}, compile=compile)
+OPTIONS = {"prefer_nhwc": Option(False, "on a GPU let convolutions and norms work channels last")}
+
+BUILDER = Builder(name="onnxruntime", reads_graphs=True, options=OPTIONS, compile=compile)

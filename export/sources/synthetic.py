@@ -69,9 +69,10 @@ You may obtain a copy of the License at https://www.apache.org/licenses/LICENSE-
 """
 
 
-def models(name: str, *, eos_token_id: int = 2) -> dict[str, torch.nn.Module]:
-    """Return component → module of the preset `name`, on the meta device: shapes and config, no memory.
+def models(name: str, *, eos_token_id: int = 2, device: str | torch.device = "meta") -> dict[str, torch.nn.Module]:
+    """Return component → module of the preset `name`, by default on the meta device: shapes and config, no memory.
 
+    On another device it has the initial weights of its libraries; see `draw_weights`.
     `eos_token_id` is what the text encoders' configs say: 2, as published (transformers then pools at the
     largest id), or 49407, the true one (it pools at the first match). Raises InputError for an unknown name.
     """
@@ -82,13 +83,24 @@ def models(name: str, *, eos_token_id: int = 2) -> dict[str, torch.nn.Module]:
     special = {"bos_token_id": 0, "eos_token_id": eos_token_id, "pad_token_id": 1}
     sizes = {"vocab_size": VOCABULARY_SIZE, "max_position_embeddings": MAX_TOKENS}
     parts: dict[str, torch.nn.Module] = {}
-    with torch.device("meta"):
+    with torch.device(device):
         for i, config in enumerate(chosen.text):
             kind = CLIPTextModelWithProjection if i else CLIPTextModel
             parts[_numbered("text_encoder", i)] = kind(CLIPTextConfig(**sizes, **special, **config))
         parts["unet"] = UNet2DConditionModel(**_UNET | chosen.unet)
         parts["vae"] = AutoencoderKL(**_VAE | chosen.vae)
     return parts
+
+
+def draw_weights(parts: Mapping[str, torch.nn.Module], generator: torch.Generator) -> None:
+    """Give the models of a preset, on the generator's device, random weights, in evaluation mode and without gradients.
+
+    From a CPU generator with the seed of `write_checkpoint` they are that checkpoint's.
+    """
+    for part in parts.values():
+        part.eval().requires_grad_(False)
+        for name, tensor in part.state_dict().items():
+            tensor.copy_(_draw(name, tensor.shape, generator))
 
 
 def write_checkpoint(
@@ -203,7 +215,7 @@ def _write_weights(folder: Path, part: torch.nn.Module, fp16: bool, generator: t
 
 def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     """Draw random float32 values for the parameter `name`: a bias, a norm's weight, or a matrix or convolution."""
-    values = torch.randn(shape, generator=generator)
+    values = torch.randn(shape, generator=generator, device=generator.device)
     if len(shape) == 1:
         middle = 0.5 if name == "decoder.layers.18.bias" else 0.0  # AutoencoderTiny's pictures are 0 to 1
         return values.mul_(_SPREAD).add_(1.0 if name.endswith("weight") else middle)

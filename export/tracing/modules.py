@@ -3,11 +3,14 @@
 At every boundary tensors are fp32 (ids int32, the picture uint8); inside, a graph computes in its own precision.
 """
 
+import copy
 from typing import Any
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
+
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class TextEncoder(nn.Module):
@@ -128,6 +131,11 @@ class SDXLUNet(UNet):
         states = torch.cat([prompt_embeds, prompt_embeds_2], dim=-1)
         added = {"text_embeds": pooled_prompt_embeds, "time_ids_embeds": time_ids_embeds}
         return self.predict(latents, input_scale, time_embeds, states, added)
+
+
+def copy_modules(model: nn.Module) -> nn.Module:
+    """Return a copy of the tree of modules, which the modules here may change, on the same parameters and buffers."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def timed_resnets(unet: nn.Module) -> list[Any]:

@@ -1,6 +1,5 @@
 """Trace the graphs of a component to ONNX."""
 
-import copy
 import gc
 import json
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from turbochain.export.families import GraphSpec, Shape, common
 from turbochain.export.remedies import Remedy
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tracing import attention, group_norm, modules, weights
+from turbochain.export.tracing.modules import TORCH_DTYPES, copy_modules
 from turbochain.export.tracing.names import name_map
 from turbochain.export.tracing.rescale import rescale
 from turbochain.export.tracing.simplify import simplify
@@ -26,7 +26,6 @@ from turbochain.runtime.errors import TurbochainError
 
 OPSET = 21  # the first whose attention TensorRT fuses in every graph
 OPSET_BF16 = 22  # the first with bf16 convolutions
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def _alike(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
 def _module(wanted: Wanted, model: torch.nn.Module) -> torch.nn.Module:
     """Return the module that is traced, on the weights of `model`."""
     kind = getattr(modules, wanted.spec.module)
-    module: torch.nn.Module = kind(_copy_modules(model), *wanted.spec.arguments(wanted.shape)).eval()
+    module: torch.nn.Module = kind(copy_modules(model), *wanted.spec.arguments(wanted.shape)).eval()
     if wanted.remedy.precision == "fp32":  # in lower precision a GPU's own GroupNormalization is wanted
         group_norm.replace_group_norms(module)
     return module
@@ -127,11 +126,6 @@ def _load(checkpoint: Checkpoint, component: str, remedy: Remedy) -> tuple[torch
         model.to(dtype)
     attention.upcast(model, remedy.attention)
     return model, factors
-
-
-def _copy_modules(model: torch.nn.Module) -> torch.nn.Module:
-    """Return a copy of the tree of modules, which a traced module may change, on the same parameters and buffers."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def _trace(

@@ -175,6 +175,8 @@ class OnnxRuntimeCuda(GpuExecutor):
             "use_tf32": "0",  # fp32 means fp32
             "arena_extend_strategy": "kSameAsRequested",
         }
+        if self.opened.options.get("prefer_nhwc"):
+            provider["prefer_nhwc"] = "1"
         # With the CPU's provider behind it ONNX Runtime would compute there, silently, what it cannot do on the GPU.
         options = sessions.default_options()
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

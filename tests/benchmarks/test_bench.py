@@ -157,8 +157,8 @@ def test_steps_and_modes_are_rows_of_their_own(measure: Measure) -> None:
             assert of.least_seconds <= of.median_seconds <= of.p90_seconds and of.p99_seconds is None
 
 
-def test_apart_never_has_two_in_memory(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = with_settings(measure, apart=True)
+def test_by_turns_never_two_are_in_memory(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = with_settings(measure, turns=2, runs=3, steps=(1, 2))
     started: list[Process] = []
 
     def watched(contender: Contender, batch: int, **more: Any) -> Process:
@@ -167,9 +167,12 @@ def test_apart_never_has_two_in_memory(measure: Measure, monkeypatch: pytest.Mon
         return started[-1]
 
     monkeypatch.setattr(bench, "start", watched)
-    (row,) = bench.pair("openvino-fp32", "onnxruntime-fp32", 1)
-    assert row.ratio and row.ratio.n == 2 and len(started) == 4 and row.reason is None
-    assert "each loaded again for every picture" in tables.pairs(made_of(row))
+    rows = list(bench.pair("openvino-fp32", "onnxruntime-fp32", 1))
+    assert [row.steps for row in rows] == [1, 2] and len(started) == 4
+    for row in rows:
+        assert row.ratio and row.ratio.n == 3 and row.reason is None
+        assert row.our_figures and row.our_figures.stages.keys() == STAGES
+    assert "loaded by turns" in tables.pairs(made_of(*rows))
 
 
 def test_what_goes_wrong_is_said_and_the_others_go_on(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,6 +217,11 @@ def test_an_engine_that_cannot_be_built_is_a_row_with_its_reason(
     assert row.reason and "none_such" in row.reason and row.our_figures is None
     (row,) = bench.pair("tensorrt-fp16", "eager-fp32", 1)
     assert row.reason and "device='cpu': cuda, or cuda:N" in row.reason
+
+
+def test_another_precision_of_the_vae_is_for_one_that_diffusers_moves_to_fp32(measure: Measure) -> None:
+    (row,) = measure.pair("openvino-fp32", "eager-fp16-tuned+bf16-vae", 1)
+    assert row.reason == "left out: diffusers runs this VAE in fp16 as it is" and row.ratio is None
 
 
 def test_nothing_is_begun_after_the_time_is_spent(measure: Measure) -> None:

@@ -370,7 +370,10 @@ def test_options_that_are_none(sd: Path, case: str) -> None:
 def test_arguments_that_are_wrong(sd: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for given, expected in (
-        ({"backend": "onnxruntime", "options": {"speed": 1}}, r"onnxruntime has no option 'speed': it has none"),
+        (
+            {"backend": "onnxruntime", "options": {"speed": 1}},
+            r"onnxruntime has no option 'speed': its options are prefer_nhwc",
+        ),
         ({"backend": "onnxruntime", "target": "sm89"}, r"builds only for the machine that it runs on"),
         ({"target": "sm90"}, r"target 'sm90': tensorrt-rtx-cu13 \S+ builds for sm75, .*sm89"),
         ({"timing_cache": tmp_path / "file"}, r"timing cache .*file: a folder was expected"),

@@ -1,0 +1,32 @@
+"""Chains whose weights are drawn where they run: nothing large has to be brought to a machine."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+import torch_stages
+from torch_stages import Modules, Place
+from turbochain.export.families import Shape, common, of
+from turbochain.export.remedies import Remedy
+from turbochain.export.sources import synthetic
+from turbochain.runtime import Bundle
+
+from . import hollow
+
+
+def models(preset: str, device: torch.device | str = "cpu") -> dict[str, torch.nn.Module]:
+    """Return component → model with random weights in fp32; on a CPU those of the synthetic checkpoint."""
+    parts = synthetic.models(preset, device=device)
+    synthetic.draw_weights(parts, torch.Generator(device).manual_seed(0))
+    return parts
+
+
+def chain(
+    checkpoint: Path, parts: Mapping[str, torch.nn.Module], size: int, place: Place, precision: str, folder: Path
+) -> tuple[Bundle, Modules]:
+    """Return a bundle of one picture of size × size pixels per pass, and its stages. The models' weights are theirs."""
+    bundle = hollow.of_models(checkpoint, parts, Shape(size, size, 1), folder)
+    specs = common.graphs(of(bundle.manifest.checkpoint.pipeline_class), bundle.open_chain().chain.K)
+    remedies = {name: Remedy(spec.precision or precision) for name, spec in specs.items()}
+    return bundle, torch_stages.of_parts(parts, bundle, remedies, place.device)

@@ -1,0 +1,202 @@
+"""PyTorch as the backend of our own GPU executor: the modules that are exported, run as the stages of a chain.
+
+Not a backend of the product. The benchmark has it as a peer (our one CUDA graph with PyTorch's kernels in it), and
+`first_gpu_run` as the way to put cuda.py and the executor on a GPU with nothing installed but PyTorch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from turbochain.export import families, load, remedies
+from turbochain.export.families import Shape, common
+from turbochain.export.families.common import ARITHMETIC
+from turbochain.export.remedies import Remedy
+from turbochain.export.sources.checkpoint import Checkpoint
+from turbochain.export.tracing import attention, modules
+from turbochain.export.tracing.modules import TORCH_DTYPES, copy_modules
+from turbochain.export.tracing.rescale import rescale
+from turbochain.runtime import Bundle, Pipeline
+from turbochain.runtime.backends import cuda
+from turbochain.runtime.backends.contract import Device, Opened
+from turbochain.runtime.backends.gpu import GpuExecutor, GpuGraph
+from turbochain.runtime.bundle.manifest import FORMAT_VERSION, REFERENCE, Engine, EngineGraph, EngineKey, Graph, Tensor
+from turbochain.runtime.errors import CudaError, OutOfMemory, TurbochainError
+from turbochain.runtime.selection import Found
+
+Modules = Mapping[str, torch.nn.Module]
+"""Graph → the module that computes it, on the device that it runs on."""
+
+
+class Place(Protocol):
+    """Where modules run: what PyTorch needs to work on the executor's memory and streams."""
+
+    device: torch.device
+
+    def view(self, tensor: Tensor, address: int) -> torch.Tensor:
+        """Return the memory at an address as a tensor."""
+
+    def run(self, stream: Any, work: Callable[[], None], uses: Sequence[tuple[int, int]]) -> None:
+        """Put on a stream what `work` computes; `uses`: address and bytes of all that it reads and writes."""
+
+
+class OnGpu:
+    """A `Place` on an NVIDIA GPU.
+
+    What a module allocates comes from a pool of its own: a captured graph writes there at each launch, so nobody else
+    may have that memory as long as the graph lives.
+    """
+
+    def __init__(self, index: int = 0) -> None:
+        self.device = torch.device("cuda", index)
+        with torch.cuda.device(self.device):
+            self.pool = torch.cuda.MemPool()
+        self._views: dict[tuple[Tensor, int], torch.Tensor] = {}
+
+    def view(self, tensor: Tensor, address: int) -> torch.Tensor:
+        """See Place."""
+        if (tensor, address) not in self._views:
+            self._views[tensor, address] = torch.as_tensor(_Memory(tensor, address), device=self.device)
+        return self._views[tensor, address]
+
+    def run(self, stream: Any, work: Callable[[], None], uses: Sequence[tuple[int, int]]) -> None:
+        """See Place."""
+        ours = torch.cuda.ExternalStream(int(stream), device=self.device)
+        with torch.cuda.stream(ours), torch.cuda.use_mem_pool(self.pool, self.device), torch.no_grad():
+            work()
+
+
+class _Memory:
+    """Memory that is not PyTorch's, by the protocol that it takes without a copy."""
+
+    def __init__(self, tensor: Tensor, address: int) -> None:
+        kind = {"float32": "<f4", "float16": "<f2", "int32": "<i4", "uint8": "|u1"}[tensor.dtype]
+        self.__cuda_array_interface__ = {
+            "shape": tensor.shape,
+            "typestr": kind,
+            "data": (address, False),
+            "strides": None,
+            "version": 3,
+        }
+
+
+class TorchGraph(GpuGraph):
+    """A module, its outputs copied to where the executor wants them."""
+
+    def __init__(self, name: str, graph: Graph, module: torch.nn.Module, place: Place) -> None:
+        self.name, self.graph, self.module, self.where = name, graph, module, place
+
+    def enqueue(self, addresses: Mapping[str, int], stream: Any) -> None:
+        """See GpuGraph."""
+        uses = [(addresses[t.name], t.nbytes) for t in (*self.graph.inputs, *self.graph.outputs)]
+        try:
+            self.where.run(stream, partial(self._compute, dict(addresses)), uses)
+        except torch.cuda.OutOfMemoryError as error:
+            raise OutOfMemory(f"PyTorch in {self.name}: {_first_line(error)}") from error
+        except RuntimeError as error:  # PyTorch has no class of its own for what CUDA refuses
+            raise CudaError(f"PyTorch failed in {self.name}: {_first_line(error)}") from error
+
+    def _compute(self, addresses: dict[str, int]) -> None:
+        made = self.module(*(self.where.view(t, addresses[t.name]) for t in self.graph.inputs))
+        for tensor, value in zip(self.graph.outputs, made if isinstance(made, tuple) else (made,), strict=True):
+            target = self.where.view(tensor, addresses[tensor.name])
+            if (value.shape, value.dtype) != (target.shape, target.dtype):
+                raise TurbochainError(f"{self.name} makes {tensor.name} as {value.dtype} {list(value.shape)}")
+            target.copy_(value)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class TorchExecutor(GpuExecutor):
+    """Every graph is a module."""
+
+    def __init__(self, opened: Opened, made: Modules, place: Place) -> None:
+        self.made, self.place = made, place
+        super().__init__(opened)
+
+    def load_graph(self, graph: str) -> GpuGraph:
+        """See GpuExecutor."""
+        return TorchGraph(graph, self.opened.bundle.manifest.graphs[graph], self.made[graph], self.place)
+
+
+def executor(bundle: Bundle, made: Modules, place: Place, device: str = "cuda") -> TorchExecutor:
+    """Return an executor on these modules, with nothing loaded."""
+    index, gpu = cuda.find(device)
+    return TorchExecutor(Opened(bundle, bundle.path, {}, Device("cuda", index, gpu)), made, place)
+
+
+def pipeline(bundle: Bundle, made: Modules, place: Place, device: str = "cuda") -> Pipeline:
+    """Return a pipeline of a bundle's chains on these modules; its files are hashed, and nothing is verified."""
+    chains = [bundle.open_chain(name) for name in bundle.manifest.chains]
+    stands_for = Engine(
+        format_version=FORMAT_VERSION,
+        key=EngineKey("torch", "cuda", "torch", str(torch.__version__), {}),
+        graphs={name: EngineGraph(bundle.graph_digest(name), {}, 0, 0.0, 0) for name in bundle.manifest.graphs},
+        checks={chain.name: () for chain in chains},
+        verify_peak_bytes=0,
+        created="",
+        created_by={},
+        verified={chain.name: chain.digest for chain in chains},
+    )
+    return Pipeline(bundle, Found(bundle.path, stands_for), executor(bundle, made, place, device))
+
+
+def remedies_of(bundle: Bundle, precision: str | None = None) -> dict[str, Remedy]:
+    """Return graph → what makes it right in its precision, or in another one, by the bundle's reference."""
+    graphs, family = bundle.manifest.graphs, families.of(bundle.manifest.checkpoint.pipeline_class)
+    specs = common.graphs(family, bundle.open_chain().chain.K)
+    asked = {name: specs[name].precision or precision or graphs[name].precision for name in specs}
+    return remedies.decide(specs, asked, bundle.path / REFERENCE)
+
+
+def of_parts(
+    parts: Mapping[str, torch.nn.Module], bundle: Bundle, changes: Mapping[str, Remedy], device: torch.device
+) -> dict[str, torch.nn.Module]:
+    """Return graph → the module that is exported for it, on the device, the UNet and the VAE channels last.
+
+    `parts`: component → diffusers' or transformers' model in fp32. Their weights take the remedies' precision and
+    scale, and are the modules' own.
+    """
+    made, K = {}, bundle.open_chain().chain.K
+    for name, spec in common.graphs(families.of(bundle.manifest.checkpoint.pipeline_class), K).items():
+        remedy, model = changes[name], parts.get(spec.component, torch.nn.Module())
+        if remedy.exponents:
+            rescale(model, remedy.exponents)
+        model.to(device=device, dtype=TORCH_DTYPES[remedy.precision])
+        if spec.component in ("unet", "vae"):
+            model.to(memory_format=torch.channels_last)
+        model = copy_modules(model)  # which the module changes
+        attention.upcast(model, remedy.attention)
+        height, width = bundle.open_chain().size
+        arguments = spec.arguments(Shape(height, width, bundle.open_chain().batch, K))
+        made[name] = getattr(modules, spec.module)(model, *arguments).to(device).eval().requires_grad_(False)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the executor's streams do not wait for the one that this is done on
+    return made
+
+
+def of_checkpoint(checkpoint: Checkpoint, bundle: Bundle, device: torch.device) -> dict[str, torch.nn.Module]:
+    """Return the same of a checkpoint's weights, each graph in the precision that the bundle has it in."""
+    parts = {c: load.component(checkpoint, c, torch.float32) for c in checkpoint.family.components}
+    return of_parts(parts, bundle, remedies_of(bundle), device)
+
+
+def compiled(made: Modules, bundle: Bundle, device: torch.device) -> dict[str, torch.nn.Module]:
+    """Return the modules compiled by Inductor, without CUDA graphs of its own, which ours could not hold.
+
+    Each runs once, so that what the compiler allocates to try its kernels is not of the executor's pool.
+    """
+    found = {}
+    for name, module in made.items():
+        if name == ARITHMETIC:
+            found[name] = module
+            continue
+        found[name] = torch.compile(module, mode="max-autotune-no-cudagraphs", dynamic=False)
+        ends = bundle.manifest.graphs[name].inputs
+        with torch.no_grad():
+            found[name](*(torch.zeros(t.shape, dtype=getattr(torch, t.dtype), device=device) for t in ends))
+    return found
