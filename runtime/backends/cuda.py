@@ -150,7 +150,10 @@ class _Owned:
 
 @contextmanager
 def _restored() -> Iterator[None]:
-    """Leave the calling thread on the GPU that it is on now."""
+    """Leave the calling thread on the GPU that it is on now.
+
+    CUDA prepares that GPU if nothing has yet, which takes some of its memory; there is no other way to be back on it.
+    """
     runtime = _runtime()
     status, before = runtime.cudaGetDevice()
     try:
@@ -163,8 +166,8 @@ def _restored() -> Iterator[None]:
 class Session:
     """One GPU and everything that was made on it.
 
-    `close` gives it back, and so does the end of the last reference to the session. The end of the process does so
-    without either.
+    `close` gives all of it back. A session that is dropped without `close` does the same; when the process ends, the
+    driver does it.
     """
 
     def __init__(self, index: int, users: dict[str, Any] | None = None) -> None:
