@@ -21,7 +21,8 @@ from transformers import CLIPTextModel
 
 import turbochain.runtime
 from turbochain.export.tracing import modules
-from turbochain.runtime import Bundle, Pipeline, VerificationError, selection
+from turbochain.runtime import Bundle, BundleError, Pipeline, VerificationError, selection
+from turbochain.runtime.bundle import hashing
 from turbochain.runtime.bundle.manifest import Check
 from turbochain.runtime.checks import bounds, metrics, verify
 from turbochain.runtime.checks.reference import read_cases
@@ -371,6 +372,25 @@ def test_a_flipped_bit_is_bad_input_not_a_wrong_result(sd: Path, copy_of: Copy, 
     done = command("turbochain", "verify", file.parents[name.count("/")])
     assert done.returncode == 2
     assert name in done.stderr
+
+
+def test_a_verification_asks_no_stamp(sd: Path, copy_of: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stamp that lies about a large file shows who is asked."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(hashing, "SETTLED", 0)  # a stamp need not wait for the file to be two seconds old
+    path = copy_of(sd)
+    with (path / "large").open("wb") as file:
+        file.truncate(hashing.CHUNK + 1)
+    record, lie = hashing.describe(path / "large"), "f" * 64
+    hashing.check(path, "large", record, full=False)
+    (stamp,) = (tmp_path / "cache/turbochain/hashes").iterdir()
+    stamp.write_text(stamp.read_text().replace(record.sha256, lie))
+    manifest = json.loads((path / "bundle.json").read_text())
+    manifest["files"]["large"] = {"size": record.size, "sha256": lie}
+    (path / "bundle.json").write_text(json.dumps(manifest))
+    Bundle.open(path).check_files()
+    with pytest.raises(BundleError, match="'large' is damaged"):
+        verify.verify_bundle(path)
 
 
 def picture(size: int, kind: str, seed: int) -> np.ndarray:
