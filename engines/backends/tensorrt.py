@@ -183,7 +183,7 @@ def _configure(config: "trt.IBuilderConfig", options: Options) -> None:
             "ampere_plus": trt.HardwareCompatibilityLevel.AMPERE_PLUS,
             "same_compute_capability": trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY,
         }[options["hardware_compatibility"]]
-    if "REQUIRE_USER_ALLOCATION" in trt.BuilderFlag.__members__:
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # what allocates while it runs cannot be captured
     if options["version_compatible"]:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)

@@ -46,7 +46,7 @@ def test_no_library_is_imported() -> None:
 
 
 def test_no_contract_is_probed() -> None:
-    """Only a library of many versions is: TensorRT's module and its builder's configuration."""
+    """Only a library of many versions is: TensorRT's module, its flags and its builder's configuration."""
     for path in ENGINES.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if (
@@ -54,4 +54,4 @@ def test_no_contract_is_probed() -> None:
                 and isinstance(node.func, ast.Name)
                 and node.func.id in ("hasattr", "getattr")
             ):
-                assert isinstance(node.args[0], ast.Name) and node.args[0].id in ("trt", "config"), (path, node.lineno)
+                assert ast.unparse(node.args[0]) in ("trt", "trt.BuilderFlag", "config"), (path, node.lineno)
