@@ -10,7 +10,8 @@ It is stricter than CUDA wherever CUDA leaves something open:
 `Runtime.misuse` collects what a program must never do, whatever became of the picture.
 """
 
-from .runtime import STICKY, Error, Module, Runtime
+from .machine import STICKY, Error, Module
+from .runtime import Runtime
 from .stages import OneByOne, Stage, StandIn, gpu, pipeline, standing_in
 
 __all__ = ["STICKY", "Error", "Module", "OneByOne", "Runtime", "Stage", "StandIn", "gpu", "pipeline", "standing_in"]

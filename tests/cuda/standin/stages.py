@@ -20,7 +20,8 @@ from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Gpu, Graph, Tensor
 from turbochain.runtime.errors import CudaError, OutOfMemory, TurbochainError
 
 from . import memory
-from .runtime import Error, Module, Refused, Runtime
+from .machine import Error, Module, Refused
+from .runtime import Runtime
 
 WEIGHTS = 4096  # bytes: what a stage keeps on the GPU for itself
 
