@@ -89,6 +89,8 @@ class Request:
         embeds = check_embeds(chain, prompt_embeds, pooled_prompt_embeds, repeats)
         if embeds and prompt is not None:
             raise InputError("prompt and prompt_embeds were given: one of the two was expected")
+        if not embeds and prompt is None:
+            raise InputError("prompt is None: give a prompt, or its prompt_embeds")
         prompts = () if embeds else _check_prompts(prompt, repeats)
         count = len(embeds[0][1].value) if embeds else len(prompts)
         _check_size(chain, height, width)
@@ -101,7 +103,7 @@ class Request:
         return cls(
             prompts=prompts,
             steps=int(steps),
-            seeds=_check_seeds(seed, count),
+            seeds=_check_seeds("seed" if generator is None else "generator", seed, count),
             one_generator=isinstance(seed, int | np.integer),
             chain=chain.name,
             latents=None if latents is None else _check_latents(chain, latents, count),
@@ -190,10 +192,10 @@ def _check_generator(seed: Any, generator: object) -> Any:
     return seeds_of(generator)
 
 
-def _check_seeds(seed: object, count: int) -> tuple[int, ...]:
+def _check_seeds(argument: str, seed: object, count: int) -> tuple[int, ...]:
     seeds = [seed] if isinstance(seed, int | np.integer) else seed
     if not isinstance(seeds, Sequence) or isinstance(seeds, str) or (seeds is seed and len(seeds) != count):
-        raise InputError(f"seed={seed!r}: an integer, or a list with one integer for each of {count} pictures")
+        raise InputError(f"{argument}={seed!r}: an integer, or a list with one integer for each of {count} pictures")
     return tuple(check_seed(s) for s in seeds)
 
 

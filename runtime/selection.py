@@ -135,7 +135,9 @@ def select(
     if backend is None:
         backends.best(device)  # with no backend at all, its `pip install` line is what helps
     why = "; ".join(reasons) or (
-        "it has none" if bundle.trusts_engines else "those that come with a bundle of the hub need --trust-engines"
+        "it has none"
+        if bundle.trusts_engines
+        else "engines that came with it from the hub are ignored without --trust-engines"
     )
     command = _command(bundle, backend, device, engines)
     raise BundleError(f"{bundle.path} has no engine for this machine ({why}); build one: {command}")

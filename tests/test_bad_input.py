@@ -489,7 +489,7 @@ def test_an_output_that_cannot_be_made(tmp_path: Path, output: str) -> None:
 
 NOISE = np.zeros((1, 4, 8, 8), np.float32)
 CALLS: dict[str, tuple[dict[str, Any], str]] = {
-    "prompt None": ({"prompt": None}, "prompt is of type NoneType: expected a str"),
+    "prompt None": ({"prompt": None}, "prompt is None: give a prompt, or its prompt_embeds"),
     "prompt bytes": ({"prompt": b"a cat"}, "prompt is of type bytes: expected a str"),
     "prompt number": ({"prompt": 3}, "prompt is of type int: expected a str"),
     "prompt dict": ({"prompt": {"a": 1}}, "prompt is of type dict: expected a str"),
@@ -499,7 +499,10 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "lone surrogate": ({"prompt": "ab\ud83d"}, "lone surrogate U+D83D at position 2"),
     "over 32 KiB": ({"prompt": "é" * 16385}, "32,770 bytes long as UTF-8: expected at most 32,768 (32 KiB)"),
     "second prompt": ({"prompt": ["fine", "a\0"]}, "NUL character"),
-    "no steps": ({"num_inference_steps": 0}, "num_inference_steps=0: this bundle has tables for 1, 2, 3, 4 steps"),
+    "no steps": (
+        {"num_inference_steps": 0},
+        "=0: this bundle was built for these step counts: 1, 2, 3, 4;",
+    ),
     "too many steps": ({"num_inference_steps": 5}, "num_inference_steps=5"),
     "steps float": ({"num_inference_steps": 1.0}, "num_inference_steps=1.0"),
     "steps bool": ({"num_inference_steps": True}, "num_inference_steps=True"),

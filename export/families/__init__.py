@@ -51,9 +51,7 @@ class Family:
 
     name: str
     pipeline_class: str  # diffusers' for text-to-image
-    kin: tuple[
-        str, ...
-    ]  # other classes in a model_index.json whose parts, but for a ControlNet, that pipeline draws with
+    kin: tuple[str, ...]  # other classes whose checkpoints `pipeline_class` can draw; a ControlNet is ignored
     components: tuple[str, ...]  # folders with weights
     tokenizers: Mapping[str, str]  # feed that takes the ids → the checkpoint's tokenizer folder
     graphs: Mapping[str, GraphSpec]  # graph → spec, but for `common.step`; those of one component in this order

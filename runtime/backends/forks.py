@@ -19,8 +19,8 @@ def keep_for_ever(thing: object) -> None:
 def let_threads_rest() -> None:
     """Wait until no other thread of the process works, for a second at most.
 
-    What a thread is in the middle of when it is not copied, the copy of the process waits for at its exit. A library's
-    threads go on for a moment after a call of it has returned.
+    The child has no copy of these threads. If one was busy at the fork, the child waits for it at its exit, for ever. A
+    library's threads go on for a moment after a call of it has returned.
     """
     for _ in range(_LOOKS):
         if not _others_work():

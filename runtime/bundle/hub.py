@@ -16,12 +16,13 @@ _ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 def folder(bundle: str | os.PathLike[str], *, engines: bool = False) -> Path:
     """Return the folder of a bundle: `bundle` itself, or its snapshot in the hub's cache if it names one on the hub.
 
-    Only text that names nothing here can be an id: OWNER/NAME or OWNER/NAME@REVISION. What the manifest lists is
-    downloaded unless it is in the cache; with `engines` also the engines beside it. Raises BundleError if there is no
-    such bundle, InputError if the download fails or huggingface_hub is not installed.
+    Only text that names nothing here, nor anything in a folder here, can be an id: OWNER/NAME or OWNER/NAME@REVISION.
+    What the manifest lists is downloaded unless it is in the cache; with `engines` also the engines beside it. Raises
+    BundleError if there is no such bundle, InputError if the download fails or huggingface_hub is not installed.
     """
     path = Path(bundle)
-    found = _ID.fullmatch(bundle) if isinstance(bundle, str) and not os.path.lexists(path) else None
+    may_be = isinstance(bundle, str) and not os.path.lexists(path) and not path.parent.is_dir()
+    found = _ID.fullmatch(str(bundle)) if may_be else None
     if found is None:
         return path
     name, revision = found["id"], found["revision"]

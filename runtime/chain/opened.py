@@ -116,7 +116,10 @@ class OpenChain:
                 if entry.steps == steps and not entry.begin:
                     return name, entry
         choices = ", ".join(map(str, self.steps))
-        raise InputError(f"num_inference_steps={steps!r}: this bundle has tables for {choices} steps")
+        raise InputError(
+            f"num_inference_steps={steps!r}: this bundle was built for these step counts: {choices}; "
+            "build another with build-engine SOURCE --steps"
+        )
 
     @cached_property
     def tables(self) -> dict[str, Table]:

@@ -27,8 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = _command(commands, "generate", _generate, "make a picture")
-    generate.add_argument("text", nargs="?", metavar="PROMPT", help="what to draw")
-    generate.add_argument(PROMPT, metavar="TEXT", help="the same; TEXT may begin with '-'")
+    generate.add_argument("prompt", metavar="PROMPT", help="what to draw")
+    generate.add_argument(
+        PROMPT, metavar="TEXT", default=argparse.SUPPRESS, help="the same; TEXT may begin with '-'"
+    )  # `_prompt_last` has taken it out
     generate.add_argument("--seed", type=int, default=0, help="0 to 2^64-1 (default 0)")
     generate.add_argument("--steps", type=int, help="step count (default: the fewest that the bundle has)")
     generate.add_argument("-o", "--output", type=Path, default=Path("out.png"), help="picture file (default out.png)")
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     timing.add_argument("--profile", action="store_true", help="also the slowest operators of each stage (on a CPU)")
     timing.add_argument("--json", action="store_true")
     words = list(sys.argv[1:] if argv is None else argv)
-    return console.run(parser, lambda arguments: arguments.command(arguments), _joined(words))
+    return console.run(parser, lambda arguments: arguments.command(arguments), _prompt_last(words))
 
 
 PROMPT = "--prompt"
@@ -64,12 +66,19 @@ class _Parser(argparse.ArgumentParser):
         return found, unknown
 
 
-def _joined(words: list[str]) -> list[str]:
-    """Join `--prompt` and the word after it, which argparse would take for an option if it begins with '-'."""
-    if PROMPT not in words[:-1] or "--" in words[: words.index(PROMPT)]:
-        return words
-    at = words.index(PROMPT)
-    return [*words[:at], f"{PROMPT}={words[at + 1]}", *words[at + 2 :]]
+def _prompt_last(words: list[str]) -> list[str]:
+    """Move the text of `--prompt` to the end, as the positional argument that it stands for."""
+    end = words.index("--") if "--" in words else len(words)
+    for at, word in enumerate(words[:end]):
+        if word.startswith(f"{PROMPT}="):
+            text, after = word.removeprefix(f"{PROMPT}="), at + 1
+        elif word == PROMPT and at + 1 < len(words):
+            text, after = words[at + 1], at + 2
+        else:
+            continue
+        rest = [*words[:at], *words[after:]]
+        return [*rest, *([] if "--" in rest else ["--"]), text]
+    return words
 
 
 def _command(commands: Any, name: str, function: console.Command, text: str, *, machine: bool = True) -> Any:
@@ -101,12 +110,9 @@ def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _generate(arguments: argparse.Namespace) -> None:
     path: Path = arguments.output
-    if (arguments.text is None) == (arguments.prompt is None):
-        raise InputError(f"one prompt was expected; {DASH}")
     _check_writable(path)
     with Pipeline.load(arguments.bundle, **_machine(arguments)) as pipe:
-        prompt = arguments.prompt if arguments.text is None else arguments.text
-        out = pipe(prompt, chain=arguments.chain, num_inference_steps=arguments.steps, seed=arguments.seed)
+        out = pipe(arguments.prompt, chain=arguments.chain, num_inference_steps=arguments.steps, seed=arguments.seed)
     encoded = io.BytesIO()
     out.images[0].save(encoded, _format(path))
     write_atomically(path, encoded.getvalue())

@@ -28,7 +28,8 @@ def check_array(argument: str, value: object, dtype: str, shape: tuple[int, ...]
     """Return a copy of a caller's array; `argument` names it in the messages. Raises InputError if it is another."""
     expected = f"an array of {dtype} {list(shape)} was expected"
     if not isinstance(value, np.ndarray):
-        torch = "; of a torch tensor that is .float().cpu().numpy()" * type(value).__module__.startswith("torch")
+        mend = "; for a torch tensor, give tensor.detach().float().cpu().numpy()"
+        torch = mend if type(value).__module__.startswith("torch") else ""
         raise InputError(f"{argument} is of type {type(value).__name__}: {expected}{torch}")
     if value.dtype != dtype or value.shape != shape:
         raise InputError(f"{argument} is {value.dtype} {list(value.shape)}: {expected}")

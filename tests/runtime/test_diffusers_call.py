@@ -212,7 +212,7 @@ def test_prompt_embeds_that_are_not_what_the_model_reads(family: str, ours: Pipe
         ({**both, "prompt_embeds": states[:, :76]}, r"an array of float32 \[1, 77, "),
         ({**both, "prompt_embeds": states[:0]}, r"an array of float32 \[1, 77, "),
         ({**both, "prompt_embeds": states.astype(np.float16)}, "prompt_embeds is float16"),
-        ({**both, "prompt_embeds": torch.from_numpy(states)}, r"of a torch tensor that is \.float\(\)\.cpu\(\)"),
+        ({**both, "prompt_embeds": torch.from_numpy(states)}, r"for a torch tensor, give tensor\.detach\(\)\.float"),
         ({**both, "prompt_embeds": states * np.nan}, "NaN"),
     ]
     if family == "sdxl":

@@ -98,6 +98,12 @@ class Hub:
         """Return the copy in the hub's cache; InputError with the error of the network if there is none."""
         import huggingface_hub as hub
 
+        bundle = hub.try_to_load_from_cache(self.name, "bundle.json", revision=want.revision)
+        if isinstance(bundle, str):
+            raise InputError(
+                f"{self.name} is a bundle, and a checkpoint was expected: build an engine of it with "
+                f"build-engine {Path(bundle).parent}"
+            ) from None
         name = "config.json" if want.part is not None else "model_index.json"
         found = hub.try_to_load_from_cache(self.name, name, revision=want.revision)
         if not isinstance(found, str):

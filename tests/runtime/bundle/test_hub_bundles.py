@@ -61,7 +61,7 @@ def test_a_snapshot_is_a_bundle(backend: str, sd: Path, snapshot: Path, home: Pa
     assert all(path.is_symlink() for path in snapshot.rglob("*") if not path.is_dir())
     before, bundle = tree(home), Bundle.open(snapshot)
     bundle.check_files(full=True)
-    with pytest.raises(BundleError, match="those that come with a bundle of the hub need --trust-engines"):
+    with pytest.raises(BundleError, match="engines that came with it from the hub are ignored without --trust-engines"):
         Pipeline.load(snapshot)
     made = build(str(snapshot), backend=backend, device="cpu", quiet=True)
     assert made.folder.parent == hashing.user_cache() / "engines" / bundle.id
@@ -83,7 +83,7 @@ def test_an_id_is_a_bundle(sd: Path, snapshot: Path, tmp_path: Path, home: Path)
     """Through the library itself; the engine that came with it runs only if it is trusted."""
     before, picture = tree(home), tmp_path / "a.png"
     done = generated(NAME, picture)
-    assert done.returncode == 2 and f"need --trust-engines); build one: build-engine {snapshot}" in done.stderr
+    assert done.returncode == 2 and f"without --trust-engines); build one: build-engine {snapshot}" in done.stderr
     done = generated(NAME, picture, "--trust-engines")
     assert done.returncode == 0, done
     assert (np.asarray(Image.open(picture)) == drawn(sd)[0]).all() and tree(home) == before
@@ -173,6 +173,13 @@ MALICIOUS = {
     "linked blobs": (linked_store, "a symbolic link leads outside"),
     "another blob": (to(f"../../../blobs/{'0' * 64}"), "is missing"),
 }
+
+
+def test_a_path_below_a_folder_here_is_no_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BundleError, match=r"out/sd\.bundle"):
+        Bundle.open("out/sd.bundle")
 
 
 @pytest.mark.parametrize("case", MALICIOUS)

@@ -21,6 +21,7 @@ def test_a_prompt_that_begins_with_a_dash(sd: Path, tmp_path: Path, prompt: str)
         ("--prompt", prompt, sd, *options),
         (sd, *options, f"--prompt={prompt}"),
         (*options, "--", sd, prompt),
+        (sd, *options, "--", prompt),
         *([(sd, prompt, *options)] if prompt == "-5 degrees" else []),  # with a space it is no option
     ]
     for line in lines:
@@ -35,3 +36,27 @@ def test_an_unknown_option_may_be_a_prompt(tmp_path: Path, line: tuple[str, ...]
     done = called("turbochain", "generate", tmp_path, *line)
     assert done.returncode == 2
     assert done.stderr.endswith("arguments: -cold (a prompt that begins with '-' is given as --prompt TEXT)\n")
+
+
+def test_options_may_stand_before_the_prompt(sd: Path, tmp_path: Path) -> None:
+    with Pipeline.load(sd) as pipe:
+        expected = pipe("a cat", seed=3, output_type="uint8").images[0]
+    place = tmp_path / "out.png"
+    for line in ((sd, "--seed", 3, "a cat", "-o", place), ("--seed", 3, sd, "-o", place, "a cat")):
+        done = called("turbochain", "generate", *line)
+        assert done.returncode == 0, done.stderr
+        np.testing.assert_array_equal(np.asarray(Image.open(place)), expected)
+        place.unlink()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ((), "the following arguments are required: PROMPT"),
+        (("a cat", "--prompt", "a dog"), "unrecognized arguments: a dog"),
+        (("--prompt",), "argument --prompt: expected one argument"),
+    ],
+)
+def test_one_prompt_is_expected(tmp_path: Path, line: tuple[str, ...], said: str) -> None:
+    done = called("turbochain", "generate", tmp_path, *line)
+    assert done.returncode == 2 and said in done.stderr
