@@ -330,6 +330,14 @@ MANIFEST_EDITS = {
         put(*UNET, "file", value="graphs/other.onnx"),
         "graph unet names graphs/other.onnx, which is not in files",
     ),
+    "tokenizer that is not listed": (
+        drop("files", "tokenizer.json"),
+        "tokenizer input_ids names tokenizer.json, which is not in files",
+    ),
+    "reference that is not listed": (
+        drop("files", "reference.safetensors"),
+        "the reference names reference.safetensors, which is not in files",
+    ),
     "file outside": (
         together(
             put("tokenizers", "input_ids", "file", value="../x"),
