@@ -668,6 +668,13 @@ def test_an_engine_whose_manifest_is_damaged(sd: Path, copy_of, text: str) -> No
     assert "engine.json" in message and message.endswith(f"build one: build-engine {bundle}")
 
 
+def test_an_engine_that_is_being_built_is_not_there_yet(sd: Path, copy_of) -> None:
+    path = copy_of(sd)
+    (engine,) = Bundle.open(path).engines()
+    (path / "engines" / engine).rename(path / "engines" / f".{engine}")
+    assert Bundle.open(path).engines() == {}
+
+
 def test_no_engine(sd: Path, copy_of) -> None:
     bundle = copy_of(sd)
     shutil.rmtree(bundle / "engines")
