@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import save_file as save_torch_file
 from turbochain.runtime import Bundle, BundleError, Pipeline
 from turbochain.runtime.bundle import hashing, strict_json
 from turbochain.runtime.bundle.manifest import FEATURES, Engine, Manifest
+from turbochain.runtime.checks import verify
 
 CHAIN = "text-to-image"
 Edit = Callable[[dict[str, Any]], object]
@@ -687,6 +689,8 @@ def test_a_file_of_an_engine(sd: Path, copy_of, name: str) -> None:
     edit_json(engine_json(bundle), put("graphs", "unet", "files", name, value={"size": 1, "sha256": "0" * 64}))
     expected = "is not a path inside" if name.startswith(".") else "is missing"
     assert f"{name!r} {expected}" in refusal(bundle)
+    with pytest.raises(BundleError, match=f"'{re.escape(name)}' {expected}"):
+        verify.verify_bundle(bundle)
 
 
 def test_a_second_engine_that_fits_serves(sd: Path, copy_of) -> None:
