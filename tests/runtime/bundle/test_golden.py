@@ -138,6 +138,14 @@ def test_every_file_has_its_record() -> None:
         assert bundle.id == hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
+def test_a_graphs_digest_is_that_of_all_its_files() -> None:
+    """The .onnx first, then its data: an engine of other weights does not fit."""
+    opened = Bundle.open(GOLDEN)
+    for name, graph in json.loads((GOLDEN / "bundle.json").read_text())["graphs"].items():
+        hashes = [hashlib.sha256((GOLDEN / file).read_bytes()).hexdigest() for file in (graph["file"], *graph["data"])]
+        assert opened.graph_digest(name) == hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
 def test_the_manifest_is_written_as_it_was_read() -> None:
     path = GOLDEN / "bundle.json"
     assert strict_json.write(strict_json.read(manifest.Manifest, path)).encode() == path.read_bytes()

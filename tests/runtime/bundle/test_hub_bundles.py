@@ -209,6 +209,20 @@ def test_a_snapshot_folder_without_blobs_is_no_cache(sd: Path, home: Path, tmp_p
 # --- what libraries read
 
 
+def refuse(*_: object, **__: object) -> None:
+    raise OSError(18, "Invalid cross-device link")
+
+
+def test_a_copy_is_hashed(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file may have changed since the bundle was checked."""
+    bundle = Bundle.open(snapshot)
+    blob = (snapshot / "graphs/vae.fp32-0.data").resolve()
+    blob.write_bytes(bytes(blob.stat().st_size))
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(BundleError, match=r"'graphs/vae.fp32-0.data' is damaged"):
+        bundle.plain("vae_decoder")
+
+
 def test_plain_files_are_made_once_and_mended(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(snapshot)
     file = "graphs/vae.fp32-0.data"
@@ -221,10 +235,6 @@ def test_plain_files_are_made_once_and_mended(snapshot: Path, monkeypatch: pytes
     assert not target.is_symlink() and os.path.samefile(target, snapshot / file)
     target.unlink()
     target.write_bytes(b"cut off")
-
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(18, "Invalid cross-device link")
-
     monkeypatch.setattr(os, "link", refuse)
     bundle.plain("vae_decoder")
     assert target.read_bytes() == (snapshot / file).read_bytes() and not os.path.samefile(target, snapshot / file)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import save_file as save_torch_file
 from turbochain.runtime import Bundle, BundleError, Pipeline
 from turbochain.runtime.bundle import hashing, strict_json
 from turbochain.runtime.bundle.manifest import FEATURES, Engine, Manifest
+from turbochain.runtime.checks import verify
 
 CHAIN = "text-to-image"
 Edit = Callable[[dict[str, Any]], object]
@@ -329,6 +331,14 @@ MANIFEST_EDITS = {
     "file that is not listed": (
         put(*UNET, "file", value="graphs/other.onnx"),
         "graph unet names graphs/other.onnx, which is not in files",
+    ),
+    "tokenizer that is not listed": (
+        drop("files", "tokenizer.json"),
+        "tokenizer input_ids names tokenizer.json, which is not in files",
+    ),
+    "reference that is not listed": (
+        drop("files", "reference.safetensors"),
+        "the reference names reference.safetensors, which is not in files",
     ),
     "file outside": (
         together(
@@ -660,6 +670,13 @@ def test_an_engine_whose_manifest_is_damaged(sd: Path, copy_of, text: str) -> No
     assert "engine.json" in message and message.endswith(f"build one: build-engine {bundle}")
 
 
+def test_an_engine_that_is_being_built_is_not_there_yet(sd: Path, copy_of) -> None:
+    path = copy_of(sd)
+    (engine,) = Bundle.open(path).engines()
+    (path / "engines" / engine).rename(path / "engines" / f".{engine}")
+    assert Bundle.open(path).engines() == {}
+
+
 def test_no_engine(sd: Path, copy_of) -> None:
     bundle = copy_of(sd)
     shutil.rmtree(bundle / "engines")
@@ -672,6 +689,8 @@ def test_a_file_of_an_engine(sd: Path, copy_of, name: str) -> None:
     edit_json(engine_json(bundle), put("graphs", "unet", "files", name, value={"size": 1, "sha256": "0" * 64}))
     expected = "is not a path inside" if name.startswith(".") else "is missing"
     assert f"{name!r} {expected}" in refusal(bundle)
+    with pytest.raises(BundleError, match=f"'{re.escape(name)}' {expected}"):
+        verify.verify_bundle(bundle)
 
 
 def test_a_second_engine_that_fits_serves(sd: Path, copy_of) -> None:

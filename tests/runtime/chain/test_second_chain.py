@@ -256,6 +256,16 @@ def test_verification_passes_both_chains(bundle: Path, chain: str, backend: str)
     verify.require(checks)
 
 
+def test_verifications_of_two_chains_are_both_kept(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for chain in (I2I, T2I):
+        verify.verify_bundle(copy, chain=chain, backend="onnxruntime")
+    made = json.loads((copy / "engines/onnxruntime/engine.json").read_text())
+    assert made["checks"].keys() == made["verified"].keys() == {T2I, I2I}
+    for chain in (I2I, T2I):
+        Pipeline.load(copy, chain=chain, backend="onnxruntime").close()
+    assert not caplog.records  # which would say that it is verified now
+
+
 WRONG: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "what history adds to the latents": (I2I, "2/m", (1, 0, 2)),
     "what the latents leave in history": (I2I, "2/m", (0, 2, 0)),

@@ -456,7 +456,7 @@ def foreign(sd: Path, copy_of: Copy) -> Path:
     """A bundle whose engine has not been verified, as one that was built on another machine."""
     bundle = copy_of(sd)
     (path,) = bundle.glob("engines/*/engine.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"checks": {}}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"checks": {}, "verified": {}}))
     return bundle
 
 
@@ -492,6 +492,34 @@ def test_an_unverified_engine_that_errs_is_refused_each_time(foreign: Path) -> N
             Pipeline.load(foreign)
     assert command("turbochain", "verify", foreign).returncode == 1
     assert kept(foreign) == {}
+
+
+def test_the_checks_of_another_table_are_not_believed(sd: Path, copy_of: Copy) -> None:
+    """The engine's graphs are the same, but not what the chain makes of them."""
+    path = copy_of(sd)
+    scaled("m", 1.01)(path, Path())
+    manifest = json.loads((path / "bundle.json").read_text())
+    manifest["files"][TABLES] = vars(hashing.describe(path / TABLES))
+    (path / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(VerificationError, match="schedule: relative_l2 is"):
+        Pipeline.load(path)
+
+
+def test_a_damaged_reference_verifies_nothing(foreign: Path) -> None:
+    file = foreign / "reference.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(BundleError, match=r"'reference\.safetensors' is damaged"):
+        Pipeline.load(foreign)
+    assert kept(foreign) == {}
+
+
+def test_a_figure_that_is_too_low_is_shown_as_such() -> None:
+    checks = [Check("image", "psnr", 20.0, 38.0, False), Check("unet", "relative_l2", 0.5, 1e-2, False)]
+    with pytest.raises(VerificationError) as caught:
+        verify.require(checks)
+    assert "image: psnr is 20, the bound is ≥ 38; unet: relative_l2 is 0.5, the bound is ≤ 0.01" in str(caught.value)
 
 
 def test_an_unverified_engine_in_a_folder_that_cannot_be_written(foreign: Path, tmp_path: Path) -> None:
