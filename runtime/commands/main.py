@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Check
 from turbochain.runtime.bundle.opened import Bundle
@@ -64,6 +64,10 @@ class _Parser(argparse.ArgumentParser):
         if unknown and "prompt" in found:
             self.error(f"unrecognized arguments: {' '.join(unknown)} ({DASH})")
         return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """End as the base class does; a missing prompt may be an unknown option."""
+        super().error(f"{message} ({DASH})" if message.endswith(" PROMPT") else message)
 
 
 def _prompt_last(words: list[str]) -> list[str]:

@@ -33,8 +33,9 @@ def check_embeds(
         expected = "is expected beside prompt_embeds" if pooled else "was given, and this model reads none"
         raise InputError(f"pooled_prompt_embeds {expected}")
     widths = [chain.tensors[name].shape[-1] for name in states]
-    known = isinstance(prompt_embeds, np.ndarray) and prompt_embeds.ndim == 3
-    prompts = max(np.shape(prompt_embeds)[0], 1) if known else 1  # type: ignore[arg-type]
+    prompts = 1
+    if isinstance(prompt_embeds, np.ndarray) and prompt_embeds.ndim == 3:
+        prompts = max(len(prompt_embeds), 1)
     shape = (prompts, chain.tensors[states[0]].shape[1], sum(widths))
     value = check_array("prompt_embeds", prompt_embeds, "float32", shape).value
     given = dict(zip(states, np.split(value, np.cumsum(widths)[:-1], axis=-1), strict=True))
