@@ -138,6 +138,12 @@ def test_every_file_has_its_record() -> None:
         assert bundle.id == hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
+@pytest.mark.parametrize("dtype", manifest.DTYPES)
+def test_a_tensor_is_as_large_as_numpys(dtype: str) -> None:
+    """A GPU's buffers are allocated and copied by it."""
+    assert manifest.Tensor("x", dtype, (2, 3, 5)).nbytes == np.zeros((2, 3, 5), dtype).nbytes
+
+
 def test_a_graphs_digest_is_that_of_all_its_files() -> None:
     """The .onnx first, then its data: an engine of other weights does not fit."""
     opened = Bundle.open(GOLDEN)
