@@ -294,6 +294,10 @@ MANIFEST_EDITS = {
         "K is 1, and its history is ['latents']",
     ),
     "dtype unknown": (put(*UNET, "inputs", 0, "dtype", value="object"), "graph unet: latents has dtype object"),
+    "dtype that no boundary has": (
+        put(*UNET, "inputs", 0, "dtype", value="float64"),
+        "graph unet: latents has dtype float64",
+    ),
     "size zero": (put(*DECODER, "outputs", 0, "shape", value=[0, 64, 64, 3]), "image has dtype uint8 and shape [0,"),
     "no output": (put(*OF, "output", value="film"), "no graph produces its output film"),
     "output that is fed": (put(*OF, "output", value="latents"), "no graph produces its output latents"),
