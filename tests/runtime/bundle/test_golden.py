@@ -138,6 +138,29 @@ def test_every_file_has_its_record() -> None:
         assert bundle.id == hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
+def test_the_pages_words_are_those_that_are_read() -> None:
+    rows = FORMAT.partition("| `is` | `when` | contents |")[2].partition("\n\n")[0].splitlines()[2:]
+    feeds: dict[str, list[str]] = {}
+    for kinds, when, contents in (row.strip("| ").split(" | ", 2) for row in rows):
+        plain, _, more = when.partition("(")
+        feeds |= {kind: re.findall(r"call|step|held", plain) for kind in re.findall(r"`(\w+)`", kinds)}
+        for kind, also in re.findall(r"`(\w+)` also (\w+)", more):
+            feeds[kind].append(also)
+        if "`of`" in contents:
+            assert ["", *re.findall(r'`of` is "(\w+)"', contents)] == [*manifest.TEXTS]
+    assert feeds == {kind: [*when] for kind, when in manifest.FEEDS.items()}
+    (features,) = re.findall(r"^\| `requires` \|.*?\}: (.*?)\. A reader", FORMAT, re.M)
+    assert sorted(re.findall(r"`(\w+)`", features)) == sorted(manifest.FEATURES)
+    (judged,) = re.findall(r"`judged` says how verification compares a stage: ([^.]*)\.", FORMAT)
+    assert sorted(re.findall(r"`(\w+)`", judged)) == sorted(manifest.JUDGED)
+
+
+@pytest.mark.parametrize("dtype", manifest.DTYPES)
+def test_a_tensor_is_as_large_as_numpys(dtype: str) -> None:
+    """A GPU's buffers are allocated and copied by it."""
+    assert manifest.Tensor("x", dtype, (2, 3, 5)).nbytes == np.zeros((2, 3, 5), dtype).nbytes
+
+
 def test_a_graphs_digest_is_that_of_all_its_files() -> None:
     """The .onnx first, then its data: an engine of other weights does not fit."""
     opened = Bundle.open(GOLDEN)

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,10 @@ MANIFEST_EDITS = {
         "K is 1, and its history is ['latents']",
     ),
     "dtype unknown": (put(*UNET, "inputs", 0, "dtype", value="object"), "graph unet: latents has dtype object"),
+    "dtype that no boundary has": (
+        put(*UNET, "inputs", 0, "dtype", value="float64"),
+        "graph unet: latents has dtype float64",
+    ),
     "size zero": (put(*DECODER, "outputs", 0, "shape", value=[0, 64, 64, 3]), "image has dtype uint8 and shape [0,"),
     "no output": (put(*OF, "output", value="film"), "no graph produces its output film"),
     "output that is fed": (put(*OF, "output", value="latents"), "no graph produces its output latents"),
@@ -668,6 +673,20 @@ def test_an_engine_whose_manifest_is_damaged(sd: Path, copy_of, text: str) -> No
     engine_json(bundle).write_text(text)
     message = refusal(bundle)
     assert "engine.json" in message and message.endswith(f"build one: build-engine {bundle}")
+
+
+def test_an_engines_options_and_files(sd: Path) -> None:
+    """What the verification settled holds in place of what the key has, and every graph's files are the engine's."""
+    (engine,) = Bundle.open(sd).engines().values()
+    assert isinstance(engine, Engine)
+    record = hashing.FileRecord(1, "0" * 64)
+    graphs = {name: replace(graph, files={f"{name}.engine": record}) for name, graph in engine.graphs.items()}
+    options = {"inference_precision": "auto", "threads": 1}
+    changed = replace(
+        engine, graphs=graphs, key=replace(engine.key, options=options), settled={"inference_precision": "fp32"}
+    )
+    assert changed.options == {"inference_precision": "fp32", "threads": 1}
+    assert changed.files == {f"{name}.engine": record for name in engine.graphs} and len(engine.graphs) > 1
 
 
 def test_an_engine_that_is_being_built_is_not_there_yet(sd: Path, copy_of) -> None:

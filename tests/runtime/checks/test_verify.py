@@ -15,6 +15,7 @@ import torch
 from conftest import FAMILIES, BundleFactory, command, reseal
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from transformers import CLIPTextModel
@@ -74,6 +75,17 @@ def in_tables(change: Callable[..., None]) -> Change:
         save_file(arrays, path / TABLES)
 
     return apply
+
+
+def in_reference(path: Path, change: Callable[[Arrays, list[dict[str, Any]]], object]) -> None:
+    """Change what was recorded, and the cases that say of what; then describe the files anew."""
+    file = path / "reference.safetensors"
+    with safe_open(file, "numpy") as opened:
+        cases = json.loads(opened.metadata()["cases"])
+    arrays = load_file(file)
+    change(arrays, cases)
+    save_file(arrays, file, {"cases": json.dumps(cases)})
+    reseal(path)
 
 
 def in_rows(field: str, change: Callable[[np.ndarray], Any], *, at_step: int = 0) -> Change:
@@ -240,6 +252,19 @@ def test_a_figure_above_its_bound_is_shown_though_a_larger_one_is_allowed(sd: Pa
     reseal(path)
     (check,) = (c for c in checks_of(path) if c.stage == "schedule")
     assert not check.passed and check.value == pytest.approx(2e-5, rel=0.1) and check.bound == 1e-5
+
+
+def test_one_token_id_that_differs_is_refused(sd: Path, copy_of: Copy) -> None:
+    path = copy_of(sd)
+    in_reference(path, lambda arrays, _: arrays["0/input_ids"].__setitem__((0, 1), 0))
+    assert "ids" in failed(checks_of(path))
+
+
+def test_a_reference_without_a_case_verifies_nothing(sd: Path, copy_of: Copy) -> None:
+    path = copy_of(sd)
+    in_reference(path, lambda _, cases: [case.update(chain="another") for case in cases])
+    with pytest.raises(BundleError, match="has no case of the chain text-to-image to check against"):
+        checks_of(path)
 
 
 class LastTextEncoder(modules.TextEncoder):
@@ -431,6 +456,7 @@ def test_ssim_is_the_worst_of_the_batch() -> None:
     assert metrics.ssim(reference, reference) == pytest.approx(1)
     almost = reference.copy()
     almost[0, 0, 0, 0] ^= 1
+    assert metrics.psnr(reference, reference) == pytest.approx(120)
     assert metrics.psnr(almost, reference) < metrics.psnr(reference, reference) < float("inf")  # JSON has no infinity
 
 
