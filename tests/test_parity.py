@@ -114,14 +114,16 @@ def _prompts(first: int, count: int) -> list[str]:
 
 
 def _grid(batch: int, steps: int) -> dict[str, Call]:
-    """One call per seed; every prompt meets another seed in every step count."""
+    """Calls of one batch with all seeds, one for each picture; every prompt meets another seed in every step count."""
+    rounds = -(-len(SEEDS) // batch)
+    seeds = [[SEEDS[(i * batch + j) % len(SEEDS)] for j in range(batch)] for i in range(rounds)]
     return {
-        f"{steps} steps, seed {seed}": {
-            "prompt": _prompts(i + steps, batch),
+        f"{steps} steps, seeds {of}": {
+            "prompt": _prompts(i * batch + steps, batch),
             "num_inference_steps": steps,
-            "seed": seed,
+            "seed": of if batch > 1 else of[0],
         }
-        for i, seed in enumerate(SEEDS)
+        for i, of in enumerate(seeds)
     }
 
 

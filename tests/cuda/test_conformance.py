@@ -46,7 +46,7 @@ def test_pictures_of_both_families(family: str, bundle_of: BundleFactory) -> Non
     ]
     with on_cpu(bundle_of(family)) as cpu:
         right = [draw(cpu, call) for call in calls]
-    for seed, kind in enumerate(KINDS):
+    for seed, kind in enumerate(KINDS if family == "sd" else KINDS[:1]):
         conform(kind, bundle_of(family), right, seed, calls)
 
 
