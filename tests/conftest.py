@@ -88,7 +88,7 @@ LONGEST_FIRST = (
     "test_tensorrt_api.py",
     "test_diffusers_call.py",
 )
-"""The files that take over eight seconds; the others follow, so that neither process waits long for the other's last."""
+"""The files that take over eight seconds; the others follow, so that neither process waits long for the other."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
