@@ -346,7 +346,7 @@ class KeepingNear(diffusers.EulerDiscreteScheduler):
 
     def step(self, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
         if self.last is not None:
-            sample = self.last + (sample - self.last).clamp(-20, 20)
+            sample = self.last + (sample - self.last).clamp(-300, 300)
         (self.last, *_) = result = super().step(model_output, timestep, sample, **kwargs)
         return result
 
