@@ -73,6 +73,11 @@ def loaded(pipe: Pipeline) -> frozenset[str]:
     return pipe._executor.loaded
 
 
+def test_a_graph_of_two_places_is_named_once(bundle: Path) -> None:
+    stages = [stage["graph"] for stage in json.loads((bundle / "bundle.json").read_text())["chains"][T2I]["stages"]]
+    assert [*Bundle.open(bundle).manifest.chains[T2I].graphs] == sorted({*stages}, key=stages.index) != stages
+
+
 @pytest.mark.parametrize("steps", [2, 3])
 def test_a_call_without_its_mode(pipe: Pipeline, steps: int) -> None:
     assert_same(drawn(pipe, T2I, num_inference_steps=steps), by_hand.text_to_image(PROMPTS, 5, steps)["image"])
