@@ -49,7 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--pairs", nargs="*", metavar="OURS:PEER", help="the pairs (default: see benchmarks/README.md)")
     add("--cold", nargs="*", metavar="OURS:PEER", help="pairs of cold starts (default: see benchmarks/README.md)")
     add("--batches", type=int, nargs="*", help="larger batches of the first of ours (default 2 4 8; on a GPU none)")
-    add("--turns", type=int, help="load the two of a pair by turns, so often, never both at once (default on a GPU 2)")
+    add(
+        "--turns",
+        type=int,
+        metavar="N",
+        help="load the two contenders of a pair in turn, N times each, never both (on a GPU: 2)",
+    )
     add("--budget-seconds", type=float, default=float("inf"), help="begin nothing after this time")
     add("--commit", help="the commit to write down, if git cannot say it")
     add("--folder", type=Path, default=FOLDER, help="where checkpoints, bundles and kernels are kept")

@@ -38,7 +38,7 @@ class Settings:
     steps: tuple[int, ...]
     runs: int  # rounds that count
     warmup: int = 0  # rounds before them
-    turns: int | None = None  # load the two of a pair by turns, so often, never both at once; None: both at once
+    turns: int | None = None  # load the two contenders of a pair in turn, that often each; None: both at once
     end: float = float("inf")  # time.monotonic() after which nothing is begun
 
 

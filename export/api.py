@@ -84,9 +84,8 @@ def make(order: ExportOrder, how: How, precision: str, reports: list[PhaseReport
                     phases = Phases(lock, None if how.verbose else partial / LOG, how.quiet, reports)
                     bundling.export(phases, order, recipe, digests, partial, output, how.force)
                     recipe = order.recipe(precision, digests)  # a file that was too young to be remembered is not now
-                yield _checked(
-                    output, order, recipe, digests
-                )  # the folder was renamed, so its lock is the bundle's now
+                # The folder was renamed, so its lock is the bundle's now.
+                yield _checked(output, order, recipe, digests)
                 return
             partial.rmdir()  # the owner of the lock that we waited for made the bundle
     with locked(output, how.quiet):

@@ -14,7 +14,7 @@ from turbochain.runtime.errors import InputError
 PRECISIONS = ("fp32", "fp16")
 VAE_PRECISIONS = ("fp32", "bf16")
 LOCAL = "a folder"
-"""The source in a recipe if it is a folder here: not its name but its files say what it is."""
+"""The source in a recipe for a local folder, which its files identify, and not its name."""
 
 
 @dataclass(frozen=True)
