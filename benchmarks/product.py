@@ -82,7 +82,7 @@ def stages(bundle: Path, steps: int) -> list[Launches]:
     from turbochain.runtime import Bundle
 
     chain = Bundle.open(bundle).open_chain()
-    _, table = chain.entry(steps)
+    table = chain.chain.tables[chain.find(steps)]
     return [
         Launches(
             name=stage.graph,

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from turbochain.engines import options as backend_options
 from turbochain.engines.build import BuildResult, carry_out
 from turbochain.engines.order import BuildOrder, engine_order
+from turbochain.export import tasks
 from turbochain.export.api import path_of
-from turbochain.export.order import ExportOrder, How
+from turbochain.export.order import ExportOrder, How, Recipe
 from turbochain.runtime.checks.verify import bound_text
 from turbochain.runtime.commands import console
 from turbochain.runtime.errors import InputError
@@ -34,12 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--precision", help="fp32 or fp16 (default: fp32 for a CPU backend, fp16 for a GPU backend)")
     add("--vae-precision", help="fp32 or bf16, for the VAE instead of --precision")
     add("--vae", help="tiny (TAESD or TAESDXL), a hub id or a folder: this VAE instead of the checkpoint's own")
-    add("--size", help="width x height in pixels, multiples of 8 (default 512x512)")
-    add("--batch", type=int, help="pictures per pass (default 1)")
+    add("--tasks", metavar="NAME,…", help=f"of {', '.join(tasks.load())} (default {','.join(Recipe.tasks)})")
+    add("--size", help="width x height in pixels, multiples of 8 (default 512x512); several: 512x512,768x512")
+    add("--batch", help="pictures per pass (default 1); several: 1,4")
     add("--steps", help="step counts, such as 1-4 or 1,2,4 (default 1-4)")
     add("--opset", type=int, help="of the ONNX graphs, 18 to 23 (default 21)")
     add("--revision", help="branch, tag or commit of a hub id")
     add("--variant", help="weight files' variant, such as fp16")
+    add("--guidance-scale", type=float, help="of a call that gives none (default 0: the model was trained without)")
     add("-O", metavar="NAME=VALUE", action="append", default=[], help="an option of the backend; see below")
     add("--timing-cache", metavar="FOLDER", help="where TensorRT's timings are kept (default: beside the bundle)")
     add("--chains", metavar="NAME,…", help="compile only the graphs of these chains (default: all of the bundle's)")
@@ -52,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _build(arguments: argparse.Namespace) -> None:
     given = vars(arguments)
-    given["size"] = _size(arguments.size) if arguments.size else None
+    given["sizes"] = tuple(map(_size, arguments.size.split(","))) if arguments.size else None
+    given["batches"] = tuple(map(_batch, arguments.batch.split(","))) if arguments.batch else None
+    given["tasks"] = tuple(arguments.tasks.split(",")) if arguments.tasks else None
     given["steps"] = _steps(arguments.steps) if arguments.steps else None
     export = ExportOrder(**{f.name: given[f.name] for f in dataclasses.fields(ExportOrder)})
     options = backend_options.parse(arguments.O)
@@ -114,6 +119,12 @@ def _size(value: str) -> tuple[int, int]:
     if not match:
         raise InputError(f"--size {value}: width x height was expected, such as 512x512")
     return int(match[1]), int(match[2])
+
+
+def _batch(value: str) -> int:
+    if not re.fullmatch(r"\d{1,4}", value):
+        raise InputError(f"--batch {value}: a number of pictures was expected, such as 1, or several, such as 1,4")
+    return int(value)
 
 
 def _steps(value: str) -> tuple[int, ...]:

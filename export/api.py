@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from turbochain.export import bundling
-from turbochain.export.order import ExportOrder, How, Recipe
+from turbochain.export.order import ExportOrder, How, Recipe, batches_of, sizes_of
 from turbochain.export.phases.bar import Phase
 from turbochain.export.phases.phases import LOG, SMALL, PhaseReport, Phases
 from turbochain.export.sources.digests import Digests
@@ -27,12 +27,14 @@ def export(
     precision: str | None = None,
     vae_precision: str | None = None,
     vae: str | None = None,
-    size: tuple[int, int] | None = None,
-    batch: int | None = None,
+    tasks: Sequence[str] | None = None,
+    size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+    batch: int | Sequence[int] | None = None,
     steps: Sequence[int] | None = None,
     opset: int | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    guidance_scale: float | None = None,
     force: bool = False,
     quiet: bool = False,
     verbose: bool = False,
@@ -42,8 +44,10 @@ def export(
     `source`: a hub id, a local folder in diffusers' format, "demo" (the small trained model that comes with this
     package) or "synthetic:NAME". `precision`: "fp32" (the default) or "fp16"; a graph that would overflow fp16 gets a
     remedy. `vae_precision`: "fp32" or "bf16", for the VAE instead. `vae`: another VAE than the checkpoint's own:
-    "tiny" (the family's AutoencoderTiny), a hub id or a local folder. `size`: width and height in pixels, multiples
-    of 8 (default 512×512). `batch`: pictures per pass (default 1). `steps`: step counts (default 1 to 4). `opset`: of
+    "tiny" (the family's AutoencoderTiny), a hub id or a local folder. `tasks`: text-to-image, image-to-image (the
+    default are both) and inpainting. `size`: width and height in pixels, multiples of 8 (default 512×512), or several;
+    `batch`: pictures per pass (default 1), or several: there is a chain of each, with shared weights. `guidance_scale`:
+    of a call that gives none (default 0, for models that were trained to do without). `steps`: step counts (default 1 to 4). `opset`: of
     the ONNX graphs, 18 to 23 (default 21). `revision`: branch, tag or commit of a hub id. `variant`: of the weight
     files, such as "fp16". `force` skips the check of memory and disk. `quiet` prints no phases, `verbose` shows what
     the libraries print.
@@ -51,8 +55,20 @@ def export(
     The bundle holds what diffusers' own pipeline produced, so an engine of it can be checked anywhere. A second call
     with the same arguments finds the bundle and does nothing. Raises InputError for what cannot be exported.
     """
-    counts = None if steps is None else tuple(steps)
-    order = ExportOrder(source, precision, vae_precision, vae, size, batch, counts, opset, revision, variant)
+    order = ExportOrder(
+        source=source,
+        precision=precision,
+        vae_precision=vae_precision,
+        vae=vae,
+        tasks=None if tasks is None else tuple(tasks),
+        sizes=sizes_of(size),
+        batches=batches_of(batch),
+        steps=None if steps is None else tuple(steps),
+        opset=opset,
+        revision=revision,
+        variant=variant,
+        guidance_scale=guidance_scale,
+    )
     if is_bundle(source):
         raise InputError(
             f"{source} is a bundle already, and a checkpoint was expected: build an engine of it with "

@@ -15,7 +15,7 @@ from turbochain.export.prepared import Prepared
 from turbochain.export.remedies import Remedy
 from turbochain.export.sources.digests import MEMORY, Digests
 from turbochain.runtime.bundle import hashing, strict_json, writing
-from turbochain.runtime.bundle.manifest import FORMAT_VERSION, REFERENCE, TEXT_TO_IMAGE, Graph, Manifest
+from turbochain.runtime.bundle.manifest import FORMAT_VERSION, REFERENCE, Graph, Manifest
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.bundle.strict_json import convert
 from turbochain.runtime.errors import InputError, NoSpace, PictureError
@@ -71,7 +71,7 @@ def _export(phases: Phases, order: ExportOrder, recipe: Recipe, digests: Digests
     common["prepared"] = prepared
     run = partial(phases.run, keep=prepared.weight_bytes <= SMALL)
     judge = partial(run, "reference", "turbochain.export.jobs:reference", **common)
-    recorded = [REFERENCE, prepared.chain.tables_file]
+    recorded = [REFERENCE, *(chain.tables_file for chain in prepared.chains.values())]
     remedies = convert(dict[str, Remedy], state.once("reference", judge, lambda _: recorded))
     _tell(phases, remedies)
     graphs: dict[str, Graph] = {}
@@ -123,19 +123,19 @@ def _manifest(
         requires=_requires(prepared),
         tokenizers=prepared.tokenizers,
         graphs=graphs,
-        chains={TEXT_TO_IMAGE: prepared.chain},
+        chains=prepared.chains,
         files=records,
     )
 
 
 def _requires(prepared: Prepared) -> dict[str, str]:
     """Return the optional features of the format that a bundle uses → the first turbochain that reads them."""
-    chain = prepared.chain
+    chains = prepared.chains.values()
     used = {
         "expansions": any(tokenizer.expansions for tokenizer in prepared.tokenizers.values()),
-        "multistep": chain.K > 1,
-        "modes": bool(chain.modes),
-        "keep": bool(chain.keep),
-        "wires": any(stage.wires for stage in chain.stages),
+        "multistep": any(chain.K > 1 for chain in chains),
+        "modes": any(chain.modes for chain in chains),
+        "keep": any(chain.keep for chain in chains),
+        "wires": any(stage.wires for chain in chains for stage in chain.stages),
     }
     return {name: FIRST_VERSION for name, is_used in used.items() if is_used}

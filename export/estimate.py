@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbochain.export.families import Family, Shape, decoder_channels
+from turbochain.export.chains import Placed
+from turbochain.export.families import Shape, decoder_channels
 from turbochain.runtime.commands import console
 from turbochain.runtime.errors import InputError
 
@@ -33,10 +34,9 @@ class Needs:
 
 
 def needs(
-    family: Family,
+    graphs: Mapping[str, Placed],
     configs: Mapping[str, Any],
     counts: Mapping[str, int],
-    shape: Shape,
     precisions: Mapping[str, str],
     fetched: float,
 ) -> Needs:
@@ -44,15 +44,16 @@ def needs(
 
     `fetched`: bytes to download or draw first.
     """
-    specs = family.graphs
+    specs = {name: graph.spec for name, graph in graphs.items() if graph.spec.component}
     weights = {name: counts[s.component] * _BYTES[precisions[name]] for name, s in specs.items()}
     stored = {(s.component, precisions[name]): weights[name] for name, s in specs.items()}  # shared by its graphs
-    activations = _ACTIVATIONS * _widest(configs, shape)
+    shapes = {graph.shape for graph in graphs.values()}
+    activations = _ACTIVATIONS * max(_widest(configs, shape) for shape in shapes)
     engine = sum(size * _ENGINE[precisions[name]] for name, size in weights.items())
     memory = {
         "reference": _BASE + _REFERENCE * 4 * sum(counts.values()) + activations,
         "export": _BASE + _EXPORT * max(weights.values()),
-        "verify": _BASE / 3 + engine + activations + _SCORES * _scores(configs, shape),
+        "verify": _BASE / 3 + engine + activations + _SCORES * max(_scores(configs, shape) for shape in shapes),
     }
     return Needs(memory, disk=fetched + 1.02 * sum(stored.values()))
 

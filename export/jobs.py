@@ -2,19 +2,18 @@
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from turbochain.export import estimate
-from turbochain.export.families import Family, common
+from turbochain.export.families import Family
 from turbochain.export.order import ExportOrder, Recipe
 from turbochain.export.prepared import Prepared
 from turbochain.export.remedies import Remedy, decide
 from turbochain.export.sources import Want, find, parts
 from turbochain.export.sources.checkpoint import Checkpoint, Part
 from turbochain.export.sources.digests import Digests
-from turbochain.runtime.bundle.manifest import REFERENCE, Graph, Origin, PartOrigin
+from turbochain.runtime.bundle.manifest import REFERENCE, TEXT_TO_IMAGE, Graph, Origin, PartOrigin
 
 Progress = Callable[[int, int], None]
 
@@ -27,35 +26,53 @@ def prepare(progress: Progress, *, order: ExportOrder, recipe: Recipe, folder: P
     """
 
     def check_room(family: Family, configs: Mapping[str, Any], counts: Mapping[str, int], fetched: int) -> None:
-        needs = estimate.needs(family, configs, counts, recipe.shape, recipe.precisions(family), fetched)
-        estimate.require(needs, folder, force)
+        layout = recipe.layout(family, configs)
+        precisions = layout.precisions(recipe.precision, recipe.vae_precision)
+        estimate.require(estimate.needs(layout.graphs(), configs, counts, precisions, fetched), folder, force)
 
     want = Want(folder, revision=order.revision, variant=order.variant, progress=progress)
     checkpoint = parts.fetch(find(order.source), want, order.parts, check_room)
 
-    from turbochain.export import load, schedule, tables
+    from turbochain.export import load, tables
 
-    made = schedule.tabulate_all(load.scheduler(checkpoint), list(recipe.steps))
-    shape = replace(recipe.shape, K=max(table.K for table in made.values()))
+    tasks = recipe.find_tasks()
+    made = tables.make(checkpoint, tasks, recipe.steps)
+    K = next(one.table.K for of_task in made.values() for one in of_task.values())
+    zeros = checkpoint.family.zeros(checkpoint.index)
+    layout, chains = recipe.layout(checkpoint.family, checkpoint.configs, K, zeros), {}
+    for task in tasks:
+        entries = {name: one.entry for name, one in made[task.name].items()}
+        defaults = {"guidance_scale": recipe.guidance_scale}
+        if task.starts_late:
+            defaults["strength"] = load.defaults(checkpoint, task.name)["strength"]
+        for shape in layout.shapes:
+            chains[layout.name(task, shape)] = layout.chain(task, shape, entries, defaults)
     return Prepared(
         checkpoint=checkpoint,
         origin=_origin(checkpoint, folder),
-        chain=common.text_to_image(checkpoint.family, shape, tables.entries(made)),
-        tokenizers=tables.tokenizers(checkpoint, folder),
+        zeros=zeros,
+        chains=chains,
+        tokenizers=tables.tokenizers(checkpoint, layout.tokenizers(), folder),
     )
 
 
 def reference(progress: Progress, *, recipe: Recipe, prepared: Prepared, folder: Path) -> dict[str, Remedy]:
-    """Run diffusers' own pipeline, and write the tables and what it produced into `folder`; return graph → remedy."""
-    from turbochain.export import load, schedule, tables
+    """Run diffusers' own pipelines, and write the tables and what they produced into `folder`; return graph →
+    remedy."""
+    from turbochain.export import load, tables
     from turbochain.export import reference as recorder
 
     checkpoint, path = prepared.checkpoint, folder / REFERENCE
-    family, pipeline, steps = checkpoint.family, load.pipeline(checkpoint), list(recipe.steps)
-    made = schedule.tabulate_all(load.scheduler(checkpoint), steps)
-    tables.write(made, family, pipeline.unet, recipe.shape, folder / prepared.chain.tables_file)
-    recorder.write(pipeline, checkpoint, recipe.shape, steps, path, progress)
-    return decide(common.graphs(family, prepared.chain.K), recipe.precisions(family), path)
+    layout = prepared.layout(recipe)
+    pipelines = load.pipelines(checkpoint, [task.name for task in layout.tasks])
+    made, unet = tables.make(checkpoint, layout.tasks, recipe.steps), next(iter(pipelines.values())).unet
+    for task in layout.tasks:
+        for shape in layout.shapes:
+            file = prepared.chains[layout.name(task, shape)].tables_file
+            tables.write(made[task.name], checkpoint.family, unet, shape, folder / file)
+    scale = recipe.guidance_scale if recipe.guidance_scale > 1 else load.defaults(checkpoint, TEXT_TO_IMAGE)["guidance_scale"]
+    recorder.write(pipelines, checkpoint, layout, prepared.chains, scale, path, progress)
+    return decide(layout.graphs(), layout.precisions(recipe.precision, recipe.vae_precision), path)
 
 
 def graphs(
@@ -71,9 +88,12 @@ def graphs(
     from turbochain.export import tables
     from turbochain.export.tracing import trace
 
-    shape = replace(recipe.shape, K=prepared.chain.K)
-    columns = tables.columns(folder / prepared.chain.tables_file)
-    return trace.export(prepared.checkpoint, component, shape, remedies, columns, folder, recipe.opset)
+    columns = tables.columns(folder / next(iter(prepared.chains.values())).tables_file)
+    placed = prepared.layout(recipe).graphs()
+    wanted = [
+        trace.Wanted(name, graph, remedies[name]) for name, graph in placed.items() if graph.spec.component == component
+    ]
+    return trace.export_graphs(prepared.checkpoint, component, wanted, columns, folder, recipe.opset)
 
 
 def _origin(checkpoint: Checkpoint, folder: Path) -> Origin:

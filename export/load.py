@@ -3,12 +3,14 @@
 import importlib
 import inspect
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from turbochain.export import sampler
 from turbochain.export.sources.checkpoint import Checkpoint
+from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
 from turbochain.runtime.errors import InputError
 
 
@@ -46,18 +48,36 @@ def component(checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, traceabl
 
 
 def pipeline(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
-    """Return diffusers' own pipeline on the CPU, with weights in `dtype`.
+    """Return diffusers' own pipeline for text-to-image on the CPU, with weights in `dtype`."""
+    return pipelines(checkpoint, [TEXT_TO_IMAGE], dtype)[TEXT_TO_IMAGE]
 
-    It is made as `from_pretrained` makes it, but for the family's `pipeline_options`.
+
+def pipelines(checkpoint: Checkpoint, tasks: Sequence[str], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Return diffusers' own pipeline for each task on the CPU, with weights in `dtype`, which all of them share.
+
+    They are made as `from_pretrained` makes them, but for the family's `pipeline_options`.
     """
-    family, index = checkpoint.family, checkpoint.index
-    pipeline_class = getattr(importlib.import_module("diffusers"), family.pipeline_class)
-    named = inspect.signature(pipeline_class).parameters.keys() & index.keys()
-    settings = {name: index[name] for name in named if not isinstance(index[name], list)}  # a list names a part's class
+    family, index, found = checkpoint.family, checkpoint.index, {}
     parts: dict[str, Any] = {c: component(checkpoint, c, dtype) for c in family.components}
     parts |= {folder: tokenizer(checkpoint, folder) for folder in family.tokenizers.values()}
-    parts["scheduler"] = scheduler(checkpoint)
-    return pipeline_class(**settings | parts | family.pipeline_options)
+    for task in tasks:
+        kind = pipeline_class(checkpoint, task)
+        named = inspect.signature(kind).parameters.keys() & index.keys()
+        settings = {n: index[n] for n in named if not isinstance(index[n], list)}  # a list names a part's class
+        own = {"scheduler": scheduler(checkpoint, task)}
+        found[task] = kind(**settings | parts | own | family.pipeline_options)
+    return found
+
+
+def pipeline_class(checkpoint: Checkpoint, task: str) -> Any:
+    """Return diffusers' pipeline class for a task."""
+    return getattr(importlib.import_module("diffusers"), checkpoint.family.pipelines[task])
+
+
+def defaults(checkpoint: Checkpoint, task: str) -> dict[str, Any]:
+    """Return the defaults of the arguments of a pipeline's call, by name."""
+    parameters = inspect.signature(pipeline_class(checkpoint, task).__call__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def tokenizer(checkpoint: Checkpoint, folder: str) -> Any:
@@ -70,23 +90,22 @@ def tokenizer(checkpoint: Checkpoint, folder: str) -> Any:
         raise InputError(f"{path} cannot be loaded as {cls}: {_reason(error)}") from error
 
 
-def scheduler(checkpoint: Checkpoint) -> Any:
-    """Return the scheduler that the pipeline ends up with, whose class's constructor may change the config.
+def scheduler(checkpoint: Checkpoint, task: str = TEXT_TO_IMAGE) -> Any:
+    """Return the scheduler that a task's pipeline ends up with, whose class's constructor may change the config.
 
     `StableDiffusionPipeline` sets `steps_offset` to 1 and `clip_sample` to False; `StableDiffusionXLPipeline` does
     neither. Raises InputError if the class cannot be loaded.
     """
     library, cls = checkpoint.index["scheduler"]
     path = checkpoint.parts["scheduler"].folder
-    diffusers, family = importlib.import_module("diffusers"), checkpoint.family
-    pipeline_class = getattr(diffusers, family.pipeline_class)
+    kind = pipeline_class(checkpoint, task)
     try:
         found = getattr(importlib.import_module(library), cls).from_pretrained(path)
-        given = {**family.pipeline_options, "scheduler": found}
-        needed = [p.name for p in inspect.signature(pipeline_class).parameters.values() if p.default is p.empty]
+        given = {**checkpoint.family.pipeline_options, "scheduler": found}
+        needed = [p.name for p in inspect.signature(kind).parameters.values() if p.default is p.empty]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # asks to publish the config changed
-            return pipeline_class(**{**dict.fromkeys(needed), **given}).scheduler
+            return kind(**{**dict.fromkeys(needed), **given}).scheduler
     except ImportError as error:  # diffusers' stand-in for a class that another package is missing for
         raise sampler.refusal(cls, f"cannot be loaded ({_reason(error)})") from error
     except (ValueError, OSError, AttributeError, TypeError, RuntimeError) as error:

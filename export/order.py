@@ -1,14 +1,20 @@
 """What an export is asked for, checked in one place for the command line and for Python."""
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbochain.export.families import Family, Shape, common
+from turbochain.export import tasks
+from turbochain.export.chains import Layout
+from turbochain.export.families import Family, Shape
 from turbochain.export.sources import Source, find, is_elsewhere
 from turbochain.export.sources.checkpoint import files_read, part_files_read, settled_variant
 from turbochain.export.sources.digests import Digests
 from turbochain.export.sources.parts import TINY
+from turbochain.export.tasks import Task
+from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, TEXT_TO_IMAGE
 from turbochain.runtime.errors import InputError
 
 PRECISIONS = ("fp32", "fp16")
@@ -25,12 +31,14 @@ class ExportOrder:
     precision: str | None = None  # fp32 or fp16
     vae_precision: str | None = None  # fp32 or bf16, for the VAE instead
     vae: str | None = None  # "tiny", a hub id or a folder: this VAE instead of the checkpoint's own
-    size: tuple[int, int] | None = None  # width, height in pixels, multiples of 8
-    batch: int | None = None  # pictures per pass
+    sizes: tuple[tuple[int, int], ...] | None = None  # width, height in pixels, multiples of 8; the first is the default
+    batches: tuple[int, ...] | None = None  # pictures per pass
     steps: tuple[int, ...] | None = None  # step counts, 1 to 50
     opset: int | None = None  # of the ONNX graphs, 18 to 23
     revision: str | None = None  # branch, tag or commit of a hub id
     variant: str | None = None  # of the weight files, such as "fp16"
+    tasks: tuple[str, ...] | None = None  # text-to-image, image-to-image, inpainting
+    guidance_scale: float | None = None  # of a call that gives none
 
     def __post_init__(self) -> None:
         problems = []
@@ -38,17 +46,22 @@ class ExportOrder:
             problems.append(f"precision {self.precision!r}: choose {' or '.join(PRECISIONS)}")
         if self.vae_precision not in (None, *VAE_PRECISIONS):
             problems.append(f"precision {self.vae_precision!r} of the VAE: choose {' or '.join(VAE_PRECISIONS)}")
-        if self.size is not None and (min(self.size) < 8 or any(side % 8 for side in self.size)):
-            width, height = self.size
-            problems.append(f"size {width}x{height}: width and height must be multiples of 8 pixels")
-        if self.batch is not None and self.batch < 1:
-            problems.append(f"batch {self.batch}: at least 1 was expected")
+        for width, height in self.sizes or ():
+            if min(width, height) < 8 or width % 8 or height % 8:
+                problems.append(f"size {width}x{height}: width and height must be multiples of 8 pixels")
+        problems += [f"batch {batch}: at least 1 was expected" for batch in self.batches or () if batch < 1]
+        for name, values in (("size", self.sizes), ("batch", self.batches), ("tasks", self.tasks)):
+            if values == ():
+                problems.append(f"{name}: at least one was expected")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
+            problems.append(f"guidance scale {self.guidance_scale}: a number of at least 0 was expected")
         if self.steps is not None and (not self.steps or min(self.steps) < 1 or max(self.steps) > 50):
             problems.append(f"steps {list(self.steps)}: counts from 1 to 50 were expected, such as 1-4 or 1,2,4")
         if self.opset is not None and not 18 <= self.opset <= 23:
             problems.append(f"opset {self.opset}: 18 to 23 was expected")
         if problems:
             raise InputError("; ".join(problems))
+        tasks.find(self.tasks or ())
 
     @property
     def parts(self) -> dict[str, str]:
@@ -75,11 +88,12 @@ class ExportOrder:
     def given(self) -> dict[str, Any]:
         """Return the fields of the recipe that were asked for explicitly."""
         told = {c: name if name == TINY else _told(find(name, c)) for c, name in self.parts.items()}
-        width, height = self.size or (None, None)
         fields = {
-            **{"revision": self.revision, "variant": self.variant, "height": height, "width": width},
-            **{"batch": self.batch, "steps": None if self.steps is None else tuple(sorted(set(self.steps)))},
+            **{"revision": self.revision, "variant": self.variant},
+            **{"sizes": _once(self.sizes), "batches": _once(self.batches), "tasks": _once(self.tasks)},
+            **{"steps": None if self.steps is None else tuple(sorted(set(self.steps)))},
             **{"opset": self.opset, "precision": self.precision, "vae_precision": self.vae_precision, **told},
+            **{"guidance_scale": self.guidance_scale},
         }
         return {name: value for name, value in fields.items() if value is not None}
 
@@ -122,22 +136,23 @@ class Recipe:
     precision: str
     revision: str | None = None
     variant: str | None = None
-    height: int = 512  # pixels
-    width: int = 512
-    batch: int = 1
+    sizes: tuple[tuple[int, int], ...] = ((512, 512),)  # width, height in pixels
+    batches: tuple[int, ...] = (1,)
+    tasks: tuple[str, ...] = (TEXT_TO_IMAGE, IMAGE_TO_IMAGE)
+    guidance_scale: float = 0.0
     steps: tuple[int, ...] = (1, 2, 3, 4)
     opset: int = 21
     vae_precision: str | None = None
     vae: str | None = None
 
-    @property
-    def shape(self) -> Shape:
-        """Return what the graphs are made for."""
-        return Shape(self.height, self.width, self.batch)
+    def find_tasks(self) -> list[Task]:
+        """Return the tasks."""
+        return tasks.find(self.tasks)
 
-    def precisions(self, family: Family) -> dict[str, str]:
-        """Return graph → the precision that was asked for."""
-        return common.precisions(family, self.precision, self.vae_precision)
+    def layout(self, family: Family, configs: Mapping[str, Any], K: int = 1, zeros: bool = False) -> Layout:
+        """Return what decides the chains and graphs; K and `zeros` as in `Shape` and `Layout`."""
+        shapes = [Shape(height, width, batch, K) for width, height in self.sizes for batch in self.batches]
+        return Layout(family, configs, self.find_tasks(), shapes, zeros)
 
 
 @dataclass(frozen=True)
@@ -152,3 +167,21 @@ class How:
 
 def _told(source: Source) -> str:
     return LOCAL if source.local else source.name
+
+
+def _once(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    """Return the values without repetitions, in their order."""
+    return None if values is None else tuple(dict.fromkeys(values))
+
+
+def sizes_of(size: tuple[int, int] | Sequence[tuple[int, int]] | None) -> tuple[tuple[int, int], ...] | None:
+    """Return the sizes of an order, of one size or several."""
+    if size is None:
+        return None
+    one = len(size) == 2 and all(isinstance(side, int) for side in size)
+    return tuple((width, height) for width, height in ((size,) if one else size))  # type: ignore[misc]
+
+
+def batches_of(batch: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return the batches of an order, of one or several."""
+    return None if batch is None else (batch,) if isinstance(batch, int) else tuple(batch)

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 from turbochain.export import families
+from turbochain.export.chains import Layout
 from turbochain.export.families import Family
+from turbochain.export.order import Recipe
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime.bundle.manifest import Chain, Origin, TokenizerFile
 
@@ -14,13 +16,19 @@ class Prepared:
 
     checkpoint: Checkpoint
     origin: Origin
-    chain: Chain
+    zeros: bool  # whether no negative prompt means zeros: see `Layout`
+    chains: dict[str, Chain]
     tokenizers: dict[str, TokenizerFile]  # chain input → tokenizer
 
     @property
     def family(self) -> Family:
         """Return the checkpoint's family, without a look at its files."""
         return families.of(self.origin.pipeline_class)
+
+    def layout(self, recipe: Recipe) -> Layout:
+        """Return what decides the chains and graphs."""
+        K = next(iter(self.chains.values())).K
+        return recipe.layout(self.family, self.checkpoint.configs, K, self.zeros)
 
     @property
     def weight_bytes(self) -> int:

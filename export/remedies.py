@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from turbochain.export.families import GraphSpec
+from turbochain.export.chains import Placed
 
 LARGEST = 65504.0
 """The largest finite fp16 value."""
@@ -41,7 +41,7 @@ class Remedy:
     phrase: str = ""  # for people; empty if there is nothing to say
 
 
-def decide(specs: Mapping[str, GraphSpec], asked: Mapping[str, str], reference: Path) -> dict[str, Remedy]:
+def decide(graphs: Mapping[str, Placed], asked: Mapping[str, str], reference: Path) -> dict[str, Remedy]:
     """Return graph → remedy, for the precisions that were asked for and the magnitudes in `reference`.
 
     Only fp16 is judged: fp32 and bf16 reach 3.4e38.
@@ -49,7 +49,7 @@ def decide(specs: Mapping[str, GraphSpec], asked: Mapping[str, str], reference: 
     reached = _magnitudes(reference)
     return {
         name: remedy(spec.role, reached[spec.component]) if asked[name] == "fp16" else Remedy(asked[name])
-        for name, spec in specs.items()
+        for name, spec in ((n, graph.spec) for n, graph in graphs.items())
     }
 
 

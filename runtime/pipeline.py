@@ -4,7 +4,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,18 @@ import numpy as np
 from turbochain.runtime import selection
 from turbochain.runtime.backends import forks
 from turbochain.runtime.backends.contract import Cancel, Device, Executor, Observe, Results
-from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Tensor
+from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, INPAINTING, TEXT_TO_IMAGE, Stage, Tensor
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.checks import verify
 from turbochain.runtime.errors import PictureError, TurbochainError
-from turbochain.runtime.inputs.cache import PromptCache
+from turbochain.runtime.inputs.cache import StageCache
 from turbochain.runtime.inputs.feeds import Feeds
+from turbochain.runtime.inputs.pictures import wanted_size
 from turbochain.runtime.output import PipelineOutput, as_images, problem
 from turbochain.runtime.ready import Planned, ReadyChain
 from turbochain.runtime.request import Request
 
-PROMPT_CACHE_BYTES = 64 * 2**20
+PROMPT_CACHE_BYTES = IMAGE_CACHE_BYTES = 64 * 2**20
 CLOSED = "the pipeline is closed; load it again"
 FORKED = (
     "the pipeline was loaded before this process was forked, and the threads that it computes with are in the other "
@@ -46,6 +47,7 @@ class Pipeline:
         executor: Executor,
         *,
         prompt_cache_bytes: int = PROMPT_CACHE_BYTES,
+        image_cache_bytes: int = IMAGE_CACHE_BYTES,
     ) -> None:
         """Take an executor over, which this closes; `load` is the usual way."""
         self.bundle = bundle
@@ -56,7 +58,8 @@ class Pipeline:
         self._chains: dict[str, ReadyChain] = {}
         self._held: set[Tensor] = set()
         self._lock = threading.RLock()
-        self.prompt_cache = PromptCache(prompt_cache_bytes)
+        self.prompt_cache = StageCache(prompt_cache_bytes)
+        self.image_cache = StageCache(image_cache_bytes)
         _PIPELINES.add(self)
 
     @classmethod
@@ -64,7 +67,7 @@ class Pipeline:
         cls,
         path: str | Path,
         *,
-        chain: str = TEXT_TO_IMAGE,
+        chain: str | None = None,
         backend: str | None = None,
         device: str | None = None,
         engine: str | None = None,
@@ -72,6 +75,7 @@ class Pipeline:
         threads: int | None = None,
         trust_engines: bool = False,
         prompt_cache_bytes: int = PROMPT_CACHE_BYTES,
+        image_cache_bytes: int = IMAGE_CACHE_BYTES,
     ) -> "Pipeline":
         """Open a bundle's best engine for this machine, with every file hashed first, and load the graphs of `chain`.
 
@@ -80,16 +84,19 @@ class Pipeline:
         be code. `backend`, `device`: the best one of these. `engine`: the one of this folder name. `engines`: the
         folder with the engines (default: the bundle's engines/, and the user's cache). `threads`: how many CPU threads
         one launch may use, at most one for each CPU that this process may use (None: the backend's own choice).
-        `prompt_cache_bytes`: bound of the prompt embeddings that are kept. Raises BundleError if the bundle is damaged
+        `prompt_cache_bytes`, `image_cache_bytes`: bounds of the prompt embeddings and of the encoded pictures that
+        are kept. Raises BundleError if the bundle is damaged
         or has no engine that fits, BackendMissing if the backend is not installed, VerificationError if an engine that
         was built on another machine fails its checks on this one.
         """
         bundle = Bundle.open(path, trust_engines=trust_engines)
-        found = selection.select(bundle.open_chain(chain), backend, device, engine, engines)
+        opened = bundle.open_chain(chain)
+        found = selection.select(opened, backend, device, engine, engines)
         executor = selection.open_executor(bundle, found, device=device, threads=threads)
-        pipe = cls(bundle, found, executor, prompt_cache_bytes=prompt_cache_bytes)
+        caches = {"prompt_cache_bytes": prompt_cache_bytes, "image_cache_bytes": image_cache_bytes}
+        pipe = cls(bundle, found, executor, **caches)
         try:
-            pipe._ready(chain)
+            pipe._ready(opened.name)
         except BaseException:
             pipe.close()
             raise
@@ -99,11 +106,14 @@ class Pipeline:
         self,
         prompt: str | Sequence[str] | None = None,
         *,
-        chain: str = TEXT_TO_IMAGE,
+        image: object = None,
+        mask_image: object = None,
+        strength: float | None = None,
+        chain: str | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
-        guidance_scale: float = 0.0,
+        guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
@@ -112,6 +122,7 @@ class Pipeline:
         prompt_embeds: np.ndarray | None = None,
         pooled_prompt_embeds: np.ndarray | None = None,
         inputs: Arrays | None = None,
+        modes: Collection[str] = (),
         output_type: str = "pil",
         observe: Observe | None = None,
         cancel: Cancel | None = None,
@@ -119,21 +130,32 @@ class Pipeline:
     ) -> PipelineOutput:
         """Make pictures; arguments are named and mean as in diffusers, and N = prompts · num_images_per_prompt.
 
-        `chain`: one of the bundle's. `seed`: an int in 0 … 2⁶⁴−1 is one generator for the whole call, a list of N is
-        one per picture, None draws one; the noise is that of `torch.Generator("cpu").manual_seed(seed)`. `latents`:
-        unit noise [N, 4, H/8, W/8] fp32 instead of the first draw. `num_inference_steps`: one that the bundle has a
-        table for (None: the fewest). `inputs`: arrays for the chain's feeds that are neither ids nor noise, by name.
+        `image`: pictures to start from (see `inputs.pictures`), one or a divisor of N; `mask_image`: where they are
+        drawn anew, white. `strength`: how much of them is, 0 to 1; `int(num_inference_steps · strength)` steps are
+        made. `chain`: one of the bundle's (None: of these arguments' task, of `height` and `width`, of the fewest
+        pictures per pass that are enough). Without `height` and `width` a picture's own size is drawn if there is a
+        chain of it, else that of the task's first chain, to which it is resized.
+
+        `seed`: an int in 0 … 2⁶⁴−1 is one generator for the whole call, a list of N is one per picture, None draws
+        one; the noise is that of `torch.Generator("cpu").manual_seed(seed)`. `latents`: unit noise [N, 4, H/8, W/8]
+        fp32 instead of the first draw. `num_inference_steps`: one that the bundle has a table for (None: the fewest
+        that make a step). `guidance_scale`: above 1 the negative prompt is drawn too (None: the bundle's default).
         `output_type`: "pil", "uint8", "np" (the 8-bit levels divided by 255), or "latent" (fp32, not decoded).
         `generator`: a CPU `torch.Generator` that nothing has been drawn from, a list of N, or their seeds, instead of
         `seed`; a call leaves it after what was drawn. `prompt_embeds` [prompts, tokens, width] and, where the model
-        reads them, `pooled_prompt_embeds` [prompts, width], fp32: instead of `prompt`. `others`: diffusers' further
+        reads them, `pooled_prompt_embeds` [prompts, width], fp32: instead of `prompt`. `inputs`, `modes`: arrays for
+        further feeds of the chain, by name, and modes of it that no argument switches on. `others`: diffusers' further
         arguments, if they change nothing. `observe(graph, seconds)` is called after each launch. `cancel()` is asked
         between launches; if it returns True, the call ends with Cancelled. Raises InputError for a bad argument,
         TypeError for one that diffusers does not have either, PictureError if the model makes no picture.
         """
+        name = chain or self._chain_of(prompt, num_images_per_prompt, image, mask_image, height, width)
         request = Request.make(
-            self.bundle.open_chain(chain),
+            self.bundle.open_chain(name),
             prompt,
+            image=image,
+            mask_image=mask_image,
+            strength=strength,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
@@ -146,13 +168,27 @@ class Pipeline:
             prompt_embeds=prompt_embeds,
             pooled_prompt_embeds=pooled_prompt_embeds,
             inputs=inputs,
+            modes=modes,
             output_type=output_type,
             **others,
         )
         output = self.draw(request, observe=observe, cancel=cancel)
         if generator is not None:
-            self._ready(chain).feeds.advance(generator, request)
+            self._ready(request.chain).feeds.advance(generator, request)
         return output
+
+    def _chain_of(
+        self, prompt: object, repeats: object, image: object, mask: object, height: int | None, width: int | None
+    ) -> str:
+        """Return the chain that suits a call's arguments; InputError if the bundle has none for the task or size."""
+        task = INPAINTING if mask is not None else IMAGE_TO_IMAGE if image is not None else TEXT_TO_IMAGE
+        prompts = len(prompt) if isinstance(prompt, list | tuple) else 1
+        count = prompts * (repeats if isinstance(repeats, int) else 1)
+        sizes = self.bundle.sizes(task)
+        size = (sizes[0][0] if height is None else height, sizes[0][1] if width is None else width)
+        if image is not None and height is None and width is None and (own := wanted_size("image", image)) in sizes:
+            size = own
+        return self.bundle.find_chain(task, size, count)
 
     def draw(self, request: Request, *, observe: Observe | None = None, cancel: Cancel | None = None) -> PipelineOutput:
         """Carry out a request; see `__call__`."""
@@ -169,7 +205,8 @@ class Pipeline:
             uncaptured = results.uncaptured
         made = pictures[0] if len(pictures) == 1 else np.concatenate(pictures)
         images = as_images(request.output_type, made)
-        return PipelineOutput(images, request.seed, time.perf_counter() - start, device_seconds, uncaptured)
+        seconds = time.perf_counter() - start
+        return PipelineOutput(images, request.seed, seconds, device_seconds, uncaptured, request.resized)
 
     @property
     def device(self) -> Device:
@@ -181,13 +218,14 @@ class Pipeline:
             raise TurbochainError(self._gone)
         return self._executor
 
-    def warmup(self, num_inference_steps: int | None = None, *, chain: str = TEXT_TO_IMAGE) -> None:
+    def warmup(self, num_inference_steps: int | None = None, *, chain: str | None = None) -> None:
         """Make a picture and throw it away, so that the next call meets no first-time cost.
 
         On a GPU a second one: with the prompt known, the chain is another CUDA graph.
         """
+        request = Request.sample(self.bundle.open_chain(chain), num_inference_steps)
         for _ in range(2 if self.device.kind == "cuda" else 1):
-            self("", chain=chain, num_inference_steps=num_inference_steps, seed=0, output_type="uint8")
+            self.draw(request)
 
     def close(self) -> None:
         """Give back the engine's memory; a later call raises TurbochainError."""
@@ -198,6 +236,7 @@ class Pipeline:
             self._chains.clear()
             self._held.clear()
             self.prompt_cache.clear()
+            self.image_cache.clear()
 
     def _abandon(self) -> None:
         """Give up the engine in a process that was forked, where it can be neither used nor freed."""
@@ -231,28 +270,46 @@ class Pipeline:
         self, ready: ReadyChain, request: Request, feeds: Arrays, observe: Observe | None, cancel: Cancel | None
     ) -> tuple[np.ndarray, Results]:
         """Draw one batch: pictures [B, H, W, 3] uint8 or latents [B, 4, H/8, W/8] fp32, and the executor's results."""
-        chain, made = ready.chain, ready.made_of_prompts(request.modes)
-        keys = [] if request.embeds else ready.prompt_keys(request.modes, feeds)
+        fed = {**ready.feeds.constants(request.table), **feeds}
         with self._lock:
             executor = self._opened()
-            known: Arrays | None = {name: feeds[name] for name, _ in request.embeds}
-            if made and not request.embeds:
-                known = self.prompt_cache.get(keys)
-            planned = ready.plan(request, None if known is None else tuple(known))
+            given, missing = self._known(ready, request, fed)
+            planned = ready.plan(request, tuple(given))
             executor.load(planned.plan.graphs)
             self._hold(executor, ready, planned)
-            fed = {**ready.feeds.constants(request.steps), **feeds, **(known or {})}
             try:
-                results = executor.execute(planned.plan, fed, observe=observe, cancel=cancel)
+                results = executor.execute(planned.plan, {**fed, **given}, observe=observe, cancel=cancel)
             finally:
                 self._held -= planned.written  # another plan's name for the same buffer
-            if known is None:
-                self.prompt_cache.put(keys, {name: results.arrays[name] for name in made})
+            for stage, keys in missing:
+                own = (t.name for t in ready.chain.graphs[stage.graph].outputs)
+                made = {n: results.arrays[name] for n, name in zip(own, ready.made(stage), strict=True)}
+                self._cache(stage).put(keys, made)
             pictures = results.arrays[ready.result(request)].copy()
-            finite = all(np.isfinite(results.arrays[name]).all() for name in chain.chain.carry)
+            finite = all(np.isfinite(results.arrays[name]).all() for name in ready.chain.chain.carry)
         if found := problem(pictures, finite, request.output_type):
             raise PictureError(f"the model made {found}; check the engine with: turbochain verify {self.bundle.path}")
         return pictures, results
+
+    def _known(
+        self, ready: ReadyChain, request: Request, fed: Arrays
+    ) -> tuple[dict[str, np.ndarray], list[tuple[Stage, list[Hashable]]]]:
+        """Return what needs no encoder, by its name in the chain, and the encoders that have to run, with their
+        keys."""
+        given, missing = {name: fed[name] for name, _ in request.embeds}, []
+        for stage in ready.encoders(request.modes):
+            names = ready.made(stage)
+            if all(name in given for name in names):
+                continue
+            keys = ready.keys(stage, fed)
+            if (known := self._cache(stage).get(keys)) is None:
+                missing.append((stage, keys))
+            else:
+                given |= dict(zip(names, known.values(), strict=True))
+        return given, missing
+
+    def _cache(self, stage: Stage) -> StageCache:
+        return self.prompt_cache if stage.when == "prompt" else self.image_cache
 
     def _hold(self, executor: Executor, ready: ReadyChain, planned: Planned) -> None:
         """Let held feeds that no plan before has read begin as zeros; chains share them by name and shape."""

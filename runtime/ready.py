@@ -1,5 +1,6 @@
 """A chain that can be drawn with, and the plans of its calls."""
 
+import hashlib
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
@@ -31,44 +32,62 @@ class ReadyChain:
     chain: OpenChain
     feeds: Feeds
     _plans: dict[Hashable, Planned] = field(default_factory=dict)
+    _encoders: dict[frozenset[str], list[Stage]] = field(default_factory=dict)
 
-    def made_of_prompts(self, modes: frozenset[str]) -> list[str]:
-        """Return what the stages of the prompt make in these modes."""
-        return [t.name for s in self._prompt_stages(modes) for t in wiring.outputs(s, self.chain.graphs)]
+    def encoders(self, modes: frozenset[str]) -> list[Stage]:
+        """Return the stages before the loop that read only what is fed: what they make of it can be kept."""
+        if modes not in self._encoders:
+            fed = self.chain.read(modes)
+            self._encoders[modes] = [
+                s
+                for s in self.chain.chain.stages
+                if s.when in ("prompt", "image")
+                and s.runs(modes)
+                and all(t.name in fed for t in wiring.inputs(s, self.chain.graphs))
+            ]
+        return self._encoders[modes]
 
-    def prompt_keys(self, modes: frozenset[str], feeds: Arrays) -> list[Hashable]:
-        """Return for each picture of a batch all that the stages of the prompt read: equal keys make equal text.
+    def made(self, stage: Stage) -> list[str]:
+        """Return the names of what a stage makes, in the order of its graph's outputs."""
+        return [t.name for t in wiring.outputs(stage, self.chain.graphs)]
 
-        Numbers and constants of the whole call are the same for all rows.
+    def keys(self, stage: Stage, fed: Arrays) -> list[Hashable]:
+        """Return for each picture of a batch what an encoder makes something of: equal keys, equal results.
+
+        The names of the chain do not count: a prompt and a negative prompt of one text are the same.
         """
-        inputs = (t.name for s in self._prompt_stages(modes) for t in wiring.inputs(s, self.chain.graphs))
-        read, of = [n for n in dict.fromkeys(inputs) if n in feeds], self.chain.chain.feeds
-        numbers = {n for n in read if of[n].is_ == "number"}
-        return [
-            (self.chain.name, modes, *((feeds[n] if n in numbers else feeds[n][row]).tobytes() for n in read))
-            for row in range(self.chain.batch)
-        ]
+        whole, rows = hashlib.blake2b(), []
+        for tensor in wiring.inputs(stage, self.chain.graphs):
+            feed, value = self.chain.chain.feeds[tensor.name], fed[tensor.name]
+            if feed.is_ in ("number", "column"):
+                whole.update(value.tobytes())
+            else:
+                rows.append(value)
+        found = []
+        for row in range(self.chain.batch):
+            one = whole.copy()
+            for value in rows:
+                one.update(value[row].tobytes())
+            found.append((stage.graph, one.digest()))
+        return list(found)
 
     def result(self, request: Request) -> str:
         """Return the name of what a call wants: the picture, or the latents."""
         return self.chain.chain.output if request.decode or self.chain.latents is None else self.chain.latents
 
-    def _prompt_stages(self, modes: frozenset[str]) -> list[Stage]:
-        return [s for s in self.chain.chain.stages if s.when == "prompt" and s.runs(modes)]
-
-    def plan(self, request: Request, known: tuple[str, ...] | None) -> Planned:
+    def plan(self, request: Request, given: tuple[str, ...]) -> Planned:
         """Return the plan of a request, made once of its kind.
 
-        `known`: what is uploaded in place of the stages of the prompt that make it; None: nothing, and what all of
-        them make is read back.
+        `given`: what is uploaded in place of the stages that make it. What the other encoders make is read back.
         """
-        key = (request.steps, request.modes, request.decode, known)
+        key = (request.table, request.modes, request.decode, given)
         if key not in self._plans:
+            ran = [s for s in self.encoders(request.modes) if not set(self.made(s)) <= {*given}]
             plan = self.chain.plan(
-                request.steps,
+                request.table,
                 modes=request.modes,
-                given=known or (),
-                downloads=[*self.chain.chain.carry, *(self.made_of_prompts(request.modes) if known is None else ())],
+                given=given,
+                downloads=[*self.chain.chain.carry, *(name for stage in ran for name in self.made(stage))],
                 decode=request.decode,
             )
             tensors, feeds = plan.tensors(self.chain.graphs), self.chain.chain.feeds

@@ -1,7 +1,6 @@
 """A call's arguments, checked once: what `Pipeline` draws, and what a server can queue."""
 
 import logging
-import math
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,19 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.errors import InputError
+from turbochain.runtime.inputs import pictures
 from turbochain.runtime.inputs.arrays import Array, check_array
 from turbochain.runtime.inputs.embeds import check_embeds
 from turbochain.runtime.inputs.generators import seeds_of
+from turbochain.runtime.inputs.guidance import GUIDANCE, NEGATIVE_PROMPT, check_scale, modes_of
 from turbochain.runtime.inputs.noise import check_seed
 from turbochain.runtime.inputs.others import check_others
+from turbochain.runtime.inputs.rows import table_of
 from turbochain.runtime.inputs.tokenizer import check_prompt
 
 log = logging.getLogger("turbochain")
 
 OUTPUT_TYPES = ("pil", "np", "uint8", "latent")
+IMAGE, MASK = "input_image", "mask"
+"""The feeds that the arguments `image` and `mask_image` give."""
 GIVEN = ("embeds", "image", "mask", "number")
 """The kinds of feeds that a caller gives as arrays."""
 REPEATED = ("image", "mask")
@@ -32,17 +35,18 @@ REPEATED = ("image", "mask")
 class Request:
     """One call. `make` checks its arguments against a chain; equal requests give equal pictures."""
 
+    chain: str
+    table: str  # of the chain
     prompts: tuple[str, ...]  # one for each picture; () if their embeds are given
-    steps: int
     seeds: tuple[int, ...]  # one for the whole call, or one for each picture
     one_generator: bool  # whether the first seed is that of the whole call
-    chain: str = TEXT_TO_IMAGE
     latents: Array | None = None  # unit noise [N, 4, H/8, W/8] fp32 instead of the first draw
     inputs: tuple[tuple[str, Array], ...] = ()  # the feeds that a caller gives, by name
     modes: frozenset[str] = frozenset()
     output_type: str = "pil"
     negative_prompts: tuple[str, ...] = ()  # one for each picture
     embeds: tuple[tuple[str, Array], ...] = ()  # what the text encoders would make, [N, …] by name
+    resized: tuple[int, int] | None = None  # height and width of the image that was given, if it is drawn in another
 
     @property
     def count(self) -> int:
@@ -65,10 +69,13 @@ class Request:
         chain: OpenChain,
         prompt: str | Sequence[str] | None = None,
         *,
+        image: object = None,
+        mask_image: object = None,
+        strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
-        guidance_scale: float = 0.0,
+        guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
@@ -94,25 +101,40 @@ class Request:
         prompts = () if embeds else _check_prompts(prompt, repeats)
         count = len(embeds[0][1].value) if embeds else len(prompts)
         _check_size(chain, height, width)
-        _check_guidance(guidance_scale)
         _check_output_type(chain, output_type)
-        steps = chain.steps[0] if num_inference_steps is None else num_inference_steps
-        rows = chain.entry(steps)[1].rows
-        modes = _check_modes(chain, modes)
+        scale = check_scale(chain, guidance_scale)
+        table = table_of(chain, num_inference_steps, strength, scale)
+        on = modes_of(chain, scale, negative_prompt, modes)
+        given = dict(inputs or {}) | _pictures(chain, image, mask_image)
+        if GUIDANCE in on:
+            given.setdefault("guidance_scale", np.array([scale], np.float32))
         seed = _check_generator(seed, generator)
         return cls(
+            chain=chain.name,
+            table=table,
             prompts=prompts,
-            steps=int(steps),
             seeds=_check_seeds("seed" if generator is None else "generator", seed, count),
             one_generator=isinstance(seed, int | np.integer),
-            chain=chain.name,
             latents=None if latents is None else _check_latents(chain, latents, count),
-            inputs=_check_inputs(chain, modes, inputs or {}, count, rows),
-            modes=modes,
+            inputs=_check_inputs(chain, on, given, count, chain.chain.tables[table].rows),
+            modes=on,
             output_type=output_type,
-            negative_prompts=_check_negative(chain, negative_prompt, others, count, repeats),
+            negative_prompts=_check_negative(chain, on, negative_prompt, others, count, repeats),
             embeds=embeds,
+            resized=_resized(chain, image),
         )
+
+    @classmethod
+    def sample(cls, chain: OpenChain, num_inference_steps: int | None = None, prompt: str = "") -> "Request":
+        """Return a request for one batch with all that the chain takes, to measure it or to warm it up: grey images,
+        masks of ones, zeros of anything else."""
+        scale = check_scale(chain, None)
+        modes = modes_of(chain, scale, None, ())
+        read = {n: f for n, f in chain.read(modes).items() if f.is_ in GIVEN and f.when == "call"}
+        fill = {"image": 128, "mask": 1, "number": scale}
+        inputs = {n: np.full((t := chain.tensors[n]).shape, fill.get(f.is_, 0), t.dtype) for n, f in read.items()}
+        shared = {"seed": 0, "output_type": "uint8", "num_inference_steps": num_inference_steps}
+        return cls.make(chain, [prompt] * chain.batch, inputs=inputs, modes=modes, **shared)
 
 
 def _check_repeats(repeats: object) -> int:
@@ -137,13 +159,23 @@ def _check_size(chain: OpenChain, height: int | None, width: int | None) -> None
         )
 
 
-def _check_guidance(guidance_scale: object) -> None:
-    try:
-        guided = math.isnan(guidance_scale) or guidance_scale > 1  # type: ignore[arg-type, operator]
-    except TypeError:
-        guided = True
-    if guided:
-        raise InputError(f"guidance_scale={guidance_scale!r}: Turbo models have no guidance; leave it out or give 0.0")
+def _pictures(chain: OpenChain, image: object, mask_image: object) -> dict[str, np.ndarray]:
+    """Return the feeds of the pictures that a caller gives."""
+    found = {}
+    for argument, name, given, read in (
+        ("image", IMAGE, image, pictures.pixels),
+        ("mask_image", MASK, mask_image, pictures.mask),
+    ):
+        if given is not None and name not in chain.chain.feeds:
+            raise InputError(f"{argument} was given, and the chain {chain.name} reads none; leave it out")
+        if given is not None:
+            found[name] = read(argument, given, chain.size)
+    return found
+
+
+def _resized(chain: OpenChain, image: object) -> tuple[int, int] | None:
+    given = None if image is None else pictures.size_of("image", image)
+    return None if given == chain.size else given
 
 
 def _check_output_type(chain: OpenChain, output_type: object) -> None:
@@ -154,17 +186,23 @@ def _check_output_type(chain: OpenChain, output_type: object) -> None:
 
 
 def _check_negative(
-    chain: OpenChain, negative_prompt: object, others: Mapping[str, object], count: int, repeats: int
+    chain: OpenChain,
+    modes: frozenset[str],
+    negative_prompt: object,
+    others: Mapping[str, object],
+    count: int,
+    repeats: int,
 ) -> tuple[str, ...]:
-    """Return the negative prompt of each picture, () for a chain without; one for all prompts is repeated.
+    """Return the negative prompt of each picture, () if the call reads none; one for all prompts is repeated.
 
     `others`: the further arguments of diffusers' call; one warning names all that have no effect without guidance.
     """
-    negative = any(chain.chain.feeds[name].of == "negative_prompt" for name in chain.feeds("ids"))
-    idle = check_others(chain, others, negative=negative)
-    if not negative:
-        if idle := [*["negative_prompt"] * (negative_prompt is not None), *idle]:
+    idle = check_others(chain, others, negative=GUIDANCE in modes)
+    if GUIDANCE not in modes:
+        if idle := [*[NEGATIVE_PROMPT] * (negative_prompt is not None), *idle]:
             log.warning("%s: without guidance this has no effect, as in diffusers", ", ".join(idle))
+        return ()
+    if not any(feed.of == NEGATIVE_PROMPT for feed in chain.read(modes).values()):
         return ()
     given = _check_prompts("" if negative_prompt is None else negative_prompt, repeats)
     given = given * (count // repeats) if len(given) == repeats else given
@@ -174,13 +212,6 @@ def _check_negative(
             "prompts was expected"
         )
     return given
-
-
-def _check_modes(chain: OpenChain, modes: Collection[str]) -> frozenset[str]:
-    if unknown := sorted(set(modes) - set(chain.chain.modes)):
-        has = ", ".join(chain.chain.modes) or "none"
-        raise InputError(f"modes={unknown}: the chain {chain.name} has {has}; choose from these")
-    return frozenset(modes)
 
 
 def _check_generator(seed: Any, generator: object) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from turbochain.runtime.bundle.manifest import Stage
+from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Stage
 from turbochain.runtime.errors import InputError
 
 Inputs = dict[str, tuple[str, tuple[int, ...]] | None]
@@ -43,6 +43,7 @@ class GraphSpec:
     outputs: tuple[str, ...]
     arguments: Callable[[Shape], tuple[Any, ...]] = lambda shape: ()  # the module's further arguments
     precision: str | None = None  # this one, whatever is asked for
+    sized: bool = True  # whether it depends on the size of a picture
 
 
 @dataclass(frozen=True)
@@ -50,21 +51,28 @@ class Family:
     """What differs between checkpoints of different pipelines."""
 
     name: str
-    pipeline_class: str  # diffusers' for text-to-image
-    kin: tuple[str, ...]  # other classes whose checkpoints `pipeline_class` can draw; a ControlNet is ignored
+    pipelines: Mapping[str, str]  # task → diffusers' pipeline class; the first is that of a checkpoint
+    kin: tuple[str, ...]  # other classes whose checkpoints these can draw; a ControlNet is ignored
     components: tuple[str, ...]  # folders with weights
     tokenizers: Mapping[str, str]  # feed that takes the ids → the checkpoint's tokenizer folder
-    graphs: Mapping[str, GraphSpec]  # graph → spec, but for `common.step`; those of one component in this order
+    graphs: Mapping[str, GraphSpec]  # role → spec, but for those of `common.graphs`; of one component in this order
+    vae_encoder: str  # the class in export.tracing.modules that is traced
     prompt_stages: tuple[Stage, ...]  # of every chain: what runs once for a prompt
     columns: tuple[str, ...]  # what the UNet makes of a timestep: see COLUMNS in export.tracing.time
     constants: Mapping[str, Callable[[Shape], tuple[Any, ...]]]
     # columns that are the same in every row: name → arguments, see CONSTANTS in export.tracing.time
-    pipeline_options: Mapping[str, Any]  # further arguments of the diffusers pipeline's constructor
+    pipeline_options: Mapping[str, Any]  # further arguments of the diffusers pipelines' constructors
+    zeros: Callable[[Mapping[str, Any]], bool]  # model_index.json → whether no negative prompt is zeros, and not ""
     embeds: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
     # (component → config, the UNet call's arguments) → what the prompt's stages must have produced
     check: Callable[[Mapping[str, Any]], list[str]]  # component → config: what is unsupported, as phrases
     tiny_vae: str  # hub id of the AutoencoderTiny that decodes its latents
     latents_scale: float  # the scaling_factor of the VAE whose latents these are
+
+    @property
+    def pipeline_class(self) -> str:
+        """Return diffusers' class for text-to-image."""
+        return self.pipelines[TEXT_TO_IMAGE]
 
 
 def load() -> dict[str, Family]:
@@ -78,7 +86,7 @@ def of(pipeline_class: str) -> Family:
     """Return the family of a pipeline class; InputError that names the supported ones."""
     families = load()
     for family in families.values():
-        if pipeline_class in (family.pipeline_class, *family.kin):
+        if pipeline_class in (*family.pipelines.values(), *family.kin):
             return family
     raise InputError(
         f"the pipeline class {pipeline_class} is not supported: choose a checkpoint of "

@@ -5,7 +5,7 @@ from typing import Any
 
 from turbochain.export.families import Family, GraphSpec, Inputs, Shape
 from turbochain.export.families.common import check, ids, tokens, unet_inputs, vae_decoder
-from turbochain.runtime.bundle.manifest import Stage
+from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, INPAINTING, TEXT_TO_IMAGE, Stage
 
 
 def _check(configs: Mapping[str, Any]) -> list[str]:
@@ -29,10 +29,12 @@ def _unet_inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
 
 FAMILY = Family(
     name="sd",
-    pipeline_class="StableDiffusionPipeline",
+    pipelines={
+        TEXT_TO_IMAGE: "StableDiffusionPipeline",
+        IMAGE_TO_IMAGE: "StableDiffusionImg2ImgPipeline",
+        INPAINTING: "StableDiffusionInpaintPipeline",
+    },
     kin=(
-        "StableDiffusionImg2ImgPipeline",
-        "StableDiffusionInpaintPipeline",
         "StableDiffusionControlNetPipeline",
         "StableDiffusionControlNetImg2ImgPipeline",
         "StableDiffusionControlNetInpaintPipeline",
@@ -45,6 +47,7 @@ FAMILY = Family(
             component="text_encoder",
             module="TextEncoder",
             inputs=ids("input_ids", "text_encoder"),
+            sized=False,
             outputs=("prompt_embeds",),
         ),
         "unet": GraphSpec(
@@ -56,10 +59,12 @@ FAMILY = Family(
         ),
         "vae_decoder": vae_decoder("VaeDecoder"),
     },
+    vae_encoder="VaeEncoder",
     prompt_stages=(Stage("text_encoder", "prompt", "text"),),
     columns=("time_projections",),
     constants={},
     pipeline_options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    zeros=lambda index: False,
     embeds=lambda configs, call: {"prompt_embeds": call["encoder_hidden_states"]},
     check=_check,
     tiny_vae="madebyollin/taesd",

@@ -5,7 +5,7 @@ from typing import Any
 
 from turbochain.export.families import Family, GraphSpec, Inputs, Shape
 from turbochain.export.families.common import check, ids, tokens, unet_inputs, vae_decoder
-from turbochain.runtime.bundle.manifest import Stage
+from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, INPAINTING, TEXT_TO_IMAGE, Stage
 
 
 def _check(configs: Mapping[str, Any]) -> list[str]:
@@ -50,10 +50,12 @@ def _embeds(configs: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, An
 
 FAMILY = Family(
     name="sdxl",
-    pipeline_class="StableDiffusionXLPipeline",
+    pipelines={
+        TEXT_TO_IMAGE: "StableDiffusionXLPipeline",
+        IMAGE_TO_IMAGE: "StableDiffusionXLImg2ImgPipeline",
+        INPAINTING: "StableDiffusionXLInpaintPipeline",
+    },
     kin=(
-        "StableDiffusionXLImg2ImgPipeline",
-        "StableDiffusionXLInpaintPipeline",
         "StableDiffusionXLControlNetPipeline",
         "StableDiffusionXLControlNetImg2ImgPipeline",
         "StableDiffusionXLControlNetInpaintPipeline",
@@ -69,6 +71,7 @@ FAMILY = Family(
             component="text_encoder",
             module="PenultimateTextEncoder",
             inputs=ids("input_ids", "text_encoder"),
+            sized=False,
             outputs=("prompt_embeds",),
         ),
         "text_encoder_2": GraphSpec(
@@ -76,6 +79,7 @@ FAMILY = Family(
             component="text_encoder_2",
             module="PooledTextEncoder",
             inputs=ids("input_ids_2", "text_encoder_2"),
+            sized=False,
             outputs=("prompt_embeds_2", "pooled_prompt_embeds"),
         ),
         "unet": GraphSpec(
@@ -87,10 +91,12 @@ FAMILY = Family(
         ),
         "vae_decoder": vae_decoder("SDXLVaeDecoder"),
     },
+    vae_encoder="SDXLVaeEncoder",
     prompt_stages=(Stage("text_encoder", "prompt", "text"), Stage("text_encoder_2", "prompt", "text")),
     columns=("time_embeds",),
     constants={"time_ids_embeds": _time_ids},
     pipeline_options={"add_watermarker": False},
+    zeros=lambda index: bool(index.get("force_zeros_for_empty_prompt", True)),
     embeds=_embeds,
     check=_check,
     tiny_vae="madebyollin/taesdxl",

@@ -15,8 +15,8 @@ from turbochain.runtime.bundle.hashing import FileRecord
 FORMAT_VERSION = 2
 """The bundle format that this version writes, and the only one that it reads."""
 
-TEXT_TO_IMAGE = "text-to-image"
-"""The chain that every bundle has: the default."""
+TEXT_TO_IMAGE, IMAGE_TO_IMAGE, INPAINTING = "text-to-image", "image-to-image", "inpainting"
+"""The tasks. The first chain of a bundle is its default."""
 
 FEATURES = ("expansions", "keep", "modes", "multistep", "wires")
 """The optional features of the format that this version reads."""
@@ -41,8 +41,9 @@ FEEDS = {
 }
 """What a feed can be → when it can come."""
 
-PER = ("picture", "image")
-"""What a draw is made for: every picture, or every image that was given."""
+PER = ("picture", "image", "image_alone")
+"""What a draw is made for: every picture; every image that was given, and with one generator for each picture every
+picture; or, with several generators too, every image that was given."""
 
 SCALES = ("", "init_noise_sigma")
 """What unit noise can be multiplied by: nothing, or a number of the call's table."""
@@ -92,6 +93,8 @@ class Graph:
     model_class: str = ""  # the component's, as diffusers and transformers name it; its bounds may be its own
     remedy: str = ""  # how it is kept right in that precision, or why it is in another than asked for; for people
     features: tuple[str, ...] = ()  # what the graph has beside the plain one of its role: lora, control, …
+    size: tuple[int, ...] = ()  # height, width in pixels; () if it is the same for all sizes
+    batch: int = 0  # pictures per launch; 0 if it is the same for all batches
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -141,6 +144,8 @@ class TableEntry:
     steps: int  # num_inference_steps
     rows: int  # evaluations of the network
     begin: int = 0  # how many steps are skipped
+    guidance_scale: float | None = None  # the one that its columns are made for (UNets with a guidance embedding)
+    strength: float | None = None  # the one that its timesteps are made for (LatentConsistencyModelImg2ImgPipeline)
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,7 @@ class Chain:
     output: str  # the name of the result
     modes: tuple[str, ...] = ()  # what a call can switch on
     keep: dict[str, str] = field(default_factory=dict)  # what a call makes → the held feed that the next call reads
+    defaults: dict[str, float] = field(default_factory=dict)  # argument of a call → what it is if it is not given
 
     @property
     def graphs(self) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ from turbochain.runtime.bundle.manifest import (
     DTYPES,
     PRECISIONS,
     REFERENCE,
-    TEXT_TO_IMAGE,
     Engine,
     Manifest,
 )
@@ -51,7 +50,7 @@ class Bundle:
 
     def _problems(self) -> list[str]:
         m = self.manifest
-        problems = [f"there is no chain {TEXT_TO_IMAGE!r}"] if TEXT_TO_IMAGE not in m.chains else []
+        problems = [] if m.chains else ["there is no chain"]
         named = {REFERENCE: "the reference"}
         for name, graph in m.graphs.items():
             named |= dict.fromkeys((*graph.files, graph.names), f"graph {name}")
@@ -68,14 +67,38 @@ class Bundle:
             problems += found or self.open_chain(name).problems()
         return problems
 
-    def open_chain(self, name: str = TEXT_TO_IMAGE) -> OpenChain:
-        """Return a chain with all that it needs; InputError if the bundle has no chain of this name."""
-        if name not in self.manifest.chains:
+    def open_chain(self, name: str | None = None) -> OpenChain:
+        """Return a chain with all that it needs (None: the first one); InputError if there is none of this name."""
+        chains = self.manifest.chains
+        if name is not None and name not in chains:
             raise InputError(
-                f"chain={name!r}: this bundle has {', '.join(self.manifest.chains)}; build one that has it with "
-                "build-engine SOURCE"
+                f"chain={name!r}: this bundle has {', '.join(chains)}; build one that has it with build-engine SOURCE"
             )
-        return OpenChain(self, name)
+        return OpenChain(self, next(iter(chains)) if name is None else name)
+
+    def sizes(self, task: str) -> list[tuple[int, int]]:
+        """Return the sizes (height, width) in pixels that a task is built for; InputError if it is not built."""
+        found = [self.open_chain(name).size for name, chain in self.manifest.chains.items() if chain.task == task]
+        if not found:
+            has = ", ".join(dict.fromkeys(chain.task for chain in self.manifest.chains.values()))
+            raise InputError(
+                f"this bundle was built for {has}, and not for {task}: build another with build-engine SOURCE "
+                f"--tasks {task}"
+            )
+        return list(dict.fromkeys(found))
+
+    def find_chain(self, task: str, size: tuple[int, int], count: int) -> str:
+        """Return the name of a task's chain of a size, of the fewest pictures per pass that are enough for `count`."""
+        sizes, chains = self.sizes(task), self.manifest.chains
+        if size not in sizes:
+            built = ", ".join(f"{width}x{height}" for height, width in sizes)
+            raise InputError(
+                f"height={size[0]}, width={size[1]}: this bundle is built for {built}; build another with "
+                f"build-engine SOURCE --size {size[1]}x{size[0]}"
+            )
+        batches = {name: c.batch for name, c in chains.items() if c.task == task and tuple(c.size) == size}
+        enough = [name for name, batch in batches.items() if batch >= count]
+        return min(enough, key=batches.__getitem__) if enough else max(batches, key=batches.__getitem__)
 
     @property
     def id(self) -> str:

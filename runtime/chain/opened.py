@@ -5,12 +5,12 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from turbochain.runtime.bundle import strict_json
-from turbochain.runtime.bundle.manifest import Chain, Feed, Graph, TableEntry, Tensor, TokenizerFile
+from turbochain.runtime.bundle.manifest import Chain, Feed, Graph, Tensor, TokenizerFile
 from turbochain.runtime.chain import tables, wiring
 from turbochain.runtime.chain.plan import Plan, plan
 from turbochain.runtime.chain.tables import Table
@@ -18,10 +18,6 @@ from turbochain.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from turbochain.runtime.bundle.opened import Bundle
-
-TABLE_COLUMNS = ("m", "v", "w", "input_scale")
-"""The columns that every table has itself; others depend on the timestep or the chain alone."""
-
 
 @dataclass(frozen=True)
 class OpenChain:
@@ -59,7 +55,7 @@ class OpenChain:
     @cached_property
     def steps(self) -> list[int]:
         """Return the step counts that there are tables for, ascending."""
-        return sorted({entry.steps for entry in self.chain.tables.values() if not entry.begin})
+        return sorted({entry.steps for entry in self.chain.tables.values()})
 
     def feeds(self, kind: str) -> list[str]:
         """Return the names of the feeds of a kind (see `FEEDS` in the manifest)."""
@@ -109,12 +105,15 @@ class OpenChain:
         """Return the size on disk of the graphs' external data, each file counted once."""
         return sum(self.bundle.manifest.files[f].size for f in {f for g in self.graphs.values() for f in g.data})
 
-    def entry(self, steps: object) -> tuple[str, TableEntry]:
-        """Return the name and entry of the table for `steps` steps; InputError if the bundle has none."""
+    def find(
+        self, steps: object, *, begin: int = 0, guidance_scale: float | None = None, strength: float | None = None
+    ) -> str:
+        """Return the name of a table; InputError if the bundle has none. The arguments are those of `TableEntry`."""
+        wanted = (begin, guidance_scale, strength)
         if not isinstance(steps, bool) and isinstance(steps, int | np.integer):
             for name, entry in self.chain.tables.items():
-                if entry.steps == steps and not entry.begin:
-                    return name, entry
+                if entry.steps == steps and (entry.begin, entry.guidance_scale, entry.strength) == wanted:
+                    return name
         choices = ", ".join(map(str, self.steps))
         raise InputError(
             f"num_inference_steps={steps!r}: this bundle was built for these step counts: {choices}; "
@@ -126,23 +125,17 @@ class OpenChain:
         """Read every table by its name in the file, which is hashed first; BundleError if one is not as it should
         be."""
         self.bundle.check_files([self.chain.tables_file])
-        columns = {n: self.tensors[n] for n in self.feeds("column") if n not in TABLE_COLUMNS}
+        columns = {n: self.tensors[n] for n in self.feeds("column") if n not in tables.OWN}
         return tables.read(self.bundle.path / self.chain.tables_file, self.chain, columns)
 
-    def table(self, steps: object) -> Table:
-        """Return the table for `steps` steps; raises InputError if the bundle has none, BundleError if it is
-        damaged."""
-        return self.tables[self.entry(steps)[0]]
-
-    def columns(self, steps: object) -> dict[str, np.ndarray]:
+    def columns(self, table: str) -> dict[str, np.ndarray]:
         """Return the constants of a call, name → [rows, *shape] fp32, of those of the whole call [1, *shape]."""
-        table = self.table(steps)
-        return {name: table.column(name).reshape(-1, *self.tensors[name].shape) for name in self.feeds("column")}
+        found = self.tables[table]
+        return {name: found.column(name).reshape(-1, *self.tensors[name].shape) for name in self.feeds("column")}
 
-    def plan(self, steps: int, **more: object) -> Plan:
-        """Return the plan of a call of `steps` steps; `more` as in `plan.plan`."""
-        name, entry = self.entry(steps)
-        return plan(self.chain, self.graphs, entry.rows, table=f"{self.name}/{name}", **more)
+    def plan(self, table: str, **more: Any) -> Plan:
+        """Return the plan of a call that follows a table; `more` as in `plan.plan`."""
+        return plan(self.chain, self.graphs, self.chain.tables[table].rows, table=f"{self.name}/{table}", **more)
 
     def problems(self) -> list[str]:
         """Return what the chain, its wiring being sound, does not agree with its tensors and tokenizers about."""
@@ -152,7 +145,7 @@ class OpenChain:
         chain, output = self.chain, self.tensors[self.chain.output]
         found = [] if self.steps else ["there is no table"]
         for name, entry in chain.tables.items():
-            if entry.steps < 1 or entry.rows < 1 or entry.begin < 0:
+            if entry.steps < 1 or entry.rows < 1 or not 0 <= entry.begin < entry.steps:
                 found.append(
                     f"the table {name} has {entry.steps} steps, {entry.rows} rows, and begins at {entry.begin}"
                 )
@@ -172,12 +165,12 @@ class OpenChain:
             found.append(f"it draws {drawn}, and its noise is {noise}")
         if (chain.K > 1) != bool(self.feeds("history")):
             found.append(f"K is {chain.K}, and its history is {self.feeds('history')}")
-        shapes = {"m": (chain.K, chain.K), "v": (chain.K,), "w": (chain.K,), "input_scale": (1,)}
-        for name in TABLE_COLUMNS:
-            feed, tensor = chain.feeds.get(name), self.tensors.get(name)
-            if feed and tensor and (feed.when, tensor.dtype, tensor.shape) != ("step", "float32", shapes[name]):
+        shapes = {"m": (chain.K, chain.K), "v": (chain.K,), "w": (chain.K,)}
+        for name, when in tables.OWN.items():
+            feed, tensor, shape = chain.feeds.get(name), self.tensors.get(name), shapes.get(name, (1,))
+            if feed and tensor and (feed.when, tensor.dtype, tensor.shape) != (when, "float32", shape):
                 has = f"{tensor.dtype} {list(tensor.shape)} for each {feed.when}"
-                found.append(f"the column {name} is {has}, and not float32 {list(shapes[name])} for each step")
+                found.append(f"the column {name} is {has}, and not float32 {list(shape)} for each {when}")
         for name in self.feeds("history"):
             tensor = self.tensors[name]
             if tensor.shape[0] != chain.K - 1:

@@ -17,6 +17,17 @@ import numpy as np
 from turbochain.runtime.bundle.manifest import Chain, TableEntry, Tensor
 from turbochain.runtime.errors import BundleError
 
+OWN = {"m": "step", "v": "step", "w": "step", "input_scale": "step", "p": "call", "q": "call"} | {
+    "next_p": "step",
+    "next_q": "step",
+}
+"""The columns that a table has itself → when they are fed; others depend on the timestep or the chain alone.
+
+`p` and `q` are those of the row where the run begins; `next_p` and `next_q` those of the row after each one: after the
+last one 1 and 0, which is the image without noise.
+"""
+_CLEAN = np.array([[1, 0]], np.float32)
+
 ARRAYS = ("m", "v", "w", "input_scale", "draws_noise", "start", "init_noise_sigma", "index")
 """The fields of a table that its file has of its own."""
 
@@ -48,7 +59,11 @@ class Table:
 
     def column(self, name: str) -> np.ndarray:
         """Return the values of a column, [rows, …] fp32, or [1, …] of one that is the same in every row."""
-        own = {"m": self.m, "v": self.v, "w": self.w, "input_scale": self.input_scale}
+        own = {
+            **{"m": self.m, "v": self.v, "w": self.w, "input_scale": self.input_scale},
+            **{"p": self.start[:1, :1], "q": self.start[:1, 1:]},
+            **dict(zip(("next_p", "next_q"), np.append(self.start[1:], _CLEAN, axis=0).T[..., None], strict=True)),
+        }
         return own[name] if name in own else self.columns[name]
 
 

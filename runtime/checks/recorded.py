@@ -16,8 +16,8 @@ class Recorded:
     def __init__(self, chain: OpenChain, case: Case) -> None:
         """Read the case's table."""
         self.chain, self.case, self.tensors = chain, case, case.tensors
-        self.table: Table = chain.table(case.steps)
-        self.columns = chain.columns(case.steps)
+        self.table: Table = chain.tables[case.table]
+        self.columns = chain.columns(case.table)
 
     @cached_property
     def _per_step(self) -> set[str]:

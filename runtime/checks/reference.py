@@ -18,7 +18,7 @@ class Case:
 
     prompt: list[str]
     seed: int
-    steps: int
+    table: str  # of the chain
     modes: frozenset[str]
     tensors: Arrays
 
@@ -35,7 +35,7 @@ def read_cases(bundle: Bundle, chain: str) -> list[Case]:
                 mine = [n for n in names if n.startswith(f"{i}/")]
                 tensors = {n.removeprefix(f"{i}/"): file.get_tensor(n) for n in mine}
                 modes = frozenset(case["modes"])
-                cases.append(Case(case["prompt"], case["seed"], case["num_inference_steps"], modes, tensors))
+                cases.append(Case(case["prompt"], case["seed"], case["table"], modes, tensors))
     if not cases:
         raise BundleError(f"{bundle.path / REFERENCE} has no case of the chain {chain} to check against")
     return cases

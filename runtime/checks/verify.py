@@ -203,7 +203,7 @@ def _check_chain(chain: OpenChain, executor: Executor, bound: Bounds, recorded: 
     """Run the whole chain, ids to picture, with our own noise; the bound is that of the least precise stage."""
     case = recorded.case
     noise = draw_run(chain, recorded.table, [Generator(case.seed)], chain.batch)
-    plan = chain.plan(case.steps, modes=case.modes)
+    plan = chain.plan(case.table, modes=case.modes)
     executor.hold(plan, recorded.feeds("held"))
     fed = {**recorded.feeds("call"), **recorded.feeds("step")}
     image = executor.execute(plan, {**fed, **recorded.columns, **noise}).arrays[chain.chain.output]

@@ -1,15 +1,15 @@
-"""Keep what the stages of the prompt made, so that a repeated prompt skips the text encoders."""
+"""Keep what stages before the loop made, so that a repeated prompt or picture skips its encoder."""
 
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-Embeds = Mapping[str, np.ndarray]
+Made = Mapping[str, np.ndarray]
 
 
-class PromptCache:
-    """Embeddings by chain, token ids and adapters: least recently used out first, bounded in bytes.
+class StageCache:
+    """What graphs made of one picture's inputs: least recently used out first, bounded in bytes.
 
     The caller holds a lock.
     """
@@ -17,14 +17,14 @@ class PromptCache:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.bytes = 0
-        self._entries: OrderedDict[Hashable, Embeds] = OrderedDict()
+        self._entries: OrderedDict[Hashable, Made] = OrderedDict()
 
     def __len__(self) -> int:
-        """Return how many prompts are kept."""
+        """Return how many entries are kept: one of each graph and input."""
         return len(self._entries)
 
     def get(self, keys: Sequence[Hashable]) -> dict[str, np.ndarray] | None:
-        """Return the embeddings of a whole batch, name → [B, …]; None unless every prompt in it is known."""
+        """Return what was made of a whole batch, name → [B, …]; None unless every row of it is known."""
         if any(key not in self._entries for key in keys):
             return None
         for key in keys:
@@ -32,10 +32,10 @@ class PromptCache:
         rows = [self._entries[key] for key in keys]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def put(self, keys: Sequence[Hashable], embeds: Embeds) -> None:
-        """Keep copies of a batch's embeddings, name → [B, …]; one larger than the bound is not kept."""
+    def put(self, keys: Sequence[Hashable], made: Made) -> None:
+        """Keep copies of what was made of a batch, name → [B, …]; a row larger than the bound is not kept."""
         for i, key in enumerate(keys):
-            row = {name: value[i].copy() for name, value in embeds.items()}
+            row = {name: value[i].copy() for name, value in made.items()}
             size = _bytes(row)
             if key in self._entries or size > self.limit_bytes:
                 continue
@@ -51,5 +51,5 @@ class PromptCache:
         self.bytes = 0
 
 
-def _bytes(row: Embeds) -> int:
+def _bytes(row: Made) -> int:
     return sum(value.nbytes for value in row.values())

@@ -39,7 +39,8 @@ class Feeds:
         self.chain = chain
         self.tokenizers = tokenizers(chain)
         zeros = {name: self.zeros(name) for kind in ("history", "zeros") for name in chain.feeds(kind)}
-        self._constants = {steps: chain.columns(steps) | zeros for steps in chain.steps}
+        self._zeros = zeros
+        self._constants: dict[str, dict[str, np.ndarray]] = {}
         self._local = threading.local()
 
     def of_request(self, request: Request) -> dict[str, np.ndarray]:
@@ -57,8 +58,8 @@ class Feeds:
         """Return the noise of all N pictures, as `draw_run`."""
         chain, inputs = self.chain, dict(request.inputs)
         given = {chain.first_noise: request.latents.value} if chain.first_noise and request.latents else {}
-        images = next((len(inputs[name].value) for name in chain.feeds("image") if name in inputs), None)
-        return draw_run(chain, chain.table(request.steps), generators, request.count, given=given, images=images)
+        images = next((len(inputs[n].value) for n in chain.feeds("image") if n in inputs), None)
+        return draw_run(chain, chain.tables[request.table], generators, request.count, given=given, images=images)
 
     def advance(self, generator: object, request: Request) -> None:
         """Bring a caller's generator, or each of a list, to the end of what the request draws from it."""
@@ -86,9 +87,11 @@ class Feeds:
 
         return {name: take(name, value) for name, value in feeds.items()}
 
-    def constants(self, steps: int) -> dict[str, np.ndarray]:
+    def constants(self, table: str) -> dict[str, np.ndarray]:
         """Return what is the same in every call: the table's columns, and zeros for history at its beginning."""
-        return self._constants[steps]
+        if table not in self._constants:
+            self._constants[table] = self.chain.columns(table) | self._zeros
+        return self._constants[table]
 
     def zeros(self, name: str) -> np.ndarray:
         """Return zeros of a feed's shape and dtype."""

@@ -118,8 +118,8 @@ def draw_run(
     """Return the noise of one run by feed, fp32: [count, …], and of a feed of every step [rows, count, …].
 
     The draws are the chain's, in its order, which is that of diffusers' pipeline. `given`: unit noise in place of a
-    draw; nothing is drawn for it. A step that does not draw has zeros. `images`: how many images were given, if fewer
-    than `count`: with one generator a draw per image is made for these only, and repeated.
+    draw; nothing is drawn for it. A step that does not draw has zeros. `images`: how many images were given: what is
+    drawn for these alone (see `PER` in the manifest) is repeated.
     """
     made: dict[str, np.ndarray] = {}
     for step in chain.chain.draws:
@@ -132,8 +132,9 @@ def draw_run(
             continue
         if step.name in given and not step.discarded:
             noise = given[step.name]
-        elif step.per == "image" and images and len(generators) == 1:
-            noise = np.concatenate([draw(generators, (images, *shape[1:]))] * (count // images))
+        elif images and (step.per == "image_alone" or (step.per == "image" and len(generators) == 1)):
+            of_images = generators[:images] if len(generators) > 1 else generators
+            noise = np.concatenate([draw(of_images, (images, *shape[1:]))] * (count // images))
         else:
             noise = draw(generators, shape)
         if feed is not None and not step.discarded:

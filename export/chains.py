@@ -1,0 +1,158 @@
+"""The chains of a bundle: of each task, size and batch, and the graphs that they need. Torch-free."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from turbochain.export.families import Family, GraphSpec, Shape, common
+from turbochain.export.tasks import Task
+from turbochain.runtime.bundle.manifest import Chain, Feed, Stage, TableEntry
+from turbochain.runtime.inputs.guidance import GUIDANCE, NEGATIVE_PROMPT
+
+NEGATIVE = "negative_"
+"""What the names of a chain's tensors begin with that belong to the negative prompt."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A graph to trace."""
+
+    spec: GraphSpec
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides a bundle's chains, but for their tables."""
+
+    family: Family
+    configs: Mapping[str, Any]  # component → config
+    tasks: Sequence[Task]
+    shapes: Sequence[Shape]  # the first is the default; all have one K
+    zeros: bool = False  # whether no negative prompt means zeros, and not the encoding of ""
+
+    @property
+    def guided(self) -> bool:
+        """Return whether calls may have classifier-free guidance: not if the UNet reads the guidance scale itself."""
+        return self.configs["unet"].get("time_cond_proj_dim") is None
+
+    @property
+    def posterior(self) -> bool:
+        """Return whether the VAE makes a distribution of an image, from which its latents are drawn."""
+        return self.configs["vae"]["_class_name"] != "AutoencoderTiny"
+
+    def name(self, task: Task, shape: Shape) -> str:
+        """Return a chain's name."""
+        return task.name + self._suffix(shape, sized=True)
+
+    def graph_name(self, role: str, shape: Shape) -> str:
+        """Return a graph's name; those of the first shape have no suffix."""
+        return role + self._suffix(shape, self._specs(shape)[role].sized)
+
+    def graphs(self) -> dict[str, Placed]:
+        """Return every graph of every chain, by its name."""
+        found = {}
+        for task in self.tasks:
+            for shape in self.shapes:
+                specs = self._specs(shape)
+                for stage in self._stages(task):
+                    found[self.graph_name(stage.graph, shape)] = Placed(specs[stage.graph], shape)
+        return found
+
+    def precisions(self, asked: str, vae: str | None = None) -> dict[str, str]:
+        """Return graph → precision, if the user asked for `asked`, and for `vae` for the VAE."""
+        specs = {name: placed.spec for name, placed in self.graphs().items()}
+        return {n: s.precision or (vae if vae and s.component == "vae" else asked) for n, s in specs.items()}
+
+    def chain(
+        self, task: Task, shape: Shape, tables: dict[str, TableEntry], defaults: Mapping[str, float]
+    ) -> Chain:
+        """Return one chain."""
+        stages = tuple(replace(s, graph=self.graph_name(s.graph, shape)) for s in self._stages(task))
+        history = {"next_history": "history"} if shape.K > 1 else {}
+        name = self.name(task, shape)
+        draws = (d for d in task.draws if self.posterior or d.name != "posterior_noise")
+        return Chain(
+            task=task.name,
+            size=(shape.height, shape.width),
+            batch=shape.batch,
+            K=shape.K,
+            stages=stages,
+            feeds=self._feeds(task, shape),
+            draws=(*draws, common.STEP_DRAW),
+            carry={task.latents: "latents", **history},
+            tables_file=f"tables/{name}.safetensors",
+            tables=tables,
+            output="image",
+            modes=self._modes,
+            defaults=dict(defaults),
+        )
+
+    def tokenizers(self) -> dict[str, str]:
+        """Return the tokenizer folder of each feed of ids."""
+        own = dict(self.family.tokenizers)
+        return own | ({NEGATIVE + feed: folder for feed, folder in own.items()} if self.guided else {})
+
+    @property
+    def _modes(self) -> tuple[str, ...]:
+        if not self.guided:
+            return ()
+        return (GUIDANCE, NEGATIVE_PROMPT) if self.zeros else (GUIDANCE,)
+
+    def _suffix(self, shape: Shape, sized: bool) -> str:
+        first = self.shapes[0]
+        size = sized and (shape.height, shape.width) != (first.height, first.width)
+        return (f"@{shape.width}x{shape.height}" if size else "") + (f"*{shape.batch}" if shape.batch != first.batch else "")
+
+    def _specs(self, shape: Shape) -> dict[str, GraphSpec]:
+        return common.graphs(self.family, shape.K, self.posterior)
+
+    def _stages(self, task: Task) -> list[Stage]:
+        """Return the stages of a chain, with the names that graphs have at the first shape."""
+        decoder = Stage("vae_decoder", "end", "picture", _renamed({"next_latents": task.latents}))
+        unet = Stage("unet", "step", "prediction")
+        if not self.guided:
+            steps = [unet, Stage("step", "step", "state")]
+            return [*self.family.prompt_stages, *task.before, *steps, *task.after_step, decoder]
+        mode = NEGATIVE_PROMPT if self.zeros else GUIDANCE
+        specs = self._specs(self.shapes[0])
+        negative = [
+            replace(s, wires=self._negated(specs[s.graph], s), if_=mode) for s in self.family.prompt_stages
+        ]
+        reads = {name: NEGATIVE + name for name in self._embeds}
+        negative_unet = replace(unet, wires={**reads, "prediction": f"{NEGATIVE}prediction"}, if_=GUIDANCE)
+        steps = [
+            unet,
+            negative_unet,
+            Stage("step", "step", "state", unless=GUIDANCE),
+            Stage("step+guidance", "step", "state", if_=GUIDANCE),
+        ]
+        return [*self.family.prompt_stages, *negative, *task.before, *steps, *task.after_step, decoder]
+
+    @property
+    def _embeds(self) -> list[str]:
+        """Return what the UNet reads of the prompt."""
+        specs = self.family.graphs
+        return [name for stage in self.family.prompt_stages for name in specs[stage.graph].outputs]
+
+    def _negated(self, spec: GraphSpec, stage: Stage) -> dict[str, str]:
+        ends = (*spec.inputs(self.configs, self.shapes[0]), *spec.outputs)
+        return {name: NEGATIVE + name for name in ends}
+
+    def _feeds(self, task: Task, shape: Shape) -> dict[str, Feed]:
+        feeds = {name: Feed("ids", "call") for name in self.family.tokenizers}
+        if self.guided:
+            feeds |= {NEGATIVE + name: Feed("ids", "call", of=NEGATIVE_PROMPT) for name in self.family.tokenizers}
+            feeds |= {NEGATIVE + name: Feed("zeros", "call") for name in self._embeds} if self.zeros else {}
+            feeds["guidance_scale"] = Feed("number", "call")
+        return {
+            **feeds,
+            **{n: feed for n, feed in task.feeds.items() if self.posterior or n != "posterior_noise"},
+            **({"history": Feed("history", "call")} if shape.K > 1 else {}),
+            **common.step_feeds(self.family),
+        }
+
+
+def _renamed(wires: Mapping[str, str]) -> dict[str, str]:
+    """Return those of the wires that change a name."""
+    return {own: name for own, name in wires.items() if own != name}

@@ -1,0 +1,248 @@
+"""Record one call of a diffusers pipeline: what goes in and out of its parts, under the names that a chain has for it.
+
+Nothing here computes a picture: the pipeline runs as any user would run it, and hooks write down what they see.
+"""
+
+import contextlib
+import copy
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from turbochain.export.chains import NEGATIVE
+from turbochain.export.sampler import Draw, drawing
+from turbochain.export.sources.checkpoint import Checkpoint
+from turbochain.export.tracing import time
+from turbochain.runtime.bundle.manifest import Chain
+from turbochain.runtime.errors import PictureError
+from turbochain.runtime.inputs.guidance import GUIDANCE
+
+
+@dataclass(frozen=True)
+class Call:
+    """A recorded call of a chain, as the metadata of the file has it."""
+
+    chain: str
+    table: str  # of the chain
+    modes: list[str]
+    prompt: list[str]
+    seed: int
+    num_inference_steps: int
+    strength: float | None = None
+    guidance_scale: float = 0.0
+
+
+def sample_image(height: int, width: int, seed: int) -> np.ndarray:
+    """Return a picture [H, W, 3] uint8 with areas, edges and noise, the same on every machine."""
+    y, x = np.mgrid[0:height, 0:width] / max(height, width)
+    rng = np.random.RandomState(seed)
+    waves = np.stack([np.sin(6 * (a * x + b * y) + c) for a, b, c in rng.uniform(-2, 2, (3, 3))], axis=-1)
+    waves[(x - 0.5) ** 2 + (y - 0.4) ** 2 < 0.05] *= -1
+    return np.clip(127.5 + 90 * waves + rng.normal(0, 8, waves.shape), 0, 255).round().astype(np.uint8)
+
+
+def sample_mask(height: int, width: int) -> np.ndarray:
+    """Return a mask [H, W] uint8 that is white, to be drawn anew, in its right half and a corner."""
+    mask = np.zeros((height, width), np.uint8)
+    mask[:, width // 2 :], mask[: height // 3, : width // 4] = 255, 255
+    return mask
+
+
+def record_call(pipeline: Any, checkpoint: Checkpoint, chain: Chain, call: Call) -> dict[str, np.ndarray]:
+    """Run the pipeline once; return what its parts read and made, by their names in the chain.
+
+    Raises PictureError if diffusers makes no picture of this checkpoint.
+    """
+    guided = GUIDANCE in call.modes
+    once: dict[str, Any] = {"guidance_scale": torch.tensor([call.guidance_scale])} if guided else {}
+    steps: list[dict[str, torch.Tensor]] = []
+    arguments, given = _pictures(chain, call)
+    with contextlib.ExitStack() as stack:
+        for name, folder in checkpoint.family.tokenizers.items():
+            encoder = getattr(pipeline, folder.replace("tokenizer", "text_encoder"))
+            _hook(stack, encoder, partial(_keep_ids, once, name))
+        _hook(stack, pipeline.unet, partial(_keep_prediction, checkpoint, once, steps, guided))
+        columns: dict[str, list[torch.Tensor]] = {name: [] for name in checkpoint.family.columns}
+        for name, rows in columns.items():
+            time.watch(stack, pipeline.unet, name, rows.append)
+        stack.enter_context(_watch_steps(pipeline, steps, guided))
+        if call.strength is not None:
+            stack.enter_context(_watch_start(pipeline, once))
+        result = pipeline(
+            prompt=call.prompt,
+            num_inference_steps=call.num_inference_steps,
+            guidance_scale=call.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(call.seed),
+            **arguments,
+            **_watched_latents(chain, steps),
+        )
+    image = np.stack([np.asarray(picture) for picture in result.images])
+    if not all(torch.isfinite(step["next_latents"]).all() for step in steps) or image.min() == image.max():
+        raise PictureError(
+            "diffusers' own fp32 picture of this checkpoint is NaN or of one single value, so there is nothing to "
+            "check against; the weights are damaged"
+        )
+    stacked = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}
+    stacked |= {name: torch.stack(rows) for name, rows in columns.items()}
+    arrays = {k: np.ascontiguousarray(v.numpy()) for k, v in {**once, **stacked}.items()}
+    return {k: v.astype(np.int32) if "input_ids" in k else v for k, v in arrays.items()} | given | {"image": image}
+
+
+def _pictures(chain: Chain, call: Call) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the arguments of size and pictures that the pipeline takes, and what the chain is fed instead."""
+    height, width = chain.size
+    size = {"height": height, "width": width}
+    if call.strength is None:
+        return size, {}
+    images = np.stack([sample_image(height, width, call.seed + row) for row in range(chain.batch)])
+    arguments: dict[str, Any] = {"image": [Image.fromarray(i) for i in images], "strength": call.strength}
+    if "mask" not in chain.feeds:
+        return arguments, {"input_image": images}
+    mask = Image.fromarray(sample_mask(height, width))
+    return arguments | size | {"mask_image": mask}, {"input_image": images}
+
+
+def _keep_ids(once: dict[str, Any], name: str, call: dict[str, Any], output: Any) -> None:
+    """Keep what a text encoder read: the prompt's ids first, then those of the negative prompt."""
+    once[NEGATIVE + name if name in once else name] = call["input_ids"]
+
+
+def _keep_prediction(
+    checkpoint: Checkpoint,
+    once: dict[str, Any],
+    steps: list[dict[str, torch.Tensor]],
+    guided: bool,
+    call: dict[str, Any],
+    output: Any,
+) -> None:
+    """Keep what the UNet read of the prompts and what it predicted; with guidance the negative ones stand first."""
+    read, predicted = checkpoint.family.embeds(checkpoint.configs, call), output[0]
+    if not guided:
+        once |= read
+        steps.append({"prediction": predicted})
+        return
+    for name, value in read.items():
+        once[NEGATIVE + name], once[name] = value.chunk(2)
+    negative, positive = predicted.chunk(2)
+    steps.append({"prediction": positive, f"{NEGATIVE}prediction": negative})
+
+
+def _hook(stack: contextlib.ExitStack, module: torch.nn.Module, see: Callable[[dict[str, Any], Any], object]) -> None:
+    """Call `see(arguments, output)` after every forward of `module`; arguments by name."""
+    names = list(inspect.signature(module.forward).parameters)
+
+    def after(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        see({**dict(zip(names, args, strict=False)), **kwargs}, output)
+
+    handle = module.register_forward_hook(after, with_kwargs=True)
+    stack.callback(handle.remove)
+
+
+@contextlib.contextmanager
+def _watch_steps(pipeline: Any, steps: list[dict[str, torch.Tensor]], guided: bool) -> Iterator[None]:
+    """Add to the last entry of `steps` what `scheduler.step` read and returned, and the noise that it drew or zeros.
+
+    The pipeline runs with a copy, because DPMSolverSinglestepScheduler keeps a change of its config for the next call.
+    """
+    kept = pipeline.scheduler
+    scheduler = pipeline.scheduler = copy.deepcopy(kept)
+    original = scheduler.step
+
+    @functools.wraps(original)  # diffusers reads the parameters of `step` to see whether it takes a generator or eta
+    def step(prediction: torch.Tensor, t: Any, sample: torch.Tensor, **kwargs: Any) -> Any:
+        drawn = torch.zeros_like(sample)
+
+        def watched(draw: Draw) -> Draw:
+            return lambda *args, **options: drawn.copy_(draw(*args, **options)).clone()
+
+        before = sample.clone()
+        with drawing(scheduler, watched):
+            result = original(prediction, t, sample, **kwargs)
+        steps[-1] |= {"latents": before, "noise": drawn, "next_latents": result[0].clone()}
+        if guided:
+            steps[-1]["guided_prediction"] = prediction.clone()
+        return result
+
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        pipeline.scheduler = kept
+
+
+@contextlib.contextmanager
+def _watch_start(pipeline: Any, once: dict[str, Any]) -> Iterator[None]:
+    """Keep the posterior's noise, the image's latents, the noise that is added to them, and the mask, if there is one."""
+    prepare, prepare_mask = pipeline.prepare_latents, getattr(pipeline, "prepare_mask_latents", None)
+    vae_module = sys.modules["diffusers.models.autoencoders.vae"]
+    draw = vae_module.randn_tensor
+    drawn: list[torch.Tensor] = []
+
+    def watched_draw(*args: Any, **options: Any) -> torch.Tensor:
+        drawn.append(draw(*args, **options))
+        return drawn[-1]
+
+    def watched_prepare(*args: Any, **options: Any) -> Any:
+        with _watch_noise(pipeline, once):
+            made = prepare(*args, **options)
+        if isinstance(made, tuple) and len(made) == 3:  # of inpainting: at full strength no noise is added
+            once["start_noise"], once["image_latents"] = made[1].clone(), made[2].clone()
+        if drawn:
+            once["posterior_noise"] = torch.cat(drawn)
+        return made
+
+    def watched_mask(*args: Any, **options: Any) -> Any:
+        made = prepare_mask(*args, **options)
+        once["mask"] = made[0][: len(once["image_latents"])].clone()
+        return made
+
+    with contextlib.ExitStack() as stack:
+        _put(stack, vae_module, "randn_tensor", watched_draw)
+        _put(stack, pipeline, "prepare_latents", watched_prepare)
+        if prepare_mask is not None:
+            _put(stack, pipeline, "prepare_mask_latents", watched_mask)
+        yield
+
+
+@contextlib.contextmanager
+def _watch_noise(pipeline: Any, once: dict[str, Any]) -> Iterator[None]:
+    """Keep what `scheduler.add_noise` reads."""
+    add_noise = pipeline.scheduler.add_noise
+
+    def watched(image: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        once["image_latents"], once["start_noise"] = image.clone(), noise.clone()
+        return add_noise(image, noise, timesteps)
+
+    with contextlib.ExitStack() as stack:
+        _put(stack, pipeline.scheduler, "add_noise", watched)
+        yield
+
+
+def _put(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set an attribute until `stack` is closed."""
+    had = name in vars(owner)
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    stack.callback(lambda: setattr(owner, name, before) if had else delattr(owner, name))
+
+
+def _watched_latents(chain: Chain, steps: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """Return the arguments with which a pipeline tells the latents that each step leaves, if they are not the
+    sampler's."""
+    left = next(made for made, read in chain.carry.items() if read == "latents")
+    if left == "next_latents":
+        return {}
+
+    def keep(_: Any, row: int, __: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        steps[row][left] = values["latents"].clone()
+        return {}
+
+    return {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": ["latents"]}
