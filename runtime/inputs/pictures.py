@@ -98,7 +98,7 @@ def _pictures(argument: str, given: object, *, of_masks: bool = False) -> Iterat
     several = isinstance(given, list | tuple)
     items: Any = given if several else [given]
     if not items:
-        raise InputError(f"{argument} is an empty list: at least one picture was expected; leave it out to give none")
+        raise InputError(f"{argument} is an empty list: at least one picture was expected; give one")
     for i, item in enumerate(items):
         name = f"{argument}[{i}]" if several else argument
         if isinstance(item, np.ndarray):
@@ -209,7 +209,9 @@ def _converted(argument: str, picture: "Image.Image", mode: str) -> "Image.Image
     try:
         return picture.convert(mode)
     except ValueError as error:
-        raise InputError(f"{argument} is a picture of mode {picture.mode} ({error}): RGB was expected") from error
+        raise InputError(
+            f"{argument} is a picture of mode {picture.mode} ({error}): RGB was expected; convert it first"
+        ) from error
 
 
 def _resized(picture: "Image.Image", size: tuple[int, int]) -> "Image.Image":
