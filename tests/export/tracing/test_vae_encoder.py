@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from safetensors.numpy import load_file
 
 from turbochain.export.families import Shape
+from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tracing import modules
+from turbochain.runtime.bundle.manifest import Graph
 from turbochain.runtime.checks.metrics import relative_l2
 
 MEAN, STD = [0.4, -0.7, 1.1, 0.2], [0.5, 1.8, 0.9, 1.3]
@@ -44,6 +46,27 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return image_graphs.tiny_vae(tmp_path_factory.mktemp("tiny"))
+
+
+Traced = Callable[[Checkpoint, Shape], tuple[Path, dict[str, Graph]]]
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Traced:
+    """(checkpoint, shape) → a folder and the graphs in it: the encoder, and SD's decoder."""
+
+    made: dict[tuple[Path, Shape], tuple[Path, dict[str, Graph]]] = {}
+
+    def trace(checkpoint: Checkpoint, shape: Shape) -> tuple[Path, dict[str, Graph]]:
+        key = (checkpoint.parts["vae"].folder, shape)
+        if key not in made:
+            folder, specs = tmp_path_factory.mktemp("traced"), {"vae_encoder": image_graphs.encoder(checkpoint)}
+            if checkpoint.family.name == "sd":
+                specs["vae_decoder"] = checkpoint.family.graphs["vae_decoder"]
+            made[key] = folder, image_graphs.traced(checkpoint, specs, shape, folder)
+        return made[key]
+
+    return trace
 
 
 def size_of_latents(shape: Shape) -> tuple[int, ...]:
@@ -102,7 +125,7 @@ def test_latents_are_those_of_both_pipelines(
     pipelines: tuple[Any, Any],
     checkpoints: dict[str, Path],
     tiny: Path,
-    tmp_path: Path,
+    traced: Traced,
     family: str,
     kind: str,
     shape: Shape,
@@ -115,14 +138,15 @@ def test_latents_are_those_of_both_pipelines(
     with torch.inference_mode():
         made = {"torch": getattr(modules, spec.module)(vae)(*map(torch.from_numpy, feeds.values())).numpy()}
     if (family, kind, shape) in TRACED:
-        graph = image_graphs.traced(checkpoint, {"vae_encoder": spec}, shape, tmp_path)["vae_encoder"]
+        folder, graphs = traced(checkpoint, shape)
+        graph = graphs["vae_encoder"]
         assert [t.name for t in graph.inputs] == list(feeds)
-        made["graph"] = image_graphs.run(tmp_path, graph, feeds)["image_latents"]
+        made["graph"] = image_graphs.run(folder, graph, feeds)["image_latents"]
     for latents in made.values():
         assert latents.dtype == np.float32 and latents.shape == size_of_latents(shape)
         assert all(relative_l2(latents, theirs.numpy()) <= 1e-5 for theirs in expected)
     if other is None and "graph" in made:
-        without = image_graphs.run(tmp_path, graph, {**feeds, "posterior_noise": 0 * feeds["posterior_noise"]})
+        without = image_graphs.run(folder, graph, {**feeds, "posterior_noise": 0 * feeds["posterior_noise"]})
         assert relative_l2(without["image_latents"], made["graph"]) > 1e-2, "the noise was to show"
 
 
@@ -150,30 +174,29 @@ def external(path: Path) -> dict[str, ExternalDataInfo]:
     return {t.name: ExternalDataInfo(t) for t in model.graph.initializer if uses_external_data(t)}
 
 
-def test_both_directions_share_their_weights(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_both_directions_share_their_weights(checkpoints: dict[str, Path], traced: Traced) -> None:
     checkpoint = image_graphs.checkpoint(checkpoints["sd"])
-    specs = {"vae_encoder": image_graphs.encoder(checkpoint), "vae_decoder": checkpoint.family.graphs["vae_decoder"]}
-    made = image_graphs.traced(checkpoint, specs, SQUARE, tmp_path)
+    folder, made = traced(checkpoint, SQUARE)
     assert {graph.data for graph in made.values()} == {("graphs/vae.fp32-0.data",)}
     spans = [
         (info.offset, info.length, name)
         for name, graph in made.items()
-        for info in external(tmp_path / graph.file).values()
+        for info in external(folder / graph.file).values()
     ]
     spans.sort()
     assert len({offset for offset, _, _ in spans}) == len(spans), "the two read no tensor together"
     assert all(0 <= after[0] - before[0] - before[1] < 64 for before, after in itertools.pairwise(spans))
-    assert spans[-1][0] + spans[-1][1] == (tmp_path / "graphs/vae.fp32-0.data").stat().st_size
+    assert spans[-1][0] + spans[-1][1] == (folder / "graphs/vae.fp32-0.data").stat().st_size
 
     (file,) = (checkpoint.folder / "vae").glob("*.safetensors")
     weights = load_file(file)
-    names = {name: json.loads((tmp_path / graph.names).read_text()) for name, graph in made.items()}
+    names = {name: json.loads((folder / graph.names).read_text()) for name, graph in made.items()}
     used = {name: {parameter for parameter, place in found.items() if place} for name, found in names.items()}
     assert names["vae_encoder"].keys() == names["vae_decoder"].keys() == weights.keys()
     assert used["vae_encoder"] == {w for w in weights if w.startswith(("encoder.", "quant_conv."))}
     assert used["vae_decoder"] == set(weights) - used["vae_encoder"]
     held = {
-        t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / made["vae_encoder"].file).graph.initializer
+        t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(folder / made["vae_encoder"].file).graph.initializer
     }
     for parameter in used["vae_encoder"]:
         found = held[names["vae_encoder"][parameter]["initializer"]]
