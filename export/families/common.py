@@ -1,4 +1,4 @@
-"""What the families share: the step and decoder graphs, the text-to-image chain, the checks of configs."""
+"""What the families share: the VAE's graphs, those without weights, the text-to-image chain, the checks of configs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -45,21 +45,70 @@ def vae_decoder(module: str) -> GraphSpec:
     )
 
 
-def step(K: int) -> GraphSpec:
-    """Return the sampler's row: `S' = m·S + v·prediction + w·noise`, with K tensors in S."""
+def vae_encoder(module: str, posterior: bool) -> GraphSpec:
+    """Return the VAE's encoder, as this class of export.tracing.modules; `posterior`: whether the VAE makes a
+    distribution, from which the graph draws with noise (AutoencoderTiny makes the latents themselves)."""
 
     def inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
-        dtype, of_latents = latents(configs, shape)
-        found: Inputs = dict.fromkeys(("latents", "prediction", "noise"), (dtype, of_latents))
-        found |= {"m": (dtype, (K, K)), "v": (dtype, (K,)), "w": (dtype, (K,))}
-        return found | ({"history": (dtype, (K - 1, *of_latents))} if K > 1 else {})
+        picture: Inputs = {"input_image": ("uint8", (shape.batch, shape.height, shape.width, 3))}
+        return picture | ({"posterior_noise": latents(configs, shape)} if posterior else {})
+
+    return GraphSpec(role="vae_encoder", component="vae", module=module, inputs=inputs, outputs=("image_latents",))
+
+
+def step(K: int) -> GraphSpec:
+    """Return the sampler's row: `S' = m·S + v·prediction + w·noise`, with K tensors in S."""
+    given = ("latents", "prediction", "noise", *_row(K))
+    return _arithmetic("step", "Step", given, _next(K), K)
+
+
+def guided_step(K: int) -> GraphSpec:
+    """Return `step` of what classifier-free guidance makes of two predictions, which is its last output."""
+    given = ("latents", "prediction", "negative_prediction", "guidance_scale", "noise", *_row(K))
+    return _arithmetic("step", "GuidedStep", given, (*_next(K), "guided_prediction"), K)
+
+
+def start() -> GraphSpec:
+    """Return what makes of image latents the latents that the loop begins with: `p·image_latents + q·start_noise`."""
+    return _arithmetic("start", "Start", ("image_latents", "start_noise", "p", "q"), ("latents",))
+
+
+def blend() -> GraphSpec:
+    """Return what puts the image's latents back where inpainting keeps them."""
+    given = ("next_latents", "image_latents", "start_noise", "mask", "next_p", "next_q")
+    return _arithmetic("blend", "Blend", given, ("blended_latents",))
+
+
+def _row(K: int) -> tuple[str, ...]:
+    """Return the inputs that a row of the table fills, and the history if there is one."""
+    return ("m", "v", "w", "history") if K > 1 else ("m", "v", "w")
+
+
+def _next(K: int) -> tuple[str, ...]:
+    return ("next_latents", "next_history") if K > 1 else ("next_latents",)
+
+
+def _arithmetic(role: str, module: str, given: tuple[str, ...], outputs: tuple[str, ...], K: int = 1) -> GraphSpec:
+    """Return a graph without weights, in fp32; `given`: its inputs, most of which have the shape of the latents."""
+
+    def inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
+        dtype, (batch, channels, *size) = latents(configs, shape)
+        shapes: dict[str, tuple[int, ...]] = {
+            "m": (K, K),
+            "v": (K,),
+            "w": (K,),
+            "history": (K - 1, batch, channels, *size),
+            "mask": (batch, 1, *size),
+            **dict.fromkeys(("guidance_scale", "p", "q", "next_p", "next_q"), (1,)),
+        }
+        return {name: (dtype, shapes.get(name, (batch, channels, *size))) for name in given}
 
     return GraphSpec(
-        role="step",
+        role=role,
         component="",
-        module="Step",
+        module=module,
         inputs=inputs,
-        outputs=("next_latents", "next_history") if K > 1 else ("next_latents",),
+        outputs=outputs,
         arguments=lambda shape: (K,),
         precision="fp32",
     )

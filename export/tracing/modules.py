@@ -1,6 +1,7 @@
 """The modules that are traced: each one is all the arithmetic of its graph, so the runtime has none.
 
-At every boundary tensors are fp32 (ids int32, the picture uint8); inside, a graph computes in its own precision.
+At every boundary tensors are fp32 (ids int32, pictures uint8); inside, a graph computes in its own precision. The text
+encoders and the UNets are here. A `GraphSpec` finds every module here by its name, so the others are imported.
 """
 
 import copy
@@ -9,6 +10,29 @@ from typing import Any
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
+
+from turbochain.export.tracing.sampler_steps import Blend, GuidedStep, Start, Step
+from turbochain.export.tracing.vae import SDXLVaeDecoder, SDXLVaeEncoder, VaeDecoder, VaeEncoder
+
+__all__ = [
+    "TORCH_DTYPES",
+    "Blend",
+    "GuidedStep",
+    "PenultimateTextEncoder",
+    "PooledTextEncoder",
+    "SDUNet",
+    "SDXLUNet",
+    "SDXLVaeDecoder",
+    "SDXLVaeEncoder",
+    "Start",
+    "Step",
+    "TextEncoder",
+    "VaeDecoder",
+    "VaeEncoder",
+    "copy_modules",
+    "pooled_width",
+    "timed_resnets",
+]
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -164,76 +188,3 @@ class _Slice(nn.Module):
 
     def forward(self, projections: torch.Tensor) -> torch.Tensor:
         return projections[:, self.start : self.stop]
-
-
-class Step(nn.Module):
-    """One row of a table: `S' = m·S + v·prediction + w·noise`, S the latents [B, 4, h, w] and, if K > 1, the history.
-
-    m [K, K], v [K], w [K]; the history is [K − 1, B, 4, h, w]. Everything is fp32; see `runtime.chain.tables`.
-    """
-
-    def __init__(self, component: nn.Module, K: int) -> None:
-        """Set K; `component` is not used, because this graph has no weights."""
-        super().__init__()
-        self.K = K
-
-    def forward(
-        self,
-        latents: torch.Tensor,
-        prediction: torch.Tensor,
-        noise: torch.Tensor,
-        m: torch.Tensor,
-        v: torch.Tensor,
-        w: torch.Tensor,
-        history: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """See the class."""
-        if history is None:
-            return m[0] * latents + v * prediction + w * noise
-        state = [latents, *history.unbind(0)]
-        rows = [
-            sum(m[i, j] * state[j] for j in range(self.K)) + v[i] * prediction + w[i] * noise for i in range(self.K)
-        ]
-        return rows[0], torch.stack(rows[1:])
-
-
-class VaeDecoder(nn.Module):
-    """latents [B, 4, H/8, W/8] fp32 → picture [B, H, W, 3] uint8, as diffusers' image processor rounds it.
-
-    Of the config it reads `scaling_factor` alone, as diffusers' SD pipeline does.
-    """
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def unscaled(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return what the VAE decodes."""
-        return latents / self.vae.config.scaling_factor
-
-    def forward(self, next_latents: torch.Tensor) -> torch.Tensor:
-        """See the class."""
-        latents = self.unscaled(next_latents)
-        image = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
-        levels = torch.round((image * 0.5 + 0.5).clamp(0, 1) * 255)
-        # uint8 must be the very last node: TensorRT refuses it in the middle of a graph.
-        return levels.permute(0, 2, 3, 1).contiguous().to(torch.uint8)
-
-
-class SDXLVaeDecoder(VaeDecoder):
-    """`VaeDecoder` that reads `latents_mean` and `latents_std` too if the config has both, as diffusers' SDXL
-    pipeline does."""
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__(vae)
-        mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
-        self.normalized = mean is not None and std is not None
-        if self.normalized:
-            self.register_buffer("mean", torch.tensor(mean).float().reshape(1, -1, 1, 1))
-            self.register_buffer("std", torch.tensor(std).float().reshape(1, -1, 1, 1))
-
-    def unscaled(self, latents: torch.Tensor) -> torch.Tensor:
-        """See the class."""
-        if not self.normalized:
-            return super().unscaled(latents)
-        return latents * self.std / self.vae.config.scaling_factor + self.mean

@@ -180,7 +180,7 @@ def _trace(
 
 
 def _example(dtype: str, size: tuple[int, ...]) -> torch.Tensor:
-    return torch.ones(size, dtype=torch.int32) if dtype == "int32" else torch.randn(size)
+    return torch.randn(size) if dtype == "float32" else torch.ones(size, dtype=getattr(torch, dtype))
 
 
 def _strip(proto: Any) -> None:

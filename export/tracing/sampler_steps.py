@@ -1,0 +1,101 @@
+"""The arithmetic around the UNet: a few nodes without weights, all in fp32."""
+
+import torch
+from torch import nn
+
+
+class _Arithmetic(nn.Module):
+    """A module without weights."""
+
+    def __init__(self, component: nn.Module, K: int = 1) -> None:
+        """Set K, how many tensors go round the loop; `component` is not used, because there are no weights."""
+        super().__init__()
+        self.K = K
+
+
+class Step(_Arithmetic):
+    """One row of a table: `S' = m·S + v·prediction + w·noise`, S the latents [B, 4, h, w] and, if K > 1, the history.
+
+    m [K, K], v [K], w [K]; the history is [K − 1, B, 4, h, w]. See `runtime.chain.tables`.
+    """
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        prediction: torch.Tensor,
+        noise: torch.Tensor,
+        m: torch.Tensor,
+        v: torch.Tensor,
+        w: torch.Tensor,
+        history: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """See the class."""
+        if history is None:
+            return m[0] * latents + v * prediction + w * noise
+        state = [latents, *history.unbind(0)]
+        rows = [
+            sum(m[i, j] * state[j] for j in range(self.K)) + v[i] * prediction + w[i] * noise for i in range(self.K)
+        ]
+        return rows[0], torch.stack(rows[1:])
+
+
+class GuidedStep(_Arithmetic):
+    """`Step` with the prediction that classifier-free guidance makes of two; that prediction [B, 4, h, w] comes last.
+
+    guidance_scale [1]; the negative prediction is that for the negative prompt.
+    """
+
+    def __init__(self, component: nn.Module, K: int) -> None:
+        super().__init__(component, K)
+        self.step = Step(component, K)
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        prediction: torch.Tensor,
+        negative_prediction: torch.Tensor,
+        guidance_scale: torch.Tensor,
+        noise: torch.Tensor,
+        m: torch.Tensor,
+        v: torch.Tensor,
+        w: torch.Tensor,
+        history: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """See the class."""
+        guided = negative_prediction + guidance_scale * (prediction - negative_prediction)
+        made = self.step(latents, guided, noise, m, v, w, history)
+        return (made, guided) if history is None else (*made, guided)
+
+
+class Start(_Arithmetic):
+    """Image latents and noise [B, 4, h, w] → the latents that the loop begins with, `p·image_latents + q·start_noise`.
+
+    p, q [1]. It is `scheduler.add_noise`, with the numbers of the row that the loop begins at.
+    """
+
+    def forward(
+        self, image_latents: torch.Tensor, start_noise: torch.Tensor, p: torch.Tensor, q: torch.Tensor
+    ) -> torch.Tensor:
+        """See the class."""
+        return p * image_latents + q * start_noise
+
+
+class Blend(_Arithmetic):
+    """What inpainting keeps: where the mask [B, 1, h, w] is 0, latents [B, 4, h, w] are the image's again, as noisy as
+    the next row reads them; where it is 1, they are what the step made.
+
+    next_p, next_q [1]: p, q of the next row, and (1, 0) after the last one.
+    """
+
+    def forward(
+        self,
+        next_latents: torch.Tensor,
+        image_latents: torch.Tensor,
+        start_noise: torch.Tensor,
+        mask: torch.Tensor,
+        next_p: torch.Tensor,
+        next_q: torch.Tensor,
+    ) -> torch.Tensor:
+        """See the class."""
+        known = next_p * image_latents + next_q * start_noise
+        return (1 - mask) * known + mask * next_latents
