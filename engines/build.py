@@ -71,19 +71,19 @@ def build(
     the engine is verified when it is first loaded there.
     `precision`: "fp32" or "fp16" (default: the backend's); if fp16 would overflow, the graph gets a remedy
     (`BuildResult.remedy`). `vae_precision`: "fp32" or "bf16", for the VAE instead. `vae`: another VAE than the
-    checkpoint's own, "tiny" (the family's AutoencoderTiny, many times faster, pictures slightly softer), a hub id or
-    a local folder; what diffusers makes with it is then the reference. `tasks`: text-to-image, image-to-image (the
+    checkpoint's own, "tiny" (the family's AutoencoderTiny, many times faster, pictures slightly softer), a hub id or a
+    local folder; what diffusers makes with it is then the reference. `tasks`: text-to-image, image-to-image (the
     default are both) and inpainting. `size`: width and height in pixels, multiples of 8 (default 512×512), or several;
-    `batch`: pictures per pass (default 1), or several: there is a chain of each, with shared weights.
-    `guidance_scale`: of a call that gives none (default 0, for models that were trained to do without). `steps`: step counts (default 1 to 4). `opset`: of the ONNX graphs,
-    18 to 23 (default 21). `options`: the backend's own, such as {"builder_optimization_level": 5}; see `BUILDER`
-    in its module in `turbochain.engines.backends`. `timing_cache`: the folder for TensorRT's timings, one file per
-    GPU and library version (default: beside the bundle, or beside `engines`). `chains`: compile and verify
-    only the graphs of these chains (default: all of the bundle's); a later call with others adds theirs. `engines`:
-    the folder of this bundle's engines (default: its own, or the user's cache if it is read-only). `force` skips the
-    check of memory and disk. A second call with the same arguments finds the result and does nothing. Raises
-    InputError for what cannot be built, VerificationError if the engine differs from diffusers by more than its
-    bounds (the engine is then not installed).
+    `batch`: pictures per pass (default 1), or several: there is a chain of each, with shared weights. `guidance_scale`:
+    of a call that gives none (default 0, for models that were trained to do without). `steps`: step counts (default 1
+    to 4). `opset`: of the ONNX graphs, 18 to 23 (default 21). `options`: the backend's own, such as
+    {"builder_optimization_level": 5}; see `BUILDER` in its module in `turbochain.engines.backends`. `timing_cache`: the
+    folder for TensorRT's timings, one file per GPU and library version (default: beside the bundle, or beside
+    `engines`). `chains`: compile and verify only the graphs of these chains (default: all of the bundle's); a later
+    call with others adds theirs. `engines`: the folder of this bundle's engines (default: its own, or the user's cache
+    if it is read-only). `force` skips the check of memory and disk. A second call with the same arguments finds the
+    result and does nothing. Raises InputError for what cannot be built, VerificationError if the engine differs from
+    diffusers by more than its bounds (the engine is then not installed).
     """
     export = ExportOrder(
         source=source,

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _build(arguments: argparse.Namespace) -> None:
     given = vars(arguments)
-    given["sizes"] = tuple(map(_size, arguments.size.split(","))) if arguments.size else None
+    given["sizes"] = tuple(map(console.size_of, arguments.size.split(","))) if arguments.size else None
     given["batches"] = tuple(map(_batch, arguments.batch.split(","))) if arguments.batch else None
     given["tasks"] = tuple(arguments.tasks.split(",")) if arguments.tasks else None
     given["steps"] = _steps(arguments.steps) if arguments.steps else None
@@ -112,13 +112,6 @@ def _graph(result: BuildResult, name: str) -> list[str]:
         console.size(result.engine_bytes[name]),
         f"{result.build_seconds[name]:.1f} s",
     ]
-
-
-def _size(value: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", value)
-    if not match:
-        raise InputError(f"--size {value}: width x height was expected, such as 512x512")
-    return int(match[1]), int(match[2])
 
 
 def _batch(value: str) -> int:

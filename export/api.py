@@ -43,14 +43,14 @@ def export(
 
     `source`: a hub id, a local folder in diffusers' format, "demo" (the small trained model that comes with this
     package) or "synthetic:NAME". `precision`: "fp32" (the default) or "fp16"; a graph that would overflow fp16 gets a
-    remedy. `vae_precision`: "fp32" or "bf16", for the VAE instead. `vae`: another VAE than the checkpoint's own:
-    "tiny" (the family's AutoencoderTiny), a hub id or a local folder. `tasks`: text-to-image, image-to-image (the
-    default are both) and inpainting. `size`: width and height in pixels, multiples of 8 (default 512×512), or several;
-    `batch`: pictures per pass (default 1), or several: there is a chain of each, with shared weights. `guidance_scale`:
-    of a call that gives none (default 0, for models that were trained to do without). `steps`: step counts (default 1 to 4). `opset`: of
-    the ONNX graphs, 18 to 23 (default 21). `revision`: branch, tag or commit of a hub id. `variant`: of the weight
-    files, such as "fp16". `force` skips the check of memory and disk. `quiet` prints no phases, `verbose` shows what
-    the libraries print.
+    remedy. `vae_precision`: "fp32" or "bf16", for the VAE instead. `vae`: another VAE than the checkpoint's own: "tiny"
+    (the family's AutoencoderTiny), a hub id or a local folder. `tasks`: text-to-image, image-to-image (the default are
+    both) and inpainting. `size`: width and height in pixels, multiples of 8 (default 512×512), or several; `batch`:
+    pictures per pass (default 1), or several: there is a chain of each, with shared weights. `guidance_scale`: of a
+    call that gives none (default 0, for models that were trained to do without). `steps`: step counts (default 1 to 4).
+    `opset`: of the ONNX graphs, 18 to 23 (default 21). `revision`: branch, tag or commit of a hub id. `variant`: of the
+    weight files, such as "fp16". `force` skips the check of memory and disk. `quiet` prints no phases, `verbose` shows
+    what the libraries print.
 
     The bundle holds what diffusers' own pipeline produced, so an engine of it can be checked anywhere. A second call
     with the same arguments finds the bundle and does nothing. Raises InputError for what cannot be exported.

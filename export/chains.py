@@ -64,9 +64,7 @@ class Layout:
         specs = {name: placed.spec for name, placed in self.graphs().items()}
         return {n: s.precision or (vae if vae and s.component == "vae" else asked) for n, s in specs.items()}
 
-    def chain(
-        self, task: Task, shape: Shape, tables: dict[str, TableEntry], defaults: Mapping[str, float]
-    ) -> Chain:
+    def chain(self, task: Task, shape: Shape, tables: dict[str, TableEntry], defaults: Mapping[str, float]) -> Chain:
         """Return one chain."""
         stages = tuple(replace(s, graph=self.graph_name(s.graph, shape)) for s in self._stages(task))
         history = {"next_history": "history"} if shape.K > 1 else {}
@@ -101,8 +99,9 @@ class Layout:
 
     def _suffix(self, shape: Shape, sized: bool) -> str:
         first = self.shapes[0]
-        size = sized and (shape.height, shape.width) != (first.height, first.width)
-        return (f"@{shape.width}x{shape.height}" if size else "") + (f"*{shape.batch}" if shape.batch != first.batch else "")
+        other = sized and (shape.height, shape.width) != (first.height, first.width)
+        size = f"@{shape.width}x{shape.height}" if other else ""
+        return size + (f"-b{shape.batch}" if shape.batch != first.batch else "")
 
     def _specs(self, shape: Shape) -> dict[str, GraphSpec]:
         return common.graphs(self.family, shape.K, self.posterior)
@@ -116,9 +115,7 @@ class Layout:
             return [*self.family.prompt_stages, *task.before, *steps, *task.after_step, decoder]
         mode = NEGATIVE_PROMPT if self.zeros else GUIDANCE
         specs = self._specs(self.shapes[0])
-        negative = [
-            replace(s, wires=self._negated(specs[s.graph], s), if_=mode) for s in self.family.prompt_stages
-        ]
+        negative = [replace(s, wires=self._negated(specs[s.graph], s), if_=mode) for s in self.family.prompt_stages]
         reads = {name: NEGATIVE + name for name in self._embeds}
         negative_unet = replace(unet, wires={**reads, "prediction": f"{NEGATIVE}prediction"}, if_=GUIDANCE)
         steps = [

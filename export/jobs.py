@@ -70,7 +70,11 @@ def reference(progress: Progress, *, recipe: Recipe, prepared: Prepared, folder:
         for shape in layout.shapes:
             file = prepared.chains[layout.name(task, shape)].tables_file
             tables.write(made[task.name], checkpoint.family, unet, shape, folder / file)
-    scale = recipe.guidance_scale if recipe.guidance_scale > 1 else load.defaults(checkpoint, TEXT_TO_IMAGE)["guidance_scale"]
+    scale = (
+        recipe.guidance_scale
+        if recipe.guidance_scale > 1
+        else load.defaults(checkpoint, TEXT_TO_IMAGE)["guidance_scale"]
+    )
     recorder.write(pipelines, checkpoint, layout, prepared.chains, scale, path, progress)
     return decide(layout.graphs(), layout.precisions(recipe.precision, recipe.vae_precision), path)
 

@@ -31,7 +31,9 @@ class ExportOrder:
     precision: str | None = None  # fp32 or fp16
     vae_precision: str | None = None  # fp32 or bf16, for the VAE instead
     vae: str | None = None  # "tiny", a hub id or a folder: this VAE instead of the checkpoint's own
-    sizes: tuple[tuple[int, int], ...] | None = None  # width, height in pixels, multiples of 8; the first is the default
+    sizes: tuple[tuple[int, int], ...] | None = (
+        None  # width, height in pixels, multiples of 8; the first is the default
+    )
     batches: tuple[int, ...] | None = None  # pictures per pass
     steps: tuple[int, ...] | None = None  # step counts, 1 to 50
     opset: int | None = None  # of the ONNX graphs, 18 to 23

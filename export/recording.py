@@ -180,8 +180,9 @@ def _watch_steps(pipeline: Any, steps: list[dict[str, torch.Tensor]], guided: bo
 
 @contextlib.contextmanager
 def _watch_start(pipeline: Any, once: dict[str, Any]) -> Iterator[None]:
-    """Keep the posterior's noise, the image's latents, the noise that is added to them, and the mask, if there is one."""
-    prepare, prepare_mask = pipeline.prepare_latents, getattr(pipeline, "prepare_mask_latents", None)
+    """Keep the posterior's noise, the image's latents, the noise that is added to them, and the mask."""
+    prepare: Any = pipeline.prepare_latents
+    prepare_mask: Any = getattr(pipeline, "prepare_mask_latents", None)
     vae_module = sys.modules["diffusers.models.autoencoders.vae"]
     draw = vae_module.randn_tensor
     drawn: list[torch.Tensor] = []

@@ -13,13 +13,13 @@ import numpy as np
 from turbochain.runtime import selection
 from turbochain.runtime.backends import forks
 from turbochain.runtime.backends.contract import Cancel, Device, Executor, Observe, Results
-from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, INPAINTING, TEXT_TO_IMAGE, Stage, Tensor
+from turbochain.runtime.bundle.manifest import Stage, Tensor
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.checks import verify
+from turbochain.runtime.choice import chain_of, pictures_of
 from turbochain.runtime.errors import PictureError, TurbochainError
 from turbochain.runtime.inputs.cache import StageCache
 from turbochain.runtime.inputs.feeds import Feeds
-from turbochain.runtime.inputs.pictures import wanted_size
 from turbochain.runtime.output import PipelineOutput, as_images, problem
 from turbochain.runtime.ready import Planned, ReadyChain
 from turbochain.runtime.request import Request
@@ -149,9 +149,10 @@ class Pipeline:
         between launches; if it returns True, the call ends with Cancelled. Raises InputError for a bad argument,
         TypeError for one that diffusers does not have either, PictureError if the model makes no picture.
         """
-        name = chain or self._chain_of(prompt, num_images_per_prompt, image, mask_image, height, width)
+        of = {"image": image, "mask_image": mask_image, "height": height, "width": width}
+        count = pictures_of(prompt, num_images_per_prompt)
         request = Request.make(
-            self.bundle.open_chain(name),
+            self.bundle.open_chain(chain or chain_of(self.bundle, count, **of)),
             prompt,
             image=image,
             mask_image=mask_image,
@@ -176,19 +177,6 @@ class Pipeline:
         if generator is not None:
             self._ready(request.chain).feeds.advance(generator, request)
         return output
-
-    def _chain_of(
-        self, prompt: object, repeats: object, image: object, mask: object, height: int | None, width: int | None
-    ) -> str:
-        """Return the chain that suits a call's arguments; InputError if the bundle has none for the task or size."""
-        task = INPAINTING if mask is not None else IMAGE_TO_IMAGE if image is not None else TEXT_TO_IMAGE
-        prompts = len(prompt) if isinstance(prompt, list | tuple) else 1
-        count = prompts * (repeats if isinstance(repeats, int) else 1)
-        sizes = self.bundle.sizes(task)
-        size = (sizes[0][0] if height is None else height, sizes[0][1] if width is None else width)
-        if image is not None and height is None and width is None and (own := wanted_size("image", image)) in sizes:
-            size = own
-        return self.bundle.find_chain(task, size, count)
 
     def draw(self, request: Request, *, observe: Observe | None = None, cancel: Cancel | None = None) -> PipelineOutput:
         """Carry out a request; see `__call__`."""
@@ -227,6 +215,12 @@ class Pipeline:
         for _ in range(2 if self.device.kind == "cuda" else 1):
             self.draw(request)
 
+    def forget(self) -> None:
+        """Empty the caches: the next call runs every encoder."""
+        with self._lock:
+            self.prompt_cache.clear()
+            self.image_cache.clear()
+
     def close(self) -> None:
         """Give back the engine's memory; a later call raises TurbochainError."""
         with self._lock:
@@ -235,8 +229,7 @@ class Pipeline:
                 self._executor = None
             self._chains.clear()
             self._held.clear()
-            self.prompt_cache.clear()
-            self.image_cache.clear()
+            self.forget()
 
     def _abandon(self) -> None:
         """Give up the engine in a process that was forked, where it can be neither used nor freed."""

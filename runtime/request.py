@@ -133,8 +133,15 @@ class Request:
         read = {n: f for n, f in chain.read(modes).items() if f.is_ in GIVEN and f.when == "call"}
         fill = {"image": 128, "mask": 1, "number": scale}
         inputs = {n: np.full((t := chain.tensors[n]).shape, fill.get(f.is_, 0), t.dtype) for n, f in read.items()}
-        shared = {"seed": 0, "output_type": "uint8", "num_inference_steps": num_inference_steps}
-        return cls.make(chain, [prompt] * chain.batch, inputs=inputs, modes=modes, **shared)
+        return cls.make(
+            chain,
+            [prompt] * chain.batch,
+            num_inference_steps=num_inference_steps,
+            seed=0,
+            inputs=inputs,
+            modes=modes,
+            output_type="uint8",
+        )
 
 
 def _check_repeats(repeats: object) -> int:

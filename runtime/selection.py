@@ -64,10 +64,10 @@ def misfit(chain: OpenChain, engine: Engine, device: str | None = None) -> str |
         reason = backend.misfit(replace(key, options=engine.options), library, backend.device(device))
     except InputError as error:  # no such device here
         return str(error)
-    return reason or _lacks(chain, engine)
+    return reason or lacks(chain, engine)
 
 
-def _lacks(chain: OpenChain, engine: Engine) -> str | None:
+def lacks(chain: OpenChain, engine: Engine) -> str | None:
     """Return which graphs of a chain the engine has not, or not as they are now, as a phrase; None if it has all."""
     digests = chain.digests()
     if lacking := [name for name in digests if name not in engine.graphs]:
@@ -159,10 +159,10 @@ def admit(chain: OpenChain, found: Found) -> None:
     The engine's own files are code, so they are always read. An engine may be older than the chain: BundleError says
     what it lacks.
     """
-    if lacks := _lacks(chain, found.engine):
+    if missing := lacks(chain, found.engine):
         folder = found.folder.parent
         command = rebuild(chain.bundle, found.engine, None if folder in folders(chain.bundle) else folder)
-        raise BundleError(f"the engine {found.name} does not run this chain ({lacks}); add it: {command}")
+        raise BundleError(f"the engine {found.name} does not run this chain ({missing}); add it: {command}")
     records = {name: r for g in chain.graphs for name, r in found.engine.graphs[g].files.items()}
     hashing.check_all(found.folder, records, full=True)
     chain.bundle.check_files(chain.files)

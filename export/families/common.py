@@ -4,10 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from turbochain.export.families import Family, GraphSpec, Inputs, Shape, decoder_channels
-from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Chain, Draw, Feed, Stage, TableEntry
-
-ARITHMETIC = "step"
-"""The graph that every chain has and that has no weights."""
+from turbochain.runtime.bundle.manifest import Draw, Feed
 
 
 def tokens(configs: Mapping[str, Any], component: str) -> int:
@@ -114,47 +111,32 @@ def _arithmetic(role: str, module: str, given: tuple[str, ...], outputs: tuple[s
     )
 
 
-def graphs(family: Family, K: int) -> dict[str, GraphSpec]:
-    """Return graph → spec, all that a bundle of the family needs."""
-    return {**family.graphs, ARITHMETIC: step(K)}
+STEP_DRAW = Draw("noise", "picture")
+"""The draw of every step of every chain."""
 
 
-def precisions(family: Family, asked: str, vae: str | None = None) -> dict[str, str]:
-    """Return graph → precision, if the user asked for `asked`, and for `vae` for the VAE."""
+def graphs(family: Family, K: int, posterior: bool) -> dict[str, GraphSpec]:
+    """Return role → spec, all that a chain of the family may have; those of one component in the order of tracing.
+
+    `posterior`: whether the VAE makes a distribution.
+    """
     return {
-        name: spec.precision or (vae if vae and spec.component == "vae" else asked)
-        for name, spec in graphs(family, 1).items()
+        **family.graphs,
+        "vae_encoder": vae_encoder(family.vae_encoder, posterior),
+        "start": start(),
+        "blend": blend(),
+        "step": step(K),
+        "step+guidance": guided_step(K),
     }
 
 
-def text_to_image(family: Family, shape: Shape, tables: dict[str, TableEntry]) -> Chain:
-    """Return the chain of a family's text-to-image pipeline."""
-    feeds = {
-        **{name: Feed("ids", "call") for name in family.tokenizers},
-        "latents": Feed("noise", "call", scale="init_noise_sigma"),
-        **({"history": Feed("history", "call")} if shape.K > 1 else {}),
+def step_feeds(family: Family) -> dict[str, Feed]:
+    """Return the feeds of the UNet and the sampler's step, which every chain has."""
+    return {
         "noise": Feed("noise", "step"),
         **{name: Feed("column", "call") for name in family.constants},
         **{name: Feed("column", "step") for name in ("input_scale", *family.columns, "m", "v", "w")},
     }
-    return Chain(
-        task=TEXT_TO_IMAGE,
-        size=(shape.height, shape.width),
-        batch=shape.batch,
-        K=shape.K,
-        stages=(
-            *family.prompt_stages,
-            Stage("unet", "step", "prediction"),
-            Stage(ARITHMETIC, "step", "state"),
-            Stage("vae_decoder", "end", "picture"),
-        ),
-        feeds=feeds,
-        draws=(Draw("latents", "picture"), Draw("noise", "picture")),
-        carry={"next_latents": "latents", **({"next_history": "history"} if shape.K > 1 else {})},
-        tables_file=f"tables/{TEXT_TO_IMAGE}.safetensors",
-        tables=tables,
-        output="image",
-    )
 
 
 def check(configs: Mapping[str, Any], addition: str | None = None) -> list[str]:
@@ -164,7 +146,6 @@ def check(configs: Mapping[str, Any], addition: str | None = None) -> list[str]:
         "addition_embed_type": addition,
         "class_embed_type": None,
         "encoder_hid_dim_type": None,
-        "time_cond_proj_dim": None,
         "time_embedding_type": "positional",
     }
     problems = [

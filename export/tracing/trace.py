@@ -12,7 +12,8 @@ import onnx_ir as ir
 import torch
 
 from turbochain.export import load
-from turbochain.export.families import GraphSpec, Shape, common
+from turbochain.export.chains import Placed
+from turbochain.export.families import GraphSpec, Shape
 from turbochain.export.remedies import Remedy
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tracing import attention, group_norm, modules, weights
@@ -33,28 +34,22 @@ class Wanted:
     """A graph to trace."""
 
     name: str
-    spec: GraphSpec
-    shape: Shape
+    graph: Placed
     remedy: Remedy  # the precision and the changes that it is made with
+
+    @property
+    def spec(self) -> GraphSpec:
+        """Return the graph's specification."""
+        return self.graph.spec
+
+    @property
+    def shape(self) -> Shape:
+        """Return the shape that it is made for."""
+        return self.graph.shape
 
 
 Columns = Mapping[str, tuple[int, ...]]
 """Column of the table → the shape of the input that it fills."""
-
-
-def export(
-    checkpoint: Checkpoint,
-    component: str,
-    shape: Shape,
-    remedies: Mapping[str, Remedy],
-    columns: Columns,
-    bundle: Path,
-    opset: int = OPSET,
-) -> dict[str, Graph]:
-    """Trace every graph of `component` at one shape; `remedies`: graph → remedy. See `export_graphs` for the rest."""
-    specs = common.graphs(checkpoint.family, shape.K)
-    wanted = [Wanted(n, s, shape, remedies[n]) for n, s in specs.items() if s.component == component]
-    return export_graphs(checkpoint, component, wanted, columns, bundle, opset)
 
 
 def export_graphs(
@@ -176,6 +171,8 @@ def _trace(
         inputs=_ends(name, proto.graph.input, inputs, proto),
         outputs=_ends(name, proto.graph.output, dict.fromkeys(spec.outputs), proto),
         remedy=wanted.remedy.phrase,
+        size=(wanted.shape.height, wanted.shape.width) if spec.sized else (),
+        batch=wanted.shape.batch,
     )
 
 

@@ -19,6 +19,7 @@ from turbochain.runtime.errors import InputError
 if TYPE_CHECKING:
     from turbochain.runtime.bundle.opened import Bundle
 
+
 @dataclass(frozen=True)
 class OpenChain:
     """A chain whose wiring is sound; `Bundle.open_chain` makes one."""

@@ -15,7 +15,7 @@ import numpy as np
 from turbochain.runtime import backends, selection
 from turbochain.runtime.backends.contract import Executor
 from turbochain.runtime.bundle import strict_json, writing
-from turbochain.runtime.bundle.manifest import COMPUTED, REFERENCE, TEXT_TO_IMAGE, Check, Stage
+from turbochain.runtime.bundle.manifest import COMPUTED, REFERENCE, Check, Stage
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.chain.plan import graph_plan
@@ -57,32 +57,37 @@ def verify(
 def verify_bundle(
     path: str | Path,
     *,
-    chain: str = TEXT_TO_IMAGE,
+    chain: str | None = None,
     backend: str | None = None,
     device: str | None = None,
     engine: str | None = None,
     engines: str | Path | None = None,
     threads: int | None = None,
     trust_engines: bool = False,
-) -> tuple[str, list[Check]]:
-    """Hash every file of a bundle again and verify a chain with its best engine for this machine, or with `engine`.
+) -> tuple[str, dict[str, list[Check]]]:
+    """Hash every file of a bundle again and verify a chain (None: all that the engine runs) with its best engine for
+    this machine, or with `engine`.
 
-    Return the engine's name and the checks. This is the Python twin of `turbochain verify`. Raises what Pipeline.load
-    raises; `require` raises if a check failed.
+    Return the engine's name, and chain → checks. This is the Python twin of `turbochain verify`. Raises what
+    Pipeline.load raises; `require` raises if a check failed.
     """
     bundle = Bundle.open(path, trust_engines=trust_engines)
     bundle.check_files(full=True)
-    opened = bundle.open_chain(chain)
-    found = selection.select(opened, backend, device, engine, engines)
-    executor = selection.open_executor(bundle, found, device=device, threads=threads)
+    found = selection.select(bundle.open_chain(chain), backend, device, engine, engines)
+    executor, checks = selection.open_executor(bundle, found, device=device, threads=threads), {}
     try:
-        selection.admit(opened, found)
-        executor.load(opened.graphs)
-        checks = verify(opened, executor, precisions(opened, found))
+        for opened in map(bundle.open_chain, bundle.manifest.chains if chain is None else [chain]):
+            if chain is None and selection.lacks(opened, found.engine):
+                continue
+            selection.admit(opened, found)
+            for graph in executor.loaded - set(opened.graphs):  # of another size: a backend may copy its weights
+                executor.unload(graph)
+            executor.load(opened.graphs)
+            checks[opened.name] = verify(opened, executor, precisions(opened, found))
+            if not _is_verified(opened, found) and all(c.passed for c in checks[opened.name]):
+                found = _keep(opened, found, checks[opened.name])
     finally:
         executor.close()
-    if not _is_verified(opened, found) and all(c.passed for c in checks):
-        _keep(opened, found, checks)
     return found.name, checks
 
 

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from turbochain.runtime.backends.contract import Observe
-from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
-from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.output import PipelineOutput
 from turbochain.runtime.pipeline import Pipeline
+from turbochain.runtime.request import Request
 
 PROMPT = "a photo of a cat wearing a red hat, studio light"
 INCLUDES = (
@@ -49,7 +48,7 @@ class BenchResult:
     first_image_ms: float  # the first call after the load
     stages: dict[str, Timing]  # graph → one launch of it
     end_to_end: Timing
-    end_to_end_cached: Timing  # the prompt's embeddings are kept: no text encoder runs
+    end_to_end_cached: Timing  # the prompt's embeddings and the image's latents are kept: no encoder runs
     overhead: Timing  # end to end less what the device worked: tokenising, noise, checks; on a CPU also copies
     uncaptured: str | None  # on a GPU, why the chain is not one CUDA graph; None if it is, and on a CPU
 
@@ -61,7 +60,7 @@ class BenchResult:
 def bench(
     path: str | Path,
     *,
-    chain: str = TEXT_TO_IMAGE,
+    chain: str | None = None,
     runs: int = 10,
     warmup: int = 2,
     steps: int | None = None,
@@ -72,7 +71,10 @@ def bench(
     threads: int | None = None,
     trust_engines: bool = False,
 ) -> BenchResult:
-    """Time `runs` calls after `warmup` calls that are not counted. Raises what Pipeline.load raises."""
+    """Time `runs` calls of a chain (None: the first) after `warmup` calls that are not counted.
+
+    Raises what Pipeline.load raises.
+    """
     start = time.perf_counter()
     pipe = Pipeline.load(
         path,
@@ -87,8 +89,8 @@ def bench(
     loaded = time.perf_counter()
     with pipe:
         opened = pipe.bundle.open_chain(chain)
-        steps = opened.steps[0] if steps is None else steps
-        one = _Calls(pipe, opened, steps)
+        request = Request.sample(opened, steps, PROMPT)
+        one = _Calls(pipe, request)
         one.draw()
         first = time.perf_counter()
         for _ in range(warmup):
@@ -101,19 +103,19 @@ def bench(
 
         apart = pipe.device.kind != "cpu"  # to be timed, a GPU's graphs must leave the one CUDA graph
         for _ in range(runs):
-            pipe.prompt_cache.clear()
+            pipe.forget()
             made = one.draw(None if apart else observe)
             whole.append(1e3 * made.seconds)
             overhead.append(1e3 * (made.seconds - made.device_seconds))
             cached.append(1e3 * one.draw(None if apart else observe).seconds)
             if apart:
-                pipe.prompt_cache.clear()
+                pipe.forget()
                 one.draw(observe)
         return BenchResult(
             bundle=str(path),
             engine=pipe.engine_name,
-            chain=chain,
-            steps=steps,
+            chain=opened.name,
+            steps=opened.chain.tables[request.table].steps,
             batch=opened.batch,
             size=opened.size,
             threads=threads,
@@ -139,17 +141,8 @@ class _Calls:
     """The call that is timed."""
 
     pipe: Pipeline
-    chain: OpenChain
-    steps: int
+    request: Request
 
     def draw(self, observe: Observe | None = None) -> PipelineOutput:
         """Draw one batch."""
-        prompts = [PROMPT] * self.chain.batch
-        return self.pipe(
-            prompts,
-            chain=self.chain.name,
-            num_inference_steps=self.steps,
-            seed=0,
-            output_type="uint8",
-            observe=observe,
-        )
+        return self.pipe.draw(self.request, observe=observe)

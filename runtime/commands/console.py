@@ -2,11 +2,12 @@
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from turbochain.runtime.errors import TurbochainError
+from turbochain.runtime.errors import InputError, TurbochainError
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -66,3 +67,11 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.2f} GiB"
+
+
+def size_of(value: str) -> tuple[int, int]:
+    """Return width and height in pixels of WIDTHxHEIGHT; InputError if it is no such value."""
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", value)
+    if not match:
+        raise InputError(f"--size {value}: width x height was expected, such as 512x512")
+    return int(match[1]), int(match[2])

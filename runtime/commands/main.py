@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Check
+from turbochain.runtime.bundle.manifest import Check
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.bundle.writing import write_atomically
 from turbochain.runtime.checks import verify
+from turbochain.runtime.choice import chain_of
 from turbochain.runtime.commands import bench, console, profile
 from turbochain.runtime.commands.inspect import as_json, as_text
 from turbochain.runtime.errors import InputError
+from turbochain.runtime.inputs.pictures import open_picture
 from turbochain.runtime.pipeline import Pipeline
 
 
@@ -26,16 +28,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser("turbochain", description="Run a bundle of compiled engines.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    generate = _command(commands, "generate", _generate, "make a picture")
+    generate = _command(commands, "generate", _generate, "make a picture", default="that of the other options")
     generate.add_argument("prompt", metavar="PROMPT", help="what to draw")
     generate.add_argument(
         PROMPT, metavar="TEXT", default=argparse.SUPPRESS, help="the same; TEXT may begin with '-'"
     )  # `_prompt_last` has taken it out
+    generate.add_argument("--image", type=Path, help="picture to start from (image-to-image)")
+    generate.add_argument("--mask-image", type=Path, help="white where the picture is drawn anew (inpainting)")
+    generate.add_argument("--strength", type=float, help="how much of the picture is drawn anew, 0 to 1")
+    generate.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw, if there is guidance")
+    generate.add_argument("--guidance-scale", type=float, help="above 1: with guidance (default: the bundle's)")
+    generate.add_argument("--size", metavar="WxH", help="in pixels, one that the bundle is built for")
     generate.add_argument("--seed", type=int, default=0, help="0 to 2^64-1 (default 0)")
-    generate.add_argument("--steps", type=int, help="step count (default: the fewest that the bundle has)")
+    generate.add_argument("--steps", type=int, help="step count (default: the fewest that make a step)")
     generate.add_argument("-o", "--output", type=Path, default=Path("out.png"), help="picture file (default out.png)")
 
-    check = _command(commands, "verify", _verify, "compare with what diffusers produced; exit status 1 if it differs")
+    check = _command(
+        commands, "verify", _verify, "compare with what diffusers produced; exit status 1 if it differs", default="all"
+    )
     check.add_argument("--json", action="store_true")
 
     inspect = _command(commands, "inspect", _inspect, "show what a bundle holds", machine=False)
@@ -85,7 +95,10 @@ def _prompt_last(words: list[str]) -> list[str]:
     return words
 
 
-def _command(commands: Any, name: str, function: console.Command, text: str, *, machine: bool = True) -> Any:
+def _command(
+    commands: Any, name: str, function: console.Command, text: str, *, machine: bool = True, default: str = "the first"
+) -> Any:
+    """Add a command; `machine`: whether it runs an engine, `default`: the chain that it then takes."""
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(command=function)
     console.add_debug(parser)
@@ -96,7 +109,7 @@ def _command(commands: Any, name: str, function: console.Command, text: str, *, 
     if machine:
         parser.add_argument("--backend", help="default: the best engine in the bundle that fits this machine")
         parser.add_argument("--device", help="default: the backend's own choice")
-        parser.add_argument("--chain", default=TEXT_TO_IMAGE, help=f"a chain of the bundle (default {TEXT_TO_IMAGE})")
+        parser.add_argument("--chain", help=f"a chain of the bundle (default: {default})")
         parser.add_argument("--engine", help="the engine with this folder name")
         parser.add_argument(
             "--engines", help="folder of the engines (default: the bundle's engines/, the user's cache)"
@@ -115,11 +128,32 @@ def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
 def _generate(arguments: argparse.Namespace) -> None:
     path: Path = arguments.output
     _check_writable(path)
-    with Pipeline.load(arguments.bundle, **_machine(arguments)) as pipe:
-        out = pipe(arguments.prompt, chain=arguments.chain, num_inference_steps=arguments.steps, seed=arguments.seed)
+    pictures = {"image": arguments.image, "mask_image": arguments.mask_image}
+    given: dict[str, Any] = {name: open_picture(path) for name, path in pictures.items() if path is not None}
+    if arguments.size is not None:
+        width, height = console.size_of(arguments.size)
+        given |= {"width": width, "height": height}
+    bundle = Bundle.open(arguments.bundle, trust_engines=arguments.trust_engines)
+    chain = arguments.chain or chain_of(bundle, **given)
+    with Pipeline.load(arguments.bundle, **{**_machine(arguments), "chain": chain}) as pipe:
+        out = pipe(
+            arguments.prompt,
+            chain=chain,
+            strength=arguments.strength,
+            negative_prompt=arguments.negative_prompt,
+            guidance_scale=arguments.guidance_scale,
+            num_inference_steps=arguments.steps,
+            seed=arguments.seed,
+            **given,
+        )
     encoded = io.BytesIO()
     out.images[0].save(encoded, _format(path))
     write_atomically(path, encoded.getvalue())
+    if out.resized is not None:
+        height, width = out.resized
+        print(
+            f"{arguments.image}: {width}x{height}, drawn as {'x'.join(map(str, out.images[0].size))}", file=sys.stderr
+        )
     print(path)
 
 
@@ -145,16 +179,16 @@ def _check_writable(path: Path) -> None:
 
 def _verify(arguments: argparse.Namespace) -> None:
     name, checks = verify.verify_bundle(arguments.bundle, **_machine(arguments))
+    every = [check for of_chain in checks.values() for check in of_chain]
     if arguments.json:
-        passed = all(c.passed for c in checks)
-        plain = [dataclasses.asdict(c) for c in checks]
-        for check in plain:
+        plain = {chain: [dataclasses.asdict(c) for c in of_chain] for chain, of_chain in checks.items()}
+        for check in (check for of_chain in plain.values() for check in of_chain):
             check["value"] = check["value"] if math.isfinite(check["value"]) else None  # JSON has no NaN
-        values = {"engine": name, "passed": passed, "checks": plain}
+        values = {"engine": name, "passed": all(c.passed for c in every), "checks": plain}
         print(json.dumps(values, indent=2))
     else:
-        print(checks_table(checks))
-    verify.require(checks)
+        print("\n\n".join(f"chain {chain}\n{checks_table(of_chain)}" for chain, of_chain in checks.items()))
+    verify.require(every)
 
 
 def checks_table(checks: Sequence[Check]) -> str:

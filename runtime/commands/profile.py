@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from turbochain.runtime import selection
-from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.commands import console
 from turbochain.runtime.commands.bench import PROMPT
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.pipeline import Pipeline
+from turbochain.runtime.request import Request
 
 SHOWN = 8
 
@@ -28,7 +28,7 @@ class Operator:
 def profile(
     path: str | Path,
     *,
-    chain: str = TEXT_TO_IMAGE,
+    chain: str | None = None,
     runs: int = 3,
     steps: int | None = None,
     backend: str | None = None,
@@ -50,10 +50,10 @@ def profile(
         raise InputError("operators are profiled on a CPU only: on a GPU, run turbochain bench under nsys")
     executor = selection.open_executor(bundle, found, device=device, threads=threads, profile=True)
     with Pipeline(bundle, found, executor) as pipe:
+        request = Request.sample(opened, steps, PROMPT)
         for _ in range(runs):
-            pipe.prompt_cache.clear()
-            prompts = [PROMPT] * opened.batch
-            pipe(prompts, chain=chain, num_inference_steps=steps, seed=0, output_type="uint8")
+            pipe.forget()
+            pipe.draw(request)
         return {graph: by_kind(executor.operators(graph)) for graph in opened.graphs if graph in executor.loaded}
 
 

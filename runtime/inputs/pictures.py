@@ -36,12 +36,18 @@ def wanted_size(argument: str, given: object) -> tuple[int, int]:
 
     `argument` names it in the messages. Raises InputError if it is no picture, or smaller than 8x8.
     """
-    width, height = next(_pictures(argument, given)).size
+    height, width = size_of(argument, given)
     if min(width, height) < REDUCTION:
         raise InputError(
             f"{argument} is {width}x{height}: at least {REDUCTION}x{REDUCTION} was expected; give a larger one"
         )
     return height - height % REDUCTION, width - width % REDUCTION
+
+
+def size_of(argument: str, given: object) -> tuple[int, int]:
+    """Return the height and width of the first picture. Raises InputError if it is none."""
+    width, height = next(_pictures(argument, given)).size
+    return height, width
 
 
 def pixels(argument: str, given: object, size: tuple[int, int]) -> np.ndarray:

@@ -1,0 +1,35 @@
+"""Which chain of a bundle suits a call."""
+
+from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, INPAINTING, TEXT_TO_IMAGE
+from turbochain.runtime.bundle.opened import Bundle
+from turbochain.runtime.inputs.pictures import wanted_size
+
+
+def chain_of(
+    bundle: Bundle,
+    count: int = 1,
+    *,
+    image: object = None,
+    mask_image: object = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> str:
+    """Return the chain for a call's arguments: of their task and size, of the fewest pictures per pass that are enough.
+
+    `count`: how many pictures the call makes. Without `height` and `width` an image has its own size if the task is
+    built for it (each side rounded down to a multiple of 8), else that of the task's first chain. Raises InputError if
+    the bundle has no chain for the task or the size.
+    """
+    task = INPAINTING if mask_image is not None else IMAGE_TO_IMAGE if image is not None else TEXT_TO_IMAGE
+    sizes = bundle.sizes(task)
+    first = sizes[0]
+    size = (first[0] if height is None else height, first[1] if width is None else width)
+    if image is not None and height is None and width is None and (own := wanted_size("image", image)) in sizes:
+        size = own
+    return bundle.find_chain(task, size, count)
+
+
+def pictures_of(prompt: object, repeats: object) -> int:
+    """Return how many pictures a call makes, whose arguments need not have been checked."""
+    prompts = len(prompt) if isinstance(prompt, list | tuple) else 1
+    return prompts * (repeats if isinstance(repeats, int) else 1)
