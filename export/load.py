@@ -4,11 +4,13 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from turbochain.export import sampler
+from turbochain.export import fuse, sampler
+from turbochain.export.sources.adapters import read_all
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
 from turbochain.runtime.errors import InputError
@@ -17,8 +19,9 @@ from turbochain.runtime.errors import InputError
 def component(checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, traceable: bool = False) -> Any:
     """Return one component (`unet`, `vae`, `text_encoder`, …) in evaluation mode, with weights in `dtype`.
 
-    `traceable`: with the attention of a text encoder spelled out, which traces to what TensorRT fuses. Raises
-    InputError if a weight is missing, damaged or of a wrong shape.
+    The checkpoint's LoRA files are fused into them in fp32 before they are rounded. `traceable`: with the attention of
+    a text encoder spelled out, which traces to what TensorRT fuses. Raises InputError if a weight is missing, damaged
+    or of a wrong shape, or a LoRA file does not fit.
     """
     library, cls = checkpoint.index[name]
     options: dict[str, Any] = {"dtype": dtype} if library == "transformers" else {"torch_dtype": dtype}
@@ -44,7 +47,9 @@ def component(checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, traceabl
     if wrong := info.get("mismatched_keys"):
         shapes = (f"{key} is {list(found)} and should be {list(expected)}" for key, found, expected in list(wrong)[:5])
         raise InputError(f"weights in {folder} have a wrong shape: {', '.join(shapes)}")
-    return model.eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
+    fuse.apply(model, name, part.weights, read_all(checkpoint))
+    return model
 
 
 def pipeline(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
@@ -55,17 +60,21 @@ def pipeline(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
 def pipelines(checkpoint: Checkpoint, tasks: Sequence[str], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Return diffusers' own pipeline for each task on the CPU, with weights in `dtype`, which all of them share.
 
-    They are made as `from_pretrained` makes them, but for the family's `pipeline_options`.
+    They are made as `from_pretrained` makes them, but for the family's `pipeline_options`. LoRA files are fused by
+    diffusers and peft, not by this package. Raises InputError as `component`, or if peft is missing.
     """
-    family, index, found = checkpoint.family, checkpoint.index, {}
-    parts: dict[str, Any] = {c: component(checkpoint, c, dtype) for c in family.components}
+    plain, family, index = replace(checkpoint, adapters=()), checkpoint.family, checkpoint.index
+    parts: dict[str, Any] = {c: component(plain, c, dtype) for c in family.components}
     parts |= {folder: tokenizer(checkpoint, folder) for folder in family.tokenizers.values()}
+    found: dict[str, Any] = {}
     for task in tasks:
         kind = pipeline_class(checkpoint, task)
         named = inspect.signature(kind).parameters.keys() & index.keys()
         settings = {n: index[n] for n in named if not isinstance(index[n], list)}  # a list names a part's class
         own = {"scheduler": scheduler(checkpoint, task)}
         found[task] = kind(**settings | parts | own | family.pipeline_options)
+        if checkpoint.adapters and len(found) == 1:
+            fuse.with_diffusers(found[task], checkpoint.adapters)
     return found
 
 

@@ -73,6 +73,7 @@ class Checkpoint:
     source: str = ""  # as the bundle tells it
     revision: str | None = None  # commit of a hub repository
     replaced: dict[str, Part] = field(default_factory=dict)  # component → another part than its own
+    adapters: tuple[tuple[Path, float], ...] = ()  # LoRA files to fuse into the weights, and how strongly (1: fully)
 
     @cached_property
     def index(self) -> dict[str, Any]:
