@@ -288,6 +288,6 @@ def test_what_overflows_fp16_is_remedied(checkpoints: dict[str, Path], tmp_path:
         onnx.checker.check_model(tmp_path / graph.file, full_check=True)
         made[name] = run_strictly(tmp_path / graph.file, feeds)
     assert relative_l2(made["both"], expected) < BOUNDS["fp16"]["image_latents"]["relative_l2"]
-    assert not np.isfinite(made["scores"]).all() and not np.isfinite(made["stream"]).all()
+    assert not np.isfinite(made["stream"]).all()
     names = json.loads((tmp_path / "graphs/both.names.json").read_text())
     assert names["encoder.conv_in.weight"]["factor"] <= 2.0 ** -found.exponents["encoder.conv_in"]
