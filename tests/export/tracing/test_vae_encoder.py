@@ -23,8 +23,7 @@ from safetensors.numpy import load_file
 
 from turbochain.export import remedies
 from turbochain.export.families import Shape
-from turbochain.export.remedies import Remedy
-from turbochain.export.sources.checkpoint import Checkpoint, Part
+from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tracing import modules
 from turbochain.runtime.backends import openvino_model
 from turbochain.runtime.bundle.manifest import Graph
@@ -260,9 +259,7 @@ def test_what_overflows_fp16_is_remedied(checkpoints: dict[str, Path], tmp_path:
         matrix.weight[0], matrix.bias[0] = 0, 1500
     folder = tmp_path / "vae"
     vae.save_pretrained(folder)
-    checkpoint = dataclasses.replace(
-        image_graphs.checkpoint(checkpoints["sdxl"]), replaced={"vae": Part(folder, folder, "large")}
-    )
+    checkpoint = image_graphs.checkpoint(checkpoints["sdxl"], folder)
     images = image_graphs.pictures(SQUARE)
     picture = 2 * (torch.from_numpy(images).permute(0, 3, 1, 2) / 255) - 1
     spec = image_graphs.encoder(checkpoint)
@@ -277,13 +274,7 @@ def test_what_overflows_fp16_is_remedied(checkpoints: dict[str, Path], tmp_path:
         sample = vae.encode(picture).latent_dist.sample(torch.Generator().manual_seed(7))
     expected = (sample * vae.config.scaling_factor).numpy()
     feeds, made = {"input_image": images, "posterior_noise": noise.numpy()}, {}
-    only = {
-        "scores": ((), found.attention),
-        "stream": (found.exponents, ()),
-        "both": (found.exponents, found.attention),
-    }
-    for name, (exponents, islands) in only.items():
-        remedy = Remedy("fp16", dict(exponents), islands)
+    for name, remedy in (("both", found), ("stream", dataclasses.replace(found, attention=()))):
         graph = image_graphs.traced(checkpoint, {name: spec}, SQUARE, tmp_path, remedy)[name]
         onnx.checker.check_model(tmp_path / graph.file, full_check=True)
         made[name] = run_strictly(tmp_path / graph.file, feeds)
