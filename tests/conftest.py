@@ -70,6 +70,8 @@ LONGEST_FIRST = (
     "test_pipeline.py",
     "test_schedulers.py",
     "test_tampering.py",
+    "test_vae_encoder.py",
+    "test_image_graphs.py",
     "test_weights.py",
     "test_remedies.py",
     "test_inversion.py",

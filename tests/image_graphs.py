@@ -26,10 +26,10 @@ INPAINTING = {"sd": "StableDiffusionInpaintPipeline", "sdxl": "StableDiffusionXL
 SQUARE, WIDE = Shape(64, 64, 1), Shape(72, 88, 2)
 
 
-def checkpoint(folder: Path, tiny: Path | None = None) -> Checkpoint:
-    """A checkpoint, if asked with the VAE in the folder `tiny` in place of its own."""
+def checkpoint(folder: Path, vae: Path | None = None) -> Checkpoint:
+    """A checkpoint, if asked with the VAE in another folder in place of its own."""
     opened = open_folder(folder, None)
-    return dataclasses.replace(opened, replaced={"vae": Part(tiny, tiny, "tiny")}) if tiny else opened
+    return dataclasses.replace(opened, replaced={"vae": Part(vae, vae, vae.name)}) if vae else opened
 
 
 def tiny_vae(folder: Path) -> Path:

@@ -27,8 +27,8 @@ OPTIONS = {
     ),
     "vae_int8": Option(
         False,
-        "the VAE's convolutions in int8, its ranges measured on the bundle's reference prompts: faster, and with "
-        "wider bounds (PSNR 30 dB)",
+        "the convolutions of the VAE's decoder in int8, their ranges measured on the bundle's reference prompts: "
+        "faster, and with wider bounds (PSNR 30 dB)",
     ),
 }
 

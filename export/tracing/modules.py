@@ -1,7 +1,7 @@
 """The modules that are traced: each one is all the arithmetic of its graph, so the runtime has none.
 
 At every boundary tensors are fp32 (ids int32, pictures uint8); inside, a graph computes in its own precision. The text
-encoders and the UNets are here. A `GraphSpec` finds every module here by its name, so the others are imported.
+encoders and the UNets are defined here, the others imported: here `GraphSpec.module` is looked up.
 """
 
 import copy

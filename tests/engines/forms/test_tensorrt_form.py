@@ -8,15 +8,14 @@ import onnx
 import pytest
 import torch
 from conftest import FAMILIES, BundleFactory
-from onnx import TensorProto, numpy_helper, parser
+from fp64 import in_fp64
+from onnx import TensorProto, parser
 from onnx.reference import ReferenceEvaluator
 from torch.nn import functional
 
 from turbochain.engines.forms.tensorrt import rewrite
 from turbochain.runtime import Bundle, TurbochainError
 from turbochain.runtime.backends.upsampling import transposed_kernel
-
-TO_FP64 = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8)
 
 
 def test_the_transposed_kernel_is_doubling_and_convolution() -> None:
@@ -29,27 +28,6 @@ def test_the_transposed_kernel_is_doubling_and_convolution() -> None:
         kernel = torch.tensor(transposed_kernel(weight))
         made = functional.conv_transpose2d(torch.tensor(image), kernel, stride=2, padding=1)
         np.testing.assert_allclose(made, expected, rtol=0, atol=1e-13)
-
-
-def in_fp64(path: Path) -> onnx.ModelProto:
-    """A graph with everything of fp16, fp32 and uint8 in fp64: weights, constants, casts, ends. Nothing is rounded."""
-    model = onnx.load(path)
-    graph = model.graph
-    scales = {name for node in graph.node if node.op_type == "Resize" for name in node.input[1:]}  # always fp32
-    for tensor in (*graph.initializer, *(a.t for node in graph.node for a in node.attribute if a.HasField("t"))):
-        if tensor.data_type in TO_FP64 and tensor.name not in scales:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), tensor.name))
-    for node in graph.node:
-        for attribute in node.attribute:
-            stash = node.op_type == "GroupNormalization" and attribute.name == "stash_type"
-            if stash or (attribute.name == "to" and attribute.i in TO_FP64):
-                attribute.i = TensorProto.DOUBLE
-        if node.op_type == "Round":
-            node.op_type = "Identity"
-    for value in (*graph.input, *graph.output):
-        if value.type.tensor_type.elem_type in TO_FP64:
-            value.type.tensor_type.elem_type = TensorProto.DOUBLE
-    return model
 
 
 def kinds(model: onnx.ModelProto) -> Counter[str]:

@@ -16,7 +16,7 @@ from turbochain.export.tracing.rescale import rescale
 from turbochain.runtime.checks import metrics
 
 PARTS = ("decoder", "encoder")
-SCALINGS = ("0", "1", "2", "3", "conv1 only")
+SCALINGS = ("0", "1", "2", "3", "conv1 only", "conv_in only")
 VARIANTS: dict[str, dict[str, Any]] = {
     "published": {},
     "two layers": {"layers_per_block": 2},
@@ -74,7 +74,7 @@ def reached(vae: Any, part: str) -> dict[str, float]:
 
 
 def grown(vae: Any, part: str, scaling: str) -> Any:
-    """A copy that computes the same with a stream and conv1 outputs beyond fp16's range (but for the epsilons).
+    """A copy with a stream and conv1 outputs beyond fp16's range, which computes the same but for the epsilons.
 
     Factors that are no powers of two, another one after every up- or downsampler.
     """
@@ -86,7 +86,9 @@ def grown(vae: Any, part: str, scaling: str) -> Any:
         if not name.startswith(part) or not hasattr(module, "weight"):
             continue
         weight, bias = 1.0, 1.0
-        if name.endswith("conv1"):
+        if scaling == "conv_in only":
+            weight = bias = 1e6 if name.endswith("conv_in") else 1.0
+        elif name.endswith("conv1"):
             weight = bias = draw.uniform(1e4, 1e5)
         elif name.endswith(("conv_in", "conv2", "to_out.0")):
             weight = bias = stream

@@ -104,7 +104,7 @@ def test_the_blend_is_the_pipelines(
         pipe(
             [""] * shape.batch,
             image=image_graphs.pils(images),
-            mask_image=image_graphs.pils(images[..., 0].clip(0, 255)),
+            mask_image=image_graphs.pils(images[..., 0]),
             num_inference_steps=STEPS + 1,
             strength=0.75,
             guidance_scale=0.0,
@@ -173,5 +173,5 @@ def test_the_guided_step_is_the_pipelines(
         assert list(made) == ["next_latents", *(["next_history"] if K > 1 else []), "guided_prediction"]
         assert relative_l2(made["guided_prediction"], guided.numpy()) <= 1e-6
         assert relative_l2(made["guided_prediction"], positive.numpy()) > 1e-2, "guidance was to show"
-        assert relative_l2(made["next_latents"], expected.numpy()) <= 1e-5  # a table's rows have that precision
+        assert relative_l2(made["next_latents"], expected.numpy()) <= 1e-6
         history = {"history": made["next_history"]} if K > 1 else {}

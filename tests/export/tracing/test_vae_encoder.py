@@ -1,7 +1,9 @@
 """A picture becomes the latents that diffusers' pipelines for image-to-image and inpainting make of it."""
 
+import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,18 +11,23 @@ from typing import Any
 import image_graphs
 import numpy as np
 import onnx
+import openvino
 import pytest
 import torch
 from conftest import FAMILIES
 from diffusers import AutoencoderKL, AutoencoderTiny
 from image_graphs import SQUARE, WIDE
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file
 
+from turbochain.export import remedies
 from turbochain.export.families import Shape
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tracing import modules
+from turbochain.runtime.backends import openvino_model
 from turbochain.runtime.bundle.manifest import Graph
+from turbochain.runtime.checks.bounds import BOUNDS
 from turbochain.runtime.checks.metrics import relative_l2
 
 MEAN, STD = [0.4, -0.7, 1.1, 0.2], [0.5, 1.8, 0.9, 1.3]
@@ -48,6 +55,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return image_graphs.tiny_vae(tmp_path_factory.mktemp("tiny"))
 
 
+ATTENTION = "encoder.mid_block.attentions.0"
 Traced = Callable[[Checkpoint, Shape], tuple[Path, dict[str, Graph]]]
 
 
@@ -115,6 +123,16 @@ def encoded(pipelines: tuple[Any, Any], vae: Any, shape: Shape) -> tuple[dict[st
     return feeds, latents, of_inpainting(pipelines[1], images)
 
 
+def on_openvino(path: Path, vae: Any, feeds: dict[str, Any]) -> np.ndarray:
+    """As the runtime reads the graph: every norm is fused there."""
+    model = openvino.Core().read_model(path)
+    norms = sum(isinstance(module, torch.nn.GroupNorm) for module in vae.encoder.modules())
+    assert openvino_model.fuse_group_norms(model) == norms
+    openvino_model.prepare(model)
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return np.array(compiled(feeds)[0])
+
+
 TRACED = {("sd", "own", SQUARE), ("sdxl", "own", WIDE), ("sdxl", "tiny", WIDE)}
 """Of what graphs are traced; PyTorch computes all."""
 
@@ -142,6 +160,7 @@ def test_latents_are_those_of_both_pipelines(
         graph = graphs["vae_encoder"]
         assert [t.name for t in graph.inputs] == list(feeds)
         made["graph"] = image_graphs.run(folder, graph, feeds)["image_latents"]
+        made["openvino"] = on_openvino(folder / graph.file, vae, feeds)
     for latents in made.values():
         assert latents.dtype == np.float32 and latents.shape == size_of_latents(shape)
         assert all(relative_l2(latents, theirs.numpy()) <= 1e-5 for theirs in expected)
@@ -201,3 +220,65 @@ def test_both_directions_share_their_weights(checkpoints: dict[str, Path], trace
     for parameter in used["vae_encoder"]:
         found = held[names["vae_encoder"][parameter]["initializer"]]
         np.testing.assert_array_equal(found.reshape(weights[parameter].shape), weights[parameter], parameter)
+
+
+def reached(vae: Any, picture: torch.Tensor) -> dict[str, float]:
+    """Module → the largest absolute value that it puts out, and the largest score of the attention."""
+    found: dict[str, float] = {}
+    seen: dict[str, torch.Tensor] = {}
+    handles = []
+    for name, module in vae.named_modules():
+
+        def see(_: Any, __: Any, output: Any, name: str = name) -> None:
+            if isinstance(output, torch.Tensor):
+                found[name], seen[name.rpartition(".")[2]] = float(output.abs().max()), output
+
+        handles.append(module.register_forward_hook(see))
+    with torch.inference_mode():
+        vae.encode(picture)
+    for handle in handles:
+        handle.remove()
+    scores = seen["to_q"] @ seen["to_k"].transpose(1, 2) * vae.get_submodule(ATTENTION).scale
+    return found | {f"{ATTENTION}.scores": float(scores.abs().max())}
+
+
+def run_strictly(path: Path, feeds: dict[str, Any]) -> np.ndarray:
+    """By ONNX's own evaluator, which rounds every result in fp16; ONNX Runtime's CPU provider hides what overflows."""
+    with np.errstate(all="ignore"):
+        (made,) = ReferenceEvaluator(onnx.load(path)).run(None, feeds)
+    return made
+
+
+def test_what_overflows_fp16_is_remedied(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """The stream from the first convolution on, and the scores of the attention."""
+    vae = AutoencoderKL.from_pretrained(checkpoints["sdxl"] / "vae").requires_grad_(False)
+    vae.encoder.conv_in.weight *= 1e6
+    vae.encoder.conv_in.bias *= 1e6
+    attention = vae.get_submodule(ATTENTION)
+    for matrix in (attention.to_q, attention.to_k):  # one entry of every query and key is the same and large
+        matrix.weight[0], matrix.bias[0] = 0, 1500
+    folder = tmp_path / "vae"
+    vae.save_pretrained(folder)
+    checkpoint = image_graphs.checkpoint(checkpoints["sdxl"], folder)
+    images = image_graphs.pictures(SQUARE)
+    picture = 2 * (torch.from_numpy(images).permute(0, 3, 1, 2) / 255) - 1
+    spec = image_graphs.encoder(checkpoint)
+    found = remedies.remedy(spec.role, reached(vae, picture))
+    assert found.precision == "fp16" and found.attention == (ATTENTION,)
+    assert {"encoder.conv_in", "encoder.down_blocks.0.resnets.0", ATTENTION} <= found.exponents.keys()
+    assert not any("quant_conv" in name or name.startswith("decoder") for name in found.exponents)
+    assert re.fullmatch(r"rescaled by up to 2\^-\d+; fp32 attention in \S+", found.phrase)
+
+    noise = torch.randn(size_of_latents(SQUARE), generator=torch.Generator().manual_seed(7))
+    with torch.inference_mode():
+        sample = vae.encode(picture).latent_dist.sample(torch.Generator().manual_seed(7))
+    expected = (sample * vae.config.scaling_factor).numpy()
+    feeds, made = {"input_image": images, "posterior_noise": noise.numpy()}, {}
+    for name, remedy in (("both", found), ("stream", dataclasses.replace(found, attention=()))):
+        graph = image_graphs.traced(checkpoint, {name: spec}, SQUARE, tmp_path, remedy)[name]
+        onnx.checker.check_model(tmp_path / graph.file, full_check=True)
+        made[name] = run_strictly(tmp_path / graph.file, feeds)
+    assert relative_l2(made["both"], expected) < BOUNDS["fp16"]["image_latents"]["relative_l2"]
+    assert not np.isfinite(made["stream"]).all()
+    names = json.loads((tmp_path / "graphs/both.names.json").read_text())
+    assert names["encoder.conv_in.weight"]["factor"] <= 2.0 ** -found.exponents["encoder.conv_in"]
