@@ -9,12 +9,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from turbochain.engines import backends as builders
 from turbochain.engines import compiling, installed
 from turbochain.engines.order import BuildOrder, engine_order
 from turbochain.export.api import locked, make, path_of
-from turbochain.export.order import ExportOrder, How
+from turbochain.export.order import ExportOrder, How, scheduler_changes, settle
 from turbochain.export.phases.phases import LOG, PhaseReport, Phases
 from turbochain.runtime import backends, selection
 from turbochain.runtime.bundle.manifest import Check
@@ -38,7 +39,7 @@ class BuildResult:
 
 
 def build(
-    source: str,
+    source: str | None = None,
     output: str | Path | None = None,
     *,
     backend: str | None = None,
@@ -53,6 +54,12 @@ def build(
     opset: int | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    unet: str | None = None,
+    scheduler: str | Mapping[str, Any] | None = None,
+    timesteps: Sequence[int] | None = None,
+    lora: Sequence[str] | None = None,
+    eta: float | None = None,
+    recipe: str | None = None,
     options: Mapping[str, object] | None = None,
     timing_cache: str | Path | None = None,
     chains: Sequence[str] | None = None,
@@ -72,7 +79,8 @@ def build(
     checkpoint's own, "tiny" (the family's AutoencoderTiny, many times faster, pictures slightly softer), a hub id or
     a local folder; what diffusers makes with it is then the reference. `size`: width and height in
     pixels, multiples of 8 (default 512×512). `steps`: step counts (default 1 to 4). `opset`: of the ONNX graphs,
-    18 to 23 (default 21). `options`: the backend's own, such as {"builder_optimization_level": 5}; see `BUILDER`
+    18 to 23 (default 21). `unet`, `scheduler`, `timesteps`, `lora`, `eta`, `recipe`: as `turbochain.export.export`
+    has them. `options`: the backend's own, such as {"builder_optimization_level": 5}; see `BUILDER`
     in its module in `turbochain.engines.backends`. `timing_cache`: the folder for TensorRT's timings, one file per
     GPU and library version (default: beside the bundle, or beside `engines`). `chains`: compile and verify
     only the graphs of these chains (default: all of the bundle's); a later call with others adds theirs. `engines`:
@@ -82,7 +90,16 @@ def build(
     bounds (the engine is then not installed).
     """
     counts = None if steps is None else tuple(steps)
-    export = ExportOrder(source, precision, vae_precision, vae, size, batch, counts, opset, revision, variant)
+    export = ExportOrder(
+        *(source or "", precision, vae_precision, vae, size, batch, counts, opset, revision, variant),
+        unet=unet,
+        scheduler=scheduler_changes(scheduler),
+        timesteps=None if timesteps is None else tuple(timesteps),
+        lora=None if lora is None else tuple(lora),
+        eta=eta,
+        recipe_name=recipe,
+    )
+    export = settle(export)
     engine = engine_order(backend, device, target, options, timing_cache, precision, chains, engines)
     return carry_out(BuildOrder(export, engine, How(path_of(export, output), force, quiet, verbose)))
 

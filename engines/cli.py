@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from turbochain.engines import options as backend_options
 from turbochain.engines.build import BuildResult, carry_out
 from turbochain.engines.order import BuildOrder, engine_order
+from turbochain.export import recipes
 from turbochain.export.api import path_of
-from turbochain.export.order import ExportOrder, How
+from turbochain.export.order import ExportOrder, How, scheduler_changes, settle
 from turbochain.runtime.checks.verify import bound_text
 from turbochain.runtime.commands import console
 from turbochain.runtime.errors import InputError
@@ -22,11 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "build-engine",
         description="Build a bundle with an engine for this machine, checked against diffusers.",
-        epilog=backend_options.described(),
+        epilog=f"{recipes.described()}\n\n{backend_options.described()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("source", help="a hub id, a local folder in diffusers' format, demo, synthetic:NAME, or a bundle")
+    sources = "a hub id, a local folder in diffusers' format, demo, synthetic:NAME, or a bundle"
+    add("source", nargs="?", default="", help=f"{sources} (with --recipe: instead of the recipe's)")
     add("-o", "--output", help="the bundle (default: the source's name with .bundle, in this folder)")
     add("--backend", help="default: the best for this machine")
     add("--device", help="default: the backend's own choice")
@@ -40,6 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--opset", type=int, help="of the ONNX graphs, 18 to 23 (default 21)")
     add("--revision", help="branch, tag or commit of a hub id")
     add("--variant", help="weight files' variant, such as fp16")
+    add(
+        "--recipe",
+        dest="recipe_name",
+        metavar="NAME",
+        help="a distilled model; see below. Other options win over it",
+    )
+    add("--unet", help="a .safetensors file, a hub id, a file of one (owner/name/file) or a folder: this UNet instead")
+    add("--lora", metavar="NAME[:SCALE]", action="append", help="fuse this LoRA, named as --unet; may be repeated")
+    add("--scheduler", help="a class, such as LCMScheduler, or JSON of changes of its config (_class_name: the class)")
+    add("--timesteps", help="explicit ones instead of --steps, such as 999,749,499,249")
+    add("--eta", type=float, help="of DDIMScheduler and TCDScheduler, 0 to 1 (default 0)")
     add("-O", metavar="NAME=VALUE", action="append", default=[], help="an option of the backend; see below")
     add("--timing-cache", metavar="FOLDER", help="where TensorRT's timings are kept (default: beside the bundle)")
     add("--chains", metavar="NAME,…", help="compile only the graphs of these chains (default: all of the bundle's)")
@@ -54,7 +67,10 @@ def _build(arguments: argparse.Namespace) -> None:
     given = vars(arguments)
     given["size"] = _size(arguments.size) if arguments.size else None
     given["steps"] = _steps(arguments.steps) if arguments.steps else None
-    export = ExportOrder(**{f.name: given[f.name] for f in dataclasses.fields(ExportOrder)})
+    given["scheduler"] = scheduler_changes(arguments.scheduler)
+    given["timesteps"] = _timesteps(arguments.timesteps) if arguments.timesteps else None
+    given["lora"] = arguments.lora and tuple(arguments.lora)
+    export = settle(ExportOrder(**{f.name: given[f.name] for f in dataclasses.fields(ExportOrder)}))
     options = backend_options.parse(arguments.O)
     given["chains"] = None if arguments.chains is None else arguments.chains.split(",")
     named = ("backend", "device", "target", "timing_cache", "precision", "chains", "engines")
@@ -122,6 +138,12 @@ def _steps(value: str) -> tuple[int, ...]:
     if re.fullmatch(r"\d{1,3}(,\d{1,3})*", value):
         return tuple(int(n) for n in value.split(","))
     raise InputError(f"--steps {value}: a range or a list was expected, such as 1-4 or 1,2,4")
+
+
+def _timesteps(value: str) -> tuple[int, ...]:
+    if re.fullmatch(r"\d{1,4}(,\d{1,4})*", value):
+        return tuple(int(n) for n in value.split(","))
+    raise InputError(f"--timesteps {value}: a list was expected, such as 999,749,499,249")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ is written down with its hashes, so an interrupted export goes on where it stopp
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from turbochain.export import bundling
-from turbochain.export.order import ExportOrder, How, Recipe
+from turbochain.export.order import ExportOrder, How, Recipe, deviations, scheduler_changes, settle
 from turbochain.export.phases.bar import Phase
 from turbochain.export.phases.phases import LOG, SMALL, PhaseReport, Phases
 from turbochain.export.sources.digests import Digests
@@ -21,7 +22,7 @@ from turbochain.runtime.errors import InputError
 
 
 def export(
-    source: str,
+    source: str | None = None,
     output: str | Path | None = None,
     *,
     precision: str | None = None,
@@ -33,6 +34,12 @@ def export(
     opset: int | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    unet: str | None = None,
+    scheduler: str | Mapping[str, Any] | None = None,
+    timesteps: Sequence[int] | None = None,
+    lora: Sequence[str] | None = None,
+    eta: float | None = None,
+    recipe: str | None = None,
     force: bool = False,
     quiet: bool = False,
     verbose: bool = False,
@@ -45,18 +52,33 @@ def export(
     "tiny" (the family's AutoencoderTiny), a hub id or a local folder. `size`: width and height in pixels, multiples
     of 8 (default 512×512). `batch`: pictures per pass (default 1). `steps`: step counts (default 1 to 4). `opset`: of
     the ONNX graphs, 18 to 23 (default 21). `revision`: branch, tag or commit of a hub id. `variant`: of the weight
-    files, such as "fp16". `force` skips the check of memory and disk. `quiet` prints no phases, `verbose` shows what
-    the libraries print.
+    files, such as "fp16". `unet`: another UNet than the checkpoint's own: a .safetensors file, a hub id, a file of a
+    hub repository (owner/name/file) or a folder; if it has no config, the checkpoint's serves. `scheduler`: the name of
+    another class, or changes of its config, in which `_class_name` names a class; it is made as
+    `CLASS.from_config(pipe.scheduler.config, …)` makes it. `timesteps`: explicit ones instead of `steps`, descending.
+    `lora`: LoRAs that are fused, each NAME or NAME:SCALE, named as a UNet is. `eta`: of schedulers that have one
+    (default 0). `recipe`: one of `turbochain.export.recipes`, which gives the source and all of these unless they are
+    given here. `force` skips the check of memory and disk. `quiet` prints no phases, `verbose` shows what the
+    libraries print.
 
     The bundle holds what diffusers' own pipeline produced, so an engine of it can be checked anywhere. A second call
     with the same arguments finds the bundle and does nothing. Raises InputError for what cannot be exported.
     """
     counts = None if steps is None else tuple(steps)
-    order = ExportOrder(source, precision, vae_precision, vae, size, batch, counts, opset, revision, variant)
-    if is_bundle(source):
+    order = ExportOrder(
+        *(source or "", precision, vae_precision, vae, size, batch, counts, opset, revision, variant),
+        unet=unet,
+        scheduler=scheduler_changes(scheduler),
+        timesteps=None if timesteps is None else tuple(timesteps),
+        lora=None if lora is None else tuple(lora),
+        eta=eta,
+        recipe_name=recipe,
+    )
+    order = settle(order)
+    if is_bundle(order.source):
         raise InputError(
-            f"{source} is a bundle already, and a checkpoint was expected: build an engine of it with "
-            f"build-engine {source}"
+            f"{order.source} is a bundle already, and a checkpoint was expected: build an engine of it with "
+            f"build-engine {order.source}"
         )
     with make(order, How(path_of(order, output), force, quiet, verbose), "fp32", []) as bundle:
         return bundle.path
@@ -70,6 +92,8 @@ def make(order: ExportOrder, how: How, precision: str, reports: list[PhaseReport
     none. A report of each phase is appended to `reports`. Raises InputError if another bundle or file is at the path.
     """
     output = how.output
+    if (others := deviations(order)) and not how.quiet:
+        print(f"recipe {order.recipe_name}; what is given wins over its {', '.join(others)}", file=sys.stderr)
     if output.exists() and not is_bundle(output):
         raise InputError(f"{output} exists and is not a bundle: choose another path with -o")
     partial = output.with_name(output.name + ".partial")
@@ -115,11 +139,16 @@ def is_bundle(path: str | Path) -> bool:
 
 
 def path_of(order: ExportOrder, output: str | Path | None) -> Path:
-    """Return where the bundle is made: `output`, or the source if it is a bundle, or its name with .bundle, here."""
+    """Return where the bundle is made: `output`, or the source if it is a bundle, or a name with .bundle, here.
+
+    The name is the recipe's, or the source's.
+    """
     if output is not None:
         return Path(output)
     if is_bundle(order.source):
         return Path(order.source)
+    if order.recipe_name:
+        return Path(order.recipe_name + ".bundle")
     folder = Path(order.source)
     name = folder.resolve().name if folder.is_dir() else order.source.rstrip("/").replace(":", "/").rpartition("/")[2]
     return Path(name + ".bundle")

@@ -15,6 +15,7 @@ from turbochain.export.sources import Want, find, parts
 from turbochain.export.sources.checkpoint import Checkpoint, Part
 from turbochain.export.sources.digests import Digests
 from turbochain.runtime.bundle.manifest import REFERENCE, Graph, Origin, PartOrigin
+from turbochain.runtime.chain.tables import Table
 
 Progress = Callable[[int, int], None]
 
@@ -30,12 +31,16 @@ def prepare(progress: Progress, *, order: ExportOrder, recipe: Recipe, folder: P
         needs = estimate.needs(family, configs, counts, recipe.shape, recipe.precisions(family), fetched)
         estimate.require(needs, folder, force)
 
+    if name := (order.scheduler or {}).get("_class_name"):
+        from turbochain.export import load
+
+        load.scheduler_class(name)  # refused before anything is downloaded
     want = Want(folder, revision=order.revision, variant=order.variant, progress=progress)
-    checkpoint = parts.fetch(find(order.source), want, order.parts, check_room)
+    checkpoint = _fetch(order, want, check_room)
 
-    from turbochain.export import load, schedule, tables
+    from turbochain.export import tables
 
-    made = schedule.tabulate_all(load.scheduler(checkpoint), list(recipe.steps))
+    made = _tabulate(checkpoint, recipe)
     shape = replace(recipe.shape, K=max(table.K for table in made.values()))
     return Prepared(
         checkpoint=checkpoint,
@@ -47,14 +52,14 @@ def prepare(progress: Progress, *, order: ExportOrder, recipe: Recipe, folder: P
 
 def reference(progress: Progress, *, recipe: Recipe, prepared: Prepared, folder: Path) -> dict[str, Remedy]:
     """Run diffusers' own pipeline, and write the tables and what it produced into `folder`; return graph → remedy."""
-    from turbochain.export import load, schedule, tables
+    from turbochain.export import load, tables
     from turbochain.export import reference as recorder
 
     checkpoint, path = prepared.checkpoint, folder / REFERENCE
     family, pipeline, steps = checkpoint.family, load.pipeline(checkpoint), list(recipe.steps)
-    made = schedule.tabulate_all(load.scheduler(checkpoint), steps)
+    made = _tabulate(checkpoint, recipe)
     tables.write(made, family, pipeline.unet, recipe.shape, folder / prepared.chain.tables_file)
-    recorder.write(pipeline, checkpoint, recipe.shape, steps, path, progress)
+    recorder.write(pipeline, checkpoint, recipe.shape, steps, path, progress, recipe.call)
     return decide(common.graphs(family, prepared.chain.K), recipe.precisions(family), path)
 
 
@@ -76,9 +81,26 @@ def graphs(
     return trace.export(prepared.checkpoint, component, shape, remedies, columns, folder, recipe.opset)
 
 
+def _fetch(order: ExportOrder, want: Want, check_room: parts.CheckRoom) -> Checkpoint:
+    """Bring the order's checkpoint onto this disk, and the parts from elsewhere; the LoRAs, which are small, first."""
+    loras = parts.fetch_loras(want, {key: name for key, (name, _) in order.loras.items()})
+    adapters = tuple((loras[key].weights[0], scale) for key, (_, scale) in order.loras.items())
+    checkpoint = parts.fetch(find(order.source), want, order.parts, check_room)
+    return replace(checkpoint, loras=loras, adapters=adapters, scheduler=order.scheduler or {})
+
+
+def _tabulate(checkpoint: Checkpoint, recipe: Recipe) -> dict[int, Table]:
+    """Return steps → table of text-to-image."""
+    from turbochain.export import load, schedule
+
+    made = schedule.tabulate_all(load.scheduler(checkpoint), recipe.runs)
+    return {run.steps: table for run, table in made.items()}
+
+
 def _origin(checkpoint: Checkpoint, folder: Path) -> Origin:
     """Return where the checkpoint came from, its licences copied into `folder`."""
-    weighty, known = checkpoint.family.components, Digests(folder)
+    weighty, known = {*checkpoint.family.components, *checkpoint.loras}, Digests(folder)
+    foreign = checkpoint.replaced | checkpoint.loras
     return Origin(
         source=checkpoint.source,
         pipeline_class=checkpoint.family.pipeline_class,
@@ -88,7 +110,7 @@ def _origin(checkpoint: Checkpoint, folder: Path) -> Origin:
                 revision=part.revision,
                 variant=part.own_variant if name in weighty else None,
                 license=part.license,
-                terms=_copy_terms(part, folder, f"{name}-" if name in checkpoint.replaced else ""),
+                terms=_copy_terms(part, folder, f"{name}-" if name in foreign else ""),
                 weights={path.name: known.record(path) for path in part.weights} if name in weighty else {},
             )
             for name, part in checkpoint.parts.items()

@@ -9,9 +9,10 @@ import copy
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ def write(
     steps: list[int],
     path: Path,
     progress: Callable[[int, int], None],
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Run one case per step count, and with the fewest steps as many as use every added token; write `path`.
 
@@ -52,7 +54,7 @@ def write(
     `magnitude/<component>/<module>` [1] is the largest absolute value that the module put out in any case, and
     `magnitude/<component>/<attention>.scores` that of Q·Kᵀ as its graph forms it (see `_watch_scores`). The metadata
     key `cases` is JSON: a list of {"chain": str, "modes": [...], "prompt": [...], "seed": int, "num_inference_steps":
-    int}. `pipeline`: diffusers' own, in fp32.
+    int}. `pipeline`: diffusers' own, in fp32. `more`: further arguments of each call, such as `timesteps`.
     """
     pipeline.set_progress_bar_config(disable=True)
 
@@ -79,15 +81,21 @@ def write(
         magnitudes = stack.enter_context(_magnitudes(pipeline, checkpoint))
         pipeline.unet.register_forward_hook(advance)
         for i, case in enumerate(cases):
-            for name, value in run_case(pipeline, checkpoint, shape, case).items():
+            for name, value in run_case(pipeline, checkpoint, shape, case, more).items():
                 tensors[f"{i}/{name}"] = value
             advance()
     tensors |= {f"magnitude/{name}": np.array([largest], np.float32) for name, largest in magnitudes.items()}
     path.write_bytes(save(tensors, metadata={"cases": json.dumps(cases)}))
 
 
-def run_case(pipeline: Any, checkpoint: Checkpoint, shape: Shape, case: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Run the pipeline once; return what its parts read and made, by name (see `record`)."""
+def run_case(
+    pipeline: Any,
+    checkpoint: Checkpoint,
+    shape: Shape,
+    case: dict[str, Any],
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, np.ndarray]:
+    """Run the pipeline once, with the arguments `more`; return what its parts read and made, by name (see `record`)."""
     once: dict[str, Any] = {}
     steps: list[dict[str, torch.Tensor]] = []
     with contextlib.ExitStack() as stack:
@@ -108,6 +116,7 @@ def run_case(pipeline: Any, checkpoint: Checkpoint, shape: Shape, case: dict[str
             generator=torch.Generator("cpu").manual_seed(case["seed"]),
             height=shape.height,
             width=shape.width,
+            **more,
         )
     image = np.stack([np.asarray(picture) for picture in result.images])
     if not all(torch.isfinite(step["next_latents"]).all() for step in steps) or image.min() == image.max():

@@ -12,7 +12,7 @@ import torch
 from turbochain.runtime.errors import InputError
 
 _NEEDED = ("set_timesteps", "scale_model_input", "step", "add_noise", "init_noise_sigma", "order")
-_FOREMOST = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "LCMScheduler")
+FOREMOST = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "LCMScheduler")
 
 Draw = Callable[..., torch.Tensor]
 
@@ -95,7 +95,7 @@ def drawing(scheduler: Any, replace: Callable[[Draw], Draw]) -> Iterator[None]:
 
 def refusal(name: str, reason: str, remedy: str = "") -> InputError:
     """Return the error for a scheduler that has no table; `remedy` comes before the other classes to choose."""
-    others = ", ".join(other for other in _FOREMOST if other != name)
+    others = ", ".join(other for other in FOREMOST if other != name)
     return InputError(
         f"the scheduler {name} {reason}; one that is linear in latents, prediction and noise was expected: {remedy}"
         f"name another class ({others}) in the checkpoint's model_index.json and scheduler/scheduler_config.json"

@@ -30,7 +30,7 @@ class Want:
     """What is to be fetched from a source, and who is called meanwhile."""
 
     root: Path  # the folder for what has to be written and has no place of its own on this disk
-    part: str | None = None  # this part alone, such as "vae": config.json and weights; None: a whole checkpoint
+    part: str | None = None  # this part alone, such as "vae" or "lora"; None: a whole checkpoint
     revision: str | None = None  # branch, tag or commit of a hub id
     variant: str | None = None  # of the weight files, such as "fp16"
     skip: tuple[str, ...] = ()  # components whose weights are not needed
@@ -44,9 +44,10 @@ class Want:
 class Fetched:
     """What lies on this disk now."""
 
-    folder: Path
+    folder: Path  # with the licence and model card, if there are any
     commit: str | None = None  # of a hub repository
     variant: str | None = None  # as in Want, if this source has variants
+    file: Path | None = None  # the weights, if a part is this file alone
 
 
 class Source(Protocol):
@@ -58,7 +59,7 @@ class Source(Protocol):
 
     @property
     def local(self) -> Path | None:
-        """Return the folder here whose files may change at any time; None if name and revision say what they are."""
+        """Return the folder or file here that may change at any time; None if name and revision say what it is."""
 
     @property
     def tiny_vae(self) -> "Source | None":
@@ -76,6 +77,7 @@ class Kind:
     rank: int  # BY_SPELLING, ON_DISK or ELSEWHERE
     find: Callable[[str], Source | None]  # None: the name is not of this kind
     parts: bool  # whether a single part may be named so
+    wholes: bool = True  # whether a whole checkpoint may be named so
 
 
 def known() -> list[Kind]:
@@ -87,7 +89,7 @@ def known() -> list[Kind]:
 
 
 def find(name: str, part: str | None = None) -> Source:
-    """Return the source `name`, of a checkpoint or of its part `part` ("vae"); InputError if it is of no kind."""
+    """Return the source `name`, of a checkpoint or of a part, such as "vae"; InputError if it is of no kind."""
     return _find(name, part)[1]
 
 
@@ -97,11 +99,9 @@ def is_elsewhere(name: str, part: str | None = None) -> bool:
 
 
 def _find(name: str, part: str | None) -> tuple[Kind, Source]:
-    possible = [kind for kind in known() if kind.parts or part is None]
+    possible = [kind for kind in known() if (kind.wholes if part is None else kind.parts)]
     for kind in possible:
         if found := kind.find(name):
             return kind, found
-    forms = ", nor ".join(sorted(kind.form for kind in possible if kind.form))
-    if part is not None:
-        raise InputError(f"--{part} {name} is neither tiny, nor {forms}")
-    raise InputError(f"{name} is neither {forms}")
+    forms = ", nor ".join([*(["tiny"] if part == "vae" else []), *sorted(kind.form for kind in possible if kind.form)])
+    raise InputError(f"{name} is neither {forms}" if part is None else f"--{part} {name} is neither {forms}")

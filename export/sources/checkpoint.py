@@ -38,11 +38,12 @@ class Part:
     source: str  # as the bundle tells it
     revision: str | None = None  # commit of a hub repository
     variant: str | None = None  # "fp16": weights are model.fp16.safetensors, or plain if there are none of the variant
+    file: Path | None = None  # the weights, if they are this file and have another name
 
     @cached_property
     def weights(self) -> tuple[Path, ...]:
         """Return its safetensors files, several if it is sharded; InputError if there are none."""
-        return weight_files(self.folder, self.variant)
+        return weight_files(self.folder, self.variant) if self.file is None else (self.file,)
 
     @property
     def own_variant(self) -> str | None:
@@ -73,6 +74,9 @@ class Checkpoint:
     source: str = ""  # as the bundle tells it
     revision: str | None = None  # commit of a hub repository
     replaced: dict[str, Part] = field(default_factory=dict)  # component → another part than its own
+    loras: dict[str, Part] = field(default_factory=dict)  # lora, lora-2, … → its file
+    adapters: tuple[tuple[Path, float], ...] = ()  # LoRA files to fuse into the weights, and how strongly (1: fully)
+    scheduler: dict[str, Any] = field(default_factory=dict)  # changes of its config; `_class_name`: the class
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -93,10 +97,13 @@ class Checkpoint:
 
     @cached_property
     def parts(self) -> dict[str, Part]:
-        """Return every component with weights, then every tokenizer, then the scheduler."""
+        """Return every component with weights, then every tokenizer, then the scheduler, then every LoRA."""
         names = (*self.family.components, *self.family.tokenizers.values(), "scheduler")
         own = {n: Part(self.folder / n, self.folder, self.source, self.revision, self.variant) for n in names}
-        return own | self.replaced
+        if self.scheduler:
+            changed = f"{self.source}, changed to {json.dumps(self.scheduler)}"
+            own["scheduler"] = replace(own["scheduler"], source=changed)
+        return own | self.replaced | self.loras
 
     @cached_property
     def configs(self) -> dict[str, Any]:
@@ -163,6 +170,16 @@ def open_folder(
     return checkpoint
 
 
+def refuse_pickle(name: str) -> None:
+    """Raise InputError if the name is that of a pickle."""
+    if name.endswith(PICKLES):
+        raise InputError(
+            f"{name} is a pickle, and pickles are refused because loading one runs code; a .safetensors file was "
+            "expected: use the LoRA or the UNet that is published as one (DMD2's: --recipe dmd2-4step), or load this "
+            "one with diffusers and call save_pretrained(FOLDER, safe_serialization=True)"
+        )
+
+
 def _is_class(entry: Any) -> bool:
     """Return whether an entry of model_index.json is [library, class] of a library that may be imported."""
     return isinstance(entry, list) and len(entry) == 2 and entry[0] in LIBRARIES and isinstance(entry[1], str)
@@ -203,9 +220,12 @@ def files_read(folder: Path, variant: str | None, without: Collection[str] = ())
     return found
 
 
-def part_files_read(folder: Path, variant: str | None) -> list[Path]:
-    """Return the files of a component that an export reads; InputError if it has no weights."""
-    found = _part_files(folder, variant)
+def part_files_read(place: Path, variant: str | None) -> list[Path]:
+    """Return the files of a component's folder that an export reads; InputError if it has no weights.
+
+    A file is a component too.
+    """
+    found = [place] if place.is_file() else _part_files(place, variant)
     _refuse_pointers(*found)
     return found
 
