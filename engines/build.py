@@ -53,6 +53,7 @@ def build(
     opset: int | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    config: str | None = None,
     options: Mapping[str, object] | None = None,
     timing_cache: str | Path | None = None,
     chains: Sequence[str] | None = None,
@@ -80,9 +81,11 @@ def build(
     check of memory and disk. A second call with the same arguments finds the result and does nothing. Raises
     InputError for what cannot be built, VerificationError if the engine differs from diffusers by more than its
     bounds (the engine is then not installed).
+
+    `source` may also be a .safetensors file in the original names; `config` is then as in `export`.
     """
     counts = None if steps is None else tuple(steps)
-    export = ExportOrder(source, precision, vae_precision, vae, size, batch, counts, opset, revision, variant)
+    export = ExportOrder(source, precision, vae_precision, vae, size, batch, counts, opset, revision, variant, config)
     engine = engine_order(backend, device, target, options, timing_cache, precision, chains, engines)
     return carry_out(BuildOrder(export, engine, How(path_of(export, output), force, quiet, verbose)))
 

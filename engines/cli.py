@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("source", help="a hub id, a local folder in diffusers' format, demo, synthetic:NAME, or a bundle")
+    add(
+        "source", help="a hub id, a folder in diffusers' format, a .safetensors file, demo, synthetic:NAME, or a bundle"
+    )
     add("-o", "--output", help="the bundle (default: the source's name with .bundle, in this folder)")
     add("--backend", help="default: the best for this machine")
     add("--device", help="default: the backend's own choice")
@@ -40,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--opset", type=int, help="of the ONNX graphs, 18 to 23 (default 21)")
     add("--revision", help="branch, tag or commit of a hub id")
     add("--variant", help="weight files' variant, such as fp16")
+    add("--config", help="of a .safetensors file: sd15, sd-turbo, sdxl-turbo, …, or a folder with its JSON files")
     add("-O", metavar="NAME=VALUE", action="append", default=[], help="an option of the backend; see below")
     add("--timing-cache", metavar="FOLDER", help="where TensorRT's timings are kept (default: beside the bundle)")
     add("--chains", metavar="NAME,…", help="compile only the graphs of these chains (default: all of the bundle's)")

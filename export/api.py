@@ -33,6 +33,7 @@ def export(
     opset: int | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    config: str | None = None,
     force: bool = False,
     quiet: bool = False,
     verbose: bool = False,
@@ -48,11 +49,15 @@ def export(
     files, such as "fp16". `force` skips the check of memory and disk. `quiet` prints no phases, `verbose` shows what
     the libraries print.
 
+    `source` may also be a .safetensors file in the original names (ldm, sgm). `config` is then the configuration that
+    it was published with: "sd-turbo", "sdxl-turbo", "sd15", "sd21", "sdxl", or a folder with its JSON files in
+    diffusers' format. Default: what the shapes of its tensors tell, said on stderr.
+
     The bundle holds what diffusers' own pipeline produced, so an engine of it can be checked anywhere. A second call
     with the same arguments finds the bundle and does nothing. Raises InputError for what cannot be exported.
     """
     counts = None if steps is None else tuple(steps)
-    order = ExportOrder(source, precision, vae_precision, vae, size, batch, counts, opset, revision, variant)
+    order = ExportOrder(source, precision, vae_precision, vae, size, batch, counts, opset, revision, variant, config)
     if is_bundle(source):
         raise InputError(
             f"{source} is a bundle already, and a checkpoint was expected: build an engine of it with "
@@ -120,8 +125,10 @@ def path_of(order: ExportOrder, output: str | Path | None) -> Path:
         return Path(output)
     if is_bundle(order.source):
         return Path(order.source)
-    folder = Path(order.source)
-    name = folder.resolve().name if folder.is_dir() else order.source.rstrip("/").replace(":", "/").rpartition("/")[2]
+    place = Path(order.source)
+    if place.is_file():
+        return Path(place.stem + ".bundle")
+    name = place.resolve().name if place.is_dir() else order.source.rstrip("/").replace(":", "/").rpartition("/")[2]
     return Path(name + ".bundle")
 
 

@@ -30,7 +30,7 @@ def prepare(progress: Progress, *, order: ExportOrder, recipe: Recipe, folder: P
         needs = estimate.needs(family, configs, counts, recipe.shape, recipe.precisions(family), fetched)
         estimate.require(needs, folder, force)
 
-    want = Want(folder, revision=order.revision, variant=order.variant, progress=progress)
+    want = Want(folder, revision=order.revision, variant=order.variant, config=order.config, progress=progress)
     checkpoint = parts.fetch(find(order.source), want, order.parts, check_room)
 
     from turbochain.export import load, schedule, tables

@@ -5,23 +5,24 @@ from pathlib import Path
 from typing import Any
 
 from turbochain.export.families import Family, Shape, common
-from turbochain.export.sources import Source, find, is_elsewhere
+from turbochain.export.sources import Source, find, is_elsewhere, original
 from turbochain.export.sources.checkpoint import files_read, part_files_read, settled_variant
 from turbochain.export.sources.digests import Digests
 from turbochain.export.sources.parts import TINY
+from turbochain.export.sources.presets import PRESETS
 from turbochain.runtime.errors import InputError
 
 PRECISIONS = ("fp32", "fp16")
 VAE_PRECISIONS = ("fp32", "bf16")
 LOCAL = "a folder"
-"""The source in a recipe for a local folder, which its files identify, and not its name."""
+"""The source in a recipe for a local folder or file, which its files identify, and not its name."""
 
 
 @dataclass(frozen=True)
 class ExportOrder:
     """What bundle to make; InputError lists every value that cannot be. None: the default."""
 
-    source: str  # a hub id, a folder in diffusers' format, "demo", "synthetic:NAME"
+    source: str  # a hub id, a folder in diffusers' format, a .safetensors file, "demo", "synthetic:NAME"
     precision: str | None = None  # fp32 or fp16
     vae_precision: str | None = None  # fp32 or bf16, for the VAE instead
     vae: str | None = None  # "tiny", a hub id or a folder: this VAE instead of the checkpoint's own
@@ -31,6 +32,7 @@ class ExportOrder:
     opset: int | None = None  # of the ONNX graphs, 18 to 23
     revision: str | None = None  # branch, tag or commit of a hub id
     variant: str | None = None  # of the weight files, such as "fp16"
+    config: str | None = None  # of a source that is a file: a preset's name, or a folder with its JSON files
 
     def __post_init__(self) -> None:
         problems = []
@@ -80,24 +82,43 @@ class ExportOrder:
             **{"revision": self.revision, "variant": self.variant, "height": height, "width": width},
             **{"batch": self.batch, "steps": None if self.steps is None else tuple(sorted(set(self.steps)))},
             **{"opset": self.opset, "precision": self.precision, "vae_precision": self.vae_precision, **told},
+            **{"config": None if self.config is None else _told_config(self.config)},
         }
         return {name: value for name, value in fields.items() if value is not None}
 
     def part_files(self) -> dict[str, Path]:
-        """Return what an export reads of the parts that are folders here: name in the checkpoint → file."""
-        folders = {component: source.local for component, source in self.sources.items() if component and source.local}
-        return {
+        """Return what an export reads of the parts that lie here: name in the checkpoint → file."""
+        places = {component: source.local for component, source in self.sources.items() if component and source.local}
+        folders = {component: place for component, place in places.items() if place.is_dir()}
+        return {f"{c}/{original.PART}": place for c, place in places.items() if c not in folders} | {
             f"{component}/{path.name}": path
             for component, folder in folders.items()
             for path in part_files_read(folder, settled_variant([folder], self.variant))
         }
 
+    def settled_config(self) -> str | None:
+        """Return the configuration of a source that is a file, as given or as guessed; None for other sources.
+
+        Raises InputError if one is given for another source, or none for a file that does not tell it.
+        """
+        local = find(self.source).local
+        if local is not None and local.is_file():
+            return original.settled(local, self.config)[0]
+        if self.config is not None:
+            raise InputError(
+                f"--config {self.config} is for a checkpoint in one file, and {self.source} has its own configuration: "
+                "leave --config out"
+            )
+        return None
+
     def files(self) -> dict[str, Path]:
-        """Return what an export reads of all sources that are folders here: name in the checkpoint → file.
+        """Return what an export reads of all sources that lie here: name in the checkpoint → file.
 
         Licences and model cards do not count. Raises InputError if a source is of no kind, or lacks files.
         """
-        folder, parts = find(self.source).local, self.part_files()
+        folder, parts, config = find(self.source).local, self.part_files(), self.settled_config()
+        if folder and config:
+            return original.files_read(folder, config) | parts
         own = files_read(folder, self.variant, self.parts) if folder else []
         if folder and self.vae == TINY:  # whether it decodes this checkpoint's latents
             own.append(folder / "vae" / "config.json")
@@ -110,7 +131,9 @@ class ExportOrder:
         """
         known = digests or Digests()
         files = {name: known.record(path).sha256 for name, path in self.files().items()}
-        return Recipe(_told(find(self.source)), files, **{"precision": precision, **self.given()})
+        config = self.settled_config()
+        settled = self.given() | ({} if config is None else {"config": _told_config(config)})
+        return Recipe(_told(find(self.source)), files, **{"precision": precision, **settled})
 
 
 @dataclass(frozen=True)
@@ -118,7 +141,7 @@ class Recipe:
     """What a bundle is made from and for, as the bundle tells it: `request` in bundle.json."""
 
     source: str  # its name, or LOCAL
-    files: dict[str, str]  # what is read of the sources that are folders here: name in the checkpoint → digest
+    files: dict[str, str]  # what is read of the sources that lie here: name in the checkpoint → digest
     precision: str
     revision: str | None = None
     variant: str | None = None
@@ -129,6 +152,7 @@ class Recipe:
     opset: int = 21
     vae_precision: str | None = None
     vae: str | None = None
+    config: str | None = None  # of a source that is a file: a preset's name, or LOCAL
 
     @property
     def shape(self) -> Shape:
@@ -152,3 +176,7 @@ class How:
 
 def _told(source: Source) -> str:
     return LOCAL if source.local else source.name
+
+
+def _told_config(config: str) -> str:
+    return config if config in PRESETS else LOCAL

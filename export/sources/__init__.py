@@ -6,10 +6,10 @@ file. Nothing here imports torch: a source is found before the work starts, and 
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from turbochain.runtime.errors import InputError
 
@@ -34,6 +34,8 @@ class Want:
     revision: str | None = None  # branch, tag or commit of a hub id
     variant: str | None = None  # of the weight files, such as "fp16"
     skip: tuple[str, ...] = ()  # components whose weights are not needed
+    config: str | None = None  # of a checkpoint in one file: a preset's name, or a folder with its JSON files
+    part_config: Mapping[str, Any] | None = None  # of a part in one file: config.json of what it replaces
     progress: Callable[[int, int], None] = _no_progress  # (done, total), in bytes or values
     before_weights: Callable[[Path, dict[str, int], int], None] = _no_check
     # (folder with all but the weights, component → values in its weights, bytes to come), called before weights are
@@ -58,7 +60,7 @@ class Source(Protocol):
 
     @property
     def local(self) -> Path | None:
-        """Return the folder here whose files may change at any time; None if name and revision say what they are."""
+        """Return the folder or file here that may change at any time; None if name and revision say what it is."""
 
     @property
     def tiny_vae(self) -> "Source | None":
@@ -76,6 +78,15 @@ class Kind:
     rank: int  # BY_SPELLING, ON_DISK or ELSEWHERE
     find: Callable[[str], Source | None]  # None: the name is not of this kind
     parts: bool  # whether a single part may be named so
+
+
+def written_once(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Return `folder`, written under another name first if it is not there, so that it is never half there."""
+    if not folder.exists():
+        partial = folder.with_name(folder.name + ".partial")
+        write(partial)
+        partial.rename(folder)
+    return folder
 
 
 def known() -> list[Kind]:

@@ -59,7 +59,9 @@ def _replacements(source: Source, want: Want, folder: Path, parts: Mapping[str, 
     found = {}
     for component, name in parts.items():
         other = _tiny(source, folder) if name == TINY else find(name, component)
-        fetched = other.fetch(Want(want.root, part=component))
+        own = folder / component / "config.json"  # a part in one file has none
+        config = read_json(own) if own.is_file() else None
+        fetched = other.fetch(Want(want.root, part=component, part_config=config))
         kind = read_json(fetched.folder / "config.json").get("_class_name")
         if kind not in CLASSES[component]:
             expected = " or ".join(CLASSES[component])
