@@ -14,8 +14,9 @@ from typing import Any
 from turbochain.engines import backends as builders
 from turbochain.engines import compiling, installed
 from turbochain.engines.order import BuildOrder, engine_order
+from turbochain.export import asked, recipes
 from turbochain.export.api import locked, make, path_of
-from turbochain.export.order import ExportOrder, How, scheduler_changes, settle
+from turbochain.export.order import ExportOrder, How
 from turbochain.export.phases.phases import LOG, PhaseReport, Phases
 from turbochain.runtime import backends, selection
 from turbochain.runtime.bundle.manifest import Check
@@ -54,6 +55,7 @@ def build(
     opset: int | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    config: str | None = None,
     unet: str | None = None,
     scheduler: str | Mapping[str, Any] | None = None,
     timesteps: Sequence[int] | None = None,
@@ -88,18 +90,20 @@ def build(
     check of memory and disk. A second call with the same arguments finds the result and does nothing. Raises
     InputError for what cannot be built, VerificationError if the engine differs from diffusers by more than its
     bounds (the engine is then not installed).
+
+    `source` may also be a .safetensors file in the original names; `config` is then as in `export`.
     """
     counts = None if steps is None else tuple(steps)
     export = ExportOrder(
         *(source or "", precision, vae_precision, vae, size, batch, counts, opset, revision, variant),
         unet=unet,
-        scheduler=scheduler_changes(scheduler),
+        scheduler=asked.scheduler_changes(scheduler),
         timesteps=None if timesteps is None else tuple(timesteps),
         lora=None if lora is None else tuple(lora),
         eta=eta,
         recipe_name=recipe,
     )
-    export = settle(export)
+    export = recipes.settle(export)
     engine = engine_order(backend, device, target, options, timing_cache, precision, chains, engines)
     return carry_out(BuildOrder(export, engine, How(path_of(export, output), force, quiet, verbose)))
 

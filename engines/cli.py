@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from turbochain.engines import options as backend_options
 from turbochain.engines.build import BuildResult, carry_out
 from turbochain.engines.order import BuildOrder, engine_order
-from turbochain.export import recipes
+from turbochain.export import asked, recipes
 from turbochain.export.api import path_of
-from turbochain.export.order import ExportOrder, How, scheduler_changes, settle
+from turbochain.export.order import ExportOrder, How
 from turbochain.runtime.checks.verify import bound_text
 from turbochain.runtime.commands import console
 from turbochain.runtime.errors import InputError
@@ -27,8 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    sources = "a hub id, a local folder in diffusers' format, demo, synthetic:NAME, or a bundle"
-    add("source", nargs="?", default="", help=f"{sources} (with --recipe: instead of the recipe's)")
+    add(
+        "source",
+        nargs="?",
+        default="",
+        help="a hub id, a folder in diffusers' format, a .safetensors file, demo, synthetic:NAME, or a bundle "
+        "(default: the recipe's)",
+    )
     add("-o", "--output", help="the bundle (default: the source's name with .bundle, in this folder)")
     add("--backend", help="default: the best for this machine")
     add("--device", help="default: the backend's own choice")
@@ -42,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--opset", type=int, help="of the ONNX graphs, 18 to 23 (default 21)")
     add("--revision", help="branch, tag or commit of a hub id")
     add("--variant", help="weight files' variant, such as fp16")
+    add("--config", help="of a .safetensors file: sd15, sd-turbo, sdxl-turbo, …, or a folder with its JSON files")
     add(
         "--recipe",
         dest="recipe_name",
@@ -67,10 +73,10 @@ def _build(arguments: argparse.Namespace) -> None:
     given = vars(arguments)
     given["size"] = _size(arguments.size) if arguments.size else None
     given["steps"] = _steps(arguments.steps) if arguments.steps else None
-    given["scheduler"] = scheduler_changes(arguments.scheduler)
+    given["scheduler"] = asked.scheduler_changes(arguments.scheduler)
     given["timesteps"] = _timesteps(arguments.timesteps) if arguments.timesteps else None
     given["lora"] = arguments.lora and tuple(arguments.lora)
-    export = settle(ExportOrder(**{f.name: given[f.name] for f in dataclasses.fields(ExportOrder)}))
+    export = recipes.settle(ExportOrder(**{f.name: given[f.name] for f in dataclasses.fields(ExportOrder)}))
     options = backend_options.parse(arguments.O)
     given["chains"] = None if arguments.chains is None else arguments.chains.split(",")
     named = ("backend", "device", "target", "timing_cache", "precision", "chains", "engines")

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from turbochain.export import bundling
-from turbochain.export.order import ExportOrder, How, Recipe, deviations, scheduler_changes, settle
+from turbochain.export import asked, bundling, recipes
+from turbochain.export.order import ExportOrder, How, Recipe
 from turbochain.export.phases.bar import Phase
 from turbochain.export.phases.phases import LOG, SMALL, PhaseReport, Phases
 from turbochain.export.sources.digests import Digests
@@ -34,6 +34,7 @@ def export(
     opset: int | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    config: str | None = None,
     unet: str | None = None,
     scheduler: str | Mapping[str, Any] | None = None,
     timesteps: Sequence[int] | None = None,
@@ -61,6 +62,10 @@ def export(
     given here. `force` skips the check of memory and disk. `quiet` prints no phases, `verbose` shows what the
     libraries print.
 
+    `source` may also be a .safetensors file in the original names (ldm, sgm). `config` is then the configuration that
+    it was published with: "sd-turbo", "sdxl-turbo", "sd15", "sd21", "sdxl", or a folder with its JSON files in
+    diffusers' format. Default: what the shapes of its tensors tell, said on stderr.
+
     The bundle holds what diffusers' own pipeline produced, so an engine of it can be checked anywhere. A second call
     with the same arguments finds the bundle and does nothing. Raises InputError for what cannot be exported.
     """
@@ -68,13 +73,13 @@ def export(
     order = ExportOrder(
         *(source or "", precision, vae_precision, vae, size, batch, counts, opset, revision, variant),
         unet=unet,
-        scheduler=scheduler_changes(scheduler),
+        scheduler=asked.scheduler_changes(scheduler),
         timesteps=None if timesteps is None else tuple(timesteps),
         lora=None if lora is None else tuple(lora),
         eta=eta,
         recipe_name=recipe,
     )
-    order = settle(order)
+    order = recipes.settle(order)
     if is_bundle(order.source):
         raise InputError(
             f"{order.source} is a bundle already, and a checkpoint was expected: build an engine of it with "
@@ -92,7 +97,7 @@ def make(order: ExportOrder, how: How, precision: str, reports: list[PhaseReport
     none. A report of each phase is appended to `reports`. Raises InputError if another bundle or file is at the path.
     """
     output = how.output
-    if (others := deviations(order)) and not how.quiet:
+    if (others := recipes.deviations(order)) and not how.quiet:
         print(f"recipe {order.recipe_name}; what is given wins over its {', '.join(others)}", file=sys.stderr)
     if output.exists() and not is_bundle(output):
         raise InputError(f"{output} exists and is not a bundle: choose another path with -o")
@@ -149,8 +154,10 @@ def path_of(order: ExportOrder, output: str | Path | None) -> Path:
         return Path(order.source)
     if order.recipe_name:
         return Path(order.recipe_name + ".bundle")
-    folder = Path(order.source)
-    name = folder.resolve().name if folder.is_dir() else order.source.rstrip("/").replace(":", "/").rpartition("/")[2]
+    place = Path(order.source)
+    if place.is_file():
+        return Path(place.stem + ".bundle")
+    name = place.resolve().name if place.is_dir() else order.source.rstrip("/").replace(":", "/").rpartition("/")[2]
     return Path(name + ".bundle")
 
 

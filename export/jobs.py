@@ -35,7 +35,7 @@ def prepare(progress: Progress, *, order: ExportOrder, recipe: Recipe, folder: P
         from turbochain.export import load
 
         load.scheduler_class(name)  # refused before anything is downloaded
-    want = Want(folder, revision=order.revision, variant=order.variant, progress=progress)
+    want = Want(folder, revision=order.revision, variant=order.variant, config=order.config, progress=progress)
     checkpoint = _fetch(order, want, check_room)
 
     from turbochain.export import tables

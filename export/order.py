@@ -1,34 +1,30 @@
 """What an export is asked for, checked in one place for the command line and for Python."""
 
-import json
-import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbochain.export import recipes
+from turbochain.export import asked
 from turbochain.export.families import Family, Shape, common
 from turbochain.export.run import Run
-from turbochain.export.sources import Source, find, is_elsewhere
+from turbochain.export.sources import Source, find, is_elsewhere, original
 from turbochain.export.sources.checkpoint import files_read, part_files_read, settled_variant
 from turbochain.export.sources.digests import Digests
-from turbochain.export.sources.parts import CLASSES, TINY, config_beside
+from turbochain.export.sources.parts import TINY
+from turbochain.export.sources.presets import PRESETS
 from turbochain.runtime.errors import InputError
 
 PRECISIONS = ("fp32", "fp16")
 VAE_PRECISIONS = ("fp32", "bf16")
-LOCAL, LOCAL_FILE = "a folder", "a file"
-"""The source in a recipe for a local folder or file, which its digests identify, and not its name."""
+LOCAL = "a folder"
+"""The source in a recipe for a local folder or file, which its files identify, and not its name."""
 
 
 @dataclass(frozen=True)
 class ExportOrder:
     """What bundle to make; InputError lists every value that cannot be. None: the default."""
 
-    source: str  # a hub id, a folder in diffusers' format, "demo", "synthetic:NAME"
+    source: str  # a hub id, a folder in diffusers' format, a .safetensors file, "demo", "synthetic:NAME"
     precision: str | None = None  # fp32 or fp16
     vae_precision: str | None = None  # fp32 or bf16, for the VAE instead
     vae: str | None = None  # "tiny", a hub id or a folder: this VAE instead of the checkpoint's own
@@ -38,12 +34,13 @@ class ExportOrder:
     opset: int | None = None  # of the ONNX graphs, 18 to 23
     revision: str | None = None  # branch, tag or commit of a hub id
     variant: str | None = None  # of the weight files, such as "fp16"
+    config: str | None = None  # of a source that is a file: a preset's name, or a folder with its JSON files
     unet: str | None = None  # a safetensors file, a hub id, a file of one, or a folder: this UNet instead
     scheduler: dict[str, Any] | None = None  # changes of the scheduler's config; `_class_name`: another class
     timesteps: tuple[int, ...] | None = None  # explicit ones, descending, instead of steps
     lora: tuple[str, ...] | None = None  # NAME or NAME:SCALE, fused in this order; names as of a UNet
     eta: float | None = None  # 0 to 1, of the schedulers that have one
-    recipe_name: str | None = None  # fills what is left open, see `settle`
+    recipe_name: str | None = None  # of a recipe that was settled with, see `recipes.settle`
 
     def __post_init__(self) -> None:
         problems = []
@@ -60,7 +57,7 @@ class ExportOrder:
             problems.append(f"steps {list(self.steps)}: counts from 1 to 50 were expected, such as 1-4 or 1,2,4")
         if self.opset is not None and not 18 <= self.opset <= 23:
             problems.append(f"opset {self.opset}: 18 to 23 was expected")
-        problems += _schedule_problems(self)
+        problems += asked.schedule_problems(self.steps, self.timesteps, self.eta)
         if problems:
             raise InputError("; ".join(problems))
 
@@ -73,7 +70,7 @@ class ExportOrder:
     @property
     def loras(self) -> dict[str, tuple[str, float]]:
         """Return lora, lora-2, … → the name and the scale of a LoRA; InputError if a scale is not a finite number."""
-        return {f"lora-{i}" if i > 1 else "lora": _scaled(text) for i, text in enumerate(self.lora or (), 1)}
+        return {f"lora-{i}" if i > 1 else "lora": asked.scaled(text) for i, text in enumerate(self.lora or (), 1)}
 
     @property
     def sources(self) -> dict[str, Source]:
@@ -104,42 +101,51 @@ class ExportOrder:
             **{"revision": self.revision, "variant": self.variant, "height": height, "width": width},
             **{"batch": self.batch, "steps": None if steps is None else tuple(sorted(set(steps)))},
             **{"opset": self.opset, "precision": self.precision, "vae_precision": self.vae_precision, **told},
+            **{"config": None if self.config is None else _told_config(self.config)},
             **{"scheduler": self.scheduler, "timesteps": self.timesteps, "lora": loras or None, "eta": self.eta},
             **{"recipe": self.recipe_name},
         }
         return {name: value for name, value in fields.items() if value is not None}
 
     def part_files(self) -> dict[str, Path]:
-        """Return what an export reads of the parts that are here: name in the checkpoint → file.
+        """Return what an export reads of the parts that lie here: name in the checkpoint → file."""
+        places = {component: source.local for component, source in self.sources.items() if component and source.local}
+        folders = {component: place for component, place in places.items() if place.is_dir()}
+        if folder := next((place for key, place in folders.items() if key in self.loras), None):
+            raise InputError(f"--lora {folder} is a folder, and a .safetensors file was expected: name the one in it")
+        return {f"{c}.safetensors": place for c, place in places.items() if c not in folders} | {
+            f"{component}/{path.name}": path
+            for component, folder in folders.items()
+            for path in part_files_read(folder, settled_variant([folder], self.variant))
+        }
 
-        A part that is a file is named after the component, such as unet.safetensors.
+    def settled_config(self) -> str | None:
+        """Return the configuration of a source that is a file, as given or as guessed; None for other sources.
+
+        Raises InputError if one is given for another source, or none for a file that does not tell it.
         """
-        found: dict[str, Path] = {}
-        for component, source in self.sources.items():
-            place = source.local
-            if not component or not place:
-                continue
-            if component in self.loras and place.is_dir():
-                raise InputError(
-                    f"--lora {place} is a folder, and a .safetensors file was expected: name the file in it"
-                )
-            variant = settled_variant([place], self.variant)
-            for path in part_files_read(place, variant):
-                found[f"{component}/{path.name}" if place.is_dir() else f"{component}{path.suffix}"] = path
-            if place.is_file() and component in CLASSES and config_beside(place, component):
-                found[f"{component}.json"] = place.with_name("config.json")
-        return found
+        local = find(self.source).local
+        if local is not None and local.is_file():
+            return original.settled(local, self.config)[0]
+        if self.config is not None:
+            raise InputError(
+                f"--config {self.config} is for a checkpoint in one file, and {self.source} has its own configuration: "
+                "leave --config out"
+            )
+        return None
 
     def files(self) -> dict[str, Path]:
-        """Return what an export reads of all sources that are folders here: name in the checkpoint → file.
+        """Return what an export reads of all sources that lie here: name in the checkpoint → file.
 
         Licences and model cards do not count. Raises InputError if a source is of no kind, or lacks files.
         """
-        folder, parts = find(self.source).local, self.part_files()
+        folder, parts, config = find(self.source).local, self.part_files(), self.settled_config()
+        if folder and config:
+            return original.files_read(folder, config) | parts
         own = files_read(folder, self.variant, self.parts) if folder else []
         for component, name in self.parts.items() if folder else ():
             # The tiny VAE has to decode this checkpoint's latents, and a file has no config of its own.
-            if (name == TINY or name.endswith(".safetensors")) and f"{component}.json" not in parts:
+            if name == TINY or name.endswith(".safetensors"):
                 own.append(folder / component / "config.json")
         return {str(path.relative_to(folder)): path for path in own if folder} | parts
 
@@ -150,27 +156,9 @@ class ExportOrder:
         """
         known = digests or Digests()
         files = {name: known.record(path).sha256 for name, path in self.files().items()}
-        return Recipe(_told(find(self.source)), files, **{"precision": precision, **self.given()})
-
-
-def settle(order: ExportOrder) -> ExportOrder:
-    """Return the order with what its recipe says of everything that is left open; options that are given win.
-
-    Steps and timesteps say the same thing, so either leaves out the recipe's. Raises InputError without a source.
-    """
-    fields = recipes.get(order.recipe_name).fields if order.recipe_name else {}
-    if order.steps or order.timesteps:
-        fields = {name: value for name, value in fields.items() if name not in ("steps", "timesteps")}
-    settled = replace(order, **{name: value for name, value in fields.items() if not getattr(order, name)})
-    if not settled.source:
-        raise InputError("no source is given: name a checkpoint, or a recipe with --recipe NAME")
-    return settled
-
-
-def deviations(order: ExportOrder) -> list[str]:
-    """Return in which fields a settled order differs from its recipe."""
-    fields = recipes.get(order.recipe_name).fields if order.recipe_name else {}
-    return [name for name, value in fields.items() if getattr(order, name) != value]
+        config = self.settled_config()
+        settled = self.given() | ({} if config is None else {"config": _told_config(config)})
+        return Recipe(_told(find(self.source)), files, **{"precision": precision, **settled})
 
 
 @dataclass(frozen=True)
@@ -178,7 +166,7 @@ class Recipe:
     """What a bundle is made from and for, as the bundle tells it: `request` in bundle.json."""
 
     source: str  # its name, or LOCAL
-    files: dict[str, str]  # what is read of the sources that are folders here: name in the checkpoint → digest
+    files: dict[str, str]  # what is read of the sources that lie here: name in the checkpoint → digest
     precision: str
     revision: str | None = None
     variant: str | None = None
@@ -189,6 +177,7 @@ class Recipe:
     opset: int = 21
     vae_precision: str | None = None
     vae: str | None = None
+    config: str | None = None  # of a source that is a file: a preset's name, or LOCAL
     unet: str | None = None
     scheduler: dict[str, Any] | None = None
     timesteps: tuple[int, ...] | None = None
@@ -228,63 +217,8 @@ class How:
 
 
 def _told(source: Source) -> str:
-    if source.local is None:
-        return source.name
-    return LOCAL_FILE if source.local.is_file() else LOCAL
+    return LOCAL if source.local else source.name
 
 
-def scheduler_changes(value: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return the changes of a scheduler's config that a class name, a JSON object or a mapping says; None for None.
-
-    The key `_class_name` names another class, as it does in scheduler_config.json. Raises InputError for anything else.
-    """
-    if value is None:
-        return None
-    if isinstance(value, str) and re.fullmatch(r"[A-Za-z]\w*", value):
-        return {"_class_name": value}
-    try:
-        found = json.loads(value) if isinstance(value, str) else dict(value)
-    except ValueError:
-        found = None
-    if not found or not isinstance(found, dict) or not isinstance(found.get("_class_name", ""), str):
-        raise InputError(
-            f"--scheduler {value}: a class of diffusers, such as DDIMScheduler, or a JSON object of changes to its "
-            """config was expected, such as '{"timestep_spacing": "trailing"}'; for both, name the class in it as """
-            '"_class_name"'
-        )
-    return found
-
-
-def _schedule_problems(order: ExportOrder) -> list[str]:
-    """Return what is wrong with an order's timesteps, eta, LoRAs and recipe, as phrases."""
-    problems, timesteps = [], order.timesteps
-    if timesteps is not None:
-        descends = all(a > b for a, b in pairwise(timesteps))
-        if not 1 <= len(timesteps) <= 50 or min(timesteps) < 0 or not descends:
-            problems.append(
-                f"timesteps {list(timesteps)}: 1 to 50 descending numbers from 0 were expected, such as 999,749,499,249"
-            )
-        elif order.steps is not None and set(order.steps) != {len(timesteps)}:
-            problems.append(
-                f"steps {list(order.steps)}: {len(timesteps)} timesteps are given, which are {len(timesteps)} steps; "
-                "leave steps out"
-            )
-    if order.eta is not None and not 0 <= order.eta <= 1:
-        problems.append(f"eta {order.eta}: a number from 0 to 1 was expected")
-    if order.recipe_name is not None:
-        recipes.get(order.recipe_name)
-    return problems
-
-
-def _scaled(text: str) -> tuple[str, float]:
-    """Return the name and the scale that NAME or NAME:SCALE says."""
-    name, colon, scale = text.rpartition(":")
-    if not colon:
-        return text, 1.0
-    try:
-        found = float(scale)
-    except ValueError:
-        found = math.nan
-    if not math.isfinite(found):
-        raise InputError(f"--lora {text}: a number was expected after the colon, such as {name}:0.8")
-    return name, found
+def _told_config(config: str) -> str:
+    return config if config in PRESETS else LOCAL

@@ -3,9 +3,10 @@
 A recipe is data: a checkpoint, the part that replaces or changes its own, and a scheduler with its timesteps.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from turbochain.export.order import ExportOrder
 from turbochain.runtime.errors import InputError
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -107,7 +108,7 @@ RECIPES: dict[str, Distilled] = {
     "lcm-lora-sdxl": Distilled(
         purpose="LCM-LoRA of SDXL, 2 to 8 steps",
         source=SDXL,
-        lora=("latent-consistency/lcm-lora-sdxl",),
+        lora=("latent-consistency/lcm-lora-sdxl/pytorch_lora_weights.safetensors",),
         scheduler=_LCM,
         steps=(2, 4, 8),
         guidance=1.0,
@@ -116,7 +117,7 @@ RECIPES: dict[str, Distilled] = {
     "lcm-sd15": Distilled(
         purpose="LCM-LoRA of SD 1.5, 2 to 8 steps",
         source=SD_15,
-        lora=("latent-consistency/lcm-lora-sdv1-5",),
+        lora=("latent-consistency/lcm-lora-sdv1-5/pytorch_lora_weights.safetensors",),
         scheduler=_LCM,
         steps=(2, 4, 8),
         guidance=1.0,
@@ -131,6 +132,26 @@ def get(name: str) -> Distilled:
     if name not in RECIPES:
         raise InputError(f"there is no recipe {name!r}: choose {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+def settle(order: ExportOrder) -> ExportOrder:
+    """Return the order with what its recipe says of everything that is left open; options that are given win.
+
+    Steps and timesteps say the same thing, so either leaves out the recipe's. Raises InputError without a source.
+    """
+    fields = get(order.recipe_name).fields if order.recipe_name else {}
+    if order.steps or order.timesteps:
+        fields = {name: value for name, value in fields.items() if name not in ("steps", "timesteps")}
+    settled = replace(order, **{name: value for name, value in fields.items() if not getattr(order, name)})
+    if not settled.source:
+        raise InputError("no source is given: name a checkpoint, or a recipe with --recipe NAME")
+    return settled
+
+
+def deviations(order: ExportOrder) -> list[str]:
+    """Return in which fields a settled order differs from its recipe."""
+    fields = get(order.recipe_name).fields if order.recipe_name else {}
+    return [name for name, value in fields.items() if getattr(order, name) != value]
 
 
 def described() -> str:

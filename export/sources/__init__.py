@@ -6,15 +6,18 @@ file. Nothing here imports torch: a source is found before the work starts, and 
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from turbochain.runtime.errors import InputError
 
 BY_SPELLING, ON_DISK, ELSEWHERE = range(3)
 """The ranks of kinds: a name is tried by its spelling alone first, then as a path, then as something far away."""
+
+LORA = "lora"
+"""The part that is not a component: a LoRA, whose folder has nothing but `model.safetensors`."""
 
 
 def _no_progress(done: int, total: int) -> None:
@@ -30,10 +33,12 @@ class Want:
     """What is to be fetched from a source, and who is called meanwhile."""
 
     root: Path  # the folder for what has to be written and has no place of its own on this disk
-    part: str | None = None  # this part alone, such as "vae" or "lora"; None: a whole checkpoint
+    part: str | None = None  # this alone, such as "vae", or "lora", "lora-2", …; None: a whole checkpoint
     revision: str | None = None  # branch, tag or commit of a hub id
     variant: str | None = None  # of the weight files, such as "fp16"
     skip: tuple[str, ...] = ()  # components whose weights are not needed
+    config: str | None = None  # of a checkpoint in one file: a preset's name, or a folder with its JSON files
+    part_config: Mapping[str, Any] | None = None  # of a part in one file: config.json of what it replaces
     progress: Callable[[int, int], None] = _no_progress  # (done, total), in bytes or values
     before_weights: Callable[[Path, dict[str, int], int], None] = _no_check
     # (folder with all but the weights, component → values in its weights, bytes to come), called before weights are
@@ -44,10 +49,10 @@ class Want:
 class Fetched:
     """What lies on this disk now."""
 
-    folder: Path  # with the licence and model card, if there are any
+    folder: Path
     commit: str | None = None  # of a hub repository
     variant: str | None = None  # as in Want, if this source has variants
-    file: Path | None = None  # the weights, if a part is this file alone
+    home: Path | None = None  # the folder with the licence and model card, if it is another
 
 
 class Source(Protocol):
@@ -78,6 +83,15 @@ class Kind:
     find: Callable[[str], Source | None]  # None: the name is not of this kind
     parts: bool  # whether a single part may be named so
     wholes: bool = True  # whether a whole checkpoint may be named so
+
+
+def written_once(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Return `folder`, written under another name first if it is not there, so that it is never half there."""
+    if not folder.exists():
+        partial = folder.with_name(folder.name + ".partial")
+        write(partial)
+        partial.rename(folder)
+    return folder
 
 
 def known() -> list[Kind]:

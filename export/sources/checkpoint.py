@@ -38,12 +38,11 @@ class Part:
     source: str  # as the bundle tells it
     revision: str | None = None  # commit of a hub repository
     variant: str | None = None  # "fp16": weights are model.fp16.safetensors, or plain if there are none of the variant
-    file: Path | None = None  # the weights, if they are this file and have another name
 
     @cached_property
     def weights(self) -> tuple[Path, ...]:
         """Return its safetensors files, several if it is sharded; InputError if there are none."""
-        return weight_files(self.folder, self.variant) if self.file is None else (self.file,)
+        return weight_files(self.folder, self.variant)
 
     @property
     def own_variant(self) -> str | None:
@@ -84,8 +83,8 @@ class Checkpoint:
         path = self.folder / "model_index.json"
         if not path.is_file():
             raise InputError(
-                f"{self.folder} has no model_index.json, so it is not a checkpoint in diffusers' format; convert a "
-                "single file with diffusers' from_single_file(...).save_pretrained(FOLDER)"
+                f"{self.folder} has no model_index.json, so it is not a checkpoint in diffusers' format; of a "
+                "checkpoint in one file, give the path of the .safetensors file"
             )
         classes = {c: read_json(part.folder / "config.json").get("_class_name") for c, part in self.replaced.items()}
         return read_json(path) | {c: ["diffusers", name] for c, name in classes.items()}
@@ -142,10 +141,12 @@ def check_configs(checkpoint: Checkpoint) -> None:
         raise InputError(f"{folder} is not supported: " + "; ".join(problems))
 
 
-def _require_configs(folder: Path, components: Mapping[str, Path]) -> None:
-    missing = [f"{c}/config.json" for c, path in components.items() if not (path / "config.json").is_file()]
-    if missing:
+def _require_configs(folder: Path, components: Mapping[str, Path]) -> list[Path]:
+    """Return the config.json of components; InputError if one is missing."""
+    found = {c: path / "config.json" for c, path in components.items()}
+    if missing := [f"{c}/config.json" for c, path in found.items() if not path.is_file()]:
         raise InputError(f"{folder} lacks {', '.join(missing)}")
+    return list(found.values())
 
 
 def open_folder(
@@ -168,16 +169,6 @@ def open_folder(
     for path in (path for paths in checkpoint.weights.values() for path in paths):
         _values(path)
     return checkpoint
-
-
-def refuse_pickle(name: str) -> None:
-    """Raise InputError if the name is that of a pickle."""
-    if name.endswith(PICKLES):
-        raise InputError(
-            f"{name} is a pickle, and pickles are refused because loading one runs code; a .safetensors file was "
-            "expected: use the LoRA or the UNet that is published as one (DMD2's: --recipe dmd2-4step), or load this "
-            "one with diffusers and call save_pretrained(FOLDER, safe_serialization=True)"
-        )
 
 
 def _is_class(entry: Any) -> bool:
@@ -216,17 +207,20 @@ def files_read(folder: Path, variant: str | None, without: Collection[str] = ())
     tokenizers = [folder / t / name for t in family.tokenizers.values() for name in TOKENIZER_FILES]
     alone = [folder / "model_index.json", folder / "scheduler" / "scheduler_config.json", *tokenizers]
     found = [p for p in alone if p.is_file()] + [p for part in own for p in _part_files(part, variant)]
-    _refuse_pointers(*found)
+    refuse_pointers(*found)
     return found
 
 
-def part_files_read(place: Path, variant: str | None) -> list[Path]:
-    """Return the files of a component's folder that an export reads; InputError if it has no weights.
+def config_files_read(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint's folder but weights and licence; InputError if some are missing."""
+    components = Checkpoint(folder).family.components
+    return [*files_read(folder, None, components), *_require_configs(folder, {c: folder / c for c in components})]
 
-    A file is a component too.
-    """
-    found = [place] if place.is_file() else _part_files(place, variant)
-    _refuse_pointers(*found)
+
+def part_files_read(folder: Path, variant: str | None) -> list[Path]:
+    """Return the files of a component that an export reads; InputError if it has no weights."""
+    found = _part_files(folder, variant)
+    refuse_pointers(*found)
     return found
 
 
@@ -237,7 +231,7 @@ def _part_files(folder: Path, variant: str | None) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-def _refuse_pointers(*paths: Path) -> None:
+def refuse_pointers(*paths: Path) -> None:
     """Raise InputError if one of the files is a Git LFS pointer."""
     if pointers := [path for path in paths if lfs.is_pointer(path)]:
         more = f" (and {len(pointers) - 1} more)" if len(pointers) > 1 else ""
@@ -293,7 +287,7 @@ def _values(path: Path) -> int:
     except FileNotFoundError:
         raise InputError(f"{path} is missing; download the checkpoint again") from None
     except (OSError, SafetensorError) as error:
-        _refuse_pointers(path)
+        refuse_pointers(path)
         raise InputError(f"{path} is damaged ({error}); download it again") from None
     if unfused := [name for name in names if _OF_LORA.search(name)]:
         raise InputError(
@@ -309,7 +303,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        _refuse_pointers(path)
+        refuse_pointers(path)
         raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} cannot be read: a JSON object was expected")

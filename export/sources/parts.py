@@ -1,15 +1,13 @@
 """Parts from elsewhere (`--vae`, `--unet`, `--lora`), and the checkpoint that they make together with the rest."""
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from turbochain.export.families import Family
-from turbochain.export.sources import Fetched, Source, Want, find
+from turbochain.export.sources import LORA, Source, Want, find
 from turbochain.export.sources.checkpoint import (
-    STEMS,
     Checkpoint,
     Part,
     check_configs,
@@ -61,57 +59,27 @@ def _replacements(source: Source, want: Want, folder: Path, parts: Mapping[str, 
     found = {}
     for component, name in parts.items():
         other = _tiny(source, folder) if name == TINY else find(name, component)
-        wanted = Want(want.root, part=component, variant=want.variant, progress=want.progress)
+        own = folder / component / "config.json"  # a part in one file has none
+        config = read_json(own) if own.is_file() else None
+        wanted = Want(want.root, component, variant=want.variant, part_config=config, progress=want.progress)
         fetched = other.fetch(wanted)
-        part = _part(other, fetched, want, component, folder / component)
-        kind = read_json(part.folder / "config.json").get("_class_name")
+        kind = read_json(fetched.folder / "config.json").get("_class_name")
         if kind not in CLASSES[component]:
             expected = " or ".join(CLASSES[component])
             raise InputError(f"--{component} {name}: its config.json is of {kind}, and {expected} was expected")
-        found[component] = part
-    return found
-
-
-def _part(source: Source, fetched: Fetched, want: Want, component: str, own: Path) -> Part:
-    """Return what was fetched as a part; a file alone becomes a folder, with the config beside it, or else `own`'s."""
-    if fetched.file is None:
         variant = settled_variant([fetched.folder], want.variant)
-        return Part(fetched.folder, fetched.folder, source.name, fetched.commit, variant)
-    beside = fetched.file.with_name("config.json")
-    config = beside if config_beside(fetched.file, component) else own / "config.json"
-    folder = _linked(want, component, fetched.file, f"{STEMS[0]}.safetensors")
-    if config.is_file():  # if it is not, the check of the class says so
-        shutil.copyfile(config, folder / "config.json")
-    return Part(folder, fetched.folder if fetched.commit else folder, source.name, fetched.commit)
-
-
-def config_beside(file: Path, component: str) -> bool:
-    """Return whether the config.json beside a file of weights is one of such a component."""
-    path = file.with_name("config.json")
-    return path.is_file() and read_json(path).get("_class_name") in CLASSES[component]
+        found[component] = Part(fetched.folder, fetched.home or fetched.folder, other.name, fetched.commit, variant)
+    return found
 
 
 def fetch_loras(want: Want, loras: Mapping[str, str]) -> dict[str, Part]:
     """Bring LoRAs onto this disk: key (lora, lora-2, …) → name becomes key → part. Raises InputError as `fetch`."""
     found = {}
     for key, name in loras.items():
-        source = find(name, "lora")
-        fetched = source.fetch(Want(want.root, part="lora", progress=want.progress))
-        if fetched.file is None:
-            raise InputError(f"--lora {name} is a folder, and a .safetensors file was expected: name the file in it")
-        folder = _linked(want, key, fetched.file, fetched.file.name)
-        home = fetched.folder if fetched.commit else folder
-        found[key] = Part(folder, home, source.name, fetched.commit, file=folder / fetched.file.name)
+        source = find(name, LORA)
+        fetched = source.fetch(Want(want.root, part=key, progress=want.progress))
+        found[key] = Part(fetched.folder, fetched.home or fetched.folder, source.name, fetched.commit)
     return found
-
-
-def _linked(want: Want, key: str, file: Path, name: str) -> Path:
-    """Return the folder `key` of `want.root` with nothing but a link to `file`, of this name."""
-    folder = want.root / "parts" / key
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / name).symlink_to(file.resolve())
-    return folder.resolve()
 
 
 def _tiny(source: Source, folder: Path) -> Source:

@@ -5,21 +5,20 @@ import fnmatch
 import os
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from glob import escape
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from turbochain.export import families
-from turbochain.export.sources import ELSEWHERE, Fetched, Kind, Source, Want
+from turbochain.export.sources import ELSEWHERE, LORA, Fetched, Kind, Source, Want
 from turbochain.export.sources.checkpoint import PICKLES, STEMS
+from turbochain.export.sources.kinds.single_file import SingleFile
 from turbochain.runtime.errors import InputError
 
 _TERMS = ("*.md", "LICENSE*", "LICENCE*")
 _SMALL = ("*.json", "*.txt", *_TERMS, "*/*.json", "*/*.txt")
 _PART = ("config.json", *(f"{stem}*.safetensors*" for stem in STEMS))
-LORA = "pytorch_lora_weights.safetensors"
-"""The file of a LoRA, if a repository is named alone: diffusers' name for it."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +41,21 @@ class Hub:
         Progress is in bytes. Raises InputError for an unknown id, a gated one, or if neither the network nor the
         cache has it.
         """
-        if want.part == "lora":
-            return self.fetch_file(want, LORA)
+        if want.part is not None and want.part.startswith(LORA):
+            return self.fetch_file(want, "pytorch_lora_weights.safetensors")  # diffusers' name
         if want.part is not None:
             return self._fetch_part(want, "config.json", lambda names: select_part(names, want.variant))
         found = self._files(want, "model_index.json")
         return found if isinstance(found, Fetched) else self._download(want, *found)
 
     def fetch_file(self, want: Want, file: str) -> Fetched:
-        """Download one file (its path in the repository), the config.json beside it, and the repository's licence.
+        """Download one file (its path in the repository) and the repository's licence; convert it as a file here.
 
-        Raises InputError as `fetch`, and if there is no such file.
+        Raises InputError as `fetch` and `SingleFile.fetch`, and if there is no such file.
         """
-        beside = str(PurePosixPath(file).with_name("config.json"))
-        found = self._fetch_part(want, file, lambda names: [n for n in names if n in (file, beside) or _is_terms(n)])
-        return replace(found, file=found.folder / file)
+        found = self._fetch_part(want, file, lambda names: [n for n in names if n == file or _is_terms(n)])
+        made = SingleFile(found.folder / file).fetch(want)
+        return Fetched(made.folder, found.commit, home=found.folder)
 
     def _fetch_part(self, want: Want, needed: str, choose: Callable[[list[str]], list[str]]) -> Fetched:
         """Download what `choose` takes of the repository's files, or find it in the cache by the file `needed`."""

@@ -4,8 +4,11 @@ import re
 from dataclasses import dataclass
 
 from turbochain.export.sources import ELSEWHERE, Fetched, Kind, Source, Want
-from turbochain.export.sources.checkpoint import PICKLES, refuse_pickle
+from turbochain.export.sources.checkpoint import PICKLES
 from turbochain.export.sources.kinds.hub import Hub
+from turbochain.runtime.errors import InputError
+
+SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class HubFile:
         """Return None: the family's serves."""
 
     def fetch(self, want: Want) -> Fetched:
-        """Download the file, the config.json beside it and the repository's licence, or find them in the hub's cache.
+        """Download the file and the repository's licence, or find them in the hub's cache; convert it as a file here.
 
         Progress is in bytes. Raises InputError as `Hub.fetch_file`.
         """
@@ -37,12 +40,15 @@ class HubFile:
 
 
 def _find(name: str) -> Source | None:
-    endings = "|".join(map(re.escape, (".safetensors", *PICKLES)))
-    found = re.fullmatch(rf"([\w-][\w.-]*/[\w.-]+)/((?:[\w.-]+/)*[\w.-]+(?:{endings}))", name)
-    if not found:
+    found = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)/((?:[\w.-]+/)*[\w.-]+(\.\w+))", name)
+    if not found or found[3] not in (SUFFIX, *PICKLES):
         return None
-    refuse_pickle(name)
-    return HubFile(*found.groups())
+    if found[3] in PICKLES:
+        raise InputError(
+            f"{name} is a pickle, and a .safetensors file was expected because loading a pickle runs code: take the "
+            f"LoRA or the UNet that {found[1]} has as one (for DMD2: --recipe dmd2-4step)"
+        )
+    return HubFile(found[1], found[2])
 
 
 KIND = Kind("a file of the hub (owner/name/….safetensors)", ELSEWHERE, _find, parts=True, wholes=False)
