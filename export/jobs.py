@@ -11,7 +11,7 @@ from turbochain.export.families import Family, common
 from turbochain.export.order import ExportOrder, Recipe
 from turbochain.export.prepared import Prepared
 from turbochain.export.remedies import Remedy, decide
-from turbochain.export.sources import Want, find, parts
+from turbochain.export.sources import Want, adapters, find, parts
 from turbochain.export.sources.checkpoint import Checkpoint, Part
 from turbochain.export.sources.digests import Digests
 from turbochain.runtime.bundle.manifest import REFERENCE, Graph, Origin, PartOrigin
@@ -83,10 +83,14 @@ def graphs(
 
 def _fetch(order: ExportOrder, want: Want, check_room: parts.CheckRoom) -> Checkpoint:
     """Bring the order's checkpoint onto this disk, and the parts from elsewhere; the LoRAs, which are small, first."""
+    if order.loras:
+        adapters.require_peft()
     loras = parts.fetch_loras(want, {key: name for key, (name, _) in order.loras.items()})
-    adapters = tuple((loras[key].weights[0], scale) for key, (_, scale) in order.loras.items())
+    fused = tuple((loras[key].weights[0], scale) for key, (_, scale) in order.loras.items())
     checkpoint = parts.fetch(find(order.source), want, order.parts, check_room)
-    return replace(checkpoint, loras=loras, adapters=adapters, scheduler=order.scheduler or {})
+    checkpoint = replace(checkpoint, loras=loras, adapters=fused, scheduler=order.scheduler or {})
+    adapters.read_all(checkpoint)  # whether they fit
+    return checkpoint
 
 
 def _tabulate(checkpoint: Checkpoint, recipe: Recipe) -> dict[int, Table]:

@@ -4,11 +4,13 @@ import importlib
 import inspect
 import json
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from turbochain.export import sampler
+from turbochain.export import fuse, sampler
+from turbochain.export.sources.adapters import read_all
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime.errors import InputError
 
@@ -16,8 +18,9 @@ from turbochain.runtime.errors import InputError
 def component(checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, traceable: bool = False) -> Any:
     """Return one component (`unet`, `vae`, `text_encoder`, …) in evaluation mode, with weights in `dtype`.
 
-    `traceable`: with the attention of a text encoder spelled out, which traces to what TensorRT fuses. Raises
-    InputError if a weight is missing, damaged or of a wrong shape.
+    The checkpoint's LoRA files are fused into them in fp32 before they are rounded. `traceable`: with the attention of
+    a text encoder spelled out, which traces to what TensorRT fuses. Raises InputError if a weight is missing, damaged
+    or of a wrong shape, or a LoRA file does not fit.
     """
     library, cls = checkpoint.index[name]
     options: dict[str, Any] = {"dtype": dtype} if library == "transformers" else {"torch_dtype": dtype}
@@ -48,23 +51,29 @@ def component(checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, traceabl
     if wrong := info.get("mismatched_keys"):
         shapes = (f"{key} is {list(found)} and should be {list(expected)}" for key, found, expected in list(wrong)[:5])
         raise InputError(f"weights in {folder} have a wrong shape: {', '.join(shapes)}")
-    return model.eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
+    fuse.apply(model, name, part.weights, read_all(checkpoint))
+    return model
 
 
 def pipeline(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
     """Return diffusers' own pipeline on the CPU, with weights in `dtype`.
 
-    It is made as `from_pretrained` makes it, but for the family's `pipeline_options`.
+    It is made as `from_pretrained` makes it, but for the family's `pipeline_options`. LoRA files are fused by diffusers
+    and peft, not by this package. Raises InputError as `component`, or if peft is missing.
     """
+    plain = replace(checkpoint, adapters=())
     family, index = checkpoint.family, checkpoint.index
     pipeline_class = getattr(importlib.import_module("diffusers"), family.pipeline_class)
     named = inspect.signature(pipeline_class).parameters.keys() & index.keys()
     settings = {name: index[name] for name in named if not isinstance(index[name], list)}  # a list names a part's class
-    parts: dict[str, Any] = {c: component(checkpoint, c, dtype) for c in family.components}
+    parts: dict[str, Any] = {c: component(plain, c, dtype) for c in family.components}
     parts |= {folder: tokenizer(checkpoint, folder) for folder in family.tokenizers.values()}
     parts["scheduler"] = _own_scheduler(checkpoint)
     made = pipeline_class(**settings | parts | family.pipeline_options)
     made.scheduler = scheduler(checkpoint)
+    if checkpoint.adapters:
+        fuse.with_diffusers(made, checkpoint.adapters)
     return made
 
 

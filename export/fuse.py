@@ -1,0 +1,104 @@
+"""Fuse LoRA files into the weights of a model, as peft does, and as diffusers does with peft."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from turbochain.export.sources.adapters import require_peft
+from turbochain.runtime.errors import InputError
+from turbochain.runtime.inputs.adapter_names import PREFIXES, TEXT
+from turbochain.runtime.inputs.adapters import Adapter, LowRank
+
+
+def merge(weight: torch.Tensor, added: LowRank, strength: float) -> torch.Tensor:
+    """Return a weight, of a linear layer or a convolution, with `strength` times a LoRA added, in fp32.
+
+    Bit for bit what peft computes in fp32.
+    """
+    down, up = (torch.from_numpy(matrix.astype("float32")) for matrix in (added.down, added.up))
+    scale = added.scale * strength
+    if weight.ndim == 2:
+        return weight.float() + (up @ down) * scale
+    if weight.shape[2:] == (1, 1):
+        return weight.float() + (up[:, :, 0, 0] @ down[:, :, 0, 0])[:, :, None, None] * scale
+    return weight.float() + functional.conv2d(down.transpose(0, 1), up).transpose(0, 1) * scale
+
+
+def apply(model: nn.Module, component: str, weights: Sequence[Path], adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """Fuse LoRA files, one after the other, into a loaded component, in place.
+
+    `weights`: its safetensors files. Each weight is taken from there as it is stored, merged in fp32 and rounded once
+    to the model's dtype, so that no fp32 copy of the model is needed.
+    """
+    from safetensors import safe_open
+
+    added = [(adapter.components.get(component, {}), strength) for adapter, strength in adapters]
+    names = {name for changes, _ in added for name in changes}
+    parameters = {name.removeprefix(TEXT): parameter for name, parameter in model.named_parameters()}
+    with ExitStack() as stack, torch.no_grad():
+        for file in (stack.enter_context(safe_open(path, framework="pt")) for path in weights):
+            for name in sorted(names.intersection(file.keys())):
+                merged = file.get_tensor(name)
+                for changes, strength in added:
+                    if name in changes:
+                        merged = merge(merged, changes[name], strength)
+                parameters[name.removeprefix(TEXT)].copy_(merged)
+
+
+def with_diffusers(pipeline: Any, adapters: Sequence[tuple[Path, float]]) -> None:
+    """Fuse LoRA files, one after the other, into a pipeline of diffusers, with its own functions.
+
+    Raises InputError if peft is missing, or diffusers cannot load a file.
+    """
+    require_peft()
+    components = [c for c in PREFIXES if c in pipeline.components]
+    for path, strength in adapters:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about names of layers, once for each file
+                _load(pipeline, path)
+                pipeline.fuse_lora(components=components, lora_scale=strength)
+                pipeline.unload_lora_weights()
+        except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, OSError) as error:
+            raise InputError(f"{path} cannot be loaded by diffusers: {' '.join(str(error).split())[:400]}") from error
+
+
+def _load(pipeline: Any, path: Path) -> None:
+    """Load one file into a pipeline of diffusers, in the way in which diffusers reads it right."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    if not any(name.startswith(prefix) for name in tensors for names in PREFIXES.values() for prefix in names):
+        pipeline.unet.load_lora_adapter(path.parent, weight_name=path.name, prefix=None)  # of a UNet alone
+    elif len(_alphas(tensors)) > 1:
+        pipeline.load_lora_weights(_without_alphas(tensors))
+    else:
+        pipeline.load_lora_weights(path.parent, weight_name=path.name)
+
+
+def _alphas(tensors: Mapping[str, torch.Tensor]) -> set[float | None]:
+    """Return the different alphas of a file's modules; None for those that have none."""
+    modules = [name.removesuffix(".lora_down.weight") for name in tensors if name.endswith(".lora_down.weight")]
+    return {float(tensors[f"{m}.alpha"]) if f"{m}.alpha" in tensors else None for m in modules}
+
+
+def _without_alphas(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a kohya file's tensors with alpha / rank multiplied into each `lora_up`.
+
+    diffusers 0.42 knows the alphas of attention layers by names that peft does not, and gives all of them the one that
+    most modules have.
+    """
+    scaled = {}
+    for name, tensor in tensors.items():
+        alpha = tensors.get(f"{name.removesuffix('.lora_up.weight')}.alpha")
+        if name.endswith(".lora_up.weight") and alpha is not None:
+            scaled[name] = tensor.float() * (float(alpha) / tensor.shape[1])
+        elif not name.endswith(".alpha"):
+            scaled[name] = tensor
+    return scaled
