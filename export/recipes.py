@@ -25,7 +25,7 @@ class Distilled:
     steps: tuple[int, ...] | None = None
     timesteps: tuple[int, ...] | None = None  # instead of `steps`
     eta: float | None = None
-    guidance: float = 0.0  # the guidance_scale that it is drawn with; up to 1: none, but for an LCM's UNet
+    guidance: float = 0.0  # the guidance_scale that it is drawn with; up to 1: none
     license: str | None = None  # of the part, as its page names it; None: not known here
 
     @property
@@ -95,15 +95,6 @@ RECIPES: dict[str, Distilled] = {
         scheduler=_LCM,
         timesteps=(999, 749, 499, 249),
         license="cc-by-nc-4.0",
-    ),
-    "lcm-sdxl": Distilled(
-        purpose="the latent consistency model of SDXL, a UNet that reads the guidance scale",
-        source=SDXL,
-        unet="latent-consistency/lcm-sdxl",
-        scheduler=_LCM,
-        steps=(4,),
-        guidance=8.0,
-        license=_OPENRAIL,
     ),
     "lcm-lora-sdxl": Distilled(
         purpose="LCM-LoRA of SDXL, 2 to 8 steps",
