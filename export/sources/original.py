@@ -89,8 +89,9 @@ def refuse_others(path: Path) -> None:
     """Raise InputError if a file is not safetensors, by its suffix and its first bytes."""
     refuse_pointers(path)
     with path.open("rb") as file:
-        start = file.read(2)
-    if path.suffix in PICKLES or start == b"PK" or start[:1] == b"\x80":
+        start = file.read(9)
+    is_header = start[8:] == b"{"  # after its length, whose first bytes may be those of a pickle
+    if path.suffix in PICKLES or (not is_header and start.startswith((b"PK", b"\x80"))):
         raise InputError(
             f"{path} is a pickle, and a .safetensors file was expected because loading a pickle runs code: where you "
             "trust it, load it with torch.load(..., weights_only=True) and write it with safetensors.torch.save_file"

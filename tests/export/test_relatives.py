@@ -1,0 +1,337 @@
+"""Distilled relatives: parts, schedulers and timesteps from elsewhere, as their authors' pages say, against diffusers.
+
+The hub is its client's own cache, with miniatures in files of the real names.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import huggingface_hub
+import lora_files
+import pytest
+import torch
+from conftest import FAMILIES, ON, ON_ARGUMENTS, SIZE, build_here, called, phases_here
+from diffusers import DDIMScheduler, LCMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from test_bad_input import refused
+from test_load import copied
+from test_parity import assert_same_picture, load_diffusers, theirs
+
+from turbochain.engines import build
+from turbochain.export import asked, jobs, load, recipes, schedule
+from turbochain.export.order import ExportOrder
+from turbochain.export.prepared import Prepared
+from turbochain.export.sources.checkpoint import Checkpoint, open_folder
+from turbochain.runtime import Bundle, InputError, Pipeline
+from turbochain.runtime.bundle.strict_json import convert, plain
+
+COMMIT = "2" * 40
+PARTS = {
+    "ByteDance/SDXL-Lightning": (
+        *("sdxl_lightning_1step_unet_x0.safetensors", "sdxl_lightning_2step_unet.safetensors"),
+        *("sdxl_lightning_4step_unet.safetensors", "sdxl_lightning_8step_unet.safetensors"),
+    ),
+    "ByteDance/Hyper-SD": (
+        *("Hyper-SDXL-1step-Unet.safetensors", "Hyper-SDXL-2steps-lora.safetensors"),
+        *("Hyper-SDXL-4steps-lora.safetensors", "Hyper-SDXL-8steps-lora.safetensors"),
+        "Hyper-SD15-1step-lora.safetensors",
+    ),
+    "tianweiy/DMD2": ("dmd2_sdxl_4step_lora_fp16.safetensors",),
+    "latent-consistency/lcm-lora-sdxl": ("pytorch_lora_weights.safetensors",),
+    "latent-consistency/lcm-lora-sdv1-5": ("pytorch_lora_weights.safetensors",),
+}
+DMD2 = "tianweiy/DMD2/dmd2_sdxl_4step_lora_fp16.safetensors"
+LIGHTNING = "ByteDance/SDXL-Lightning/sdxl_lightning_4step_unet.safetensors"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the page of a model calls: CLASS.from_config(pipe.scheduler.config, **config), and the pipeline."""
+
+    scheduler: str
+    config: dict[str, Any] = field(default_factory=dict)
+    call: dict[str, Any] = field(default_factory=dict)
+    eta: float = 0.0
+    family: str = "sdxl"
+
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "trained_betas": None}
+PUBLISHED = {
+    "sd": {
+        **{"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", **BETAS, "num_train_timesteps": 1000},
+        **{"set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "clip_sample": False},
+    },
+    "sdxl": {
+        **{"_class_name": "EulerDiscreteScheduler", "_diffusers_version": "0.19.0.dev0", **BETAS},
+        **{"num_train_timesteps": 1000, "prediction_type": "epsilon", "interpolation_type": "linear"},
+        **{"set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "clip_sample": False},
+        **{"sample_max_value": 1.0, "timestep_spacing": "leading", "use_karras_sigmas": False},
+    },
+}
+TRAILING = {"timestep_spacing": "trailing"}
+CARDS = {
+    "sdxl-lightning-1step": Card(
+        "EulerDiscreteScheduler", {**TRAILING, "prediction_type": "sample"}, {"num_inference_steps": 1}
+    ),
+    **{
+        f"sdxl-lightning-{n}step": Card("EulerDiscreteScheduler", TRAILING, {"num_inference_steps": n})
+        for n in (2, 4, 8)
+    },
+    "hyper-sd-1step": Card("LCMScheduler", {}, {"timesteps": [800]}),
+    **{f"hyper-sd-{n}step": Card("DDIMScheduler", TRAILING, {"num_inference_steps": n}) for n in (2, 4, 8)},
+    "hyper-sd15-1step": Card("TCDScheduler", {}, {"num_inference_steps": 1}, eta=1.0, family="sd"),
+    "dmd2-4step": Card("LCMScheduler", {}, {"timesteps": [999, 749, 499, 249]}),
+    "lcm-lora-sdxl": Card("LCMScheduler", {}, {"num_inference_steps": 4}),
+    "lcm-sd15": Card("LCMScheduler", {}, {"num_inference_steps": 4}, family="sd"),
+}
+
+
+def distilled(checkpoint: Path, path: Path) -> None:
+    """Write another UNet of the same architecture as one fp16 file with diffusers' names and no config."""
+    weights = load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
+    torch.manual_seed(4)
+    save_file({name: (w * (1 + 0.2 * torch.randn_like(w))).half() for name, w in weights.items()}, path)
+
+
+@pytest.fixture(scope="module")
+def files(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The hub's cache: owner, name and commit as folders of the client's making."""
+    cache = tmp_path_factory.mktemp("hub")
+    for repository, names in PARTS.items():
+        folder = cache / f"models--{repository.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs/main").write_text(COMMIT)
+        snapshot = folder / "snapshots" / COMMIT
+        snapshot.mkdir(parents=True)
+        (snapshot / "README.md").write_text("---\nlicense: openrail++\n---\n")
+        for name in names:
+            family = "sd" if "15" in name or "v1-5" in repository else "sdxl"
+            if "unet" in name.lower():
+                distilled(checkpoints[family], snapshot / name)
+            else:
+                layers = lora_files.draw(checkpoints[family], dtype=torch.float16, only="unet.", ranks=(2,))
+                lora_files.write(snapshot / name, layers, "kohya" if "Hyper" in name else "peft")
+    return cache
+
+
+@pytest.fixture(scope="module")
+def bases(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The miniatures with the schedulers of SD 1.5 and SDXL's base, as these were published."""
+    made = {}
+    for family, published in PUBLISHED.items():
+        changes = {
+            "model_index.json": {"scheduler": ["diffusers", published["_class_name"]]},
+            "scheduler/scheduler_config.json": published,
+        }
+        made[family] = copied(checkpoints[family], tmp_path_factory.mktemp("bases") / family, changes)
+    return made
+
+
+@pytest.fixture
+def cache(files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache as the client's own, without a network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(files))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return files
+
+
+def snapshot(cache: Path, name: str) -> Path:
+    owner, repository, file = name.split("/")
+    return cache / f"models--{owner}--{repository}" / "snapshots" / COMMIT / file
+
+
+def prepared(order: ExportOrder, folder: Path) -> Prepared:
+    """What the first phase makes of an order, as the later phases get it."""
+    order = convert(ExportOrder, plain(order))  # it travels as JSON
+    made = jobs.prepare(lambda *_: None, order=order, recipe=order.recipe("fp32"), folder=folder, force=False)
+    return convert(Prepared, plain(made))
+
+
+def test_a_unet_and_a_lora_with_timesteps_of_their_own(
+    cache: Path, checkpoints: dict[str, Path], sd: Path, tmp_path: Path
+) -> None:
+    """Of Stable Diffusion, whose miniature is the smallest: the UNet in a file here, and DMD2's schedule."""
+    unet, lora = tmp_path / "sd_lightning_4step_unet.safetensors", tmp_path / "style.safetensors"
+    distilled(checkpoints["sd"], unet)
+    lora_files.write(lora, lora_files.draw(checkpoints["sd"], only="unet."), "kohya")
+    asked_for = {"unet": str(unet), "lora": [f"{lora}:0.5"], "recipe": "dmd2-4step", "size": SIZE, "quiet": True, **ON}
+    bundle = tmp_path / "a.bundle"
+    made = build_here(str(checkpoints["sd"]), bundle, donor=sd, traced=("unet",), **asked_for)
+    assert all(check.passed for check in made.checks["text-to-image"])
+
+    pipe = load_diffusers(checkpoints["sd"])
+    pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config)
+    pipe.unet.load_state_dict(load_file(unet))
+    pipe.load_lora_weights(str(lora))
+    pipe.fuse_lora(lora_scale=0.5)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    call = {"prompt": "a cat in the snow", "seed": 3}
+    with Pipeline.load(bundle) as ours:
+        picture = ours(**call, num_inference_steps=4, output_type="uint8").images
+    assert_same_picture(picture, theirs(pipe, {**call, "timesteps": [999, 749, 499, 249]}))
+
+    manifest = Bundle.open(bundle).manifest
+    parts = manifest.checkpoint.parts
+    assert (parts["unet"].source, parts["lora"].source) == (unet.name, lora.name)
+    assert parts["scheduler"].source == 'sd-turbo-mini, changed to {"_class_name": "LCMScheduler"}'
+    assert [r.size for r in parts["lora"].weights.values()] == [lora.stat().st_size]
+    asked_of = ("steps", "timesteps", "recipe", "scheduler", "lora")
+    assert [manifest.request[name] for name in asked_of] == [
+        *([4], [999, 749, 499, 249], "dmd2-4step", {"_class_name": "LCMScheduler"}, ["a folder:0.5"]),
+    ]
+    assert {"unet.safetensors", "unet/config.json", "lora.safetensors"} <= manifest.request["files"].keys()
+    assert build(str(checkpoints["sd"]), bundle, **asked_for).phases == []
+    assert build(str(bundle), unet=str(unet), quiet=True, **ON).phases == []
+    lora_files.write(lora, lora_files.draw(checkpoints["sd"], only="unet.", seed=1), "kohya")
+    with pytest.raises(InputError, match=r"files of the source have changed: lora\.safetensors\)"):
+        build(str(checkpoints["sd"]), bundle, **asked_for)
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_a_recipe_is_what_the_models_page_says(
+    name: str, cache: Path, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    card = CARDS[name]
+    order = recipes.settle(ExportOrder(str(bases[card.family]), recipe_name=name, size=SIZE))
+    made = prepared(order, tmp_path)
+    parts, (given,) = made.origin.parts, {*filter(None, (order.unet, *(order.lora or ())))}
+    part = parts["unet" if order.unet else "lora"]
+    assert (part.source, part.revision, part.license) == (given, COMMIT, "openrail++")
+    assert (tmp_path / part.terms[0]).is_file()
+    assert made.checkpoint.adapters == (() if order.unet else ((made.checkpoint.loras["lora"].weights[0], 1.0),))
+
+    pipe = load_diffusers(bases[card.family])
+    pipe.scheduler = getattr(diffusers, card.scheduler).from_config(pipe.scheduler.config, **card.config)
+    ours = load.scheduler(made.checkpoint)
+    assert type(ours) is type(pipe.scheduler) and ours.config == pipe.scheduler.config
+    recipe = order.recipe("fp32")
+    run = next(run for run in recipe.runs if run.steps == card.call.get("num_inference_steps", run.steps))
+    table = schedule.tabulate(ours, run)
+    pipe.scheduler.set_timesteps(
+        **{k: v for k, v in card.call.items() if k == "timesteps"}
+        or {"num_inference_steps": card.call["num_inference_steps"]}
+    )
+    assert table.timesteps[table.index].tolist() == pipe.scheduler.timesteps.tolist()
+    assert str(run.steps) in map(str, made.chain.tables)
+    extra = {"eta": card.eta} if card.eta else {}
+    x, predictions, generator = torch.randn(1, 4, 4, 4), torch.randn(table.rows, 1, 4, 4, 4), torch.Generator()
+    noise = torch.Generator().set_state(generator.get_state())
+    for i, t in enumerate(pipe.scheduler.timesteps):
+        pipe.scheduler.scale_model_input(x, t)
+        drawn = torch.randn(x.shape, generator=noise) if table.draws_noise[i] else torch.zeros_like(x)
+        row = table.m[i, 0, 0] * x + table.v[i, 0] * predictions[i] + table.w[i, 0] * drawn
+        options = extra | ({} if card.scheduler == "EulerDiscreteScheduler" else {"generator": generator})
+        x = pipe.scheduler.step(predictions[i], t, x, **options).prev_sample
+        torch.testing.assert_close(row.float(), x, rtol=1e-5, atol=1e-5)
+
+
+def test_a_unets_weights_are_the_files(cache: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """In diffusers' names, in fp16, from the hub: the checkpoint's own config and the file's values."""
+    made = prepared(ExportOrder(str(checkpoints["sdxl"]), unet=LIGHTNING, size=SIZE, steps=(1,)), tmp_path)
+    ours = load.component(made.checkpoint, "unet", torch.float32)
+    expected = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(checkpoints["sdxl"] / "unet"))
+    expected.load_state_dict(load_file(snapshot(cache, LIGHTNING)))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), expected.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("changes", ["DDIMScheduler", '{"timestep_spacing": "trailing", "steps_offset": 3}'])
+def test_what_the_pipelines_constructor_changed_is_inherited(
+    changes: str, family: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    odd = {"scheduler/scheduler_config.json": {"steps_offset": 0, "clip_sample": True}}
+    folder = copied(checkpoints[family], tmp_path / "checkpoint", odd)
+    asked_for = asked.scheduler_changes(changes)
+    pipe = load_diffusers(folder)
+    kwargs = dict(asked_for)
+    cls = getattr(diffusers, kwargs.pop("_class_name", type(pipe.scheduler).__name__))
+    pipe.scheduler = cls.from_config(pipe.scheduler.config, **kwargs)
+    whole = open_folder(folder)
+    checkpoint = Checkpoint(whole.folder, whole.variant, whole.source, scheduler=asked_for)
+    for ours in (load.scheduler(checkpoint), load.pipeline(checkpoint).scheduler):
+        assert type(ours) is cls and ours.config == pipe.scheduler.config
+    if cls is DDIMScheduler:  # Euler's own config has no clip_sample that SD's constructor could see
+        assert ours.config.steps_offset == (1 if family == "sd" else 0)
+
+
+def test_what_is_given_wins_over_the_recipe() -> None:
+    def settled(**given: Any) -> ExportOrder:
+        return recipes.settle(ExportOrder(given.pop("source", ""), recipe_name="dmd2-4step", **given))
+
+    assert settled().source == "stabilityai/stable-diffusion-xl-base-1.0" and recipes.deviations(settled()) == []
+    assert settled().given()["steps"] == (4,) and settled().online
+    other = settled(source="demo", lora=("a/b/c.safetensors:0.7",), scheduler={"_class_name": "TCDScheduler"}, eta=0.3)
+    assert (other.source, other.loras, other.timesteps) == (
+        *("demo", {"lora": ("a/b/c.safetensors", 0.7)}, (999, 749, 499, 249)),
+    )
+    assert recipes.deviations(other) == ["source", "lora", "scheduler"]
+    steps = settled(steps=(1, 4))
+    assert (steps.steps, steps.timesteps, recipes.deviations(steps)) == ((1, 4), None, ["timesteps"])
+
+
+def test_the_command_names_every_recipe() -> None:
+    done = called("build-engine", "--help")
+    assert all(f"  {name} " in done.stdout for name in CARDS) and CARDS.keys() == recipes.RECIPES.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ([], "no source is given: name a checkpoint, or a recipe with --recipe NAME"),
+        (["--recipe", "turbo"], "there is no recipe 'turbo': choose sdxl-lightning-1step, "),
+        (["demo", "--scheduler", "{trailing}"], "--scheduler {trailing}: a class of diffusers, such as DDIMScheduler"),
+        (["demo", "--scheduler", "[1]"], "or a JSON object of changes to its config was expected"),
+        (
+            ["demo", "--scheduler", "EulerScheduler"],
+            "--scheduler EulerScheduler: diffusers exports no scheduler of this",
+        ),
+        (
+            ["demo", "--scheduler", "UNet2DModel"],
+            "--scheduler UNet2DModel: diffusers exports no scheduler of this name",
+        ),
+        (
+            ["demo", "--scheduler", '{"spacing": "trailing"}'],
+            "--scheduler: EulerDiscreteScheduler has no spacing: it has",
+        ),
+        (["demo", "--timesteps", "999,800,900"], "1 to 50 descending numbers from 0 were expected"),
+        (["demo", "--timesteps", "a"], "--timesteps a: a list was expected, such as 999,749,499,249"),
+        (["demo", "--timesteps", "9,1", "--steps", "1-4"], "2 timesteps are 2 steps, so leave steps out"),
+        (["demo", "--eta", "2"], "eta 2.0: a number from 0 to 1 was expected"),
+        (["demo", "--eta", "1"], "the scheduler EulerDiscreteScheduler takes no eta, and eta=1.0 was given"),
+        (
+            ["demo", "--lora", "a/b/c.safetensors:x"],
+            "a number was expected after the colon, such as a/b/c.safetensors:0.8",
+        ),
+        (["demo", "--lora", "."], "is a folder, and a .safetensors file was expected: name the one in it"),
+        (
+            ["demo", "--unet", "nothing"],
+            "--unet nothing is neither a .safetensors file here, nor a file of the hub (owner",
+        ),
+        (
+            ["demo", "--unet", "tianweiy/DMD2/dmd2_sdxl_4step_unet_fp16.bin"],
+            "is a pickle, and a .safetensors file was expected because loading a pickle runs code: take the LoRA or "
+            "the UNet that tianweiy/DMD2 has as one (for DMD2: --recipe dmd2-4step)",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(options: list[str], sentence: str, tmp_path: Path) -> None:
+    with phases_here():
+        done = called("build-engine", *options, *ON_ARGUMENTS, cwd=tmp_path)
+    assert sentence in refused(done)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_the_cache_lacks_and_one_of_another_model(
+    cache: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    source = str(checkpoints["sd"])
+    missing = LIGHTNING.replace("4step", "3step")
+    with pytest.raises(InputError, match="ByteDance/SDXL-Lightning is neither on the hub under that name nor in the "):
+        prepared(ExportOrder(source, unet=missing, size=SIZE), tmp_path)
+    with pytest.raises(InputError, match=re.escape("sdxl_lightning_4step_unet")):
+        prepared(ExportOrder(source, unet=LIGHTNING, size=SIZE), tmp_path)
+    with pytest.raises(InputError, match="dmd2_sdxl_4step_lora_fp16"):
+        prepared(ExportOrder(source, lora=(DMD2,), size=SIZE), tmp_path)
