@@ -110,7 +110,7 @@ def refusal(name: str, reason: str, remedy: str = "") -> InputError:
     others = ", ".join(other for other in FOREMOST if other != name)
     return InputError(
         f"the scheduler {name} {reason}; one that is linear in latents, prediction and noise was expected: {remedy}"
-        f"name another class ({others}) in the checkpoint's model_index.json and scheduler/scheduler_config.json"
+        f"name another class ({others}) with --scheduler"
     )
 
 
@@ -160,6 +160,5 @@ def _check_arguments(scheduler: Any, run: Run) -> None:
 def _unread(scheduler: Any, argument: str, classes: tuple[str, ...]) -> InputError:
     return InputError(
         f"the scheduler {type(scheduler).__name__} takes no {argument.split('=')[0]}, and {argument} was given: leave "
-        f"it out, or name a class that takes it ({', '.join(classes)}) in the checkpoint's model_index.json and "
-        "scheduler/scheduler_config.json"
+        f"it out, or name a class that takes it ({', '.join(classes)}) with --scheduler"
     )

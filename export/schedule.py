@@ -8,6 +8,7 @@ row i (the minimal realization of a linear system, Ho and Kalman 1966). Whole ru
 """
 
 import copy
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -46,7 +47,8 @@ def tabulate(scheduler: Any, run: Run) -> Table:
         if not _is_linear(_without(scheduler, options), run):
             raise
         named = " and ".join(f"{name}={scheduler.config[name]!r}" for name in options)
-        remedy = f"set {' and '.join(options)} to false in the checkpoint's scheduler/scheduler_config.json, or "
+        off = json.dumps(dict.fromkeys(options, False))
+        remedy = f"set {' and '.join(options)} to false with --scheduler '{off}' (add \"_class_name\" for a class), or "
         reason = f"has {named} in its config, and clipping is not linear"
         raise refusal(type(scheduler).__name__, reason, remedy) from error
 

@@ -157,7 +157,7 @@ FOLDERS: dict[str, tuple[Callable[[Folder], object], tuple[str, ...]]] = {
     ),
     "scheduler that clips": (
         scheduler("DDIMScheduler", thresholding=True),
-        ("DDIMScheduler", "thresholding=True", "clipping is not linear", "to false in the checkpoint's scheduler/"),
+        ("DDIMScheduler", "thresholding=True", "clipping is not linear", "--scheduler '{\"thresholding\": false}'"),
     ),
 }
 

@@ -130,7 +130,9 @@ def _convert(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
         return _convert_dataclass(kind, value, where, problems)
     if origin in (tuple, list) and isinstance(value, list):
         kinds = arguments if len(arguments) == len(value) and ... not in arguments else arguments[:1] * len(value)
-        return origin(_convert(k, v, f"{where}[{i}]", problems) for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+        return origin(
+            _convert(k, v, f"{where}[{i}]", problems) for i, (k, v) in enumerate(zip(kinds, value, strict=True))
+        )
     if origin is dict and isinstance(value, dict):
         return {k: _convert(arguments[1], v, f"{where}.{k}", problems) for k, v in value.items()}
     if origin is types.UnionType:

@@ -191,9 +191,7 @@ def test_a_unet_and_a_lora_with_timesteps_of_their_own(
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
-def test_a_recipe_is_what_the_models_page_says(
-    name: str, cache: Path, bases: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_recipe_is_what_the_models_page_says(name: str, cache: Path, bases: dict[str, Path], tmp_path: Path) -> None:
     card = CARDS[name]
     order = recipes.settle(ExportOrder(str(bases[card.family]), recipe_name=name, size=SIZE))
     made = prepared(order, tmp_path)
