@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -63,20 +64,31 @@ def entries(tables: Mapping[int, Table]) -> dict[str, TableEntry]:
     return {str(steps): TableEntry(steps, table.rows) for steps, table in tables.items()}
 
 
-def write(tables: Mapping[int, Table], family: Family, unet: Any, shape: Shape, path: Path) -> None:
-    """Write the table file of a chain; the columns are computed once for each distinct timestep.
+def write(
+    tables: Mapping[Any, Table],
+    family: Family,
+    unet: Any,
+    shape: Shape,
+    path: Path,
+    guidance: Mapping[Any, float] = MappingProxyType({}),
+) -> None:
+    """Write the table file of a chain; the columns are computed once for each distinct timestep and guidance scale.
 
-    `unet`: diffusers', fp32. See `runtime.chain.tables` for the file's layout.
+    `tables`: by name in the file; `unet`: diffusers', fp32; `guidance`: of each table, if the UNet is an LCM's. See
+    `runtime.chain.tables` for the file's layout, in which `timesteps` has a timestep once for each of its scales.
     """
-    times = np.array(list(dict.fromkeys(t for table in tables.values() for t in table.timesteps.tolist())), np.float32)
+    pairs = {name: [(t, guidance.get(name)) for t in table.timesteps.tolist()] for name, table in tables.items()}
+    distinct = list(dict.fromkeys(pair for of_table in pairs.values() for pair in of_table))
+    times = np.array([t for t, _ in distinct], np.float32)
     arrays: dict[str, np.ndarray] = {"timesteps": times}
-    for steps, table in tables.items():
-        places = np.array([int(np.flatnonzero(times == t)[0]) for t in table.timesteps], np.int32)
+    for name, table in tables.items():
+        places = np.array([distinct.index(pair) for pair in pairs[name]], np.int32)
         for field in ARRAYS:
-            arrays[f"{steps}/{field}"] = places[table.index] if field == "index" else getattr(table, field)
+            arrays[f"{name}/{field}"] = places[table.index] if field == "index" else getattr(table, field)
+    scales = torch.tensor([scale for _, scale in distinct], dtype=torch.float64) if guidance else None
     with torch.inference_mode():
         for name in family.columns:
-            for column, values in time.COLUMNS[name](unet, torch.from_numpy(times)).items():
+            for column, values in time.COLUMNS[name](unet, torch.from_numpy(times), scales).items():
                 arrays[f"columns/{column}"] = values.numpy()
         for name, arguments in family.constants.items():
             arrays[f"constants/{name}"] = time.CONSTANTS[name](unet, *arguments(shape)).numpy()

@@ -14,7 +14,7 @@ from diffusers.loaders import single_file_utils as names
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from turbochain.export.sources import Want
+from turbochain.export.sources import Want, synthetic
 from turbochain.export.sources.checkpoint import Checkpoint, config_files_read, read_json
 from turbochain.export.sources.original import Original
 from turbochain.export.sources.presets import PRESETS
@@ -43,9 +43,8 @@ def write_checkpoint(original: Original, config: str, folder: Path, want: Want) 
     write_config(config, folder)
     components = [c for c in Checkpoint(folder).family.components if c not in want.skip]
     found = original.prefixes(components, config)
-    values = {c: _values(original, prefix) for c, prefix in found.items()}
-    sizes = {c: 4 * count for c, count in values.items()}
-    want.before_weights(folder, values, sum(sizes.values()))
+    counts, sizes = ({c: measure(original, prefix) for c, prefix in found.items()} for measure in (_values, _bytes))
+    want.before_weights(folder, counts, sum(sizes.values()))
     done = 0
     for component, prefix in found.items():
         write_weights(original, component, prefix, folder / component)
@@ -55,8 +54,6 @@ def write_checkpoint(original: Original, config: str, folder: Path, want: Want) 
 def write_config(config: str, folder: Path) -> None:
     """Write all of a checkpoint but its weights into `folder` (created), from a preset or a folder of such files."""
     if config in PRESETS:
-        from turbochain.export.sources import synthetic
-
         return synthetic.write_settings(config, folder)
     for path in config_files_read(Path(config)):
         target = folder / path.relative_to(config)
@@ -92,19 +89,25 @@ def write_weights(original: Original, component: str, prefix: str, folder: Path)
     except (KeyError, AttributeError, IndexError) as error:  # its tables meet a name or shape that is not there
         raise InputError(f"{original.path}: the {component} cannot be converted ({error}): check --config") from error
     _compare(original, component, expected, converted)
-    is_text = component.startswith("text_encoder")
-    named = {
-        (_WRAPPER * (is_text and "." in n and not n.startswith("text_projection"))) + n: converted[n] for n in expected
-    }
-    stem = "model" if is_text else "diffusion_pytorch_model"
-    save_file({n: t.contiguous() for n, t in named.items()}, folder / f"{stem}.safetensors", {"format": "pt"})
+    stem = "model" if _is_text(component) else "diffusion_pytorch_model"
+    written = {_published(component, name): converted[name].contiguous() for name in expected}
+    save_file(written, folder / f"{stem}.safetensors", {"format": "pt"})
+
+
+def _is_text(component: str) -> bool:
+    return component.startswith("text_encoder")
+
+
+def _published(component: str, name: str) -> str:
+    """Return the name of a parameter in published folders, which every version of transformers reads."""
+    return _WRAPPER + name if _is_text(component) and not name.startswith("text_projection") else name
 
 
 def _skeleton(component: str, folder: Path) -> torch.nn.Module:
     """Return a component's model without memory, as its config.json has it."""
     kind = _CLASSES[component]
     with torch.device("meta"):
-        if component.startswith("text_encoder"):
+        if _is_text(component):
             return kind(transformers.CLIPTextConfig.from_pretrained(folder))
         return kind.from_config(read_json(folder / "config.json"))
 
@@ -158,7 +161,7 @@ def _compare(
             "all): choose the --config that it has"
         )
     more = [n for n in found if n not in expected]
-    if more and not component.startswith("text_encoder"):
+    if more and not _is_text(component):
         raise InputError(
             f"{original.path} has weights of the {component} that the configuration does not have ({more[0]}; "
             f"{len(more)} in all): choose the --config that it has"
@@ -167,3 +170,9 @@ def _compare(
 
 def _values(original: Original, prefix: str) -> int:
     return sum(prod(shape) for name, (_, shape) in original.tensors.items() if name.startswith(prefix))
+
+
+def _bytes(original: Original, prefix: str) -> int:
+    """Return how many bytes are written for the tensors whose names begin with `prefix`."""
+    own = [stored for name, stored in original.tensors.items() if name.startswith(prefix)]
+    return sum(prod(shape) * _DTYPES.get(dtype, torch.float32).itemsize for dtype, shape in own)

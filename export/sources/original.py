@@ -19,7 +19,7 @@ PREFIXES: dict[str, tuple[str, ...]] = {
         "cond_stage_model.model.",  # this one and the next in open_clip's names
     ),
     "text_encoder_2": ("conditioner.embedders.1.model.",),
-    "unet": ("model.diffusion_model.",),
+    "unet": ("model.diffusion_model.", "diffusion_model."),
     "vae": ("first_stage_model.", "vae."),
 }
 """Component → how the names of its tensors may begin in the file of a whole checkpoint."""
@@ -30,7 +30,10 @@ CHECKPOINT = "checkpoint.safetensors"
 CONFIGS = tuple(name for name in PRESETS if not name.endswith("-mini"))
 """The published configurations, by name."""
 
-_ALONE = ("input_blocks.", "down_blocks.", "encoder.down.", "encoder.down_blocks.")  # a UNet or VAE without a prefix
+_ALONE = {  # component → how a name begins in the file of one alone, in the original names and in diffusers'
+    "unet": ("input_blocks.", "down_blocks."),
+    "vae": ("encoder.down.", "encoder.down_blocks."),
+}
 _SCALES = ("scaled_fp8", "scale_weight", "weight_scale", "scale_input", "input_scale", "comfy_quant")
 _CROSS_ATTENTION = re.compile(r"model\.diffusion_model\..*\.attn2\.to_k\.weight")
 _TOLD = {  # values that the cross-attention reads, a prefix that the file then has → the configuration
@@ -70,7 +73,7 @@ class Original:
 
     def prefix_alone(self, component: str) -> str:
         """Return `prefix`, or "" for a file of this component alone. Raises InputError if it is neither."""
-        found = "" if any(map(self.has, _ALONE)) else self.prefix(component)
+        found = "" if any(map(self.has, _ALONE[component])) else self.prefix(component)
         if found is None:
             raise InputError(
                 f"--{component} {self.path}: the file has no tensor of a {component}, in the original names or in "
@@ -89,9 +92,8 @@ def refuse_others(path: Path) -> None:
     """Raise InputError if a file is not safetensors, by its suffix and its first bytes."""
     refuse_pointers(path)
     with path.open("rb") as file:
-        start = file.read(9)
-    is_header = start[8:] == b"{"  # after its length, whose first bytes may be those of a pickle
-    if path.suffix in PICKLES or (not is_header and start.startswith((b"PK", b"\x80"))):
+        start = file.read(9)  # of safetensors: the length of its header, and the header's brace
+    if path.suffix in PICKLES or (start.startswith((b"PK", b"\x80")) and start[8:] != b"{"):
         raise InputError(
             f"{path} is a pickle, and a .safetensors file was expected because loading a pickle runs code: where you "
             "trust it, load it with torch.load(..., weights_only=True) and write it with safetensors.torch.save_file"

@@ -1,4 +1,4 @@
-"""Complete Turbo checkpoints with random weights, for machines that reach no model hub.
+"""Complete Turbo checkpoints, and their relatives, with random weights, for machines that reach no model hub.
 
 The architectures, configs and file names are the published ones; only the weights are drawn, from a seed, with gains
 that keep every activation in half precision's range and make the picture depend on every input. The `-mini` presets
@@ -41,6 +41,7 @@ _SCHEDULER: Config = {
 _GAINS: tuple[tuple[str, float], ...] = (
     (r"token_embedding|position_embedding", 1.0),
     (r"time_embedding\.linear_1", 3.0),
+    (r"time_embedding\.cond_proj", 0.4),
     (r"add_embedding\.linear_1|time_emb_proj", 4.0),
     (r"attn2\.to_v", 4.0),
     (r"attn2\.to_out", 1.0),
@@ -172,7 +173,7 @@ def write_settings(name: str, folder: Path, parts: Mapping[str, torch.nn.Module]
         (folder / tokenizer).mkdir(exist_ok=True)
         write_tokenizer(folder / tokenizer, pad_token=pad)
         index[tokenizer] = ["transformers", "CLIPTokenizer"]
-    getattr(diffusers, chosen.scheduler)(**_SCHEDULER).save_pretrained(folder / "scheduler")
+    getattr(diffusers, chosen.scheduler)(**_SCHEDULER | chosen.settings).save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", chosen.scheduler]
     for component, part in parts.items():
         _write_config(part, folder / component, chosen.fp16)
