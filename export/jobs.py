@@ -36,7 +36,7 @@ def prepare(progress: Progress, *, order: ExportOrder, recipe: Recipe, folder: P
 
         load.scheduler_class(name)  # refused before anything is downloaded
     want = Want(folder, revision=order.revision, variant=order.variant, config=order.config, progress=progress)
-    checkpoint = _fetch(order, want, check_room)
+    checkpoint = fetch(order, want, check_room)
 
     from turbochain.export import tables
 
@@ -81,8 +81,11 @@ def graphs(
     return trace.export(prepared.checkpoint, component, shape, remedies, columns, folder, recipe.opset)
 
 
-def _fetch(order: ExportOrder, want: Want, check_room: parts.CheckRoom) -> Checkpoint:
-    """Bring the order's checkpoint onto this disk, and the parts from elsewhere; the LoRAs, which are small, first."""
+def fetch(order: ExportOrder, want: Want, check_room: parts.CheckRoom | None = None) -> Checkpoint:
+    """Bring the order's checkpoint onto this disk, and the parts from elsewhere; the LoRAs, which are small, first.
+
+    Raises InputError as `parts.fetch`, and if a LoRA does not fit.
+    """
     if order.loras:
         adapters.require_peft()
     loras = parts.fetch_loras(want, {key: name for key, (name, _) in order.loras.items()})

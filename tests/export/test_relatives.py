@@ -23,7 +23,7 @@ from test_parity import assert_same_picture, load_diffusers, theirs
 from turbochain.engines import build
 from turbochain.export import asked, jobs, load, recipes, schedule
 from turbochain.export.order import ExportOrder
-from turbochain.export.prepared import Prepared
+from turbochain.export.sources import Want
 from turbochain.export.sources.checkpoint import Checkpoint, open_folder
 from turbochain.runtime import Bundle, InputError, Pipeline
 from turbochain.runtime.bundle.strict_json import convert, plain
@@ -54,8 +54,11 @@ class Card:
     scheduler: str
     config: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)
-    eta: float = 0.0
+    step: dict[str, Any] = field(default_factory=dict)
     family: str = "sdxl"
+
+    def made(self, config: Any) -> Any:
+        return getattr(diffusers, self.scheduler).from_config(config, **self.config)
 
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "trained_betas": None}
@@ -82,7 +85,7 @@ CARDS = {
     },
     "hyper-sd-1step": Card("LCMScheduler", {}, {"timesteps": [800]}),
     **{f"hyper-sd-{n}step": Card("DDIMScheduler", TRAILING, {"num_inference_steps": n}) for n in (2, 4, 8)},
-    "hyper-sd15-1step": Card("TCDScheduler", {}, {"num_inference_steps": 1}, eta=1.0, family="sd"),
+    "hyper-sd15-1step": Card("TCDScheduler", {}, {"num_inference_steps": 1}, {"eta": 1.0}, family="sd"),
     "dmd2-4step": Card("LCMScheduler", {}, {"timesteps": [999, 749, 499, 249]}),
     "lcm-lora-sdxl": Card("LCMScheduler", {}, {"num_inference_steps": 4}),
     "lcm-sd15": Card("LCMScheduler", {}, {"num_inference_steps": 4}, family="sd"),
@@ -130,6 +133,12 @@ def bases(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     return made
 
 
+@pytest.fixture(scope="module")
+def own(bases: dict[str, Path]) -> dict[str, Any]:
+    """Family → the config of the scheduler that diffusers' pipeline has of its own."""
+    return {family: load_diffusers(folder).scheduler.config for family, folder in bases.items()}
+
+
 @pytest.fixture
 def cache(files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cache as the client's own, without a network."""
@@ -143,11 +152,10 @@ def snapshot(cache: Path, name: str) -> Path:
     return cache / f"models--{owner}--{repository}" / "snapshots" / COMMIT / file
 
 
-def prepared(order: ExportOrder, folder: Path) -> Prepared:
-    """What the first phase makes of an order, as the later phases get it."""
-    order = convert(ExportOrder, plain(order))  # it travels as JSON
-    made = jobs.prepare(lambda *_: None, order=order, recipe=order.recipe("fp32"), folder=folder, force=False)
-    return convert(Prepared, plain(made))
+def fetched(order: ExportOrder, folder: Path) -> Checkpoint:
+    """The order's checkpoint, as the later phases get it: both travel as JSON."""
+    made = jobs.fetch(convert(ExportOrder, plain(order)), Want(folder))
+    return convert(Checkpoint, plain(made))
 
 
 def test_a_unet_and_a_lora_with_timesteps_of_their_own(
@@ -191,45 +199,37 @@ def test_a_unet_and_a_lora_with_timesteps_of_their_own(
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
-def test_a_recipe_is_what_the_models_page_says(name: str, cache: Path, bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_recipe_is_what_the_models_page_says(
+    name: str, cache: Path, bases: dict[str, Path], own: dict[str, Any], tmp_path: Path
+) -> None:
     card = CARDS[name]
     order = recipes.settle(ExportOrder(str(bases[card.family]), recipe_name=name, size=SIZE))
-    made = prepared(order, tmp_path)
-    parts, (given,) = made.origin.parts, {*filter(None, (order.unet, *(order.lora or ())))}
-    part = parts["unet" if order.unet else "lora"]
+    checkpoint = fetched(order, tmp_path)
+    (given,) = {*filter(None, (order.unet, *(order.lora or ())))}
+    part = checkpoint.parts["unet" if order.unet else "lora"]
     assert (part.source, part.revision, part.license) == (given, COMMIT, "openrail++")
-    assert (tmp_path / part.terms[0]).is_file()
-    assert made.checkpoint.adapters == (() if order.unet else ((made.checkpoint.loras["lora"].weights[0], 1.0),))
+    assert checkpoint.adapters == (() if order.unet else ((checkpoint.loras["lora"].weights[0], 1.0),))
 
-    pipe = load_diffusers(bases[card.family])
-    pipe.scheduler = getattr(diffusers, card.scheduler).from_config(pipe.scheduler.config, **card.config)
-    ours = load.scheduler(made.checkpoint)
-    assert type(ours) is type(pipe.scheduler) and ours.config == pipe.scheduler.config
-    recipe = order.recipe("fp32")
-    run = next(run for run in recipe.runs if run.steps == card.call.get("num_inference_steps", run.steps))
-    table = schedule.tabulate(ours, run)
-    pipe.scheduler.set_timesteps(
-        **{k: v for k, v in card.call.items() if k == "timesteps"}
-        or {"num_inference_steps": card.call["num_inference_steps"]}
-    )
-    assert table.timesteps[table.index].tolist() == pipe.scheduler.timesteps.tolist()
-    assert str(run.steps) in map(str, made.chain.tables)
-    extra = {"eta": card.eta} if card.eta else {}
-    x, predictions, generator = torch.randn(1, 4, 4, 4), torch.randn(table.rows, 1, 4, 4, 4), torch.Generator()
-    noise = torch.Generator().set_state(generator.get_state())
-    for i, t in enumerate(pipe.scheduler.timesteps):
-        pipe.scheduler.scale_model_input(x, t)
-        drawn = torch.randn(x.shape, generator=noise) if table.draws_noise[i] else torch.zeros_like(x)
-        row = table.m[i, 0, 0] * x + table.v[i, 0] * predictions[i] + table.w[i, 0] * drawn
-        options = extra | ({} if card.scheduler == "EulerDiscreteScheduler" else {"generator": generator})
-        x = pipe.scheduler.step(predictions[i], t, x, **options).prev_sample
-        torch.testing.assert_close(row.float(), x, rtol=1e-5, atol=1e-5)
+    theirs, ours = card.made(own[card.family]), load.scheduler(checkpoint)
+    assert type(ours) is type(theirs) and ours.config == theirs.config
+    theirs.set_timesteps(**card.call)
+    steps = len(theirs.timesteps)
+    table = schedule.tabulate(ours, next(run for run in order.recipe("fp32").runs if run.steps == steps))
+    assert table.timesteps[table.index].tolist() == theirs.timesteps.tolist()
+    x, predictions = torch.randn(1, 4, 4, 4), torch.randn(steps, 1, 4, 4, 4)
+    drawn, noise = (torch.Generator().manual_seed(0) for _ in range(2))
+    for i, t in enumerate(theirs.timesteps):
+        theirs.scale_model_input(x, t)
+        n = torch.randn(x.shape, generator=noise) if table.draws_noise[i] else torch.zeros_like(x)
+        row = float(table.m[i, 0, 0]) * x + float(table.v[i, 0]) * predictions[i] + float(table.w[i, 0]) * n
+        x = theirs.step(predictions[i], t, x, **card.step, generator=drawn).prev_sample
+        torch.testing.assert_close(row, x, rtol=1e-5, atol=1e-5)
 
 
 def test_a_unets_weights_are_the_files(cache: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """In diffusers' names, in fp16, from the hub: the checkpoint's own config and the file's values."""
-    made = prepared(ExportOrder(str(checkpoints["sdxl"]), unet=LIGHTNING, size=SIZE, steps=(1,)), tmp_path)
-    ours = load.component(made.checkpoint, "unet", torch.float32)
+    checkpoint = fetched(ExportOrder(str(checkpoints["sdxl"]), unet=LIGHTNING), tmp_path)
+    ours = load.component(checkpoint, "unet", torch.float32)
     expected = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(checkpoints["sdxl"] / "unet"))
     expected.load_state_dict(load_file(snapshot(cache, LIGHTNING)))
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), expected.parameters(), strict=True))
@@ -328,8 +328,8 @@ def test_a_file_that_the_cache_lacks_and_one_of_another_model(
     source = str(checkpoints["sd"])
     missing = LIGHTNING.replace("4step", "3step")
     with pytest.raises(InputError, match="ByteDance/SDXL-Lightning is neither on the hub under that name nor in the "):
-        prepared(ExportOrder(source, unet=missing, size=SIZE), tmp_path)
+        fetched(ExportOrder(source, unet=missing, size=SIZE), tmp_path)
     with pytest.raises(InputError, match=re.escape("sdxl_lightning_4step_unet")):
-        prepared(ExportOrder(source, unet=LIGHTNING, size=SIZE), tmp_path)
+        fetched(ExportOrder(source, unet=LIGHTNING, size=SIZE), tmp_path)
     with pytest.raises(InputError, match="dmd2_sdxl_4step_lora_fp16"):
-        prepared(ExportOrder(source, lora=(DMD2,), size=SIZE), tmp_path)
+        fetched(ExportOrder(source, lora=(DMD2,), size=SIZE), tmp_path)

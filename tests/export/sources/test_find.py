@@ -87,10 +87,20 @@ def test_what_no_part_comes_from(name: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as caught:
         find(name, "vae")
-    assert (
-        str(caught.value)
-        == f"--vae {name} is neither tiny, nor a .safetensors file here, nor a folder here, nor a hub id (owner/name)"
+    assert str(caught.value) == (
+        f"--vae {name} is neither tiny, nor a .safetensors file here, nor a file of the hub "
+        "(owner/name/….safetensors), nor a folder here, nor a hub id (owner/name)"
     )
+
+
+def test_a_file_of_a_hub_repository_is_a_part_and_no_checkpoint() -> None:
+    name = "owner/name/sub/a.safetensors"
+    for part in ("unet", "vae", "lora"):
+        found = find(name, part)
+        assert (type(found).__name__, found.name, found.local) == ("HubFile", name, None)
+    assert ExportOrder("demo", lora=(f"{name}:0.5",)).online
+    with pytest.raises(InputError, match=r"is neither a \.safetensors file here, nor a folder here"):
+        find(name)
 
 
 def test_every_module_of_kinds_is_one() -> None:
