@@ -66,7 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--force", action="store_true", help="build even where memory or disk look too small")
     add("--json", action="store_true", help="print the result as JSON")
     add("-v", "--verbose", action="store_true", help="show what the exporter and the libraries print")
-    return console.run(parser, _build, argv)
+
+    def carry_out_or_explain(arguments: argparse.Namespace) -> None:
+        if not arguments.source and not arguments.recipe_name:
+            parser.error("a source is required, or a recipe (--recipe NAME)")
+        _build(arguments)
+
+    return console.run(parser, carry_out_or_explain, argv)
 
 
 def _build(arguments: argparse.Namespace) -> None:

@@ -260,6 +260,8 @@ def test_what_is_given_wins_over_the_recipe() -> None:
         return recipes.settle(ExportOrder(given.pop("source", ""), recipe_name="dmd2-4step", **given))
 
     assert settled().source == "stabilityai/stable-diffusion-xl-base-1.0" and recipes.deviations(settled()) == []
+    with pytest.raises(InputError, match="no source is given: name a checkpoint, or a recipe with --recipe NAME"):
+        recipes.settle(ExportOrder(""))
     assert settled().given()["steps"] == (4,) and settled().online
     other = settled(source="demo", lora=("a/b/c.safetensors:0.7",), scheduler={"_class_name": "TCDScheduler"}, eta=0.3)
     assert (other.source, other.loras, other.timesteps) == (
@@ -278,7 +280,6 @@ def test_the_command_names_every_recipe() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ([], "no source is given: name a checkpoint, or a recipe with --recipe NAME"),
         (["--recipe", "turbo"], "there is no recipe 'turbo': choose sdxl-lightning-1step, "),
         (["demo", "--scheduler", "{trailing}"], "--scheduler {trailing}: a class of diffusers, such as DDIMScheduler"),
         (["demo", "--scheduler", "[1]"], "or a JSON object of changes to its config was expected"),
