@@ -95,8 +95,8 @@ def read(path: str | os.PathLike[str], shapes: Shapes) -> Adapter:
             )
         if role in found.setdefault(place, {}):
             raise InputError(
-                f"{path} changes {place[1]} of the {place[0]} twice ({found[place][role]} and {name}), and one LoRA to "
-                "a file was expected; save them as two files and name both"
+                f"{path} changes {place[1]} of the {place[0]} twice ({found[place][role]} and {name}), and once was "
+                "expected; remove one of the two from the file"
             )
         found[place][role] = name
     components: dict[str, dict[str, LowRank]] = {}
