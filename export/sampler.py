@@ -42,7 +42,7 @@ class Sampler:
         _check_arguments(scheduler, run)
         steps, options = _timestep_arguments(run)
         named = ", ".join([*map(str, steps), *(f"{name}={value}" for name, value in options.items())])
-        with self._explained(f"set_timesteps({named})"):
+        with self._explained(f"set_timesteps({named})", "give it other arguments, or "):
             self.scheduler.set_timesteps(*steps, **options, device="cpu")
             self.first = begin * self.scheduler.order
             self.timesteps = torch.as_tensor(self.scheduler.timesteps)[self.first :]
@@ -81,14 +81,16 @@ class Sampler:
             self.scheduler.set_begin_index(row)
 
     @contextlib.contextmanager
-    def _explained(self, call: str) -> Iterator[None]:
+    def _explained(self, call: str, remedy: str = "") -> Iterator[None]:
         try:
             yield
         except InputError:
             raise
         except Exception as error:  # any class of diffusers, or of the checkpoint's author, may raise anything
             words = " ".join(str(error).split())[:300] or type(error).__name__
-            raise refusal(self.name, f"cannot be used as the diffusers pipelines do: {call}: {words}") from error
+            raise refusal(
+                self.name, f"cannot be used as the diffusers pipelines do: {call}: {words}", remedy
+            ) from error
 
 
 @contextlib.contextmanager
@@ -131,7 +133,7 @@ def _timestep_arguments(run: Run) -> tuple[tuple[int, ...], dict[str, Any]]:
     explicit = None if run.timesteps is None else list(run.timesteps)
     options = {"timesteps": explicit, "original_inference_steps": run.original_steps, "strength": run.strength}
     given = {name: value for name, value in options.items() if value is not None}
-    return () if explicit else (run.steps,), given
+    return (run.steps,) if explicit is None else (), given
 
 
 def _of_step(scheduler: Any) -> Collection[str]:
@@ -143,12 +145,12 @@ def _check_arguments(scheduler: Any, run: Run) -> None:
     """Raise InputError if the scheduler does not read an argument; diffusers ignores an eta without a word."""
     accepted = inspect.signature(scheduler.set_timesteps).parameters
     if run.timesteps is not None and "timesteps" not in accepted:
-        raise _unread(scheduler, "explicit timesteps", TAKE_TIMESTEPS)
+        raise _unread(scheduler, "explicit timesteps", f"timesteps={list(run.timesteps)}", TAKE_TIMESTEPS)
     if run.eta and "eta" not in _of_step(scheduler):
-        raise _unread(scheduler, f"eta={run.eta}", TAKE_ETA)
+        raise _unread(scheduler, "eta", f"eta={run.eta}", TAKE_ETA)
     # LatentConsistencyModelImg2ImgPipeline gives eta=None too, with which a step that takes an eta fails.
     if run.strength is not None and ("strength" not in accepted or "eta" in _of_step(scheduler)):
-        raise _unread(scheduler, f"strength={run.strength}", ("LCMScheduler",))
+        raise _unread(scheduler, "strength", f"strength={run.strength}", ("LCMScheduler",))
     if run.timesteps is not None and run.begin and scheduler.order > 1:
         raise InputError(
             f"the scheduler {type(scheduler).__name__} makes more than one row of each explicit timestep, and the "
@@ -157,8 +159,8 @@ def _check_arguments(scheduler: Any, run: Run) -> None:
         )
 
 
-def _unread(scheduler: Any, argument: str, classes: tuple[str, ...]) -> InputError:
+def _unread(scheduler: Any, argument: str, given: str, classes: tuple[str, ...]) -> InputError:
     return InputError(
-        f"the scheduler {type(scheduler).__name__} takes no {argument.split('=')[0]}, and {argument} was given: leave "
-        f"it out, or name a class that takes it ({', '.join(classes)}) with --scheduler"
+        f"the scheduler {type(scheduler).__name__} takes no {argument}, and {given} was asked for: leave that out, or "
+        f"name a class that takes it ({', '.join(classes)}) with --scheduler"
     )
