@@ -30,8 +30,8 @@ CHECKPOINT = "checkpoint.safetensors"
 PART = "part.safetensors"
 """The same for the file of one part."""
 
-CONFIGS = tuple(name for name in PRESETS if not name.endswith("-mini"))
-"""The published configurations, by name."""
+CONFIGS = ("sd15", "sd21", "sd-turbo", "sdxl", "sdxl-turbo")
+"""The presets that are published in one file, too."""
 
 _ALONE = {  # component → how a name begins in the file of one alone, in the original names and in diffusers'
     "unet": ("input_blocks.", "down_blocks."),
@@ -128,7 +128,7 @@ def read(path: Path) -> Original:
 
 
 def settled(path: Path, config: str | None) -> tuple[str, bool]:
-    """Return the configuration of a file, and whether it is a guess: a name of `CONFIGS`, or a folder's path.
+    """Return the configuration of a file, and whether it is a guess: a preset's name, or a folder's path.
 
     Raises InputError if `config` is neither, or is None and several are possible.
     """
