@@ -92,10 +92,13 @@ class Original:
 
 
 def refuse_others(path: Path) -> None:
-    """Raise InputError if a file is not safetensors, by its suffix and its first bytes."""
+    """Raise InputError if a file cannot be read or is not safetensors, by its suffix and its first bytes."""
     refuse_pointers(path)
-    with path.open("rb") as file:
-        start = file.read(9)  # of safetensors: the length of its header, and the header's brace
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)  # of safetensors: the length of its header, and the header's brace
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if path.suffix in PICKLES or (start.startswith((b"PK", b"\x80")) and start[8:] != b"{"):
         raise InputError(
             f"{path} is a pickle, and a .safetensors file was expected because loading a pickle runs code: where you "
