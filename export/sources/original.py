@@ -27,8 +27,8 @@ PREFIXES: dict[str, tuple[str, ...]] = {
 CHECKPOINT = "checkpoint.safetensors"
 """The name in a recipe for the file of a whole checkpoint, whatever its own."""
 
-CONFIGS = tuple(name for name in PRESETS if not name.endswith("-mini"))
-"""The published configurations, by name."""
+CONFIGS = ("sd15", "sd21", "sd-turbo", "sdxl", "sdxl-turbo")
+"""The presets that are published in one file, too."""
 
 _ALONE = {  # component → how a name begins in the file of one alone, in the original names and in diffusers'
     "unet": ("input_blocks.", "down_blocks."),
@@ -89,10 +89,13 @@ class Original:
 
 
 def refuse_others(path: Path) -> None:
-    """Raise InputError if a file is not safetensors, by its suffix and its first bytes."""
+    """Raise InputError if a file cannot be read or is not safetensors, by its suffix and its first bytes."""
     refuse_pointers(path)
-    with path.open("rb") as file:
-        start = file.read(9)  # of safetensors: the length of its header, and the header's brace
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)  # of safetensors: the length of its header, and the header's brace
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if path.suffix in PICKLES or (start.startswith((b"PK", b"\x80")) and start[8:] != b"{"):
         raise InputError(
             f"{path} is a pickle, and a .safetensors file was expected because loading a pickle runs code: where you "
@@ -125,7 +128,7 @@ def read(path: Path) -> Original:
 
 
 def settled(path: Path, config: str | None) -> tuple[str, bool]:
-    """Return the configuration of a file, and whether it is a guess: a name of `CONFIGS`, or a folder's path.
+    """Return the configuration of a file, and whether it is a guess: a preset's name, or a folder's path.
 
     Raises InputError if `config` is neither, or is None and several are possible.
     """

@@ -81,6 +81,7 @@ _SD15 = replace(
     text=(_text(768, 12, 12, "quick_gelu", 768),),
     pads=(END,),
 )
+_SD21 = replace(_SD_TURBO, scheduler=_SD15.scheduler, settings=_SD15.settings)  # the base model, of 512×512
 _LCM: Config = _LEADING | {"original_inference_steps": 50, "timestep_scaling": 10.0}
 _LCM_SD15 = replace(
     _SD15,
@@ -141,6 +142,7 @@ PRESETS: dict[str, Preset] = {
     "sdxl-turbo-mini": _mini(_SDXL_TURBO, _SDXL_MINI_UNET, *_SDXL_MINI_TEXT),
     "sd15": _SD15,
     "sd15-mini": _mini(_SD15, _SD15_MINI_UNET, _SD15_MINI_TEXT),
+    "sd21": _SD21,
     "sdxl": _SDXL,
     "sdxl-mini": _mini(_SDXL, _SDXL_MINI_UNET, *_SDXL_MINI_TEXT),
     "lcm-sd15": _LCM_SD15,

@@ -65,10 +65,10 @@ class SingleFile:
 
 def _find(name: str) -> Source | None:
     path = Path(name)
-    if not name or not path.exists() or path.is_dir():
+    if not path.is_file():
         return None
     originals.refuse_others(path)
-    return SingleFile(path.resolve())
+    return SingleFile(path.absolute())  # in the hub's cache a file is a link to one without a name
 
 
 KIND = Kind("a .safetensors file here", ON_DISK, _find, parts=True)

@@ -77,7 +77,8 @@ def test_an_unknown_preset() -> None:
 @pytest.mark.parametrize("part", [None, "vae", "unet"])
 def test_a_single_file(part: str | None, tmp_path: Path) -> None:
     path = tmp_path / "sd.safetensors"
-    path.write_bytes(b"x")  # what is in it is looked at later
+    (tmp_path / "blob").write_bytes(b"x")  # what is in it is looked at later
+    path.symlink_to("blob")
     found = find(str(path), part)
     assert (type(found).__name__, found.name, found.local) == ("SingleFile", "sd.safetensors", path)
 

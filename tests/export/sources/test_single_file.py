@@ -1,6 +1,5 @@
 """A checkpoint in one file: its tensors are those that it was written from, and what cannot be read is refused."""
 
-import dataclasses
 import json
 import re
 import shutil
@@ -36,12 +35,9 @@ def components(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folders(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Kind → the checkpoint in diffusers' format. SD 1.x differs from 2.x in the projections of the transformers."""
-    folder, turbo = tmp_path_factory.mktemp("sd1") / "sd1", presets.PRESETS["sd-turbo-mini"]
-    unet = {**turbo.unet, "use_linear_projection": False, "attention_head_dim": 4}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(presets.PRESETS, "sd1", dataclasses.replace(turbo, unet=unet))
-        synthetic.write_checkpoint("sd1", folder, seed=1)
+    """Kind → the checkpoint in diffusers' format."""
+    folder = tmp_path_factory.mktemp("sd1") / "sd1"
+    synthetic.write_checkpoint("sd15-mini", folder)
     return {"sd1": folder, "sd2": checkpoints["sd"], "sdxl": checkpoints["sdxl"]}
 
 
@@ -152,7 +148,8 @@ def test_a_build(whole: dict[str, Tensors], sd: Path, file: Callable[[Tensors], 
     assert bundle.manifest.tokenizers == same.manifest.tokenizers
     assert not list(output.glob("*-checkpoint"))
     other = path.with_name("copy.safetensors")
-    shutil.copy(path, other)
+    shutil.copy(path, tmp_path / "blob")
+    other.symlink_to(tmp_path / "blob")  # as the hub's cache has it
     assert build_here(str(other), output, **order, **ON).phases == []
     name = "model.diffusion_model.out.2.bias"
     file(whole["sd2"] | {name: whole["sd2"][name] + 1})
@@ -190,6 +187,16 @@ def test_the_guess(preset: str, clip: str, diffusers_says: str, expected: str | 
     assert original.Original(Path("x"), told).guess() == expected
     assert original.Original(Path("x"), told | {"v_pred": ("F32", ())}).guess() is None
     assert expected is None or expected in original.CONFIGS
+
+
+def test_the_base_of_sd_turbo(tmp_path: Path) -> None:
+    """SD 2.1 base differs from it in the scheduler alone, which is that of SD 1.5."""
+    synthetic.write_settings("sd21", tmp_path)
+    scheduler = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())
+    told = ("_class_name", "skip_prk_steps", "steps_offset", "set_alpha_to_one", "timestep_spacing", "prediction_type")
+    assert [scheduler[key] for key in told] == ["PNDMScheduler", True, 1, False, "leading", "epsilon"]
+    assert synthetic.models("sd21")["unet"].config == synthetic.models("sd-turbo")["unet"].config
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_guess_is_said_and_kept(
@@ -284,8 +291,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 def test_configs_that_cannot_be(file: Callable[[Tensors], Path], tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     path = file({"a": torch.zeros(1)})
     for config, expected in {
-        None: r"does not tell its configuration: name it with --config: sd-turbo, .* or a folder",
-        "sd3": r"--config sd3 is no configuration: expected sd-turbo, .* or a folder",
+        None: r"does not tell its configuration: name it with --config: sd15, sd21, .* or a folder",
+        "sd3": r"--config sd3 is no configuration: expected sd15, sd21, .* or a folder",
         str(tmp_path): r"has no model_index\.json",
     }.items():
         with pytest.raises(InputError, match=expected):
