@@ -96,6 +96,7 @@ def build(
     counts = None if steps is None else tuple(steps)
     export = ExportOrder(
         *(source or "", precision, vae_precision, vae, size, batch, counts, opset, revision, variant),
+        config=config,
         unet=unet,
         scheduler=asked.scheduler_changes(scheduler),
         timesteps=None if timesteps is None else tuple(timesteps),

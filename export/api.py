@@ -72,6 +72,7 @@ def export(
     counts = None if steps is None else tuple(steps)
     order = ExportOrder(
         *(source or "", precision, vae_precision, vae, size, batch, counts, opset, revision, variant),
+        config=config,
         unet=unet,
         scheduler=asked.scheduler_changes(scheduler),
         timesteps=None if timesteps is None else tuple(timesteps),

@@ -4,6 +4,7 @@ The hub is its client's own cache, with miniatures in files of the real names.
 """
 
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,20 @@ def test_what_the_pipelines_constructor_changed_is_inherited(
         assert type(ours) is cls and ours.config == pipe.scheduler.config
     if cls is DDIMScheduler:  # Euler's own config has no clip_sample that SD's constructor could see
         assert ours.config.steps_offset == (1 if family == "sd" else 0)
+
+
+def test_weights_that_the_config_has_no_place_for_are_not_left_out(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """As those of a latent consistency model, which reads the guidance scale, beside the config of another UNet."""
+    unet = shutil.copytree(checkpoints["sd"] / "unet", tmp_path / "unet")
+    path = unet / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(path) | {"time_embedding.cond_proj.weight": torch.zeros(32, 32)}, path, {"format": "pt"})
+    checkpoint = fetched(ExportOrder(str(checkpoints["sd"]), unet=str(unet)), tmp_path)
+    with pytest.raises(
+        InputError, match=r"no place in its config\.json: time_embedding\.cond_proj\.weight \(1 in all\)"
+    ):
+        load.component(checkpoint, "unet", torch.float32)
 
 
 def test_what_is_given_wins_over_the_recipe() -> None:

@@ -127,7 +127,7 @@ def test_a_vae_in_a_file_for_a_checkpoint_without_one(
     assert_equal(load_file(checkpoint.weights["vae"][0]), {n: t + 1 for n, t in own.items()})
     assert checkpoint.parts["vae"].source == "v.safetensors" and checkpoint.source == "x.safetensors"
     order = ExportOrder(str(path), vae=str(vae), config="sd-turbo-mini")
-    assert order.files() == {"checkpoint.safetensors": path, "vae/part.safetensors": vae}
+    assert order.files() == {"checkpoint.safetensors": path, "vae.safetensors": vae}
 
 
 # --- a build
