@@ -25,12 +25,10 @@ PROMPT ?= a large red circle left of a small blue square on a yellow background
 setup: $(VENV)/.installed
 
 # torch first and by its exact version: a range may bring a build with gigabytes of CUDA libraries.
-# open_clip_torch only for the CLIP vocabulary that it carries, so without its dependencies.
 define INSTALL
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	$(@D)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[$(1)]'
-	$(@D)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt --no-deps open_clip_torch
 	touch $@
 endef
 
@@ -53,6 +51,8 @@ test: setup
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	mkdir -p build/types/turbochain
+	ln -sfn $(addprefix $(CURDIR)/,export engines runtime) build/types/turbochain
 	$(BIN)/mypy
 
 check-full: check

@@ -9,12 +9,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Unpack
 
 from turbochain.engines import backends as builders
 from turbochain.engines import compiling, installed
 from turbochain.engines.order import BuildOrder, engine_order
+from turbochain.export import recipes
 from turbochain.export.api import locked, make, path_of
-from turbochain.export.order import ExportOrder, How, batches_of, sizes_of
+from turbochain.export.order import ExportOptions, ExportOrder, How
 from turbochain.export.phases.phases import LOG, PhaseReport, Phases
 from turbochain.runtime import backends, selection
 from turbochain.runtime.bundle.manifest import Check
@@ -38,23 +40,12 @@ class BuildResult:
 
 
 def build(
-    source: str,
+    source: str | None = None,
     output: str | Path | None = None,
     *,
     backend: str | None = None,
     device: str | None = None,
     target: str | None = None,
-    precision: str | None = None,
-    vae_precision: str | None = None,
-    vae: str | None = None,
-    tasks: Sequence[str] | None = None,
-    size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
-    batch: int | Sequence[int] | None = None,
-    steps: Sequence[int] | None = None,
-    opset: int | None = None,
-    revision: str | None = None,
-    variant: str | None = None,
-    guidance_scale: float | None = None,
     options: Mapping[str, object] | None = None,
     timing_cache: str | Path | None = None,
     chains: Sequence[str] | None = None,
@@ -62,43 +53,24 @@ def build(
     force: bool = False,
     quiet: bool = False,
     verbose: bool = False,
+    **bundle: Unpack[ExportOptions],
 ) -> BuildResult:
     """Build `output` (default: the source's name + ".bundle", here) with an engine for this machine.
 
-    `source`: a hub id, a local folder in diffusers' format, "demo" (the small trained model that comes with
-    this package), "synthetic:NAME", or a bundle. `backend`: default the best for this machine. `device`: of this
-    machine, such as "cpu" or "cuda:1". `target`: build for another machine's GPU, such as "sm89" (TensorRT-RTX);
-    the engine is verified when it is first loaded there.
-    `precision`: "fp32" or "fp16" (default: the backend's); if fp16 would overflow, the graph gets a remedy
-    (`BuildResult.remedy`). `vae_precision`: "fp32" or "bf16", for the VAE instead. `vae`: another VAE than the
-    checkpoint's own, "tiny" (the family's AutoencoderTiny, many times faster, pictures slightly softer), a hub id or a
-    local folder; what diffusers makes with it is then the reference. `tasks`: text-to-image, image-to-image (the
-    default are both) and inpainting. `size`: width and height in pixels, multiples of 8 (default 512×512), or several;
-    `batch`: pictures per pass (default 1), or several: there is a chain of each, with shared weights. `guidance_scale`:
-    of a call that gives none (default 0, for models that were trained to do without). `steps`: step counts (default 1
-    to 4). `opset`: of the ONNX graphs, 18 to 23 (default 21). `options`: the backend's own, such as
-    {"builder_optimization_level": 5}; see `BUILDER` in its module in `turbochain.engines.backends`. `timing_cache`: the
-    folder for TensorRT's timings, one file per GPU and library version (default: beside the bundle, or beside
-    `engines`). `chains`: compile and verify only the graphs of these chains (default: all of the bundle's); a later
-    call with others adds theirs. `engines`: the folder of this bundle's engines (default: its own, or the user's cache
-    if it is read-only). `force` skips the check of memory and disk. A second call with the same arguments finds the
-    result and does nothing. Raises InputError for what cannot be built, VerificationError if the engine differs from
-    diffusers by more than its bounds (the engine is then not installed).
+    `source`: as `turbochain.export.export` has it, or a bundle. `bundle`: what bundle to make, see `ExportOptions`; the
+    default of `precision` is the backend's. `backend`: default the best for this machine. `device`: of this machine,
+    such as "cpu" or "cuda:1". `target`: build for another machine's GPU, such as "sm89" (TensorRT-RTX); the engine is
+    verified when it is first loaded there. `options`: the backend's own, such as {"builder_optimization_level": 5}; see
+    `BUILDER` in its module in `turbochain.engines.backends`. `timing_cache`: the folder for TensorRT's timings, one
+    file per GPU and library version (default: beside the bundle, or beside `engines`). `chains`: compile and verify
+    only the graphs of these chains (default: all of the bundle's); a later call with others adds theirs. `engines`: the
+    folder of this bundle's engines (default: its own, or the user's cache if it is read-only). `force` skips the check
+    of memory and disk. A second call with the same arguments finds the result and does nothing. Raises InputError for
+    what cannot be built, VerificationError if the engine differs from diffusers by more than its bounds (the engine is
+    then not installed).
     """
-    export = ExportOrder(
-        source=source,
-        precision=precision,
-        vae_precision=vae_precision,
-        vae=vae,
-        tasks=None if tasks is None else tuple(tasks),
-        sizes=sizes_of(size),
-        batches=batches_of(batch),
-        steps=None if steps is None else tuple(steps),
-        opset=opset,
-        revision=revision,
-        variant=variant,
-        guidance_scale=guidance_scale,
-    )
+    export = recipes.settle(ExportOrder.of(source, bundle))
+    precision = bundle.get("precision")
     engine = engine_order(backend, device, target, options, timing_cache, precision, chains, engines)
     return carry_out(BuildOrder(export, engine, How(path_of(export, output), force, quiet, verbose)))
 

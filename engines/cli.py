@@ -5,12 +5,13 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from turbochain.engines import options as backend_options
 from turbochain.engines.build import BuildResult, carry_out
 from turbochain.engines.order import BuildOrder, engine_order
-from turbochain.export import tasks
+from turbochain.export import asked, recipes, tasks
 from turbochain.export.api import path_of
 from turbochain.export.order import ExportOrder, How, Recipe
 from turbochain.runtime.checks.verify import bound_text
@@ -23,11 +24,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "build-engine",
         description="Build a bundle with an engine for this machine, checked against diffusers.",
-        epilog=backend_options.described(),
+        epilog=f"{recipes.described()}\n\n{backend_options.described()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("source", help="a hub id, a local folder in diffusers' format, demo, synthetic:NAME, or a bundle")
+    add(
+        "source",
+        nargs="?",
+        default="",
+        help="a hub id, a folder in diffusers' format, a .safetensors file, demo, synthetic:NAME, or a bundle "
+        "(default: the recipe's)",
+    )
     add("-o", "--output", help="the bundle (default: the source's name with .bundle, in this folder)")
     add("--backend", help="default: the best for this machine")
     add("--device", help="default: the backend's own choice")
@@ -42,7 +49,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--opset", type=int, help="of the ONNX graphs, 18 to 23 (default 21)")
     add("--revision", help="branch, tag or commit of a hub id")
     add("--variant", help="weight files' variant, such as fp16")
-    add("--guidance-scale", type=float, help="of a call that gives none (default 0: the model was trained without)")
+    add("--config", help="of a .safetensors file: sd15, sd-turbo, sdxl-turbo, …, or a folder with its JSON files")
+    add(
+        "--recipe",
+        dest="recipe_name",
+        metavar="NAME",
+        help="a distilled model; see below. Other options win over it",
+    )
+    add("--unet", help="a .safetensors file, a hub id, a file of one (owner/name/file) or a folder: this UNet instead")
+    add("--lora", metavar="NAME[:SCALE]", action="append", help="fuse this LoRA, named as --unet; may be repeated")
+    add("--scheduler", help="a class, such as LCMScheduler, or JSON of changes of its config (_class_name: the class)")
+    add("--timesteps", help="explicit ones instead of --steps, such as 999,749,499,249")
+    add("--eta", type=float, help="of DDIMScheduler and TCDScheduler, 0 to 1 (default 0)")
+    add("--guidance-scale", type=float, help="of a call that gives none (default 0; 7.5 is usual for SD 1.5)")
+    add(
+        "--guidance-scales", metavar="G,…", help="for UNets that read it, as an LCM's: those that calls can choose from"
+    )
+    add("--strengths", metavar="S,…", help="of LCM image-to-image: those that calls can choose")
     add("-O", metavar="NAME=VALUE", action="append", default=[], help="an option of the backend; see below")
     add("--timing-cache", metavar="FOLDER", help="where TensorRT's timings are kept (default: beside the bundle)")
     add("--chains", metavar="NAME,…", help="compile only the graphs of these chains (default: all of the bundle's)")
@@ -50,16 +73,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--force", action="store_true", help="build even where memory or disk look too small")
     add("--json", action="store_true", help="print the result as JSON")
     add("-v", "--verbose", action="store_true", help="show what the exporter and the libraries print")
-    return console.run(parser, _build, argv)
+
+    def carry_out_or_explain(arguments: argparse.Namespace) -> None:
+        if not arguments.source and not arguments.recipe_name:
+            parser.error("a source is required, or a recipe (--recipe NAME)")
+        _build(arguments)
+
+    return console.run(parser, carry_out_or_explain, argv)
 
 
 def _build(arguments: argparse.Namespace) -> None:
     given = vars(arguments)
-    given["sizes"] = tuple(map(console.size_of, arguments.size.split(","))) if arguments.size else None
-    given["batches"] = tuple(map(_batch, arguments.batch.split(","))) if arguments.batch else None
-    given["tasks"] = tuple(arguments.tasks.split(",")) if arguments.tasks else None
+    given["tasks"] = arguments.tasks and tuple(arguments.tasks.split(","))
+    given["sizes"] = arguments.size and tuple(map(console.size_of, arguments.size.split(",")))
+    given["batches"] = arguments.batch and _numbers("--batch", arguments.batch, int)
+    for name in ("guidance_scales", "strengths"):
+        value = getattr(arguments, name)
+        given[name] = value and _numbers(f"--{name.replace('_', '-')}", value, float)
     given["steps"] = _steps(arguments.steps) if arguments.steps else None
-    export = ExportOrder(**{f.name: given[f.name] for f in dataclasses.fields(ExportOrder)})
+    given["scheduler"] = asked.scheduler_changes(arguments.scheduler)
+    given["timesteps"] = _timesteps(arguments.timesteps) if arguments.timesteps else None
+    given["lora"] = arguments.lora and tuple(arguments.lora)
+    export = recipes.settle(ExportOrder(**{f.name: given[f.name] for f in dataclasses.fields(ExportOrder)}))
     options = backend_options.parse(arguments.O)
     given["chains"] = None if arguments.chains is None else arguments.chains.split(",")
     named = ("backend", "device", "target", "timing_cache", "precision", "chains", "engines")
@@ -114,10 +149,12 @@ def _graph(result: BuildResult, name: str) -> list[str]:
     ]
 
 
-def _batch(value: str) -> int:
-    if not re.fullmatch(r"\d{1,4}", value):
-        raise InputError(f"--batch {value}: a number of pictures was expected, such as 1, or several, such as 1,4")
-    return int(value)
+def _numbers(option: str, value: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
+    """Return the numbers of a list; InputError if one is none."""
+    try:
+        return tuple(map(kind, value.split(",")))
+    except ValueError:
+        raise InputError(f"{option} {value}: a number was expected, or several, such as 1,4") from None
 
 
 def _steps(value: str) -> tuple[int, ...]:
@@ -126,6 +163,12 @@ def _steps(value: str) -> tuple[int, ...]:
     if re.fullmatch(r"\d{1,3}(,\d{1,3})*", value):
         return tuple(int(n) for n in value.split(","))
     raise InputError(f"--steps {value}: a range or a list was expected, such as 1-4 or 1,2,4")
+
+
+def _timesteps(value: str) -> tuple[int, ...]:
+    if re.fullmatch(r"\d{1,4}(,\d{1,4})*", value):
+        return tuple(int(n) for n in value.split(","))
+    raise InputError(f"--timesteps {value}: a list was expected, such as 999,749,499,249")
 
 
 if __name__ == "__main__":

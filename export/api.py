@@ -5,12 +5,13 @@ is written down with its hashes, so an interrupted export goes on where it stopp
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Unpack
 
-from turbochain.export import bundling
-from turbochain.export.order import ExportOrder, How, Recipe, batches_of, sizes_of
+from turbochain.export import bundling, recipes
+from turbochain.export.order import ExportOptions, ExportOrder, How, Recipe
 from turbochain.export.phases.bar import Phase
 from turbochain.export.phases.phases import LOG, SMALL, PhaseReport, Phases
 from turbochain.export.sources.digests import Digests
@@ -21,58 +22,28 @@ from turbochain.runtime.errors import InputError
 
 
 def export(
-    source: str,
+    source: str | None = None,
     output: str | Path | None = None,
     *,
-    precision: str | None = None,
-    vae_precision: str | None = None,
-    vae: str | None = None,
-    tasks: Sequence[str] | None = None,
-    size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
-    batch: int | Sequence[int] | None = None,
-    steps: Sequence[int] | None = None,
-    opset: int | None = None,
-    revision: str | None = None,
-    variant: str | None = None,
-    guidance_scale: float | None = None,
     force: bool = False,
     quiet: bool = False,
     verbose: bool = False,
+    **options: Unpack[ExportOptions],
 ) -> Path:
     """Make the bundle `output` (default: the source's name + ".bundle", here) without an engine; return its path.
 
-    `source`: a hub id, a local folder in diffusers' format, "demo" (the small trained model that comes with this
-    package) or "synthetic:NAME". `precision`: "fp32" (the default) or "fp16"; a graph that would overflow fp16 gets a
-    remedy. `vae_precision`: "fp32" or "bf16", for the VAE instead. `vae`: another VAE than the checkpoint's own: "tiny"
-    (the family's AutoencoderTiny), a hub id or a local folder. `tasks`: text-to-image, image-to-image (the default are
-    both) and inpainting. `size`: width and height in pixels, multiples of 8 (default 512×512), or several; `batch`:
-    pictures per pass (default 1), or several: there is a chain of each, with shared weights. `guidance_scale`: of a
-    call that gives none (default 0, for models that were trained to do without). `steps`: step counts (default 1 to 4).
-    `opset`: of the ONNX graphs, 18 to 23 (default 21). `revision`: branch, tag or commit of a hub id. `variant`: of the
-    weight files, such as "fp16". `force` skips the check of memory and disk. `quiet` prints no phases, `verbose` shows
-    what the libraries print.
+    `source`: a hub id, a local folder in diffusers' format, a .safetensors file in the original names, "demo" (the
+    small trained model that comes with this package) or "synthetic:NAME". `options`: those of `ExportOptions`. `force`
+    skips the check of memory and disk. `quiet` prints no phases, `verbose` shows what the libraries print.
 
-    The bundle holds what diffusers' own pipeline produced, so an engine of it can be checked anywhere. A second call
+    The bundle holds what diffusers' own pipelines produced, so an engine of it can be checked anywhere. A second call
     with the same arguments finds the bundle and does nothing. Raises InputError for what cannot be exported.
     """
-    order = ExportOrder(
-        source=source,
-        precision=precision,
-        vae_precision=vae_precision,
-        vae=vae,
-        tasks=None if tasks is None else tuple(tasks),
-        sizes=sizes_of(size),
-        batches=batches_of(batch),
-        steps=None if steps is None else tuple(steps),
-        opset=opset,
-        revision=revision,
-        variant=variant,
-        guidance_scale=guidance_scale,
-    )
-    if is_bundle(source):
+    order = recipes.settle(ExportOrder.of(source, options))
+    if is_bundle(order.source):
         raise InputError(
-            f"{source} is a bundle already, and a checkpoint was expected: build an engine of it with "
-            f"build-engine {source}"
+            f"{order.source} is a bundle already, and a checkpoint was expected: build an engine of it with "
+            f"build-engine {order.source}"
         )
     with make(order, How(path_of(order, output), force, quiet, verbose), "fp32", []) as bundle:
         return bundle.path
@@ -86,6 +57,8 @@ def make(order: ExportOrder, how: How, precision: str, reports: list[PhaseReport
     none. A report of each phase is appended to `reports`. Raises InputError if another bundle or file is at the path.
     """
     output = how.output
+    if (others := recipes.deviations(order)) and not how.quiet:
+        print(f"recipe {order.recipe_name}; what is given wins over its {', '.join(others)}", file=sys.stderr)
     if output.exists() and not is_bundle(output):
         raise InputError(f"{output} exists and is not a bundle: choose another path with -o")
     partial = output.with_name(output.name + ".partial")
@@ -131,13 +104,20 @@ def is_bundle(path: str | Path) -> bool:
 
 
 def path_of(order: ExportOrder, output: str | Path | None) -> Path:
-    """Return where the bundle is made: `output`, or the source if it is a bundle, or its name with .bundle, here."""
+    """Return where the bundle is made: `output`, or the source if it is a bundle, or a name with .bundle, here.
+
+    The name is the recipe's, or the source's.
+    """
     if output is not None:
         return Path(output)
     if is_bundle(order.source):
         return Path(order.source)
-    folder = Path(order.source)
-    name = folder.resolve().name if folder.is_dir() else order.source.rstrip("/").replace(":", "/").rpartition("/")[2]
+    if order.recipe_name:
+        return Path(order.recipe_name + ".bundle")
+    place = Path(order.source)
+    if place.is_file():
+        return Path(place.stem + ".bundle")
+    name = place.resolve().name if place.is_dir() else order.source.rstrip("/").replace(":", "/").rpartition("/")[2]
     return Path(name + ".bundle")
 
 

@@ -63,7 +63,7 @@ def _export(phases: Phases, order: ExportOrder, recipe: Recipe, digests: Digests
     _require_export()
     state = Finished(folder, strict_json.plain(recipe))
     digests.save(folder)
-    common = {"recipe": recipe, "folder": folder}
+    common: dict[str, Any] = {"recipe": recipe, "folder": folder}
     job, where = "turbochain.export.jobs:prepare", {"keep": True, "online": order.online}
     load = partial(phases.run, "load", job, **where, order=order, force=force, **common)
     place = json.dumps([str(source.local) for source in order.sources.values()])  # what lies elsewhere is loaded again

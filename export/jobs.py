@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ from turbochain.export.families import Family
 from turbochain.export.order import ExportOrder, Recipe
 from turbochain.export.prepared import Prepared
 from turbochain.export.remedies import Remedy, decide
-from turbochain.export.sources import Want, find, parts
+from turbochain.export.sources import Want, adapters, find, parts
 from turbochain.export.sources.checkpoint import Checkpoint, Part
 from turbochain.export.sources.digests import Digests
-from turbochain.runtime.bundle.manifest import REFERENCE, TEXT_TO_IMAGE, Graph, Origin, PartOrigin
+from turbochain.runtime.bundle.manifest import REFERENCE, Graph, Origin, PartOrigin
 
 Progress = Callable[[int, int], None]
 
@@ -30,23 +31,29 @@ def prepare(progress: Progress, *, order: ExportOrder, recipe: Recipe, folder: P
         precisions = layout.precisions(recipe.precision, recipe.vae_precision)
         estimate.require(estimate.needs(layout.graphs(), configs, counts, precisions, fetched), folder, force)
 
-    want = Want(folder, revision=order.revision, variant=order.variant, progress=progress)
-    checkpoint = parts.fetch(find(order.source), want, order.parts, check_room)
+    if name := (order.scheduler or {}).get("_class_name"):
+        from turbochain.export import load
 
-    from turbochain.export import load, tables
+        load.scheduler_class(name)  # refused before anything is downloaded
+    want = Want(folder, revision=order.revision, variant=order.variant, config=order.config, progress=progress)
+    checkpoint = fetch(order, want, check_room)
 
-    tasks = recipe.find_tasks()
-    made = tables.make(checkpoint, tasks, recipe.steps)
+    from turbochain.export import tables
+
+    made = tables.make(checkpoint, recipe)
     K = next(one.table.K for of_task in made.values() for one in of_task.values())
     zeros = checkpoint.family.zeros(checkpoint.index)
-    layout, chains = recipe.layout(checkpoint.family, checkpoint.configs, K, zeros), {}
-    for task in tasks:
-        entries = {name: one.entry for name, one in made[task.name].items()}
-        defaults = {"guidance_scale": recipe.guidance_scale}
-        if task.starts_late:
-            defaults["strength"] = load.defaults(checkpoint, task.name)["strength"]
-        for shape in layout.shapes:
-            chains[layout.name(task, shape)] = layout.chain(task, shape, entries, defaults)
+    layout = recipe.layout(checkpoint.family, checkpoint.configs, K, zeros)
+    chains = {
+        layout.name(task, shape): layout.chain(
+            task,
+            shape,
+            {name: one.entry for name, one in made[task.name].items()},
+            tables.defaults(checkpoint, recipe, task, made[task.name]),
+        )
+        for task in layout.tasks
+        for shape in layout.shapes
+    }
     return Prepared(
         checkpoint=checkpoint,
         origin=_origin(checkpoint, folder),
@@ -62,20 +69,16 @@ def reference(progress: Progress, *, recipe: Recipe, prepared: Prepared, folder:
     from turbochain.export import load, tables
     from turbochain.export import reference as recorder
 
-    checkpoint, path = prepared.checkpoint, folder / REFERENCE
-    layout = prepared.layout(recipe)
+    checkpoint, path, layout = prepared.checkpoint, folder / REFERENCE, prepared.layout(recipe)
     pipelines = load.pipelines(checkpoint, [task.name for task in layout.tasks])
-    made, unet = tables.make(checkpoint, layout.tasks, recipe.steps), next(iter(pipelines.values())).unet
+    made, unet = tables.make(checkpoint, recipe), next(iter(pipelines.values())).unet
     for task in layout.tasks:
         for shape in layout.shapes:
             file = prepared.chains[layout.name(task, shape)].tables_file
             tables.write(made[task.name], checkpoint.family, unet, shape, folder / file)
-    scale = (
-        recipe.guidance_scale
-        if recipe.guidance_scale > 1
-        else load.defaults(checkpoint, TEXT_TO_IMAGE)["guidance_scale"]
-    )
-    recorder.write(pipelines, checkpoint, layout, prepared.chains, scale, path, progress)
+    own = load.defaults(checkpoint, layout.tasks[0].name)["guidance_scale"]
+    scale = max(recipe.guidance_scale or 0.0, own)  # of the guided calls: one above 1
+    recorder.write(pipelines, checkpoint, layout, prepared.chains, scale, recipe.call, path, progress)
     return decide(layout.graphs(), layout.precisions(recipe.precision, recipe.vae_precision), path)
 
 
@@ -100,9 +103,25 @@ def graphs(
     return trace.export_graphs(prepared.checkpoint, component, wanted, columns, folder, recipe.opset)
 
 
+def fetch(order: ExportOrder, want: Want, check_room: parts.CheckRoom | None = None) -> Checkpoint:
+    """Bring the order's checkpoint onto this disk, and the parts from elsewhere; the LoRAs, which are small, first.
+
+    Raises InputError as `parts.fetch`, and if a LoRA does not fit.
+    """
+    if order.loras:
+        adapters.require_peft()
+    loras = parts.fetch_loras(want, {key: name for key, (name, _) in order.loras.items()})
+    fused = tuple((loras[key].weights[0], scale) for key, (_, scale) in order.loras.items())
+    checkpoint = parts.fetch(find(order.source), want, order.parts, check_room)
+    checkpoint = replace(checkpoint, loras=loras, adapters=fused, scheduler=order.scheduler or {})
+    adapters.read_all(checkpoint)  # whether they fit
+    return checkpoint
+
+
 def _origin(checkpoint: Checkpoint, folder: Path) -> Origin:
     """Return where the checkpoint came from, its licences copied into `folder`."""
-    weighty, known = checkpoint.family.components, Digests(folder)
+    weighty, known = {*checkpoint.family.components, *checkpoint.loras}, Digests(folder)
+    foreign = checkpoint.replaced | checkpoint.loras
     return Origin(
         source=checkpoint.source,
         pipeline_class=checkpoint.family.pipeline_class,
@@ -112,7 +131,7 @@ def _origin(checkpoint: Checkpoint, folder: Path) -> Origin:
                 revision=part.revision,
                 variant=part.own_variant if name in weighty else None,
                 license=part.license,
-                terms=_copy_terms(part, folder, f"{name}-" if name in checkpoint.replaced else ""),
+                terms=_copy_terms(part, folder, f"{name}-" if name in foreign else ""),
                 weights={path.name: known.record(path) for path in part.weights} if name in weighty else {},
             )
             for name, part in checkpoint.parts.items()

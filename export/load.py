@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,6 +42,11 @@ def component(checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, traceabl
         )
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder} cannot be loaded as {cls}: {_reason(error)}") from error
+    if name in checkpoint.replaced and (unexpected := sorted(info["unexpected_keys"])):
+        raise InputError(
+            f"the weights in {folder} have no place in its config.json: {', '.join(unexpected[:5])} ({len(unexpected)} "
+            f"in all); another config was expected: give --{name} a folder with these weights and their own config.json"
+        )
     missing = sorted(k for k in info["missing_keys"] if not k.endswith("position_ids"))
     if missing:
         raise InputError(f"the weights in {folder} lack {', '.join(missing[:5])} ({len(missing)} in all)")
@@ -71,8 +77,9 @@ def pipelines(checkpoint: Checkpoint, tasks: Sequence[str], dtype: torch.dtype =
         kind = pipeline_class(checkpoint, task)
         named = inspect.signature(kind).parameters.keys() & index.keys()
         settings = {n: index[n] for n in named if not isinstance(index[n], list)}  # a list names a part's class
-        own = {"scheduler": scheduler(checkpoint, task)}
-        found[task] = kind(**settings | parts | own | family.pipeline_options)
+        own = {"scheduler": _own_scheduler(checkpoint, task)}
+        found[task] = kind(**settings, **parts, **own, **family.pipeline_options)
+        found[task].scheduler = scheduler(checkpoint, task)
         if checkpoint.adapters and len(found) == 1:
             fuse.with_diffusers(found[task], checkpoint.adapters)
     return found
@@ -100,7 +107,42 @@ def tokenizer(checkpoint: Checkpoint, folder: str) -> Any:
 
 
 def scheduler(checkpoint: Checkpoint, task: str = TEXT_TO_IMAGE) -> Any:
-    """Return the scheduler that a task's pipeline ends up with, whose class's constructor may change the config.
+    """Return the scheduler that a task's pipeline draws with: the checkpoint's own, with `checkpoint.scheduler` changed.
+
+    It is changed as users do, `pipe.scheduler = CLASS.from_config(pipe.scheduler.config, …)`, so what the pipeline's
+    constructor changed of the checkpoint's own is inherited, and nothing is changed afterwards. Raises InputError if a
+    class cannot be loaded, or has no such setting.
+    """
+    own = _own_scheduler(checkpoint, task)
+    changes = {name: value for name, value in checkpoint.scheduler.items() if name != "_class_name"}
+    if not checkpoint.scheduler:
+        return own
+    cls = scheduler_class(checkpoint.scheduler.get("_class_name", type(own).__name__))
+    known = inspect.signature(cls.__init__).parameters.keys() - {"self", "kwargs"}
+    if unknown := sorted(changes.keys() - known):
+        raise InputError(f"--scheduler: {cls.__name__} has no {unknown[0]}: it has {', '.join(sorted(known))}")
+    try:
+        return cls.from_config(own.config, **changes)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"--scheduler {json.dumps(checkpoint.scheduler)}: {_reason(error)}") from error
+
+
+def scheduler_class(name: str) -> Any:
+    """Return a scheduler's class; InputError if diffusers exports no scheduler of this name, or cannot load it."""
+    diffusers = importlib.import_module("diffusers")
+    found = getattr(diffusers, name, None)
+    if isinstance(found, diffusers.utils.DummyObject):
+        raise sampler.refusal(name, f"cannot be loaded: it needs {' and '.join(found._backends)}")
+    if not (inspect.isclass(found) and issubclass(found, diffusers.SchedulerMixin)):
+        raise InputError(
+            f"--scheduler {name}: diffusers exports no scheduler of this name; a class was expected, such as "
+            f"{', '.join(sampler.FOREMOST)}"
+        )
+    return found
+
+
+def _own_scheduler(checkpoint: Checkpoint, task: str) -> Any:
+    """Return the checkpoint's scheduler as its pipeline's class leaves it, whose constructor may change the config.
 
     `StableDiffusionPipeline` sets `steps_offset` to 1 and `clip_sample` to False; `StableDiffusionXLPipeline` does
     neither. Raises InputError if the class cannot be loaded.

@@ -4,15 +4,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from turbochain.export import tasks
+from turbochain.export import asked, tasks
 from turbochain.export.chains import Layout
 from turbochain.export.families import Family, Shape
-from turbochain.export.sources import Source, find, is_elsewhere
+from turbochain.export.sources import Source, find, is_elsewhere, original
 from turbochain.export.sources.checkpoint import files_read, part_files_read, settled_variant
 from turbochain.export.sources.digests import Digests
 from turbochain.export.sources.parts import TINY
+from turbochain.export.sources.presets import PRESETS
 from turbochain.export.tasks import Task
 from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, TEXT_TO_IMAGE
 from turbochain.runtime.errors import InputError
@@ -20,27 +21,84 @@ from turbochain.runtime.errors import InputError
 PRECISIONS = ("fp32", "fp16")
 VAE_PRECISIONS = ("fp32", "bf16")
 LOCAL = "a folder"
-"""The source in a recipe for a local folder, which its files identify, and not its name."""
+"""The source in a recipe for a local folder or file, which its files identify, and not its name."""
+
+
+class ExportOptions(TypedDict, total=False):
+    """What `export` and `build` take to say what bundle is made; None, or left out: the default."""
+
+    precision: str | None
+    """"fp32" (the default on a CPU) or "fp16"; a graph that would overflow fp16 gets a remedy."""
+    vae_precision: str | None
+    """"fp32" or "bf16", for the VAE instead."""
+    tasks: Sequence[str] | None
+    """Of text-to-image, image-to-image (the default are both) and inpainting."""
+    size: tuple[int, int] | Sequence[tuple[int, int]] | None
+    """Width and height in pixels, multiples of 8 (default 512×512), or several: there is a chain of each."""
+    batch: int | Sequence[int] | None
+    """Pictures per pass (default 1), or several: there is a chain of each."""
+    steps: Sequence[int] | None
+    """Step counts, 1 to 50 (default 1 to 4)."""
+    guidance_scale: float | None
+    """Of a call that gives none (default 0, for models that were trained to do without; 7.5 is usual for SD 1.5)."""
+    guidance_scales: Sequence[float] | None
+    """Those that calls can choose from if the UNet reads the scale itself (default: that of the pipeline)."""
+    strengths: Sequence[float] | None
+    """Those that calls of LatentConsistencyModelImg2ImgPipeline can choose from (default: that of the pipeline)."""
+    opset: int | None
+    """Of the ONNX graphs, 18 to 23 (default 21)."""
+    revision: str | None
+    """Branch, tag or commit of a hub id."""
+    variant: str | None
+    """Of the weight files, such as "fp16"."""
+    config: str | None
+    """Of a source that is a .safetensors file in the original names (ldm, sgm): the configuration that it was published
+    with, "sd-turbo", "sdxl-turbo", "sd15", "sd21", "sdxl", or a folder with its JSON files in diffusers' format.
+    Default: what the shapes of its tensors tell, said on stderr."""
+    vae: str | None
+    """Another VAE than the checkpoint's own: "tiny" (the family's AutoencoderTiny, many times faster, pictures slightly
+    softer), a .safetensors file, a hub id or a folder."""
+    unet: str | None
+    """Another UNet: a .safetensors file, a hub id, a file of a hub repository (owner/name/file) or a folder; if it has
+    no config, the checkpoint's serves."""
+    lora: Sequence[str] | None
+    """LoRAs that are fused, in this order, each NAME or NAME:SCALE, named as a UNet is."""
+    scheduler: str | Mapping[str, Any] | None
+    """The name of another class, or changes of its config, in which `_class_name` names a class; it is made as
+    `CLASS.from_config(pipe.scheduler.config, …)` makes it."""
+    timesteps: Sequence[int] | None
+    """Explicit ones instead of `steps`, descending."""
+    eta: float | None
+    """Of schedulers that have one, 0 to 1 (default 0)."""
+    recipe: str | None
+    """One of `turbochain.export.recipes`, which gives the source and all of these that are not given."""
 
 
 @dataclass(frozen=True)
 class ExportOrder:
     """What bundle to make; InputError lists every value that cannot be. None: the default."""
 
-    source: str  # a hub id, a folder in diffusers' format, "demo", "synthetic:NAME"
+    source: str  # a hub id, a folder in diffusers' format, a .safetensors file, "demo", "synthetic:NAME"
     precision: str | None = None  # fp32 or fp16
     vae_precision: str | None = None  # fp32 or bf16, for the VAE instead
     vae: str | None = None  # "tiny", a hub id or a folder: this VAE instead of the checkpoint's own
-    sizes: tuple[tuple[int, int], ...] | None = (
-        None  # width, height in pixels, multiples of 8; the first is the default
-    )
+    tasks: tuple[str, ...] | None = None  # text-to-image, image-to-image, inpainting
+    sizes: tuple[tuple[int, int], ...] | None = None  # width, height in pixels, multiples of 8
     batches: tuple[int, ...] | None = None  # pictures per pass
     steps: tuple[int, ...] | None = None  # step counts, 1 to 50
     opset: int | None = None  # of the ONNX graphs, 18 to 23
     revision: str | None = None  # branch, tag or commit of a hub id
     variant: str | None = None  # of the weight files, such as "fp16"
-    tasks: tuple[str, ...] | None = None  # text-to-image, image-to-image, inpainting
+    config: str | None = None  # of a source that is a file: a preset's name, or a folder with its JSON files
+    unet: str | None = None  # a safetensors file, a hub id, a file of one, or a folder: this UNet instead
+    scheduler: dict[str, Any] | None = None  # changes of the scheduler's config; `_class_name`: another class
+    timesteps: tuple[int, ...] | None = None  # explicit ones, descending, instead of steps
+    lora: tuple[str, ...] | None = None  # NAME or NAME:SCALE, fused in this order; names as of a UNet
+    eta: float | None = None  # 0 to 1, of the schedulers that have one
     guidance_scale: float | None = None  # of a call that gives none
+    guidance_scales: tuple[float, ...] | None = None  # that a UNet with a guidance embedding gets tables for
+    strengths: tuple[float, ...] | None = None  # that LatentConsistencyModelImg2ImgPipeline gets tables for
+    recipe_name: str | None = None  # of a recipe that was settled with, see `recipes.settle`
 
     def __post_init__(self) -> None:
         problems = []
@@ -52,32 +110,60 @@ class ExportOrder:
             if min(width, height) < 8 or width % 8 or height % 8:
                 problems.append(f"size {width}x{height}: width and height must be multiples of 8 pixels")
         problems += [f"batch {batch}: at least 1 was expected" for batch in self.batches or () if batch < 1]
-        for name, values in (("size", self.sizes), ("batch", self.batches), ("tasks", self.tasks)):
-            if values == ():
+        for name in ("tasks", "sizes", "batches", "guidance_scales", "strengths"):
+            if getattr(self, name) == ():
                 problems.append(f"{name}: at least one was expected")
-        if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
-            problems.append(f"guidance scale {self.guidance_scale}: a number of at least 0 was expected")
+        for scale in (self.guidance_scale or 0.0, *(self.guidance_scales or ())):
+            if not 0 <= scale < math.inf:
+                problems.append(f"guidance scale {scale}: a finite number of at least 0 was expected")
+        for strength in self.strengths or ():
+            if not 0 < strength <= 1:
+                problems.append(f"strength {strength}: a number above 0, and at most 1, was expected")
         if self.steps is not None and (not self.steps or min(self.steps) < 1 or max(self.steps) > 50):
             problems.append(f"steps {list(self.steps)}: counts from 1 to 50 were expected, such as 1-4 or 1,2,4")
         if self.opset is not None and not 18 <= self.opset <= 23:
             problems.append(f"opset {self.opset}: 18 to 23 was expected")
+        problems += asked.schedule_problems(self.steps, self.timesteps, self.eta)
         if problems:
             raise InputError("; ".join(problems))
         tasks.find(self.tasks or ())
 
+    @classmethod
+    def of(cls, source: str | None, options: "ExportOptions") -> "ExportOrder":
+        """Return the order of `export` and `build`, whose recipe, if it has one, says what is left open."""
+        if unknown := sorted(options.keys() - ExportOptions.__annotations__.keys()):
+            raise TypeError(f"unknown argument {unknown[0]!r}")
+        given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items() if v is not None}
+        size, batch, scheduler = (given.pop(name, None) for name in ("size", "batch", "scheduler"))
+        return cls(
+            source or "",
+            sizes=None if size is None else _sizes(size),
+            batches=(batch,) if isinstance(batch, int) else batch,
+            scheduler=asked.scheduler_changes(scheduler),
+            recipe_name=given.pop("recipe", None),
+            **given,
+        )
+
     @property
     def parts(self) -> dict[str, str]:
         """Return component → the name of the part that replaces the checkpoint's own."""
-        given = {"vae": self.vae}
+        given = {"vae": self.vae, "unet": self.unet}
         return {component: name for component, name in given.items() if name is not None}
+
+    @property
+    def loras(self) -> dict[str, tuple[str, float]]:
+        """Return lora, lora-2, … → the name and the scale of a LoRA; InputError if a scale is not a finite number."""
+        return {f"lora-{i}" if i > 1 else "lora": asked.scaled(text) for i, text in enumerate(self.lora or (), 1)}
 
     @property
     def sources(self) -> dict[str, Source]:
         """Return where parts are read from: "" → the checkpoint's source, component → that of what replaces its own.
 
-        The tiny VAE's source is not here: the checkpoint decides it. InputError if a name is of no kind.
+        LoRAs are lora, lora-2, …. The tiny VAE's source is not here: the checkpoint decides it. InputError if a name is
+        of no kind.
         """
-        return {"": find(self.source)} | {c: find(name, c) for c, name in self.parts.items() if name != TINY}
+        parts = {c: find(name, c) for c, name in self.parts.items() if name != TINY}
+        return {"": find(self.source)} | parts | {key: find(name, "lora") for key, (name, _) in self.loras.items()}
 
     @property
     def online(self) -> bool:
@@ -85,39 +171,69 @@ class ExportOrder:
         if TINY in self.parts.values() and find(self.source).tiny_vae is None:
             return True
         named = [(name, c) for c, name in self.parts.items() if name != TINY]
+        named += [(name, "lora") for name, _ in self.loras.values()]
         return is_elsewhere(self.source) or any(is_elsewhere(name, c) for name, c in named)
 
     def given(self) -> dict[str, Any]:
         """Return the fields of the recipe that were asked for explicitly."""
         told = {c: name if name == TINY else _told(find(name, c)) for c, name in self.parts.items()}
+        loras = tuple(f"{_told(find(name, 'lora'))}:{scale:g}" for name, scale in self.loras.values())
+        steps = (len(self.timesteps),) if self.timesteps else self.steps
         fields = {
             **{"revision": self.revision, "variant": self.variant},
-            **{"sizes": _once(self.sizes), "batches": _once(self.batches), "tasks": _once(self.tasks)},
-            **{"steps": None if self.steps is None else tuple(sorted(set(self.steps)))},
+            **{name: _once(getattr(self, name)) for name in ("tasks", "sizes", "batches")},
+            **{name: _once(getattr(self, name)) for name in ("guidance_scales", "strengths")},
+            **{"guidance_scale": self.guidance_scale, "steps": None if steps is None else tuple(sorted(set(steps)))},
             **{"opset": self.opset, "precision": self.precision, "vae_precision": self.vae_precision, **told},
-            **{"guidance_scale": self.guidance_scale},
+            **{"config": None if self.config is None else _told_config(self.config)},
+            **{"scheduler": self.scheduler, "timesteps": self.timesteps, "lora": loras or None, "eta": self.eta},
+            **{"recipe": self.recipe_name},
         }
         return {name: value for name, value in fields.items() if value is not None}
 
     def part_files(self) -> dict[str, Path]:
-        """Return what an export reads of the parts that are folders here: name in the checkpoint → file."""
-        folders = {component: source.local for component, source in self.sources.items() if component and source.local}
-        return {
+        """Return what an export reads of the parts that lie here: name in the checkpoint → file."""
+        places = {component: source.local for component, source in self.sources.items() if component and source.local}
+        folders = {component: place for component, place in places.items() if place.is_dir()}
+        if folder := next((place for key, place in folders.items() if key in self.loras), None):
+            raise InputError(f"--lora {folder} is a folder, and a .safetensors file was expected: name the one in it")
+        return {f"{c}.safetensors": place for c, place in places.items() if c not in folders} | {
             f"{component}/{path.name}": path
             for component, folder in folders.items()
             for path in part_files_read(folder, settled_variant([folder], self.variant))
         }
 
+    def settled_config(self) -> str | None:
+        """Return the configuration of a source that is a file, as given or as guessed; None for other sources.
+
+        Raises InputError if one is given for another source, or none for a file that does not tell it.
+        """
+        local = find(self.source).local
+        if local is not None and local.is_file():
+            return original.settled(local, self.config)[0]
+        if self.config is not None:
+            raise InputError(
+                f"--config {self.config} is for a checkpoint in one file, and {self.source} has its own configuration: "
+                "leave --config out"
+            )
+        return None
+
     def files(self) -> dict[str, Path]:
-        """Return what an export reads of all sources that are folders here: name in the checkpoint → file.
+        """Return what an export reads of all sources that lie here: name in the checkpoint → file.
 
         Licences and model cards do not count. Raises InputError if a source is of no kind, or lacks files.
         """
-        folder, parts = find(self.source).local, self.part_files()
-        own = files_read(folder, self.variant, self.parts) if folder else []
-        if folder and self.vae == TINY:  # whether it decodes this checkpoint's latents
-            own.append(folder / "vae" / "config.json")
-        return {str(path.relative_to(folder)): path for path in own if folder} | parts
+        folder, parts, config = find(self.source).local, self.part_files(), self.settled_config()
+        if folder and config:
+            return original.files_read(folder, config) | parts
+        if not folder:
+            return parts
+        own = files_read(folder, self.variant, self.parts)
+        for component, name in self.parts.items():
+            # The tiny VAE has to decode this checkpoint's latents, and a file has no config of its own.
+            if name == TINY or name.endswith(".safetensors"):
+                own.append(folder / component / "config.json")
+        return {str(path.relative_to(folder)): path for path in own} | parts
 
     def recipe(self, precision: str, digests: Digests | None = None) -> "Recipe":
         """Return the order with every default, `precision` among them.
@@ -126,7 +242,9 @@ class ExportOrder:
         """
         known = digests or Digests()
         files = {name: known.record(path).sha256 for name, path in self.files().items()}
-        return Recipe(_told(find(self.source)), files, **{"precision": precision, **self.given()})
+        config = self.settled_config()
+        settled = self.given() | ({} if config is None else {"config": _told_config(config)})
+        return Recipe(_told(find(self.source)), files, **{"precision": precision, **settled})
 
 
 @dataclass(frozen=True)
@@ -134,27 +252,47 @@ class Recipe:
     """What a bundle is made from and for, as the bundle tells it: `request` in bundle.json."""
 
     source: str  # its name, or LOCAL
-    files: dict[str, str]  # what is read of the sources that are folders here: name in the checkpoint → digest
+    files: dict[str, str]  # what is read of the sources that lie here: name in the checkpoint → digest
     precision: str
     revision: str | None = None
     variant: str | None = None
+    tasks: tuple[str, ...] = (TEXT_TO_IMAGE, IMAGE_TO_IMAGE)
     sizes: tuple[tuple[int, int], ...] = ((512, 512),)  # width, height in pixels
     batches: tuple[int, ...] = (1,)
-    tasks: tuple[str, ...] = (TEXT_TO_IMAGE, IMAGE_TO_IMAGE)
-    guidance_scale: float = 0.0
     steps: tuple[int, ...] = (1, 2, 3, 4)
     opset: int = 21
     vae_precision: str | None = None
     vae: str | None = None
+    config: str | None = None  # of a source that is a file: a preset's name, or LOCAL
+    unet: str | None = None
+    scheduler: dict[str, Any] | None = None
+    timesteps: tuple[int, ...] | None = None
+    lora: tuple[str, ...] = ()
+    eta: float | None = None
+    guidance_scale: float | None = None
+    guidance_scales: tuple[float, ...] = ()
+    strengths: tuple[float, ...] = ()
+    recipe: str | None = None
 
-    def find_tasks(self) -> list[Task]:
-        """Return the tasks."""
+    def find_tasks(self, family: Family) -> list[Task]:
+        """Return the tasks; InputError if diffusers has no pipeline of this family for one."""
+        if unknown := [name for name in self.tasks if name not in family.pipelines]:
+            raise InputError(
+                f"{family.pipeline_class} has no pipeline for {unknown[0]}: leave it out of --tasks, and choose from "
+                f"{', '.join(family.pipelines)}"
+            )
         return tasks.find(self.tasks)
 
     def layout(self, family: Family, configs: Mapping[str, Any], K: int = 1, zeros: bool = False) -> Layout:
         """Return what decides the chains and graphs; K and `zeros` as in `Shape` and `Layout`."""
         shapes = [Shape(height, width, batch, K) for width, height in self.sizes for batch in self.batches]
-        return Layout(family, configs, self.find_tasks(), shapes, zeros)
+        return Layout(family, configs, self.find_tasks(family), shapes, zeros)
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """Return the further arguments of diffusers' pipeline: explicit timesteps and eta, if they were asked for."""
+        given = {"timesteps": self.timesteps and list(self.timesteps), "eta": self.eta}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -171,19 +309,16 @@ def _told(source: Source) -> str:
     return LOCAL if source.local else source.name
 
 
+def _told_config(config: str) -> str:
+    return config if config in PRESETS else LOCAL
+
+
 def _once(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
     """Return the values without repetitions, in their order."""
     return None if values is None else tuple(dict.fromkeys(values))
 
 
-def sizes_of(size: tuple[int, int] | Sequence[tuple[int, int]] | None) -> tuple[tuple[int, int], ...] | None:
-    """Return the sizes of an order, of one size or several."""
-    if size is None:
-        return None
+def _sizes(size: Any) -> tuple[tuple[int, int], ...]:
+    """Return the sizes of one size or several."""
     one = len(size) == 2 and all(isinstance(side, int) for side in size)
-    return tuple((width, height) for width, height in ((size,) if one else size))  # type: ignore[misc]
-
-
-def batches_of(batch: int | Sequence[int] | None) -> tuple[int, ...] | None:
-    """Return the batches of an order, of one or several."""
-    return None if batch is None else (batch,) if isinstance(batch, int) else tuple(batch)
+    return tuple((width, height) for width, height in ((size,) if one else size))

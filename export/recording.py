@@ -8,9 +8,10 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -56,8 +57,10 @@ def sample_mask(height: int, width: int) -> np.ndarray:
     return mask
 
 
-def record_call(pipeline: Any, checkpoint: Checkpoint, chain: Chain, call: Call) -> dict[str, np.ndarray]:
-    """Run the pipeline once; return what its parts read and made, by their names in the chain.
+def record_call(
+    pipeline: Any, checkpoint: Checkpoint, chain: Chain, call: Call, more: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, np.ndarray]:
+    """Run the pipeline once, with the arguments `more`; return what its parts read and made, by the chain's names.
 
     Raises PictureError if diffusers makes no picture of this checkpoint.
     """
@@ -82,6 +85,7 @@ def record_call(pipeline: Any, checkpoint: Checkpoint, chain: Chain, call: Call)
             guidance_scale=call.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(call.seed),
             **arguments,
+            **more,
             **_watched_latents(chain, steps),
         )
     image = np.stack([np.asarray(picture) for picture in result.images])

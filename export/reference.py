@@ -39,12 +39,14 @@ def write(
     layout: Layout,
     chains: Mapping[str, Chain],
     scale: float,
+    more: Mapping[str, Any],
     path: Path,
     progress: Callable[[int, int], None],
 ) -> None:
     """Run the trials of every chain, and the first chain with as many prompts as use every added token; write `path`.
 
     `pipelines`: task → diffusers' own, in fp32, which share their components. `scale`: the guidance of guided calls.
+    `more`: further arguments of every call, such as `timesteps`.
 
     The file is safetensors: everything fp32, ids int32, pictures uint8. Tensors of case i, with R evaluations:
     `i/<name>` of every feed and every result of the chain, [R, …] for those of the loop, as `record_call` finds them;
@@ -69,7 +71,7 @@ def write(
         for i, call in enumerate(calls):
             pipeline = pipelines[chains[call.chain].task]
             pipeline.set_progress_bar_config(disable=True)
-            found = record_call(pipeline, checkpoint, chains[call.chain], call)
+            found = record_call(pipeline, checkpoint, chains[call.chain], call, more)
             tensors |= {f"{i}/{name}": value for name, value in found.items()}
             advance()
     tensors |= {f"magnitude/{name}": np.array([value], np.float32) for name, value in largest.items()}
@@ -79,29 +81,35 @@ def write(
 def _calls(layout: Layout, chains: Mapping[str, Chain], scale: float, of_tokens: Sequence[str]) -> Iterator[Call]:
     """Return the calls that are recorded. A chain of a further size or batch is tried once, as its graphs are those
     of the first with other shapes."""
-    seed = 1000
+    asked: list[tuple[str, str, Trial]] = []
     for task in layout.tasks:
         for shape in layout.shapes:
             name = layout.name(task, shape)
+            tables = chains[name].tables
             trials = [t for t in task.trials(_steps(chains[name])) if layout.guided or not t.guided]
-            for trial in trials if shape == layout.shapes[0] else trials[:1]:
-                table, entry = _table(chains[name], trial)
-                yield Call(
-                    chain=name,
-                    table=table,
-                    modes=[GUIDANCE] if trial.guided else [],
-                    prompt=_rows(PROMPTS, seed - 1000, shape.batch),
-                    seed=seed,
-                    num_inference_steps=entry.steps,
-                    strength=trial.strength,
-                    guidance_scale=scale if trial.guided else 0.0,
-                )
-                seed += 1
-    name, chain = next(iter(chains.items()))
-    table, entry = _table(chain, layout.tasks[0].trials(_steps(chain))[0])
-    for start in range(0, len(of_tokens), chain.batch):
-        yield Call(name, table, [], _rows(of_tokens, start, chain.batch), seed, entry.steps)
-        seed += 1
+            found = [(name, _table(tables, trial), trial) for trial in trials]
+            known = {tables[table].guidance_scale for _, table, _ in found}
+            others = {e.guidance_scale: table for table, e in tables.items() if e.guidance_scale not in known}
+            found += [(name, table, Trial(tables[table].steps, trials[0].strength)) for table in others.values()]
+            asked += found if shape == layout.shapes[0] else found[:1]
+    first = next(iter(chains))
+    table = next(table for name, table, _ in asked if name == first)
+    prompts = [_rows(PROMPTS, i, chains[name].batch) for i, (name, _, _) in enumerate(asked)]
+    for start in range(0, len(of_tokens), chains[first].batch):
+        asked.append((first, table, Trial(chains[first].tables[table].steps)))
+        prompts.append(_rows(of_tokens, start, chains[first].batch))
+    for i, ((name, table, trial), prompt) in enumerate(zip(asked, prompts, strict=True)):
+        entry = chains[name].tables[table]
+        yield Call(
+            chain=name,
+            table=table,
+            modes=[GUIDANCE] if trial.guided else [],
+            prompt=prompt,
+            seed=1000 + i,
+            num_inference_steps=entry.steps,
+            strength=trial.strength if entry.strength is None else entry.strength,
+            guidance_scale=scale if trial.guided else entry.guidance_scale or 0.0,
+        )
 
 
 def _rows(prompts: Sequence[str], start: int, batch: int) -> list[str]:
@@ -112,7 +120,8 @@ def _steps(chain: Chain) -> list[int]:
     return sorted({entry.steps for entry in chain.tables.values()})
 
 
-def _table(chain: Chain, trial: Trial) -> tuple[str, TableEntry]:
-    """Return the table of a trial, by its name."""
+def _table(tables: Mapping[str, TableEntry], trial: Trial) -> str:
+    """Return the name of the first table of a trial."""
     begin = 0 if trial.strength is None else trial.steps - min(int(trial.steps * trial.strength), trial.steps)
-    return next((n, e) for n, e in chain.tables.items() if (e.steps, e.begin) == (trial.steps, begin))
+    fits = (n for n, e in tables.items() if e.steps == trial.steps and (e.strength is not None or e.begin == begin))
+    return next(fits)

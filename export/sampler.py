@@ -4,15 +4,21 @@ import contextlib
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 
+from turbochain.export.run import Run
 from turbochain.runtime.errors import InputError
 
 _NEEDED = ("set_timesteps", "scale_model_input", "step", "add_noise", "init_noise_sigma", "order")
-_FOREMOST = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "LCMScheduler")
+FOREMOST = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "LCMScheduler")
+TAKE_TIMESTEPS = (
+    *("EulerDiscreteScheduler", "LCMScheduler", "TCDScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"),
+    *("DPMSolverSinglestepScheduler", "HeunDiscreteScheduler"),
+)
+TAKE_ETA = ("DDIMScheduler", "TCDScheduler")
 
 Draw = Callable[..., torch.Tensor]
 
@@ -24,23 +30,27 @@ class Sampler:
     the pipelines do not give is the cause.
     """
 
-    def __init__(self, scheduler: Any, steps: int, begin: int = 0) -> None:
-        """Set the timesteps for `steps` steps; the first `begin` of them are skipped, as image-to-image does.
+    def __init__(self, scheduler: Any, run: Run) -> None:
+        """Set the timesteps of `run`.
 
-        Raises InputError for a scheduler that the pipelines cannot call, or that has no row after `begin`.
+        Raises InputError for a scheduler that the pipelines cannot call like this, or that has no row after `begin`.
         """
         _check_interface(scheduler)
         self.name = type(scheduler).__name__
         self.scheduler = copy.deepcopy(scheduler)
-        with self._explained(f"set_timesteps({steps})"):
-            self.scheduler.set_timesteps(steps, device="cpu")
+        self.run, begin = run, run.begin or 0
+        _check_arguments(scheduler, run)
+        steps, options = _timestep_arguments(run)
+        named = ", ".join([*map(str, steps), *(f"{name}={value}" for name, value in options.items())])
+        with self._explained(f"set_timesteps({named})", "give it other arguments, or "):
+            self.scheduler.set_timesteps(*steps, **options, device="cpu")
             self.first = begin * self.scheduler.order
             self.timesteps = torch.as_tensor(self.scheduler.timesteps)[self.first :]
             self.init_noise_sigma = float(self.scheduler.init_noise_sigma)
-            if begin:
+            if run.begin is not None:
                 self._begin_at(self.first)
         if not 0 < self.timesteps.numel() == len(self.timesteps):
-            raise refusal(self.name, f"has no rows after {begin} of {steps} steps")
+            raise refusal(self.name, f"has no rows after {begin} of {run.steps} steps")
 
     def scale(self, sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Return what the network reads of `sample`; must come before each `step`."""
@@ -51,10 +61,12 @@ class Sampler:
         self, prediction: torch.Tensor, t: torch.Tensor, sample: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         """Return the next sample, computed with the arguments of `prepare_extra_step_kwargs`."""
-        accepted = inspect.signature(self.scheduler.step).parameters
-        extra = {k: v for k, v in (("eta", 0.0), ("generator", generator)) if k in accepted}
+        extra = {k: v for k, v in (("eta", self.run.eta), ("generator", generator)) if k in _of_step(self.scheduler)}
         with self._explained("step"):
-            return self.scheduler.step(prediction, t, sample, **extra, return_dict=False)[0]
+            made = self.scheduler.step(prediction, t, sample, **extra, return_dict=False)
+        # The LCM pipelines decode `denoised`. It is the last sample too, but for explicit timesteps with a strength.
+        decoded = self.run.strength is not None and t == self.timesteps[-1]
+        return made[1] if decoded else made[0]
 
     def start(self, row: int) -> tuple[float, float]:
         """Return (p, q) of a run that begins at `row` of this one: `latents = p·image_latents + q·noise`."""
@@ -69,14 +81,16 @@ class Sampler:
             self.scheduler.set_begin_index(row)
 
     @contextlib.contextmanager
-    def _explained(self, call: str) -> Iterator[None]:
+    def _explained(self, call: str, remedy: str = "") -> Iterator[None]:
         try:
             yield
         except InputError:
             raise
         except Exception as error:  # any class of diffusers, or of the checkpoint's author, may raise anything
             words = " ".join(str(error).split())[:300] or type(error).__name__
-            raise refusal(self.name, f"cannot be used as the diffusers pipelines do: {call}: {words}") from error
+            raise refusal(
+                self.name, f"cannot be used as the diffusers pipelines do: {call}: {words}", remedy
+            ) from error
 
 
 @contextlib.contextmanager
@@ -95,10 +109,10 @@ def drawing(scheduler: Any, replace: Callable[[Draw], Draw]) -> Iterator[None]:
 
 def refusal(name: str, reason: str, remedy: str = "") -> InputError:
     """Return the error for a scheduler that has no table; `remedy` comes before the other classes to choose."""
-    others = ", ".join(other for other in _FOREMOST if other != name)
+    others = ", ".join(other for other in FOREMOST if other != name)
     return InputError(
         f"the scheduler {name} {reason}; one that is linear in latents, prediction and noise was expected: {remedy}"
-        f"name another class ({others}) in the checkpoint's model_index.json and scheduler/scheduler_config.json"
+        f"name another class ({others}) with --scheduler"
     )
 
 
@@ -112,3 +126,41 @@ def _check_interface(scheduler: Any) -> None:
     ]
     if required:
         raise refusal(name, f"needs {', '.join(required)} in every step, which the diffusers pipelines do not give")
+
+
+def _timestep_arguments(run: Run) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Return the arguments of `set_timesteps`, as `retrieve_timesteps` of the pipelines gives them."""
+    explicit = None if run.timesteps is None else list(run.timesteps)
+    options = {"timesteps": explicit, "original_inference_steps": run.original_steps, "strength": run.strength}
+    given = {name: value for name, value in options.items() if value is not None}
+    return (run.steps,) if explicit is None else (), given
+
+
+def _of_step(scheduler: Any) -> Collection[str]:
+    """Return the names of the parameters of `step`."""
+    return inspect.signature(scheduler.step).parameters.keys()
+
+
+def _check_arguments(scheduler: Any, run: Run) -> None:
+    """Raise InputError if the scheduler does not read an argument; diffusers ignores an eta without a word."""
+    accepted = inspect.signature(scheduler.set_timesteps).parameters
+    if run.timesteps is not None and "timesteps" not in accepted:
+        raise _unread(scheduler, "explicit timesteps", f"timesteps={list(run.timesteps)}", TAKE_TIMESTEPS)
+    if run.eta and "eta" not in _of_step(scheduler):
+        raise _unread(scheduler, "eta", f"eta={run.eta}", TAKE_ETA)
+    # LatentConsistencyModelImg2ImgPipeline gives eta=None too, with which a step that takes an eta fails.
+    if run.strength is not None and ("strength" not in accepted or "eta" in _of_step(scheduler)):
+        raise _unread(scheduler, "strength", f"strength={run.strength}", ("LCMScheduler",))
+    if run.timesteps is not None and run.begin and scheduler.order > 1:
+        raise InputError(
+            f"the scheduler {type(scheduler).__name__} makes more than one row of each explicit timestep, and the "
+            "pipelines would count the rows as steps: image-to-image over explicit timesteps needs a scheduler of "
+            f"order 1, such as {TAKE_TIMESTEPS[0]}"
+        )
+
+
+def _unread(scheduler: Any, argument: str, given: str, classes: tuple[str, ...]) -> InputError:
+    return InputError(
+        f"the scheduler {type(scheduler).__name__} takes no {argument}, and {given} was asked for: leave that out, or "
+        f"name a class that takes it ({', '.join(classes)}) with --scheduler"
+    )

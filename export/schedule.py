@@ -8,13 +8,15 @@ row i (the minimal realization of a linear system, Ho and Kalman 1966). Whole ru
 """
 
 import copy
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from turbochain.export.run import Run
 from turbochain.export.sampler import Draw, Sampler, drawing, refusal
 from turbochain.runtime.chain.tables import Table
 from turbochain.runtime.errors import InputError
@@ -27,31 +29,35 @@ _CLIPPING = ("clip_sample", "thresholding", "clip_denoised")
 _SHAPE = (2, 4, 4, 4)  # two pictures, so that a scheduler that mixes them is noticed
 _RUNS = ((1.0, False), (1000.0, True))  # amplitude, replaced samples; clipping shows at one of the amplitudes
 
+R = TypeVar("R", int, Run)
 
-def tabulate(scheduler: Any, steps: int, begin: int = 0) -> Table:
-    """Return the table of `scheduler` (a diffusers scheduler, left as it is) for `steps` steps.
 
-    The first `begin` steps are skipped, as image-to-image does: row 0 is the scheduler's row `begin * scheduler.order`,
-    with no history. Raises InputError if the pipelines could not call the scheduler, or if it is not linear.
+def tabulate(scheduler: Any, run: Run) -> Table:
+    """Return the table of `scheduler` (a diffusers scheduler, left as it is) for a run.
+
+    Row 0 is the scheduler's row `run.begin * scheduler.order`, with no history. Image-to-image begins with (p, q) of
+    `start[0]`; inpainting blends in those of `start[i + 1]` after row i. Raises InputError if the pipelines could not
+    call the scheduler, or if it is not linear.
     """
     try:
-        return _checked(scheduler, steps, begin)
+        return _checked(scheduler, run)
     except InputError as error:
         if not (options := [name for name in _CLIPPING if scheduler.config.get(name)]):
             raise
-        if not _is_linear(_without(scheduler, options), steps, begin):
+        if not _is_linear(_without(scheduler, options), run):
             raise
         named = " and ".join(f"{name}={scheduler.config[name]!r}" for name in options)
-        remedy = f"set {' and '.join(options)} to false in the checkpoint's scheduler/scheduler_config.json, or "
+        off = json.dumps(dict.fromkeys(options, False))
+        remedy = f"set {' and '.join(options)} to false with --scheduler '{off}' (add \"_class_name\" for a class), or "
         reason = f"has {named} in its config, and clipping is not linear"
         raise refusal(type(scheduler).__name__, reason, remedy) from error
 
 
-def tabulate_all(scheduler: Any, counts: Iterable[int]) -> dict[int, Table]:
-    """Return steps → table; all tables have one K."""
-    tables = {steps: tabulate(scheduler, steps) for steps in counts}
+def tabulate_all(scheduler: Any, runs: Iterable[R]) -> dict[R, Table]:
+    """Return run → table, all of one K; a step count is text-to-image's run of so many steps."""
+    tables = {run: tabulate(scheduler, run if isinstance(run, Run) else Run(run)) for run in runs}
     K = max((table.K for table in tables.values()), default=1)
-    return {steps: pad(table, K) for steps, table in tables.items()}
+    return {run: pad(table, K) for run, table in tables.items()}
 
 
 def pad(table: Table, K: int) -> Table:
@@ -65,9 +71,9 @@ def pad(table: Table, K: int) -> Table:
     )
 
 
-def _checked(scheduler: Any, steps: int, begin: int) -> Table:
+def _checked(scheduler: Any, run: Run) -> Table:
     """Return the table; InputError if a run of the scheduler differs from the table's."""
-    sampler = Sampler(scheduler, steps, begin)
+    sampler = Sampler(scheduler, run)
     table = _realize(copy.deepcopy(sampler), _probe(copy.deepcopy(sampler)))
     for amplitude, replaced in _RUNS:
         error = _trajectory_error(copy.deepcopy(sampler), table, amplitude, replaced)
@@ -199,10 +205,10 @@ def _without(scheduler: Any, options: list[str]) -> Any:
     return changed
 
 
-def _is_linear(scheduler: Any, steps: int, begin: int) -> bool:
+def _is_linear(scheduler: Any, run: Run) -> bool:
     """Return whether the scheduler has a table."""
     try:
-        _checked(scheduler, steps, begin)
+        _checked(scheduler, run)
     except InputError:
         return False
     return True

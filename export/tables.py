@@ -1,6 +1,6 @@
 """Write what a bundle holds besides graphs: tokenizer files and tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from safetensors.numpy import save
 
 from turbochain.export import inversion, load, schedule
 from turbochain.export.families import Family, Shape
+from turbochain.export.order import Recipe
+from turbochain.export.run import Run
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tasks import Task
 from turbochain.export.tracing import time
@@ -68,9 +70,9 @@ class Made:
     table: Table
 
 
-def make(checkpoint: Checkpoint, tasks: Sequence[Task], steps: Sequence[int]) -> dict[str, dict[str, Made]]:
+def make(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, dict[str, Made]]:
     """Return the tables of every task: task → name → table. All of them have one K."""
-    made = {task.name: _of_task(checkpoint, task, steps) for task in tasks}
+    made = {task.name: dict(_of_task(checkpoint, recipe, task)) for task in recipe.find_tasks(checkpoint.family)}
     K = max(one.table.K for tables in made.values() for one in tables.values())
     return {
         task: {name: replace(one, table=schedule.pad(one.table, K)) for name, one in tables.items()}
@@ -78,34 +80,74 @@ def make(checkpoint: Checkpoint, tasks: Sequence[Task], steps: Sequence[int]) ->
     }
 
 
-def _of_task(checkpoint: Checkpoint, task: Task, steps: Sequence[int]) -> dict[str, Made]:
-    scheduler, found = load.scheduler(checkpoint, task.name), {}
-    for count in steps:
-        for begin in range(count if task.starts_late else 1):
-            table = schedule.tabulate(scheduler, count, begin)
-            if task.whole_is_noise and not begin:
-                start = np.array([[0, table.init_noise_sigma], *table.start[1:]], np.float32)
-                table = replace(table, start=start)
-            name = f"{count}-{begin}" if begin else str(count)
-            found[name] = Made(TableEntry(count, table.rows, begin), table)
+def _of_task(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> Iterator[tuple[str, Made]]:
+    """Yield a task's tables by name: for every step count, row to begin at, strength and guidance scale."""
+    scheduler, scales = load.scheduler(checkpoint, task.name), _scales(checkpoint, recipe, task)
+    for run in _runs(checkpoint, recipe, task):
+        table = schedule.tabulate(scheduler, run)
+        if task.whole_is_noise and not run.begin:
+            start = np.array([[0, table.init_noise_sigma], *table.start[1:]], np.float32)
+            table = replace(table, start=start)
+        for scale in scales:
+            entry = TableEntry(run.steps, table.rows, run.begin or 0, scale, run.strength)
+            said = {"begin": run.begin, "strength": run.strength, "guidance": scale}
+            yield " ".join([str(run.steps), *(f"{n} {v:g}" for n, v in said.items() if v)]), Made(entry, table)
+
+
+def _runs(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> Iterator[Run]:
+    """Yield how the task's pipeline may call its scheduler."""
+    for steps in recipe.steps:
+        given: dict[str, Any] = {"steps": steps, "timesteps": recipe.timesteps, "eta": recipe.eta or 0.0}
+        if not task.starts_late:
+            yield Run(**given)
+        elif checkpoint.family.strength_sets_timesteps:
+            own = load.defaults(checkpoint, task.name)["strength"]
+            yield from (Run(**given, strength=strength) for strength in recipe.strengths or (own,))
+        else:
+            yield from (Run(**given, begin=begin) for begin in range(steps))
+
+
+def _scales(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> Sequence[float | None]:
+    """Return the guidance scales that there is a table for: of a UNet that reads the scale itself."""
+    if checkpoint.configs["unet"].get("time_cond_proj_dim") is None:
+        return (None,)
+    own = load.defaults(checkpoint, task.name)["guidance_scale"]
+    first = own if recipe.guidance_scale is None else recipe.guidance_scale
+    return recipe.guidance_scales or (first,)
+
+
+def defaults(checkpoint: Checkpoint, recipe: Recipe, task: Task, made: Mapping[str, Made]) -> dict[str, float]:
+    """Return the defaults of a chain's calls: the order's guidance scale or none, and diffusers' strength.
+
+    If tables are made for some values alone, one of these is the default.
+    """
+    entry = next(iter(made.values())).entry
+    scale = entry.guidance_scale if recipe.guidance_scale is None else recipe.guidance_scale
+    found = {"guidance_scale": float(scale or 0.0)}
+    if task.starts_late:
+        found["strength"] = entry.strength or load.defaults(checkpoint, task.name)["strength"]
     return found
 
 
 def write(made: Mapping[str, Made], family: Family, unet: Any, shape: Shape, path: Path) -> None:
-    """Write the table file of a chain; the columns are computed once for each distinct timestep.
+    """Write the table file of a chain; the columns are computed once for each distinct timestep and guidance scale.
 
-    `unet`: diffusers', fp32. See `runtime.chain.tables` for the file's layout.
+    `unet`: diffusers', fp32. See `runtime.chain.tables` for the file's layout, in which `timesteps` has a timestep once
+    for each of its scales.
     """
-    tables = {name: one.table for name, one in made.items()}
-    times = np.array(list(dict.fromkeys(t for table in tables.values() for t in table.timesteps.tolist())), np.float32)
+    pairs = {n: [(t, one.entry.guidance_scale) for t in one.table.timesteps.tolist()] for n, one in made.items()}
+    distinct = list(dict.fromkeys(pair for of_table in pairs.values() for pair in of_table))
+    times = np.array([t for t, _ in distinct], np.float32)
     arrays: dict[str, np.ndarray] = {"timesteps": times}
-    for name, table in tables.items():
-        places = np.array([int(np.flatnonzero(times == t)[0]) for t in table.timesteps], np.int32)
+    for name, table in ((name, one.table) for name, one in made.items()):
+        places = np.array([distinct.index(pair) for pair in pairs[name]], np.int32)
         for field in ARRAYS:
             arrays[f"{name}/{field}"] = places[table.index] if field == "index" else getattr(table, field)
+    guided = [scale for _, scale in distinct if scale is not None]
+    scales = torch.tensor(guided, dtype=torch.float64) if guided else None
     with torch.inference_mode():
         for name in family.columns:
-            for column, values in time.COLUMNS[name](unet, torch.from_numpy(times)).items():
+            for column, values in time.COLUMNS[name](unet, torch.from_numpy(times), scales).items():
                 arrays[f"columns/{column}"] = values.numpy()
         for name, arguments in family.constants.items():
             arrays[f"constants/{name}"] = time.CONSTANTS[name](unet, *arguments(shape)).numpy()

@@ -149,7 +149,7 @@ class Pipeline:
         between launches; if it returns True, the call ends with Cancelled. Raises InputError for a bad argument,
         TypeError for one that diffusers does not have either, PictureError if the model makes no picture.
         """
-        of = {"image": image, "mask_image": mask_image, "height": height, "width": width}
+        of: dict[str, Any] = {"image": image, "mask_image": mask_image, "height": height, "width": width}
         count = pictures_of(prompt, num_images_per_prompt)
         request = Request.make(
             self.bundle.open_chain(chain or chain_of(self.bundle, count, **of)),

@@ -86,6 +86,7 @@ LONGEST_FIRST = (
     "test_demo_scenes.py",
     "test_trace.py",
     "test_parts.py",
+    "test_relatives.py",
     "test_forks.py",
     "test_tensorrt_api.py",
     "test_diffusers_call.py",

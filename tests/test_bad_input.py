@@ -94,7 +94,10 @@ def scheduler(cls: str, **options: Any) -> Callable[[Folder], None]:
 
 
 FOLDERS: dict[str, tuple[Callable[[Folder], object], tuple[str, ...]]] = {
-    "no model_index": (lambda f: (f / "model_index.json").unlink(), ("has no model_index.json", "from_single_file")),
+    "no model_index": (
+        lambda f: (f / "model_index.json").unlink(),
+        ("has no model_index.json", "the path of the .safetensors file"),
+    ),
     "index not JSON": (lambda f: (f / "model_index.json").write_text("{"), ("model_index.json cannot be read",)),
     "index not an object": (lambda f: (f / "model_index.json").write_text("[]"), ("model_index.json",)),
     "pipeline class": (
@@ -157,7 +160,7 @@ FOLDERS: dict[str, tuple[Callable[[Folder], object], tuple[str, ...]]] = {
     ),
     "scheduler that clips": (
         scheduler("DDIMScheduler", thresholding=True),
-        ("DDIMScheduler", "thresholding=True", "clipping is not linear", "to false in the checkpoint's scheduler/"),
+        ("DDIMScheduler", "thresholding=True", "clipping is not linear", "--scheduler '{\"thresholding\": false}'"),
     ),
 }
 
@@ -232,8 +235,11 @@ def test_a_part_that_cannot_be_loaded(checkpoint: Path, case: str) -> None:
 
 SOURCES = {
     "unknown hub id": ("nobody/nothing", ("nobody/nothing", "cache", "check the id, or give the path of a local")),
-    "no such folder": ("./here/is/nothing", ("./here/is/nothing is neither a folder here, nor a hub id (owner/name)",)),
-    "no such name": ("sd-turbo", ("sd-turbo is neither a folder here",)),
+    "no such folder": (
+        "./here/is/nothing",
+        ("./here/is/nothing is neither a .safetensors file here, nor a folder here, nor a hub id (owner/name)",),
+    ),
+    "no such name": ("sd-turbo", ("sd-turbo is neither a .safetensors file here, nor a folder here",)),
     "unknown preset": ("synthetic:dall-e", ("dall-e", "sd-turbo-mini", "sdxl-turbo")),
 }
 
@@ -249,7 +255,7 @@ def test_a_source_that_is_not_there(tmp_path: Path, case: str) -> None:
 def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "sd.safetensors").write_bytes(b"x")
     said = refused(command("build-engine", "sd.safetensors", cwd=tmp_path))
-    assert "sd.safetensors is a file" in said and "from_single_file" in said
+    assert "sd.safetensors is damaged" in said and "download it again" in said
     assert [p.name for p in tmp_path.iterdir()] == ["sd.safetensors"]
 
 

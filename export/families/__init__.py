@@ -68,6 +68,9 @@ class Family:
     check: Callable[[Mapping[str, Any]], list[str]]  # component → config: what is unsupported, as phrases
     tiny_vae: str  # hub id of the AutoencoderTiny that decodes its latents
     latents_scale: float  # the scaling_factor of the VAE whose latents these are
+    strength_sets_timesteps: bool = (
+        False  # whether the timesteps of image-to-image depend on strength: no step is left out
+    )
 
     @property
     def pipeline_class(self) -> str:

@@ -6,15 +6,18 @@ file. Nothing here imports torch: a source is found before the work starts, and 
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from turbochain.runtime.errors import InputError
 
 BY_SPELLING, ON_DISK, ELSEWHERE = range(3)
 """The ranks of kinds: a name is tried by its spelling alone first, then as a path, then as something far away."""
+
+LORA = "lora"
+"""The part that is not a component: a LoRA, whose folder has nothing but `model.safetensors`."""
 
 
 def _no_progress(done: int, total: int) -> None:
@@ -30,10 +33,12 @@ class Want:
     """What is to be fetched from a source, and who is called meanwhile."""
 
     root: Path  # the folder for what has to be written and has no place of its own on this disk
-    part: str | None = None  # this part alone, such as "vae": config.json and weights; None: a whole checkpoint
+    part: str | None = None  # this alone, such as "vae", or "lora", "lora-2", …; None: a whole checkpoint
     revision: str | None = None  # branch, tag or commit of a hub id
     variant: str | None = None  # of the weight files, such as "fp16"
     skip: tuple[str, ...] = ()  # components whose weights are not needed
+    config: str | None = None  # of a checkpoint in one file: a preset's name, or a folder with its JSON files
+    part_config: Mapping[str, Any] | None = None  # of a part in one file: config.json of what it replaces
     progress: Callable[[int, int], None] = _no_progress  # (done, total), in bytes or values
     before_weights: Callable[[Path, dict[str, int], int], None] = _no_check
     # (folder with all but the weights, component → values in its weights, bytes to come), called before weights are
@@ -47,6 +52,7 @@ class Fetched:
     folder: Path
     commit: str | None = None  # of a hub repository
     variant: str | None = None  # as in Want, if this source has variants
+    home: Path | None = None  # the folder with the licence and model card, if it is another
 
 
 class Source(Protocol):
@@ -58,7 +64,7 @@ class Source(Protocol):
 
     @property
     def local(self) -> Path | None:
-        """Return the folder here whose files may change at any time; None if name and revision say what they are."""
+        """Return the folder or file here that may change at any time; None if name and revision say what it is."""
 
     @property
     def tiny_vae(self) -> "Source | None":
@@ -76,6 +82,16 @@ class Kind:
     rank: int  # BY_SPELLING, ON_DISK or ELSEWHERE
     find: Callable[[str], Source | None]  # None: the name is not of this kind
     parts: bool  # whether a single part may be named so
+    wholes: bool = True  # whether a whole checkpoint may be named so
+
+
+def written_once(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Return `folder`, written under another name first if it is not there, so that it is never half there."""
+    if not folder.exists():
+        partial = folder.with_name(folder.name + ".partial")
+        write(partial)
+        partial.rename(folder)
+    return folder
 
 
 def known() -> list[Kind]:
@@ -87,7 +103,7 @@ def known() -> list[Kind]:
 
 
 def find(name: str, part: str | None = None) -> Source:
-    """Return the source `name`, of a checkpoint or of its part `part` ("vae"); InputError if it is of no kind."""
+    """Return the source `name`, of a checkpoint or of a part, such as "vae"; InputError if it is of no kind."""
     return _find(name, part)[1]
 
 
@@ -97,11 +113,9 @@ def is_elsewhere(name: str, part: str | None = None) -> bool:
 
 
 def _find(name: str, part: str | None) -> tuple[Kind, Source]:
-    possible = [kind for kind in known() if kind.parts or part is None]
+    possible = [kind for kind in known() if (kind.wholes if part is None else kind.parts)]
     for kind in possible:
         if found := kind.find(name):
             return kind, found
-    forms = ", nor ".join(sorted(kind.form for kind in possible if kind.form))
-    if part is not None:
-        raise InputError(f"--{part} {name} is neither tiny, nor {forms}")
-    raise InputError(f"{name} is neither {forms}")
+    forms = ", nor ".join([*(["tiny"] if part == "vae" else []), *sorted(kind.form for kind in possible if kind.form)])
+    raise InputError(f"{name} is neither {forms}" if part is None else f"--{part} {name} is neither {forms}")

@@ -73,7 +73,9 @@ class Checkpoint:
     source: str = ""  # as the bundle tells it
     revision: str | None = None  # commit of a hub repository
     replaced: dict[str, Part] = field(default_factory=dict)  # component → another part than its own
+    loras: dict[str, Part] = field(default_factory=dict)  # lora, lora-2, … → its file
     adapters: tuple[tuple[Path, float], ...] = ()  # LoRA files to fuse into the weights, and how strongly (1: fully)
+    scheduler: dict[str, Any] = field(default_factory=dict)  # changes of its config; `_class_name`: the class
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -81,8 +83,8 @@ class Checkpoint:
         path = self.folder / "model_index.json"
         if not path.is_file():
             raise InputError(
-                f"{self.folder} has no model_index.json, so it is not a checkpoint in diffusers' format; convert a "
-                "single file with diffusers' from_single_file(...).save_pretrained(FOLDER)"
+                f"{self.folder} has no model_index.json, so it is not a checkpoint in diffusers' format; of a "
+                "checkpoint in one file, give the path of the .safetensors file"
             )
         classes = {c: read_json(part.folder / "config.json").get("_class_name") for c, part in self.replaced.items()}
         return read_json(path) | {c: ["diffusers", name] for c, name in classes.items()}
@@ -94,10 +96,13 @@ class Checkpoint:
 
     @cached_property
     def parts(self) -> dict[str, Part]:
-        """Return every component with weights, then every tokenizer, then the scheduler."""
+        """Return every component with weights, then every tokenizer, then the scheduler, then every LoRA."""
         names = (*self.family.components, *self.family.tokenizers.values(), "scheduler")
         own = {n: Part(self.folder / n, self.folder, self.source, self.revision, self.variant) for n in names}
-        return own | self.replaced
+        if self.scheduler:
+            changed = f"{self.source}, changed to {json.dumps(self.scheduler)}"
+            own["scheduler"] = replace(own["scheduler"], source=changed)
+        return own | self.replaced | self.loras
 
     @cached_property
     def configs(self) -> dict[str, Any]:
@@ -136,10 +141,12 @@ def check_configs(checkpoint: Checkpoint) -> None:
         raise InputError(f"{folder} is not supported: " + "; ".join(problems))
 
 
-def _require_configs(folder: Path, components: Mapping[str, Path]) -> None:
-    missing = [f"{c}/config.json" for c, path in components.items() if not (path / "config.json").is_file()]
-    if missing:
+def _require_configs(folder: Path, components: Mapping[str, Path]) -> list[Path]:
+    """Return the config.json of components; InputError if one is missing."""
+    found = {c: path / "config.json" for c, path in components.items()}
+    if missing := [f"{c}/config.json" for c, path in found.items() if not path.is_file()]:
         raise InputError(f"{folder} lacks {', '.join(missing)}")
+    return list(found.values())
 
 
 def open_folder(
@@ -200,14 +207,20 @@ def files_read(folder: Path, variant: str | None, without: Collection[str] = ())
     tokenizers = [folder / t / name for t in family.tokenizers.values() for name in TOKENIZER_FILES]
     alone = [folder / "model_index.json", folder / "scheduler" / "scheduler_config.json", *tokenizers]
     found = [p for p in alone if p.is_file()] + [p for part in own for p in _part_files(part, variant)]
-    _refuse_pointers(*found)
+    refuse_pointers(*found)
     return found
+
+
+def config_files_read(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint's folder but weights and licence; InputError if some are missing."""
+    components = Checkpoint(folder).family.components
+    return [*files_read(folder, None, components), *_require_configs(folder, {c: folder / c for c in components})]
 
 
 def part_files_read(folder: Path, variant: str | None) -> list[Path]:
     """Return the files of a component that an export reads; InputError if it has no weights."""
     found = _part_files(folder, variant)
-    _refuse_pointers(*found)
+    refuse_pointers(*found)
     return found
 
 
@@ -218,7 +231,7 @@ def _part_files(folder: Path, variant: str | None) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-def _refuse_pointers(*paths: Path) -> None:
+def refuse_pointers(*paths: Path) -> None:
     """Raise InputError if one of the files is a Git LFS pointer."""
     if pointers := [path for path in paths if lfs.is_pointer(path)]:
         more = f" (and {len(pointers) - 1} more)" if len(pointers) > 1 else ""
@@ -274,7 +287,7 @@ def _values(path: Path) -> int:
     except FileNotFoundError:
         raise InputError(f"{path} is missing; download the checkpoint again") from None
     except (OSError, SafetensorError) as error:
-        _refuse_pointers(path)
+        refuse_pointers(path)
         raise InputError(f"{path} is damaged ({error}); download it again") from None
     if unfused := [name for name in names if _OF_LORA.search(name)]:
         raise InputError(
@@ -290,7 +303,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        _refuse_pointers(path)
+        refuse_pointers(path)
         raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} cannot be read: a JSON object was expected")

@@ -1,4 +1,4 @@
-"""Parts that replace a checkpoint's own (`--vae`), and the checkpoint that they make together with the rest."""
+"""Parts from elsewhere (`--vae`, `--unet`, `--lora`), and the checkpoint that they make together with the rest."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from turbochain.export.families import Family
-from turbochain.export.sources import Source, Want, find
+from turbochain.export.sources import LORA, Source, Want, find
 from turbochain.export.sources.checkpoint import (
     Checkpoint,
     Part,
@@ -20,7 +20,7 @@ from turbochain.runtime.errors import InputError
 TINY = "tiny"
 """The name of the AutoencoderTiny that belongs to the checkpoint, as a VAE."""
 
-CLASSES = {"vae": ("AutoencoderTiny", "AutoencoderKL")}
+CLASSES = {"vae": ("AutoencoderTiny", "AutoencoderKL"), "unet": ("UNet2DConditionModel",)}
 """The components that another part may replace → the classes that it may have."""
 
 SCALE = 0.18215  # AutoencoderKL's scaling_factor if its config.json names none
@@ -59,13 +59,26 @@ def _replacements(source: Source, want: Want, folder: Path, parts: Mapping[str, 
     found = {}
     for component, name in parts.items():
         other = _tiny(source, folder) if name == TINY else find(name, component)
-        fetched = other.fetch(Want(want.root, part=component))
+        own = folder / component / "config.json"  # a part in one file has none
+        config = read_json(own) if own.is_file() else None
+        wanted = Want(want.root, component, variant=want.variant, part_config=config, progress=want.progress)
+        fetched = other.fetch(wanted)
         kind = read_json(fetched.folder / "config.json").get("_class_name")
         if kind not in CLASSES[component]:
             expected = " or ".join(CLASSES[component])
             raise InputError(f"--{component} {name}: its config.json is of {kind}, and {expected} was expected")
         variant = settled_variant([fetched.folder], want.variant)
-        found[component] = Part(fetched.folder, fetched.folder, other.name, fetched.commit, variant)
+        found[component] = Part(fetched.folder, fetched.home or fetched.folder, other.name, fetched.commit, variant)
+    return found
+
+
+def fetch_loras(want: Want, loras: Mapping[str, str]) -> dict[str, Part]:
+    """Bring LoRAs onto this disk: key (lora, lora-2, …) → name becomes key → part. Raises InputError as `fetch`."""
+    found = {}
+    for key, name in loras.items():
+        source = find(name, LORA)
+        fetched = source.fetch(Want(want.root, part=key, progress=want.progress))
+        found[key] = Part(fetched.folder, fetched.home or fetched.folder, source.name, fetched.commit)
     return found
 
 

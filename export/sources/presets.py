@@ -14,7 +14,8 @@ class Preset:
     """What tells one synthetic checkpoint from another: the diffusers and transformers configs of its parts.
 
     `text` and `pads` (the padding tokens) have one entry per text encoder; the second one projects.
-    `fp16` stores the weights as float16, in the file names of diffusers' "fp16" variant.
+    `fp16` stores the weights as float16, in the file names of diffusers' "fp16" variant. `settings` are the scheduler's
+    that differ from the Turbo ones.
     """
 
     pipeline: str
@@ -26,6 +27,7 @@ class Preset:
     pads: tuple[str, ...]
     fp16: bool = False
     extra: Config = field(default_factory=dict)
+    settings: Config = field(default_factory=dict)
 
 
 def _text(width: int, layers: int, heads: int, act: str, projection: int) -> Config:
@@ -69,46 +71,84 @@ _SDXL_TURBO = Preset(
     extra={"force_zeros_for_empty_prompt": True},
 )
 
+_LEADING: Config = {"timestep_spacing": "leading"}
+_SD15 = replace(
+    _SD_TURBO,
+    scheduler="PNDMScheduler",
+    settings=_LEADING | {"skip_prk_steps": True, "set_alpha_to_one": False},
+    unet={"cross_attention_dim": 768, "attention_head_dim": 8, "use_linear_projection": False},
+    vae={"sample_size": 512, "scaling_factor": 0.18215},
+    text=(_text(768, 12, 12, "quick_gelu", 768),),
+    pads=(END,),
+)
+_SD21 = replace(_SD_TURBO, scheduler=_SD15.scheduler, settings=_SD15.settings)  # the base model, of 512×512
+_LCM: Config = _LEADING | {"original_inference_steps": 50, "timestep_scaling": 10.0}
+_LCM_SD15 = replace(
+    _SD15,
+    pipeline="LatentConsistencyModelPipeline",
+    scheduler="LCMScheduler",
+    settings=_LCM | {"steps_offset": 0},
+    unet=_SD15.unet | {"time_cond_proj_dim": 256},
+)
+_SDXL = replace(
+    _SDXL_TURBO,
+    scheduler="EulerDiscreteScheduler",
+    settings=_LEADING,
+    unet=_SDXL_TURBO.unet | {"sample_size": 128},
+)
+_LCM_SDXL = replace(_SDXL, scheduler="LCMScheduler", settings=_LCM, unet=_SDXL.unet | {"time_cond_proj_dim": 256})
+
 # attention_head_dim is, for historical reasons, diffusers' name for the number of heads.
-_MINI_UNET = {"layers_per_block": 1, "norm_num_groups": 8}
+_MINI_UNET = {"layers_per_block": 1, "norm_num_groups": 8, "block_out_channels": [32, 64]}
 _MINI_VAE = {"block_out_channels": [16, 24, 32, 48], "layers_per_block": 1, "norm_num_groups": 4}
 _MINI_TINY = {f"{part}_block_out_channels": [16] * 4 for part in ("encoder", "decoder")}
-_SD_MINI_UNET = _MINI_UNET | {
+_SD_MINI_UNET = {
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "block_out_channels": [32, 64],
     "attention_head_dim": [2, 4],
     "cross_attention_dim": 64,
 }
-_SDXL_MINI_UNET = _MINI_UNET | {
+_SD15_MINI_UNET = _SD_MINI_UNET | {"attention_head_dim": 4, "cross_attention_dim": 48}
+_SDXL_MINI_UNET = {
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [32, 64],
     "transformer_layers_per_block": [1, 2],
     "attention_head_dim": [2, 4],
     "cross_attention_dim": 32 + 64,
     "addition_time_embed_dim": 32,
     "projection_class_embeddings_input_dim": 64 + 6 * 32,
 }
+_SD15_MINI_TEXT = _text(48, 3, 4, "quick_gelu", 48)
+_SDXL_MINI_TEXT = (_text(32, 2, 2, "quick_gelu", 32), _text(64, 3, 4, "gelu", 64))
+
+
+def _mini(full: Preset, unet: Config, *text: Config) -> Preset:
+    """Return the preset at narrow widths, in float32."""
+    condition = {"time_cond_proj_dim": 32} if "time_cond_proj_dim" in full.unet else {}
+    return replace(
+        full,
+        unet=full.unet | _MINI_UNET | unet | condition,
+        vae=full.vae | _MINI_VAE,
+        tiny=_MINI_TINY,
+        text=text,
+        fp16=False,
+    )
+
 
 PRESETS: dict[str, Preset] = {
     "sd-turbo": _SD_TURBO,
     "sdxl-turbo": _SDXL_TURBO,
-    "sd-turbo-mini": replace(
-        _SD_TURBO,
-        unet=_SD_TURBO.unet | _SD_MINI_UNET,
-        vae=_SD_TURBO.vae | _MINI_VAE,
-        tiny=_MINI_TINY,
-        text=(_text(64, 3, 4, "gelu", 64),),
-    ),
-    "sdxl-turbo-mini": replace(
-        _SDXL_TURBO,
-        unet=_SDXL_TURBO.unet | _SDXL_MINI_UNET,
-        vae=_SDXL_TURBO.vae | _MINI_VAE,
-        tiny=_MINI_TINY,
-        text=(_text(32, 2, 2, "quick_gelu", 32), _text(64, 3, 4, "gelu", 64)),
-        fp16=False,
-    ),
+    "sd-turbo-mini": _mini(_SD_TURBO, _SD_MINI_UNET, _text(64, 3, 4, "gelu", 64)),
+    "sdxl-turbo-mini": _mini(_SDXL_TURBO, _SDXL_MINI_UNET, *_SDXL_MINI_TEXT),
+    "sd15": _SD15,
+    "sd15-mini": _mini(_SD15, _SD15_MINI_UNET, _SD15_MINI_TEXT),
+    "sd21": _SD21,
+    "sdxl": _SDXL,
+    "sdxl-mini": _mini(_SDXL, _SDXL_MINI_UNET, *_SDXL_MINI_TEXT),
+    "lcm-sd15": _LCM_SD15,
+    "lcm-sd15-mini": _mini(_LCM_SD15, _SD15_MINI_UNET, _SD15_MINI_TEXT),
+    "lcm-sdxl": _LCM_SDXL,
+    "lcm-sdxl-mini": _mini(_LCM_SDXL, _SDXL_MINI_UNET, *_SDXL_MINI_TEXT),
 }
 """The checkpoints that `write_checkpoint` can write, by name."""
 

@@ -1,4 +1,4 @@
-"""Complete Turbo checkpoints with random weights, for machines that reach no model hub.
+"""Complete Turbo checkpoints, and their relatives, with random weights, for machines that reach no model hub.
 
 The architectures, configs and file names are the published ones; only the weights are drawn, from a seed, with gains
 that keep every activation in half precision's range and make the picture depend on every input. The `-mini` presets
@@ -41,6 +41,7 @@ _SCHEDULER: Config = {
 _GAINS: tuple[tuple[str, float], ...] = (
     (r"token_embedding|position_embedding", 1.0),
     (r"time_embedding\.linear_1", 3.0),
+    (r"time_embedding\.cond_proj", 0.4),
     (r"add_embedding\.linear_1|time_emb_proj", 4.0),
     (r"attn2\.to_v", 4.0),
     (r"attn2\.to_out", 1.0),
@@ -118,14 +119,14 @@ def write_checkpoint(
     the last bits between CPU types). Weights are streamed to disk, one tensor in memory at a time.
     `eos_token_id` is as in `models`. `progress(done, total)` is called with numbers of parameters.
     `before_weights(folder, counts, bytes)`, with each component's number of values and the bytes to come, is called
-    when all but the weights is written; it may raise. Raises InputError for an unknown name, or if the package with
-    the CLIP vocabulary is missing.
+    when all but the weights is written; it may raise. Raises InputError for an unknown name.
     """
     chosen = presets.preset(name)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     parts = models(name, eos_token_id=eos_token_id)
-    _write_small(name, folder, parts, seed)
+    write_settings(name, folder, parts)
+    (folder / "README.md").write_text(_README.format(name=name, seed=seed))
+    (folder / "LICENSE").write_text(_LICENSE)
     counts = {component: sum(p.numel() for p in part.parameters()) for component, part in parts.items()}
     done, total = 0, sum(counts.values())
     if before_weights:
@@ -153,11 +154,15 @@ def _numbered(component: str, i: int) -> str:
     return f"{component}_{i + 1}" if i else component
 
 
-def _write_small(name: str, folder: Path, parts: Mapping[str, torch.nn.Module], seed: int) -> None:
-    """Write all of a checkpoint but its weights."""
+def write_settings(name: str, folder: Path, parts: Mapping[str, torch.nn.Module] | None = None) -> None:
+    """Write into `folder` (created) all of the preset's checkpoint but weights and licence, as it was published.
+
+    `parts`: its models, if they are there already. Raises InputError for an unknown name.
+    """
     import diffusers
 
-    chosen = presets.preset(name)
+    chosen, parts = presets.preset(name), parts or models(name)
+    folder.mkdir(parents=True, exist_ok=True)
     index: Config = {
         "_class_name": chosen.pipeline,
         "_diffusers_version": diffusers.__version__,
@@ -168,14 +173,12 @@ def _write_small(name: str, folder: Path, parts: Mapping[str, torch.nn.Module], 
         (folder / tokenizer).mkdir(exist_ok=True)
         write_tokenizer(folder / tokenizer, pad_token=pad)
         index[tokenizer] = ["transformers", "CLIPTokenizer"]
-    getattr(diffusers, chosen.scheduler)(**_SCHEDULER).save_pretrained(folder / "scheduler")
+    getattr(diffusers, chosen.scheduler)(**_SCHEDULER | chosen.settings).save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", chosen.scheduler]
     for component, part in parts.items():
         _write_config(part, folder / component, chosen.fp16)
         index[component] = ["transformers" if component.startswith("text") else "diffusers", type(part).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    (folder / "README.md").write_text(_README.format(name=name, seed=seed))
-    (folder / "LICENSE").write_text(_LICENSE)
 
 
 def _write_config(part: torch.nn.Module, folder: Path, fp16: bool) -> None:

@@ -1,21 +1,18 @@
-"""The CLIP vocabulary, for checkpoints that are written and not downloaded.
+"""The CLIP vocabulary, for checkpoints that are written here, and for those in one file, which have none of their own.
 
-Every Stable Diffusion text encoder shares OpenAI's byte-pair vocabulary of 49,408 tokens. Its merges ship
-inside the package `open_clip_torch`; only that data file is read, the package itself is never imported.
+Every Stable Diffusion text encoder shares OpenAI's byte-pair vocabulary of 49,408 tokens. Its merges are part of this
+package: `export/clip`, with their licence.
 """
 
 import gzip
-import importlib.util
 import json
 from pathlib import Path
-
-from turbochain.runtime.errors import InputError
 
 VOCABULARY_SIZE = 49408
 MAX_TOKENS = 77
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
-_MERGES = VOCABULARY_SIZE - 2 * 256 - 2  # everything but the bytes (inside and at the end of a word), BEGIN, END
+_MERGES = Path(__file__).parents[1] / "clip" / "merges.txt.gz"
 # The printable stand-ins for the 256 bytes, in the order of their ids (GPT-2's `bytes_to_unicode`).
 _BYTES = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
 
@@ -24,16 +21,9 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Return CLIP's token → id (49,408 entries) and its 48,894 merges, in order of precedence.
 
     Built as OpenAI's `simple_tokenizer.py` builds it: bytes, bytes at the end of a word, merges, specials.
-    Raises InputError if `open_clip_torch`, which carries the merges, is not installed.
     """
-    package = importlib.util.find_spec("open_clip")
-    if package is None or package.origin is None:
-        raise InputError(
-            "The CLIP vocabulary comes from the package open_clip_torch, which is not installed: "
-            "pip install --no-deps open_clip_torch"
-        )
-    with gzip.open(Path(package.origin).with_name("bpe_simple_vocab_16e6.txt.gz"), "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")[1 : _MERGES + 1]  # the first line names the version
+    with gzip.open(_MERGES, "rt", encoding="utf-8") as file:
+        lines = file.read().rstrip("\n").split("\n")[1:]  # the first line names the version
     merges = [(first, second) for first, second in (line.split() for line in lines)]
     tokens = [*_BYTES, *(b + "</w>" for b in _BYTES), *(a + b for a, b in merges), BEGIN, END]
     return {token: i for i, token in enumerate(tokens)}, merges
@@ -43,7 +33,7 @@ def write_tokenizer(folder: Path, *, pad_token: str) -> None:
     """Write CLIP's tokenizer into `folder`: tokenizer.json and its config, vocab.json, merges.txt.
 
     `pad_token` is what fills a prompt up to 77 tokens: "!" in SD 2.1 and SDXL's second tokenizer, else
-    "<|endoftext|>". The files hold no truncation or padding state. Raises InputError as `clip_vocabulary`.
+    "<|endoftext|>". The files hold no truncation or padding state.
     """
     save_tokenizer(folder, *clip_vocabulary(), pad_token=pad_token)
 

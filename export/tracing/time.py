@@ -1,4 +1,7 @@
-"""Compute what a UNet makes of the timestep alone: columns of a table, so that no picture pays for it."""
+"""Compute what a UNet makes of the timestep alone: columns of a table, so that no picture pays for it.
+
+An LCM's UNet (one with `time_cond_proj_dim`) adds an embedding of the guidance scale to that of the timestep.
+"""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,26 +16,44 @@ from turbochain.export.tracing.modules import pooled_width, timed_resnets
 Columns = dict[str, torch.Tensor]
 
 
-def _projections(unet: Any, timesteps: torch.Tensor) -> Columns:
+def _embedding(unet: Any, timesteps: torch.Tensor, guidance: torch.Tensor | None) -> torch.Tensor:
+    """Return the UNet's time embedding [T, D]."""
+    condition = None if guidance is None else _guidance_embedding(guidance, unet.config.time_cond_proj_dim)
+    return unet.time_embedding(unet.time_proj(timesteps), condition)
+
+
+def _guidance_embedding(guidance: torch.Tensor, width: int) -> torch.Tensor:
+    """Return [T, width] fp32, as the pipelines embed guidance_scale − 1, which they subtract in fp64."""
+    from diffusers import StableDiffusionPipeline
+
+    embed: Any = StableDiffusionPipeline.get_guidance_scale_embedding  # it does not use the pipeline
+    return embed(None, (guidance - 1).float(), width)
+
+
+def _projections(unet: Any, timesteps: torch.Tensor, guidance: torch.Tensor | None) -> Columns:
     """Return `time_projections` [T, 1, ΣC] fp32: what each ResNet adds of the time, in the order of `timed_resnets`.
 
     And `activated_time_embedding` [T, D], which those projections read: an adapter that changes a projection needs it.
     """
     act = unet.time_embed_act or nn.Identity()
-    embedding = act(unet.time_embedding(unet.time_proj(timesteps)))
+    embedding = act(_embedding(unet, timesteps, guidance))
     resnets = timed_resnets(unet)
     activated = [embedding if r.skip_time_act else r.nonlinearity(embedding) for r in resnets]
     made = [r.time_emb_proj(a) for r, a in zip(resnets, activated, strict=True)]
     return {"time_projections": torch.cat(made, dim=-1).unsqueeze(1), "activated_time_embedding": activated[0]}
 
 
-def _embeds(unet: Any, timesteps: torch.Tensor) -> Columns:
+def _embeds(unet: Any, timesteps: torch.Tensor, guidance: torch.Tensor | None) -> Columns:
     """Return `time_embeds` [T, 1, D] fp32: the UNet's time embedding, without that of the pooled embeds."""
-    return {"time_embeds": unet.time_embedding(unet.time_proj(timesteps)).unsqueeze(1)}
+    return {"time_embeds": _embedding(unet, timesteps, guidance).unsqueeze(1)}
 
 
-COLUMNS: dict[str, Callable[[Any, torch.Tensor], Columns]] = {"time_projections": _projections, "time_embeds": _embeds}
-"""Column → function of diffusers' UNet, in fp32, and the timesteps [T] fp32, that returns it and what belongs to it."""
+COLUMNS: dict[str, Callable[[Any, torch.Tensor, torch.Tensor | None], Columns]] = {
+    "time_projections": _projections,
+    "time_embeds": _embeds,
+}
+"""Column → function that returns it and what belongs to it, of diffusers' UNet in fp32, the timesteps [T] fp32, and
+the guidance scales [T] fp64 of an LCM's UNet, or None."""
 
 
 def _time_ids_embeds(unet: Any, time_ids: tuple[int, ...]) -> torch.Tensor:

@@ -129,7 +129,10 @@ def _convert(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _convert_dataclass(kind, value, where, problems)
     if origin in (tuple, list) and isinstance(value, list):
-        return origin(_convert(arguments[0], v, f"{where}[{i}]", problems) for i, v in enumerate(value))
+        kinds = arguments if len(arguments) == len(value) and ... not in arguments else arguments[:1] * len(value)
+        return origin(
+            _convert(k, v, f"{where}[{i}]", problems) for i, (k, v) in enumerate(zip(kinds, value, strict=True))
+        )
     if origin is dict and isinstance(value, dict):
         return {k: _convert(arguments[1], v, f"{where}.{k}", problems) for k, v in value.items()}
     if origin is types.UnionType:

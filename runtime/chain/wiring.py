@@ -62,7 +62,8 @@ def _vocabulary(chain: Chain, graphs: Graphs) -> Iterator[str]:
     if sorted(places) != places:
         yield f"its stages are not in the order {', '.join(PLACES)}"
     for stage in chain.stages:
-        for value, known in ((stage.when, PLACES), (stage.judged, JUDGED)):
+        of_stage: tuple[tuple[str, Collection[str]], ...] = ((stage.when, PLACES), (stage.judged, JUDGED))
+        for value, known in of_stage:
             if value not in known:
                 yield f"the stage {stage.graph} has {value!r}, and one of {', '.join(known)} was expected"
         for mode in (stage.if_, stage.unless):
@@ -72,7 +73,11 @@ def _vocabulary(chain: Chain, graphs: Graphs) -> Iterator[str]:
         if unknown := sorted(stage.wires.keys() - ends):
             yield f"the stage {stage.graph} renames {unknown[0]}, which its graph lacks"
     for feed, how in chain.feeds.items():
-        for value, known in ((how.is_, FEEDS), (how.when, WHEN), (how.scale, SCALES), (how.of, TEXTS)):
+        of_feed: tuple[tuple[str, Collection[str]], ...] = (
+            *((how.is_, FEEDS), (how.when, WHEN)),
+            *((how.scale, SCALES), (how.of, TEXTS)),
+        )
+        for value, known in of_feed:
             if value not in known:
                 yield f"the feed {feed} has {value!r}, and one of {', '.join(known)} was expected"
         if how.is_ in FEEDS and how.when in WHEN and how.when not in FEEDS[how.is_]:

@@ -36,7 +36,7 @@ def check_embeds(
     prompts = 1
     if isinstance(prompt_embeds, np.ndarray) and prompt_embeds.ndim == 3:
         prompts = max(len(prompt_embeds), 1)
-    shape = (prompts, chain.tensors[states[0]].shape[1], sum(widths))
+    shape: tuple[int, ...] = (prompts, chain.tensors[states[0]].shape[1], sum(widths))
     value = check_array("prompt_embeds", prompt_embeds, "float32", shape).value
     given = dict(zip(states, np.split(value, np.cumsum(widths)[:-1], axis=-1), strict=True))
     if pooled:

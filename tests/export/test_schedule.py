@@ -7,16 +7,19 @@ import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as image_to_image
 from diffusers.schedulers import scheduling_euler_ancestral_discrete as euler_ancestral
 
 from turbochain.export import load, reference, schedule
 from turbochain.export.families import Shape
+from turbochain.export.run import Run
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime import InputError
 from turbochain.runtime.chain.tables import ARRAYS, Table
@@ -89,34 +92,47 @@ def network(scaled: torch.Tensor, t: float) -> torch.Tensor:
     return torch.tanh(scaled.roll(1, -1) - 0.5 * scaled.roll(1, -2)) + 0.1 * np.sin(t / 100)
 
 
-def prepared(scheduler: Any, steps: int) -> Any:
+def prepared(scheduler: Any, run: Run) -> tuple[Any, torch.Tensor]:
+    """A copy of the scheduler that diffusers' own pipeline has made ready for the run, and the run's timesteps."""
     scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(steps)
-    return scheduler
+    explicit = None if run.timesteps is None else list(run.timesteps)
+    kwargs = {"original_inference_steps": run.original_steps, "strength": run.strength}
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    timesteps, steps = image_to_image.retrieve_timesteps(scheduler, run.steps, "cpu", explicit, **kwargs)
+    if run.begin is not None:
+        pipeline: Any = SimpleNamespace(scheduler=scheduler)
+        strength = (steps - run.begin + 0.5) / steps
+        timesteps, _ = diffusers.StableDiffusionImg2ImgPipeline.get_timesteps(pipeline, steps, strength, "cpu")
+    return scheduler, timesteps
 
 
-def follow(scheduler: Any, begin: int, replaced: bool) -> list[Step]:
-    """A prepared scheduler's own run as pipelines do it; `replaced`: with another sample before every step."""
-    scheduler = copy.deepcopy(scheduler)
+def follow(scheduler: Any, run: Run, replaced: bool) -> tuple[tuple[float, float] | None, list[Step]]:
+    """A run as the pipelines do it, and the (p, q) that image-to-image begins it with.
+
+    `replaced`: with another sample before every step, as inpainting has.
+    """
+    scheduler, timesteps = prepared(scheduler, run)
     accepted = inspect.signature(scheduler.step).parameters
     generator, random = torch.Generator().manual_seed(7), torch.Generator().manual_seed(8)
-    extra = {k: v for k, v in (("eta", 0.0), ("generator", generator)) if k in accepted}
-    first = begin * scheduler.order
-    timesteps = scheduler.timesteps[first:]
-    if hasattr(scheduler, "set_begin_index") and (begin or replaced):  # text-to-image does not set it
-        scheduler.set_begin_index(first)
-    x, taken = torch.randn(SHAPE, generator=generator) * scheduler.init_noise_sigma, []
+    extra = {k: v for k, v in (("eta", run.eta), ("generator", generator)) if k in accepted}
     units = torch.eye(2).reshape(2, 1, 1, 1, 2)
+
+    def pair(timesteps: torch.Tensor) -> tuple[float, float]:
+        p, q = scheduler.add_noise(*units, timesteps).flatten().tolist()
+        return p, q
+
+    start = None if run.begin is None and run.strength is None else pair(timesteps[:1])
+    x, taken = torch.randn(SHAPE, generator=generator) * scheduler.init_noise_sigma, []
     for i, t in enumerate(timesteps):
         x = torch.randn(SHAPE, generator=random) if replaced else x
         scaled = scheduler.scale_model_input(x, t)
         prediction = network(scaled, float(t))
-        made = scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
-        later = timesteps[i + 1 : i + 2]
-        pair = tuple(scheduler.add_noise(*units, later).flatten().tolist()) if replaced and len(later) else None
-        taken.append(Step(float(t), x, scaled, prediction, made, pair))
+        made = scheduler.step(prediction, t, x, **extra, return_dict=False)
+        made = made[1] if run.strength and i + 1 == len(timesteps) else made[0]  # the LCM pipelines decode `denoised`
+        later = pair(torch.tensor([timesteps[i + 1]])) if replaced and i + 1 < len(timesteps) else None
+        taken.append(Step(float(t), x, scaled, prediction, made, later))
         x = made
-    return taken
+    return start, taken
 
 
 def largest_error(table: Table, theirs: list[Step], replaced: bool) -> float:
@@ -139,12 +155,13 @@ def largest_error(table: Table, theirs: list[Step], replaced: bool) -> float:
     return worst
 
 
-def check_table(scheduler: Any, steps: int, begin: int = 0) -> Table:
+def check_table(scheduler: Any, run: Run) -> Table:
     """The table, after two runs of the scheduler; an InputError of `tabulate` passes through."""
-    table = schedule.tabulate(scheduler, steps, begin)
-    scheduler = prepared(scheduler, steps)
-    for replaced in (False, True):
-        theirs = follow(scheduler, begin, replaced)
+    table = schedule.tabulate(scheduler, run)
+    inpainting = run if run.strength else dataclasses.replace(run, begin=run.begin or 0)
+    for replaced, same in {False: run, True: inpainting}.items():
+        start, theirs = follow(scheduler, same, replaced)
+        assert start is None or tuple(table.start[0].tolist()) == start
         assert table.rows == len(theirs)
         assert table.timesteps[table.index].tolist() == [float(np.float32(step.t)) for step in theirs]
         for i, step in enumerate(theirs):
@@ -161,17 +178,17 @@ def check_refusal(scheduler: Any, steps: int, message: str) -> None:
     if "clipping is not linear" in message:
         assert any(scheduler.config.get(key) for key in ("clip_sample", "thresholding", "clip_denoised"))
     elif "NaN or infinity" in message:
-        assert not all(torch.isfinite(step.made).all() for step in follow(prepared(scheduler, steps), 0, False))
+        assert not all(torch.isfinite(step.made).all() for step in follow(scheduler, Run(steps), False)[1])
     elif "which the diffusers pipelines use" in message:
         missing = message.split(" has no ")[1].split(", which")[0].split(", ")
         assert not any(hasattr(scheduler, attribute) for attribute in missing)
     elif "in every step" in message:
         with pytest.raises(TypeError, match="missing"):
-            follow(prepared(scheduler, steps), 0, False)
+            follow(scheduler, Run(steps), False)[1]
     else:
         assert "cannot be used as the diffusers pipelines do" in message
         with pytest.raises(Exception):  # noqa: B017 (whatever it raises)
-            follow(prepared(scheduler, steps), 0, False)
+            follow(scheduler, Run(steps), False)[1]
 
 
 def variations(name: str) -> Iterator[Any]:
@@ -196,21 +213,13 @@ def test_every_scheduler_of_diffusers_has_a_true_table_or_is_refused(name: str, 
     for scheduler in variations(name):
         for steps in (1, 2, 4, 8):
             try:
-                check_table(scheduler, steps)
+                check_table(scheduler, Run(steps))
                 if steps == 4:
-                    check_table(scheduler, steps, begin=1)
+                    check_table(scheduler, Run(steps, begin=1))
                 taken += 1
             except InputError as error:
                 check_refusal(scheduler, steps, str(error))
     assert taken >= 4 or name not in LINEAR
-
-
-@pytest.mark.parametrize("name", LINEAR)
-def test_twenty_steps_and_every_beginning_of_four(name: str) -> None:
-    scheduler = sampler(name, skip_prk_steps=True)
-    check_table(scheduler, 20)
-    for begin in (2, 3):
-        check_table(scheduler, 4, begin)
 
 
 def test_the_seventeen_classes_are_exported_by_diffusers() -> None:
@@ -242,7 +251,7 @@ TENSORS = (  # K, evaluations for 8 steps, class, options: found by hand or by a
 
 @pytest.mark.parametrize(("K", "evaluations", "name", "options"), TENSORS)
 def test_how_many_tensors_go_round_the_loop(K: int, evaluations: int, name: str, options: dict[str, Any]) -> None:
-    table = schedule.tabulate(sampler(name, **options), 8)
+    table = schedule.tabulate(sampler(name, **options), Run(8))
     assert (table.K, table.rows) == (K, evaluations)
     assert {name: getattr(table, name).dtype.name for name in (*ARRAYS, "timesteps")} == {
         **dict.fromkeys(("m", "v", "w", "input_scale", "start", "init_noise_sigma", "timesteps"), "float32"),
@@ -254,7 +263,7 @@ def test_how_many_tensors_go_round_the_loop(K: int, evaluations: int, name: str,
 
 
 def test_timesteps_that_come_twice_are_stored_once() -> None:
-    table = schedule.tabulate(sampler("HeunDiscreteScheduler"), 3)
+    table = schedule.tabulate(sampler("HeunDiscreteScheduler"), Run(3))
     assert table.index.tolist() == [0, 1, 1, 2, 2] and len(table.timesteps) == 3
 
 
@@ -262,19 +271,19 @@ def test_timesteps_that_come_twice_are_stored_once() -> None:
 def test_where_image_to_image_starts(name: str) -> None:
     """Against the formula p·z + q·ε of the training process: σ or √ᾱ and √(1 − ᾱ) at the row's timestep."""
     scheduler = sampler(name, timestep_spacing="leading")
-    table = schedule.tabulate(scheduler, 4)
+    table = schedule.tabulate(scheduler, Run(4))
     cumulated = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0).numpy()
     alpha = cumulated[table.timesteps[table.index].astype(int)]
     p, q = alpha**0.5, (1 - alpha) ** 0.5
     expected = np.stack([np.ones(4), q / p] if name == "EulerDiscreteScheduler" else [p, q], axis=1)
     np.testing.assert_allclose(table.start, expected, rtol=1e-4)
-    later = schedule.tabulate(scheduler, 4, begin=1)
+    later = schedule.tabulate(scheduler, Run(4, begin=1))
     assert np.array_equal(later.start, table.start[1:])
 
 
 def test_rows_of_a_first_order_slice_are_the_slice_of_the_rows() -> None:
     scheduler = sampler("EulerAncestralDiscreteScheduler")
-    whole, later = schedule.tabulate(scheduler, 4), schedule.tabulate(scheduler, 4, begin=2)
+    whole, later = schedule.tabulate(scheduler, Run(4)), schedule.tabulate(scheduler, Run(4, begin=2))
     assert all(np.array_equal(getattr(whole, column)[2:], getattr(later, column)) for column in ("m", "v", "w"))
 
 
@@ -283,7 +292,7 @@ def test_rows_of_a_first_order_slice_are_the_slice_of_the_rows() -> None:
     [("EulerDiscreteScheduler", 0), ("EulerAncestralDiscreteScheduler", 3), ("DDIMScheduler", 0), ("LCMScheduler", 3)],
 )
 def test_noise_is_drawn_where_the_sampler_uses_it(name: str, noisy: int) -> None:
-    table = schedule.tabulate(sampler(name, timestep_spacing="trailing"), 4)
+    table = schedule.tabulate(sampler(name, timestep_spacing="trailing"), Run(4))
     assert table.draws_noise.tolist() == [i < noisy for i in range(4)]
     assert table.w.any(axis=1).tolist() == [i < noisy for i in range(4)]
 
@@ -296,23 +305,23 @@ def test_one_K_for_several_step_counts() -> None:
         wide = schedule.pad(table, 4)
         assert wide.K == 4
         for replaced in (False, True):
-            assert largest_error(wide, follow(prepared(scheduler, steps), 0, replaced), replaced) <= BOUND
+            assert largest_error(wide, follow(scheduler, Run(steps), replaced)[1], replaced) <= BOUND
 
 
 @pytest.mark.parametrize("limit", [0.5, 10.0, 1000.0])
 def test_a_sampler_that_clips_is_refused(limit: float) -> None:
     clipping = sampler("DDIMScheduler", clip_sample=True, clip_sample_range=limit)
     with pytest.raises(InputError, match=r"DDIMScheduler has clip_sample=True in its config.*set clip_sample to false"):
-        schedule.tabulate(clipping, 4)
+        schedule.tabulate(clipping, Run(4))
 
 
 def test_thresholding_is_named_if_it_is_the_reason() -> None:
     with pytest.raises(InputError, match=r"DPMSolverMultistepScheduler has thresholding=True in its config"):
-        schedule.tabulate(sampler("DPMSolverMultistepScheduler", thresholding=True), 2)
+        schedule.tabulate(sampler("DPMSolverMultistepScheduler", thresholding=True), Run(2))
     with pytest.raises(InputError, match=r"has clip_sample=True and thresholding=True .*set clip_sample and thres"):
-        schedule.tabulate(sampler("DDPMScheduler", thresholding=True, clip_sample=True), 2)
+        schedule.tabulate(sampler("DDPMScheduler", thresholding=True, clip_sample=True), Run(2))
     with pytest.raises(InputError, match="has no rows after 2 of 2 steps"):  # not the reason
-        schedule.tabulate(sampler("DDIMScheduler", clip_sample=True), 2, begin=2)
+        schedule.tabulate(sampler("DDIMScheduler", clip_sample=True), Run(2, begin=2))
 
 
 class NoiseOfItsOwn(diffusers.EulerDiscreteScheduler):
@@ -397,7 +406,7 @@ class Masked(diffusers.EulerDiscreteScheduler):
 )
 def test_why_a_scheduler_is_refused(cls: Any, reason: str) -> None:
     with pytest.raises(InputError, match=f"the scheduler {cls.__name__} {reason}.*name another class .Euler"):
-        schedule.tabulate(cls(), 2)
+        schedule.tabulate(cls(), Run(2))
 
 
 def test_a_class_of_the_checkpoints_author_has_the_table_of_its_parent() -> None:
@@ -406,27 +415,27 @@ def test_a_class_of_the_checkpoints_author_has_the_table_of_its_parent() -> None
     class Renamed(diffusers.EulerAncestralDiscreteScheduler):
         pass
 
-    table = check_table(Renamed(**OF_EULER), 3)
-    expected = schedule.tabulate(diffusers.EulerAncestralDiscreteScheduler(**OF_EULER), 3)
+    table = check_table(Renamed(**OF_EULER), Run(3))
+    expected = schedule.tabulate(diffusers.EulerAncestralDiscreteScheduler(**OF_EULER), Run(3))
     assert np.array_equal(table.w, expected.w) and table.w.any()
 
 
 def test_steps_that_the_scheduler_itself_refuses() -> None:
     with pytest.raises(InputError, match=r"LCMScheduler cannot be used .* set_timesteps\(51\): .*original_steps"):
-        schedule.tabulate(sampler("LCMScheduler"), 51)
+        schedule.tabulate(sampler("LCMScheduler"), Run(51))
 
 
 def test_a_package_that_a_scheduler_needs_and_that_is_missing(tmp_path: Path) -> None:
     checkpoint = write(tmp_path, "DPMSolverSDEScheduler", "StableDiffusionPipeline", **BETAS)
     with pytest.raises(InputError, match=r"DPMSolverSDEScheduler (cannot be loaded .*torchsde|adds noise).*another"):
-        schedule.tabulate(load.scheduler(checkpoint), 2)
+        schedule.tabulate(load.scheduler(checkpoint), Run(2))
 
 
 def test_a_table_leaves_the_scheduler_as_it_was() -> None:
     scheduler = sampler("EulerAncestralDiscreteScheduler", timestep_spacing="trailing")
     scheduler.set_timesteps(10)
     before, config = scheduler.timesteps.clone(), dict(scheduler.config)
-    first, second = schedule.tabulate(scheduler, 2), schedule.tabulate(scheduler, 2)
+    first, second = schedule.tabulate(scheduler, Run(2)), schedule.tabulate(scheduler, Run(2))
     assert all(
         np.array_equal(getattr(first, field.name), getattr(second, field.name)) for field in dataclasses.fields(first)
     )
@@ -435,9 +444,9 @@ def test_a_table_leaves_the_scheduler_as_it_was() -> None:
 
 def test_the_module_draws_as_before_after_a_refusal() -> None:
     before = euler_ancestral.randn_tensor
-    schedule.tabulate(sampler("EulerAncestralDiscreteScheduler"), 2)
+    schedule.tabulate(sampler("EulerAncestralDiscreteScheduler"), Run(2))
     with pytest.raises(InputError):
-        schedule.tabulate(sampler("EulerAncestralDiscreteScheduler", prediction_type="sample"), 2)
+        schedule.tabulate(sampler("EulerAncestralDiscreteScheduler", prediction_type="sample"), Run(2))
     assert euler_ancestral.randn_tensor is before
 
 
@@ -479,7 +488,7 @@ def check_recording(pipeline: Any, checkpoint: Checkpoint, table: Table, steps: 
 )
 def test_the_pipeline_is_recorded_with_any_scheduler(name: str, pipeline: Any, checkpoints: dict[str, Path]) -> None:
     pipeline.scheduler = sampler(name, skip_prk_steps=True, steps_offset=1)
-    table = schedule.tabulate(pipeline.scheduler, 3)
+    table = schedule.tabulate(pipeline.scheduler, Run(3))
     check_recording(pipeline, Checkpoint(checkpoints["sd"], None), table, 3)
     assert "step" not in vars(pipeline.scheduler)
 
@@ -511,7 +520,7 @@ def test_the_scheduler_is_the_one_that_the_pipeline_ends_up_with(
     parts = {**pipeline.components, "scheduler": sampler(name, **options)}
     theirs = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
     theirs.set_progress_bar_config(disable=True)
-    check_recording(theirs, Checkpoint(checkpoints["sd"], None), schedule.tabulate(found, 2), 2)
+    check_recording(theirs, Checkpoint(checkpoints["sd"], None), schedule.tabulate(found, Run(2)), 2)
     assert dict(found.config) == {**theirs.scheduler.config, "_use_default_values": found.config._use_default_values}
 
 
@@ -522,4 +531,4 @@ def test_the_pipeline_of_sdxl_leaves_its_scheduler(tmp_path: Path) -> None:
         found = load.scheduler(write(tmp_path, "DDIMScheduler", "StableDiffusionXLPipeline", **options))
     assert (found.config.steps_offset, found.config.clip_sample) == (0, True)
     with pytest.raises(InputError, match="clip_sample=True"):
-        schedule.tabulate(found, 1)
+        schedule.tabulate(found, Run(1))

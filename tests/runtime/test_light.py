@@ -92,11 +92,14 @@ def test_packages_are_the_folders_with_code() -> None:
 def test_the_wheel_has_every_module_and_what_goes_with_it(wheel: Path) -> None:
     files = {p.relative_to(ROOT).as_posix() for n in PACKAGES for p in (ROOT / n).rglob("*.py")}
     files |= {"runtime/FORMAT.md", "runtime/py.typed"}
-    files |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "export/demo").rglob("*") if p.is_file()}
+    carried = [p for folder in ("demo", "clip") for p in (ROOT / "export" / folder).rglob("*") if p.is_file()]
+    files |= {p.relative_to(ROOT).as_posix() for p in carried}
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        (terms,) = (name for name in archive.namelist() if name.endswith("/licenses/LICENSE"))
-        assert archive.read(terms) == (ROOT / "LICENSE").read_bytes()
+        terms = {name.partition("/licenses/")[2]: archive.read(name) for name in archive.namelist()}
+        assert {name: text for name, text in terms.items() if name} == {
+            name: (ROOT / name).read_bytes() for name in ("LICENSE", "export/clip/LICENSE")
+        }
     assert names == {f"turbochain/{name}" for name in files}
 
 

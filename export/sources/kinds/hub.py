@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from turbochain.export import families
-from turbochain.export.sources import ELSEWHERE, Fetched, Kind, Source, Want
+from turbochain.export.sources import ELSEWHERE, LORA, Fetched, Kind, Source, Want
 from turbochain.export.sources.checkpoint import PICKLES, STEMS
+from turbochain.export.sources.kinds.single_file import SingleFile
 from turbochain.runtime.errors import InputError
 
 _TERMS = ("*.md", "LICENSE*", "LICENCE*")
 _SMALL = ("*.json", "*.txt", *_TERMS, "*/*.json", "*/*.txt")
-_PART = ("config.json", *(f"{stem}*.safetensors*" for stem in STEMS), *_TERMS)
+_PART = ("config.json", *(f"{stem}*.safetensors*" for stem in STEMS))
 
 
 @dataclass(frozen=True)
@@ -40,22 +41,50 @@ class Hub:
         Progress is in bytes. Raises InputError for an unknown id, a gated one, or if neither the network nor the
         cache has it.
         """
+        if want.part is not None and want.part.startswith(LORA):
+            return self.fetch_file(want, "pytorch_lora_weights.safetensors")  # diffusers' name
+        if want.part is not None:
+            return self._fetch_part(want, "config.json", lambda names: select_part(names, want.variant))
+        found = self._files(want, "model_index.json")
+        return found if isinstance(found, Fetched) else self._download(want, *found)
+
+    def fetch_file(self, want: Want, file: str) -> Fetched:
+        """Download one file (its path in the repository) and the repository's licence; convert it as a file here.
+
+        Raises InputError as `fetch` and `SingleFile.fetch`, and if there is no such file.
+        """
+        found = self._fetch_part(want, file, lambda names: [n for n in names if n == file or _is_terms(n)])
+        made = SingleFile(found.folder / file).fetch(want)
+        return Fetched(made.folder, found.commit, home=found.folder)
+
+    def _fetch_part(self, want: Want, needed: str, choose: Callable[[list[str]], list[str]]) -> Fetched:
+        """Download what `choose` takes of the repository's files, or find it in the cache by the file `needed`."""
+        found = self._files(want, needed)
+        if isinstance(found, Fetched):
+            return found
+        commit, sizes = found
+        if needed not in sizes:
+            others = sorted(name for name in sizes if name.endswith(".safetensors"))
+            raise InputError(f"{self.name} has no {needed}; its safetensors files are {', '.join(others) or 'none'}")
+        wanted = choose(list(sizes))
+        total = sum(sizes[name] for name in wanted)
+        return Fetched(self._snapshot(commit, wanted, lambda done: want.progress(done, total)), commit, want.variant)
+
+    def _files(self, want: Want, needed: str) -> tuple[str, dict[str, int]] | Fetched:
+        """Return the commit and its files (name → bytes), or without network the copy in the cache with `needed`."""
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the build has its own; read at the import
         import huggingface_hub as hub
         from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
         try:
-            if want.part is not None:
-                return _fetched(hub.snapshot_download(self.name, revision=want.revision, allow_patterns=list(_PART)))
             info = hub.HfApi().model_info(self.name, revision=want.revision, files_metadata=True)
         except GatedRepoError:
             raise self._gated() from None
         except RevisionNotFoundError:
             raise InputError(f"{self.name} has no revision {want.revision!r}") from None
         except Exception as error:  # unknown, offline, unreachable: a copy in the cache still serves
-            return self._cached(want, error)
-        sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
-        return self._download(want, str(info.sha), sizes)
+            return self._cached(want, needed, error)
+        return str(info.sha), {s.rfilename: s.size or 0 for s in info.siblings or []}
 
     def _download(self, want: Want, commit: str, sizes: dict[str, int]) -> Fetched:
         """Download the files that are needed, of all in `sizes` (name → bytes)."""
@@ -94,8 +123,8 @@ class Hub:
             raise InputError(f"the download of {self.name} ended without {missing[0]}; the same command goes on")
         return Path(folder)
 
-    def _cached(self, want: Want, error: Exception) -> Fetched:
-        """Return the copy in the hub's cache; InputError with the error of the network if there is none."""
+    def _cached(self, want: Want, needed: str, error: Exception) -> Fetched:
+        """Return the copy in the hub's cache, if it has the file `needed`; else InputError with the network's error."""
         import huggingface_hub as hub
 
         bundle = hub.try_to_load_from_cache(self.name, "bundle.json", revision=want.revision)
@@ -104,22 +133,17 @@ class Hub:
                 f"{self.name} is a bundle, and a checkpoint was expected: build an engine of it with "
                 f"build-engine {Path(bundle).parent}"
             ) from None
-        name = "config.json" if want.part is not None else "model_index.json"
-        found = hub.try_to_load_from_cache(self.name, name, revision=want.revision)
+        found = hub.try_to_load_from_cache(self.name, needed, revision=want.revision)
         if not isinstance(found, str):
             raise InputError(
                 f"{self.name} is neither on the hub under that name nor in the local cache, or there is no network "
                 f"({_first_line(error)}); check the id, or give the path of a local folder"
             ) from None
-        return _fetched(Path(found).parent, want.variant)
+        folder = Path(found).parents[needed.count("/")]
+        return Fetched(folder, folder.name, want.variant)  # the folder of a snapshot has the commit's name
 
     def _gated(self) -> InputError:
         return InputError(f"{self.name} is gated: accept its licence on its page, then run: hf auth login")
-
-
-def _fetched(folder: str | Path, variant: str | None = None) -> Fetched:
-    """Return what a snapshot of the hub's cache is: its folder's name is the commit."""
-    return Fetched(Path(folder), Path(folder).name, variant)
 
 
 def _first_line(error: Exception) -> str:
@@ -183,6 +207,22 @@ def select(names: list[str], variant: str | None, skip: Collection[str] = ()) ->
             "runs code; convert them: load with diffusers and save_pretrained(FOLDER, safe_serialization=True)"
         )
     return small
+
+
+def select_part(names: list[str], variant: str | None) -> list[str]:
+    """Return those of the files that are needed of a repository with one component: config, licence, and weights.
+
+    The weights are the safetensors of the variant; plain ones if `variant` is None or they have none, or else all.
+    """
+    found = [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in _PART) and "/" not in n]
+    weights = [n for n in found if n.endswith(".safetensors")]
+    plain = [n for n in weights if n.count(".") == 1]
+    chosen = [n for n in weights if f".{variant}." in n or f".{variant}-" in n] or plain or weights
+    return [n for n in found if n not in weights] + chosen + [n for n in names if _is_terms(n)]
+
+
+def _is_terms(name: str) -> bool:
+    return "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in _TERMS)
 
 
 def _find(name: str) -> Source | None:

@@ -1,18 +1,74 @@
-"""A file instead of a folder: refused, with the way out."""
+"""A .safetensors file here: a whole checkpoint in the original names, or one part of one."""
 
+import logging
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
-from turbochain.export.sources import ON_DISK, Kind, Source
-from turbochain.runtime.errors import InputError
+from turbochain.export.sources import LORA, ON_DISK, Fetched, Kind, Source, Want, written_once
+from turbochain.export.sources import original as originals
+from turbochain.export.sources.checkpoint import STEMS
+
+log = logging.getLogger("turbochain")
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """A file; a bundle tells its name and not its path."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Return the file's own name."""
+        return self.path.name
+
+    @property
+    def local(self) -> Path:
+        """Return the file."""
+        return self.path
+
+    @property
+    def tiny_vae(self) -> None:
+        """Return None: the family's serves."""
+
+    def fetch(self, want: Want) -> Fetched:
+        """Convert what is wanted into a folder in diffusers' format in `want.root`, unless it is there.
+
+        A LoRA is copied as it is. EMA weights beside the others are not used. Raises InputError for what is no such
+        file, or of another configuration than the one that is wanted.
+        """
+        original, part = originals.read(self.path), want.part
+        if part is not None and part.startswith(LORA):
+            return Fetched(written_once(want.root / f"{self.path.stem}-{part}", self._copy))
+        from turbochain.export.sources import conversion
+
+        if part is not None:
+            folder = want.root / f"{self.path.stem}-{part}"
+            return Fetched(written_once(folder, lambda to: conversion.write_part(original, part, want.part_config, to)))
+        config, is_guess = originals.settled(self.path, want.config)
+        if is_guess:
+            log.warning(
+                "%s: --config %s is assumed, by the shapes of its tensors; they do not tell the scheduler, nor whether "
+                "it is a Turbo: if it is another, name it with --config (%s)",
+                *(self.name, config, ", ".join(originals.CONFIGS)),
+            )
+        if original.has("model_ema."):
+            log.warning("%s: its EMA weights are not used, but those beside them, as in diffusers", self.name)
+        folder = want.root / f"{self.path.stem}-checkpoint"
+        return Fetched(written_once(folder, lambda to: conversion.write_checkpoint(original, config, to, want)))
+
+    def _copy(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        shutil.copyfile(self.path, folder / f"{STEMS[1]}.safetensors")
 
 
 def _find(name: str) -> Source | None:
-    if Path(name).exists() and not Path(name).is_dir():
-        raise InputError(
-            f"{name} is a file; a folder in diffusers' format was expected: load the file with diffusers' "
-            "from_single_file(...) and call save_pretrained(FOLDER)"
-        )
-    return None
+    path = Path(name)
+    if not path.is_file():
+        return None
+    originals.refuse_others(path)
+    return SingleFile(path.absolute())  # in the hub's cache a file is a link to one without a name
 
 
-KIND = Kind("", ON_DISK, _find, parts=False)
+KIND = Kind("a .safetensors file here", ON_DISK, _find, parts=True)

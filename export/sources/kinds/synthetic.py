@@ -1,10 +1,9 @@
 """`synthetic:NAME`: a checkpoint of the true architecture with random weights, drawn when it is fetched."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from turbochain.export.sources import BY_SPELLING, Fetched, Kind, Source, Want
+from turbochain.export.sources import BY_SPELLING, Fetched, Kind, Source, Want, written_once
 from turbochain.export.sources.presets import preset
 
 PREFIX = "synthetic:"
@@ -37,7 +36,7 @@ class Synthetic:
         def draw(folder: Path) -> None:
             synthetic.write_checkpoint(self.preset, folder, progress=want.progress, before_weights=want.before_weights)
 
-        return Fetched(_once(want.root / self.preset, draw))
+        return Fetched(written_once(want.root / self.preset, draw))
 
 
 @dataclass(frozen=True)
@@ -64,17 +63,10 @@ class TinyVae:
         from turbochain.export.sources import synthetic
 
         return Fetched(
-            _once(want.root / f"{self.preset}-tiny-vae", lambda folder: synthetic.write_tiny_vae(self.preset, folder))
+            written_once(
+                want.root / f"{self.preset}-tiny-vae", lambda folder: synthetic.write_tiny_vae(self.preset, folder)
+            )
         )
-
-
-def _once(folder: Path, draw: Callable[[Path], None]) -> Path:
-    """Return `folder`, drawn under another name first if it is not there, so that it is never half there."""
-    if not folder.exists():
-        partial = folder.with_name(folder.name + ".partial")
-        draw(partial)
-        partial.rename(folder)
-    return folder
 
 
 def _find(name: str) -> Source | None:

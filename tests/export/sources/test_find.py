@@ -12,7 +12,7 @@ from turbochain.export.sources.kinds.demo import FOLDER
 from turbochain.export.sources.presets import PRESETS
 from turbochain.runtime import InputError
 
-KINDS = "neither a folder here, nor a hub id (owner/name), nor demo, nor synthetic:NAME"
+KINDS = "neither a .safetensors file here, nor a folder here, nor a hub id (owner/name), nor demo, nor synthetic:NAME"
 
 
 def kind(name: str) -> str:
@@ -74,10 +74,13 @@ def test_an_unknown_preset() -> None:
         find("synthetic:x")
 
 
-def test_a_single_file_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    (tmp_path / "sd.safetensors").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"is a file; a folder .* was expected: .*from_single_file\(\.\.\.\)"):
-        find(str(tmp_path / "sd.safetensors"))
+@pytest.mark.parametrize("part", [None, "vae", "unet"])
+def test_a_single_file(part: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "sd.safetensors"
+    (tmp_path / "blob").write_bytes(b"x")  # what is in it is looked at later
+    path.symlink_to("blob")
+    found = find(str(path), part)
+    assert (type(found).__name__, found.name, found.local) == ("SingleFile", "sd.safetensors", path)
 
 
 @pytest.mark.parametrize("name", ["demo", "synthetic:sd-turbo-mini", "nothing"])
@@ -85,7 +88,20 @@ def test_what_no_part_comes_from(name: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as caught:
         find(name, "vae")
-    assert str(caught.value) == f"--vae {name} is neither tiny, nor a folder here, nor a hub id (owner/name)"
+    assert str(caught.value) == (
+        f"--vae {name} is neither tiny, nor a .safetensors file here, nor a file of the hub "
+        "(owner/name/….safetensors), nor a folder here, nor a hub id (owner/name)"
+    )
+
+
+def test_a_file_of_a_hub_repository_is_a_part_and_no_checkpoint() -> None:
+    name = "owner/name/sub/a.safetensors"
+    for part in ("unet", "vae", "lora"):
+        found = find(name, part)
+        assert (type(found).__name__, found.name, found.local) == ("HubFile", name, None)
+    assert ExportOrder("demo", lora=(f"{name}:0.5",)).online
+    with pytest.raises(InputError, match=r"is neither a \.safetensors file here, nor a folder here"):
+        find(name)
 
 
 def test_every_module_of_kinds_is_one() -> None:

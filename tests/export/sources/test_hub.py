@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from turbochain.export.sources.kinds import hub
 from turbochain.runtime import InputError
@@ -104,6 +106,16 @@ def test_pickles_on_the_hub_are_refused(ending: str) -> None:
 def test_weights_that_another_part_replaces_are_not_downloaded(skip: tuple[str, ...]) -> None:
     chosen = set(hub.select(SD_TURBO, None, skip))
     assert chosen == {n for n in hub.select(SD_TURBO, None) if n.split("/")[0] not in skip or n.endswith(".json")}
+
+
+PART = ["config.json", "README.md", *(f"diffusion_pytorch_model{i}.safetensors" for i in ("", ".fp16", ".fp16-no-ema"))]
+
+
+@pytest.mark.parametrize(("variant", "infixes"), [(None, ("",)), ("fp16", (".fp16", ".fp16-no-ema")), ("bf16", ("",))])
+def test_of_a_component_one_variant_is_downloaded(variant: str | None, infixes: tuple[str, ...]) -> None:
+    chosen = hub.select_part([*PART, "diffusion_pytorch_model.bin", "a.safetensors", "onnx/config.json"], variant)
+    weights = {f"diffusion_pytorch_model{infix}.safetensors" for infix in infixes}
+    assert sorted(chosen) == sorted({"config.json", "README.md", *weights})
 
 
 COMMIT = "1" * 40
@@ -250,6 +262,39 @@ def test_what_is_refused_costs_no_weights(remote: Hub, tmp_path: Path) -> None:
 def test_a_replaced_part_is_not_downloaded(remote: Hub, tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     said = fetch(remote, tmp_path, parts={"vae": str(checkpoints["sd"] / "vae")})
     assert said[2] == COMMIT and {n.split("/")[0] for n in remote.sent if is_weight(n)} == {"text_encoder", "unet"}
+
+
+FETCH_FILES = """
+import json, sys
+from pathlib import Path
+from turbochain.export.sources import Want, find
+from turbochain.runtime import InputError
+
+for name in sys.argv[2:]:
+    try:
+        found = find(name, "lora").fetch(Want(Path(sys.argv[1]), part="lora"))
+        (file,) = found.folder.iterdir()
+        print(json.dumps([str(file), found.commit, sorted(path.name for path in found.home.iterdir())]))
+    except InputError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_one_file_of_a_repository(remote: Hub, tmp_path: Path) -> None:
+    remote.files |= {
+        name: save({"a.lora_A.weight": np.full((1, i), i, np.float32)})
+        for i, name in enumerate(("a/x.safetensors", "pytorch_lora_weights.safetensors"), 1)
+    }
+    names = [f"{ID}/a/x.safetensors", ID, f"{ID}/y.safetensors"]
+    env = {**os.environ, "HF_ENDPOINT": remote.address, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    line = [sys.executable, "-c", FETCH_FILES, str(tmp_path), *names]
+    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=200)
+    first, second, third = map(json.loads, done.stdout.splitlines())
+    assert Path(first[0]).read_bytes() == remote.files["a/x.safetensors"]
+    assert Path(second[0]).read_bytes() == remote.files["pytorch_lora_weights.safetensors"]
+    assert first[1:] == [COMMIT, ["LICENSE", "README.md", "a"]]
+    assert third.startswith(f"{ID} has no y.safetensors; its safetensors files are a/x.safetensors, pytorch_lora_")
+    assert sorted(remote.sent) == ["LICENSE", "README.md", "a/x.safetensors", "pytorch_lora_weights.safetensors"]
 
 
 def test_a_lost_connection_is_told_and_the_same_command_goes_on(remote: Hub, tmp_path: Path) -> None:

@@ -120,7 +120,10 @@ def test_tiny_is_the_familys_own(family: str, checkpoints: dict[str, Path], tiny
 @pytest.mark.parametrize(
     ("vae", "message"),
     [
-        ("nothing", "--vae nothing is neither tiny, nor a folder here, nor a hub id (owner/name)"),
+        (
+            "nothing",
+            "--vae nothing is neither tiny, nor a .safetensors file here, nor a file of the hub (owner",
+        ),
         ("unet", "--vae unet: its config.json is of UNet2DConditionModel, and AutoencoderTiny or AutoencoderKL was"),
         ("tokenizer", "tokenizer/config.json cannot be read"),
         ("tiny", "--vae tiny: madebyollin/taesd decodes latents whose scaling_factor is 0.18215, and the VAE of"),
@@ -136,5 +139,5 @@ def test_what_is_no_vae(
 
 def test_the_command_says_so_and_leaves_nothing(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     done = command("build-engine", checkpoints["sd"], "-o", tmp_path / "a.bundle", "--vae", "nothing")
-    assert "--vae nothing is neither tiny, nor a folder here, nor a hub id (owner/name)" in refused(done)
+    assert "--vae nothing is neither tiny, nor a .safetensors file here, nor a file of the hub (owner" in refused(done)
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,6 @@
 """The tokenizer against transformers' own CLIPTokenizer, over the real CLIP vocabulary."""
 
 import gzip
-import importlib.util
 import json
 import random
 import unicodedata
@@ -71,10 +70,10 @@ def generated(count: int, seed: int) -> list[str]:
 
 def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """The real one: bytes, bytes that end a word, merges, two markers; as OpenAI's `simple_tokenizer.py`."""
-    origin = importlib.util.find_spec("open_clip").origin
-    packed = Path(origin).with_name("bpe_simple_vocab_16e6.txt.gz").read_bytes()
-    lines = gzip.decompress(packed).decode().split("\n")
-    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
+    packed = (Path(__file__).parents[3] / "export/clip/merges.txt.gz").read_bytes()
+    lines = gzip.decompress(packed).decode().rstrip("\n").split("\n")
+    merges = [tuple(line.split(" ")) for line in lines[1:]]
+    assert len(merges) == 49152 - 256 - 2
     letters = list(byte_letters())
     tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
     return {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}, merges

@@ -1,0 +1,64 @@
+"""How the options of an order are spelled, and what is wrong with them. Torch-free."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from turbochain.runtime.errors import InputError
+
+
+def scheduler_changes(value: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the changes of a scheduler's config that a class name, a JSON object or a mapping says; None for None.
+
+    The key `_class_name` names another class, as it does in scheduler_config.json. Raises InputError for anything else.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z]\w*", value):
+        return {"_class_name": value}
+    try:
+        found = json.loads(value) if isinstance(value, str) else dict(value)
+    except ValueError:
+        found = None
+    if not found or not isinstance(found, dict) or not isinstance(found.get("_class_name", ""), str):
+        raise InputError(
+            f"--scheduler {value}: a class of diffusers, such as DDIMScheduler, or a JSON object of changes to its "
+            """config was expected, such as '{"timestep_spacing": "trailing"}'; for both, name the class in it as """
+            '"_class_name"'
+        )
+    return found
+
+
+def scaled(lora: str) -> tuple[str, float]:
+    """Return the name and the scale that NAME or NAME:SCALE says; InputError if it is not a finite number."""
+    name, colon, scale = lora.rpartition(":")
+    if not colon:
+        return lora, 1.0
+    try:
+        found = float(scale)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise InputError(f"--lora {lora}: a number was expected after the colon, such as {name}:0.8")
+    return name, found
+
+
+def schedule_problems(steps: tuple[int, ...] | None, timesteps: tuple[int, ...] | None, eta: float | None) -> list[str]:
+    """Return what is wrong with these options of an order, as phrases."""
+    problems = []
+    if timesteps is not None:
+        descend = all(a > b for a, b in pairwise(timesteps))
+        if not 1 <= len(timesteps) <= 50 or min(timesteps) < 0 or not descend:
+            problems.append(
+                f"timesteps {list(timesteps)}: 1 to 50 descending numbers from 0 were expected, such as 999,749,499,249"
+            )
+        elif steps is not None and set(steps) != {len(timesteps)}:
+            problems.append(
+                f"steps {list(steps)}: {len(timesteps)} timesteps are {len(timesteps)} steps, so leave steps out"
+            )
+    if eta is not None and not 0 <= eta <= 1:
+        problems.append(f"eta {eta}: a number from 0 to 1 was expected")
+    return problems

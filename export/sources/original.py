@@ -1,0 +1,153 @@
+"""Weights in one safetensors file, in the names of the programs that trained them (ldm, sgm, open_clip).
+
+What such a file holds, and whose configuration it has, is read from its header, without torch.
+"""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from turbochain.export.sources.checkpoint import PICKLES, config_files_read, refuse_pointers
+from turbochain.export.sources.presets import PRESETS
+from turbochain.runtime.errors import InputError
+
+PREFIXES: dict[str, tuple[str, ...]] = {
+    "text_encoder": (
+        "cond_stage_model.transformer.",
+        "conditioner.embedders.0.transformer.",
+        "cond_stage_model.model.",  # this one and the next in open_clip's names
+    ),
+    "text_encoder_2": ("conditioner.embedders.1.model.",),
+    "unet": ("model.diffusion_model.", "diffusion_model."),
+    "vae": ("first_stage_model.", "vae."),
+}
+"""Component → how the names of its tensors may begin in the file of a whole checkpoint."""
+
+CHECKPOINT = "checkpoint.safetensors"
+"""The name in a recipe for the file of a whole checkpoint, whatever its own."""
+
+CONFIGS = ("sd15", "sd21", "sd-turbo", "sdxl", "sdxl-turbo")
+"""The presets that are published in one file, too."""
+
+_ALONE = {  # component → how a name begins in the file of one alone, in the original names and in diffusers'
+    "unet": ("input_blocks.", "down_blocks."),
+    "vae": ("encoder.down.", "encoder.down_blocks."),
+}
+_SCALES = ("scaled_fp8", "scale_weight", "weight_scale", "scale_input", "input_scale", "comfy_quant")
+_CROSS_ATTENTION = re.compile(r"model\.diffusion_model\..*\.attn2\.to_k\.weight")
+_TOLD = {  # values that the cross-attention reads, a prefix that the file then has → the configuration
+    (768, "cond_stage_model.transformer."): "sd15",
+    (2048, "conditioner.embedders.1.model."): "sdxl",
+}
+
+
+@dataclass(frozen=True)
+class Original:
+    """A file, and what its header says."""
+
+    path: Path
+    tensors: dict[str, tuple[str, tuple[int, ...]]]  # name → (dtype, as safetensors names it, and shape)
+
+    def has(self, prefix: str) -> bool:
+        """Return whether the name of a tensor begins so."""
+        return any(name.startswith(prefix) for name in self.tensors)
+
+    def prefix(self, component: str) -> str | None:
+        """Return how the names of a component's tensors begin; None if the file does not have the component."""
+        return next((prefix for prefix in PREFIXES[component] if self.has(prefix)), None)
+
+    def prefixes(self, components: Collection[str], config: str) -> dict[str, str]:
+        """Return component → prefix. Raises InputError, which speaks of `config`, if the file lacks a component."""
+        found = {c: prefix for c in components if (prefix := self.prefix(c)) is not None}
+        missing = [c for c in components if c not in found]
+        if missing == ["vae"]:
+            raise InputError(f"{self.path} has no VAE, and none was named: give one with --vae")
+        if missing:
+            raise InputError(
+                f"{self.path} has no {' and no '.join(missing)} in the original names, and a whole checkpoint of "
+                f"--config {config} was expected: choose another --config, or give a UNet or a VAE alone with --unet "
+                "or --vae, beside a checkpoint"
+            )
+        return found
+
+    def prefix_alone(self, component: str) -> str:
+        """Return `prefix`, or "" for a file of this component alone. Raises InputError if it is neither."""
+        found = "" if any(map(self.has, _ALONE[component])) else self.prefix(component)
+        if found is None:
+            raise InputError(
+                f"--{component} {self.path}: the file has no tensor of a {component}, in the original names or in "
+                "diffusers': give the file of one, or of a checkpoint with one"
+            )
+        return found
+
+    def guess(self) -> str | None:
+        """Return the configuration that the file surely has, but for its scheduler; None if several are possible."""
+        widths = {shape[-1] for name, (_, shape) in self.tensors.items() if _CROSS_ATTENTION.fullmatch(name)}
+        told = [config for (width, prefix), config in _TOLD.items() if widths == {width} and self.has(prefix)]
+        return told[0] if told and "v_pred" not in self.tensors else None
+
+
+def refuse_others(path: Path) -> None:
+    """Raise InputError if a file cannot be read or is not safetensors, by its suffix and its first bytes."""
+    refuse_pointers(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)  # of safetensors: the length of its header, and the header's brace
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    if path.suffix in PICKLES or (start.startswith((b"PK", b"\x80")) and start[8:] != b"{"):
+        raise InputError(
+            f"{path} is a pickle, and a .safetensors file was expected because loading a pickle runs code: where you "
+            "trust it, load it with torch.load(..., weights_only=True) and write it with safetensors.torch.save_file"
+        )
+    if path.suffix != ".safetensors":
+        raise InputError(
+            f"{path} is a file; a .safetensors file or a folder in diffusers' format was expected: convert it with the "
+            "program that wrote it"
+        )
+
+
+def read(path: Path) -> Original:
+    """Return what a file's header says. Raises InputError if it is damaged, or quantised with scales."""
+    from safetensors import SafetensorError, safe_open
+
+    refuse_others(path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+            tensors = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is damaged ({error}); download it again") from None
+    if scales := [name for name in tensors if name.rpartition(".")[2] in _SCALES]:
+        raise InputError(
+            f"{path} is quantised, with scales in tensors of their own ({scales[0]}; {len(scales)} such in all), and "
+            "plain weights were expected: take the file in fp16, bf16 or unscaled fp8"
+        )
+    return Original(path, tensors)
+
+
+def settled(path: Path, config: str | None) -> tuple[str, bool]:
+    """Return the configuration of a file, and whether it is a guess: a preset's name, or a folder's path.
+
+    Raises InputError if `config` is neither, or is None and several are possible.
+    """
+    choices = f"{', '.join(CONFIGS)}, or a folder with the JSON files of one in diffusers' format"
+    if config is None:
+        if (guess := read(path).guess()) is None:
+            raise InputError(f"{path} does not tell its configuration: name it with --config: {choices}")
+        return guess, True
+    if config not in PRESETS and not Path(config).is_dir():
+        raise InputError(f"--config {config} is no configuration: expected {choices}")
+    return config, False
+
+
+def files_read(path: Path, config: str) -> dict[str, Path]:
+    """Return what an export reads of a file and its settled configuration: name in the checkpoint → file.
+
+    Raises InputError if the file is refused, or a folder with the configuration lacks files.
+    """
+    read(path)
+    folder = Path(config)
+    found = [] if config in PRESETS else config_files_read(folder)
+    return {CHECKPOINT: path, **{str(p.relative_to(folder)): p for p in found}}
