@@ -78,7 +78,7 @@ def pipelines(checkpoint: Checkpoint, tasks: Sequence[str], dtype: torch.dtype =
         named = inspect.signature(kind).parameters.keys() & index.keys()
         settings = {n: index[n] for n in named if not isinstance(index[n], list)}  # a list names a part's class
         own = {"scheduler": _own_scheduler(checkpoint, task)}
-        found[task] = kind(**settings, **parts, **own, **family.pipeline_options)
+        found[task] = kind(**{**settings, **parts, **own, **family.pipeline_options})
         found[task].scheduler = scheduler(checkpoint, task)
         if checkpoint.adapters and len(found) == 1:
             fuse.with_diffusers(found[task], checkpoint.adapters)
@@ -107,7 +107,7 @@ def tokenizer(checkpoint: Checkpoint, folder: str) -> Any:
 
 
 def scheduler(checkpoint: Checkpoint, task: str = TEXT_TO_IMAGE) -> Any:
-    """Return the scheduler that a task's pipeline draws with: the checkpoint's own, with `checkpoint.scheduler` changed.
+    """Return the scheduler that a task's pipeline draws with, changed as `checkpoint.scheduler` says.
 
     It is changed as users do, `pipe.scheduler = CLASS.from_config(pipe.scheduler.config, …)`, so what the pipeline's
     constructor changed of the checkpoint's own is inherited, and nothing is changed afterwards. Raises InputError if a

@@ -119,13 +119,16 @@ def _scales(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> Sequence[floa
 def defaults(checkpoint: Checkpoint, recipe: Recipe, task: Task, made: Mapping[str, Made]) -> dict[str, float]:
     """Return the defaults of a chain's calls: the order's guidance scale or none, and diffusers' strength.
 
-    If tables are made for some values alone, one of these is the default.
+    If tables are made for some values alone, the default is diffusers' if it is one of these, and else the first.
     """
-    entry = next(iter(made.values())).entry
-    scale = entry.guidance_scale if recipe.guidance_scale is None else recipe.guidance_scale
-    found = {"guidance_scale": float(scale or 0.0)}
+    own, entries = load.defaults(checkpoint, task.name), [one.entry for one in made.values()]
+    scales = list(dict.fromkeys(entry.guidance_scale for entry in entries))
+    wanted = own["guidance_scale"] if recipe.guidance_scale is None else recipe.guidance_scale
+    of_tables = wanted if wanted in scales else scales[0]
+    found = {"guidance_scale": float((recipe.guidance_scale or 0.0) if of_tables is None else of_tables)}
     if task.starts_late:
-        found["strength"] = entry.strength or load.defaults(checkpoint, task.name)["strength"]
+        strengths = list(dict.fromkeys(entry.strength for entry in entries))
+        found["strength"] = own["strength"] if {None, own["strength"]} & {*strengths} else float(strengths[0] or 0.0)
     return found
 
 
