@@ -21,6 +21,7 @@ import machine
 import plot
 import result
 import tables
+from call import Call
 from measure import Measure, Settings
 from process import SEED
 from result import Result
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--vae", help="with this VAE instead of the checkpoint's own, as in build-engine: tiny, a hub id or a folder")
     add("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     add("--size", type=size, default=(512, 512), help="width x height in pixels (default 512x512)")
+    add("--task", default="text-to-image", help="text-to-image (default) or image-to-image")
+    add("--guidance-scale", type=float, default=0.0, help="of every call (default 0: none)")
+    add("--strength", type=float, help="of image-to-image")
     add("--steps", type=int, nargs="+", help="step counts of the pairs (default 1; on a GPU 1 2 4)")
     add("--batch", type=int, nargs="+", help="batches of the pairs (default 1; on a GPU 1 4)")
     add("--runs", type=int, help="rounds of a pair that count (default 5; on a GPU 50)")
@@ -101,6 +105,7 @@ def _bench(arguments: argparse.Namespace) -> None:
             warmup=arguments.warmup,
             turns=arguments.turns,
             end=end,
+            call=Call(arguments.task, arguments.guidance_scale, arguments.strength),
         )
         kept = Kept(settings, arguments.results, arguments.commit)
         measure(settings, arguments, kept)
@@ -116,6 +121,7 @@ def measure(settings: Settings, arguments: argparse.Namespace, kept: "Kept") -> 
             for row in bench.pair(*pair.split(":"), batch):
                 kept.add(row)
     drawn = [pair for pair in kept.mine.pairs if pair.our_figures and contenders.find(pair.ours).ours]
+    drawn = drawn if settings.call.plain else []  # of other calls there are pairs alone
     precisions = {contenders.find(pair.ours).precision for pair in drawn}
     # Only of what drew here: a CPU without instructions for bf16 takes minutes for one product in it.
     for precision in contenders.defaults(settings.device).floors:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from call import Call
 from rows import Check, Figures, Spread
 from turbochain.runtime.checks import metrics
 from turbochain.runtime.checks.bounds import AT_LEAST, BOUNDS
@@ -69,6 +70,17 @@ def check(pictures: np.ndarray, references: np.ndarray, precision: str) -> Check
         ssim=found.get("ssim"),
         fraction_differing=found.get("fraction_differing"),
     )
+
+
+def is_short(call: Call, steps: int) -> bool:
+    """Return whether a whole picture has bounds of its own: up to 4 steps, without guidance."""
+    return steps <= 4 and not call.guidance_scale
+
+
+def is_as_good(ours: Check, peer: Check) -> bool:
+    """Return whether our error is at most 1.25 times that of diffusers in the same precision: the bound of a long
+    call, in which errors add up."""
+    return ours.psnr >= peer.psnr - 20 * np.log10(1.25) or ours.passed
 
 
 def differs(ours: str, peer: str, precisions: Sequence[dict[str, str]]) -> str | None:

@@ -1,6 +1,7 @@
 """Measuring: pairs, cold starts, growth with the steps, batches and floors of one checkpoint on one device."""
 
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ import figures
 import floor
 import machine
 import product
+from call import PLAIN, Call
 from contenders import Contender
 from figures import Samples, spread
 from process import Process, job
@@ -40,6 +42,7 @@ class Settings:
     warmup: int = 0  # rounds before them
     turns: int | None = None  # load the two contenders of a pair in turn, that often each; None: both at once
     end: float = float("inf")  # time.monotonic() after which nothing is begun
+    call: Call = PLAIN
 
 
 class Measure:
@@ -58,7 +61,10 @@ class Measure:
         """Measure two contenders, interleaved; yields one row for each step count, whatever happens."""
         say(f"{ours} : {peer}, batch {batch}")
         rows = [
-            Pair(ours=ours, peer=peer, batch=batch, steps=n, apart=self.settings.turns is not None)
+            Pair(
+                **{"ours": ours, "peer": peer, "batch": batch, "steps": n, "apart": self.settings.turns is not None},
+                **self.settings.call.spec,
+            )
             for n in self.settings.steps
         ]
         done = 0
@@ -128,8 +134,10 @@ class Measure:
     def _row(self, row: Pair, pair: Sequence[Contender], samples: Sequence[Samples]) -> Pair:
         precision = figures.differs(pair[0].precision, pair[1].precision, [s.loaded["precision"] for s in samples])
         differs = [precision, *(contender.differs for contender in pair)]
-        wrong = [c.name for c, of in zip(pair, samples, strict=True) if not of.check.passed]
         ours, peer = samples
+        wrong = [c.name for c, of in zip(pair, samples, strict=True) if not of.check.passed]
+        if not figures.is_short(self.settings.call, row.steps):
+            wrong = [] if figures.is_as_good(ours.check, peer.check) else [pair[0].name]
         return replace(
             row,
             differs="; ".join(filter(None, differs)) or None,
@@ -223,6 +231,7 @@ class Measure:
     def start(self, contender: Contender, batch: int, **more: Any) -> Process:
         """Start a contender's process; its engine and bundle are there."""
         where: dict[str, Any] = {"size": self.settings.size, "batch": batch, "device": self.settings.device, **more}
+        where["call"] = self.settings.call.spec
         if contender.ours:
             engine = self._engines[contender.base, batch]
             return Process(contender, self._bundle(contender, batch), engine=engine, **where)
@@ -235,14 +244,16 @@ class Measure:
 
     def _bundle(self, contender: Contender, batch: int) -> Path:
         width, height = self.settings.size
-        name = f"{self.checkpoint.folder.name}-{width}x{height}-b{batch}-{contender.bundle_precision}.bundle"
+        call = "" if self.settings.call.plain else f"-{re.sub('[^a-z0-9.]+', '-', self.settings.call.text)}"
+        name = f"{self.checkpoint.folder.name}-{width}x{height}-b{batch}-{contender.bundle_precision}{call}.bundle"
         return self.settings.folder / name
 
     def _prepare(self, contender: Contender, batch: int, counts: Sequence[int] = FEW_STEPS) -> None:
         """Make what a contender is loaded from, once: an engine of ours, or the bundle alone that a peer reads.
 
-        A bundle has tables for `counts` and the steps asked for.
+        A bundle has tables for `counts`, if the call is plain, and the steps asked for.
         """
+        counts = counts if self.settings.call.plain else ()
         if contender.vae and not product.upcasts(self.checkpoint):
             raise RuntimeError("left out: diffusers runs this VAE in fp16 as it is")
         shape: dict[str, Any] = {
@@ -260,6 +271,7 @@ class Measure:
                 backend=contender.backend,
                 options=contender.options,
                 device=self.settings.device,
+                call=self.settings.call,
                 **shape,
             )
 

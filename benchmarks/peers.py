@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from call import arguments
+
 
 class Pipe:
     """A pipeline with diffusers' interface that returns PIL images."""
@@ -31,13 +33,14 @@ class Pipe:
         import torch
 
         width, height = self.spec["size"]
+        given = arguments(self.spec)
+        size = {} if "image" in given else {"height": height, "width": width}  # diffusers draws an image's own size
         return self.pipe(
             prompts,
             num_inference_steps=steps,
-            guidance_scale=0.0,
             generator=torch.Generator("cpu").manual_seed(seed),
-            height=height,
-            width=width,
+            **size,
+            **given,
             **more,
         ).images
 
@@ -67,7 +70,9 @@ class Eager(Pipe):
         diffusers.utils.logging.set_verbosity_error()  # at each call it would say that SDXL's VAE moves to fp32
         dtype = _dtype(spec["precision"])
         given = {"variant": spec["variant"]}
-        pipe = diffusers.AutoPipelineForText2Image.from_pretrained(spec["source"], torch_dtype=dtype, **given)
+        image = "image" in arguments(spec)
+        kind = diffusers.AutoPipelineForImage2Image if image else diffusers.AutoPipelineForText2Image
+        pipe = kind.from_pretrained(spec["source"], torch_dtype=dtype, **given)
         if spec["vae"]:
             pipe.vae = self._another_vae(spec, type(pipe.vae), given)
         super().__init__(pipe.to(spec["device"]), spec)

@@ -27,13 +27,13 @@ BAR = 0.3  # inches
 def draw(results: Result, path: Path) -> None:
     """Write `path` (PNG): a panel for each shape of pairs, and one for each other measurement that was made."""
     panels: list[tuple[int, Callable[[Any], None]]] = []  # bars, how to draw
-    shapes: dict[tuple[int, int], dict[str, Figures]] = {}
+    shapes: dict[str, dict[str, Figures]] = {}
     for pair in results.pairs:
         for name, of in ((pair.ours, pair.our_figures), (pair.peer, pair.peer_figures)):
             if of:
-                shapes.setdefault((pair.batch, pair.steps), {}).setdefault(name, of)
+                shapes.setdefault(tables.shape(pair), {}).setdefault(name, of)
     for shape, contestants in shapes.items():
-        x = f"from prompt to picture, batch {shape[0]}, steps {shape[1]} (median; least to p90)"
+        x = f"from prompt to picture; batch, steps {shape} (median; least to p90)"
         bars = _contenders(results, shape, contestants)
         panels.append((len(bars), lambda p, b=bars, x=x: _bars(p, b, results, x)))
     if stages := tables.stages(results):
@@ -80,9 +80,9 @@ class Bar:
     hatch: str = ""
 
 
-def _contenders(results: Result, shape: tuple[int, int], contestants: Mapping[str, Figures]) -> list[Bar]:
+def _contenders(results: Result, shape: str, contestants: Mapping[str, Figures]) -> list[Bar]:
     """Return a bar for each contender, with the least and p90, its precision's floor, and hatched if it is wrong."""
-    floors = {f.precision: 1e-3 * f.ms for f in results.floors if (f.batch, f.steps) == shape}
+    floors = {f.precision: 1e-3 * f.ms for f in results.floors if f"{f.batch}, {f.steps}" == shape}
     bars = []
     for name, of in contestants.items():
         contender, passed, median = contenders.find(name), of.against_fp32.passed, of.median_seconds

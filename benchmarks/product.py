@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from call import PLAIN, Call, arguments
+
 if TYPE_CHECKING:
     from turbochain.export.sources.checkpoint import Checkpoint
     from turbochain.runtime import Pipeline
@@ -48,6 +50,7 @@ def build(
     size: tuple[int, int],
     batch: int,
     steps: Sequence[int],
+    call: Call = PLAIN,
 ) -> str:
     """See that a bundle is there with an engine, and return the engine's name. Raises what `engines.build` raises."""
     from turbochain.engines import build
@@ -56,8 +59,9 @@ def build(
     if (bundle / "bundle.json").exists():
         return build(str(bundle), bundle, **where).engine  # type: ignore[arg-type]
     # Built even if memory looks too small: a build that fails is a row with its reason.
-    shape = {"size": size, "batch": batch, "steps": list(steps), "precision": precision, "force": True}
-    return build(str(source.folder), bundle, **where, **shape).engine  # type: ignore[arg-type]
+    shape = {"size": size, "batch": batch, "steps": list(steps), "precision": precision, "tasks": [call.task]}
+    guidance = {"guidance_scale": call.guidance_scale or None}
+    return build(str(source.folder), bundle, **where, **shape, **guidance, force=True).engine  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -98,20 +102,21 @@ def stages(bundle: Path, steps: int) -> list[Launches]:
 class Drawer:
     """turbochain's pipeline, as worker.py wants a contender."""
 
-    def __init__(self, pipe: "Pipeline", precision: dict[str, str], mode: str) -> None:
-        self._pipe, self._mode, self.precision = pipe, mode, precision
+    def __init__(self, pipe: "Pipeline", precision: dict[str, str], spec: Mapping[str, Any]) -> None:
+        self._pipe, self._mode, self.precision = pipe, spec["mode"], precision
+        self._call = arguments(dict(spec))
         self._on_gpu = pipe.device.kind != "cpu"
         self.stages: dict[str, list[float]] = {}
 
     def draw(self, prompts: list[str], seed: int, steps: int) -> Any:
         """Return pictures [B, H, W, 3] uint8; see contenders.Contender for the modes."""
         if self._mode != "cached":
-            self._pipe.prompt_cache.clear()
+            self._pipe.forget()
         self.stages = {}
         # On a GPU, observed stages are launched one by one instead of as one CUDA graph.
         observe = self._note if self._mode == "stages" or not self._on_gpu else None
         given = {"num_inference_steps": steps, "output_type": "uint8", "observe": observe}
-        self._output = self._pipe(prompts, seed=seed, **given)
+        self._output = self._pipe(prompts, seed=seed, **given, **self._call)
         return self._output.images
 
     def _note(self, graph: str, seconds: float) -> None:
@@ -131,11 +136,12 @@ def drawer(spec: Mapping[str, Any]) -> Drawer:
     from turbochain.runtime import Pipeline
     from turbochain.runtime.backends import precisions
 
-    pipe = Pipeline.load(spec["source"], engine=spec["engine"], device=spec["device"])
+    task = spec["call"]["task"] if spec.get("call") else None
+    pipe = Pipeline.load(spec["source"], chain=task, engine=spec["engine"], device=spec["device"])
     made = pipe.bundle.engines()[spec["engine"]]
-    graphs = pipe.bundle.open_chain().graphs
+    graphs = pipe.bundle.open_chain(task).graphs
     computed = precisions(made.key.backend, made.options, graphs)
-    return Drawer(pipe, {graph.role: computed[name] for name, graph in graphs.items() if graph.component}, spec["mode"])
+    return Drawer(pipe, {graph.role: computed[name] for name, graph in graphs.items() if graph.component}, spec)
 
 
 def drawer_of_torch(spec: Mapping[str, Any]) -> Drawer:
@@ -153,7 +159,7 @@ def drawer_of_torch(spec: Mapping[str, Any]) -> Drawer:
     if spec["compiled"]:
         made = torch_stages.compiled(made, bundle, place.device)
     pipe = torch_stages.pipeline(bundle, made, place, spec["device"])
-    return Drawer(pipe, {g.role: g.precision for g in graphs.values() if g.component}, spec["mode"])
+    return Drawer(pipe, {g.role: g.precision for g in graphs.values() if g.component}, spec)
 
 
 def export(source: "Checkpoint", bundle: Path, **shape: Any) -> None:

@@ -33,8 +33,9 @@ INCLUDES = {
     "diffusers from the start of the call, so that pauses between kernels are included",
     "gpu_memory_bytes": "the largest fall of the GPU's free memory (cudaMemGetInfo, every 5 ms) from before the "
     "process starts to its first picture: its CUDA context and every allocator count",
-    "diffusers": "guidance 0, the default attention and scheduler, a CPU generator; pictures become uint8 on the "
-    "device. In fp16 the VAE of SDXL runs in fp32 if its config says force_upcast, as diffusers does by default",
+    "diffusers": "guidance 0 unless the row says another, the default attention and scheduler, a CPU generator; "
+    "pictures become uint8 on the device. In fp16 the VAE of SDXL runs in fp32 if its config says force_upcast, as "
+    "diffusers does by default",
     "reference": "diffusers, eager, fp32 (without TF32), on the same device: the same checkpoint, prompt, seed and "
     "noise",
     "cold": "from the start of a process to its end, with a PNG on disk: the interpreter, loading (`load`, with the "
@@ -88,7 +89,7 @@ class Result:
 
 
 KINDS: dict[str, tuple[type[Row], tuple[str, ...]]] = {
-    "pairs": (Pair, ("ours", "peer", "batch", "steps", "apart")),
+    "pairs": (Pair, ("ours", "peer", "batch", "steps", "apart", "task", "guidance_scale", "strength")),
     "floors": (Floor, ("precision", "batch", "steps")),
     "cold": (Cold, ("ours", "peer")),
     "growth": (Growth, ("ours",)),

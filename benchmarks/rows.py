@@ -100,6 +100,9 @@ class Pair(Row):
     batch: int
     steps: int
     apart: bool
+    task: str = "text-to-image"
+    guidance_scale: float = 0.0
+    strength: float | None = None
     differs: str | None = None  # what is not like for like
     reason: str | None = None
     ratio: Spread | None = None

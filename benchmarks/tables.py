@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import contenders
+from call import TEXT_TO_IMAGE, Call
 from result import Result
 from rows import Build, Cold, Figures, Floor, Pair, Run, Spread, Tried
 
@@ -60,21 +61,27 @@ def ratio(found: Spread) -> str:
 
 def _pairs(result: Result) -> str:
     gpu = result.device != "cpu"
-    shapes = {(pair.batch, pair.steps) for pair in result.pairs}
+    shapes = {shape(pair) for pair in result.pairs}
     side = ["ms (p90, p99)", "GPU ms", "× floor", "load + first"] if gpu else ["seconds (p90)", "load + first"]
     heading = ["ours", *side, "peer", *side, "faster by", "PSNR, ours", "PSNR, peer"]
     heading += ["GPU GiB" if gpu else "peak GiB", "peer's", "remarks"]
     rows = []
     for pair in result.pairs:
-        shape = [] if len(shapes) == 1 else [f"{pair.batch}, {pair.steps}"]
+        first = [] if len(shapes) == 1 else [shape(pair)]
         both = ((pair.ours, pair.our_figures), (pair.peer, pair.peer_figures))
         named = [cell for name, of in both for cell in (name, *_times(result, pair, name, of))]
         figures = [of for _, of in both if of]
         psnr = [_psnr(of.against_fp32.psnr) for of in figures] or ["", ""]
         memory = [_memory(of, gpu) for of in figures] or ["", ""]
         by = ratio(pair.ratio) if pair.ratio else ""
-        rows.append([*shape, *named, by, *psnr, *memory, remarks(result, pair)])
+        rows.append([*first, *named, by, *psnr, *memory, remarks(result, pair)])
     return table(heading if len(shapes) == 1 else ["batch, steps", *heading], rows)
+
+
+def shape(pair: Pair) -> str:
+    """Return a pair's batch, steps, and the call if it is not text-to-image without guidance."""
+    call = Call(pair.task, pair.guidance_scale, pair.strength).text
+    return f"{pair.batch}, {pair.steps}" + (f", {call}" if call else "")
 
 
 def _times(result: Result, pair: Pair, name: str, of: Figures | None) -> list[str]:
@@ -205,7 +212,7 @@ def targets(result: Result) -> list[Target]:
         return []
     p50: dict[str, float] = {}
     ratios: dict[tuple[str, str], float] = {}
-    for pair in (p for p in result.pairs if (p.batch, p.steps) == (1, 1)):
+    for pair in (p for p in result.pairs if (p.batch, p.steps, p.task) == (1, 1, TEXT_TO_IMAGE)):
         both = {pair.ours: pair.our_figures, pair.peer: pair.peer_figures}
         right = {name: 1e3 * of.median_seconds for name, of in both.items() if of and of.against_fp32.passed}
         p50 = right | p50

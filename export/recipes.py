@@ -25,13 +25,13 @@ class Distilled:
     steps: tuple[int, ...] | None = None
     timesteps: tuple[int, ...] | None = None  # instead of `steps`
     eta: float | None = None
-    guidance: float = 0.0  # the guidance_scale that it is drawn with; up to 1: none
+    guidance_scale: float = 0.0  # of calls; up to 1: none, but for a UNet that reads it
     license: str | None = None  # of the part, as its page names it; None: not known here
 
     @property
     def fields(self) -> dict[str, Any]:
         """Return what it says of an `ExportOrder`: field → value."""
-        named = ("source", "unet", "lora", "scheduler", "steps", "timesteps", "eta")
+        named = ("source", "unet", "lora", "scheduler", "steps", "timesteps", "eta", "guidance_scale")
         return {name: getattr(self, name) for name in named if getattr(self, name)}
 
 
@@ -102,7 +102,16 @@ RECIPES: dict[str, Distilled] = {
         lora=("latent-consistency/lcm-lora-sdxl/pytorch_lora_weights.safetensors",),
         scheduler=_LCM,
         steps=(2, 4, 8),
-        guidance=1.0,
+        guidance_scale=1.0,
+        license=_OPENRAIL,
+    ),
+    "lcm-sdxl": Distilled(
+        purpose="LCM of SDXL, 2 to 8 steps; its UNet reads the guidance scale",
+        source=SDXL,
+        unet="latent-consistency/lcm-sdxl",
+        scheduler=_LCM,
+        steps=(2, 4, 8),
+        guidance_scale=8.0,
         license=_OPENRAIL,
     ),
     "lcm-sd15": Distilled(
@@ -111,7 +120,7 @@ RECIPES: dict[str, Distilled] = {
         lora=("latent-consistency/lcm-lora-sdv1-5/pytorch_lora_weights.safetensors",),
         scheduler=_LCM,
         steps=(2, 4, 8),
-        guidance=1.0,
+        guidance_scale=1.0,
         license=_OPENRAIL,
     ),
 }
