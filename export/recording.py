@@ -47,7 +47,7 @@ def sample_image(height: int, width: int, seed: int) -> np.ndarray:
     rng = np.random.RandomState(seed)
     waves = np.stack([np.sin(6 * (a * x + b * y) + c) for a, b, c in rng.uniform(-2, 2, (3, 3))], axis=-1)
     waves[(x - 0.5) ** 2 + (y - 0.4) ** 2 < 0.05] *= -1
-    return np.clip(127.5 + 90 * waves + rng.normal(0, 8, waves.shape), 0, 255).round().astype(np.uint8)
+    return np.clip(127.5 + 120 * waves, 0, 255).round().astype(np.uint8)
 
 
 def sample_mask(height: int, width: int) -> np.ndarray:

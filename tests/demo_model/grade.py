@@ -20,7 +20,7 @@ import numpy as np
 import scenes
 import score
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from numpy.typing import NDArray
 from skimage.metrics import peak_signal_noise_ratio
 from tqdm import tqdm
@@ -33,8 +33,8 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import machine
 
 Pictures = NDArray[np.uint8]  # (512, 512, 3)
-Draw = Callable[[str, int, int], Pictures]
-"""(prompt, seed, steps) → a picture."""
+Draw = Callable[..., Pictures]
+"""(prompt, seed, steps) → a picture; further arguments are diffusers'."""
 
 
 def main() -> None:
@@ -65,13 +65,16 @@ def main() -> None:
 
 
 def theirs() -> Draw:
-    """diffusers' own pipeline, in fp32."""
+    """diffusers' own pipelines, in fp32: that for image-to-image if an `image` is given."""
     pipe = StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
-    def draw(prompt: str, seed: int, steps: int) -> Pictures:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        result = pipe(prompt, num_inference_steps=steps, guidance_scale=0.0, generator=generator)
+    from_image = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    from_image.set_progress_bar_config(disable=True)
+
+    def draw(prompt: str, seed: int, steps: int, **more: Any) -> Pictures:
+        generator, kind = torch.Generator("cpu").manual_seed(seed), from_image if "image" in more else pipe
+        result = kind(prompt, num_inference_steps=steps, guidance_scale=0.0, generator=generator, **more)
         return np.asarray(result.images[0])
 
     return draw
