@@ -1,4 +1,4 @@
-"""Write RESULTS.md, and the headline figures of the repository's README.md, from results/*.json.
+"""Write RESULTS.md, the figures of README.md from results/*.json, and the tables of what is supported.
 
 python benchmarks/report.py
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import result
+import supported
 import tables
 from result import INCLUDES, Result
 
@@ -15,6 +16,9 @@ HERE = Path(__file__).parent
 RESULTS, README = HERE / "RESULTS.md", HERE.parent / "README.md"
 SCORES = HERE.parent / "tests/demo_model/metrics.json"
 BUILD, END_BUILD = "<!-- build cost: python benchmarks/report.py -->\n", "<!-- end of build cost -->"
+MODELS, END_MODELS = "<!-- models: python benchmarks/report.py -->\n", "<!-- end of models -->"
+EXPORT = HERE.parent / "export/README.md"
+RECIPES, END_RECIPES = "<!-- recipes: python benchmarks/report.py -->\n", "<!-- end of recipes -->"
 START, END = "<!-- headline: python benchmarks/report.py -->\n", "<!-- end of headline -->"
 HEADLINE = (
     ("synthetic-sd-turbo-512x512-cpu-avx512-bf16", "SD-Turbo", "openvino-bf16", "eager-bf16-channels-last"),
@@ -32,13 +36,23 @@ HEADLINE = (
 
 
 def main() -> None:
-    """Write both files."""
+    """Write the three files."""
     RESULTS.write_text(text())
     readme = README.read_text()
-    for start, block, end in ((START, headline(), END), (BUILD, build_cost(), END_BUILD)):
-        before, rest = readme.split(start)
-        readme = before + start + block + end + rest.split(end)[1]
+    for start, block, end in (
+        (START, headline(), END),
+        (BUILD, build_cost(), END_BUILD),
+        (MODELS, supported.models(), END_MODELS),
+    ):
+        readme = _filled(readme, start, block, end)
     README.write_text(readme)
+    EXPORT.write_text(_filled(EXPORT.read_text(), RECIPES, supported.distilled(), END_RECIPES))
+
+
+def _filled(page: str, start: str, block: str, end: str) -> str:
+    """Return a page with another block between two marks."""
+    before, rest = page.split(start)
+    return before + start + block + end + rest.split(end)[1]
 
 
 def headline(folder: Path = result.FOLDER) -> str:

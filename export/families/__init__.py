@@ -51,6 +51,7 @@ class Family:
     """What differs between checkpoints of different pipelines."""
 
     name: str
+    title: str  # its best-known models, for people
     pipelines: Mapping[str, str]  # task → diffusers' pipeline class; the first is that of a checkpoint
     kin: tuple[str, ...]  # other classes whose checkpoints these can draw; a ControlNet is ignored
     components: tuple[str, ...]  # folders with weights

@@ -8,6 +8,7 @@ from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, TEXT_TO_IMAGE
 FAMILY = replace(
     sd.FAMILY,
     name="lcm",
+    title="LCM_Dreamshaper",
     pipelines={
         TEXT_TO_IMAGE: "LatentConsistencyModelPipeline",
         IMAGE_TO_IMAGE: "LatentConsistencyModelImg2ImgPipeline",

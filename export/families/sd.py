@@ -29,6 +29,7 @@ def _unet_inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
 
 FAMILY = Family(
     name="sd",
+    title="SD-Turbo, SD 1.x and 2.x",
     pipelines={
         TEXT_TO_IMAGE: "StableDiffusionPipeline",
         IMAGE_TO_IMAGE: "StableDiffusionImg2ImgPipeline",

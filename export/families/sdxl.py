@@ -50,6 +50,7 @@ def _embeds(configs: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, An
 
 FAMILY = Family(
     name="sdxl",
+    title="SDXL-Turbo, SDXL, Lightning, Hyper-SD, DMD2, LCM-SDXL",
     pipelines={
         TEXT_TO_IMAGE: "StableDiffusionXLPipeline",
         IMAGE_TO_IMAGE: "StableDiffusionXLImg2ImgPipeline",
