@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import report
+import supported
 from turbochain.engines import cli
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +19,12 @@ def test_its_figures_are_those_of_the_results() -> None:
     assert len(block.splitlines()) == 2 + 5
     cost = README.split(report.BUILD)[1].split(report.END_BUILD)[0]
     assert cost == report.build_cost() and len(cost.splitlines()) == 2 + 2
+
+
+def test_what_is_supported_is_what_the_package_has() -> None:
+    assert README.split(report.MODELS)[1].split(report.END_MODELS)[0] == supported.models()
+    page = report.EXPORT.read_text()
+    assert page.split(report.RECIPES)[1].split(report.END_RECIPES)[0] == supported.distilled()
 
 
 def test_its_make_targets_exist() -> None:

@@ -55,7 +55,7 @@ def _engines(bundle: Bundle) -> dict[str, Engine | BundleError]:
 
 
 def wires(chain: OpenChain) -> list[dict[str, str]]:
-    """Return one entry per wire of a chain: name, where it comes from, where it goes."""
+    """Return one entry per wire of a chain: name, where it comes from, where it goes, and the mode of that stage."""
     feeds, graphs = chain.chain.feeds, chain.graphs
     made = {t.name: s.graph for s in chain.chain.stages for t in wiring.outputs(s, graphs)}
     when = {"call": "", "step": ", each step", "held": ", held"}
@@ -65,10 +65,15 @@ def wires(chain: OpenChain) -> list[dict[str, str]]:
             feed = feeds.get(t.name)
             maker = "table" if feed and feed.is_ == "column" else "caller"
             source = f"{maker}{when[feed.when]}" if feed else made[t.name]
-            found.append({"name": t.name, "from": source, "to": stage.graph})
-    found += [{"name": a, "from": made[a], "to": f"{b} of the next step"} for a, b in chain.chain.carry.items()]
-    found += [{"name": a, "from": made[a], "to": f"{b} of the next call"} for a, b in chain.chain.keep.items()]
-    return [*found, {"name": chain.chain.output, "from": made[chain.chain.output], "to": "caller"}]
+            mode = f"if {stage.if_}" if stage.if_ else f"unless {stage.unless}" if stage.unless else ""
+            found.append({"name": t.name, "from": source, "to": stage.graph, "mode": mode})
+    found += [
+        {"name": a, "from": made[a], "to": f"{b} of the next step", "mode": ""} for a, b in chain.chain.carry.items()
+    ]
+    found += [
+        {"name": a, "from": made[a], "to": f"{b} of the next call", "mode": ""} for a, b in chain.chain.keep.items()
+    ]
+    return [*found, {"name": chain.chain.output, "from": made[chain.chain.output], "to": "caller", "mode": ""}]
 
 
 def as_text(bundle: Bundle) -> str:
@@ -92,23 +97,30 @@ def as_text(bundle: Bundle) -> str:
 
 def _chain_text(chain: OpenChain) -> list[str]:
     height, width = chain.size
-    found = [["wire", "from", "to", "tensor"]]
+    found = [["wire", "from", "to", "mode", "tensor"]]
     for w in wires(chain):
         tensor = chain.tensors[w["name"]]
-        found.append([w["name"], w["from"], w["to"], f"{tensor.dtype} {list(tensor.shape)}"])
-    rows = [["table", "row", "timestep", "input_scale", "m", "v", "w"]]
-    for name, table in chain.tables.items():
-        for i, row in enumerate(_table(table)):
+        found.append([w["name"], w["from"], w["to"], w["mode"], f"{tensor.dtype} {list(tensor.shape)}"])
+    rows, entries = [["table", "row", "timestep", "input_scale", "m", "v", "w"]], chain.chain.tables
+    first = next(iter(entries.values()))
+    shown = [n for n, e in entries.items() if dataclasses.replace(e, steps=first.steps, rows=first.rows) == first]
+    for name in shown:
+        for i, row in enumerate(_table(chain.tables[name])):
             latents = (row["m"][0][0], row["v"][0], row["w"][0])
             figures = (f"{v:.6g}" for v in (row["timestep"], row["input_scale"], *latents))
             rows.append([name if i == 0 else "", str(i), *figures])
-    more = (
-        f"; {chain.chain.K} tensors go round the loop, of m, v, w the latents' are shown" if chain.chain.K > 1 else ""
-    )
+    defaults = (f"{name} {value:g}" for name, value in chain.chain.defaults.items())
+    more = [
+        *([f"modes {', '.join(chain.chain.modes)}"] if chain.chain.modes else []),
+        f"by default {', '.join(defaults)}" if chain.chain.defaults else "",
+        f"{chain.chain.K} tensors go round the loop, of m, v, w the latents' are shown" if chain.chain.K > 1 else "",
+    ]
+    others = [name for name in entries if name not in shown]
     return [
-        f"chain {chain.name}: {width}x{height}, batch {chain.batch}{more}",
-        console.table(found, left=4),
+        "; ".join([f"chain {chain.name}: {width}x{height}, batch {chain.batch}", *filter(None, more)]),
+        console.table(found, left=5),
         console.table(rows),
+        *([f"further tables: {'; '.join(others)}"] if others else []),
     ]
 
 
