@@ -1,6 +1,7 @@
 """Show what a bundle holds, as text or plain values; reads only its manifests and tables."""
 
 import dataclasses
+from collections import defaultdict
 from typing import Any
 
 from turbochain.runtime.bundle import strict_json
@@ -57,7 +58,11 @@ def _engines(bundle: Bundle) -> dict[str, Engine | BundleError]:
 def wires(chain: OpenChain) -> list[dict[str, str]]:
     """Return one entry per wire of a chain: name, where it comes from, where it goes, and the mode of that stage."""
     feeds, graphs = chain.chain.feeds, chain.graphs
-    made = {t.name: s.graph for s in chain.chain.stages for t in wiring.outputs(s, graphs)}
+    makers: dict[str, list[str]] = defaultdict(list)  # several if it depends on the mode
+    for stage in chain.chain.stages:
+        for t in wiring.outputs(stage, graphs):
+            makers[t.name].append(stage.graph)
+    made = {name: " or ".join(of) for name, of in makers.items()}
     when = {"call": "", "step": ", each step", "held": ", held"}
     found = []
     for stage in chain.chain.stages:
