@@ -15,7 +15,7 @@ from turbochain.runtime.request import Request
 
 NEW: dict[str, Any] = {"chain": T2I, "prompt": ["a red cat", "a dog"]}
 OTHER: dict[str, Any] = {"chain": T2I, "prompt": ["the snow", "red snow"]}
-PICTURE: dict[str, Any] = {"chain": I2I, "prompt": NEW["prompt"], "inputs": {"input_image": PICTURES[0], **numbers()}}
+PICTURE: dict[str, Any] = {"chain": I2I, "prompt": ["a red dog", "the cat"], "inputs": {"input_image": PICTURES[0], **numbers()}}
 CONTROLLED = PICTURE | {"inputs": PICTURE["inputs"] | {"control_image": PICTURES[1]}, "modes": ["control"]}
 ALL: Sequence[dict[str, Any]] = (
     NEW,
@@ -24,10 +24,13 @@ ALL: Sequence[dict[str, Any]] = (
     PICTURE,
     CONTROLLED,
     PICTURE | {"prompt": ["in the snow", "a cat"]},  # it goes on with the stream
+    CONTROLLED | {"prompt": NEW["prompt"]},  # a prompt that the other chain knows
     OTHER | {"num_inference_steps": 3},
     NEW | {"num_inference_steps": 3, "output_type": "latent"},
-    # A plan that is known, with another prompt and picture.
+    # Plans that are known, with another prompt, picture or noise.
     PICTURE | {"prompt": ["red", "a dog in snow"], "inputs": {"input_image": PICTURES[2], **numbers()}},
+    PICTURE | {"prompt": ["a cat in snow", "the dog"], "inputs": {"input_image": PICTURES[2], **numbers()}, "seed": 9},
+    PICTURE | {"prompt": ["the snow", "in red snow"], "inputs": {"input_image": PICTURES[3], **numbers()}, "seed": 8},
 )
 """Batch 2; new prompts and known ones; each chain without its mode and with it."""
 
