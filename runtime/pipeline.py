@@ -88,8 +88,8 @@ class Pipeline:
         `keep_all`: keep what a backend copies of the weights for every size and batch that was drawn, and not for the
         last one alone: calls that alternate between sizes load nothing then, and each size takes memory.
         `prompt_cache_bytes`, `image_cache_bytes`: bounds of the prompt embeddings and of the encoded pictures that
-        are kept. Raises BundleError if the bundle is damaged or has no engine that fits, BackendMissing if the backend is not installed, VerificationError if an engine that
-        was built on another machine fails its checks on this one.
+        are kept. Raises BundleError if the bundle is damaged or has no engine that fits, BackendMissing if the backend
+        is not installed, VerificationError if an engine that was built on another machine fails its checks on this one.
         """
         bundle = Bundle.open(path, trust_engines=trust_engines)
         opened = bundle.open_chain(chain)

@@ -65,8 +65,9 @@ class _Program:
 class GpuExecutor(ABC):
     """An `Executor` for which a whole plan is one launch: uploads, every graph, copies and downloads.
 
-    A plan is captured when it first runs, and again if `most_plans` others ran since. If it cannot be captured, the same actions go on the stream one by one, a
-    warning says so, and the results hold the reason. After a CudaFault every call raises it again.
+    A plan is captured when it first runs, and again if `most_plans` others have run since. If it cannot be captured,
+    the same actions go on the stream one by one, a warning says so, and the results hold the reason. After a CudaFault
+    every call raises it again.
     """
 
     concurrent = True  # whether a graph may be put on another stream than the executor's

@@ -41,18 +41,18 @@ class Buffers:
         """
         key = (constant.name, constant.table)
         if key not in self._columns:
-            column = feeds[constant.name]
-            digests = [hashlib.blake2b(np.ascontiguousarray(row)).digest() for row in column]
-            if new := {d: row for d, row in zip(digests, column, strict=True) if d not in self._rows}:
+            rows = [row.tobytes() for row in feeds[constant.name]]
+            digests = [hashlib.blake2b(row).digest() for row in rows]
+            if new := {d: row for d, row in zip(digests, rows, strict=True) if d not in self._rows}:
                 self._upload_rows(f"{constant.name}[{constant.table}]", new)
             self._columns[key] = [self._rows[digest] for digest in digests]
         return self._columns[key][constant.row]
 
-    def _upload_rows(self, name: str, new: Mapping[bytes, np.ndarray]) -> None:
-        """Put rows of one size into one buffer, each aligned."""
-        size = next(iter(new.values())).nbytes
+    def _upload_rows(self, name: str, new: Mapping[bytes, bytes]) -> None:
+        """Put rows of one size, by their digests, into one buffer, each aligned."""
+        size = len(next(iter(new.values())))
         rows = np.zeros((len(new), -(-size // cuda.ALIGNMENT) * cuda.ALIGNMENT), np.uint8)
-        rows[:, :size] = [np.ascontiguousarray(row).reshape(-1).view(np.uint8) for row in new.values()]
+        rows[:, :size] = [np.frombuffer(row, np.uint8) for row in new.values()]
         address = self.address(name, Tensor(name, "uint8", rows.shape))
         self.upload(rows, address)
         self._rows |= {digest: address + i * rows.shape[1] for i, digest in enumerate(new)}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calls import ALL, CONTROLLED, NEW, OTHER, PICTURE, assert_nothing_left, draw, output
+from calls import ALL, CONTROLLED, IMAGES, NEW, OTHER, PICTURE, assert_nothing_left, draw, output
 from standin import Error, OneByOne, Runtime, StandIn, pipeline, standing_in
 
 from turbochain.runtime import CudaFault, OutOfMemory
@@ -206,6 +206,52 @@ def test_more_rows_need_no_more_waits(small: Path) -> None:
             made.append((calls.count("cudaStreamSynchronize"), calls.count("cudaMalloc")))
     (waits, blocks), (waits_of_3, blocks_of_3) = made
     assert waits_of_3 == waits and blocks_of_3 == blocks + 1  # the noise of the row
+
+
+class Two(StandIn):
+    most_plans = 2
+
+
+def test_the_plans_used_last_are_kept(small: Path, right: list[np.ndarray]) -> None:
+    """Two of them: the others are captured again when they come back, and make the same pictures."""
+    first, second, third = NEW, NEW | {"num_inference_steps": 3}, NEW | {"output_type": "latent"}
+    with standing_in() as runtime:
+        with pipeline(small, Two) as pipe:
+            draw(pipe, NEW)  # the prompt is known from now on
+            for call, captured in (
+                (first, 1),
+                (second, 1),
+                (first, 0),
+                (third, 1),
+                (first, 0),
+                (second, 1),
+                (third, 1),
+            ):
+                before = runtime.calls.count("cudaStreamBeginCapture")
+                draw(pipe, call)
+                assert runtime.calls.count("cudaStreamBeginCapture") - before == captured, call
+            for call, expected in zip(ALL, right, strict=True):
+                np.testing.assert_array_equal(draw(pipe, call), expected)
+                assert runtime.leaked().count("Executable") <= 2
+        assert_nothing_left(runtime)
+
+
+def on_gpu(runtime: Runtime) -> int:
+    return sum(block.size for block in runtime.memory.live if block.device is not None)
+
+
+def test_equal_rows_of_tables_are_on_the_gpu_once(sd: Path) -> None:
+    """A run that begins later has some of the rows of the whole run, and their time projections are long."""
+    call = {"chain": "image-to-image", "prompt": "a cat", "image": IMAGES[0], "num_inference_steps": 4}
+    with standing_in() as runtime, pipeline(sd, StandIn) as pipe:
+        row = max(column[0].nbytes for column in pipe.bundle.open_chain("image-to-image").columns("4").values())
+        made = []
+        for strength in (1.0, 1.0, 0.75, 0.5, 0.25):  # the first call knows neither prompt nor image
+            draw(pipe, call | {"strength": strength})
+            made.append(on_gpu(runtime))
+        assert row > 4096 > made[-1] - made[1]
+        draw(pipe, call | {"num_inference_steps": 3, "strength": 1.0})
+        assert row < on_gpu(runtime) - made[-1] < 3 * row  # the first of its three timesteps is that of four
 
 
 @pytest.mark.parametrize("kind", [StandIn, OneByOne])
