@@ -17,7 +17,7 @@ from turbochain.runtime.request import Request
 PROMPT = "a photo of a cat wearing a red hat, studio light"
 INCLUDES = (
     "end to end: prompt string to uint8 pictures [B, H, W, 3] in host memory, with tokenising, noise, every copy "
-    "and all stages; without loading, the first picture, and image encoding"
+    "and all stages; without loading, the first picture, and writing a file"
 )
 
 

@@ -222,7 +222,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def bench_text(result: bench.BenchResult) -> str:
     """Return a bench as text."""
-    timings = {**result.stages, "end to end": result.end_to_end, "  prompt cached": result.end_to_end_cached}
+    timings = {**result.stages, "end to end": result.end_to_end, "  encoders skipped": result.end_to_end_cached}
     timings["  overhead"] = result.overhead
     rows = [["", "p50 ms", "p90 ms", "p99 ms", "min ms", "n"]]
     for name, t in timings.items():
