@@ -99,7 +99,7 @@ def test_sizes_in_any_order(sd: Path, checkpoints: dict[str, Path], tmp_path: Pa
     path = build_here(str(checkpoints["sd"]), tmp_path / "x.bundle", **tasks, **asked, **more, **ON).bundle
     build(str(path), backend="openvino", options={"inference_precision": "fp32"}, quiet=True)
     calls = [call for call in of_chains(path) if call.get("num_inference_steps") != 1]
-    assert {call["chain"] for call in calls} == {*Bundle.open(path).manifest.chains} and len(calls) == 30
+    assert {call["chain"] for call in calls} == {*Bundle.open(path).manifest.chains}
     assert Bundle.open(path).open_chain().chain.K == 2
     for backend in ("onnxruntime", "openvino"):
         with Pipeline.load(path, backend=backend, keep_all=True) as pipe:
