@@ -14,7 +14,7 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from turbochain.export.phases.bar import Phase
 from turbochain.runtime import backends, selection
 from turbochain.runtime.backends.tensorrt import engine_file, logger, target, trt
 from turbochain.runtime.bundle.opened import Bundle
+from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.checks import metrics, reference
 from turbochain.runtime.checks.recorded import Recorded
 from turbochain.runtime.commands import console
@@ -81,12 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _inspect(arguments: argparse.Namespace) -> None:
     bundle = Bundle.open(arguments.bundle)
     bundle.check_files()
-    graphs = bundle.open_chain().graphs
+    graphs = bundle.manifest.graphs
     if unknown := set(arguments.stage or ()) - set(graphs):
         raise InputError(f"there is no stage {', '.join(unknown)}: choose from {', '.join(graphs)}")
     stages = [g for g in graphs if g in (arguments.stage or graphs)]
     try:
-        folder = selection.select(bundle.open_chain(), "tensorrt").folder
+        found = selection.select(bundle.open_chain(), "tensorrt")
     except InputError as reason:
         print(f"nothing is compared: {reason}", file=sys.stderr)
         plain = {stage: built(bundle, stage, arguments.target, rewrite=False) for stage in stages}
@@ -94,8 +95,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
         if arguments.results:
             _keep(bundle, arguments.target, plain, engines, arguments.results)
     else:
-        print(console.table(comparison(bundle, lambda stage: engine_runner(folder / engine_file(stage)))) + "\n")
-        plain, engines = {}, {stage: loaded(bundle, stage, folder / engine_file(stage)) for stage in stages}
+        files = {stage: found.folder / engine_file(stage) for stage in found.engine.graphs}
+        chains = [c for c in map(bundle.open_chain, bundle.manifest.chains) if not selection.lacks(c, found.engine)]
+        print(console.table(comparison(chains, lambda stage: engine_runner(files[stage]))) + "\n")
+        plain, engines = {}, {stage: loaded(bundle, stage, files[stage]) for stage in stages if stage in files}
     print(console.table(summary(plain, engines)))
     if arguments.layers:
         for stage, engine in engines.items():
@@ -172,32 +175,41 @@ def _keep(
     print(f"written to {path}", file=sys.stderr)
 
 
-def comparison(bundle: Bundle, runner: Callable[[str], Any]) -> list[list[str]]:
-    """Return a row per stage and output: the error of `runner` against ONNX Runtime, both fed the latter's results."""
+def comparison(chains: Sequence[OpenChain], runner: Callable[[str], Any]) -> list[list[str]]:
+    """Return a row per graph and output: the error of `runner` against ONNX Runtime, both fed the latter's results.
+
+    Each graph is compared once, in the first recorded case that runs it.
+    """
+    rows, seen = [["stage", "output", "relative L2", "largest difference", "largest value"]], set[str]()
+    for chain in chains:
+        for case in reference.read_cases(chain.bundle, chain.name):
+            if {place.graph for place in chain.chain.stages if place.runs(case.modes)} - seen:
+                rows += _compared(Recorded(chain, case), runner, seen)
+    return rows
+
+
+def _compared(recorded: Recorded, runner: Callable[[str], Any], seen: set[str]) -> Iterator[list[str]]:
+    """Run a case's first row, and compare the graphs that are not `seen`, which they are then."""
     from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
     from polygraphy.comparator import Comparator
     from polygraphy.logger import G_LOGGER
 
     G_LOGGER.module_severity = G_LOGGER.WARNING
-    rows = [["stage", "output", "relative L2", "largest difference", "largest value"]]
-    chain = bundle.open_chain()
-    case = next(case for case in reference.read_cases(bundle, chain.name) if not case.modes)
-    recorded = Recorded(chain, case)
-    known: Feed = {}
-    for place in (place for place in chain.chain.stages if place.runs(case.modes)):
+    chain, known = recorded.chain, Feed()
+    for place in (place for place in chain.chain.stages if place.runs(recorded.case.modes)):
         stage, graph = place.graph, chain.graphs[place.graph]
-        path = str(bundle.path / graph.file)
-        expected = OnnxrtRunner(SessionFromOnnx(path, providers=["CPUExecutionProvider"]), name="onnxruntime")
+        path = str(chain.bundle.path / graph.file)
+        runners = [OnnxrtRunner(SessionFromOnnx(path, providers=["CPUExecutionProvider"]), name="onnxruntime")]
+        runners += [] if stage in seen else [runner(stage)]
+        seen.add(stage)
         names = {t.name: place.wires.get(t.name, t.name) for t in (*graph.inputs, *graph.outputs)}
         feed = {t.name: known.get(names[t.name], recorded.value(names[t.name], 0)) for t in graph.inputs}
-        results = Comparator.run([expected, runner(stage)], data_loader=[feed])
-        (_, (right,)), (_, (found,)) = results
+        (_, (right,)), *others = Comparator.run(runners, data_loader=[feed])
         for t in graph.outputs:
-            want, got = np.array(right[t.name]), np.array(found[t.name])
-            known[names[t.name]] = want
-            error, most = metrics.relative_l2(got, want), metrics.max_abs(got, want)
-            rows.append([stage, t.name, f"{error:.3g}", f"{most:.3g}", f"{np.abs(want).max():.3g}"])
-    return rows
+            want = known[names[t.name]] = np.array(right[t.name])
+            for got in (np.array(found[t.name]) for _, (found,) in others):
+                error, most = metrics.relative_l2(got, want), metrics.max_abs(got, want)
+                yield [stage, t.name, f"{error:.3g}", f"{most:.3g}", f"{np.abs(want).max():.3g}"]
 
 
 def engine_runner(path: Path) -> Any:

@@ -73,6 +73,7 @@ class Pipeline:
         engine: str | None = None,
         engines: str | Path | None = None,
         threads: int | None = None,
+        keep_all: bool = False,
         trust_engines: bool = False,
         prompt_cache_bytes: int = PROMPT_CACHE_BYTES,
         image_cache_bytes: int = IMAGE_CACHE_BYTES,
@@ -84,15 +85,16 @@ class Pipeline:
         be code. `backend`, `device`: the best one of these. `engine`: the one of this folder name. `engines`: the
         folder with the engines (default: the bundle's engines/, and the user's cache). `threads`: how many CPU threads
         one launch may use, at most one for each CPU that this process may use (None: the backend's own choice).
+        `keep_all`: keep what a backend copies of the weights for every size and batch that was drawn, and not for the
+        last one alone: calls that alternate between sizes load nothing then, and each size takes memory.
         `prompt_cache_bytes`, `image_cache_bytes`: bounds of the prompt embeddings and of the encoded pictures that
-        are kept. Raises BundleError if the bundle is damaged
-        or has no engine that fits, BackendMissing if the backend is not installed, VerificationError if an engine that
-        was built on another machine fails its checks on this one.
+        are kept. Raises BundleError if the bundle is damaged or has no engine that fits, BackendMissing if the backend
+        is not installed, VerificationError if an engine that was built on another machine fails its checks on this one.
         """
         bundle = Bundle.open(path, trust_engines=trust_engines)
         opened = bundle.open_chain(chain)
         found = selection.select(opened, backend, device, engine, engines)
-        executor = selection.open_executor(bundle, found, device=device, threads=threads)
+        executor = selection.open_executor(bundle, found, device=device, threads=threads, keep_all=keep_all)
         caches = {"prompt_cache_bytes": prompt_cache_bytes, "image_cache_bytes": image_cache_bytes}
         pipe = cls(bundle, found, executor, **caches)
         try:

@@ -125,9 +125,15 @@ class Request:
         )
 
     @classmethod
-    def sample(cls, chain: OpenChain, num_inference_steps: int | None = None, prompt: str = "") -> "Request":
+    def sample(
+        cls,
+        chain: OpenChain,
+        num_inference_steps: int | None = None,
+        prompt: str = "",
+        strength: float | None = None,
+    ) -> "Request":
         """Return a request for one batch with all that the chain takes, to measure it or to warm it up: grey images,
-        masks of ones, zeros of anything else."""
+        masks of ones, zeros of anything else. Raises what `make` raises."""
         scale = check_scale(chain, None)
         modes = modes_of(chain, scale, None, ())
         read = {n: f for n, f in chain.read(modes).items() if f.is_ in GIVEN and f.when == "call"}
@@ -137,6 +143,7 @@ class Request:
             chain,
             [prompt] * chain.batch,
             num_inference_steps=num_inference_steps,
+            strength=strength,
             seed=0,
             inputs=inputs,
             modes=modes,

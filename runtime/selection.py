@@ -169,11 +169,18 @@ def admit(chain: OpenChain, found: Found) -> None:
 
 
 def open_executor(
-    bundle: Bundle, found: Found, *, device: str | None = None, threads: int | None = None, profile: bool = False
+    bundle: Bundle,
+    found: Found,
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    profile: bool = False,
+    keep_all: bool = False,
 ) -> Executor:
     """Return an executor for an engine, with nothing loaded; `admit` comes before a chain's graphs are loaded.
 
-    `threads` None: the backend's own choice, or what a container's quota allows. Raises InputError for a number that
+    `threads` None: the backend's own choice, or what a container's quota allows. `profile`, `keep_all`: see `Opened`.
+    Raises InputError for a number that
     is more than this process may use.
     """
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
@@ -187,4 +194,4 @@ def open_executor(
         threads = quota  # the backends count the CPUs, and not how much of their time there is
     backend = backends.get(found.engine.key.backend)
     where = backend.device(device)
-    return backend.executor(Opened(bundle, found.folder, found.engine.options, where, threads, profile))
+    return backend.executor(Opened(bundle, found.folder, found.engine.options, where, threads, profile, keep_all))

@@ -13,6 +13,7 @@ import onnxruntime
 import torch
 from PIL import Image
 
+from turbochain.export.chains import Placed
 from turbochain.export.families import GraphSpec, Shape, common
 from turbochain.export.remedies import Remedy
 from turbochain.export.sources.checkpoint import Checkpoint, Part, open_folder
@@ -54,7 +55,7 @@ def traced(
 ) -> dict[str, Graph]:
     """The graphs, all of one component, in `folder`."""
     (component,) = {spec.component for spec in specs.values()}
-    wanted = [Wanted(name, spec, shape, remedy or Remedy("fp32")) for name, spec in specs.items()]
+    wanted = [Wanted(name, Placed(spec, shape), remedy or Remedy("fp32")) for name, spec in specs.items()]
     return trace.export_graphs(checkpoint, component, wanted, {}, folder)
 
 

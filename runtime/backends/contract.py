@@ -1,6 +1,6 @@
 """The types of a backend: `Backend` says what it is, `Executor` runs plans."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,6 +50,7 @@ class Opened:
     device: Device
     threads: int | None = None  # CPU threads of one launch; None: the backend's own choice
     profile: bool = False  # whether `Executor.operators` will be asked for
+    keep_all: bool = False  # whether graphs stay loaded whose weights others hold too: see `Executor.load`
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,11 @@ class Executor(Protocol):
         """Return the names of the graphs that are loaded."""
 
     def load(self, graphs: Iterable[str]) -> None:
-        """Load those of the graphs that are not loaded yet; TurbochainError if the backend cannot."""
+        """Load those of the graphs that are not loaded yet; TurbochainError if the backend cannot.
+
+        A graph that holds a copy of the weights of one of these, for another size or batch, is unloaded first, unless
+        the executor was opened with `keep_all`.
+        """
 
     def execute(
         self,
@@ -104,6 +109,16 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Give everything back; a second call does nothing."""
+
+
+def others_of_same_weights(graphs: Mapping[str, Graph], loaded: Set[str], wanted: Set[str]) -> list[str]:
+    """Return the graphs that are loaded, are not wanted, and have role and weights in common with one that is.
+
+    They are the wanted ones for another size or batch. (A VAE's encoder and its decoder are in the same files, and have
+    no weights in common.)
+    """
+    weights = {(graphs[name].role, file) for name in wanted for file in graphs[name].data}
+    return [n for n in sorted(loaded - wanted) if any((graphs[n].role, file) in weights for file in graphs[n].data)]
 
 
 def own_precision(graph: Graph, options: Options) -> str:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from turbochain.runtime.backends.contract import Cancel, Observe, Opened, Results, stop_if
+from turbochain.runtime.backends.contract import Cancel, Observe, Opened, Results, others_of_same_weights, stop_if
 from turbochain.runtime.bundle.manifest import Tensor
 from turbochain.runtime.chain.plan import Constant, Copy, Download, Plan, Run, Upload, ends
 
@@ -45,6 +45,10 @@ class CpuExecutor(ABC):
     def load_graph(self, graph: str) -> Loaded:
         """Load a graph; TurbochainError if the backend cannot, BundleError if it is not what the manifest says."""
 
+    def copies_weights(self, graph: str) -> bool:
+        """Return whether a graph that is loaded holds a copy of its weights, and does not use the bundle's file."""
+        return True
+
     @property
     def loaded(self) -> frozenset[str]:
         """See Executor."""
@@ -52,9 +56,13 @@ class CpuExecutor(ABC):
 
     def load(self, graphs: Iterable[str]) -> None:
         """See Executor. The largest is loaded first, the others meanwhile."""
-        missing = sorted({*graphs} - self.loaded, key=self._size, reverse=True)
+        wanted = {*graphs}
+        missing = sorted(wanted - self.loaded, key=self._size, reverse=True)
         if not missing:
             return
+        for other in others_of_same_weights(self.opened.bundle.manifest.graphs, self.loaded, wanted):
+            if self.copies_weights(other) and not self.opened.keep_all:
+                self.unload(other)
         with ThreadPoolExecutor(LOADING) as pool:
             self._graphs |= dict(zip(missing, pool.map(self.load_graph, missing), strict=True))
 

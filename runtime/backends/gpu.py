@@ -2,6 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from turbochain.runtime.backends import cuda
-from turbochain.runtime.backends.contract import Cancel, Observe, Opened, Results, stop_if
+from turbochain.runtime.backends.contract import Cancel, Observe, Opened, Results, others_of_same_weights, stop_if
 from turbochain.runtime.backends.gpu_buffers import Buffers
 from turbochain.runtime.chain.plan import Plan
 from turbochain.runtime.chain.recording import (
@@ -64,17 +65,19 @@ class _Program:
 class GpuExecutor(ABC):
     """An `Executor` for which a whole plan is one launch: uploads, every graph, copies and downloads.
 
-    A plan is captured when it first runs. If it cannot be captured, the same actions go on the stream one by one, a
-    warning says so, and the results hold the reason. After a CudaFault every call raises it again.
+    A plan is captured when it first runs, and again if `most_plans` others have run since. If it cannot be captured,
+    the same actions go on the stream one by one, a warning says so, and the results hold the reason. After a CudaFault
+    every call raises it again.
     """
 
     concurrent = True  # whether a graph may be put on another stream than the executor's
+    most_plans = 16  # that are kept ready, the ones used last: a captured one takes memory for each of its launches
 
     def __init__(self, opened: Opened) -> None:
         """Take the GPU; raises NoGpu, OutOfMemory or CudaError, and has then given back what it took."""
         self.opened, self.device = opened, opened.device
         self._fault: str | None = None
-        self._programs: dict[Plan, _Program] = {}
+        self._programs: OrderedDict[Plan, _Program] = OrderedDict()  # the one used last is the last
         self._graphs: dict[str, GpuGraph] = {}
         self._scratch = (0, 0)  # address and size of the graphs' shared block
         self._side: list[tuple[Any, Any, Any]] = []  # stream, fork, join
@@ -127,10 +130,13 @@ class GpuExecutor(ABC):
 
     def load(self, graphs: Iterable[str]) -> None:
         """See Executor."""
+        wanted = dict.fromkeys(graphs)
         with self._working():
-            for name in graphs:
-                if name not in self._graphs:
-                    self._graphs[name] = self.load_graph(name)
+            missing = [name for name in wanted if name not in self._graphs]
+            if missing and not self.opened.keep_all:
+                self._unload(others_of_same_weights(self.opened.bundle.manifest.graphs, self.loaded, wanted.keys()))
+            for name in missing:
+                self._graphs[name] = self.load_graph(name)
 
     def execute(
         self, plan: Plan, feeds: Arrays, *, observe: Observe | None = None, cancel: Cancel | None = None
@@ -146,6 +152,7 @@ class GpuExecutor(ABC):
                 program = self._prepare(plan, feeds)
             elif program.try_again:
                 self._capture(program)
+            self._programs.move_to_end(plan)
             self._fill(program, feeds)
             cuda.record_event(self._start, self.stream)
             timed = self._enqueue(program, observe, cancel)
@@ -176,6 +183,7 @@ class GpuExecutor(ABC):
             cuda.synchronize(self.stream)
         self._capture(program)
         self._programs[plan] = program
+        self._forget([*self._programs][: -self.most_plans])
         return program
 
     def _capture(self, program: _Program) -> None:
@@ -314,6 +322,10 @@ class GpuExecutor(ABC):
     def unload(self, graph: str) -> None:
         """See Executor."""
         with self._working():
+            self._unload([graph])
+
+    def _unload(self, graphs: Iterable[str]) -> None:
+        for graph in graphs:
             self.session.synchronize()
             self._forget([plan for plan in self._programs if graph in plan.graphs])
             del self._graphs[graph]

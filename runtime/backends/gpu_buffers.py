@@ -1,5 +1,6 @@
 """The buffers of a GPU's executor: one for each name and tensor, made when it is first asked for."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ class Buffers:
         self.session, self.stream = session, stream
         self.on_gpu: dict[tuple[str, Tensor], int] = {}
         self.page_locked: dict[tuple[str, Tensor], np.ndarray] = {}
-        self._columns: dict[tuple[str, str], tuple[int, int]] = {}  # name and table → address, bytes from row to row
+        self._columns: dict[tuple[str, str], list[int]] = {}  # name and table → where each row is
+        self._rows: dict[bytes, int] = {}  # digest of a row → where it is
 
     def address(self, buffer: str, tensor: Tensor) -> int:
         """Return where a buffer is on the GPU; raises OutOfMemory."""
@@ -33,18 +35,27 @@ class Buffers:
         return self.page_locked[buffer, tensor]
 
     def constant(self, constant: Constant, feeds: Mapping[str, np.ndarray]) -> int:
-        """Return the address of a row of a table's column; all rows of it go to the GPU at once."""
+        """Return the address of a row of a table's column; all rows of it go to the GPU at once.
+
+        Equal rows are there once, whichever tables they are of: those that begin later have the same timesteps.
+        """
         key = (constant.name, constant.table)
         if key not in self._columns:
-            column = np.ascontiguousarray(feeds[constant.name])
-            stride = -(-column[0].nbytes // cuda.ALIGNMENT) * cuda.ALIGNMENT
-            rows = np.zeros((len(column), stride), np.uint8)
-            rows[:, : column[0].nbytes] = column.reshape(len(column), -1).view(np.uint8)
-            address = self.address(f"{constant.name}[{constant.table}]", Tensor(constant.name, "uint8", rows.shape))
-            self.upload(rows, address)
-            self._columns[key] = (address, stride)
-        address, stride = self._columns[key]
-        return address + constant.row * stride
+            rows = [row.tobytes() for row in feeds[constant.name]]
+            digests = [hashlib.blake2b(row).digest() for row in rows]
+            if new := {d: row for d, row in zip(digests, rows, strict=True) if d not in self._rows}:
+                self._upload_rows(f"{constant.name}[{constant.table}]", new)
+            self._columns[key] = [self._rows[digest] for digest in digests]
+        return self._columns[key][constant.row]
+
+    def _upload_rows(self, name: str, new: Mapping[bytes, bytes]) -> None:
+        """Put rows of one size, by their digests, into one buffer, each aligned."""
+        size = len(next(iter(new.values())))
+        rows = np.zeros((len(new), -(-size // cuda.ALIGNMENT) * cuda.ALIGNMENT), np.uint8)
+        rows[:, :size] = [np.frombuffer(row, np.uint8) for row in new.values()]
+        address = self.address(name, Tensor(name, "uint8", rows.shape))
+        self.upload(rows, address)
+        self._rows |= {digest: address + i * rows.shape[1] for i, digest in enumerate(new)}
 
     def upload(self, value: np.ndarray, address: int) -> None:
         """Copy an array to the GPU and wait for that: the array may go."""

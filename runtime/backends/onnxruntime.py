@@ -95,6 +95,10 @@ class OnnxRuntimeCpu(CpuExecutor):
         path = bundle.plain(graph) / entry.file
         return _CpuGraph(graph, entry, sessions.load(str(path), graph, options, sessions.CPU, {}, without))
 
+    def copies_weights(self, graph: str) -> bool:
+        """See CpuExecutor."""
+        return not _stays_mapped(self.opened.bundle.manifest.graphs[graph])
+
     def close(self) -> None:
         """See Executor; also give back the arena's memory that is free."""
         super().close()
@@ -212,7 +216,7 @@ def _stays_mapped(graph: Graph) -> bool:
     or of a text encoder a tenth quicker. The VAE has few weights and many multiplications: there it pays. So it does
     for fp16, which the CPU provider would convert to fp32 in each launch.
     """
-    return graph.precision == "fp32" and graph.role != "vae_decoder"
+    return graph.precision == "fp32" and graph.component != "vae"
 
 
 def _keep_mapped(options: Any) -> list[str]:

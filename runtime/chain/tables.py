@@ -131,6 +131,12 @@ def _table(name: str, chain: Chain, columns: Mapping[str, Tensor], arrays: Mappi
     index, others = arrays[f"{name}/index"], {}
     for column in columns:
         source = _source(column, chain)
-        others[column] = arrays[source][index] if source.startswith("columns/") else arrays[source][None]
+        others[column] = _rows(arrays[source], index) if source.startswith("columns/") else arrays[source][None]
     own = {field: arrays[f"{name}/{field}"] for field in ARRAYS}
     return Table(**own, timesteps=arrays["timesteps"], columns=others)
+
+
+def _rows(column: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Return these rows of a column; of adjacent ones, as those of a run that begins later mostly are, a view."""
+    first, count = int(index[0]), len(index)
+    return column[first : first + count] if (np.diff(index) == 1).all() else column[index]

@@ -80,8 +80,6 @@ def verify_bundle(
             if chain is None and selection.lacks(opened, found.engine):
                 continue
             selection.admit(opened, found)
-            for graph in executor.loaded - set(opened.graphs):  # of another size: a backend may copy its weights
-                executor.unload(graph)
             executor.load(opened.graphs)
             checks[opened.name] = verify(opened, executor, precisions(opened, found))
             if not _is_verified(opened, found) and all(c.passed for c in checks[opened.name]):

@@ -17,7 +17,7 @@ from turbochain.runtime.request import Request
 PROMPT = "a photo of a cat wearing a red hat, studio light"
 INCLUDES = (
     "end to end: prompt string to uint8 pictures [B, H, W, 3] in host memory, with tokenising, noise, every copy "
-    "and all stages; without loading, the first picture, and image encoding"
+    "and all stages; without loading, the first picture, and writing a file"
 )
 
 
@@ -40,6 +40,8 @@ class BenchResult:
     engine: str
     chain: str
     steps: int
+    strength: float | None  # None: the bundle's default, or a chain that starts from no image
+    evaluations: int  # of the UNet, for one prompt; with an image fewer than the steps
     batch: int
     size: tuple[int, int]  # height, width
     threads: int | None
@@ -64,6 +66,7 @@ def bench(
     runs: int = 10,
     warmup: int = 2,
     steps: int | None = None,
+    strength: float | None = None,
     backend: str | None = None,
     device: str | None = None,
     engine: str | None = None,
@@ -73,7 +76,8 @@ def bench(
 ) -> BenchResult:
     """Time `runs` calls of a chain (None: the first) after `warmup` calls that are not counted.
 
-    Raises what Pipeline.load raises.
+    `strength`: of a chain that starts from an image. Raises what Pipeline.load raises, InputError for steps or a
+    strength that the chain lacks.
     """
     start = time.perf_counter()
     pipe = Pipeline.load(
@@ -89,7 +93,7 @@ def bench(
     loaded = time.perf_counter()
     with pipe:
         opened = pipe.bundle.open_chain(chain)
-        request = Request.sample(opened, steps, PROMPT)
+        request = Request.sample(opened, steps, PROMPT, strength)
         one = _Calls(pipe, request)
         one.draw()
         first = time.perf_counter()
@@ -116,6 +120,8 @@ def bench(
             engine=pipe.engine_name,
             chain=opened.name,
             steps=opened.chain.tables[request.table].steps,
+            strength=strength,
+            evaluations=opened.chain.tables[request.table].rows,
             batch=opened.batch,
             size=opened.size,
             threads=threads,

@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     timing.add_argument("--runs", type=int, default=10, help="counted runs (default 10)")
     timing.add_argument("--warmup", type=int, default=2, help="runs before those (default 2)")
     timing.add_argument("--steps", type=int, help="step count (default: the fewest that the bundle has)")
+    timing.add_argument("--strength", type=float, help="of a chain that starts from an image (default: the bundle's)")
     timing.add_argument("--profile", action="store_true", help="also the slowest operators of each stage (on a CPU)")
     timing.add_argument("--json", action="store_true")
     words = list(sys.argv[1:] if argv is None else argv)
@@ -207,16 +208,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
     if arguments.runs < 1 or arguments.warmup < 0:
         raise InputError("--runs must be at least 1, and --warmup at least 0")
-    result = bench.bench(
-        arguments.bundle,
-        runs=arguments.runs,
-        warmup=arguments.warmup,
-        steps=arguments.steps,
-        **_machine(arguments),
-    )
+    call = {"steps": arguments.steps, "strength": arguments.strength, **_machine(arguments)}
+    result = bench.bench(arguments.bundle, runs=arguments.runs, warmup=arguments.warmup, **call)
     operators = {}
     if arguments.profile:
-        operators = profile.profile(arguments.bundle, steps=arguments.steps, **_machine(arguments))
+        operators = profile.profile(arguments.bundle, **call)
     if arguments.json:
         profiled = {graph: [dataclasses.asdict(o) for o in of] for graph, of in operators.items()}
         print(json.dumps({**result.to_json(), **({"profile": profiled} if profiled else {})}, indent=2))
@@ -226,15 +222,16 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def bench_text(result: bench.BenchResult) -> str:
     """Return a bench as text."""
-    timings = {**result.stages, "end to end": result.end_to_end, "  prompt cached": result.end_to_end_cached}
+    timings = {**result.stages, "end to end": result.end_to_end, "  encoders skipped": result.end_to_end_cached}
     timings["  overhead"] = result.overhead
     rows = [["", "p50 ms", "p90 ms", "p99 ms", "min ms", "n"]]
     for name, t in timings.items():
         rows.append([name, *(f"{v:.2f}" for v in (t.p50_ms, t.p90_ms, t.p99_ms, t.min_ms)), str(t.n)])
     height, width = result.size
+    made = "" if result.evaluations == result.steps else f" ({result.evaluations} evaluation(s))"
     return "\n".join(
         [
-            f"{result.engine}: {width}x{height}, batch {result.batch}, {result.steps} step(s)",
+            f"{result.engine}: {result.chain}, {width}x{height}, batch {result.batch}, {result.steps} step(s){made}",
             console.table(rows),
             f"load {result.load_ms:.0f} ms; first picture after it {result.first_image_ms:.0f} ms",
             result.includes,

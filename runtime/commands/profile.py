@@ -31,6 +31,7 @@ def profile(
     chain: str | None = None,
     runs: int = 3,
     steps: int | None = None,
+    strength: float | None = None,
     backend: str | None = None,
     device: str | None = None,
     engine: str | None = None,
@@ -40,8 +41,8 @@ def profile(
 ) -> dict[str, list[Operator]]:
     """Return graph → its operators by kind, the slowest first: means over `runs` pictures, by the backend's profiler.
 
-    `engine`: the one with this folder name. A profiled graph is slower than one that is not. Raises what Pipeline.load
-    raises, and InputError on a GPU.
+    `engine`: the one with this folder name. `strength`: of a chain that starts from an image. A profiled graph is
+    slower than one that is not. Raises what Pipeline.load raises, and InputError on a GPU.
     """
     bundle = Bundle.open(path, trust_engines=trust_engines)
     opened = bundle.open_chain(chain)
@@ -50,7 +51,7 @@ def profile(
         raise InputError("operators are profiled on a CPU only: on a GPU, run turbochain bench under nsys")
     executor = selection.open_executor(bundle, found, device=device, threads=threads, profile=True)
     with Pipeline(bundle, found, executor) as pipe:
-        request = Request.sample(opened, steps, PROMPT)
+        request = Request.sample(opened, steps, PROMPT, strength)
         for _ in range(runs):
             pipe.forget()
             pipe.draw(request)

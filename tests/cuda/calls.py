@@ -1,21 +1,27 @@
 """The calls that are made over the stand-in: both chains of the small bundle, in all of their modes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import small_bundle
+from PIL import Image
 from small_bundle import I2I, T2I
 from small_calls import GUIDED, PICTURES, cases, numbers
 from standin import Runtime
 
-from turbochain.runtime import Pipeline, PipelineOutput
+from turbochain.runtime import Bundle, Pipeline, PipelineOutput
+from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, INPAINTING, TEXT_TO_IMAGE
 from turbochain.runtime.request import Request
 
 NEW: dict[str, Any] = {"chain": T2I, "prompt": ["a red cat", "a dog"]}
 OTHER: dict[str, Any] = {"chain": T2I, "prompt": ["the snow", "red snow"]}
-PICTURE: dict[str, Any] = {"chain": I2I, "prompt": NEW["prompt"], "inputs": {"input_image": PICTURES[0], **numbers()}}
+PICTURE: dict[str, Any] = {
+    "chain": I2I,
+    "prompt": ["a red dog", "the cat"],
+    "inputs": {"input_image": PICTURES[0], **numbers()},
+}
 CONTROLLED = PICTURE | {"inputs": PICTURE["inputs"] | {"control_image": PICTURES[1]}, "modes": ["control"]}
 ALL: Sequence[dict[str, Any]] = (
     NEW,
@@ -24,12 +30,49 @@ ALL: Sequence[dict[str, Any]] = (
     PICTURE,
     CONTROLLED,
     PICTURE | {"prompt": ["in the snow", "a cat"]},  # it goes on with the stream
+    CONTROLLED | {"prompt": NEW["prompt"]},  # a prompt that the other chain knows
     OTHER | {"num_inference_steps": 3},
     NEW | {"num_inference_steps": 3, "output_type": "latent"},
-    # A plan that is known, with another prompt and picture.
+    # Plans that are known, with another prompt, picture or noise.
     PICTURE | {"prompt": ["red", "a dog in snow"], "inputs": {"input_image": PICTURES[2], **numbers()}},
+    PICTURE | {"prompt": ["a cat in snow", "the dog"], "inputs": {"input_image": PICTURES[2], **numbers()}, "seed": 9},
+    PICTURE | {"prompt": ["the snow", "in red snow"], "inputs": {"input_image": PICTURES[3], **numbers()}, "seed": 8},
 )
 """Batch 2; new prompts and known ones; each chain without its mode and with it."""
+
+IMAGES = [Image.fromarray(image) for image in np.random.default_rng(7).integers(0, 256, (2, 64, 64, 3), np.uint8)]
+MASK = Image.fromarray(np.repeat([[0, 255]], 32, 1).repeat(64, 0).astype(np.uint8))
+OF_TASK: Mapping[str, Sequence[dict[str, Any]]] = {
+    TEXT_TO_IMAGE: (
+        *({"prompt": "a cat", "seed": steps, "num_inference_steps": steps} for steps in (1, 4)),
+        {"prompt": "a dog"},
+        {"prompt": "a cat", "guidance_scale": 3.0},  # zeros if the chain has them, else the encoding of ""
+        {"prompt": "a fox", "guidance_scale": 3.0, "negative_prompt": "fog"},
+        {"prompt": "a dog", "guidance_scale": 2.0, "negative_prompt": "fog"},
+    ),
+    IMAGE_TO_IMAGE: (
+        {"prompt": "a fox", "image": IMAGES[0], "num_inference_steps": 2, "strength": 1.0},
+        {"prompt": "a cat", "image": IMAGES[0], "num_inference_steps": 2, "strength": 0.5},
+        {"prompt": "a dog", "image": IMAGES[1], "num_inference_steps": 4, "strength": 0.5, "seed": 6},
+        {"prompt": "a dog", "image": IMAGES[1], "num_inference_steps": 2, "strength": 0.5, "guidance_scale": 3.0},
+    ),
+    INPAINTING: (
+        {"prompt": "a cat", "image": IMAGES[0], "mask_image": MASK, "num_inference_steps": 3, "strength": 1.0},
+        {"prompt": "a cat", "image": IMAGES[1], "mask_image": MASK, "num_inference_steps": 3, "strength": 0.7},
+        {"prompt": "a dog", "image": IMAGES[1], "mask_image": MASK, "num_inference_steps": 3, "strength": 0.7},
+        {
+            **{"prompt": "a cat", "negative_prompt": "fog", "guidance_scale": 3.0, "seed": 6},
+            **{"image": IMAGES[0], "mask_image": MASK, "num_inference_steps": 3, "strength": 1.0},
+        },
+    ),
+}
+"""Calls of the miniatures' chains, by task: known prompts and images and new ones, each step count, guidance."""
+
+
+def of_chains(path: Path) -> list[dict[str, Any]]:
+    """Return calls of every chain of a bundle."""
+    chains = Bundle.open(path).manifest.chains
+    return [{"chain": name, **call} for name, chain in chains.items() for call in OF_TASK[chain.task]]
 
 
 def write(folder: Path) -> Path:

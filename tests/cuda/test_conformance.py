@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calls import ALL, CONTROLLED, NEW, PICTURE, assert_nothing_left, draw, on_cpu, output
-from conftest import FAMILIES, BundleFactory
+from calls import ALL, CONTROLLED, NEW, PICTURE, assert_nothing_left, draw, of_chains, on_cpu, output
+from conftest import FAMILIES, ON, SIZE, BundleFactory, build_here
 from standin import OneByOne, Runtime, StandIn, pipeline, standing_in
 
-from turbochain.runtime import CudaError, TurbochainError
+from turbochain.runtime import Bundle, Cancelled, CudaError, Pipeline, TurbochainError
 from turbochain.runtime.backends import cuda
 from turbochain.runtime.backends.gpu import GpuExecutor
 from turbochain.runtime.chain.recording import Recording
@@ -25,29 +25,54 @@ def conform(
     path: Path,
     right: Sequence[np.ndarray],
     seed: int = 0,
-    calls: Sequence[dict[str, Any]] = ALL,
-    index: int = 0,
 ) -> None:
-    """Load, draw twice as many pictures as there are calls, close; raises if anything is not as it must be."""
+    """Load, make all calls, close; raises if anything is not as it must be."""
     with standing_in(seed) as runtime:
-        with pipeline(path, kind, index) as pipe:
-            for call, expected in zip(calls, right, strict=True):
+        with pipeline(path, kind) as pipe:
+            for call, expected in zip(ALL, right, strict=True):
                 np.testing.assert_array_equal(draw(pipe, call), expected)
         assert_nothing_left(runtime)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_pictures_of_both_families(family: str, bundle_of: BundleFactory) -> None:
-    """1 to 4 steps of a new prompt, then of a known one."""
-    calls = [
-        {"prompt": prompt, "seed": steps, "num_inference_steps": steps}
-        for prompt in ("a cat", "a dog", "a cat")
-        for steps in (1, 2, 3, 4)[: 4 if prompt == "a cat" else 1]
-    ]
-    with on_cpu(bundle_of(family)) as cpu:
+def conform_in_each_way(path: Path, kinds: Sequence[type[GpuExecutor]], calls: Sequence[dict[str, Any]]) -> None:
+    """Each kind in a random order of its own, with a call in between that is cancelled."""
+    with on_cpu(path) as cpu:
         right = [draw(cpu, call) for call in calls]
-    for seed, kind in enumerate(KINDS if family == "sd" else KINDS[:1]):
-        conform(kind, bundle_of(family), right, seed, calls)
+    for seed, kind in enumerate(kinds):
+        order = np.random.default_rng(seed).permutation(len(calls))
+        with standing_in(seed) as runtime:
+            with pipeline(path, kind) as pipe:
+                for n, i in enumerate(order):
+                    if n == len(order) // 2:
+                        cancel_at_launch(pipe, calls[order[0]], 2 + seed)
+                    made = output(pipe, calls[i])
+                    np.testing.assert_array_equal(made.images, right[i], err_msg=str(calls[i]))
+                    assert (made.uncaptured is None) == (kind in KINDS)
+            assert_nothing_left(runtime)
+
+
+def cancel_at_launch(pipe: Pipeline, call: dict[str, Any], launch: int) -> None:
+    asked = iter(range(launch + 1))
+    with pytest.raises(Cancelled):
+        output(pipe, call, observe=lambda graph, seconds: None, cancel=lambda: next(asked) == launch)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_chain_of_both_families(family: str, bundle_of: BundleFactory) -> None:
+    """Text-to-image, with guidance too, and image-to-image; SDXL has a mode for a negative prompt."""
+    kinds = KINDS if family == "sd" else KINDS[:1]
+    conform_in_each_way(bundle_of(family), kinds, of_chains(bundle_of(family)))
+
+
+def test_inpainting_with_a_history(sd: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Two tensors go round the loop, and the image is blended in after each step."""
+    multistep = {"steps": [3], "scheduler": "DPMSolverMultistepScheduler"}
+    shape = {"precision": "fp32", "size": SIZE, "tasks": ["inpainting"]}
+    path = build_here(
+        str(checkpoints["sd"]), tmp_path / "x.bundle", **shape, **multistep, donor=sd, quiet=True, **ON
+    ).bundle
+    assert Bundle.open(path).open_chain().chain.K == 2
+    conform_in_each_way(path, (StandIn, uncaptured(StandIn)), of_chains(path))
 
 
 @pytest.mark.parametrize("seed", SOON)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calls import ALL, CONTROLLED, NEW, OTHER, PICTURE, assert_nothing_left, draw, output
+from calls import ALL, CONTROLLED, IMAGES, NEW, OTHER, PICTURE, assert_nothing_left, draw, output
 from standin import Error, OneByOne, Runtime, StandIn, pipeline, standing_in
 
 from turbochain.runtime import CudaFault, OutOfMemory
@@ -206,6 +206,48 @@ def test_more_rows_need_no_more_waits(small: Path) -> None:
             made.append((calls.count("cudaStreamSynchronize"), calls.count("cudaMalloc")))
     (waits, blocks), (waits_of_3, blocks_of_3) = made
     assert waits_of_3 == waits and blocks_of_3 == blocks + 1  # the noise of the row
+
+
+class Two(StandIn):
+    most_plans = 2
+
+
+def test_the_plans_used_last_are_kept(small: Path, right: list[np.ndarray]) -> None:
+    """Two of them: the others are captured again when they come back, and make the same pictures."""
+    first, second, third = NEW, NEW | {"num_inference_steps": 3}, NEW | {"output_type": "latent"}
+    with standing_in() as runtime:
+        with pipeline(small, Two) as pipe:
+            draw(pipe, NEW)  # the prompt is known from now on
+            for call, captured in (
+                (first, 1),
+                (second, 1),
+                (first, 0),
+                (third, 1),
+                (first, 0),
+                (second, 1),
+                (third, 1),
+            ):
+                before = runtime.calls.count("cudaStreamBeginCapture")
+                draw(pipe, call)
+                assert runtime.calls.count("cudaStreamBeginCapture") - before == captured, call
+            for call, expected in zip(ALL, right, strict=True):
+                np.testing.assert_array_equal(draw(pipe, call), expected)
+                assert runtime.leaked().count("Executable") <= 2
+        assert_nothing_left(runtime)
+
+
+def test_equal_rows_of_tables_are_on_the_gpu_once(sd: Path) -> None:
+    """A run that begins later has some of the rows of the whole run, and the first timestep of all counts is one."""
+    call = {"chain": "image-to-image", "prompt": "a cat", "image": IMAGES[0]}
+    with standing_in() as runtime, pipeline(sd, StandIn) as pipe:
+        executor, columns = pipe._executor, pipe.bundle.open_chain("image-to-image").columns("4")
+        name, column = max(columns.items(), key=lambda item: item[1][0].nbytes)
+        assert executor is not None and column[0].nbytes > 1000
+        for steps, strength, rows in ((4, 0.5, 2), (4, 1.0, 4), (4, 0.25, 4), (3, 1.0, 6), (3, 0.7, 6)):
+            draw(pipe, call | {"num_inference_steps": steps, "strength": strength})
+            held = [t.nbytes for buffer, t in executor._buffers.on_gpu if buffer.startswith(f"{name}[")]
+            assert sum(held) == rows * -(-column[0].nbytes // cuda.ALIGNMENT) * cuda.ALIGNMENT
+        assert runtime.problems() == []
 
 
 @pytest.mark.parametrize("kind", [StandIn, OneByOne])

@@ -16,7 +16,7 @@ from turbochain.runtime.backends import cuda, onnxruntime
 from turbochain.runtime.backends.contract import Device, Opened
 from turbochain.runtime.backends.cpu import Loaded
 from turbochain.runtime.backends.gpu import GpuExecutor, GpuGraph
-from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Gpu, Graph, Tensor
+from turbochain.runtime.bundle.manifest import Gpu, Graph, Tensor
 from turbochain.runtime.errors import CudaError, OutOfMemory, TurbochainError
 
 from . import memory
@@ -38,10 +38,11 @@ def standing_in(seed: int = 0, **options: Any) -> Iterator[Runtime]:
 def pipeline(bundle: Path | Bundle, kind: type[GpuExecutor], index: int = 0) -> Pipeline:
     """Load a bundle that has an engine of ONNX Runtime onto a GPU of the stand-in."""
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    found = selection.select(bundle.open_chain(), "onnxruntime", "cpu")
+    first = bundle.open_chain()
+    found = selection.select(first, "onnxruntime", "cpu")
     pipe = Pipeline(bundle, found, kind(Opened(bundle, found.folder, found.engine.options, gpu(index))))
     try:
-        pipe._ready(TEXT_TO_IMAGE)
+        pipe._ready(first.name)
     except BaseException:
         pipe.close()
         raise

@@ -26,6 +26,7 @@ from turbochain.engines.forms import form
 from turbochain.engines.forms.bf16 import widen
 from turbochain.engines.forms.group_norm import expand_group_norms
 from turbochain.engines.forms.tensorrt import rewrite
+from turbochain.export.families import common
 from turbochain.export.remedies import Remedy
 from turbochain.runtime.backends import onnxruntime_sessions as sessions
 from turbochain.runtime.backends import openvino_model
@@ -45,10 +46,11 @@ def encoder_of(checkpoint: Path, folder: Path, precision: str) -> Traced:
 
 @pytest.fixture(scope="module")
 def half(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Traced:
-    """SD's encoder in fp16, and the graphs without weights."""
+    """SD's encoder in fp16, and the graphs without weights; the sampler's step also with a history."""
     folder, graphs = encoder_of(checkpoints["sd"], tmp_path_factory.mktemp("half"), "fp16")
     opened = image_graphs.checkpoint(checkpoints["sd"])
-    return folder, graphs | image_graphs.traced(opened, image_graphs.arithmetic(), SQUARE, folder)
+    specs = image_graphs.arithmetic() | {"multistep": common.guided_step(2)}
+    return folder, graphs | image_graphs.traced(opened, specs, SQUARE, folder)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,116 @@
+"""Chains of several sizes in one pipeline: which graphs are in memory, and the same pictures whatever was before."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_bundle
+from calls import assert_nothing_left, of_chains, output
+from conftest import ON, build_here
+from standin import Runtime, StandIn, pipeline, standing_in
+
+from turbochain.engines import build
+from turbochain.runtime import Bundle, Pipeline
+
+SIZED = ("unet", "vae_decoder")
+FIRST, OTHER = "text-to-image", "other"
+EVERY = {"text_encoder", "step", *SIZED}
+CALL: dict[str, Any] = {"prompt": "a cat", "seed": 3, "output_type": "uint8"}
+
+
+@pytest.fixture
+def two(sd: Path, copy_of: Callable[[Path], Path]) -> Path:
+    """A bundle with a second chain whose sized graphs are others of the same files, as those of another size are."""
+    path = copy_of(sd)
+    shutil.rmtree(path / "engines")
+    manifest = json.loads((path / "bundle.json").read_text())
+    chain = json.loads(json.dumps(manifest["chains"][FIRST]))
+    for stage in chain["stages"]:
+        stage["graph"] += "@other" if stage["graph"] in SIZED else ""
+    manifest["chains"] = {FIRST: manifest["chains"][FIRST], OTHER: chain}
+    manifest["graphs"] |= {f"{name}@other": manifest["graphs"][name] for name in SIZED}
+    (path / "bundle.json").write_text(json.dumps(manifest))
+    for backend in small_bundle.OPTIONS:
+        small_bundle.write_engine(path, backend, list(manifest["graphs"]))
+        file, bundle = path / "engines" / backend / "engine.json", Bundle.open(path)
+        digests = {name: bundle.open_chain(name).digest for name in (FIRST, OTHER)}
+        file.write_text(
+            json.dumps(json.loads(file.read_text()) | {"checks": {FIRST: [], OTHER: []}, "verified": digests})
+        )
+    return path
+
+
+def others(*graphs: str) -> set[str]:
+    return {f"{name}@other" for name in graphs}
+
+
+def check_alternating(pipe: Pipeline, loaded: dict[str, set[str]], chains: Sequence[str] = (OTHER, FIRST)) -> None:
+    """Draw the first chain and then these; after each draw these graphs are in memory."""
+    expected = pipe(**CALL, chain=FIRST).images
+    assert pipe._opened().loaded == EVERY
+    for chain in chains:
+        np.testing.assert_array_equal(pipe(**CALL, chain=chain).images, expected)
+        assert pipe._opened().loaded == loaded[chain], chain
+
+
+def test_what_copies_weights_is_there_once(two: Path) -> None:
+    for keep_all, loaded in ((False, EVERY - {*SIZED}), (True, EVERY)):
+        with Pipeline.load(two, engine="openvino", keep_all=keep_all) as pipe:
+            check_alternating(pipe, {OTHER: loaded | others(*SIZED)}, [OTHER])
+
+
+def test_what_is_mapped_stays(two: Path) -> None:
+    """ONNX Runtime packs the VAE's weights, and reads the UNet's where they are."""
+    both = EVERY | others("unet")
+    with Pipeline.load(two, engine="onnxruntime") as pipe:
+        check_alternating(pipe, {FIRST: both, OTHER: both - {"vae_decoder"} | others("vae_decoder")})
+
+
+def test_a_gpu_has_one_size(two: Path) -> None:
+    """The graphs that were captured of the other one go with it."""
+    with on_the_stand_in(two) as (pipe, runtime):
+        check_alternating(pipe, {FIRST: EVERY, OTHER: EVERY - {*SIZED} | others(*SIZED)})
+        assert runtime.leaked().count("Executable") == 1
+
+
+@contextlib.contextmanager
+def on_the_stand_in(path: Path) -> Iterator[tuple[Pipeline, Runtime]]:
+    with standing_in() as runtime:
+        with pipeline(path, StandIn) as pipe:
+            yield pipe, runtime
+        assert_nothing_left(runtime)
+
+
+@pytest.mark.full
+def test_sizes_in_any_order(sd: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Every task in two sizes, with a history; each picture is that of a pipeline which has drawn nothing else."""
+    asked: dict[str, Any] = {
+        "steps": [2, 3, 4],
+        "scheduler": "DPMSolverMultistepScheduler",
+        "size": [(64, 64), (96, 64)],
+    }
+    tasks = {"tasks": ["text-to-image", "image-to-image", "inpainting"], "precision": "fp32"}
+    more = {"donor": sd, "traced": ("unet", "vae"), "quiet": True}
+    path = build_here(str(checkpoints["sd"]), tmp_path / "x.bundle", **tasks, **asked, **more, **ON).bundle
+    build(str(path), backend="openvino", options={"inference_precision": "fp32"}, quiet=True)
+    calls = [call for call in of_chains(path) if call.get("num_inference_steps") != 1]
+    assert {call["chain"] for call in calls} == {*Bundle.open(path).manifest.chains}
+    assert Bundle.open(path).open_chain().chain.K == 2
+    for backend in ("onnxruntime", "openvino"):
+        with Pipeline.load(path, backend=backend, keep_all=True) as pipe:
+            right = [output(pipe, call).images for call in calls]
+        with Pipeline.load(path, backend=backend) as pipe:
+            check_in_a_random_order(pipe, calls, right)
+        if backend == "onnxruntime":  # whose graphs the stand-in runs
+            with on_the_stand_in(path) as (pipe, _):
+                check_in_a_random_order(pipe, calls, right)
+
+
+def check_in_a_random_order(pipe: Pipeline, calls: list[dict[str, Any]], right: list[Any]) -> None:
+    for i in np.random.default_rng(0).permutation(len(calls)):
+        np.testing.assert_array_equal(output(pipe, calls[i]).images, right[i], err_msg=str(calls[i]))
