@@ -35,7 +35,10 @@ _OTHERS: Mapping[str, _Other] = {
     "original_size": _Other(_SIZE),  # also that of the bundle
     "target_size": _Other(_SIZE),  # likewise
     "crops_coords_top_left": _Other(_SIZE, ((0, 0),)),
-    "clip_skip": _Other("the layers of the text encoders are fixed; leave it out", (None, 0)),
+    "clip_skip": _Other(
+        "the text encoders are built for another; leave it out, or build a bundle with build-engine SOURCE --clip-skip",
+        (None,),  # also that of the bundle
+    ),
     "callback_on_step_end": _CALLBACK,
     "callback": _CALLBACK,
 }
@@ -61,8 +64,12 @@ def check_others(chain: OpenChain, given: Mapping[str, object], *, negative: boo
     idle = []
     for name, value in given.items():
         if name in _OTHERS:
-            size = (chain.size,) if name in ("original_size", "target_size") else ()
-            if not _is_one_of(value, (*_OTHERS[name].harmless, *size)):
+            built = {
+                "original_size": chain.size,
+                "target_size": chain.size,
+                "clip_skip": chain.chain.defaults.get("clip_skip", 0),
+            }
+            if not _is_one_of(value, (*_OTHERS[name].harmless, built.get(name))):
                 raise InputError(f"{name} was given: {_OTHERS[name].instead}")
         elif name in _OF_GUIDANCE:
             if _is_one_of(value, _OF_GUIDANCE[name]):
