@@ -7,10 +7,8 @@ from typing import Any
 from turbochain.export.families import Family, GraphSpec, Shape, common
 from turbochain.export.tasks import Task
 from turbochain.runtime.bundle.manifest import Chain, Feed, Stage, TableEntry
+from turbochain.runtime.inputs.embeds import NEGATIVE
 from turbochain.runtime.inputs.guidance import GUIDANCE, NEGATIVE_PROMPT
-
-NEGATIVE = "negative_"
-"""What the names of a chain's tensors begin with that belong to the negative prompt."""
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,6 @@ _OTHERS: Mapping[str, _Other] = {
 _OF_CALLBACKS = ("callback_on_step_end_tensor_inputs", "callback_steps")  # no one reads them without a callback
 _OF_GUIDANCE: Mapping[str, tuple[object, ...]] = {
     "negative_prompt_2": (None,),
-    "negative_prompt_embeds": (None,),
-    "negative_pooled_prompt_embeds": (None,),
     "negative_original_size": (None,),
     "negative_crops_coords_top_left": (None, (0, 0)),
     "negative_target_size": (None,),
@@ -75,7 +73,9 @@ def check_others(chain: OpenChain, given: Mapping[str, object], *, negative: boo
             if _is_one_of(value, _OF_GUIDANCE[name]):
                 continue
             if negative:
-                raise InputError(f"{name} was given: of guidance this chain takes negative_prompt alone; leave it out")
+                raise InputError(
+                    f"{name} was given: of guidance this chain takes a negative prompt alone; leave it out"
+                )
             idle.append(name)
         elif name not in _OF_CALLBACKS:
             raise TypeError(f"a call takes no argument {name!r}")
