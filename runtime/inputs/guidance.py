@@ -32,7 +32,10 @@ def embeds_guidance(chain: OpenChain) -> bool:
 
 
 def modes_of(chain: OpenChain, scale: float, negative: bool, others: Collection[str]) -> frozenset[str]:
-    """Return the modes of a call, `others` among them; `negative`: whether it gives a negative prompt. InputError if the chain lacks one of those."""
+    """Return the modes of a call, `others` among them; `negative`: whether it gives a negative prompt.
+
+    Raises InputError if the chain lacks one of `others`.
+    """
     if unknown := sorted(set(others) - set(chain.chain.modes)):
         has = ", ".join(chain.chain.modes) or "none"
         raise InputError(f"modes={unknown}: the chain {chain.name} has {has}; choose from these")
