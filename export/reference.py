@@ -5,6 +5,7 @@ in and out of its parts.
 """
 
 import contextlib
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -83,9 +84,12 @@ def write(
     for precision in precisions:
         with computing_in(first, checkpoint.family.components, precision), torch.inference_mode():
             for i in many:
-                pipeline, chain = pipelines[chains[calls[i].chain].task], chains[calls[i].chain]
-                found_error = _error(draw(pipeline, chain, calls[i], more), tensors[f"{i}/image"])
-                calls[i].errors.update({precision: found_error} if found_error else {})
+                chain = chains[calls[i].chain]
+                pipeline = copy.copy(pipelines[chain.task])
+                pipeline.scheduler = copy.deepcopy(pipeline.scheduler)  # as in `record_call`
+                image = draw(pipeline, chain, calls[i], more)
+                if own := _error(image, tensors[f"{i}/image"]):
+                    calls[i].errors[precision] = own
                 advance()
     tensors |= {f"magnitude/{name}": np.array([value], np.float32) for name, value in largest.items()}
     path.write_bytes(save(tensors, metadata={"cases": json.dumps([asdict(call) for call in calls])}))

@@ -80,7 +80,8 @@ def _without(call: Any) -> Any:
 
 
 def _as(value: Any, dtype: torch.dtype) -> Any:
-    known = isinstance(value, torch.Tensor) and value.dtype == torch.float32
+    """Return an argument as the pipeline gives it; timesteps, which have no or one dimension, are not rounded."""
+    known = isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.ndim > 1
     return value.to(dtype).float() if known else value
 
 
