@@ -14,6 +14,7 @@ import torch
 from conftest import ON, SIZE, BundleFactory, build_here, reseal
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from test_parity import one_thread
 
@@ -54,11 +55,12 @@ def shares(ours: Pipeline, theirs: Any, call: Call, seed: int = 0) -> Shares:
     return found
 
 
-def loaded(checkpoint: Path, scheduler: str | None = None, task: str | None = None) -> Any:
+def loaded(checkpoint: Path, scheduler: dict[str, Any] | None = None, task: str | None = None) -> Any:
     """diffusers' own pipeline in fp32."""
     pipe: Any = DiffusionPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32, local_files_only=True)
     if scheduler:
-        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+        changes = {name: value for name, value in scheduler.items() if name != "_class_name"}
+        pipe.scheduler = getattr(diffusers, scheduler["_class_name"]).from_config(pipe.scheduler.config, **changes)
     if task:
         pipe = getattr(diffusers, task).from_pipe(pipe)
     pipe.set_progress_bar_config(disable=True)
@@ -269,8 +271,6 @@ def test_a_picture_with_a_larger_error_than_diffusers_own_is_refused(
     noise = np.random.default_rng(0).choice([-2, 2], image.shape)
     changed = np.clip(image.astype(int) + noise, 0, 255).astype(np.uint8)
     assert 38 < metrics.psnr(changed, image) < cases[i].errors["fp16"]["psnr"] - 1.94
-    from safetensors import safe_open
-
     with safe_open(file, framework="numpy") as opened:
         metadata = opened.metadata()
     save_file({**tensors, f"{i}/image": changed}, file, metadata=metadata)
@@ -280,12 +280,12 @@ def test_a_picture_with_a_larger_error_than_diffusers_own_is_refused(
     assert ("image", "psnr") in failed and {stage for stage, _ in failed} <= {"image", "vae_decoder"}
 
 
-SOLVERS = {
-    "DDIM": "DDIMScheduler",
-    "DPM++ 2M": "DPMSolverMultistepScheduler",
-    "Euler a": "EulerAncestralDiscreteScheduler",
-    "PNDM": "PNDMScheduler",
-    "UniPC": "UniPCMultistepScheduler",
+SOLVERS: dict[str, dict[str, Any]] = {
+    "DDIM": {"_class_name": "DDIMScheduler", "clip_sample": False},  # as SD 1.5's own config has it
+    "DPM++ 2M": {"_class_name": "DPMSolverMultistepScheduler"},
+    "Euler a": {"_class_name": "EulerAncestralDiscreteScheduler"},
+    "PNDM": {"_class_name": "PNDMScheduler"},
+    "UniPC": {"_class_name": "UniPCMultistepScheduler"},
 }
 OF_IMAGE = {
     "sd15-mini": "StableDiffusionImg2ImgPipeline",
