@@ -229,7 +229,7 @@ def test_which_pictures_are_judged_by_diffusers_own_error(evaluations: int, mode
     assert bounds.has_many(evaluations, modes) == many
 
 
-def test_a_bound_of_one_and_a_quarter_times_the_error(sd: Path) -> None:
+def test_a_bound_of_one_and_a_quarter_times_the_error() -> None:
     """Of a picture with noise of a known size: noise 1.25 times as large has exactly the bound."""
     noise = np.random.default_rng(0).choice([-4, 4], (1, 64, 64, 3))
     grey = np.full(noise.shape, 128, np.uint8)
