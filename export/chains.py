@@ -7,10 +7,8 @@ from typing import Any
 from turbochain.export.families import Family, GraphSpec, Shape, common
 from turbochain.export.tasks import Task
 from turbochain.runtime.bundle.manifest import Chain, Feed, Stage, TableEntry
+from turbochain.runtime.inputs.embeds import NEGATIVE
 from turbochain.runtime.inputs.guidance import GUIDANCE, NEGATIVE_PROMPT
-
-NEGATIVE = "negative_"
-"""What the names of a chain's tensors begin with that belong to the negative prompt."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class Layout:
     tasks: Sequence[Task]
     shapes: Sequence[Shape]  # the first is the default; all have one K
     zeros: bool = False  # whether no negative prompt means zeros, and not the encoding of ""
+    clip_skip: int = 0  # how many of the text encoders' last layers a prompt is drawn without
 
     @property
     def guided(self) -> bool:
@@ -83,7 +82,7 @@ class Layout:
             tables=tables,
             output="image",
             modes=self._modes,
-            defaults=dict(defaults),
+            defaults={**defaults, **({"clip_skip": self.clip_skip} if self.clip_skip else {})},
         )
 
     def tokenizers(self) -> dict[str, str]:
@@ -104,15 +103,18 @@ class Layout:
         return size + (f"-b{shape.batch}" if shape.batch != first.batch else "")
 
     def _specs(self, shape: Shape) -> dict[str, GraphSpec]:
-        return common.graphs(self.family, shape.K, self.posterior)
+        return common.graphs(self.family, shape.K, self.posterior, self.clip_skip)
 
     def _stages(self, task: Task) -> list[Stage]:
         """Return the stages of a chain, with the names that graphs have at the first shape."""
         decoder = Stage("vae_decoder", "end", "picture", _renamed({"next_latents": task.latents}))
         unet = Stage("unet", "step", "prediction")
+        prompt = self.family.prompt_stages
+        if self.clip_skip:  # of the prompt alone: diffusers encodes a negative prompt with every layer
+            prompt = tuple(replace(stage, graph=stage.graph + common.CLIP_SKIP) for stage in prompt)
         if not self.guided:
             steps = [unet, Stage("step", "step", "state")]
-            return [*self.family.prompt_stages, *task.before, *steps, *task.after_step, decoder]
+            return [*prompt, *task.before, *steps, *task.after_step, decoder]
         mode = NEGATIVE_PROMPT if self.zeros else GUIDANCE
         specs = self._specs(self.shapes[0])
         negative = [replace(s, wires=self._negated(specs[s.graph], s), if_=mode) for s in self.family.prompt_stages]
@@ -124,7 +126,7 @@ class Layout:
             Stage("step", "step", "state", unless=GUIDANCE),
             Stage("step+guidance", "step", "state", if_=GUIDANCE),
         ]
-        return [*self.family.prompt_stages, *negative, *task.before, *steps, *task.after_step, decoder]
+        return [*prompt, *negative, *task.before, *steps, *task.after_step, decoder]
 
     @property
     def _embeds(self) -> list[str]:

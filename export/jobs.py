@@ -78,7 +78,8 @@ def reference(progress: Progress, *, recipe: Recipe, prepared: Prepared, folder:
             tables.write(made[task.name], checkpoint.family, unet, shape, folder / file)
     own = load.defaults(checkpoint, layout.tasks[0].name)["guidance_scale"]
     scale = max(recipe.guidance_scale or 0.0, own)  # of the guided calls: one above 1
-    recorder.write(pipelines, checkpoint, layout, prepared.chains, scale, recipe.call, path, progress)
+    lower = _lower_precisions(recipe)
+    recorder.write(pipelines, checkpoint, layout, prepared.chains, scale, recipe.call, lower, path, progress)
     return decide(layout.graphs(), layout.precisions(recipe.precision, recipe.vae_precision), path)
 
 
@@ -116,6 +117,12 @@ def fetch(order: ExportOrder, want: Want, check_room: parts.CheckRoom | None = N
     checkpoint = replace(checkpoint, loras=loras, adapters=fused, scheduler=order.scheduler or {})
     adapters.read_all(checkpoint)  # whether they fit
     return checkpoint
+
+
+def _lower_precisions(recipe: Recipe) -> list[str]:
+    """Return what the graphs may be computed in besides fp32, the more precise first: those of fp32 also in bf16."""
+    asked = {"bf16" if recipe.precision == "fp32" else recipe.precision, recipe.vae_precision}
+    return [precision for precision in ("fp16", "bf16") if precision in asked]
 
 
 def _origin(checkpoint: Checkpoint, folder: Path) -> Origin:

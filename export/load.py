@@ -71,6 +71,8 @@ def pipelines(checkpoint: Checkpoint, tasks: Sequence[str], dtype: torch.dtype =
     """
     plain, family, index = replace(checkpoint, adapters=()), checkpoint.family, checkpoint.index
     parts: dict[str, Any] = {c: component(plain, c, dtype) for c in family.components}
+    for name in family.tokenizers.values():
+        _let_skip(parts[name.replace("tokenizer", "text_encoder")])
     parts |= {folder: tokenizer(checkpoint, folder) for folder in family.tokenizers.values()}
     found: dict[str, Any] = {}
     for task in tasks:
@@ -161,6 +163,13 @@ def _own_scheduler(checkpoint: Checkpoint, task: str) -> Any:
         raise sampler.refusal(cls, f"cannot be loaded ({_reason(error)})") from error
     except (ValueError, OSError, AttributeError, TypeError, RuntimeError) as error:
         raise InputError(f"{path} cannot be loaded as {cls}: {_reason(error)}") from error
+
+
+def _let_skip(text_encoder: Any) -> None:
+    """Let diffusers' clip_skip work, which looks for the final norm in the text encoder's `text_model`: transformers 5
+    has it in the encoder itself."""
+    if "text_model" not in dict(text_encoder.named_children()):
+        vars(text_encoder)["text_model"] = text_encoder  # no submodule: a module cannot be its own
 
 
 def _reason(error: Exception) -> str:

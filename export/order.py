@@ -43,6 +43,8 @@ class ExportOptions(TypedDict, total=False):
     """Of a call that gives none (default 0, for models that were trained to do without; 7.5 is usual for SD 1.5)."""
     guidance_scales: Sequence[float] | None
     """Those that calls can choose from if the UNet reads the scale itself (default: that of the pipeline)."""
+    clip_skip: int | None
+    """How many of the text encoders' last layers a prompt is drawn without (default 0), as diffusers' argument."""
     strengths: Sequence[float] | None
     """Those that calls of LatentConsistencyModelImg2ImgPipeline can choose from (default: that of the pipeline)."""
     opset: int | None
@@ -98,6 +100,7 @@ class ExportOrder:
     guidance_scale: float | None = None  # of a call that gives none
     guidance_scales: tuple[float, ...] | None = None  # that a UNet with a guidance embedding gets tables for
     strengths: tuple[float, ...] | None = None  # that LatentConsistencyModelImg2ImgPipeline gets tables for
+    clip_skip: int | None = None  # layers of the text encoders that a prompt is drawn without
     recipe_name: str | None = None  # of a recipe that was settled with, see `recipes.settle`
 
     def __post_init__(self) -> None:
@@ -121,6 +124,8 @@ class ExportOrder:
                 problems.append(f"strength {strength}: a number above 0, and at most 1, was expected")
         if self.steps is not None and (not self.steps or min(self.steps) < 1 or max(self.steps) > 50):
             problems.append(f"steps {list(self.steps)}: counts from 1 to 50 were expected, such as 1-4 or 1,2,4")
+        if self.clip_skip is not None and self.clip_skip < 0:
+            problems.append(f"clip_skip {self.clip_skip}: a number of layers from 0 was expected")
         if self.opset is not None and not 18 <= self.opset <= 23:
             problems.append(f"opset {self.opset}: 18 to 23 was expected")
         problems += asked.schedule_problems(self.steps, self.timesteps, self.eta)
@@ -187,7 +192,7 @@ class ExportOrder:
             **{"opset": self.opset, "precision": self.precision, "vae_precision": self.vae_precision, **told},
             **{"config": None if self.config is None else _told_config(self.config)},
             **{"scheduler": self.scheduler, "timesteps": self.timesteps, "lora": loras or None, "eta": self.eta},
-            **{"recipe": self.recipe_name},
+            **{"clip_skip": self.clip_skip, "recipe": self.recipe_name},
         }
         return {name: value for name, value in fields.items() if value is not None}
 
@@ -272,6 +277,7 @@ class Recipe:
     guidance_scale: float | None = None
     guidance_scales: tuple[float, ...] = ()
     strengths: tuple[float, ...] = ()
+    clip_skip: int = 0
     recipe: str | None = None
 
     def find_tasks(self, family: Family) -> list[Task]:
@@ -286,12 +292,17 @@ class Recipe:
     def layout(self, family: Family, configs: Mapping[str, Any], K: int = 1, zeros: bool = False) -> Layout:
         """Return what decides the chains and graphs; K and `zeros` as in `Shape` and `Layout`."""
         shapes = [Shape(height, width, batch, K) for width, height in self.sizes for batch in self.batches]
-        return Layout(family, configs, self.find_tasks(family), shapes, zeros)
+        layers = (configs[stage.graph]["num_hidden_layers"] for stage in family.prompt_stages)
+        if self.clip_skip > (most := min(layers) - family.skipped_layers):
+            raise InputError(f"clip_skip {self.clip_skip}: the text encoders have layers for 0 to {most}; choose one")
+        return Layout(family, configs, self.find_tasks(family), shapes, zeros, self.clip_skip)
 
     @property
     def call(self) -> dict[str, Any]:
-        """Return the further arguments of diffusers' pipeline: explicit timesteps and eta, if they were asked for."""
-        given = {"timesteps": self.timesteps and list(self.timesteps), "eta": self.eta}
+        """Return the further arguments of diffusers' pipeline: explicit timesteps, eta and clip_skip, if they were
+        asked for."""
+        given: dict[str, Any] = {"timesteps": self.timesteps and list(self.timesteps), "eta": self.eta}
+        given["clip_skip"] = self.clip_skip or None
         return {name: value for name, value in given.items() if value is not None}
 
 

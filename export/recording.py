@@ -9,7 +9,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -18,13 +18,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from turbochain.export.chains import NEGATIVE
 from turbochain.export.sampler import Draw, drawing
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tracing import time
 from turbochain.runtime.bundle.manifest import Chain
 from turbochain.runtime.errors import PictureError
-from turbochain.runtime.inputs.guidance import GUIDANCE
+from turbochain.runtime.inputs.embeds import NEGATIVE
+from turbochain.runtime.inputs.guidance import GUIDANCE, NEGATIVE_PROMPT
+
+NEGATIVE_TEXT = "low quality, blurry"
+"""The negative prompt of a call in that mode."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class Call:
     num_inference_steps: int
     strength: float | None = None
     guidance_scale: float = 0.0
+    errors: dict[str, dict[str, float]] = field(
+        default_factory=dict
+    )  # precision → metric → diffusers' own, against fp32
 
 
 def sample_image(height: int, width: int, seed: int) -> np.ndarray:
@@ -67,7 +73,6 @@ def record_call(
     guided = GUIDANCE in call.modes
     once: dict[str, Any] = {"guidance_scale": torch.tensor([call.guidance_scale])} if guided else {}
     steps: list[dict[str, torch.Tensor]] = []
-    arguments, given = _pictures(chain, call)
     with contextlib.ExitStack() as stack:
         for name, folder in checkpoint.family.tokenizers.items():
             encoder = getattr(pipeline, folder.replace("tokenizer", "text_encoder"))
@@ -79,16 +84,7 @@ def record_call(
         stack.enter_context(_watch_steps(pipeline, steps, guided))
         if call.strength is not None:
             stack.enter_context(_watch_start(pipeline, once))
-        result = pipeline(
-            prompt=call.prompt,
-            num_inference_steps=call.num_inference_steps,
-            guidance_scale=call.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(call.seed),
-            **arguments,
-            **more,
-            **_watched_latents(chain, steps),
-        )
-    image = np.stack([np.asarray(picture) for picture in result.images])
+        image = draw(pipeline, chain, call, {**more, **_watched_latents(chain, steps)})
     if not all(torch.isfinite(step["next_latents"]).all() for step in steps) or image.min() == image.max():
         raise PictureError(
             "diffusers' own fp32 picture of this checkpoint is NaN or of one single value, so there is nothing to "
@@ -97,7 +93,27 @@ def record_call(
     stacked = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}
     stacked |= {name: torch.stack(rows) for name, rows in columns.items()}
     arrays = {k: np.ascontiguousarray(v.numpy()) for k, v in {**once, **stacked}.items()}
-    return {k: v.astype(np.int32) if "input_ids" in k else v for k, v in arrays.items()} | given | {"image": image}
+    return (
+        {k: v.astype(np.int32) if "input_ids" in k else v for k, v in arrays.items()}
+        | _pictures(chain, call)[1]
+        | {"image": image}
+    )
+
+
+def draw(pipeline: Any, chain: Chain, call: Call, more: Mapping[str, Any] = MappingProxyType({})) -> np.ndarray:
+    """Return the pictures of a call [B, H, W, 3] uint8; `more`: further arguments of the pipeline."""
+    arguments, _ = _pictures(chain, call)
+    if NEGATIVE_PROMPT in call.modes:
+        arguments["negative_prompt"] = [NEGATIVE_TEXT] * len(call.prompt)
+    result = pipeline(
+        prompt=call.prompt,
+        num_inference_steps=call.num_inference_steps,
+        guidance_scale=call.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(call.seed),
+        **arguments,
+        **more,
+    )
+    return np.stack([np.asarray(picture) for picture in result.images])
 
 
 def _pictures(chain: Chain, call: Call) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

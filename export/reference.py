@@ -5,6 +5,7 @@ in and out of its parts.
 """
 
 import contextlib
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -18,11 +19,13 @@ from safetensors.numpy import save
 from turbochain.export import inversion
 from turbochain.export.chains import Layout
 from turbochain.export.magnitudes import magnitudes
-from turbochain.export.recording import Call, record_call
+from turbochain.export.recording import Call, draw, record_call
+from turbochain.export.rounded import computing_in
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tasks import Trial
 from turbochain.runtime.bundle.manifest import Chain, TableEntry
-from turbochain.runtime.inputs.guidance import GUIDANCE
+from turbochain.runtime.checks import bounds, metrics
+from turbochain.runtime.inputs.guidance import GUIDANCE, NEGATIVE_PROMPT
 
 PROMPTS = (
     "a photo of a cat wearing a red hat, studio light",
@@ -40,13 +43,15 @@ def write(
     chains: Mapping[str, Chain],
     scale: float,
     more: Mapping[str, Any],
+    precisions: Sequence[str],
     path: Path,
     progress: Callable[[int, int], None],
 ) -> None:
     """Run the trials of every chain, and the first chain with as many prompts as use every added token; write `path`.
 
     `pipelines`: task → diffusers' own, in fp32, which share their components. `scale`: the guidance of guided calls.
-    `more`: further arguments of every call, such as `timesteps`.
+    `more`: further arguments of every call, such as `timesteps`. `precisions`: those in which calls of many evaluations
+    are drawn once more, for the error that diffusers has there; the weights are rounded to them for good.
 
     The file is safetensors: everything fp32, ids int32, pictures uint8. Tensors of case i, with R evaluations:
     `i/<name>` of every feed and every result of the chain, [R, …] for those of the loop, as `record_call` finds them;
@@ -58,7 +63,9 @@ def write(
     tokenizers = [getattr(first, folder) for folder in checkpoint.family.tokenizers.values()]
     calls = list(_calls(layout, chains, scale, inversion.prompts(first, tokenizers)))
     tensors: dict[str, np.ndarray] = {}
-    done, total = 0, sum(chains[call.chain].tables[call.table].rows + 1 for call in calls)
+    rows = [chains[call.chain].tables[call.table].rows for call in calls]
+    many = [i for i, call in enumerate(calls) if bounds.has_many(rows[i], call.modes)]
+    done, total = 0, sum(n + 1 for n in rows) + len(precisions) * sum(rows[i] + 1 for i in many)
 
     def advance(*_: Any) -> None:
         nonlocal done
@@ -74,6 +81,16 @@ def write(
             found = record_call(pipeline, checkpoint, chains[call.chain], call, more)
             tensors |= {f"{i}/{name}": value for name, value in found.items()}
             advance()
+    for precision in precisions:
+        with computing_in(first, checkpoint.family.components, precision), torch.inference_mode():
+            for i in many:
+                chain = chains[calls[i].chain]
+                pipeline = copy.copy(pipelines[chain.task])
+                pipeline.scheduler = copy.deepcopy(pipeline.scheduler)  # as in `record_call`
+                image = draw(pipeline, chain, calls[i], more)
+                if own := _error(image, tensors[f"{i}/image"]):
+                    calls[i].errors[precision] = own
+                advance()
     tensors |= {f"magnitude/{name}": np.array([value], np.float32) for name, value in largest.items()}
     path.write_bytes(save(tensors, metadata={"cases": json.dumps([asdict(call) for call in calls])}))
 
@@ -103,7 +120,7 @@ def _calls(layout: Layout, chains: Mapping[str, Chain], scale: float, of_tokens:
         yield Call(
             chain=name,
             table=table,
-            modes=[GUIDANCE] if trial.guided else [],
+            modes=_modes(layout) if trial.guided else [],
             prompt=prompt,
             seed=1000 + i,
             num_inference_steps=entry.steps,
@@ -112,8 +129,20 @@ def _calls(layout: Layout, chains: Mapping[str, Chain], scale: float, of_tokens:
         )
 
 
+def _error(image: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """Return metric → value; {} if the precision was too low for this checkpoint, so that there is no picture."""
+    if image.min() == image.max():
+        return {}
+    return {name: metrics.METRICS[name](image, reference) for name in bounds.BOUNDS["fp16"]["image"]}
+
+
 def _rows(prompts: Sequence[str], start: int, batch: int) -> list[str]:
     return [prompts[(start + row) % len(prompts)] for row in range(batch)]
+
+
+def _modes(layout: Layout) -> list[str]:
+    """Return the modes of a guided call; with a negative prompt if that has text encoders of its own, to judge them."""
+    return [GUIDANCE, NEGATIVE_PROMPT] if layout.zeros and layout.clip_skip else [GUIDANCE]
 
 
 def _steps(chain: Chain) -> list[int]:

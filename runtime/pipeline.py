@@ -123,6 +123,8 @@ class Pipeline:
         latents: np.ndarray | None = None,
         prompt_embeds: np.ndarray | None = None,
         pooled_prompt_embeds: np.ndarray | None = None,
+        negative_prompt_embeds: np.ndarray | None = None,
+        negative_pooled_prompt_embeds: np.ndarray | None = None,
         inputs: Arrays | None = None,
         modes: Collection[str] = (),
         output_type: str = "pil",
@@ -145,11 +147,13 @@ class Pipeline:
         `output_type`: "pil", "uint8", "np" (the 8-bit levels divided by 255), or "latent" (fp32, not decoded).
         `generator`: a CPU `torch.Generator` that nothing has been drawn from, a list of N, or their seeds, instead of
         `seed`; a call leaves it after what was drawn. `prompt_embeds` [prompts, tokens, width] and, where the model
-        reads them, `pooled_prompt_embeds` [prompts, width], fp32: instead of `prompt`. `inputs`, `modes`: arrays for
-        further feeds of the chain, by name, and modes of it that no argument switches on. `others`: diffusers' further
-        arguments, if they change nothing. `observe(graph, seconds)` is called after each launch. `cancel()` is asked
-        between launches; if it returns True, the call ends with Cancelled. Raises InputError for a bad argument,
-        TypeError for one that diffusers does not have either, PictureError if the model makes no picture.
+        reads them, `pooled_prompt_embeds` [prompts, width], fp32: instead of `prompt`; with guidance
+        `negative_prompt_embeds` and `negative_pooled_prompt_embeds`, likewise: instead of `negative_prompt`.
+        `inputs`, `modes`: arrays for further feeds of the chain, by name, and modes of it that no argument switches on.
+        `others`: diffusers' further arguments, if they change nothing. `observe(graph, seconds)` is called after each
+        launch. `cancel()` is asked between launches; if it returns True, the call ends with Cancelled. Raises
+        InputError for a bad argument, TypeError for one that diffusers does not have either, PictureError if the model
+        makes no picture.
         """
         of: dict[str, Any] = {"image": image, "mask_image": mask_image, "height": height, "width": width}
         count = pictures_of(prompt, num_images_per_prompt)
@@ -170,6 +174,8 @@ class Pipeline:
             latents=latents,
             prompt_embeds=prompt_embeds,
             pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
             inputs=inputs,
             modes=modes,
             output_type=output_type,

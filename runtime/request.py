@@ -12,7 +12,7 @@ from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs import pictures
 from turbochain.runtime.inputs.arrays import Array, check_array
-from turbochain.runtime.inputs.embeds import check_embeds
+from turbochain.runtime.inputs.embeds import NEGATIVE, POOLED, check_embeds
 from turbochain.runtime.inputs.generators import seeds_of
 from turbochain.runtime.inputs.guidance import GUIDANCE, NEGATIVE_PROMPT, check_scale, modes_of
 from turbochain.runtime.inputs.noise import check_seed
@@ -45,7 +45,7 @@ class Request:
     modes: frozenset[str] = frozenset()
     output_type: str = "pil"
     negative_prompts: tuple[str, ...] = ()  # one for each picture
-    embeds: tuple[tuple[str, Array], ...] = ()  # what the text encoders would make, [N, …] by name
+    embeds: tuple[tuple[str, Array], ...] = ()  # what the text encoders would make, [N, …] by name; the prompt's first
     resized: tuple[int, int] | None = None  # height and width of the image that was given, if it is drawn in another
 
     @property
@@ -83,6 +83,8 @@ class Request:
         latents: np.ndarray | None = None,
         prompt_embeds: np.ndarray | None = None,
         pooled_prompt_embeds: np.ndarray | None = None,
+        negative_prompt_embeds: np.ndarray | None = None,
+        negative_pooled_prompt_embeds: np.ndarray | None = None,
         inputs: Mapping[str, np.ndarray] | None = None,
         modes: Collection[str] = (),
         output_type: str = "pil",
@@ -104,7 +106,10 @@ class Request:
         _check_output_type(chain, output_type)
         scale = check_scale(chain, guidance_scale)
         table = table_of(chain, num_inference_steps, strength, scale)
-        on = modes_of(chain, scale, negative_prompt, modes)
+        given_negative = negative_prompt is not None or negative_prompt_embeds is not None
+        on = modes_of(chain, scale, given_negative, modes)
+        negative = (negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds)
+        negative_prompts, negative_embeds = _check_negative(chain, on, negative, others, count, repeats)
         given = dict(inputs or {}) | _pictures(chain, image, mask_image)
         if GUIDANCE in on:
             given.setdefault("guidance_scale", np.array([scale], np.float32))
@@ -119,8 +124,8 @@ class Request:
             inputs=_check_inputs(chain, on, given, count, chain.chain.tables[table].rows),
             modes=on,
             output_type=output_type,
-            negative_prompts=_check_negative(chain, on, negative_prompt, others, count, repeats),
-            embeds=embeds,
+            negative_prompts=negative_prompts,
+            embeds=(*embeds, *negative_embeds),
             resized=_resized(chain, image),
         )
 
@@ -135,7 +140,7 @@ class Request:
         """Return a request for one batch with all that the chain takes, to measure it or to warm it up: grey images,
         masks of ones, zeros of anything else. Raises what `make` raises."""
         scale = check_scale(chain, None)
-        modes = modes_of(chain, scale, None, ())
+        modes = modes_of(chain, scale, False, ())
         read = {n: f for n, f in chain.read(modes).items() if f.is_ in GIVEN and f.when == "call"}
         fill = {"image": 128, "mask": 1, "number": scale}
         inputs = {n: np.full((t := chain.tensors[n]).shape, fill.get(f.is_, 0), t.dtype) for n, f in read.items()}
@@ -202,22 +207,34 @@ def _check_output_type(chain: OpenChain, output_type: object) -> None:
 def _check_negative(
     chain: OpenChain,
     modes: frozenset[str],
-    negative_prompt: object,
+    negative: tuple[object, object, object],
     others: Mapping[str, object],
     count: int,
     repeats: int,
-) -> tuple[str, ...]:
-    """Return the negative prompt of each picture, () if the call reads none; one for all prompts is repeated.
+) -> tuple[tuple[str, ...], tuple[tuple[str, Array], ...]]:
+    """Return the negative prompt of each picture, () if the call reads none, and the embeds that stand for it.
 
-    `others`: the further arguments of diffusers' call; one warning names all that have no effect without guidance.
+    `negative`: the prompt, of which one for all is repeated, and its embeds, whole and pooled. `others`: the further
+    arguments of diffusers' call; one warning names all that have no effect without guidance.
     """
     idle = check_others(chain, others, negative=GUIDANCE in modes)
     if GUIDANCE not in modes:
-        if idle := [*[NEGATIVE_PROMPT] * (negative_prompt is not None), *idle]:
+        names = (NEGATIVE_PROMPT, f"{NEGATIVE}prompt_embeds", NEGATIVE + POOLED)
+        if idle := [*(n for n, value in zip(names, negative, strict=True) if value is not None), *idle]:
             log.warning("%s: without guidance this has no effect, as in diffusers", ", ".join(idle))
-        return ()
+        return (), ()
+    negative_prompt, whole, pooled = negative
+    if embeds := check_embeds(chain, whole, pooled, repeats, NEGATIVE):
+        if negative_prompt is not None:
+            raise InputError("negative_prompt and negative_prompt_embeds were given: one of the two was expected")
+        if (given_count := len(embeds[0][1].value)) != count:
+            raise InputError(
+                f"negative_prompt_embeds are of {given_count // repeats}: one for each of {count // repeats} prompts "
+                "was expected"
+            )
+        return (), embeds
     if not any(feed.of == NEGATIVE_PROMPT for feed in chain.read(modes).values()):
-        return ()
+        return (), ()
     given = _check_prompts("" if negative_prompt is None else negative_prompt, repeats)
     given = given * (count // repeats) if len(given) == repeats else given
     if len(given) != count:
@@ -225,7 +242,7 @@ def _check_negative(
             f"negative_prompt is a list of {len(given) // repeats}: one, or one for each of {count // repeats} "
             "prompts was expected"
         )
-    return given
+    return given, ()
 
 
 def _check_generator(seed: Any, generator: object) -> Any:

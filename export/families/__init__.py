@@ -69,6 +69,7 @@ class Family:
     check: Callable[[Mapping[str, Any]], list[str]]  # component → config: what is unsupported, as phrases
     tiny_vae: str  # hub id of the AutoencoderTiny that decodes its latents
     latents_scale: float  # the scaling_factor of the VAE whose latents these are
+    skipped_layers: int = 0  # how many of the text encoders' last layers are left out of every prompt
     strength_sets_timesteps: bool = (
         False  # whether the timesteps of image-to-image depend on strength: no step is left out
     )

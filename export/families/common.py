@@ -1,6 +1,7 @@
 """What the families share: the VAE's graphs, those without weights, the text-to-image chain, the checks of configs."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from turbochain.export.families import Family, GraphSpec, Inputs, Shape, decoder_channels
@@ -115,13 +116,22 @@ STEP_DRAW = Draw("noise", "picture")
 """The draw of every step of every chain."""
 
 
-def graphs(family: Family, K: int, posterior: bool) -> dict[str, GraphSpec]:
+CLIP_SKIP = "+clip_skip"
+"""What the roles of text encoders end with that leave out their last layers."""
+
+
+def graphs(family: Family, K: int, posterior: bool, clip_skip: int = 0) -> dict[str, GraphSpec]:
     """Return role → spec, all that a chain of the family may have; those of one component in the order of tracing.
 
-    `posterior`: whether the VAE makes a distribution.
+    `posterior`: whether the VAE makes a distribution. `clip_skip`: how many layers of the text encoders are left out.
     """
+    encoders = {stage.graph: family.graphs[stage.graph] for stage in family.prompt_stages if clip_skip}
     return {
         **family.graphs,
+        **{
+            role + CLIP_SKIP: replace(spec, role=role + CLIP_SKIP, arguments=lambda shape: (clip_skip,))
+            for role, spec in encoders.items()
+        },
         "vae_encoder": vae_encoder(family.vae_encoder, posterior),
         "start": start(),
         "blend": blend(),

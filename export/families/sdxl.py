@@ -102,4 +102,5 @@ FAMILY = Family(
     check=_check,
     tiny_vae="madebyollin/taesdxl",
     latents_scale=0.13025,
+    skipped_layers=1,
 )

@@ -38,23 +38,34 @@ TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 
 class TextEncoder(nn.Module):
-    """ids [B, 77] int32 → last hidden state after the final norm [B, 77, D] fp32 (diffusers' SD pipeline)."""
+    """ids [B, 77] int32 → last hidden state after the final norm [B, 77, D] fp32 (diffusers' SD pipeline).
 
-    def __init__(self, text_encoder: nn.Module) -> None:
+    `clip_skip`: how many of the last layers are left out; the final norm is applied to what the one before them makes.
+    """
+
+    def __init__(self, text_encoder: nn.Module, clip_skip: int = 0) -> None:
         super().__init__()
         self.text_encoder = text_encoder
+        self.clip_skip = clip_skip
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        return self.text_encoder(input_ids.long())[0].float()
+        if not self.clip_skip:
+            return self.text_encoder(input_ids.long())[0].float()
+        output = self.text_encoder(input_ids.long(), output_hidden_states=True)
+        return self.text_encoder.final_layer_norm(output.hidden_states[-(self.clip_skip + 1)]).float()
 
 
 class PenultimateTextEncoder(TextEncoder):
-    """ids [B, 77] int32 → `hidden_states[-2]` [B, 77, D] fp32 (diffusers' SDXL pipeline, first encoder)."""
+    """ids [B, 77] int32 → `hidden_states[-2]` [B, 77, D] fp32 (diffusers' SDXL pipeline, first encoder).
+
+    With `clip_skip` the one so many layers earlier; no norm is applied.
+    """
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        return self.text_encoder(input_ids.long(), output_hidden_states=True).hidden_states[-2].float()
+        output = self.text_encoder(input_ids.long(), output_hidden_states=True)
+        return output.hidden_states[-(self.clip_skip + 2)].float()
 
 
 class PooledTextEncoder(TextEncoder):
@@ -63,7 +74,7 @@ class PooledTextEncoder(TextEncoder):
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See the class."""
         output = self.text_encoder(input_ids.long(), output_hidden_states=True)
-        return output.hidden_states[-2].float(), output.text_embeds.float()
+        return output.hidden_states[-(self.clip_skip + 2)].float(), output.text_embeds.float()
 
 
 class UNet(nn.Module):

@@ -1,5 +1,10 @@
 """The bounds of every kind of result, by precision."""
 
+import math
+from collections.abc import Collection, Mapping
+
+from turbochain.runtime.inputs.guidance import GUIDANCE
+
 Bounds = dict[str, float]
 
 _EQUAL_PICTURE = {"max_abs": 1.0, "fraction_differing": 1e-3}
@@ -56,6 +61,31 @@ COLUMN: Bounds = {"relative_l2": 1e-5}
 
 IDS: Bounds = {"fraction_differing": 0.0}
 """The token ids of a prompt, against those that diffusers' pipeline fed its text encoder."""
+
+
+FEW_EVALUATIONS = 4
+"""Of the network, without guidance, up to which the picture of a whole chain has the bounds in `BOUNDS`."""
+
+_FACTOR = 1.25
+"""The error of a picture after more evaluations, at most, as a multiple of diffusers' own in that precision."""
+
+
+def has_many(evaluations: int, modes: Collection[str]) -> bool:
+    """Return whether a call is one whose picture's error is compared with diffusers' own in that precision."""
+    return evaluations > FEW_EVALUATIONS or GUIDANCE in modes
+
+
+def of_image(precision: str, errors: Mapping[str, Bounds]) -> Bounds:
+    """Return the bounds of a whole chain's picture, whose least precise stage is computed in `precision`.
+
+    `errors`: precision → metric → diffusers' own against its fp32, of a call with many evaluations.
+    """
+    fixed = BOUNDS[precision]["image"]
+    own = errors.get("bf16" if precision == "int8" else precision)
+    if not own or precision == "fp32":
+        return fixed
+    found = {"psnr": own["psnr"] - 20 * math.log10(_FACTOR), "ssim": 1 - _FACTOR * (1 - own["ssim"])}
+    return {name: min(fixed[name], value) for name, value in found.items()} if precision == "int8" else found
 
 
 def of_stage(precision: str, judged: str, model_class: str) -> Bounds:

@@ -21,6 +21,7 @@ class Case:
     table: str  # of the chain
     modes: frozenset[str]
     tensors: Arrays
+    errors: dict[str, dict[str, float]]  # precision → metric → diffusers' own error in it; see bounds.of_image
 
 
 def read_cases(bundle: Bundle, chain: str) -> list[Case]:
@@ -35,7 +36,8 @@ def read_cases(bundle: Bundle, chain: str) -> list[Case]:
                 mine = [n for n in names if n.startswith(f"{i}/")]
                 tensors = {n.removeprefix(f"{i}/"): file.get_tensor(n) for n in mine}
                 modes = frozenset(case["modes"])
-                cases.append(Case(case["prompt"], case["seed"], case["table"], modes, tensors))
+                errors = case.get("errors", {})
+                cases.append(Case(case["prompt"], case["seed"], case["table"], modes, tensors, errors))
     if not cases:
         raise BundleError(f"{bundle.path / REFERENCE} has no case of the chain {chain} to check against")
     return cases

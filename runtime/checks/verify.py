@@ -20,7 +20,7 @@ from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.chain.plan import graph_plan
 from turbochain.runtime.checks import bounds, metrics
-from turbochain.runtime.checks.bounds import AT_LEAST, BOUNDS, Bounds
+from turbochain.runtime.checks.bounds import AT_LEAST, Bounds
 from turbochain.runtime.checks.recorded import Recorded
 from turbochain.runtime.checks.reference import read_cases
 from turbochain.runtime.errors import InputError, VerificationError
@@ -175,7 +175,7 @@ def _checks(
         if stage.runs(recorded.case.modes):
             yield from _check_stage(chain, executor, stage, computed[stage.graph], recorded)
     least = max((computed[g] for g in chain.graphs), key=COMPUTED.index)
-    yield from _check_chain(chain, executor, BOUNDS[least]["image"], recorded)
+    yield from _check_chain(chain, executor, bounds.of_image(least, recorded.case.errors), recorded)
 
 
 def _check_schedule(chain: OpenChain, recorded: Recorded) -> Iterator[Check]:

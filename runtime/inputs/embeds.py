@@ -12,34 +12,40 @@ STATES = ("prompt_embeds", "prompt_embeds_2")
 POOLED = "pooled_prompt_embeds"
 
 
+NEGATIVE = "negative_"
+"""What the names of the arguments and of a chain's tensors begin with that belong to the negative prompt."""
+
+
 def check_embeds(
-    chain: OpenChain, prompt_embeds: object, pooled_prompt_embeds: object, repeats: int
+    chain: OpenChain, prompt_embeds: object, pooled_prompt_embeds: object, repeats: int, prefix: str = ""
 ) -> tuple[tuple[str, Array], ...]:
     """Return what the chain's text encoders would make, [N, …] for each by its name; () if no embeds are given.
 
     `prompt_embeds` [P, tokens, width] fp32 and, if the chain reads one, `pooled_prompt_embeds` [P, width] are each
-    repeated for N = P · repeats pictures. Raises InputError if a shape, a dtype or one of the two is wrong.
+    repeated for N = P · repeats pictures. `prefix`: `NEGATIVE` if they are those of the negative prompt. Raises
+    InputError if a shape, a dtype or one of the two is wrong.
     """
     if prompt_embeds is None and pooled_prompt_embeds is None:
         return ()
+    whole, part = f"{prefix}prompt_embeds", prefix + POOLED
     stages = [s for s in chain.chain.stages if s.when == "prompt"]
     made = {t.name for stage in stages for t in wiring.outputs(stage, chain.graphs)}
-    states, pooled = [n for n in STATES if n in made], POOLED in made
+    states, pooled = [prefix + n for n in STATES if prefix + n in made], part in made
     if not states:
-        raise InputError(f"prompt_embeds: the chain {chain.name} reads no prompt")
+        raise InputError(f"{whole}: the chain {chain.name} reads no {prefix.replace('_', ' ')}prompt")
     if prompt_embeds is None:
-        raise InputError("pooled_prompt_embeds was given without prompt_embeds: give both, or the prompt")
+        raise InputError(f"{part} was given without {whole}: give both, or the prompt")
     if pooled != (pooled_prompt_embeds is not None):
-        expected = "is expected beside prompt_embeds" if pooled else "was given, and this model reads none"
-        raise InputError(f"pooled_prompt_embeds {expected}")
+        expected = f"is expected beside {whole}" if pooled else "was given, and this model reads none"
+        raise InputError(f"{part} {expected}")
     widths = [chain.tensors[name].shape[-1] for name in states]
     prompts = 1
     if isinstance(prompt_embeds, np.ndarray) and prompt_embeds.ndim == 3:
         prompts = max(len(prompt_embeds), 1)
     shape: tuple[int, ...] = (prompts, chain.tensors[states[0]].shape[1], sum(widths))
-    value = check_array("prompt_embeds", prompt_embeds, "float32", shape).value
+    value = check_array(whole, prompt_embeds, "float32", shape).value
     given = dict(zip(states, np.split(value, np.cumsum(widths)[:-1], axis=-1), strict=True))
     if pooled:
-        shape = (prompts, *chain.tensors[POOLED].shape[1:])
-        given[POOLED] = check_array(POOLED, pooled_prompt_embeds, "float32", shape).value
+        shape = (prompts, *chain.tensors[part].shape[1:])
+        given[part] = check_array(part, pooled_prompt_embeds, "float32", shape).value
     return tuple((name, Array(np.repeat(array, repeats, axis=0))) for name, array in given.items())

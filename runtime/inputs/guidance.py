@@ -31,14 +31,17 @@ def embeds_guidance(chain: OpenChain) -> bool:
     return any(entry.guidance_scale is not None for entry in chain.chain.tables.values())
 
 
-def modes_of(chain: OpenChain, scale: float, negative_prompt: object, others: Collection[str]) -> frozenset[str]:
-    """Return the modes of a call, `others` among them; InputError if the chain lacks one of those."""
+def modes_of(chain: OpenChain, scale: float, negative: bool, others: Collection[str]) -> frozenset[str]:
+    """Return the modes of a call, `others` among them; `negative`: whether it gives a negative prompt.
+
+    Raises InputError if the chain lacks one of `others`.
+    """
     if unknown := sorted(set(others) - set(chain.chain.modes)):
         has = ", ".join(chain.chain.modes) or "none"
         raise InputError(f"modes={unknown}: the chain {chain.name} has {has}; choose from these")
     found = {*others}
     if scale > 1 and GUIDANCE in chain.chain.modes:
         found.add(GUIDANCE)
-    if GUIDANCE in found and negative_prompt is not None and NEGATIVE_PROMPT in chain.chain.modes:
+    if GUIDANCE in found and negative and NEGATIVE_PROMPT in chain.chain.modes:
         found.add(NEGATIVE_PROMPT)
     return frozenset(found)

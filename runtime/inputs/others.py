@@ -35,15 +35,16 @@ _OTHERS: Mapping[str, _Other] = {
     "original_size": _Other(_SIZE),  # also that of the bundle
     "target_size": _Other(_SIZE),  # likewise
     "crops_coords_top_left": _Other(_SIZE, ((0, 0),)),
-    "clip_skip": _Other("the layers of the text encoders are fixed; leave it out", (None, 0)),
+    "clip_skip": _Other(
+        "the text encoders are built for another; leave it out, or build a bundle with build-engine SOURCE --clip-skip",
+        (None,),  # also that of the bundle
+    ),
     "callback_on_step_end": _CALLBACK,
     "callback": _CALLBACK,
 }
 _OF_CALLBACKS = ("callback_on_step_end_tensor_inputs", "callback_steps")  # no one reads them without a callback
 _OF_GUIDANCE: Mapping[str, tuple[object, ...]] = {
     "negative_prompt_2": (None,),
-    "negative_prompt_embeds": (None,),
-    "negative_pooled_prompt_embeds": (None,),
     "negative_original_size": (None,),
     "negative_crops_coords_top_left": (None, (0, 0)),
     "negative_target_size": (None,),
@@ -61,14 +62,20 @@ def check_others(chain: OpenChain, given: Mapping[str, object], *, negative: boo
     idle = []
     for name, value in given.items():
         if name in _OTHERS:
-            size = (chain.size,) if name in ("original_size", "target_size") else ()
-            if not _is_one_of(value, (*_OTHERS[name].harmless, *size)):
+            built = {
+                "original_size": chain.size,
+                "target_size": chain.size,
+                "clip_skip": chain.chain.defaults.get("clip_skip", 0),
+            }
+            if not _is_one_of(value, (*_OTHERS[name].harmless, built.get(name))):
                 raise InputError(f"{name} was given: {_OTHERS[name].instead}")
         elif name in _OF_GUIDANCE:
             if _is_one_of(value, _OF_GUIDANCE[name]):
                 continue
             if negative:
-                raise InputError(f"{name} was given: of guidance this chain takes negative_prompt alone; leave it out")
+                raise InputError(
+                    f"{name} was given: of guidance this chain takes a negative prompt alone; leave it out"
+                )
             idle.append(name)
         elif name not in _OF_CALLBACKS:
             raise TypeError(f"a call takes no argument {name!r}")

@@ -205,7 +205,7 @@ def test_embeds_in_place_of_the_prompt_leave_the_negative_prompt_to_its_stage(pi
     given = {"prompt": None, "prompt_embeds": reference["prompt_embeds"], "negative_prompt": ["red", "dog"]}
     assert_same(drawn(pipe, T2I, **given, inputs=GUIDED, modes=["guidance"]), reference["image"])
     with pytest.raises(
-        InputError, match="guidance_rescale was given: of guidance this chain takes negative_prompt alone"
+        InputError, match="guidance_rescale was given: of guidance this chain takes a negative prompt alone"
     ):
         drawn(pipe, T2I, **given, inputs=GUIDED, modes=["guidance"], guidance_rescale=0.5)
 
