@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs import pictures
@@ -239,8 +240,8 @@ def _check_seeds(argument: str, seed: object, count: int) -> tuple[int, ...]:
 
 def _check_latents(chain: OpenChain, latents: object, count: int) -> Array:
     name = chain.first_noise
-    if name is None:
-        raise InputError(f"latents was given, and the chain {chain.name} draws none")
+    if name is None or chain.chain.task == IMAGE_TO_IMAGE:
+        raise InputError(f"latents was given, and the chain {chain.name} begins with no noise alone; leave it out")
     return check_array("latents", latents, "float32", (count, *chain.tensors[name].shape[1:]))
 
 

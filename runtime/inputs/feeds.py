@@ -52,14 +52,25 @@ class Feeds:
         inputs = {name: array.value for name, array in request.inputs}
         for name in (n for n in inputs if self.chain.chain.feeds[n].is_ in REPEATED):
             inputs[name] = np.concatenate([inputs[name]] * (request.count // len(inputs[name])))
-        return {**self._ids(request), **noise, **inputs, **{name: array.value for name, array in request.embeds}}
+        embeds = {name: array.value for name, array in request.embeds}
+        return {**self._ids(request), **noise, **self._start(request), **inputs, **embeds}
 
     def noise(self, request: Request, generators: Sequence[Generator]) -> dict[str, np.ndarray]:
         """Return the noise of all N pictures, as `draw_run`."""
         chain, inputs = self.chain, dict(request.inputs)
         given = {chain.first_noise: request.latents.value} if chain.first_noise and request.latents else {}
-        images = next((len(inputs[n].value) for n in chain.feeds("image") if n in inputs), None)
-        return draw_run(chain, chain.tables[request.table], generators, request.count, given=given, images=images)
+        images, masks = (
+            next((len(inputs[n].value) for n in chain.feeds(kind) if n in inputs), None) for kind in REPEATED
+        )
+        table = chain.tables[request.table]
+        return draw_run(chain, table, generators, request.count, given=given, images=images, masks=masks)
+
+    def _start(self, request: Request) -> dict[str, np.ndarray]:
+        """Return p and q of a call of inpainting with `latents`: diffusers begins with these alone, at any strength."""
+        if request.latents is None or not {"p", "q"} <= self.chain.chain.feeds.keys():
+            return {}
+        sigma = self.chain.tables[request.table].init_noise_sigma.reshape(1, 1)
+        return {"p": np.zeros_like(sigma), "q": sigma}
 
     def advance(self, generator: object, request: Request) -> None:
         """Bring a caller's generator, or each of a list, to the end of what the request draws from it."""
@@ -81,7 +92,7 @@ class Feeds:
 
         def take(name: str, value: np.ndarray) -> np.ndarray:
             feed = self.chain.chain.feeds.get(name)
-            if feed is not None and feed.is_ == "number":
+            if feed is not None and feed.is_ in ("number", "column"):
                 return value
             return value[:, rows] if feed is not None and feed.when == "step" else value[rows]
 
