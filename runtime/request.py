@@ -41,7 +41,7 @@ class Request:
     prompts: tuple[str, ...]  # one for each picture; () if their embeds are given
     seeds: tuple[int, ...]  # one for the whole call, or one for each picture
     one_generator: bool  # whether the first seed is that of the whole call
-    latents: Array | None = None  # unit noise [N, 4, H/8, W/8] fp32 instead of the first draw
+    latents: Array | None = None  # unit noise [N, 4, H/8, W/8] fp32 in place of what is drawn for them
     inputs: tuple[tuple[str, Array], ...] = ()  # the feeds that a caller gives, by name
     modes: frozenset[str] = frozenset()
     output_type: str = "pil"
@@ -241,7 +241,9 @@ def _check_seeds(argument: str, seed: object, count: int) -> tuple[int, ...]:
 def _check_latents(chain: OpenChain, latents: object, count: int) -> Array:
     name = chain.first_noise
     if name is None or chain.chain.task == IMAGE_TO_IMAGE:
-        raise InputError(f"latents was given, and the chain {chain.name} begins with no noise alone; leave it out")
+        raise InputError(
+            f"latents was given, and the chain {chain.name} begins with an image; leave it out, and give a seed"
+        )
     return check_array("latents", latents, "float32", (count, *chain.tensors[name].shape[1:]))
 
 

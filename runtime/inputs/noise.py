@@ -119,8 +119,8 @@ def draw_run(
     """Return the noise of one run by feed, fp32: [count, …], and of a feed of every step [rows, count, …].
 
     The draws are the chain's, in its order, which is that of diffusers' pipeline. `given`: unit noise in place of a
-    draw; nothing is drawn for it. A step that does not draw has zeros. `images`, `masks`: how many were given (None: one
-    for each picture): what is drawn for these alone (see `PER` in the manifest) is repeated.
+    draw; nothing is drawn for it. A step that does not draw has zeros. `images`, `masks`: how many were given (None:
+    one for each picture): what is drawn for these alone (see `PER` in the manifest) is repeated.
     """
     made: dict[str, np.ndarray] = {}
     of_images = count if images is None else images
