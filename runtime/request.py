@@ -106,7 +106,7 @@ class Request:
         scale = check_scale(chain, guidance_scale)
         table = table_of(chain, num_inference_steps, strength, scale)
         on = modes_of(chain, scale, negative_prompt, modes)
-        given = dict(inputs or {}) | _pictures(chain, image, mask_image)
+        given = dict(inputs or {}) | _pictures(chain, image, mask_image, inputs or {})
         if GUIDANCE in on:
             given.setdefault("guidance_scale", np.array([scale], np.float32))
         seed = _check_generator(seed, generator)
@@ -167,8 +167,9 @@ def _check_size(chain: OpenChain, height: int | None, width: int | None) -> None
         )
 
 
-def _pictures(chain: OpenChain, image: object, mask_image: object) -> dict[str, np.ndarray]:
-    """Return the feeds of the pictures that a caller gives."""
+def _pictures(chain: OpenChain, image: object, mask_image: object, inputs: Collection[str]) -> dict[str, np.ndarray]:
+    """Return the feeds of the pictures that a caller gives; InputError if the chain reads one that is missing, and no
+    `inputs` are given instead."""
     found = {}
     for argument, name, given, read in (
         ("image", IMAGE, image, pictures.pixels),
@@ -176,6 +177,8 @@ def _pictures(chain: OpenChain, image: object, mask_image: object) -> dict[str, 
     ):
         if given is not None and name not in chain.chain.feeds:
             raise InputError(f"{argument} was given, and the chain {chain.name} reads none; leave it out")
+        if given is None and name in chain.chain.feeds and not inputs:
+            raise InputError(f"{argument} is missing, and the chain {chain.name} reads one; give a picture")
         if given is not None:
             found[name] = read(argument, given, chain.size)
     return found
@@ -265,7 +268,12 @@ def _check_inputs(
         tensor, value = chain.tensors[name], given[name]
         shape = tensor.shape if feed.is_ == "number" else (count, *tensor.shape[1:])
         if feed.is_ in REPEATED and feed.when == "call" and isinstance(value, np.ndarray) and value.ndim and len(value):
-            shape = (len(value) if count % len(value) == 0 else count, *shape[1:])
+            if count % len(value):
+                raise InputError(
+                    f"{len(value)} arrays for {name}, and {count} pictures are made: one, one for each picture, or a "
+                    "divisor of their number was expected"
+                )
+            shape = (len(value), *shape[1:])
         shape = (rows, *shape) if feed.when == "step" else shape
         found.append((name, check_array(f"inputs[{name!r}]", value, tensor.dtype, shape)))
     return tuple(found)

@@ -188,6 +188,14 @@ def test_latents_are_refused(made: Made) -> None:
         ours(made.ours, {"prompt": "a cat", "image": picture(0), "latents": latents, "seed": 3})
 
 
+def test_images_that_are_refused(made: Made) -> None:
+    call: dict[str, Any] = {"prompt": ["a cat"] * 4, "seed": 3, "chain": "image-to-image"}
+    with pytest.raises(InputError, match="image is missing, and the chain image-to-image reads one; give a picture"):
+        ours(made.ours, call)
+    with pytest.raises(InputError, match="3 arrays for input_image, and 4 pictures are made: one, one for each"):
+        ours(made.ours, {**call, "image": [picture(0)] * 3})
+
+
 def test_the_command(made: Made, tmp_path: Path) -> None:
     """From a file with transparency, turned by its EXIF orientation, of a size that is not built."""
     if made.name != "sd":

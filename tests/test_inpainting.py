@@ -121,15 +121,14 @@ def _arguments() -> dict[str, dict[str, Any]]:
         "one image for all, one generator each": {**four, "image": images[0], "mask_image": masks[0], **each},
         "one image, four masks, one generator each": {**four, "image": images[0], "mask_image": masks, **each},
         "one image, two masks": {**four, "image": images[0], "mask_image": masks[:2]},
-        "four images, one mask": {**four, "image": images, "mask_image": masks[0]},
         "two images and masks, two of each": {**two, "image": images[:2], "mask_image": masks[:2]},
         "two of each, one generator each": {**two, "image": images[:2], "mask_image": masks[:2], **each},
         "latents": {**four, "image": images[0], "mask_image": masks[0], "latents": latents},
         "latents are returned": {**four, "image": images, "mask_image": masks, "output_type": "latent"},
         "other sizes": {**four, "image": picture(1, (131, 135)), "mask_image": mask(2, (50, 70))},
-        "arrays": {
+        "arrays of four images and one mask": {
             **four,
-            "image": np.asarray(images[0], np.float32)[None] / 255,
+            "image": np.stack([np.asarray(image, np.float32) for image in images]) / 255,
             "mask_image": np.asarray(masks[0], np.float32) / 255,
         },
     }
@@ -178,6 +177,13 @@ def test_generators_end_after_what_was_drawn(made: Made, seed: Any) -> None:
         if made.family == "sdxl":
             torch.randn(1 if several else 2, 4, SIZE[1] // 8, SIZE[0] // 8, generator=one)
         assert torch.equal(one.get_state(), reference.get_state())
+
+
+@QUICK
+def test_a_mask_and_an_image_are_expected(made: Made) -> None:
+    for given, missing in (("image", "mask_image"), ("mask_image", "image")):
+        with pytest.raises(InputError, match=f"^{missing} is missing, and the chain inpainting reads one"):
+            ours(made.ours, {"prompt": "a cat", given: picture(0), "seed": 3, "chain": "inpainting"})
 
 
 @QUICK
