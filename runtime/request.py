@@ -26,6 +26,7 @@ log = logging.getLogger("turbochain")
 OUTPUT_TYPES = ("pil", "np", "uint8", "latent")
 IMAGE, MASK = "input_image", "mask"
 """The feeds that the arguments `image` and `mask_image` give."""
+ARGUMENTS = {IMAGE: "image", MASK: "mask_image"}
 GIVEN = ("embeds", "image", "mask", "number")
 """The kinds of feeds that a caller gives as arrays."""
 REPEATED = ("image", "mask")
@@ -171,10 +172,8 @@ def _pictures(chain: OpenChain, image: object, mask_image: object, inputs: Colle
     """Return the feeds of the pictures that a caller gives; InputError if the chain reads one that is missing, and no
     `inputs` are given instead."""
     found = {}
-    for argument, name, given, read in (
-        ("image", IMAGE, image, pictures.pixels),
-        ("mask_image", MASK, mask_image, pictures.mask),
-    ):
+    for name, given, read in ((IMAGE, image, pictures.pixels), (MASK, mask_image, pictures.mask)):
+        argument = ARGUMENTS[name]
         if given is not None and name not in chain.chain.feeds:
             raise InputError(f"{argument} was given, and the chain {chain.name} reads none; leave it out")
         if given is None and name in chain.chain.feeds and not inputs:
@@ -270,8 +269,8 @@ def _check_inputs(
         if feed.is_ in REPEATED and feed.when == "call" and isinstance(value, np.ndarray) and value.ndim and len(value):
             if count % len(value):
                 raise InputError(
-                    f"{len(value)} arrays for {name}, and {count} pictures are made: one, one for each picture, or a "
-                    "divisor of their number was expected"
+                    f"{ARGUMENTS.get(name, name)} has {len(value)}, and {count} are drawn: give one, one for each, or "
+                    "a number that divides theirs"
                 )
             shape = (len(value), *shape[1:])
         shape = (rows, *shape) if feed.when == "step" else shape

@@ -192,7 +192,9 @@ def test_images_that_are_refused(made: Made) -> None:
     call: dict[str, Any] = {"prompt": ["a cat"] * 4, "seed": 3, "chain": "image-to-image"}
     with pytest.raises(InputError, match="image is missing, and the chain image-to-image reads one; give a picture"):
         ours(made.ours, call)
-    with pytest.raises(InputError, match="3 arrays for input_image, and 4 pictures are made: one, one for each"):
+    with pytest.raises(
+        InputError, match="image has 3, and 4 are drawn: give one, one for each, or a number that divides theirs"
+    ):
         ours(made.ours, {**call, "image": [picture(0)] * 3})
 
 
