@@ -290,7 +290,7 @@ class Pipeline:
     ) -> tuple[dict[str, np.ndarray], list[tuple[Stage, list[Hashable]]]]:
         """Return what needs no encoder, by its name in the chain, and the encoders that have to run, with their
         keys."""
-        given, missing = {name: fed[name] for name, _ in request.embeds}, []
+        given, missing = {name: fed[name] for name in fed if name not in ready.chain.chain.feeds}, []
         for stage in ready.encoders(request.modes):
             names = ready.made(stage)
             if all(name in given for name in names):

@@ -44,7 +44,10 @@ class Feeds:
         self._local = threading.local()
 
     def of_request(self, request: Request) -> dict[str, np.ndarray]:
-        """Return what differs from picture to picture, for all N of them: [N, …], for every step [rows, N, …]."""
+        """Return what differs from picture to picture, for all N of them: [N, …], for every step [rows, N, …].
+
+        What is no feed of the chain is given in place of the stages that make it.
+        """
         first = self._first_generator()
         noise = self.noise(
             request, [first.manual_seed(s) if i == 0 else Generator(s) for i, s in enumerate(request.seeds)]
@@ -66,11 +69,12 @@ class Feeds:
         return draw_run(chain, table, generators, request.count, given=given, images=images, masks=masks)
 
     def _start(self, request: Request) -> dict[str, np.ndarray]:
-        """Return p and q of a call of inpainting with `latents`: diffusers begins with these alone, at any strength."""
-        if request.latents is None or not {"p", "q"} <= self.chain.chain.feeds.keys():
+        """Return what inpainting with `latents` begins with, [N, …]: these alone, at any strength, as in diffusers."""
+        chain = self.chain.chain
+        name = chain.carry[self.chain.latents] if self.chain.latents else ""
+        if request.latents is None or name in chain.feeds:
             return {}
-        sigma = self.chain.tables[request.table].init_noise_sigma.reshape(1, 1)
-        return {"p": np.zeros_like(sigma), "q": sigma}
+        return {name: self.chain.tables[request.table].init_noise_sigma * request.latents.value}
 
     def advance(self, generator: object, request: Request) -> None:
         """Bring a caller's generator, or each of a list, to the end of what the request draws from it."""
@@ -88,11 +92,11 @@ class Feeds:
         return {name: self.tokenizers[name].encode(text) for name, text in read.items() if text}
 
     def rows(self, feeds: Arrays, rows: list[int]) -> dict[str, np.ndarray]:
-        """Return the feeds of some of all N pictures, and what is given in place of the stages of the prompt."""
+        """Return the feeds of some of all N pictures, and what is given in place of stages."""
 
         def take(name: str, value: np.ndarray) -> np.ndarray:
             feed = self.chain.chain.feeds.get(name)
-            if feed is not None and feed.is_ in ("number", "column"):
+            if feed is not None and feed.is_ == "number":
                 return value
             return value[:, rows] if feed is not None and feed.when == "step" else value[rows]
 
