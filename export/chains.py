@@ -108,13 +108,13 @@ class Layout:
     def _stages(self, task: Task) -> list[Stage]:
         """Return the stages of a chain, with the names that graphs have at the first shape."""
         decoder = Stage("vae_decoder", "end", "picture", _renamed({"next_latents": task.latents}))
-        unet = Stage("unet", "step", "prediction")
+        unet, before = Stage("unet", "step", "prediction"), self._before(task)
         prompt = self.family.prompt_stages
         if self.clip_skip:  # of the prompt alone: diffusers encodes a negative prompt with every layer
             prompt = tuple(replace(stage, graph=stage.graph + common.CLIP_SKIP) for stage in prompt)
         if not self.guided:
             steps = [unet, Stage("step", "step", "state")]
-            return [*prompt, *task.before, *steps, *task.after_step, decoder]
+            return [*prompt, *before, *steps, *task.after_step, decoder]
         mode = NEGATIVE_PROMPT if self.zeros else GUIDANCE
         specs = self._specs(self.shapes[0])
         negative = [replace(s, wires=self._negated(specs[s.graph], s), if_=mode) for s in self.family.prompt_stages]
@@ -126,7 +126,15 @@ class Layout:
             Stage("step", "step", "state", unless=GUIDANCE),
             Stage("step+guidance", "step", "state", if_=GUIDANCE),
         ]
-        return [*prompt, *negative, *task.before, *steps, *task.after_step, decoder]
+        return [*prompt, *negative, *before, *steps, *task.after_step, decoder]
+
+    def _before(self, task: Task) -> list[Stage]:
+        """Return the task's stages of the image; if need be, with an encoder of its own."""
+        vae, plain = self.configs["vae"], self.family.vae_encoder == "VaeEncoder"
+        normalized = not plain and all(vae.get(name) is not None for name in ("latents_mean", "latents_std"))
+        if not (task.plain_latents and normalized):
+            return list(task.before)
+        return [replace(s, graph=common.PLAIN_ENCODER) if s.graph == "vae_encoder" else s for s in task.before]
 
     @property
     def _embeds(self) -> list[str]:

@@ -142,7 +142,8 @@ class Pipeline:
 
         `seed`: an int in 0 … 2⁶⁴−1 is one generator for the whole call, a list of N is one per picture, None draws
         one; the noise is that of `torch.Generator("cpu").manual_seed(seed)`. `latents`: unit noise [N, 4, H/8, W/8]
-        fp32 instead of the first draw. `num_inference_steps`: one that the bundle has a table for (None: the fewest
+        fp32 in place of what is drawn for them; image-to-image takes none, and inpainting begins with these alone at
+        any strength, as in diffusers. `num_inference_steps`: one that the bundle has a table for (None: the fewest
         that make a step). `guidance_scale`: above 1 the negative prompt is drawn too (None: the bundle's default).
         `output_type`: "pil", "uint8", "np" (the 8-bit levels divided by 255), or "latent" (fp32, not decoded).
         `generator`: a CPU `torch.Generator` that nothing has been drawn from, a list of N, or their seeds, instead of
@@ -297,7 +298,7 @@ class Pipeline:
     ) -> tuple[dict[str, np.ndarray], list[tuple[Stage, list[Hashable]]]]:
         """Return what needs no encoder, by its name in the chain, and the encoders that have to run, with their
         keys."""
-        given, missing = {name: fed[name] for name, _ in request.embeds}, []
+        given, missing = {name: fed[name] for name in fed if name not in ready.chain.chain.feeds}, []
         for stage in ready.encoders(request.modes):
             names = ready.made(stage)
             if all(name in given for name in names):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs import pictures
@@ -25,6 +26,7 @@ log = logging.getLogger("turbochain")
 OUTPUT_TYPES = ("pil", "np", "uint8", "latent")
 IMAGE, MASK = "input_image", "mask"
 """The feeds that the arguments `image` and `mask_image` give."""
+ARGUMENTS = {IMAGE: "image", MASK: "mask_image"}
 GIVEN = ("embeds", "image", "mask", "number")
 """The kinds of feeds that a caller gives as arrays."""
 REPEATED = ("image", "mask")
@@ -40,7 +42,7 @@ class Request:
     prompts: tuple[str, ...]  # one for each picture; () if their embeds are given
     seeds: tuple[int, ...]  # one for the whole call, or one for each picture
     one_generator: bool  # whether the first seed is that of the whole call
-    latents: Array | None = None  # unit noise [N, 4, H/8, W/8] fp32 instead of the first draw
+    latents: Array | None = None  # unit noise [N, 4, H/8, W/8] fp32 in place of what is drawn for them
     inputs: tuple[tuple[str, Array], ...] = ()  # the feeds that a caller gives, by name
     modes: frozenset[str] = frozenset()
     output_type: str = "pil"
@@ -110,7 +112,7 @@ class Request:
         on = modes_of(chain, scale, given_negative, modes)
         negative = (negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds)
         negative_prompts, negative_embeds = _check_negative(chain, on, negative, others, count, repeats)
-        given = dict(inputs or {}) | _pictures(chain, image, mask_image)
+        given = dict(inputs or {}) | _pictures(chain, image, mask_image, inputs or {})
         if GUIDANCE in on:
             given.setdefault("guidance_scale", np.array([scale], np.float32))
         seed = _check_generator(seed, generator)
@@ -178,15 +180,16 @@ def _check_size(chain: OpenChain, height: int | None, width: int | None) -> None
         )
 
 
-def _pictures(chain: OpenChain, image: object, mask_image: object) -> dict[str, np.ndarray]:
-    """Return the feeds of the pictures that a caller gives."""
+def _pictures(chain: OpenChain, image: object, mask_image: object, inputs: Collection[str]) -> dict[str, np.ndarray]:
+    """Return the feeds of the pictures that a caller gives; InputError if the chain reads one that is missing, and no
+    `inputs` are given instead."""
     found = {}
-    for argument, name, given, read in (
-        ("image", IMAGE, image, pictures.pixels),
-        ("mask_image", MASK, mask_image, pictures.mask),
-    ):
+    for name, given, read in ((IMAGE, image, pictures.pixels), (MASK, mask_image, pictures.mask)):
+        argument = ARGUMENTS[name]
         if given is not None and name not in chain.chain.feeds:
             raise InputError(f"{argument} was given, and the chain {chain.name} reads none; leave it out")
+        if given is None and name in chain.chain.feeds and not inputs:
+            raise InputError(f"{argument} is missing, and the chain {chain.name} reads one; give a picture")
         if given is not None:
             found[name] = read(argument, given, chain.size)
     return found
@@ -263,8 +266,10 @@ def _check_seeds(argument: str, seed: object, count: int) -> tuple[int, ...]:
 
 def _check_latents(chain: OpenChain, latents: object, count: int) -> Array:
     name = chain.first_noise
-    if name is None:
-        raise InputError(f"latents was given, and the chain {chain.name} draws none")
+    if name is None or chain.chain.task == IMAGE_TO_IMAGE:
+        raise InputError(
+            f"latents was given, and the chain {chain.name} begins with an image; leave it out, and give a seed"
+        )
     return check_array("latents", latents, "float32", (count, *chain.tensors[name].shape[1:]))
 
 
@@ -286,7 +291,12 @@ def _check_inputs(
         tensor, value = chain.tensors[name], given[name]
         shape = tensor.shape if feed.is_ == "number" else (count, *tensor.shape[1:])
         if feed.is_ in REPEATED and feed.when == "call" and isinstance(value, np.ndarray) and value.ndim and len(value):
-            shape = (len(value) if count % len(value) == 0 else count, *shape[1:])
+            if count % len(value):
+                raise InputError(
+                    f"{ARGUMENTS.get(name, name)} has {len(value)}, and {count} are drawn: give one, one for each, or "
+                    "a number that divides theirs"
+                )
+            shape = (len(value), *shape[1:])
         shape = (rows, *shape) if feed.when == "step" else shape
         found.append((name, check_array(f"inputs[{name!r}]", value, tensor.dtype, shape)))
     return tuple(found)

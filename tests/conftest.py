@@ -69,6 +69,8 @@ LONGEST_FIRST = (
     "test_backends.py",
     "test_pipeline.py",
     "test_schedulers.py",
+    "test_inpainting.py",
+    "test_image_to_image.py",
     "test_tampering.py",
     "test_vae_encoder.py",
     "test_image_graphs.py",

@@ -117,7 +117,10 @@ FOLDERS: dict[str, tuple[Callable[[Folder], object], tuple[str, ...]]] = {
     ),
     "inpainting UNet": (
         lambda f: edit_json(f / "unet/config.json", in_channels=9),
-        ("is not supported: the UNet reads 9 channels and predicts 4",),
+        (
+            "is not supported: the UNet reads 9 channels, those of a mask and of the masked image too",
+            "--tasks inpainting",
+        ),
     ),
     "ResNets of another kind": (
         lambda f: edit_json(f / "unet/config.json", resnet_time_scale_shift="ada_group"),

@@ -112,6 +112,9 @@ def _arithmetic(role: str, module: str, given: tuple[str, ...], outputs: tuple[s
     )
 
 
+PLAIN_ENCODER = "vae_encoder+plain"
+"""The encoder of a task whose pipelines read the scaling_factor alone, if the others of the family read more."""
+
 STEP_DRAW = Draw("noise", "picture")
 """The draw of every step of every chain."""
 
@@ -133,6 +136,7 @@ def graphs(family: Family, K: int, posterior: bool, clip_skip: int = 0) -> dict[
             for role, spec in encoders.items()
         },
         "vae_encoder": vae_encoder(family.vae_encoder, posterior),
+        PLAIN_ENCODER: vae_encoder("VaeEncoder", posterior),
         "start": start(),
         "blend": blend(),
         "step": step(K),
@@ -163,7 +167,12 @@ def check(configs: Mapping[str, Any], addition: str | None = None) -> list[str]:
         for key, default in wanted.items()
         if unet.get(key, default) != default
     ]
-    if unet["in_channels"] != unet["out_channels"]:
+    if unet["in_channels"] == 9:
+        problems.append(
+            "the UNet reads 9 channels, those of a mask and of the masked image too, and one that reads the latents' 4 "
+            "was expected: for inpainting, build a checkpoint for text-to-image with --tasks inpainting"
+        )
+    elif unet["in_channels"] != unet["out_channels"]:
         problems.append(f"the UNet reads {unet['in_channels']} channels and predicts {unet['out_channels']}")
     if (reduces := vae.get("upsampling_scaling_factor", 2) ** (len(decoder_channels(vae)) - 1)) != 8:
         problems.append(f"the VAE reduces by {reduces}, supported is 8")

@@ -32,6 +32,7 @@ class Task:
     draws: tuple[Draw, ...] = ()  # before those of the steps
     latents: str = "next_latents"  # what a step leaves: it is decoded, and the next one reads it
     starts_late: bool = False  # whether a run may begin at any row, as `strength` says
+    plain_latents: bool = False  # whether all of its pipelines scale an image's latents by the scaling_factor alone
     whole_is_noise: bool = False  # whether a run from the first row begins with noise alone, as text-to-image does
 
     def trials(self, steps: Sequence[int]) -> list[Trial]:

@@ -18,9 +18,10 @@ TASK = Task(
         Draw("posterior_noise", "image_alone"),
         Draw("start_noise", "picture"),
         # diffusers encodes the masked image too, for UNets that read it, and this one does not.
-        Draw("posterior_noise", "image_alone", discarded=True),
+        Draw("posterior_noise", "masked_image", discarded=True),
     ),
     latents="blended_latents",
     starts_late=True,
+    plain_latents=True,
     whole_is_noise=True,
 )

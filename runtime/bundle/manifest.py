@@ -41,9 +41,9 @@ FEEDS = {
 }
 """What a feed can be → when it can come."""
 
-PER = ("picture", "image", "image_alone")
+PER = ("picture", "image", "image_alone", "masked_image")
 """What a draw is made for: every picture; every image that was given, and with one generator for each picture every
-picture; or, with several generators too, every image that was given."""
+picture; with several generators too, every image that was given; or every image that a mask makes of these."""
 
 SCALES = ("", "init_noise_sigma")
 """What unit noise can be multiplied by: nothing, or a number of the call's table."""

@@ -44,7 +44,10 @@ class Feeds:
         self._local = threading.local()
 
     def of_request(self, request: Request) -> dict[str, np.ndarray]:
-        """Return what differs from picture to picture, for all N of them: [N, …], for every step [rows, N, …]."""
+        """Return what differs from picture to picture, for all N of them: [N, …], for every step [rows, N, …].
+
+        What is no feed of the chain is given in place of the stages that make it.
+        """
         first = self._first_generator()
         noise = self.noise(
             request, [first.manual_seed(s) if i == 0 else Generator(s) for i, s in enumerate(request.seeds)]
@@ -52,14 +55,26 @@ class Feeds:
         inputs = {name: array.value for name, array in request.inputs}
         for name in (n for n in inputs if self.chain.chain.feeds[n].is_ in REPEATED):
             inputs[name] = np.concatenate([inputs[name]] * (request.count // len(inputs[name])))
-        return {**self._ids(request), **noise, **inputs, **{name: array.value for name, array in request.embeds}}
+        embeds = {name: array.value for name, array in request.embeds}
+        return {**self._ids(request), **noise, **self._start(request), **inputs, **embeds}
 
     def noise(self, request: Request, generators: Sequence[Generator]) -> dict[str, np.ndarray]:
         """Return the noise of all N pictures, as `draw_run`."""
         chain, inputs = self.chain, dict(request.inputs)
         given = {chain.first_noise: request.latents.value} if chain.first_noise and request.latents else {}
-        images = next((len(inputs[n].value) for n in chain.feeds("image") if n in inputs), None)
-        return draw_run(chain, chain.tables[request.table], generators, request.count, given=given, images=images)
+        images, masks = (
+            next((len(inputs[n].value) for n in chain.feeds(kind) if n in inputs), None) for kind in REPEATED
+        )
+        table = chain.tables[request.table]
+        return draw_run(chain, table, generators, request.count, given=given, images=images, masks=masks)
+
+    def _start(self, request: Request) -> dict[str, np.ndarray]:
+        """Return what inpainting with `latents` begins with, [N, …]: these alone, at any strength, as in diffusers."""
+        chain = self.chain.chain
+        name = chain.carry[self.chain.latents] if self.chain.latents else ""
+        if request.latents is None or name in chain.feeds:
+            return {}
+        return {name: self.chain.tables[request.table].init_noise_sigma * request.latents.value}
 
     def advance(self, generator: object, request: Request) -> None:
         """Bring a caller's generator, or each of a list, to the end of what the request draws from it."""
@@ -77,7 +92,7 @@ class Feeds:
         return {name: self.tokenizers[name].encode(text) for name, text in read.items() if text}
 
     def rows(self, feeds: Arrays, rows: list[int]) -> dict[str, np.ndarray]:
-        """Return the feeds of some of all N pictures, and what is given in place of the stages of the prompt."""
+        """Return the feeds of some of all N pictures, and what is given in place of stages."""
 
         def take(name: str, value: np.ndarray) -> np.ndarray:
             feed = self.chain.chain.feeds.get(name)

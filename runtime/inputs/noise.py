@@ -114,14 +114,22 @@ def draw_run(
     *,
     given: Mapping[str, np.ndarray] = MappingProxyType({}),
     images: int | None = None,
+    masks: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Return the noise of one run by feed, fp32: [count, …], and of a feed of every step [rows, count, …].
 
     The draws are the chain's, in its order, which is that of diffusers' pipeline. `given`: unit noise in place of a
-    draw; nothing is drawn for it. A step that does not draw has zeros. `images`: how many images were given: what is
-    drawn for these alone (see `PER` in the manifest) is repeated.
+    draw; nothing is drawn for it. A step that does not draw has zeros. `images`, `masks`: how many were given (None:
+    one for each picture): what is drawn for these alone (see `PER` in the manifest) is repeated.
     """
     made: dict[str, np.ndarray] = {}
+    of_images = count if images is None else images
+    drawn = {
+        "picture": count,
+        "image": of_images if len(generators) == 1 else count,
+        "image_alone": of_images,
+        "masked_image": max(of_images, count if masks is None else masks),
+    }
     for step in chain.chain.draws:
         shape = (count, *chain.tensors[step.name].shape[1:])
         feed = chain.chain.feeds.get(step.name)
@@ -132,11 +140,10 @@ def draw_run(
             continue
         if step.name in given and not step.discarded:
             noise = given[step.name]
-        elif images and (step.per == "image_alone" or (step.per == "image" and len(generators) == 1)):
-            of_images = generators[:images] if len(generators) > 1 else generators
-            noise = np.concatenate([draw(of_images, (images, *shape[1:]))] * (count // images))
         else:
-            noise = draw(generators, shape)
+            rows = drawn[step.per]
+            of_rows = draw(generators[:rows] if len(generators) > 1 else generators, (rows, *shape[1:]))
+            noise = np.concatenate([of_rows] * (count // rows))
         if feed is not None and not step.discarded:
             made[step.name] = table.init_noise_sigma * noise if feed.scale else noise
     return made

@@ -115,7 +115,6 @@ def image_to_image(
     scales: Sequence[float],
     stream: np.ndarray | float = 0.0,
     control: np.ndarray | None = None,
-    start_noise: np.ndarray | None = None,
 ) -> Arrays:
     """Return everything that a call of two steps reads and makes; one image may serve both pictures.
 
@@ -134,7 +133,7 @@ def image_to_image(
     made["conditioning_scale"] = np.array(scales, np.float32)[:, None]
     made["prompt_embeds"] = encode_text(made["input_ids"])
     made["posterior_noise"] = posterior()
-    made["start_noise"] = randn(generators, shape) if start_noise is None else start_noise
+    made["start_noise"] = randn(generators, shape)
     posterior()
     made["noise"] = table.noise(generators, shape)
     made["image_latents"] = points(made["input_image"], "encode") + np.float32(0.1) * made["posterior_noise"]
