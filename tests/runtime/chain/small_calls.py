@@ -34,7 +34,7 @@ def cases() -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]:
                 "modes": [mode] if mode else [],
                 "prompt": PROMPTS,
                 "seed": 7,
-                "num_inference_steps": steps,
+                "table": str(steps),
             },
             tensors,
         )

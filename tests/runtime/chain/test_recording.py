@@ -24,7 +24,7 @@ EMBEDS = ["prompt_embeds", "prompt_embeds_2", "pooled_prompt_embeds"]
 
 def recorded(path: Path, steps: int, **options: object) -> Recording:
     chain = Bundle.open(path).open_chain()
-    return record(chain.plan(steps, **options), chain.graphs)
+    return record(chain.plan(str(steps), **options), chain.graphs)
 
 
 def outline(actions: tuple[Action, ...]) -> list[object]:
