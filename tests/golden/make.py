@@ -27,29 +27,29 @@ def write_checkpoint(folder: Path) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=8,
-        intermediate_size=16,
+        hidden_size=4,
+        intermediate_size=8,
         num_hidden_layers=1,
         num_attention_heads=2,
         eos_token_id=2,
     )
     unet = UNet2DConditionModel(
         sample_size=4,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "DownBlock2D"),  # attention is in the middle
-        up_block_types=("UpBlock2D", "UpBlock2D"),
+        block_out_channels=(4,),
+        down_block_types=("DownBlock2D",),  # attention is in the middle
+        up_block_types=("UpBlock2D",),
         layers_per_block=1,
-        norm_num_groups=4,
+        norm_num_groups=2,
         attention_head_dim=2,
-        cross_attention_dim=8,
+        cross_attention_dim=4,
         use_linear_projection=True,
     )
     vae = AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4),
+        block_out_channels=(2, 2, 2, 2),
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
         layers_per_block=1,
-        norm_num_groups=2,
+        norm_num_groups=1,
     )
     scheduler = DPMSolverMultistepScheduler(
         algorithm_type="sde-dpmsolver++",

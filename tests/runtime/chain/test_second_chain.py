@@ -206,7 +206,8 @@ def test_what_an_encoder_made_is_kept(pipe: Pipeline) -> None:
         images, ran = encoded(pipe, I2I, seed=seed, inputs=given)
         assert_same(images, by_hand.image_to_image(PROMPTS, PICTURES[picture], seed, p, 0.5, SCALES)["image"])
         assert ran == expected, (picture, seed, p)
-    kept = [{name for made in cache._entries.values() for name in made} for cache in (pipe.prompt_cache, pipe.image_cache)]
+    caches = (pipe.prompt_cache, pipe.image_cache)
+    kept = [{name for made in cache._entries.values() for name in made} for cache in caches]
     assert kept == [{"prompt_embeds"}, {"image_latents"}]
     assert (len(pipe.prompt_cache), len(pipe.image_cache)) == (BATCH, 3 * BATCH)
     pipe.forget()
@@ -216,7 +217,12 @@ def test_what_an_encoder_made_is_kept(pipe: Pipeline) -> None:
 
 def test_what_a_graph_of_a_mode_made_is_kept_too(pipe: Pipeline) -> None:
     given = {"input_image": PICTURES[0], **numbers()}
-    for picture, expected in ((1, ["text_encoder", "vae_encoder", "controlnet"]), (1, []), (2, ["controlnet"]), (1, [])):
+    for picture, expected in (
+        (1, ["text_encoder", "vae_encoder", "controlnet"]),
+        (1, []),
+        (2, ["controlnet"]),
+        (1, []),
+    ):
         with_control = given | {"control_image": PICTURES[picture]}
         images, ran = encoded(pipe, I2I, inputs=with_control, modes=["control"])
         theirs = by_hand.image_to_image(PROMPTS, PICTURES[0], 5, 0.75, 0.5, SCALES, control=PICTURES[picture])
