@@ -1,6 +1,7 @@
 """Show what a bundle holds, as text or plain values; reads only its manifests and tables."""
 
 import dataclasses
+from collections import defaultdict
 from typing import Any
 
 from turbochain.runtime.bundle import strict_json
@@ -55,20 +56,21 @@ def _engines(bundle: Bundle) -> dict[str, Engine | BundleError]:
 
 
 def wires(chain: OpenChain) -> list[dict[str, str]]:
-    """Return one entry per wire of a chain: name, where it comes from, where it goes."""
-    feeds, graphs = chain.chain.feeds, chain.graphs
-    made = {t.name: s.graph for s in chain.chain.stages for t in wiring.outputs(s, graphs)}
+    """Return one entry per wire of a chain: name, where it comes from (in its modes: "step or step+guidance"), where
+    it goes."""
+    graphs, makers = chain.graphs, {"column": "table", "zeros": "zeros", "history": "zeros"}
     when = {"call": "", "step": ", each step", "held": ", held"}
-    found = []
+    sources: dict[str, list[str]] = defaultdict(list)
+    for name, feed in chain.chain.feeds.items():
+        sources[name].append(makers.get(feed.is_, "caller") + when[feed.when])
     for stage in chain.chain.stages:
-        for t in wiring.inputs(stage, graphs):
-            feed = feeds.get(t.name)
-            maker = "table" if feed and feed.is_ == "column" else "caller"
-            source = f"{maker}{when[feed.when]}" if feed else made[t.name]
-            found.append({"name": t.name, "from": source, "to": stage.graph})
-    found += [{"name": a, "from": made[a], "to": f"{b} of the next step"} for a, b in chain.chain.carry.items()]
-    found += [{"name": a, "from": made[a], "to": f"{b} of the next call"} for a, b in chain.chain.keep.items()]
-    return [*found, {"name": chain.chain.output, "from": made[chain.chain.output], "to": "caller"}]
+        for t in wiring.outputs(stage, graphs):
+            sources[t.name].append(stage.graph)
+    ends = [(t.name, stage.graph) for stage in chain.chain.stages for t in wiring.inputs(stage, graphs)]
+    ends += [(made, f"{read} of the next step") for made, read in chain.chain.carry.items()]
+    ends += [(made, f"{read} of the next call") for made, read in chain.chain.keep.items()]
+    ends.append((chain.chain.output, "caller"))
+    return [{"name": n, "from": " or ".join(dict.fromkeys(sources[n])), "to": to} for n, to in dict.fromkeys(ends)]
 
 
 def as_text(bundle: Bundle) -> str:
