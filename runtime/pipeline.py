@@ -149,7 +149,7 @@ class Pipeline:
         TypeError for one that diffusers does not have either, PictureError if the model makes no picture.
         """
         of: dict[str, Any] = {"image": image, "mask_image": mask_image, "height": height, "width": width}
-        count = pictures_of(prompt, num_images_per_prompt)
+        count = pictures_of(prompt, prompt_embeds, num_images_per_prompt)
         request = Request.make(
             self.bundle.open_chain(chain or chain_of(self.bundle, count, **of)),
             prompt,
