@@ -75,7 +75,7 @@ def _asked(graph: Graph, options: Options) -> str:
     if not graph.component:
         return "fp32"  # the sampler's arithmetic: a few nodes, whose roundings would add up over the steps
     if asked == "mixed":
-        return "bf16" if graph.role == "vae_decoder" else "fp32"
+        return "bf16" if graph.component == "vae" else "fp32"
     return asked
 
 

@@ -80,8 +80,10 @@ def test_it_is_the_default_on_a_cpu_and_says_why(engines: dict[str, Path]) -> No
     assert "backend openvino on cpu: it is the fastest on a CPU, and computes in bf16 if the CPU can" in said
     rows = (row.split() for row in said.splitlines())
     computed = {row[0]: row[1] for row in rows if len(row) > 1 and row[1] in PRECISIONS}
-    assert computed.pop("step") == "fp32"  # the sampler's arithmetic, whatever the rest is in
-    assert computed == dict.fromkeys(("text_encoder", "unet", "vae_decoder"), "bf16" if HAS_BF16 else "fp32")
+    arithmetic = {"step", "step+guidance", "start"}  # in fp32, whatever the rest is in
+    assert {computed.pop(graph) for graph in arithmetic} == {"fp32"}
+    networks = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
+    assert computed == dict.fromkeys(networks, "bf16" if HAS_BF16 else "fp32")
     assert " fp32 " in engines["fp32"].with_suffix(".txt").read_text()
 
 
@@ -199,7 +201,8 @@ def test_ranges_hold_what_the_convolutions_read(checkpoints: dict[str, Path], in
         if isinstance(module, nn.Conv2d) and min(module.weight.shape[:2]) >= 8:
             module.register_forward_hook(lambda m, given, out, name=name: see(name, m, given[0], out))
     with torch.inference_mode():
-        for case in reference.read_cases(Bundle.open(bundle), "text-to-image"):
+        opened = Bundle.open(bundle)
+        for case in (c for chain in opened.manifest.chains for c in reference.read_cases(opened, chain)):
             vae.decode(torch.from_numpy(case.tensors["next_latents"][-1]) / vae.config.scaling_factor)
     ours, expected = (np.sort(list(of.values()), axis=0) for of in (ranges, found))
     np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
@@ -209,9 +212,11 @@ def test_ranges_hold_what_the_convolutions_read(checkpoints: dict[str, Path], in
 def test_mixed_is_bf16_for_the_vae_alone(engines: dict[str, Path], copy_of: Copy) -> None:
     bundle = copy_of(engines["fp32"])
     made = build(str(bundle), options={"inference_precision": "mixed"}, quiet=True)
-    assert made.precision == {"text_encoder": "fp32", "unet": "fp32", "step": "fp32", "vae_decoder": "bf16"}
-    held_to = {check.stage: check.bound for check in made.checks["text-to-image"]}
+    lower = {graph for graph, precision in made.precision.items() if precision == "bf16"}
+    assert lower == {"vae_encoder", "vae_decoder"} and {*made.precision.values()} == {"fp32", "bf16"}
+    held_to = {check.stage: check.bound for check in made.checks["image-to-image"]}
     assert held_to["unet"] == BOUNDS["fp32"]["prediction"]["relative_l2"]
+    assert held_to["vae_encoder"] == BOUNDS["bf16"]["image_latents"]["relative_l2"]
     assert held_to["vae_decoder"] == BOUNDS["bf16"]["picture"]["psnr"]
 
 
