@@ -1,5 +1,7 @@
 """Which chain of a bundle suits a call."""
 
+import numpy as np
+
 from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, INPAINTING, TEXT_TO_IMAGE
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.inputs.pictures import wanted_size
@@ -29,7 +31,9 @@ def chain_of(
     return bundle.find_chain(task, size, count)
 
 
-def pictures_of(prompt: object, repeats: object) -> int:
+def pictures_of(prompt: object, prompt_embeds: object, repeats: object) -> int:
     """Return how many pictures a call makes, whose arguments need not have been checked."""
-    prompts = len(prompt) if isinstance(prompt, list | tuple) else 1
+    given, prompts = prompt_embeds if prompt is None else prompt, 1
+    if isinstance(given, list | tuple) or (isinstance(given, np.ndarray) and given.ndim):
+        prompts = len(given)
     return prompts * (repeats if isinstance(repeats, int) else 1)

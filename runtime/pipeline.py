@@ -4,7 +4,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from turbochain.runtime import selection
 from turbochain.runtime.backends import forks
 from turbochain.runtime.backends.contract import Cancel, Device, Executor, Observe, Results
-from turbochain.runtime.bundle.manifest import Stage, Tensor
+from turbochain.runtime.bundle.manifest import Tensor
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.checks import verify
 from turbochain.runtime.choice import chain_of, pictures_of
@@ -21,7 +21,7 @@ from turbochain.runtime.errors import PictureError, TurbochainError
 from turbochain.runtime.inputs.cache import StageCache
 from turbochain.runtime.inputs.feeds import Feeds
 from turbochain.runtime.output import PipelineOutput, as_images, problem
-from turbochain.runtime.ready import Planned, ReadyChain
+from turbochain.runtime.ready import Caches, Planned, ReadyChain
 from turbochain.runtime.request import Request
 
 PROMPT_CACHE_BYTES = IMAGE_CACHE_BYTES = 64 * 2**20
@@ -58,8 +58,8 @@ class Pipeline:
         self._chains: dict[str, ReadyChain] = {}
         self._held: set[Tensor] = set()
         self._lock = threading.RLock()
-        self.prompt_cache = StageCache(prompt_cache_bytes)
-        self.image_cache = StageCache(image_cache_bytes)
+        self.prompt_cache, self.image_cache = StageCache(prompt_cache_bytes), StageCache(image_cache_bytes)
+        self._caches = Caches(self.prompt_cache, self.image_cache)
         _PIPELINES.add(self)
 
     @classmethod
@@ -157,15 +157,12 @@ class Pipeline:
         makes no picture.
         """
         of: dict[str, Any] = {"image": image, "mask_image": mask_image, "height": height, "width": width}
-        count = pictures_of(prompt, num_images_per_prompt)
+        count = pictures_of(prompt, prompt_embeds, num_images_per_prompt)
         request = Request.make(
             self.bundle.open_chain(chain or chain_of(self.bundle, count, **of)),
             prompt,
-            image=image,
-            mask_image=mask_image,
+            **of,
             strength=strength,
-            height=height,
-            width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
@@ -227,8 +224,7 @@ class Pipeline:
     def forget(self) -> None:
         """Empty the caches: the next call runs every encoder."""
         with self._lock:
-            self.prompt_cache.clear()
-            self.image_cache.clear()
+            self._caches.clear()
 
     def close(self) -> None:
         """Give back the engine's memory; a later call raises TurbochainError."""
@@ -275,7 +271,7 @@ class Pipeline:
         fed = {**ready.feeds.constants(request.table), **feeds}
         with self._lock:
             executor = self._opened()
-            given, missing = self._known(ready, request, fed)
+            given, missing = self._caches.known(ready, request, fed)
             planned = ready.plan(request, tuple(given))
             executor.load(planned.plan.graphs)
             self._hold(executor, ready, planned)
@@ -283,35 +279,12 @@ class Pipeline:
                 results = executor.execute(planned.plan, {**fed, **given}, observe=observe, cancel=cancel)
             finally:
                 self._held -= planned.written  # another plan's name for the same buffer
-            for stage, keys in missing:
-                own = (t.name for t in ready.chain.graphs[stage.graph].outputs)
-                made = {n: results.arrays[name] for n, name in zip(own, ready.made(stage), strict=True)}
-                self._cache(stage).put(keys, made)
+            self._caches.keep(ready, missing, results.arrays)
             pictures = results.arrays[ready.result(request)].copy()
             finite = all(np.isfinite(results.arrays[name]).all() for name in ready.chain.chain.carry)
         if found := problem(pictures, finite, request.output_type):
             raise PictureError(f"the model made {found}; check the engine with: turbochain verify {self.bundle.path}")
         return pictures, results
-
-    def _known(
-        self, ready: ReadyChain, request: Request, fed: Arrays
-    ) -> tuple[dict[str, np.ndarray], list[tuple[Stage, list[Hashable]]]]:
-        """Return what needs no encoder, by its name in the chain, and the encoders that have to run, with their
-        keys."""
-        given, missing = {name: fed[name] for name in fed if name not in ready.chain.chain.feeds}, []
-        for stage in ready.encoders(request.modes):
-            names = ready.made(stage)
-            if all(name in given for name in names):
-                continue
-            keys = ready.keys(stage, fed)
-            if (known := self._cache(stage).get(keys)) is None:
-                missing.append((stage, keys))
-            else:
-                given |= dict(zip(names, known.values(), strict=True))
-        return given, missing
-
-    def _cache(self, stage: Stage) -> StageCache:
-        return self.prompt_cache if stage.when == "prompt" else self.image_cache
 
     def _hold(self, executor: Executor, ready: ReadyChain, planned: Planned) -> None:
         """Let held feeds that no plan before has read begin as zeros; chains share them by name and shape."""

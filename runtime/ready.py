@@ -1,7 +1,7 @@
-"""A chain that can be drawn with, and the plans of its calls."""
+"""A chain that can be drawn with, the plans of its calls, and what its encoders made in earlier ones."""
 
 import hashlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +10,7 @@ from turbochain.runtime.bundle.manifest import Stage, Tensor
 from turbochain.runtime.chain import wiring
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.chain.plan import Plan
+from turbochain.runtime.inputs.cache import StageCache
 from turbochain.runtime.inputs.feeds import Feeds
 from turbochain.runtime.request import Request
 
@@ -94,3 +95,44 @@ class ReadyChain:
             held = frozenset(t for name, t in tensors.items() if name in feeds and feeds[name].when == "held")
             self._plans[key] = Planned(plan, held, frozenset(plan.written(self.chain.graphs)))
         return self._plans[key]
+
+
+Missing = tuple[Stage, list[Hashable]]
+"""An encoder that has to run, and the key of each picture of the batch."""
+
+
+@dataclass(frozen=True)
+class Caches:
+    """What encoders made of prompts and of pictures, of all chains. The caller holds a lock."""
+
+    prompt: StageCache
+    image: StageCache
+
+    def known(self, ready: ReadyChain, request: Request, fed: Arrays) -> tuple[dict[str, np.ndarray], list[Missing]]:
+        """Return what needs no encoder, by its name in the chain, and the encoders that have to run."""
+        given = {name: value for name, value in fed.items() if name not in ready.chain.chain.feeds}
+        missing = []
+        for stage in ready.encoders(request.modes):
+            names = ready.made(stage)
+            if all(name in given for name in names):
+                continue
+            keys = ready.keys(stage, fed)
+            if (made := self._of(stage).get(keys)) is None:
+                missing.append((stage, keys))
+            else:
+                given |= dict(zip(names, made.values(), strict=True))
+        return given, missing
+
+    def keep(self, ready: ReadyChain, missing: Sequence[Missing], made: Arrays) -> None:
+        """Keep what the missing encoders made, by its name in the chain, under the names that their graphs have."""
+        for stage, keys in missing:
+            own = (t.name for t in ready.chain.graphs[stage.graph].outputs)
+            self._of(stage).put(keys, {n: made[name] for n, name in zip(own, ready.made(stage), strict=True)})
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.prompt.clear()
+        self.image.clear()
+
+    def _of(self, stage: Stage) -> StageCache:
+        return self.prompt if stage.when == "prompt" else self.image

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE
+from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, Feed
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs import pictures
@@ -143,9 +143,11 @@ class Request:
         masks of ones, zeros of anything else. Raises what `make` raises."""
         scale = check_scale(chain, None)
         modes = modes_of(chain, scale, False, ())
-        read = {n: f for n, f in chain.read(modes).items() if f.is_ in GIVEN and f.when == "call"}
-        fill = {"image": 128, "mask": 1, "number": scale}
-        inputs = {n: np.full((t := chain.tensors[n]).shape, fill.get(f.is_, 0), t.dtype) for n, f in read.items()}
+        rows = chain.chain.tables[table_of(chain, num_inference_steps, strength, scale)].rows
+        inputs, fill = {}, {"image": 128, "mask": 1, "number": scale}
+        for name, feed in _given(chain, modes).items():
+            shape, dtype = chain.tensors[name].shape, chain.tensors[name].dtype
+            inputs[name] = np.full((rows, *shape) if feed.when == "step" else shape, fill.get(feed.is_, 0), dtype)
         return cls.make(
             chain,
             [prompt] * chain.batch,
@@ -273,6 +275,11 @@ def _check_latents(chain: OpenChain, latents: object, count: int) -> Array:
     return check_array("latents", latents, "float32", (count, *chain.tensors[name].shape[1:]))
 
 
+def _given(chain: OpenChain, modes: frozenset[str]) -> dict[str, Feed]:
+    """Return the feeds that a caller gives in a call with these modes."""
+    return {name: f for name, f in chain.read(modes).items() if f.is_ in GIVEN and f.when != "held"}
+
+
 def _check_inputs(
     chain: OpenChain, modes: frozenset[str], given: Mapping[str, object], count: int, rows: int
 ) -> tuple[tuple[str, Array], ...]:
@@ -281,7 +288,7 @@ def _check_inputs(
     A number has its tensor's shape, pictures [N, …]; of `REPEATED` kinds a divisor of N is enough. A feed of every
     step has [rows, …] in front.
     """
-    wanted = {name: f for name, f in chain.read(modes).items() if f.is_ in GIVEN and f.when != "held"}
+    wanted = _given(chain, modes)
     if wanted.keys() != given.keys():
         raise InputError(
             f"inputs: the chain {chain.name} takes {', '.join(wanted) or 'none'}; given: {', '.join(given) or 'none'}"

@@ -111,6 +111,32 @@ def test_what_does_nothing_there_does_nothing_here(
     )
 
 
+GUIDED: dict[str, dict[str, Any]] = {
+    "guidance": {"guidance_scale": 7.5},
+    "no negative prompt is none": {"guidance_scale": 7.5, "negative_prompt": None},
+    "an empty negative prompt": {"guidance_scale": 7.5, "negative_prompt": ""},
+    "a negative prompt for all": {"guidance_scale": 3, "negative_prompt": "blurry"},
+    "a negative prompt for each": {"guidance_scale": 1.5, "negative_prompt": ["blurry", "a dog"]},
+}
+
+
+@pytest.mark.parametrize("case", GUIDED)
+def test_guidance(ours: Pipeline, theirs: Any, case: str) -> None:
+    """For SDXL no negative prompt is zeros, and an empty one is its encoding; for SD they are one."""
+    call = {"prompt": PROMPTS, **GUIDED[case]}
+    result = drawn(ours, **call)
+    if isinstance(negative := call.get("negative_prompt"), str):
+        call["negative_prompt"] = [negative] * 2  # which SD's pipeline does not do for a list of prompts
+    assert_same(result, diffused(theirs, **call))
+    assert np.abs(result.astype(int) - drawn(ours, prompt=PROMPTS)).max() > 1
+
+
+def test_negative_embeds_are_refused_with_guidance(ours: Pipeline, family: str) -> None:
+    for name in ("negative_prompt_embeds", "negative_pooled_prompt_embeds")[: 1 if family == "sd" else 2]:
+        with pytest.raises(InputError, match=f"{name} was given: of guidance this chain takes negative_prompt alone"):
+            drawn(ours, prompt=PROMPTS[0], guidance_scale=2.0, **{name: array(1, 64)})
+
+
 def test_negative_embeds_do_nothing(family: str, ours: Pipeline, theirs: Any) -> None:
     given = {"negative_prompt_embeds": array(*STATES[family])}
     if family == "sdxl":
@@ -134,7 +160,7 @@ REFUSED: dict[str, Any] = {
     "clip_skip": 1,
     "callback_on_step_end": print,
     "callback": print,
-    "guidance_scale": 7.5,
+    "guidance_scale": float("nan"),
     "height": 72,
     "width": 72,
     "num_inference_steps": 50,

@@ -25,7 +25,7 @@ from turbochain.runtime import Bundle, Cancelled, InputError, Pipeline, Turbocha
 from turbochain.runtime.backends import cpus
 from turbochain.runtime.commands.bench import bench
 from turbochain.runtime.commands.inspect import wires
-from turbochain.runtime.inputs.cache import PromptCache
+from turbochain.runtime.inputs.cache import StageCache
 
 PROMPTS = ["a red fox", "", "рыжий кот", "a robot 🤖", "a cat, oil painting", "a lighthouse", "窓辺の猫"]
 LONG = "an extraordinarily photorealistic Portrait of Astronauts riding unicorns, " * 9
@@ -55,8 +55,8 @@ class Ran(Counter[str]):
 
 @pytest.fixture
 def ran(one: Pipeline) -> Ran:
-    """For calls of `one`, from an empty prompt cache on."""
-    one.prompt_cache.clear()
+    """For calls of `one`, from empty caches on."""
+    one.forget()
     return Ran()
 
 
@@ -139,13 +139,15 @@ def test_buffers_stay_where_they_are(sd: Path) -> None:
     executor.load(chain.graphs)
     random, addresses = np.random.default_rng(0), {}
     for steps in (1, 3, 1):
+        table = str(steps)
         feeds = {n: random.standard_normal((steps, *t.shape), np.float32) for n, t in chain.tensors.items()}
-        feeds |= chain.columns(steps) | {
+        feeds |= chain.columns(table) | {
             "latents": feeds["latents"][0],
-            "input_ids": np.full((1, 77), 7, np.int32),
+            "guidance_scale": np.float32([2]),
+            **dict.fromkeys(("input_ids", "negative_input_ids"), np.full((1, 77), 7, np.int32)),
         }
         everything = [name for name in chain.tensors if name != "image"]
-        results = executor.execute(chain.plan(steps, downloads=everything), feeds).arrays
+        results = executor.execute(chain.plan(table, modes=chain.chain.modes, downloads=everything), feeds).arrays
         assert set(results) == set(chain.tensors)
         now = {name: array.ctypes.data for name, array in results.items()}
         assert now == (addresses or now)
@@ -188,7 +190,7 @@ def test_threads_are_what_was_asked(sd: Path, one: Pipeline) -> None:
             difference = np.abs(uint8(pipe, "a cat", seed=1, num_inference_steps=3).astype(int) - expected)
         assert difference.max() <= 1
         assert (difference > 0).mean() <= 1e-3
-    models = [graph for graph in one.bundle.manifest.graphs.values() if graph.component]
+    models = [graph for graph in one.bundle.open_chain().graphs.values() if graph.component]
     assert started == {1: 0, most: len(models) * (most - 1)}  # the calling thread is each graph's first
 
 
@@ -236,12 +238,12 @@ def _embeds(*values: int) -> dict[str, np.ndarray]:
     return {"prompt_embeds": np.repeat(np.float32(values)[:, None], 25, axis=1)}  # 100 bytes a prompt
 
 
-def _known(cache: PromptCache, keys: list[bytes]) -> list[bytes]:
+def _known(cache: StageCache, keys: list[bytes]) -> list[bytes]:
     return [key for key in keys if key in cache._entries]
 
 
-def test_prompt_cache_forgets_the_least_recently_used() -> None:
-    cache, keys = PromptCache(300), [b"a", b"b", b"c", b"d"]
+def test_a_cache_forgets_the_least_recently_used() -> None:
+    cache, keys = StageCache(300), [b"a", b"b", b"c", b"d"]
     for i, key in enumerate(keys[:3]):
         cache.put([key], _embeds(i))
     assert cache.get([b"a"]) is not None  # now b is the oldest
@@ -250,8 +252,8 @@ def test_prompt_cache_forgets_the_least_recently_used() -> None:
     assert (len(cache), cache.bytes) == (3, 300)
 
 
-def test_prompt_cache_gives_a_batch_whole_or_not_at_all() -> None:
-    cache = PromptCache(1000)
+def test_a_cache_gives_a_batch_whole_or_not_at_all() -> None:
+    cache = StageCache(1000)
     cache.put([b"a", b"b"], _embeds(1, 2))
     assert cache.get([b"a", b"x"]) is None
     got = cache.get([b"b", b"a", b"b"])
@@ -259,8 +261,8 @@ def test_prompt_cache_gives_a_batch_whole_or_not_at_all() -> None:
     np.testing.assert_array_equal(got["prompt_embeds"][:, 0], [2, 1, 2])
 
 
-def test_prompt_cache_keeps_copies_within_its_bound() -> None:
-    cache, embeds = PromptCache(100), _embeds(1)
+def test_a_cache_keeps_copies_within_its_bound() -> None:
+    cache, embeds = StageCache(100), _embeds(1)
     cache.put([b"a"], embeds)
     embeds["prompt_embeds"][:] = 9
     kept = cache.get([b"a"])
@@ -373,6 +375,45 @@ def test_steps_default_to_the_fewest(one: Pipeline, ran: Ran) -> None:
     assert ran["unet"] == 2
 
 
+def test_an_image_of_another_size_is_said(one: Pipeline) -> None:
+    """The output has the size that the image had, if it is not the one that was drawn."""
+    for size, expected in ((SIZE, None), ((100, 60), (60, 100)), ((64, 72), (72, 64))):
+        image = Image.effect_noise(size, 90).convert("RGB")
+        call: dict[str, Any] = {"strength": 0.5, "num_inference_steps": 2, "seed": 1, "output_type": "uint8"}
+        found = one("a cat", image=image, **call)
+        assert found.resized == expected
+        same = one("a cat", image=image.resize(SIZE, Image.Resampling.LANCZOS), **call)
+        assert same.resized is None
+        np.testing.assert_array_equal(found.images, same.images)
+    assert one("a cat", seed=1).resized is None
+
+
+def test_a_known_image_skips_the_vae_encoder(one: Pipeline, ran: Ran) -> None:
+    """Its latents are drawn with the seed's noise; strength and prompt do not matter to them."""
+    images = [Image.effect_noise(SIZE, sigma).convert("RGB") for sigma in (50, 90)]
+    call: dict[str, Any] = {"strength": 0.5, "num_inference_steps": 2, "observe": ran}
+    first = uint8(one, "a cat", image=images[0], seed=1, **call)
+    assert ran == {"text_encoder": 1, "vae_encoder": 1, "start": 1, "unet": 1, "step": 1, "vae_decoder": 1}
+    np.testing.assert_array_equal(uint8(one, "a cat", image=images[0], seed=1, **call), first)
+    uint8(one, "a dog", image=images[0], seed=1, **call | {"strength": 1.0})
+    assert (ran["vae_encoder"], ran["text_encoder"], ran["start"]) == (1, 2, 3)
+    uint8(one, "a cat", image=images[1], seed=1, **call)
+    uint8(one, "a cat", image=images[0], seed=2, **call)
+    assert (ran["vae_encoder"], ran["text_encoder"], len(one.image_cache)) == (3, 2, 3)
+    one.forget()
+    np.testing.assert_array_equal(uint8(one, "a cat", image=images[0], seed=1, **call), first)
+    assert (ran["vae_encoder"], ran["text_encoder"], len(one.image_cache)) == (4, 3, 1)
+
+
+def test_no_image_cache_runs_the_vae_encoder_every_time(sd: Path, one: Pipeline) -> None:
+    ran, call = Ran(), {"image": Image.effect_noise(SIZE, 90).convert("RGB"), "strength": 1.0, "seed": 1}
+    with Pipeline.load(sd, image_cache_bytes=0) as pipe:
+        pictures = [uint8(pipe, "a cat", observe=ran, **call) for _ in range(2)]
+    assert (ran["vae_encoder"], ran["text_encoder"]) == (2, 1)
+    for picture in pictures:
+        np.testing.assert_array_equal(picture, uint8(one, "a cat", **call))
+
+
 def test_the_bench_times_what_runs_for_a_picture(sd: Path) -> None:
     result = bench(sd, runs=2, warmup=0, steps=3)
     assert {name: timing.n for name, timing in result.stages.items()} == {
@@ -390,10 +431,18 @@ def test_the_wiring_tells_when(one: Pipeline) -> None:
         ("time_projections", "table, each step", "unet"),
         ("noise", "caller, each step", "step"),
         ("prediction", "unet", "step"),
-        ("next_latents", "step", "latents of the next step"),
+        ("noise", "caller, each step", "step+guidance"),
+        ("guidance_scale", "caller", "step+guidance"),
+        ("negative_prompt_embeds", "text_encoder", "unet"),
+        ("next_latents", "step or step+guidance", "latents of the next step"),
         ("image", "vae_decoder", "caller"),
     ):
         assert found.count(wire) == 1, wire
+    assert len(found) == len({*found})
+    found = [(w["name"], w["from"], w["to"]) for w in wires(one.bundle.open_chain("image-to-image"))]
+    assert {("p", "table", "start"), ("image_latents", "vae_encoder", "start"), ("latents", "start", "unet")} <= {
+        *found
+    }
 
 
 def test_warmup_runs_everything_and_changes_nothing(sd: Path, one: Pipeline) -> None:

@@ -22,6 +22,9 @@ DIFFERENT: dict[str, dict[str, Any]] = {
     "latents": {"latents": NOISE},
     "other latents": {"latents": NOISE + np.float32(1)},
     "output type": {"output_type": "np"},
+    "guidance": {"guidance_scale": 2.0},
+    "more guidance": {"guidance_scale": 3.0},
+    "a negative prompt": {"guidance_scale": 2.0, "negative_prompt": "a dog"},
     "latents instead of a picture": {"output_type": "latent"},
     "prompt_embeds": {"prompt": None, "prompt_embeds": EMBEDS},
     "other prompt_embeds": {"prompt": None, "prompt_embeds": EMBEDS + np.float32(1)},
@@ -66,6 +69,7 @@ def test_what_means_the_same_is_equal(chain: OpenChain) -> None:
         {"num_inference_steps": np.int64(1)},
         {"seed": np.uint64(0)},
         {"guidance_scale": 1.0},
+        {"guidance_scale": None},
         {"height": 64, "width": 64},
         {"inputs": {}},
         {"seed": None, "generator": 0},
@@ -75,8 +79,16 @@ def test_what_means_the_same_is_equal(chain: OpenChain) -> None:
     ):
         same = make(chain, **arguments)
         assert same == plain and hash(same) == hash(plain), arguments
-        assert (type(same.steps), type(same.seed)) == (int, int)
+        assert (type(same.table), type(same.seed)) == (str, int)
     assert make(chain, prompt="a cat", num_images_per_prompt=2) == make(chain, prompt=["a cat", "a cat"])
+    guided = make(chain, guidance_scale=2)
+    for arguments in (
+        {"negative_prompt": ""},
+        {"negative_prompt": [""]},
+        {"inputs": {"guidance_scale": np.float32([2])}},
+        {"modes": ["guidance"]},
+    ):
+        assert make(chain, guidance_scale=2.0, **arguments) == guided
 
 
 def test_no_seed_is_drawn_once(chain: OpenChain) -> None:

@@ -47,8 +47,8 @@ WHERE = [
     for name, device in USABLE
     for precision in (("fp32", "bf16") if name == "openvino" and openvino.has_bf16() else ("fp32",))
 ]
-GRAPHS = [("sd", g) for g in ("text_encoder", "unet", "step", "vae_decoder")] + [
-    ("sdxl", g) for g in ("text_encoder", "text_encoder_2", "unet", "step", "vae_decoder")
+GRAPHS = [("sd", g) for g in ("text_encoder", "unet", "step", "step+guidance", "vae_decoder")] + [
+    ("sdxl", g) for g in ("text_encoder", "text_encoder_2", "unet", "step", "step+guidance", "vae_decoder")
 ]
 CLOSE = {"fp32": {"float32": 1e-4, "uint8": 1.0}, "bf16": {"float32": 5e-2, "uint8": 8.0}}
 """Relative to the largest value; levels. In bf16 a value has 8 bits."""
@@ -139,7 +139,7 @@ def test_a_stage_computes_what_its_graph_says(
 
 def random_feeds(chain: OpenChain, steps: int, random: np.random.Generator) -> dict[str, np.ndarray]:
     """The columns of the table, and random values of the other feeds."""
-    columns, found = chain.columns(steps), {}
+    columns, found = chain.columns(str(steps)), {}
     for name, feed in chain.chain.feeds.items():
         tensor = chain.tensors[name]
         if feed.is_ != "column":
@@ -148,14 +148,16 @@ def random_feeds(chain: OpenChain, steps: int, random: np.random.Generator) -> d
     return found | columns
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(("steps", "guided"), [(1, True), (3, False)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_chain_is_its_stages_joined_by_name(
-    where: tuple[str, str, str], executors: dict[str, tuple[OpenChain, Executor]], family: str, steps: int
+    where: tuple[str, str, str], executors: dict[str, tuple[OpenChain, Executor]], family: str, steps: int, guided: bool
 ) -> None:
+    """In all of its modes too, where one graph serves two places."""
     (opened, executor), random = executors[family], np.random.default_rng(1)
     chain, feeds = opened.chain, random_feeds(opened, steps, random)
-    when = {place: [s.graph for s in chain.stages if s.when == place] for place in ("prompt", "step", "end")}
+    modes = chain.modes if guided else ()
+    when = {p: [s for s in chain.stages if s.when == p and s.runs(modes)] for p in ("prompt", "step", "end")}
     sequence = [*when["prompt"], *(g for row in range(steps) for g in (row, *when["step"])), *when["end"]]
     values: dict[str, np.ndarray] = {}
     for name, feed in chain.feeds.items():
@@ -166,14 +168,15 @@ def test_a_chain_is_its_stages_joined_by_name(
             values |= {name: feeds[name][item] for name, feed in chain.feeds.items() if feed.when == "step"}
             values |= {target: values[source] for source, target in chain.carry.items() if item}
         else:
-            values |= right(opened, item, {t.name: values[t.name] for t in opened.graphs[item].inputs})
+            fed = {t.name: values[item.wires.get(t.name, t.name)] for t in opened.graphs[item.graph].inputs}
+            values |= {item.wires.get(n, n): made for n, made in right(opened, item.graph, fed).items()}
 
     launched: list[str] = []
-    results = executor.execute(
-        opened.plan(steps, downloads=["next_latents"]), feeds, observe=lambda graph, seconds: launched.append(graph)
-    )
+    whole = opened.plan(str(steps), modes=modes, downloads=["next_latents"])
+    results = executor.execute(whole, feeds, observe=lambda graph, seconds: launched.append(graph))
     assert_close(results.arrays, {name: values[name] for name in ("next_latents", "image")}, where[2])
-    assert launched == [item for item in sequence if isinstance(item, str)]
+    assert launched == [item.graph for item in sequence if not isinstance(item, int)]
+    assert len(launched) == len({*launched}) + (sum(bool(s.wires) for s in chain.stages) if guided else 4)
 
 
 def test_feeds_are_left_alone(executors: dict[str, tuple[OpenChain, Executor]]) -> None:
@@ -232,7 +235,7 @@ def test_a_held_buffer_keeps_its_value(
 
 def test_a_cancelled_plan_leaves_the_next_as_it_is(executors: dict[str, tuple[OpenChain, Executor]]) -> None:
     (chain, executor), random = executors["sd"], np.random.default_rng(5)
-    whole, feeds = chain.plan(2), random_feeds(chain, 2, random)
+    whole, feeds = chain.plan("2"), random_feeds(chain, 2, random)
     expected = executor.execute(whole, feeds).arrays["image"].copy()
     for asks in (1, 2, 4):
         answers = iter([False] * (asks - 1) + [True])
@@ -267,9 +270,9 @@ def test_a_graph_that_was_unloaded_is_gone_until_it_is_loaded_again(
     executor = opened(engines["sd"], where[1])
     executor.load(chain.graphs)
     feeds = random_feeds(chain, 2, np.random.default_rng(4))
-    whole, known = chain.plan(2), chain.plan(2, given=["prompt_embeds"])
+    whole, known = chain.plan("2"), chain.plan("2", given=["prompt_embeds"])
     first = executor.execute(whole, feeds, observe=None).arrays["image"].copy()
-    embeds = executor.execute(chain.plan(2, downloads=["prompt_embeds"]), feeds).arrays["prompt_embeds"].copy()
+    embeds = executor.execute(chain.plan("2", downloads=["prompt_embeds"]), feeds).arrays["prompt_embeds"].copy()
     executor.unload("text_encoder")
     assert executor.loaded == {*chain.graphs} - {"text_encoder"}
     with pytest.raises(KeyError):
@@ -376,7 +379,7 @@ def _row(row: int, steps: int, time: str = "time_embeds") -> list[Upload | Const
 
 
 def test_plan_of_one_step(sd: Path) -> None:
-    assert Bundle.open(sd).open_chain().plan(1).operations == (
+    assert Bundle.open(sd).open_chain().plan("1").operations == (
         Upload("input_ids"),
         Upload("latents"),
         Run("text_encoder"),
@@ -387,7 +390,7 @@ def test_plan_of_one_step(sd: Path) -> None:
 
 
 def test_plan_of_three_steps_with_two_text_encoders(sdxl: Path) -> None:
-    assert Bundle.open(sdxl).open_chain().plan(3, downloads=["next_latents"]).operations == (
+    assert Bundle.open(sdxl).open_chain().plan("3", downloads=["next_latents"]).operations == (
         Upload("input_ids"),
         Upload("input_ids_2"),
         Upload("latents"),
@@ -407,7 +410,7 @@ def test_plan_of_three_steps_with_two_text_encoders(sdxl: Path) -> None:
 
 def test_plan_with_given_embeds_runs_no_text_encoder(sdxl: Path) -> None:
     given = ["prompt_embeds", "prompt_embeds_2", "pooled_prompt_embeds"]
-    assert Bundle.open(sdxl).open_chain().plan(1, given=given).operations == (
+    assert Bundle.open(sdxl).open_chain().plan("1", given=given).operations == (
         Upload("latents"),
         *(Upload(name) for name in given),
         Constant("time_ids_embeds", "text-to-image/1", 0),
@@ -418,7 +421,7 @@ def test_plan_with_given_embeds_runs_no_text_encoder(sdxl: Path) -> None:
 
 
 def test_plan_with_one_encoders_embeds_runs_the_other(sdxl: Path) -> None:
-    operations = Bundle.open(sdxl).open_chain().plan(1, given=["prompt_embeds"]).operations
+    operations = Bundle.open(sdxl).open_chain().plan("1", given=["prompt_embeds"]).operations
     runs = [o for o in operations if isinstance(o, Run)]
     assert runs == [Run("text_encoder_2"), Run("unet"), Run("step"), Run("vae_decoder")]
     assert [o for o in operations if isinstance(o, Upload) and o.row is None] == [
@@ -429,7 +432,7 @@ def test_plan_with_one_encoders_embeds_runs_the_other(sdxl: Path) -> None:
 
 
 def test_equal_plans_are_one(sd: Path) -> None:
-    one, other = (Bundle.open(sd).open_chain().plan(2) for _ in range(2))
+    one, other = (Bundle.open(sd).open_chain().plan("2") for _ in range(2))
     assert one is not other and one == other and hash(one) == hash(other)
     assert one.graphs == ("text_encoder", "unet", "step", "vae_decoder")
     assert plan(Bundle.open(sd).open_chain().chain, Bundle.open(sd).manifest.graphs, 2, table="another") != one

@@ -43,9 +43,9 @@ def safetensors(path: Path) -> dict[str, np.ndarray]:
 class Reader:
     """Draws a picture with the golden bundle: FORMAT.md in numpy, torch's generator and ONNX Runtime."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, chain: str = "text-to-image") -> None:
         self.manifest = json.loads((path / "bundle.json").read_text())
-        self.chain = self.manifest["chains"]["text-to-image"]
+        self.chain = self.manifest["chains"][chain]
         self.tables = safetensors(path / self.chain["tables_file"])
         self.tokenizers = {
             n: Tokenizer.from_file(str(path / t["file"])) for n, t in self.manifest["tokenizers"].items()
@@ -70,7 +70,9 @@ class Reader:
         return np.array([[*found, *[entry["pad_id"]] * (length - len(found))]], np.int32)
 
     def column(self, table: str, name: str, row: int) -> np.ndarray:
-        if f"{table}/{name}" in self.tables:
+        if name in ("p", "q"):
+            value = self.tables[f"{table}/start"][0, "pq".index(name)]
+        elif f"{table}/{name}" in self.tables:
             value = self.tables[f"{table}/{name}"][row]
         elif f"columns/{name}" in self.tables:
             value = self.tables[f"columns/{name}"][self.tables[f"{table}/index"][row]]
@@ -78,15 +80,26 @@ class Reader:
             value = self.tables[f"constants/{name}"]
         return value.reshape(self.shapes[name])
 
-    def run(self, when: str, now: dict[str, np.ndarray]) -> None:
-        for stage in (s for s in self.chain["stages"] if s["when"] == when):
+    def run(self, when: str, mode: str, now: dict[str, np.ndarray]) -> None:
+        stages = [s for s in self.chain["stages"] if s["when"] == when]
+        for stage in (s for s in stages if s.get("if", mode) == mode and (not mode or s.get("unless") != mode)):
             session, wires = self.sessions[stage["graph"]], stage.get("wires", {})
             fed = {i.name: now[wires.get(i.name, i.name)] for i in session.get_inputs()}
             for end, value in zip(session.get_outputs(), session.run(None, fed), strict=True):
                 now[wires.get(end.name, end.name)] = value
 
-    def draw(self, prompt: str, seed: int, steps: int) -> np.ndarray:
-        (table,) = (n for n, t in self.chain["tables"].items() if t["steps"] == steps and not t.get("begin"))
+    def draw(
+        self,
+        prompt: str,
+        seed: int,
+        steps: int,
+        *,
+        begin: int = 0,
+        image: np.ndarray | None = None,
+        guidance: float = 0.0,
+        negative: str = "",
+    ) -> np.ndarray:
+        (table,) = (n for n, t in self.chain["tables"].items() if (t["steps"], t.get("begin", 0)) == (steps, begin))
         feeds, rows = self.chain["feeds"], self.chain["tables"][table]["rows"]
         generator = torch.Generator("cpu").manual_seed(seed)
         drawn: dict[str, Any] = {}
@@ -96,22 +109,26 @@ class Reader:
             noise = [torch.randn(shape, generator=generator).numpy() if d else np.zeros(shape, "f4") for d in draws]
             scale = feeds[one["name"]].get("scale")
             drawn[one["name"]] = [n * self.tables[f"{table}/{scale}"] if scale else n for n in noise]
-        now: dict[str, np.ndarray] = {}
+        now: dict[str, Any] = {"input_image": image, "guidance_scale": np.array([guidance], np.float32)}
+        mode = "guidance" if guidance > 1 else ""
         for name, feed in feeds.items():
             if feed["is"] == "ids":
-                now[name] = self.ids(name, prompt)
+                now[name] = self.ids(name, negative if feed.get("of") == "negative_prompt" else prompt)
+            elif feed["is"] == "column" and feed["when"] == "call":
+                now[name] = self.column(table, name, 0)
             elif feed["is"] == "history":
                 now[name] = np.zeros(self.shapes[name], np.float32)
             elif name in drawn and feed["when"] == "call":
                 (now[name],) = drawn[name]
-        self.run("prompt", now)
+        self.run("prompt", mode, now)
+        self.run("image", mode, now)
         for row in range(rows):
             if row:
                 now |= {target: now[source] for source, target in self.chain["carry"].items()}
             per_step = [name for name, feed in feeds.items() if feed["when"] == "step"]
             now |= {n: drawn[n][row] if n in drawn else self.column(table, n, row) for n in per_step}
-            self.run("step", now)
-        self.run("end", now)
+            self.run("step", mode, now)
+        self.run("end", mode, now)
         return now[self.chain["output"]]
 
 
@@ -151,6 +168,8 @@ def test_the_pages_words_are_those_that_are_read() -> None:
     assert feeds == {kind: [*when] for kind, when in manifest.FEEDS.items()}
     (features,) = re.findall(r"^\| `requires` \|.*?\}: (.*?)\. A reader", FORMAT, re.M)
     assert sorted(re.findall(r"`(\w+)`", features)) == sorted(manifest.FEATURES)
+    (per,) = re.findall(r"`per`, one of (.*?)\. A `discarded`", FORMAT, re.S)
+    assert sorted(re.findall(r'"(\w+)": ', per)) == sorted(manifest.PER)
     (judged,) = re.findall(r"`judged` says how verification compares a stage: ([^.]*)\.", FORMAT)
     assert sorted(re.findall(r"`(\w+)`", judged)) == sorted(manifest.JUDGED)
 
@@ -202,10 +221,46 @@ def test_a_reader_written_from_the_page_draws_the_same(built: Path, prompt: str,
     assert difference.max() <= 1 and (difference > 0).mean() <= 1e-3
 
 
+@pytest.mark.parametrize(("strength", "begin"), [(1.0, 0), (0.7, 1), (0.34, 2)])
+@pytest.mark.parametrize("guidance", [0.0, 4.5])
+def test_it_draws_the_same_of_an_image(built: Path, strength: float, begin: int, guidance: float) -> None:
+    image = np.random.default_rng(begin).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    call = ("a small red star", 7, 3)
+    more = {"begin": begin, "image": image, "guidance": guidance, "negative": "cat"}
+    expected = Reader(GOLDEN, "image-to-image").draw(*call, **more)
+    with Pipeline.load(built) as pipe:
+        prompt, seed, steps = call
+        found = pipe(
+            prompt,
+            image=image,
+            strength=strength,
+            guidance_scale=guidance,
+            negative_prompt="cat" if guidance else None,
+            seed=seed,
+            num_inference_steps=steps,
+            output_type="uint8",
+        ).images
+    difference = np.abs(found.astype(int) - expected)
+    assert difference.max() <= 1 and (difference > 0).mean() <= 1e-3
+
+
 def test_that_reader_draws_what_diffusers_drew() -> None:
     recorded = safetensors(GOLDEN / "reference.safetensors")
     raw = (GOLDEN / "reference.safetensors").read_bytes()
     cases = json.loads(json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])["__metadata__"]["cases"])
+    assert {(case["chain"], *case["modes"]) for case in cases} == {
+        (chain, *mode) for chain in ("text-to-image", "image-to-image") for mode in ((), ("guidance",))
+    }
     for i, case in enumerate(cases):
-        found = Reader(GOLDEN).draw(*case["prompt"], case["seed"], case["num_inference_steps"])
+        reader = Reader(GOLDEN, case["chain"])
+        table = reader.chain["tables"][case["table"]]
+        assert table["steps"] == case["num_inference_steps"]
+        found = reader.draw(
+            *case["prompt"],
+            case["seed"],
+            table["steps"],
+            begin=table.get("begin", 0),
+            image=recorded.get(f"{i}/input_image"),
+            guidance=case["guidance_scale"],
+        )
         assert np.abs(found.astype(int) - recorded[f"{i}/image"]).max() <= 1

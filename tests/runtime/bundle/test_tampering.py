@@ -84,7 +84,7 @@ def refusal(bundle: Path) -> str:
 UNET, STEP, DECODER = ("graphs", "unet"), ("graphs", "step"), ("graphs", "vae_decoder")
 OF = ("chains", CHAIN)
 FEEDS, STAGES, DRAWS, TABLES = (*OF, "feeds"), (*OF, "stages"), (*OF, "draws"), (*OF, "tables")
-PROMPT, OF_UNET, OF_STEP, OF_DECODER = ((*STAGES, i) for i in range(4))
+PROMPT, _, OF_UNET, _, OF_STEP, _, OF_DECODER = ((*STAGES, i) for i in range(7))  # between them those of guidance
 MANIFEST_EDITS = {
     "unknown key": (put("speed", value="fast"), "the top level has the unknown key 'speed'"),
     "unknown nested key": (put(*UNET, "speed", value=1), "graphs.unet has the unknown key 'speed'"),
@@ -103,7 +103,7 @@ MANIFEST_EDITS = {
     "number for text": (put("created", value=3), "created should be str, and is 3"),
     "number for a name": (
         put(*OF_UNET, "wires", value={"latents": 3}),
-        f"chains.{CHAIN}.stages[1].wires.latents should be str, and is 3",
+        f"chains.{CHAIN}.stages[2].wires.latents should be str, and is 3",
     ),
     "object for a list": (put(*UNET, "data", value={}), "graphs.unet.data should be tuple"),
     "list for an object": (put("graphs", value=[]), "graphs should be dict, and is []"),
@@ -121,7 +121,7 @@ MANIFEST_EDITS = {
         together(put("requires", value={"telepathy": "9.9"}), put("thoughts", value={})),
         "uses telepathy (turbochain 9.9), which this turbochain cannot read: pip install --upgrade turbochain",
     ),
-    "no chain": (put("chains", value={}), "there is no chain 'text-to-image'"),
+    "no chain": (put("chains", value={}), "bundle.json is not valid: there is no chain"),
     "graph that is not there": (
         drop(*UNET),
         "chain text-to-image names the graph unet, which the bundle lacks",
@@ -173,7 +173,9 @@ MANIFEST_EDITS = {
         "the column v is float32 [1] for each call, and not float32 [1] for each step",
     ),
     "column of another shape": (
-        put(*STEP, "inputs", 3, "shape", value=[2, 2]),
+        together(
+            *(put("graphs", g, "inputs", i, "shape", value=[2, 2]) for g, i in (("step", 3), ("step+guidance", 5)))
+        ),
         "the column m is float32 [2, 2] for each step, and not float32 [1, 1] for each step",
     ),
     "column that the table lacks": (
@@ -198,25 +200,25 @@ MANIFEST_EDITS = {
         "the stage unet has 'taste', and one of text, image_latents, residuals, prediction, state, picture was",
     ),
     "mode that the chain lacks": (
-        put(*OF_UNET, "if", value="guidance"),
-        "the stage unet depends on the mode 'guidance', which the chain lacks",
+        put(*OF_UNET, "if", value="magic"),
+        "the stage unet depends on the mode 'magic', which the chain lacks",
     ),
     "unless a mode that the chain lacks": (
-        put(*OF_UNET, "unless", value="guidance"),
-        "the stage unet depends on the mode 'guidance', which the chain lacks",
+        put(*OF_UNET, "unless", value="magic"),
+        "the stage unet depends on the mode 'magic', which the chain lacks",
     ),
     "mode in which an input has no source": (
-        together(put(*OF, "modes", value=["guidance"]), put(*OF_UNET, "unless", value="guidance")),
-        "the input prediction of step has no source",
+        put(*OF_UNET, "unless", value="guidance"),
+        "the input prediction of step+guidance has no source",
     ),
     "mode without which an output is not made": (
-        together(put(*OF, "modes", value=["guidance"]), put(*OF_DECODER, "if", value="guidance")),
+        put(*OF_DECODER, "if", value="guidance"),
         "no graph produces its output image",
     ),
     "mode in which a name is produced twice": (
         lambda m: (
-            m["chains"][CHAIN].update(modes=["a", "b"]),
-            m["chains"][CHAIN]["stages"].insert(1, {**m["chains"][CHAIN]["stages"][1], "if": "b"}),
+            m["chains"][CHAIN].update(modes=["guidance", "a", "b"]),
+            m["chains"][CHAIN]["stages"].insert(2, {**m["chains"][CHAIN]["stages"][2], "if": "b"}),
         ),
         "prediction is produced twice, by unet and unet",
     ),
@@ -286,7 +288,7 @@ MANIFEST_EDITS = {
     ),
     "draw for whom": (
         put(*DRAWS, 0, "per", value="film"),
-        "the draw latents has 'film', and one of picture, image was expected",
+        "the draw latents has 'film', and one of picture, image, image_alone was expected",
     ),
     "K without history": (put(*OF, "K", value=2), "K is 2, and its history is []"),
     "K of none": (put(*OF, "K", value=0), "the column v is float32 [1] for each step, and not float32 [0] for each"),
@@ -322,9 +324,17 @@ MANIFEST_EDITS = {
     ),
     "rows of none": (put(*TABLES, "1", "rows", value=-1), "the table 1 has 1 steps, -1 rows, and begins at 0"),
     "no schedule": (put(*TABLES, value={}), "there is no table"),
-    "no table from the first step on": (
-        put(*TABLES, value={"2+1": {"steps": 2, "rows": 1, "begin": 1}}),
-        "there is no table",
+    "table that begins after its end": (
+        put(*TABLES, "2", "begin", value=2),
+        "the table 2 has 2 steps, 2 rows, and begins at 2",
+    ),
+    "strength of a wrong type": (
+        put(*TABLES, "2", "strength", value="0.5"),
+        f"chains.{CHAIN}.tables.2.strength should be ",
+    ),
+    "default of a wrong type": (
+        put(*OF, "defaults", "guidance_scale", value="none"),
+        f'chains.{CHAIN}.defaults.guidance_scale should be float, and is "none"',
     ),
     "table that the file lacks": (put(*TABLES, "7", value={"steps": 7, "rows": 7}), "7/m is missing, and float32 [7,"),
     "NaN in a schedule": (put(*TABLES, "1", "rows", value=float("nan")), "NaN"),
@@ -339,7 +349,7 @@ MANIFEST_EDITS = {
     ),
     "tokenizer that is not listed": (
         drop("files", "tokenizer.json"),
-        "tokenizer input_ids names tokenizer.json, which is not in files",
+        "tokenizer negative_input_ids names tokenizer.json, which is not in files",
     ),
     "reference that is not listed": (
         drop("files", "reference.safetensors"),
@@ -532,7 +542,7 @@ DAMAGES = {
 READ = (
     "tokenizer.json",
     TABLE,
-    *(f"graphs/{g}.onnx" for g in ("text_encoder", "unet", "step", "vae_decoder")),
+    *(f"graphs/{g}.onnx" for g in ("text_encoder", "unet", "step", "step+guidance", "vae_decoder")),
     *(f"graphs/{c}.data" for c in ("text_encoder.fp32-0", "text_encoder.onnx", "unet.fp32-0", "vae.fp32-0")),
 )
 
@@ -638,7 +648,9 @@ def test_a_graph_that_is_no_onnx(sd: Path, copy_of) -> None:
 
 def test_a_graph_that_is_not_what_the_manifest_says(sd: Path, copy_of) -> None:
     bundle = copy_of(sd)
-    edits = (put(*DECODER, "outputs", 0, "shape", value=[1, 64, 128, 3]), put(*OF, "size", value=[64, 128]))
+    chains = Bundle.open(sd).manifest.chains
+    sizes = (put("chains", name, "size", value=[64, 128]) for name in chains)
+    edits = (put(*DECODER, "outputs", 0, "shape", value=[1, 64, 128, 3]), *sizes)
     edit_json(bundle / "bundle.json", together(*edits))
     message = refusal(bundle)
     assert "graphs/vae_decoder.onnx" in message and "[1, 64, 64, 3]" in message and "[1, 64, 128, 3]" in message

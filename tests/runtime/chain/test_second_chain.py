@@ -86,13 +86,13 @@ def test_a_call_without_its_mode(pipe: Pipeline, steps: int) -> None:
 def test_one_graph_in_two_places(pipe: Pipeline) -> None:
     """With guidance the text encoder and the UNet run twice; the negative prompt is one for all, or one for each."""
     for negative in (None, "red snow", ["dog", "a cat"]):
-        ours = drawn(pipe, T2I, negative_prompt=negative, inputs=GUIDED, modes=["guidance"])
+        on: dict[str, Any] = {"guidance_scale": 2.5} if negative else {"inputs": GUIDED, "modes": ["guidance"]}
+        ours = drawn(pipe, T2I, negative_prompt=negative, **on)
         texts = negative if isinstance(negative, list) else [negative or ""] * BATCH
         assert_same(ours, by_hand.text_to_image(PROMPTS, 5, 2, 2.5, texts)["image"])
     ran: list[str] = []
-    request = Request.make(
-        pipe.bundle.open_chain(T2I), PROMPTS, seed=1, inputs=GUIDED, modes=["guidance"], negative_prompt="a"
-    )
+    pipe.forget()
+    request = Request.make(pipe.bundle.open_chain(T2I), PROMPTS, seed=1, guidance_scale=2.5, negative_prompt="a")
     pipe.draw(request, observe=lambda graph, _: ran.append(graph))
     assert ran == ["text_encoder"] * 2 + ["unet", "unet", "step+guidance"] * 2 + ["vae_decoder"]
 
@@ -120,7 +120,7 @@ def test_a_hidden_draw_is_made_whatever_is_given(copy: Path) -> None:
     )
     chain, (torchs,) = Bundle.open(copy).open_chain(I2I), by_hand.seeded(5)
     given = np.ones(LATENTS[I2I], np.float32)
-    made = draw_run(chain, chain.table(2), [Generator(5)], BATCH, given={"start_noise": given})
+    made = draw_run(chain, chain.tables["2"], [Generator(5)], BATCH, given={"start_noise": given})
     by_hand.randn([torchs], given.shape)
     np.testing.assert_allclose(made["posterior_noise"], by_hand.randn([torchs], given.shape), atol=1e-6)
     assert (made["start_noise"] == given).all()
@@ -174,20 +174,95 @@ def test_zeros_that_a_mode_makes_something_of(pipe: Pipeline) -> None:
         stream = theirs["next_stream"][-1]
 
 
-def test_the_prompt_cache_knows_prompts_and_no_pictures(pipe: Pipeline) -> None:
-    """A known prompt runs no text encoder, with another picture too; a picture is encoded each time."""
-    for call, images in enumerate(PICTURES[:2]):
-        pipe._held.clear()
-        ran: list[str] = []
-        given = {"input_image": images, **numbers()}
-        output = pipe.draw(
-            Request.make(pipe.bundle.open_chain(I2I), PROMPTS, seed=5, inputs=given, output_type="uint8"),
-            observe=lambda graph, _: ran.append(graph),  # noqa: B023
-        )
-        assert_same(output.images, by_hand.image_to_image(PROMPTS, images, 5, 0.75, 0.5, SCALES)["image"])
-        assert "vae_encoder" in ran and ("text_encoder" in ran) == (call == 0)
-    kept = {name for entry in pipe.prompt_cache._entries.values() for name in entry}
-    assert kept == {"prompt_embeds"}
+ENCODERS = {"text_encoder", "vae_encoder", "controlnet"}
+
+
+def encoded(pipe: Pipeline, chain: str, **arguments: Any) -> tuple[np.ndarray, list[str]]:
+    """The pictures of a call whose stream begins anew, and the encoders that ran for it."""
+    pipe._held.clear()
+    ran: list[str] = []
+    arguments = {"prompt": PROMPTS, "seed": 5, "output_type": "uint8", **arguments}
+    request = Request.make(pipe.bundle.open_chain(chain), **arguments)
+    images = pipe.draw(request, observe=lambda graph, _: ran.append(graph)).images
+    return images, [graph for graph in ran if graph in ENCODERS]
+
+
+def test_what_an_encoder_made_is_kept(pipe: Pipeline) -> None:
+    """A prompt's embeddings; an image's latents per image and seed, which is that of the noise that they are drawn
+    with, whatever else of the call is another."""
+    calls: list[tuple[int, int, float, list[str]]] = [
+        (0, 5, 0.75, ["text_encoder", "vae_encoder"]),
+        (0, 5, 0.75, []),
+        (0, 5, 0.25, []),
+        (1, 5, 0.75, ["vae_encoder"]),
+        (0, 6, 0.75, ["vae_encoder"]),
+        (0, 5, 0.75, []),
+    ]
+    for picture, seed, p, expected in calls:
+        given = {"input_image": PICTURES[picture], **numbers(p)}
+        images, ran = encoded(pipe, I2I, seed=seed, inputs=given)
+        assert_same(images, by_hand.image_to_image(PROMPTS, PICTURES[picture], seed, p, 0.5, SCALES)["image"])
+        assert ran == expected, (picture, seed, p)
+    caches = (pipe.prompt_cache, pipe.image_cache)
+    kept = [{name for made in cache._entries.values() for name in made} for cache in caches]
+    assert kept == [{"prompt_embeds"}, {"image_latents"}]
+    assert (len(pipe.prompt_cache), len(pipe.image_cache)) == (BATCH, 3 * BATCH)
+    pipe.forget()
+    assert len(pipe.prompt_cache) == len(pipe.image_cache) == pipe.prompt_cache.bytes == pipe.image_cache.bytes == 0
+    assert encoded(pipe, I2I, inputs=given)[1] == ["text_encoder", "vae_encoder"]
+
+
+def test_what_a_graph_of_a_mode_made_is_kept_too(pipe: Pipeline) -> None:
+    given = {"input_image": PICTURES[0], **numbers()}
+    for picture, expected in (
+        (1, ["text_encoder", "vae_encoder", "controlnet"]),
+        (1, []),
+        (2, ["controlnet"]),
+        (1, []),
+    ):
+        with_control = given | {"control_image": PICTURES[picture]}
+        images, ran = encoded(pipe, I2I, inputs=with_control, modes=["control"])
+        theirs = by_hand.image_to_image(PROMPTS, PICTURES[0], 5, 0.75, 0.5, SCALES, control=PICTURES[picture])
+        assert_same(images, theirs["image"])
+        assert ran == expected
+    images, ran = encoded(pipe, I2I, inputs=given)
+    assert_same(images, by_hand.image_to_image(PROMPTS, PICTURES[0], 5, 0.75, 0.5, SCALES)["image"])
+    assert ran == []
+
+
+def test_a_negative_prompt_that_is_some_prompt_is_known(pipe: Pipeline) -> None:
+    """An entry is of a graph and a text, wherever in a chain it is read, and in whichever chain."""
+    one, other = PROMPTS
+    assert encoded(pipe, T2I)[1] == ["text_encoder"]
+    for prompts, negative in ((PROMPTS, PROMPTS), ([other, one], one), ([one, one], PROMPTS)):
+        images, ran = encoded(pipe, T2I, prompt=prompts, negative_prompt=negative, guidance_scale=2.5)
+        texts = negative if isinstance(negative, list) else [negative] * BATCH
+        assert_same(images, by_hand.text_to_image(prompts, 5, 2, 2.5, texts)["image"])
+        assert ran == []
+    assert encoded(pipe, I2I, inputs={"input_image": PICTURES[0], **numbers()})[1] == ["vae_encoder"]
+    assert len(pipe.prompt_cache) == BATCH
+    assert encoded(pipe, T2I, negative_prompt=[one, "snow"], guidance_scale=2.5)[1] == ["text_encoder"]
+    assert len(pipe.prompt_cache) == BATCH + 1
+
+
+@pytest.mark.parametrize("chain", [T2I, I2I])
+def test_a_sample_has_all_that_a_chain_takes(pipe: Pipeline, chain: str) -> None:
+    """Grey pictures, and zeros: what a bench times."""
+    opened = pipe.bundle.open_chain(chain)
+    request = Request.sample(opened, 2, "a cat")
+    assert (request.prompts, request.seed, request.output_type) == (("a cat",) * BATCH, 0, "uint8")
+    given = {name: array.value for name, array in request.inputs}
+    if chain == T2I:
+        assert given == {} and request == Request.make(opened, ["a cat"] * 2, seed=0, output_type="uint8")
+        theirs = by_hand.text_to_image(["a cat"] * BATCH, 0, 2)
+    else:
+        grey = np.full((BATCH, *SIZES[I2I], 3), 128, np.uint8)
+        np.testing.assert_array_equal(given.pop("input_image"), grey)
+        assert {name: value.shape for name, value in given.items()} == {n: v.shape for n, v in numbers().items()}
+        assert not any(value.any() for value in given.values())
+        theirs = by_hand.image_to_image(["a cat"] * BATCH, grey, 0, 0.0, 0.0, [0.0] * 3)
+    apart = np.abs(pipe.draw(request).images.astype(int) - theirs["image"])
+    assert apart.max() <= 1
 
 
 def test_the_prompt_cache_tells_modes_and_negative_prompts_apart(pipe: Pipeline) -> None:
@@ -254,14 +329,19 @@ def test_an_engine_without_the_second_chain(copy: Path) -> None:
 @pytest.mark.parametrize("chain", [T2I, I2I])
 def test_verification_passes_both_chains(bundle: Path, chain: str, backend: str) -> None:
     """It judges each stage in each mode by what it makes."""
-    _, checks = verify.verify_bundle(bundle, chain=chain, backend=backend)
+    _, of_chains = verify.verify_bundle(bundle, chain=chain, backend=backend)
+    (checks,) = of_chains.values()
+    assert of_chains.keys() == {chain}
     assert {c.stage for c in checks} == {*CHAINS[chain].graphs, "ids", "schedule", "image"}
     verify.require(checks)
 
 
 def test_verifications_of_two_chains_are_both_kept(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, of_chains = verify.verify_bundle(copy, backend="onnxruntime")
     for chain in (I2I, T2I):
-        verify.verify_bundle(copy, chain=chain, backend="onnxruntime")
+        _, alone = verify.verify_bundle(copy, chain=chain, backend="onnxruntime")
+        assert alone == {chain: of_chains[chain]}
+    assert of_chains.keys() == {T2I, I2I}
     made = json.loads((copy / "engines/onnxruntime/engine.json").read_text())
     assert made["checks"].keys() == made["verified"].keys() == {T2I, I2I}
     for chain in (I2I, T2I):
@@ -285,30 +365,30 @@ def test_a_wrong_number_of_a_table_is_refused(copy: Path, what: str) -> None:
     arrays[array][place] += 0.05
     save_file(arrays, copy / file)
     changed(copy, lambda m: m["files"].update({file: vars(hashing.describe(copy / file))}))
-    _, checks = verify.verify_bundle(copy, chain=chain, backend="onnxruntime")
-    assert {c.stage for c in checks if not c.passed} >= {"schedule", "image"}
+    _, of_chains = verify.verify_bundle(copy, chain=chain, backend="onnxruntime")
+    assert {c.stage for c in of_chains[chain] if not c.passed} >= {"schedule", "image"}
 
 
 def test_a_gpu_shares_no_constant_between_tables(bundle: Path) -> None:
     """Two chains have a table of two steps each, and every row of each is a buffer of its own."""
     opened = Bundle.open(bundle)
     both = {name: opened.open_chain(name) for name in CHAINS}
-    assert not np.array_equal(both[T2I].columns(2)["v"][0], both[I2I].columns(2)["v"][0][:1])
-    recordings = {name: record(chain.plan(2), opened.manifest.graphs) for name, chain in both.items()}
+    assert not np.array_equal(both[T2I].columns("2")["v"][0], both[I2I].columns("2")["v"][0][:1])
+    recordings = {name: record(chain.plan("2"), opened.manifest.graphs) for name, chain in both.items()}
     buffers = {name: set(recording.constants) for name, recording in recordings.items()}
     assert buffers[T2I] and not buffers[T2I] & buffers[I2I]
     assert not set(recordings[T2I].constants.values()) & set(recordings[I2I].constants.values())
-    three = record(both[T2I].plan(3), opened.manifest.graphs)
+    three = record(both[T2I].plan("3"), opened.manifest.graphs)
     assert not set(three.constants) & buffers[T2I]
 
 
 def test_a_gpu_keeps_a_stream_and_runs_one_graph_once_at_a_time(bundle: Path) -> None:
     opened = Bundle.open(bundle)
-    recording = record(opened.open_chain(I2I).plan(2), opened.manifest.graphs)
+    recording = record(opened.open_chain(I2I).plan("2"), opened.manifest.graphs)
     assert recording.kept == {"stream"}  # what a rehearsal must leave alone
     assert recording.actions[-2:-1] == (OnDevice("next_stream", "stream"),)
     assert not {"stream", "residual"} & set(recording.uploads)
-    guided = record(opened.open_chain(T2I).plan(2, modes=["guidance"]), opened.manifest.graphs)
+    guided = record(opened.open_chain(T2I).plan("2", modes=["guidance"]), opened.manifest.graphs)
     assert guided.kept == set()
     groups = [[launch.graph for launch in a.launches] for a in guided.actions if isinstance(a, Together)]
     assert all(len(group) == len(set(group)) for group in groups)
@@ -318,7 +398,7 @@ def test_a_gpu_keeps_a_stream_and_runs_one_graph_once_at_a_time(bundle: Path) ->
 def test_a_plan_runs_the_stages_of_its_modes(bundle: Path) -> None:
     chain = Bundle.open(bundle).open_chain(I2I)
     for modes in ([], ["control"]):
-        plan = chain.plan(2, modes=modes)
+        plan = chain.plan("2", modes=modes)
         assert ("controlnet" in plan.graphs) == bool(modes)
         assert sum(isinstance(o, Run) and o.graph == "step@24x8" for o in plan.operations) == 3  # two steps, three rows
 
@@ -394,7 +474,22 @@ ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
         r"an array of float32 \[3, 1\] was expected",
     ),
     "a mode": (T2I, {"modes": ["control"]}, r"modes=\['control'\]: the chain text-to-image has guidance"),
-    "negative prompts": (T2I, {"negative_prompt": ["a"] * 3}, "negative_prompt is a list of 3: one, or one for each"),
+    "negative prompts": (
+        T2I,
+        {"negative_prompt": ["a"] * 3, "guidance_scale": 2.5},
+        "negative_prompt is a list of 3: one, or one for each",
+    ),
+    "guidance of a chain that has none": (
+        I2I,
+        {"inputs": {"input_image": PICTURES[0], **numbers()}, "guidance_scale": 1.01},
+        r"guidance_scale=1\.01: the chain image-to-image has no guidance; leave it out or give 0\.0",
+    ),
+    "a picture of a chain that reads none": (
+        T2I,
+        {"image": PICTURES[0]},
+        "image was given, and the chain text-to-image reads none; leave it out",
+    ),
+    "a mask of a chain that reads none": (I2I, {"mask_image": PICTURES[0]}, "mask_image was given, and the chain"),
 }
 
 

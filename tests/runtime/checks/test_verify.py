@@ -24,7 +24,7 @@ import turbochain.runtime
 from turbochain.export.tracing import modules
 from turbochain.runtime import Bundle, BundleError, Pipeline, VerificationError, selection
 from turbochain.runtime.bundle import hashing
-from turbochain.runtime.bundle.manifest import Check
+from turbochain.runtime.bundle.manifest import Check, Graph
 from turbochain.runtime.checks import bounds, metrics, verify
 from turbochain.runtime.checks.reference import read_cases
 
@@ -187,6 +187,12 @@ def coefficients_exchanged(graph: Any) -> None:
         node.input[:] = [{"v": "w", "w": "v"}.get(name, name) for name in node.input]
 
 
+def predictions_exchanged(graph: Any) -> None:
+    other = {"prediction": "negative_prediction", "negative_prediction": "prediction"}
+    for node in graph.node:
+        node.input[:] = [other.get(name, name) for name in node.input]
+
+
 def pooled_zeroed(graph: Any) -> None:
     then(graph, "pooled_prompt_embeds", "Mul", np.float32(0))
 
@@ -218,8 +224,18 @@ MUTATIONS: dict[str, tuple[str, Change, set[str]]] = {
     "time ids": ("sdxl", scaled("constants/time_ids_embeds", 1.05), {"unet", "image"}),
     "NaN": ("sd", in_graph("unet", not_a_number), {"unet", "image"}),
     "v and w exchanged": ("sdxl", in_graph("step", coefficients_exchanged), {"step", "image"}),
-    "m": ("sd", scaled("m", 1.005), ROW_HIT),
-    "v": ("sdxl", scaled("v", 0.995), ROW_HIT),
+    "v and w exchanged with guidance": (
+        "sdxl",
+        in_graph("step+guidance", coefficients_exchanged),
+        {"step+guidance", "image"},
+    ),
+    "guidance from the wrong prompt": (
+        "sd",
+        in_graph("step+guidance", predictions_exchanged),
+        {"step+guidance", "image"},
+    ),
+    "m": ("sd", scaled("m", 1.005), ROW_HIT | {"step+guidance"}),
+    "v": ("sdxl", scaled("v", 0.995), ROW_HIT | {"step+guidance"}),
     "w": ("sdxl", scaled("w", 1.02), ROW_HIT),
     "input_scale": ("sd", scaled("input_scale", 1.02), {"unet", "image"}),
     "init_noise_sigma": ("sd", scaled("init_noise_sigma", 1.01), {"image"}),
@@ -310,14 +326,23 @@ def test_good_bundles_pass_every_bound_of_the_design(family: str, precision: str
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["passed"] is True
-    assert all(c["passed"] for c in answer["checks"])
-    bounds = {(c["stage"], c["metric"]): c["bound"] for c in answer["checks"]}
-    graphs = Bundle.open(path).manifest.graphs
+    assert [*answer["checks"]] == ["text-to-image", "image-to-image"]
+    for chain, checks in answer["checks"].items():
+        assert all(c["passed"] for c in checks)
+        _assert_bounds(Bundle.open(path).open_chain(chain).graphs, checks, precision)
+
+
+def _assert_bounds(graphs: dict[str, Graph], checks: list[dict[str, Any]], precision: str) -> None:
+    bounds = {(c["stage"], c["metric"]): c["bound"] for c in checks}
     assert {stage for stage, _ in bounds} == {*graphs, "ids", "schedule", "image"}
     text = {"max_abs": 1e-3} if precision == "fp32" else {"cosine": 0.9999}
     assert {m: b for (s, m), b in bounds.items() if s == "text_encoder"} == text
     assert bounds["unet", "relative_l2"] == {"fp32": 1e-4, "fp16": 1e-2}[precision]
-    assert bounds["step", "relative_l2"] == 1e-4 and graphs["step"].precision == "fp32"
+    for sampler in {"step", "step+guidance", "start"} & {*graphs}:
+        assert bounds[sampler, "relative_l2"] == 1e-4 and graphs[sampler].precision == "fp32"
+    if "vae_encoder" in graphs:
+        latents = {"fp32": 1e-4, "fp16": 1e-2}[graphs["vae_encoder"].precision]
+        assert bounds["vae_encoder", "relative_l2"] == latents
     same = {"max_abs": 1, "fraction_differing": 1e-3}
     decoder = same if graphs["vae_decoder"].precision == "fp32" else {"psnr": 45}
     assert {m: b for (s, m), b in bounds.items() if s == "vae_decoder"} == decoder
@@ -359,8 +384,10 @@ def test_the_figure_of_several_pictures_is_that_of_the_worst(bundle_of: BundleFa
     found = []
     with Pipeline.load(path) as pipe:
         for case in read_cases(pipe.bundle, "text-to-image"):
-            call = {"prompt": case.prompt, "seed": case.seed, "num_inference_steps": case.steps}
-            picture = pipe(**call, output_type="uint8").images  # type: ignore[arg-type]
+            steps = pipe.bundle.open_chain().chain.tables[case.table].steps
+            scale = float(case.tensors["guidance_scale"][0]) if case.modes else 0.0
+            call = {"prompt": case.prompt, "seed": case.seed, "num_inference_steps": steps, "guidance_scale": scale}
+            picture = pipe(**call, output_type="uint8").images
             found.append(peak_signal_noise_ratio(case.tensors["image"], picture, data_range=255))
     assert shown.value == pytest.approx(min(found), rel=1e-6) and max(found) > min(found) + 0.1
 
@@ -370,7 +397,8 @@ def test_the_command_fails_with_stage_figure_and_bound(sdxl: Path, copy_of: Copy
     in_graph("vae_decoder", channels_swapped)(path)
     reseal(path)
     reference = load_file(sdxl / "reference.safetensors")
-    pictures = [v.astype(float) for k, v in reference.items() if k.endswith("/image")]
+    first = [k for k in reference if k.endswith("/image") and k.replace("image", "start_noise") not in reference]
+    pictures = [reference[name].astype(float) for name in first]  # of the first chain, which is told first
     expected = max(np.abs(p - p[..., ::-1]).max() for p in pictures)
 
     done = command("turbochain", "verify", path)
@@ -384,7 +412,8 @@ def test_the_command_fails_with_stage_figure_and_bound(sdxl: Path, copy_of: Copy
     assert done.returncode == 1
     answer = json.loads(done.stdout)
     assert answer["passed"] is False
-    assert {c["stage"] for c in answer["checks"] if not c["passed"]} == {"vae_decoder", "image"}
+    for chain in ("text-to-image", "image-to-image"):
+        assert {c["stage"] for c in answer["checks"][chain] if not c["passed"]} == {"vae_decoder", "image"}
     assert "vae_decoder" in done.stderr
 
 
@@ -497,7 +526,10 @@ def test_an_unverified_engine_is_verified_on_its_first_load(
     assert "unverified: " in command("turbochain", "inspect", foreign).stdout
     Pipeline.load(foreign).close()
     assert "it is verified now, which happens once" in caplog.text
-    assert kept(foreign) == kept(sd) and [p.name for p in foreign.glob("engines/*/*")] == ["engine.json"]
+    assert kept(foreign) == {"text-to-image": kept(sd)["text-to-image"]}
+    with Pipeline.load(foreign, chain="image-to-image"):
+        assert kept(foreign) == kept(sd) and len(kept(sd)) == 2
+    assert [p.name for p in foreign.glob("engines/*/*")] == ["engine.json"]
     assert "unverified: " not in command("turbochain", "inspect", foreign).stdout
     caplog.clear()
     with Pipeline.load(foreign) as pipe:
@@ -516,8 +548,9 @@ def test_an_unverified_engine_that_errs_is_refused_each_time(foreign: Path) -> N
     for _ in range(2):
         with pytest.raises(VerificationError, match=r"schedule: relative_l2 is .*, the bound is ≤ 0\.0001"):
             Pipeline.load(foreign)
-    assert command("turbochain", "verify", foreign).returncode == 1
     assert kept(foreign) == {}
+    assert command("turbochain", "verify", foreign).returncode == 1
+    assert kept(foreign).keys() == {"image-to-image"}  # whose own table is right
 
 
 def test_the_checks_of_another_table_are_not_believed(sd: Path, copy_of: Copy) -> None:

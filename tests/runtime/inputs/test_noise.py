@@ -193,7 +193,7 @@ def generators(each: bool, count: int) -> tuple[list[Generator], list[torch.Gene
 def test_a_run_draws_in_the_chains_order(sdxl: Path, each: bool, steps: int) -> None:
     """The latents, then the noise of every row that draws."""
     chain = drawing(sdxl, LATENTS, NOISE)
-    table, shape, count = chain.table(steps), (4, *chain.tensors["latents"].shape[1:]), 4
+    table, shape, count = chain.tables[str(steps)], (4, *chain.tensors["latents"].shape[1:]), 4
     ours, theirs = generators(each, count)
     made = draw_run(chain, table, ours, count)
     assert made.keys() == {"latents", "noise"} and made["noise"].shape == (table.rows, *shape)
@@ -205,24 +205,24 @@ def test_a_run_draws_in_the_chains_order(sdxl: Path, each: bool, steps: int) -> 
 
 def test_a_discarded_draw_takes_its_values_from_the_stream(sd: Path) -> None:
     chain = drawing(sd, Draw("prediction", "picture", discarded=True), LATENTS, NOISE)
-    made = draw_run(chain, chain.table(1), [Generator(3)], 2)
+    made = draw_run(chain, chain.tables["1"], [Generator(3)], 2)
     theirs, shape = torch_generator(3), (2, *chain.tensors["latents"].shape[1:])
     randn_tensor(shape, generator=theirs)
     assert made.keys() == {"latents", "noise"}
-    assert_same(made["latents"] / chain.table(1).init_noise_sigma, randn_tensor(shape, generator=theirs))
+    assert_same(made["latents"] / chain.tables["1"].init_noise_sigma, randn_tensor(shape, generator=theirs))
 
 
 def test_a_discarded_draw_leaves_what_was_drawn_for_that_feed(sd: Path) -> None:
     chain = drawing(sd, LATENTS, replace(LATENTS, discarded=True), NOISE)
-    made, shape = draw_run(chain, chain.table(1), [Generator(3)], 2), (2, *chain.tensors["latents"].shape[1:])
-    assert_same(made["latents"] / chain.table(1).init_noise_sigma, randn_tensor(shape, generator=torch_generator(3)))
+    made, shape = draw_run(chain, chain.tables["1"], [Generator(3)], 2), (2, *chain.tensors["latents"].shape[1:])
+    assert_same(made["latents"] / chain.tables["1"].init_noise_sigma, randn_tensor(shape, generator=torch_generator(3)))
 
 
 def test_for_what_is_given_nothing_is_drawn(sdxl: Path) -> None:
     chain = drawing(sdxl, LATENTS, NOISE)
     given = np.full((2, *chain.tensors["latents"].shape[1:]), 0.5, np.float32)
-    made = draw_run(chain, chain.table(2), [Generator(3)], 2, given={"latents": given})
-    np.testing.assert_array_equal(made["latents"], chain.table(2).init_noise_sigma * given)
+    made = draw_run(chain, chain.tables["2"], [Generator(3)], 2, given={"latents": given})
+    np.testing.assert_array_equal(made["latents"], chain.tables["2"].init_noise_sigma * given)
     assert_same(made["noise"][0], randn_tensor(given.shape, generator=torch_generator(3)))
 
 
@@ -231,7 +231,7 @@ def test_a_draw_per_image_is_repeated_if_one_generator_draws_it(sd: Path, each: 
     """As diffusers encodes two images for four pictures."""
     chain = drawing(sd, Draw("latents", "image"), NOISE)
     ours, theirs = generators(each, 4)
-    made = draw_run(chain, chain.table(1), ours, 4, images=2)["latents"] / chain.table(1).init_noise_sigma
+    made = draw_run(chain, chain.tables["1"], ours, 4, images=2)["latents"] / chain.tables["1"].init_noise_sigma
     shape = chain.tensors["latents"].shape[1:]
     drawn = randn_tensor((4 if each else 2, *shape), generator=theirs)
     assert_same(made, drawn if each else torch.cat([drawn, drawn]))
