@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from turbochain.export.sources.checkpoint import Checkpoint
     from turbochain.runtime import Pipeline
 
+TASKS = ("text-to-image",)
+"""What is measured: bundles are built for no other."""
+
 
 def checkpoint(source: str, folder: Path) -> "Checkpoint":
     """Return a source as a checkpoint on disk; a synthetic one is written into `folder` once. Raises InputError."""
@@ -57,7 +60,7 @@ def build(
         return build(str(bundle), bundle, **where).engine  # type: ignore[arg-type]
     # Built even if memory looks too small: a build that fails is a row with its reason.
     shape = {"size": size, "batch": batch, "steps": list(steps), "precision": precision, "force": True}
-    return build(str(source.folder), bundle, **where, **shape).engine  # type: ignore[arg-type]
+    return build(str(source.folder), bundle, **where, tasks=TASKS, **shape).engine  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def export(source: "Checkpoint", bundle: Path, **shape: Any) -> None:
     from turbochain.export import export as make
 
     if not (bundle / "bundle.json").exists():
-        make(str(source.folder), bundle, force=True, **shape)
+        make(str(source.folder), bundle, force=True, tasks=TASKS, **shape)
 
 
 def upcasts(checkpoint: "Checkpoint") -> bool:

@@ -17,8 +17,10 @@ import torch
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as image_to_image
 from diffusers.schedulers import scheduling_euler_ancestral_discrete as euler_ancestral
 
-from turbochain.export import load, reference, schedule
+from turbochain.export import load, schedule, tasks
+from turbochain.export.chains import Layout
 from turbochain.export.families import Shape
+from turbochain.export.recording import Call, record_call
 from turbochain.export.run import Run
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime import InputError
@@ -459,11 +461,14 @@ def pipeline(checkpoints: dict[str, Path]) -> Any:
 
 def check_recording(pipeline: Any, checkpoint: Checkpoint, table: Table, steps: int) -> None:
     """Run diffusers' pipeline: the table must make each recorded result of what was recorded before it."""
-    case = {"prompt": ["a"], "seed": 5, "num_inference_steps": steps}
+    family, shape = checkpoint.family, Shape(64, 64, 1, table.K)
+    layout = Layout(family, checkpoint.configs, tasks.find(["text-to-image"]), [shape])
+    chain = layout.chain(layout.tasks[0], shape, {}, {})
+    call = Call("text-to-image", str(steps), [], ["a"], 5, steps)
     timesteps: list[float] = []
     hook = pipeline.unet.time_proj.register_forward_hook(lambda _, args, __: timesteps.append(float(args[0][0])))
     with torch.inference_mode():
-        got = reference.run_case(pipeline, checkpoint, Shape(64, 64, 1), case)
+        got = record_call(pipeline, checkpoint, chain, call)
     hook.remove()
     assert table.timesteps[table.index].tolist() == timesteps and len(got["latents"]) == table.rows
     start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5)).numpy()
