@@ -41,9 +41,8 @@ ARITHMETIC = ("step", "step+guidance", "start")  # graphs without weights
 TIME = {"sd": "time_projections", "sdxl": "time_embeds"}  # the column that depends on the timestep
 TABLES = "tables/text-to-image.safetensors"
 GRAPHS = [(family, name) for family in FAMILIES for name in COMPONENTS[family]]
-every_graph = pytest.mark.parametrize(
-    ("family", "name"), [*GRAPHS, *((family, name) for family in FAMILIES for name in ARITHMETIC)]
-)
+AROUND = [(family, name) for family in FAMILIES for name in ARITHMETIC]
+every_graph = pytest.mark.parametrize(("family", "name"), [*GRAPHS, *AROUND])
 every_graph_with_weights = pytest.mark.parametrize(("family", "name"), GRAPHS)
 every_precision = pytest.mark.parametrize("precision", ["fp32", "fp16"])
 
