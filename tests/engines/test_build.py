@@ -22,9 +22,9 @@ from turbochain.runtime.bundle.manifest import Engine
 
 BUILD = Path(sys.executable).with_name("build-engine")
 CHAIN = "text-to-image"
-GRAPHS = ("text_encoder", "unet", "step", "vae_decoder")
+GRAPHS = ("text_encoder", "unet", "step", "step+guidance", "vae_decoder", "vae_encoder", "start")
 EXPORT = ["load", "reference", *(f"export {c}" for c in ("text_encoder", "unet", "vae", "sampler"))]
-ENGINE = [*(f"compile {g}" for g in GRAPHS), f"verify {CHAIN}"]
+ENGINE = [*(f"compile {g}" for g in GRAPHS), f"verify {CHAIN}", "verify image-to-image"]
 ALL = EXPORT + ENGINE
 
 
