@@ -468,9 +468,9 @@ def test_an_output_that_exists(sd: Path, sdxl: Path, checkpoints: dict[str, Path
     said = refused(called("build-engine", source, "-o", folder))
     assert "exists and is not a bundle: choose another path with -o" in said
     cases = {
-        ("--size=128x64",): "width is 64 there and 128 here",
-        ("--size=64x64", "--batch=2"): "batch is 1 there and 2 here",
-        (): "height is 64 there and 512 here",
+        ("--size=128x64",): "sizes is [[64, 64]] there and [[128, 64]] here",
+        ("--size=64x64", "--batch=2"): "batches is [1] there and [2] here",
+        (): "sizes is [[64, 64]] there and [[512, 512]] here",
     }
     for options, named in cases.items():
         said = refused(called("build-engine", source, "-o", bundle, *options))

@@ -43,7 +43,8 @@ from turbochain.runtime.bundle.manifest import Engine
 
 BUILD = Path(sys.executable).with_name("build-engine")
 AHEAD = ("--backend", "tensorrt", "--target", "sm89")
-GRAPHS = ("text_encoder", "unet", "step", "vae_decoder")
+ARITHMETIC = ("step", "step+guidance", "start")
+GRAPHS = ("text_encoder", "unet", "vae_decoder", "vae_encoder", *ARITHMETIC)
 L4 = manifest.Gpu("NVIDIA L4", "8.9", 24 * 2**30)
 NO_DRIVER = "there is no NVIDIA driver on this machine"
 
@@ -102,7 +103,8 @@ def test_every_graph_is_built_and_every_attention_fused(
     theirs = UNet2DConditionModel.from_pretrained(checkpoints[family], subfolder="unet").modules()
     attentions = sum(isinstance(module, Attention) for module in theirs)
     assert counts["unet"] == (attentions, attentions) and attentions >= 8
-    assert counts["vae_decoder"] == (1, 0) and counts["step"] == (0, 0)  # the decoder's has one head
+    assert counts["vae_decoder"] == counts["vae_encoder"] == (1, 0)  # of one head
+    assert counts.keys() >= {*GRAPHS} and {counts[name] for name in ARITHMETIC} == {(0, 0)}
     assert all(total == fused > 0 for name, (total, fused) in counts.items() if name.startswith("text"))
 
 
@@ -124,8 +126,8 @@ def ahead(bundle_of: BundleFactory, tmp_path_factory: pytest.TempPathFactory) ->
     assert done.returncode == 0, done
     assert "any GPU of the architecture (sm89)" in done.stderr and ": built in " in done.stdout
     assert "unverified: it is checked when it is first loaded on such a machine" in done.stdout
-    rows = [line.split() for line in done.stdout.splitlines()[2:6]]
-    assert {row[0]: row[1] for row in rows} == {g: "fp32" if g == "step" else "fp16" for g in GRAPHS}
+    rows = [line.split() for line in done.stdout.splitlines()[2 : 2 + len(GRAPHS)]]
+    assert {row[0]: row[1] for row in rows} == {g: "fp32" if g in ARITHMETIC else "fp16" for g in GRAPHS}
     return bundle
 
 
@@ -519,7 +521,7 @@ def test_the_inspector_compares_stage_by_stage(inspector: dict[str, Any], bundle
         return OnnxrtRunner(SessionFromOnnx(str(single.path / single.manifest.graphs[stage].file)), name="fp32")
 
     _, *rows = inspector["comparison"](half, runner)
-    assert [row[0] for row in rows] == list(half.open_chain().graphs)
+    assert [row[0] for row in rows] == ["text_encoder", "unet", "step", "vae_decoder"]  # of a call without guidance
     errors = {stage: float(error) for stage, _, error, _, _ in rows}
     assert errors.pop("step") == 0  # fp32 in both bundles
     assert all(1e-5 < error < 1e-2 for error in errors.values()), errors

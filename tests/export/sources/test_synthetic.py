@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import transformers
 
 from turbochain.export.sources.presets import PRESETS
-from turbochain.export.sources.synthetic import models, write_checkpoint
+from turbochain.export.sources.synthetic import models, write_checkpoint, write_settings
 from turbochain.runtime.errors import InputError
 
 MINIS = [name for name in PRESETS if name.endswith("-mini")]
@@ -24,7 +25,7 @@ MINIS = [name for name in PRESETS if name.endswith("-mini")]
 PICTURES = [(name, steps) for name in MINIS for steps in (1, 4) if "turbo" in name or (steps > 1 and "15" in name)]
 PICTURES += [("lcm-sdxl-mini", 4)]
 pictures = pytest.mark.parametrize(("pipeline", "steps"), PICTURES, indirect=["pipeline"])
-SIZE = 128
+SIZE = 64
 PROMPT = "a photo of a cat"
 
 
@@ -42,13 +43,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Each mini preset, written once with seed 0."""
     folders = {name: tmp_path_factory.mktemp(name) for name in MINIS}
     for name, folder in folders.items():
-        write_checkpoint(name, folder)
+        if name != "sdxl-mini":
+            write_checkpoint(name, folder)
+    write_settings("sdxl-mini", folders["sdxl-mini"])
+    for path in folders["sdxl-turbo-mini"].rglob("*.safetensors"):  # see `test_the_weights_of_sdxl_are_those_of_turbo`
+        os.link(path, folders["sdxl-mini"] / path.relative_to(folders["sdxl-turbo-mini"]))
     return folders
 
 
 @pytest.fixture(scope="module")
 def pipelines(folders: dict[str, Path]) -> dict[str, Any]:
-    return {name: load(folder) for name, folder in folders.items()}
+    return {name: load(folders[name]) for name in dict(PICTURES)}
 
 
 @pytest.fixture
@@ -56,8 +61,20 @@ def pipeline(request: pytest.FixtureRequest, pipelines: dict[str, Any]) -> Any:
     return pipelines[request.param]
 
 
-def load(folder: Path) -> Any:
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+@pytest.fixture(scope="module")
+def bases() -> dict[tuple[int, int], np.ndarray]:
+    """Pipeline and steps → its picture, once drawn."""
+    return {}
+
+
+def base_of(bases: dict[tuple[int, int], np.ndarray], pipeline: Any, steps: int) -> np.ndarray:
+    if (id(pipeline), steps) not in bases:
+        bases[id(pipeline), steps] = draw(pipeline, steps=steps)
+    return bases[id(pipeline), steps]
+
+
+def load(folder: Path, **parts: Any) -> Any:
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -144,12 +161,13 @@ def test_loads_without_a_warning_or_a_missing_key(name: str, folders: dict[str, 
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             warnings.simplefilter("ignore", DeprecationWarning)  # between the libraries, not about the files
-            assert type(load(folders[name])).__name__ == PRESETS[name].pipeline
+            parts = {}
             for component, part in models(name).items():
                 kind: Any = getattr(diffusers, type(part).__name__, None)
                 kind = kind or getattr(transformers, type(part).__name__)
-                _, info = kind.from_pretrained(folders[name] / component, output_loading_info=True)
+                parts[component], info = kind.from_pretrained(folders[name] / component, output_loading_info=True)
                 assert not any(info.values()), (component, info)
+            assert type(load(folders[name], **parts)).__name__ == PRESETS[name].pipeline
     finally:
         for logger in loggers:
             logger.removeHandler(handler)
@@ -170,16 +188,25 @@ def test_the_seed_decides_the_weights(folders: dict[str, Path], tmp_path: Path) 
     assert steps[-1] == (total, total)
 
 
+def test_the_weights_of_sdxl_are_those_of_turbo() -> None:
+    """Drawn from the same seed for the same parameters in the same order."""
+    plain, turbo = (models(name) for name in ("sdxl-mini", "sdxl-turbo-mini"))
+    assert [*plain] == [*turbo]
+    for of, other in zip(plain.values(), turbo.values(), strict=True):
+        shapes = [[(name, tensor.shape) for name, tensor in part.state_dict().items()] for part in (of, other)]
+        assert shapes[0] == shapes[1]
+
+
 @pictures
-def test_the_picture_is_no_flat_or_clipped_one(pipeline: Any, steps: int) -> None:
-    image = draw(pipeline, steps=steps)
+def test_the_picture_is_no_flat_or_clipped_one(pipeline: Any, steps: int, bases: dict[Any, np.ndarray]) -> None:
+    image = base_of(bases, pipeline, steps)
     assert 30 < image.std() < 70
     assert ((image > 0) & (image < 255)).mean() > 0.9
 
 
 @pictures
-def test_every_input_moves_the_picture(pipeline: Any, steps: int) -> None:
-    base = draw(pipeline, steps=steps)
+def test_every_input_moves_the_picture(pipeline: Any, steps: int, bases: dict[Any, np.ndarray]) -> None:
+    base = base_of(bases, pipeline, steps)
     changes: dict[str, dict[str, Any]] = {
         "one word": {"prompt": "a photo of a dog"},
         "first word": {"prompt": "the photo of a cat"},
@@ -200,8 +227,8 @@ def test_every_input_moves_the_picture(pipeline: Any, steps: int) -> None:
 
 
 @pictures
-def test_another_order_of_the_sums_does_not(pipeline: Any, steps: int) -> None:
-    base = draw(pipeline, steps=steps)
+def test_another_order_of_the_sums_does_not(pipeline: Any, steps: int, bases: dict[Any, np.ndarray]) -> None:
+    base = base_of(bases, pipeline, steps)
     networks = (pipeline.unet, pipeline.vae)
     for network in networks:
         network.to(memory_format=torch.channels_last)
