@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import product
 import result
 import tables
 from rows import Build
@@ -88,7 +89,7 @@ def build_row(bundle: Path, arguments: argparse.Namespace) -> Build:
     imported = min((script(IMPORT) for _ in range(LIGHT_RUNS)), key=lambda of: of["seconds"])
     built = command(
         "build-engine", arguments.source, "-o", bundle, "--precision", arguments.precision, "--size", arguments.size,
-        "--backend", "onnxruntime", "--device", "cpu", "--json",
+        "--tasks", product.TASK, "--backend", "onnxruntime", "--device", "cpu", "--json",
     )  # fmt: skip
     loaded = script(LOAD, bundle)
     timed = {

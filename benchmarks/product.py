@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from turbochain.export.sources.checkpoint import Checkpoint
     from turbochain.runtime import Pipeline
 
+TASK = PLAIN.task
+"""What is measured: bundles are built for no other."""
+
 
 def checkpoint(source: str, folder: Path) -> "Checkpoint":
     """Return a source as a checkpoint on disk; a synthetic one is written into `folder` once. Raises InputError."""
@@ -167,7 +170,7 @@ def export(source: "Checkpoint", bundle: Path, **shape: Any) -> None:
     from turbochain.export import export as make
 
     if not (bundle / "bundle.json").exists():
-        make(str(source.folder), bundle, force=True, **shape)
+        make(str(source.folder), bundle, force=True, tasks=[TASK], **shape)
 
 
 def upcasts(checkpoint: "Checkpoint") -> bool:

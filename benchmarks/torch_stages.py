@@ -4,6 +4,7 @@ Not a backend of the product. The benchmark has it as a peer (our one CUDA graph
 `first_gpu_run` as the way to put cuda.py and the executor on a GPU with nothing installed but PyTorch.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -11,8 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from turbochain.export import families, load, remedies
+from turbochain.export.chains import Placed
 from turbochain.export.families import Shape, common
-from turbochain.export.families.common import ARITHMETIC
 from turbochain.export.remedies import Remedy
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tracing import attention, modules
@@ -145,12 +146,26 @@ def pipeline(bundle: Bundle, made: Modules, place: Place, device: str = "cuda") 
     return Pipeline(bundle, Found(bundle.path, stands_for), executor(bundle, made, place, device))
 
 
+def placed(bundle: Bundle) -> dict[str, Placed]:
+    """Return what each graph of a bundle is traced of, by its name."""
+    family, chain = families.of(bundle.manifest.checkpoint.pipeline_class), bundle.open_chain()
+    # What the VAE's encoder reads is of no interest here. Two graphs are steps, and the outputs tell them apart.
+    specs = common.graphs(family, chain.chain.K, posterior=True).values()
+    known = {(spec.role, spec.outputs): spec for spec in specs}
+    return {
+        name: Placed(
+            known[graph.role, tuple(t.name for t in graph.outputs)],
+            Shape(*(graph.size or chain.size), graph.batch, chain.chain.K),
+        )
+        for name, graph in bundle.manifest.graphs.items()
+    }
+
+
 def remedies_of(bundle: Bundle, precision: str | None = None) -> dict[str, Remedy]:
     """Return graph → what makes it right in its precision, or in another one, by the bundle's reference."""
-    graphs, family = bundle.manifest.graphs, families.of(bundle.manifest.checkpoint.pipeline_class)
-    specs = common.graphs(family, bundle.open_chain().chain.K)
-    asked = {name: specs[name].precision or precision or graphs[name].precision for name in specs}
-    return remedies.decide(specs, asked, bundle.path / REFERENCE)
+    graphs, own = placed(bundle), bundle.manifest.graphs
+    asked = {name: graph.spec.precision or precision or own[name].precision for name, graph in graphs.items()}
+    return remedies.decide(graphs, asked, bundle.path / REFERENCE)
 
 
 def of_parts(
@@ -161,9 +176,10 @@ def of_parts(
     `parts`: component → diffusers' or transformers' model in fp32. Their weights take the remedies' precision and
     scale, and are the modules' own.
     """
-    made, K = {}, bundle.open_chain().chain.K
-    for name, spec in common.graphs(families.of(bundle.manifest.checkpoint.pipeline_class), K).items():
-        remedy, model = changes[name], parts.get(spec.component, torch.nn.Module())
+    made, graphs = {}, placed(bundle)
+    models = _models(parts, graphs, changes)
+    for name, graph in graphs.items():
+        spec, remedy, model = graph.spec, changes[name], models[name]
         if remedy.exponents:
             rescale(model, remedy.exponents)
         model.to(device=device, dtype=TORCH_DTYPES[remedy.precision])
@@ -171,12 +187,25 @@ def of_parts(
             model.to(memory_format=torch.channels_last)
         model = copy_modules(model)  # which the module changes
         attention.upcast(model, remedy.attention)
-        height, width = bundle.open_chain().size
-        arguments = spec.arguments(Shape(height, width, bundle.open_chain().batch, K))
-        made[name] = getattr(modules, spec.module)(model, *arguments).to(device).eval().requires_grad_(False)
+        module = getattr(modules, spec.module)(model, *spec.arguments(graph.shape))
+        made[name] = module.to(device).eval().requires_grad_(False)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # the executor's streams do not wait for the one that this is done on
     return made
+
+
+def _models(
+    parts: Mapping[str, torch.nn.Module], graphs: Mapping[str, Placed], changes: Mapping[str, Remedy]
+) -> dict[str, torch.nn.Module]:
+    """Return graph → the model of its component: a copy if another graph of it changes the weights in its own way."""
+    first: dict[str, Remedy] = {}
+    found = {}
+    for name, graph in graphs.items():
+        remedy, model = changes[name], parts.get(graph.spec.component, torch.nn.Module())
+        other = first.setdefault(graph.spec.component, remedy)
+        alike = remedy is other or (remedy.precision, {}, {}) == (other.precision, remedy.exponents, other.exponents)
+        found[name] = model if alike else copy.deepcopy(model)
+    return found
 
 
 def of_checkpoint(checkpoint: Checkpoint, bundle: Bundle, device: torch.device) -> dict[str, torch.nn.Module]:
@@ -192,7 +221,7 @@ def compiled(made: Modules, bundle: Bundle, device: torch.device) -> dict[str, t
     """
     found = {}
     for name, module in made.items():
-        if name == ARITHMETIC:
+        if not bundle.manifest.graphs[name].component:
             found[name] = module
             continue
         found[name] = torch.compile(module, mode="max-autotune-no-cudagraphs", dynamic=False)

@@ -41,24 +41,12 @@ def prepare(progress: Progress, *, order: ExportOrder, recipe: Recipe, folder: P
     from turbochain.export import tables
 
     made = tables.make(checkpoint, recipe)
-    K = next(one.table.K for of_task in made.values() for one in of_task.values())
-    zeros = checkpoint.family.zeros(checkpoint.index)
-    layout = recipe.layout(checkpoint.family, checkpoint.configs, K, zeros)
-    chains = {
-        layout.name(task, shape): layout.chain(
-            task,
-            shape,
-            {name: one.entry for name, one in made[task.name].items()},
-            tables.defaults(checkpoint, recipe, task, made[task.name]),
-        )
-        for task in layout.tasks
-        for shape in layout.shapes
-    }
+    layout = tables.layout(checkpoint, recipe, made)
     return Prepared(
         checkpoint=checkpoint,
         origin=_origin(checkpoint, folder),
-        zeros=zeros,
-        chains=chains,
+        zeros=layout.zeros,
+        chains=tables.chains(checkpoint, recipe, layout, made),
         tokenizers=tables.tokenizers(checkpoint, layout.tokenizers(), folder),
     )
 

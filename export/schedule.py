@@ -9,9 +9,8 @@ row i (the minimal realization of a linear system, Ho and Kalman 1966). Whole ru
 
 import copy
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +27,6 @@ sigmas); one that clips at 0.5 to 1000 is off by 0.26 or more."""
 _CLIPPING = ("clip_sample", "thresholding", "clip_denoised")
 _SHAPE = (2, 4, 4, 4)  # two pictures, so that a scheduler that mixes them is noticed
 _RUNS = ((1.0, False), (1000.0, True))  # amplitude, replaced samples; clipping shows at one of the amplitudes
-
-R = TypeVar("R", int, Run)
 
 
 def tabulate(scheduler: Any, run: Run) -> Table:
@@ -51,13 +48,6 @@ def tabulate(scheduler: Any, run: Run) -> Table:
         remedy = f"set {' and '.join(options)} to false with --scheduler '{off}' (add \"_class_name\" for a class), or "
         reason = f"has {named} in its config, and clipping is not linear"
         raise refusal(type(scheduler).__name__, reason, remedy) from error
-
-
-def tabulate_all(scheduler: Any, runs: Iterable[R]) -> dict[R, Table]:
-    """Return run → table, all of one K; a step count is text-to-image's run of so many steps."""
-    tables = {run: tabulate(scheduler, run if isinstance(run, Run) else Run(run)) for run in runs}
-    K = max((table.K for table in tables.values()), default=1)
-    return {run: pad(table, K) for run, table in tables.items()}
 
 
 def pad(table: Table, K: int) -> Table:

@@ -10,13 +10,14 @@ import torch
 from safetensors.numpy import save
 
 from turbochain.export import inversion, load, schedule
+from turbochain.export.chains import Layout
 from turbochain.export.families import Family, Shape
 from turbochain.export.order import Recipe
 from turbochain.export.run import Run
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tasks import Task
 from turbochain.export.tracing import time
-from turbochain.runtime.bundle.manifest import TableEntry, TokenizerFile
+from turbochain.runtime.bundle.manifest import Chain, TableEntry, TokenizerFile
 from turbochain.runtime.chain.tables import ARRAYS, Table
 from turbochain.runtime.errors import InputError
 
@@ -77,6 +78,28 @@ def make(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, dict[str, Made]]:
     return {
         task: {name: replace(one, table=schedule.pad(one.table, K)) for name, one in tables.items()}
         for task, tables in made.items()
+    }
+
+
+def layout(checkpoint: Checkpoint, recipe: Recipe, made: Mapping[str, Mapping[str, Made]]) -> Layout:
+    """Return what decides the chains and graphs, with the K of the tables of `make`."""
+    K = next(one.table.K for tables in made.values() for one in tables.values())
+    return recipe.layout(checkpoint.family, checkpoint.configs, K, checkpoint.family.zeros(checkpoint.index))
+
+
+def chains(
+    checkpoint: Checkpoint, recipe: Recipe, layout: Layout, made: Mapping[str, Mapping[str, Made]]
+) -> dict[str, Chain]:
+    """Return every chain by its name, with the tables of `make`."""
+    return {
+        layout.name(task, shape): layout.chain(
+            task,
+            shape,
+            {name: one.entry for name, one in made[task.name].items()},
+            defaults(checkpoint, recipe, task, made[task.name]),
+        )
+        for task in layout.tasks
+        for shape in layout.shapes
     }
 
 

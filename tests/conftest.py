@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,17 +164,18 @@ class Here(Phases):
 
     def run(self, name: str, job: str, /, *, keep: bool = False, online: bool = False, **arguments: Any) -> Any:
         if self.donor and arguments.get("component") and arguments["component"] not in self.traced:
-            return self._copy(arguments["component"], arguments["folder"])
+            return self._copy(arguments["component"], arguments["folder"], arguments["remedies"])
         module, _, function = job.partition(":")
         start = time.perf_counter()
         result = getattr(importlib.import_module(module), function)(lambda done, total: None, **arguments)
         self.reports.append(PhaseReport(name, time.perf_counter() - start, 0))
         return strict_json.plain(result)
 
-    def _copy(self, component: str, folder: Path) -> Any:
+    def _copy(self, component: str, folder: Path, wanted: Collection[str]) -> Any:
         assert self.donor is not None
         (folder / "graphs").mkdir(exist_ok=True)
-        graphs: dict[str, Graph] = {n: g for n, g in self.donor.manifest.graphs.items() if g.component == component}
+        own = self.donor.manifest.graphs
+        graphs: dict[str, Graph] = {n: own[n] for n in wanted if own[n].component == component}
         for file in {f for g in graphs.values() for f in (*g.files, g.names)}:
             shutil.copyfile(self.donor.path / file, folder / file)
         return strict_json.plain(graphs)

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -18,7 +19,7 @@ from turbochain.export.families import GraphSpec, Shape, common
 from turbochain.export.remedies import Remedy
 from turbochain.export.sources.checkpoint import Checkpoint, Part, open_folder
 from turbochain.export.tracing import trace
-from turbochain.export.tracing.trace import Wanted
+from turbochain.export.tracing.trace import Columns, Wanted
 from turbochain.runtime.bundle.manifest import Graph
 
 ENCODERS = {"sd": "VaeEncoder", "sdxl": "SDXLVaeEncoder"}
@@ -42,21 +43,31 @@ def tiny_vae(folder: Path) -> Path:
 
 
 def encoder(checkpoint: Checkpoint) -> GraphSpec:
-    posterior = checkpoint.index["vae"][1] != "AutoencoderTiny"
-    return common.vae_encoder(ENCODERS[checkpoint.family.name], posterior)
+    return own(checkpoint, "vae_encoder")["vae_encoder"]
 
 
 def arithmetic(K: int = 1) -> dict[str, GraphSpec]:
     return {"start": common.start(), "blend": common.blend(), "step+guidance": common.guided_step(K)}
 
 
+def own(checkpoint: Checkpoint, name: str, K: int = 1) -> dict[str, GraphSpec]:
+    """The specification of a graph of this name."""
+    posterior = checkpoint.index["vae"][1] != "AutoencoderTiny"
+    return {name: common.graphs(checkpoint.family, K, posterior)[name]}
+
+
 def traced(
-    checkpoint: Checkpoint, specs: Mapping[str, GraphSpec], shape: Shape, folder: Path, remedy: Remedy | None = None
+    checkpoint: Checkpoint,
+    specs: Mapping[str, GraphSpec],
+    shape: Shape,
+    folder: Path,
+    remedy: Remedy | None = None,
+    columns: Columns = MappingProxyType({}),
 ) -> dict[str, Graph]:
     """The graphs, all of one component, in `folder`."""
     (component,) = {spec.component for spec in specs.values()}
     wanted = [Wanted(name, Placed(spec, shape), remedy or Remedy("fp32")) for name, spec in specs.items()]
-    return trace.export_graphs(checkpoint, component, wanted, {}, folder)
+    return trace.export_graphs(checkpoint, component, wanted, columns, folder)
 
 
 def run(folder: Path, graph: Graph, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -26,6 +26,9 @@ __all__ = ["one_thread"]  # a fixture that every test here uses
 VECTORS = {"<cat-toy>": (3, 2), "<dog>": (1, 1), "Midjourney": (2, 3), "<cat": (2, 1)}
 """Token → how many vectors each of SDXL's two text encoders has for it; SD has the first."""
 
+FEEDS = ("input_ids", "input_ids_2")
+"""What takes the ids of SDXL's prompts."""
+
 PROMPTS = (
     "a photo of a <cat-toy> in the snow",
     "<cat-toy><cat-toy>, and a <dog> with <cat-toy>",
@@ -66,7 +69,8 @@ def made(sdxl: Path, checkpoints: dict[str, Path], tmp_path_factory: pytest.Temp
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_ids_are_those_that_diffusers_feeds(family: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     pipe = with_inversions(checkpoints[family], tmp_path / "checkpoint")
-    for name, entry in tables.tokenizers(open_folder(tmp_path / "checkpoint"), tmp_path).items():
+    checkpoint = open_folder(tmp_path / "checkpoint")
+    for name, entry in tables.tokenizers(checkpoint, checkpoint.family.tokenizers, tmp_path).items():
         tokenizer = Tokenizer(tmp_path / entry.file, **{k: v for k, v in vars(entry).items() if k != "file"})
         reference = getattr(pipe, name.replace("input_ids", "tokenizer"))
         for prompt in PROMPTS:
@@ -91,7 +95,8 @@ def test_the_pictures_are_those_of_diffusers(made: tuple[Any, Bundle]) -> None:
 def test_the_reference_has_every_added_token(made: tuple[Any, Bundle]) -> None:
     pipe, bundle = made
     recorded = load_file(bundle.path / "reference.safetensors")
-    for name in bundle.manifest.tokenizers:
+    assert {*bundle.manifest.tokenizers} == {*FEEDS, *(f"negative_{name}" for name in FEEDS)}
+    for name in FEEDS:
         tokenizer = getattr(pipe, name.replace("input_ids", "tokenizer"))
         seen = np.concatenate([v.ravel() for key, v in recorded.items() if key.partition("/")[2] == name])
         assert {*tokenizer.added_tokens_encoder.values()} <= {*seen.tolist()}
@@ -130,7 +135,7 @@ def test_a_token_that_the_text_encoder_lacks_is_refused(checkpoints: dict[str, P
     pipe.tokenizer.add_tokens(["<cat-toy>", "<dog>"])
     pipe.save_pretrained(tmp_path / "checkpoint")
     with pytest.raises(InputError, match=r"has the added token '<cat-toy>' \(2 in all\), and its text encoder has"):
-        tables.tokenizers(open_folder(tmp_path / "checkpoint"), tmp_path)
+        tables.tokenizers(open_folder(tmp_path / "checkpoint"), {"input_ids": "tokenizer"}, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -145,4 +150,4 @@ def test_a_tokenizer_that_works_otherwise_is_refused(
     path.write_text(json.dumps({**json.loads(path.read_text()), **setting}))
     ((name, value),) = setting.items()
     with pytest.raises(InputError, match=f"{name}={value!r}, supported is"):
-        tables.tokenizers(open_folder(tmp_path / "checkpoint"), tmp_path)
+        tables.tokenizers(open_folder(tmp_path / "checkpoint"), {"input_ids": "tokenizer"}, tmp_path)

@@ -197,7 +197,8 @@ def made(
         case "true eos":  # transformers then pools at the first end marker; with 2, as hubs have it, at the largest id
             checkpoint, bundle = folder / "checkpoint", folder / "other.bundle"
             synthetic.write_checkpoint("sdxl-turbo-mini", checkpoint, eos_token_id=49407)
-            build_here(str(checkpoint), bundle, precision="fp32", size=chain.size, batch=chain.batch, quiet=True, **ON)
+            shape: dict[str, Any] = {"size": chain.size, "batch": chain.batch, "tasks": ["text-to-image"]}
+            build_here(str(checkpoint), bundle, precision="fp32", quiet=True, **shape, **ON)
     calls = _arguments(chain.size)
     for steps in STEPS:
         calls |= _grid(chain.batch, steps)

@@ -7,7 +7,7 @@ shared bundle, which has the same weights. Everything else is the export's own w
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def export_with(
 
     Only the graphs of the components `traced` differ from the donor's.
     """
-    order = ExportOrder(str(checkpoint), "fp32", size=SIZE, batch=batch, steps=steps)
+    order = ExportOrder(str(checkpoint), "fp32", tasks=(TEXT_TO_IMAGE,), sizes=(SIZE,), batches=(batch,), steps=steps)
     folder = output.with_name("partial")
     folder.mkdir()
     phases = Here(0, None, True, [], donor=donor, traced=traced)
@@ -92,7 +92,7 @@ def export_with(
     made = Bundle.open(output)
     (engine,) = (e for e in donor.engines().values() if not isinstance(e, Exception))
     graphs = {name: vars(engine.graphs[name]) | {"digest": made.graph_digest(name)} for name in made.manifest.graphs}
-    text = json.loads(strict_json.write(engine)) | {"graphs": graphs, "checks": {}}
+    text = json.loads(strict_json.write(engine)) | {"graphs": graphs, "checks": {}, "verified": {}}
     (output / "engines/any").mkdir(parents=True)
     (output / "engines/any/engine.json").write_text(json.dumps(text))
     return made
@@ -109,7 +109,7 @@ def made(
     bundle = export_with(tuple(CASES[name].rows), checkpoint, donor, BATCH[family, "fp32"], tmp_path / "x.bundle")
     chain = bundle.open_chain()
     assert chain.chain.K == CASES[name].K
-    assert {steps: chain.table(steps).rows for steps in chain.steps} == CASES[name].rows
+    assert {steps: chain.tables[chain.find(steps)].rows for steps in chain.steps} == CASES[name].rows
     assert ("multistep" in bundle.manifest.requires) == (chain.chain.K > 1)
     return checkpoint, bundle.path
 
@@ -149,7 +149,7 @@ def test_a_build_from_its_beginning(checkpoints: dict[str, Path], tmp_path: Path
     checkpoint = checkpoint_with(CASES["DPM++ 2M"], checkpoints["sd"], tmp_path / "checkpoint")
     bundle = tmp_path / "x.bundle"
     result = build(str(checkpoint), bundle, precision="fp32", size=SIZE, steps=[1, 8], quiet=True, **ON)
-    assert all(c.passed for c in result.checks[TEXT_TO_IMAGE])
+    assert all(c.passed for checks in result.checks.values() for c in checks)
     check(checkpoint, bundle, range(3))
 
 
@@ -190,7 +190,7 @@ def test_a_wrong_number_of_a_table_with_history_is_refused(made: tuple[Path, Pat
 class Dying(Here):
     """Phases of which the first export of a graph dies."""
 
-    def _copy(self, component: str, folder: Path) -> Any:
+    def _copy(self, component: str, folder: Path, wanted: Collection[str]) -> Any:
         raise PhaseDied(component)
 
 
@@ -200,7 +200,7 @@ def test_an_export_goes_on_from_a_copy_of_its_source(
     """One that was killed, of a source that is elsewhere by then; what lay there first is not read again."""
     donor, folder, output = Bundle.open(bundle_of("sd")), tmp_path / "partial", tmp_path / "x.bundle"
     first = shutil.copytree(checkpoints["sd"], tmp_path / "first")
-    order = ExportOrder(str(first), "fp32", size=SIZE, steps=(1,))
+    order = ExportOrder(str(first), "fp32", tasks=(TEXT_TO_IMAGE,), sizes=(SIZE,), steps=(1,))
     folder.mkdir()
     with pytest.raises(PhaseDied):
         bundling.export(
@@ -208,7 +208,7 @@ def test_an_export_goes_on_from_a_copy_of_its_source(
         )
     recorded = (folder / "reference.safetensors").stat()
     second = first.rename(tmp_path / "second")
-    order = ExportOrder(str(second), "fp32", size=SIZE, steps=(1,))
+    order = ExportOrder(str(second), "fp32", tasks=(TEXT_TO_IMAGE,), sizes=(SIZE,), steps=(1,))
     bundling.export(Here(0, None, True, [], donor=donor), order, order.recipe("fp32"), Digests(), folder, output, True)
     made = Bundle.open(output)
     made.check_files(full=True)

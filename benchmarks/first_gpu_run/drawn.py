@@ -7,7 +7,7 @@ import torch
 
 import torch_stages
 from torch_stages import Modules, Place
-from turbochain.export.families import Shape, common, of
+from turbochain.export.families import Shape
 from turbochain.export.remedies import Remedy
 from turbochain.export.sources import synthetic
 from turbochain.runtime import Bundle
@@ -27,6 +27,6 @@ def chain(
 ) -> tuple[Bundle, Modules]:
     """Return a bundle of one picture of size × size pixels per pass, and its stages. The models' weights are theirs."""
     bundle = hollow.of_models(checkpoint, parts, Shape(size, size, 1), folder)
-    specs = common.graphs(of(bundle.manifest.checkpoint.pipeline_class), bundle.open_chain().chain.K)
-    remedies = {name: Remedy(spec.precision or precision) for name, spec in specs.items()}
+    graphs = torch_stages.placed(bundle)
+    remedies = {name: Remedy(graph.spec.precision or precision) for name, graph in graphs.items()}
     return bundle, torch_stages.of_parts(parts, bundle, remedies, place.device)

@@ -1,6 +1,5 @@
 """Step: a model in full size with random weights. What does one graph buy over diffusers' own loop?"""
 
-import importlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ import torch_stages
 from torch_stages import OnGpu, Place
 from turbochain.export import load
 from turbochain.export.sources.checkpoint import Checkpoint
+from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
 
 from . import drawn
 from .chains import PROMPT, draw, figures, psnr
@@ -58,7 +58,7 @@ def diffusers_own(checkpoint: Path, parts: Mapping[str, torch.nn.Module]) -> Any
     """Return diffusers' pipeline of these models."""
     given = Checkpoint(checkpoint)
     family, index = given.family, given.index
-    kind = getattr(importlib.import_module("diffusers"), family.pipeline_class)
+    kind = load.pipeline_class(given, TEXT_TO_IMAGE)
     tokenizers = {folder: load.tokenizer(given, folder) for folder in family.tokenizers.values()}
     settings = {name: value for name, value in index.items() if name == "force_zeros_for_empty_prompt"}
     pipe = kind(**settings, **parts, **tokenizers, scheduler=load.scheduler(given), **family.pipeline_options)

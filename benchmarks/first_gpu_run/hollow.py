@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from turbochain.export import load, schedule, tables
-from turbochain.export.families import Shape, common
+from turbochain.export import tables
+from turbochain.export.chains import Layout
+from turbochain.export.families import Shape
+from turbochain.export.order import Recipe
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime import Bundle
 from turbochain.runtime.bundle import hashing, strict_json
@@ -36,16 +38,19 @@ def of_bundle(bundle: Bundle, folder: Path) -> Bundle:
 
 
 def of_models(checkpoint: Path, parts: Mapping[str, torch.nn.Module], shape: Shape, folder: Path) -> Bundle:
-    """Write into `folder` the bundle that an export of these models would make, for 1 to 4 steps, with empty graphs.
+    """Write into `folder` the bundle that an export of these models would make for text-to-image in 1 to 4 steps, with
+    empty graphs.
 
     `checkpoint`: all of a checkpoint but its weights. `parts`: component → model, in fp32. It has no reference.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    given = Checkpoint(checkpoint)
-    family, made = given.family, schedule.tabulate_all(load.scheduler(given), [1, 2, 3, 4])
-    shape = replace(shape, K=max(table.K for table in made.values()))
-    chain = common.text_to_image(family, shape, tables.entries(made))
-    tables.write(made, family, _reading_time(parts["unet"]), shape, folder / chain.tables_file)
+    given, size = Checkpoint(checkpoint), (shape.width, shape.height)
+    recipe = Recipe(checkpoint.name, {}, "fp32", tasks=(TEXT_TO_IMAGE,), sizes=(size,), batches=(shape.batch,))
+    family, made = given.family, tables.make(given, recipe)
+    layout = tables.layout(given, recipe, made)
+    ((name, chain),) = tables.chains(given, recipe, layout, made).items()
+    unet = _reading_time(parts["unet"])
+    tables.write(made[TEXT_TO_IMAGE], family, unet, layout.shapes[0], folder / chain.tables_file)
     return _sealed(
         Manifest(
             format_version=FORMAT_VERSION,
@@ -55,34 +60,48 @@ def of_models(checkpoint: Path, parts: Mapping[str, torch.nn.Module], shape: Sha
             created="",
             created_by={},
             requires={},
-            tokenizers=tables.tokenizers(given, folder),
-            graphs=dict(_graphs(given, shape, tables.columns(folder / chain.tables_file))),
-            chains={TEXT_TO_IMAGE: chain},
+            tokenizers=tables.tokenizers(given, layout.tokenizers(), folder),
+            graphs=dict(_graphs(layout, tables.columns(folder / chain.tables_file))),
+            chains={name: chain},
             files={},
         ),
         folder,
     )
 
 
-def _graphs(
-    checkpoint: Checkpoint, shape: Shape, columns: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, Graph]]:
-    """Yield the graphs of a family. Wiring is name equality: an output is what reads it, and the picture is known."""
-    specs = common.graphs(checkpoint.family, shape.K)
+def _graphs(layout: Layout, columns: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Graph]]:
+    """Yield the graphs of a chain. Wiring is name equality: an output is what reads it, and the picture is known."""
+    ((shape,), graphs) = layout.shapes, layout.graphs()
     inputs = {
         name: tuple(
-            Tensor(k, *(v or ("float32", columns[k]))) for k, v in spec.inputs(checkpoint.configs, shape).items()
+            Tensor(k, *(v or ("float32", columns[k])))
+            for k, v in graph.spec.inputs(layout.configs, graph.shape).items()
         )
-        for name, spec in specs.items()
+        for name, graph in graphs.items()
     }
     read = {t.name: t for of in inputs.values() for t in of}
     read["image"] = Tensor("image", "uint8", (shape.batch, shape.height, shape.width, 3))
-    if "history" in read:
-        read["next_history"] = replace(read["history"], name="next_history")
-    for name, spec in specs.items():
-        outputs = tuple(read[output] for output in spec.outputs)
-        precision = spec.precision or "fp32"
-        yield name, Graph(spec.role, spec.component, "", (), "", precision, 21, inputs[name], outputs)
+    for name, like in (("guided_prediction", "prediction"), ("next_history", "history")):
+        if like in read:
+            read[name] = replace(read[like], name=name)
+    for name, graph in graphs.items():
+        spec = graph.spec
+        yield (
+            name,
+            Graph(
+                role=spec.role,
+                component=spec.component,
+                file="",
+                data=(),
+                names="",
+                precision=spec.precision or "fp32",
+                opset=21,
+                inputs=inputs[name],
+                outputs=tuple(read[output] for output in spec.outputs),
+                size=(shape.height, shape.width) if spec.sized else (),
+                batch=shape.batch,
+            ),
+        )
 
 
 def _reading_time(unet: Any) -> Any:

@@ -61,7 +61,8 @@ def against_diffusers(report: Report, prepared: Path, place: Callable[[], Place]
     """Report the verification of a miniature in both precisions."""
     for precision in ("fp32", "fp16"):
         mini = miniature(prepared, place, family, precision)
-        report.attempt(f"{family} {precision}, against diffusers", partial(checks, mini, precision))
+        for chain in mini.bundle.manifest.chains:
+            report.attempt(f"{family} {precision}, {chain}, against diffusers", partial(checks, mini, precision, chain))
 
 
 def others(report: Report, prepared: Path, place: Callable[[], Place], family: str, counts: Counts) -> None:
@@ -86,13 +87,13 @@ def exact() -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def checks(mini: Miniature, precision: str) -> dict[str, Any]:
-    """Return every figure of the verification, the worst first, and whether all passed."""
-    chain, remedies = mini.bundle.open_chain(), torch_stages.remedies_of(mini.bundle, precision)
+def checks(mini: Miniature, precision: str, name: str) -> dict[str, Any]:
+    """Return every figure of a chain's verification, the worst first, and whether all passed."""
+    chain, remedies = mini.bundle.open_chain(name), torch_stages.remedies_of(mini.bundle, precision)
     executor = torch_stages.executor(mini.bundle, mini.made, mini.place())
     try:
         executor.load(chain.graphs)
-        found = verify.verify(chain, executor, {name: of.precision for name, of in remedies.items()})
+        found = verify.verify(chain, executor, {graph: remedies[graph].precision for graph in chain.graphs})
     finally:
         executor.close()
     said = {f"{c.stage}: {c.metric}": f"{c.value:.3g} ({verify.bound_text(c)})" for c in found}

@@ -72,7 +72,9 @@ def add_cases(path: Path, off: int) -> None:
     with safe_open(path, framework="numpy") as file:
         cases = json.loads(file.metadata()["cases"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    for i, case in enumerate(list(cases)):
+    for i, case in enumerate([*cases]):
+        if case["chain"] != FIRST:
+            continue
         mine = {name: tensors[name] for name in list(tensors) if name.startswith(f"{i}/")}
         mine[f"{i}/image"] = mine[f"{i}/image"] + mine[f"{i}/image"].dtype.type(off)
         mine[f"{i}/plain"] = mine[f"{i}/image"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,9 +23,9 @@ from turbochain.runtime.bundle.manifest import Engine
 
 BUILD = Path(sys.executable).with_name("build-engine")
 CHAIN = "text-to-image"
-GRAPHS = ("text_encoder", "unet", "step", "vae_decoder")
+GRAPHS = ("text_encoder", "unet", "step", "step+guidance", "vae_decoder", "vae_encoder", "start")
 EXPORT = ["load", "reference", *(f"export {c}" for c in ("text_encoder", "unet", "vae", "sampler"))]
-ENGINE = [*(f"compile {g}" for g in GRAPHS), f"verify {CHAIN}"]
+ENGINE = [*(f"compile {g}" for g in GRAPHS), f"verify {CHAIN}", "verify image-to-image"]
 ALL = EXPORT + ENGINE
 
 
@@ -116,7 +117,7 @@ def test_an_engine_that_fails_is_not_installed(sd: Path, copy_of, case: str) -> 
     done = command("build-engine", bundle, *ON_ARGUMENTS)
     assert (done.returncode, done.stdout) == (1, ""), done
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("build-engine: error: the result differs from what diffusers produced: ")
+    assert last.startswith(f"build-engine: error: chain {CHAIN}: the result differs from what diffusers produced: ")
     assert expected in last and "the bound is ≤ " in last and "Traceback" not in done.stderr
     assert sizes(bundle) == before and not list(bundle.glob("engines/*"))
 
@@ -125,18 +126,22 @@ def test_the_summary_and_the_phases(sd: Path, copy_of) -> None:
     bundle = copy_of(sd)
     shutil.rmtree(bundle / "engines")
     done = command("build-engine", bundle, *ON_ARGUMENTS)
-    head, rule, *rows = done.stdout.splitlines()
+    _, first, second = re.split(r"^chain (?=text-to-image$|image-to-image$)", done.stdout, flags=re.M)
+    (name, head, rule, *rows), (other, same, _, *others) = first.splitlines(), second.splitlines()
+    assert (name, other) == (CHAIN, "image-to-image") and head.split() == same.split()
     assert head.split("  ")[0] == "stage" and set(rule) == {"-", " "}
     columns = [c.strip() for c in head.split("  ") if c.strip()]
     assert columns == ["stage", "precision", "engine size", "build time", "error", "bound", "remedy"]
     judged = ["ids", "schedule", "text_encoder", "unet", "step", "vae_decoder", "vae_decoder", "image", "image"]
-    assert [row.split()[0] for row in rows[:9]] == judged
+    assert [row.split()[0] for row in rows] == [*judged, "step+guidance"]
+    images = {row.split()[0] for row in others if "≤" in row}
+    assert images == {*judged, "step+guidance", "vae_encoder", "start"}
     assert all(text in rows[2] for text in ("fp32", "MiB", " s ", "max_abs", "≤ 0.001"))
     assert f"{bundle}: built and verified in " in done.stdout and "backend onnxruntime (" in done.stdout
     engine = strict_json.read(Engine, next(bundle.glob("engines/*/engine.json")))
     assert set(engine.graphs) == set(GRAPHS) and all(graph.build_seconds > 0 for graph in engine.graphs.values())
-    assert set(engine.checks) == {CHAIN} and engine.checks[CHAIN]
-    assert all(check.passed for check in engine.checks[CHAIN])
+    assert {*engine.checks} == {CHAIN, "image-to-image"} and all(engine.checks.values())
+    assert all(check.passed for checks in engine.checks.values() for check in checks)
 
 
 def test_the_result_as_json(sd: Path) -> None:

@@ -23,7 +23,8 @@ from turbochain.runtime.bundle import hashing, strict_json, writing
 from turbochain.runtime.bundle.manifest import Engine
 
 BUILD = Path(sys.executable).with_name("build-engine")
-GRAPHS = ("text_encoder", "unet", "step", "vae_decoder")
+GRAPHS = ("text_encoder", "unet", "step", "step+guidance", "vae_decoder")
+OF_IMAGES = ("vae_encoder", "start")
 INT8: dict[str, Any] = {
     "backend": "openvino",
     "options": {"inference_precision": "fp32", "vae_int8": True},
@@ -46,9 +47,11 @@ def inodes(folder: Path) -> dict[str, int]:
 
 @pytest.fixture
 def bundle(sd: Path, copy_of: Callable[[Path], Path]) -> Path:
-    """The SD miniature without an engine."""
+    """The SD miniature without an engine, and with text-to-image alone."""
     copy = copy_of(sd)
     shutil.rmtree(copy / "engines")
+    edit_json(copy / "bundle.json", lambda m: m["chains"].pop("image-to-image"))
+    edit_json(copy / "bundle.json", lambda m: [m["graphs"].pop(name) for name in OF_IMAGES])
     return copy
 
 

@@ -1,5 +1,6 @@
 """`turbochain.export.export`: a checkpoint becomes a bundle without an engine; an order is checked before any work."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ def test_a_bundle_without_an_engine(bundle: Path) -> None:
     found = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file()}
     assert found == {*opened.manifest.files, "bundle.json", "source.json"}
     recipe = convert(Recipe, opened.manifest.request)
-    assert recipe == ExportOrder("demo", size=(512, 512), steps=(1, 2, 3, 4)).recipe("fp32")
+    assert recipe == ExportOrder("demo", sizes=((512, 512),), batches=(1,), steps=(1, 2, 3, 4)).recipe("fp32")
+    assert recipe.tasks == ("text-to-image", "image-to-image")
 
 
 def test_every_part_tells_where_it_came_from(bundle: Path) -> None:
@@ -75,6 +77,20 @@ def test_what_cannot_be_found_leaves_nothing(
 
 def test_an_order_lists_every_problem() -> None:
     with pytest.raises(InputError) as caught:
-        ExportOrder("demo", precision="int8", vae_precision="fp16", size=(100, 64), batch=0, steps=(0,), opset=3)
+        ExportOrder(
+            "demo",
+            precision="int8",
+            vae_precision="fp16",
+            sizes=((512, 512), (100, 64)),
+            batches=(1, 0),
+            steps=(0,),
+            opset=3,
+            guidance_scale=-1,
+            guidance_scales=(math.inf,),
+            strengths=(0.5, 1.5),
+            tasks=(),
+        )
     words = ("precision 'int8'", "'fp16' of the VAE", "size 100x64", "batch 0", "steps [0]", "opset 3")
+    words += ("guidance scale -1", "guidance scale inf", "strength 1.5", "tasks: at least one")
     assert all(word in str(caught.value) for word in words)
+    assert "512x512" not in str(caught.value) and "strength 0.5" not in str(caught.value)

@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import image_graphs
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LatentConsistencyModelImg2ImgPipeline
@@ -16,11 +16,11 @@ from safetensors.numpy import load_file
 
 from turbochain.export import families, schedule, tables
 from turbochain.export.families import Shape
-from turbochain.export.remedies import Remedy
 from turbochain.export.run import Run
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.sources.synthetic import write_checkpoint
-from turbochain.export.tracing import modules, time, trace
+from turbochain.export.tracing import modules, time
+from turbochain.runtime.bundle.manifest import TableEntry
 
 PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 SHAPE = Shape(64, 64, 1)
@@ -44,8 +44,11 @@ def written(request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path_f
     shorter = schedule.tabulate(pipeline.scheduler, Run(2))
     path = tmp_path_factory.mktemp("tables") / "t.safetensors"
     family = families.of(PIPELINES[request.param])
-    made = {"a": table, "b": table, "c": shorter}
-    tables.write(made, family, pipeline.unet, SHAPE, path, SCALES)
+    made = {
+        name: tables.Made(TableEntry(of.rows, of.rows, guidance_scale=SCALES[name]), of)
+        for name, of in {"a": table, "b": table, "c": shorter}.items()
+    }
+    tables.write(made, family, pipeline.unet, SHAPE, path)
     return request.param, pipeline, load_file(path)
 
 
@@ -126,9 +129,10 @@ def test_the_graph_is_diffusers_unet(written: Any, folders: dict[str, Path], tmp
     index = json.loads((folder / "model_index.json").read_text()) | {"_class_name": PIPELINES[family]}
     (folder / "model_index.json").unlink()  # a link to the shared file
     (folder / "model_index.json").write_text(json.dumps(index))
-    trace.export(Checkpoint(folder, None), "unet", SHAPE, {"unet": Remedy("fp32")}, shapes, tmp_path)
-    session = onnxruntime.InferenceSession(tmp_path / "graphs/unet.onnx", providers=["CPUExecutionProvider"])
-    (made,) = session.run(None, {i.name: given[i.name].numpy() for i in session.get_inputs()})
+    checkpoint = Checkpoint(folder, None)
+    graphs = image_graphs.traced(checkpoint, image_graphs.own(checkpoint, "unet"), SHAPE, tmp_path, columns=shapes)
+    read = {t.name: given[t.name] for t in graphs["unet"].inputs}
+    made = image_graphs.run(tmp_path, graphs["unet"], read)["prediction"]
     np.testing.assert_allclose(made, expected.numpy(), rtol=1e-3, atol=1e-3)
 
 

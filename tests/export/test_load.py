@@ -73,11 +73,12 @@ def parts_of(name: str) -> list[families.Family]:
 def test_every_class_over_the_parts_of_a_family_that_diffusers_draws_with_is_accepted() -> None:
     """The oracle: `AutoPipelineForText2Image` loads it as the family's pipeline, alone or beside a ControlNet."""
     drawn = {}
-    for name in (n for n in dir(diffusers) if n.startswith("StableDiffusion") and n.endswith("Pipeline")):
+    kinds = ("StableDiffusion", "LatentConsistencyModel")
+    for name in (n for n in dir(diffusers) if n.startswith(kinds) and n.endswith("Pipeline")):
         task = _get_task_class(AUTO_TEXT2IMAGE_PIPELINES_MAPPING, name, throw_error_if_not_exist=False)
         base = task and task.__name__.replace("ControlNetUnion", "").replace("ControlNet", "")
         drawn |= {name: base} if base in families.load() else {}
-    accepted = {name: f.pipeline_class for f in families.load().values() for name in (f.pipeline_class, *f.kin)}
+    accepted = {name: f.pipeline_class for f in families.load().values() for name in (*f.pipelines.values(), *f.kin)}
     assert accepted == drawn
     assert all(families.of(cls).pipeline_class == base for cls, base in drawn.items())
     assert all(families.of(cls) in parts_of(cls) for cls in drawn)

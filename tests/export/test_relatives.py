@@ -3,6 +3,8 @@
 The hub is its client's own cache, with miniatures in files of the real names.
 """
 
+import json
+import os
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ from test_load import copied
 from test_parity import assert_same_picture, load_diffusers, theirs
 
 from turbochain.engines import build
-from turbochain.export import asked, jobs, load, recipes, schedule
+from turbochain.export import asked, jobs, load, recipes, tables
 from turbochain.export.order import ExportOrder
 from turbochain.export.sources import Want
 from turbochain.export.sources.checkpoint import Checkpoint, open_folder
@@ -93,6 +95,13 @@ CARDS = {
 }
 
 
+def without_weights(folder: Path) -> Any:
+    """diffusers' own pipeline with its scheduler and tokenizers alone: a component given as None is not read."""
+    index = json.loads((folder / "model_index.json").read_text())
+    networks = [name for name in index if name.startswith(("text_encoder", "unet", "vae"))]
+    return diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **dict.fromkeys(networks))
+
+
 def distilled(checkpoint: Path, path: Path) -> None:
     """Write another UNet of the same architecture as one fp16 file with diffusers' names and no config."""
     weights = load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
@@ -104,6 +113,7 @@ def distilled(checkpoint: Path, path: Path) -> None:
 def files(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The hub's cache: owner, name and commit as folders of the client's making."""
     cache = tmp_path_factory.mktemp("hub")
+    written: dict[tuple[str, str], Path] = {}  # one file for each kind: what tells them apart is where they are
     for repository, names in PARTS.items():
         folder = cache / f"models--{repository.replace('/', '--')}"
         (folder / "refs").mkdir(parents=True)
@@ -113,11 +123,16 @@ def files(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         (snapshot / "README.md").write_text("---\nlicense: openrail++\n---\n")
         for name in names:
             family = "sd" if "15" in name or "v1-5" in repository else "sdxl"
-            if "unet" in name.lower():
+            kind = "unet" if "unet" in name.lower() else "kohya" if "Hyper" in name else "peft"
+            if (family, kind) in written:
+                os.link(written[family, kind], snapshot / name)
+                continue
+            written[family, kind] = snapshot / name
+            if kind == "unet":
                 distilled(checkpoints[family], snapshot / name)
             else:
                 layers = lora_files.draw(checkpoints[family], dtype=torch.float16, only="unet.", ranks=(2,))
-                lora_files.write(snapshot / name, layers, "kohya" if "Hyper" in name else "peft")
+                lora_files.write(snapshot / name, layers, kind)
     return cache
 
 
@@ -137,7 +152,7 @@ def bases(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def own(bases: dict[str, Path]) -> dict[str, Any]:
     """Family → the config of the scheduler that diffusers' pipeline has of its own."""
-    return {family: load_diffusers(folder).scheduler.config for family, folder in bases.items()}
+    return {family: without_weights(folder).scheduler.config for family, folder in bases.items()}
 
 
 @pytest.fixture
@@ -167,6 +182,7 @@ def test_a_unet_and_a_lora_with_timesteps_of_their_own(
     distilled(checkpoints["sd"], unet)
     lora_files.write(lora, lora_files.draw(checkpoints["sd"], only="unet."), "kohya")
     asked_for = {"unet": str(unet), "lora": [f"{lora}:0.5"], "recipe": "dmd2-4step", "size": SIZE, "quiet": True, **ON}
+    asked_for["tasks"] = ["text-to-image"]
     bundle = tmp_path / "a.bundle"
     made = build_here(str(checkpoints["sd"]), bundle, donor=sd, traced=("unet",), **asked_for)
     assert all(check.passed for check in made.checks["text-to-image"])
@@ -204,7 +220,9 @@ def test_a_recipe_is_what_the_models_page_says(
     name: str, cache: Path, bases: dict[str, Path], own: dict[str, Any], tmp_path: Path
 ) -> None:
     card = CARDS[name]
-    order = recipes.settle(ExportOrder(str(bases[card.family]), recipe_name=name, size=SIZE))
+    order = recipes.settle(
+        ExportOrder(str(bases[card.family]), recipe_name=name, sizes=(SIZE,), tasks=("text-to-image",))
+    )
     checkpoint = fetched(order, tmp_path)
     (given,) = {*filter(None, (order.unet, *(order.lora or ())))}
     part = checkpoint.parts["unet" if order.unet else "lora"]
@@ -215,7 +233,8 @@ def test_a_recipe_is_what_the_models_page_says(
     assert type(ours) is type(theirs) and ours.config == theirs.config
     theirs.set_timesteps(**card.call)
     steps = len(theirs.timesteps)
-    table = schedule.tabulate(ours, next(run for run in order.recipe("fp32").runs if run.steps == steps))
+    made = tables.make(checkpoint, order.recipe("fp32"))["text-to-image"].values()
+    table = next(one.table for one in made if one.entry.steps == steps)
     assert table.timesteps[table.index].tolist() == theirs.timesteps.tolist()
     x, predictions = torch.randn(1, 4, 4, 4), torch.randn(steps, 1, 4, 4, 4)
     drawn, noise = (torch.Generator().manual_seed(0) for _ in range(2))
@@ -246,7 +265,7 @@ def test_what_the_pipelines_constructor_changed_is_inherited(
     odd = {"scheduler/scheduler_config.json": {"steps_offset": 0, "clip_sample": True}}
     folder = copied(checkpoints[family], tmp_path / "checkpoint", odd)
     asked_for = asked.scheduler_changes(changes)
-    pipe = load_diffusers(folder)
+    pipe = without_weights(folder)
     kwargs = dict(asked_for)
     cls = getattr(diffusers, kwargs.pop("_class_name", type(pipe.scheduler).__name__))
     pipe.scheduler = cls.from_config(pipe.scheduler.config, **kwargs)
@@ -346,8 +365,8 @@ def test_a_file_that_the_cache_lacks_and_one_of_another_model(
     source = str(checkpoints["sd"])
     missing = LIGHTNING.replace("4step", "3step")
     with pytest.raises(InputError, match="ByteDance/SDXL-Lightning is neither on the hub under that name nor in the "):
-        fetched(ExportOrder(source, unet=missing, size=SIZE), tmp_path)
+        fetched(ExportOrder(source, unet=missing, sizes=(SIZE,)), tmp_path)
     with pytest.raises(InputError, match=re.escape("sdxl_lightning_4step_unet")):
-        fetched(ExportOrder(source, unet=LIGHTNING, size=SIZE), tmp_path)
+        fetched(ExportOrder(source, unet=LIGHTNING, sizes=(SIZE,)), tmp_path)
     with pytest.raises(InputError, match="dmd2_sdxl_4step_lora_fp16"):
-        fetched(ExportOrder(source, lora=(DMD2,), size=SIZE), tmp_path)
+        fetched(ExportOrder(source, lora=(DMD2,), sizes=(SIZE,)), tmp_path)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import image_graphs
 import numpy as np
 import onnx
 import pytest
@@ -22,11 +23,12 @@ from diffusers.models.attention_processor import Attention
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
 
-from turbochain.export import families, remedies
-from turbochain.export.families import Shape, common
+from turbochain.export import remedies, tasks
+from turbochain.export.chains import Layout, Placed
+from turbochain.export.families import Shape
 from turbochain.export.remedies import LARGEST, Remedy
 from turbochain.export.sources.checkpoint import open_folder
-from turbochain.export.tracing import attention, trace
+from turbochain.export.tracing import attention
 from turbochain.runtime import Bundle
 from turbochain.runtime.backends.contract import Device, Opened
 from turbochain.runtime.backends.cpu import CpuExecutor, Loaded
@@ -38,16 +40,21 @@ UNET_ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_checkpoint_that_fits_needs_nothing(bundle_of: BundleFactory, family: str) -> None:
+def test_a_checkpoint_that_fits_needs_nothing(
+    bundle_of: BundleFactory, checkpoints: dict[str, Path], family: str
+) -> None:
     """Not SDXL's VAE either, whose config has `force_upcast`."""
     bundle = Bundle.open(bundle_of(family, "fp16"))
     graphs = bundle.manifest.graphs
     assert {name: (g.precision, g.remedy) for name, g in graphs.items()} == {
-        name: ("fp32" if name == "step" else "fp16", "") for name in graphs
+        name: ("fp16" if g.component else "fp32", "") for name, g in graphs.items()
     }
-    specs = families.of(bundle.manifest.checkpoint.pipeline_class).graphs
-    decided = remedies.decide(specs, dict.fromkeys(specs, "fp16"), bundle.path / "reference.safetensors")
-    assert decided == dict.fromkeys(specs, Remedy("fp16"))
+    checkpoint = open_folder(checkpoints[family], None)
+    assert {g.component for g in graphs.values() if g.precision == "fp16"} == {*checkpoint.family.components}
+    specs = {n: image_graphs.own(checkpoint, n)[n] for n, g in graphs.items() if g.component}
+    placed = {name: Placed(spec, Shape(*SIZE, 1)) for name, spec in specs.items()}
+    decided = remedies.decide(placed, dict.fromkeys(placed, "fp16"), bundle.path / "reference.safetensors")
+    assert decided == dict.fromkeys(placed, Remedy("fp16")) and {"vae_encoder", "vae_decoder"} < decided.keys()
 
 
 @pytest.mark.parametrize("value", [1e5, math.inf, math.nan])
@@ -80,12 +87,17 @@ def test_attentions_near_the_limit_are_islands() -> None:
     assert decided.phrase == "fp32 attention in a.attn2 and 1 more"
 
 
-def test_another_precision_is_not_judged(tmp_path: Path, sd: Path) -> None:
-    family = families.of("StableDiffusionPipeline")
-    asked = common.precisions(family, "fp32", "bf16")
-    assert asked == {"text_encoder": "fp32", "unet": "fp32", "vae_decoder": "bf16", "step": "fp32"}
-    assert common.precisions(family, "fp16")["step"] == "fp32"  # whatever is asked for
-    decided = remedies.decide(common.graphs(family, 1), asked, sd / "reference.safetensors")
+def test_another_precision_is_not_judged(checkpoints: dict[str, Path], sd: Path) -> None:
+    checkpoint = open_folder(checkpoints["sd"], None)
+    layout = Layout(
+        checkpoint.family, checkpoint.configs, tasks.find(["text-to-image", "image-to-image"]), [Shape(*SIZE, 1)]
+    )
+    asked, arithmetic = layout.precisions("fp32", "bf16"), ("step", "step+guidance", "start")
+    vae = {"vae_decoder": "bf16", "vae_encoder": "bf16"}
+    assert asked == {"text_encoder": "fp32", "unet": "fp32", **vae, **dict.fromkeys(arithmetic, "fp32")}
+    half = layout.precisions("fp16")
+    assert {name for name, precision in half.items() if precision == "fp32"} == {*arithmetic}  # whatever is asked for
+    decided = remedies.decide(layout.graphs(), asked, sd / "reference.safetensors")
     assert decided == {name: Remedy(precision) for name, precision in asked.items()}
 
 
@@ -185,7 +197,7 @@ def large(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 def built(large: Path) -> tuple[Bundle, subprocess.CompletedProcess[str]]:
     path = large.with_name("large.bundle")
     size = "x".join(map(str, SIZE))
-    shape = ("--precision", "fp16", "--size", size, "--steps", "1")
+    shape = ("--precision", "fp16", "--size", size, "--steps", "1", "--tasks", "text-to-image")
     with phases_here():
         done = called("build-engine", large, "-o", path, *shape, *ON_ARGUMENTS)
     assert done.returncode == 0, done.stderr
@@ -245,9 +257,11 @@ def test_without_its_remedy_it_is_not(
     """So it is the remedy that the test above passes by."""
     bundle, _ = built
     component = bundle.manifest.graphs[name].component
-    plain = {name: Remedy("fp16")}
-    graph = trace.export(open_folder(large, None), component, Shape(*SIZE, 1), plain, {}, tmp_path)[name]
-    (case,) = reference.read_cases(bundle, "text-to-image")
+    checkpoint = open_folder(large, None)
+    specs = image_graphs.own(checkpoint, name)
+    assert specs[name].component == component
+    graph = image_graphs.traced(checkpoint, specs, Shape(*SIZE, 1), tmp_path, Remedy("fp16"))[name]
+    case = next(case for case in reference.read_cases(bundle, "text-to-image") if not case.modes)
     feeds = case.tensors | {"next_latents": case.tensors["next_latents"][-1]}
     path = tmp_path / graph.file
     model = onnx.load(path)
@@ -277,8 +291,8 @@ def test_the_name_map_says_by_what_a_parameter_was_multiplied(
 
 def test_a_bf16_decoder_is_valid_and_within_its_bound(sd: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     bundle, checkpoint = Bundle.open(sd), open_folder(checkpoints["sd"], None)
-    remedies = {"vae_decoder": Remedy("bf16")}
-    graph = trace.export(checkpoint, "vae", Shape(*SIZE, 1), remedies, {}, tmp_path)["vae_decoder"]
+    specs = image_graphs.own(checkpoint, "vae_decoder")
+    graph = image_graphs.traced(checkpoint, specs, Shape(*SIZE, 1), tmp_path, Remedy("bf16"))["vae_decoder"]
     onnx.checker.check_model(tmp_path / graph.file, full_check=True)
     names = json.loads((tmp_path / graph.names).read_text())
     assert names["decoder.conv_in.weight"] and names["encoder.conv_in.weight"] is None

@@ -17,8 +17,11 @@ import torch
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as image_to_image
 from diffusers.schedulers import scheduling_euler_ancestral_discrete as euler_ancestral
 
-from turbochain.export import load, reference, schedule
+from turbochain.export import load, schedule, tables, tasks
+from turbochain.export.chains import Layout
 from turbochain.export.families import Shape
+from turbochain.export.order import Recipe
+from turbochain.export.recording import Call, record_call
 from turbochain.export.run import Run
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime import InputError
@@ -297,12 +300,22 @@ def test_noise_is_drawn_where_the_sampler_uses_it(name: str, noisy: int) -> None
     assert table.w.any(axis=1).tolist() == [i < noisy for i in range(4)]
 
 
-def test_one_K_for_several_step_counts() -> None:
-    scheduler = sampler("DPMSolverMultistepScheduler")
-    tables = schedule.tabulate_all(scheduler, (1, 2, 8))
-    assert {steps: (table.K, table.rows) for steps, table in tables.items()} == {1: (2, 1), 2: (2, 2), 8: (2, 8)}
-    for steps, table in tables.items():
-        wide = schedule.pad(table, 4)
+def test_one_K_for_several_step_counts_and_tasks(checkpoints: dict[str, Path]) -> None:
+    """One step of a multistep solver needs no history, nor does the last one alone."""
+    name = "DPMSolverMultistepScheduler"
+    checkpoint = Checkpoint(checkpoints["sd"], None, scheduler={"_class_name": name})
+    made = tables.make(checkpoint, Recipe("", {}, "fp32", steps=(1, 2, 8)))
+    entries = {task: [(one.entry.steps, one.entry.begin) for one in of.values()] for task, of in made.items()}
+    assert entries == {
+        "text-to-image": [(1, 0), (2, 0), (8, 0)],
+        "image-to-image": [(steps, begin) for steps in (1, 2, 8) for begin in range(steps)],
+    }
+    scheduler = load.scheduler(checkpoint)
+    assert [schedule.tabulate(scheduler, Run(steps)).K for steps in (1, 2, 8)] == [1, 1, 2]
+    for entry, table in ((one.entry, one.table) for of in made.values() for one in of.values()):
+        assert (table.K, table.rows) == (2, entry.rows) == (2, entry.steps - entry.begin)
+    for steps in (1, 2, 8):
+        wide = schedule.pad(made["text-to-image"][str(steps)].table, 4)
         assert wide.K == 4
         for replaced in (False, True):
             assert largest_error(wide, follow(scheduler, Run(steps), replaced)[1], replaced) <= BOUND
@@ -459,11 +472,14 @@ def pipeline(checkpoints: dict[str, Path]) -> Any:
 
 def check_recording(pipeline: Any, checkpoint: Checkpoint, table: Table, steps: int) -> None:
     """Run diffusers' pipeline: the table must make each recorded result of what was recorded before it."""
-    case = {"prompt": ["a"], "seed": 5, "num_inference_steps": steps}
+    family, shape = checkpoint.family, Shape(64, 64, 1, table.K)
+    layout = Layout(family, checkpoint.configs, tasks.find(["text-to-image"]), [shape])
+    chain = layout.chain(layout.tasks[0], shape, {}, {})
+    call = Call("text-to-image", str(steps), [], ["a"], 5, steps)
     timesteps: list[float] = []
     hook = pipeline.unet.time_proj.register_forward_hook(lambda _, args, __: timesteps.append(float(args[0][0])))
     with torch.inference_mode():
-        got = reference.run_case(pipeline, checkpoint, Shape(64, 64, 1), case)
+        got = record_call(pipeline, checkpoint, chain, call)
     hook.remove()
     assert table.timesteps[table.index].tolist() == timesteps and len(got["latents"]) == table.rows
     start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5)).numpy()
@@ -499,7 +515,8 @@ def test_a_call_that_changes_the_scheduler_does_not_change_the_next(
     """DPMSolverSinglestepScheduler sets `lower_order_final` for an odd number of steps, and leaves it so."""
     pipeline.scheduler = sampler("DPMSolverSinglestepScheduler", final_sigmas_type="sigma_min")
     checkpoint = Checkpoint(checkpoints["sd"], None)
-    for steps, table in schedule.tabulate_all(pipeline.scheduler, (3, 2)).items():
+    made = {steps: schedule.tabulate(pipeline.scheduler, Run(steps)) for steps in (3, 2)}
+    for steps, table in made.items():
         check_recording(pipeline, checkpoint, table, steps)
     assert not pipeline.scheduler.config.lower_order_final
 

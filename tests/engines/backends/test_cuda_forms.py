@@ -69,7 +69,7 @@ def unequal(nodes: list[onnx.NodeProto]) -> list[str]:
 
 def test_no_node_is_left_to_the_host(forms: Opened, nodes: dict[str, list[onnx.NodeProto]], tmp_path: Path) -> None:
     for graph, found in nodes.items():
-        assert not kinds(found) & {*ON_HOST, "GroupNormalization"}, graph
+        assert found and not kinds(found) & {*ON_HOST, "GroupNormalization", "Pad"}, graph
     assert kinds(optimised(forms, "vae_decoder", tmp_path / "was.onnx", bare=True)) & ON_HOST
 
 
@@ -99,13 +99,14 @@ class FormsOnCpu(onnxruntime.OnnxRuntimeCpu):
 
 
 def test_the_forms_pass_against_diffusers(forms: Opened) -> None:
-    chain = forms.bundle.open_chain()
     executor = FormsOnCpu(forms)
-    executor.load(chain.graphs)
-    checks = verify.verify(chain, executor, dict.fromkeys(chain.graphs, "fp16"), lambda *_: None)
+    for name, its_own in (("text-to-image", "unet"), ("image-to-image", "vae_encoder")):
+        chain = forms.bundle.open_chain(name)
+        executor.load(chain.graphs)
+        checks = verify.verify(chain, executor, dict.fromkeys(chain.graphs, "fp16"), lambda *_: None)
+        verify.require(checks)
+        assert {check.stage for check in checks} >= {its_own, "vae_decoder", "image"}
     executor.close()
-    verify.require(checks)
-    assert {check.stage for check in checks} >= {"unet", "vae_decoder", "image"}
 
 
 def test_an_engine_without_a_form_says_what_to_do(forms: Opened, tmp_path: Path) -> None:

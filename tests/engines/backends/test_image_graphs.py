@@ -1,10 +1,10 @@
-"""The graphs of image-to-image, inpainting and guidance in every engine's form, and on libraries besides ONNX Runtime.
+"""The VAE's encoder in lower precisions on OpenVINO against diffusers in fp32, and what no shared bundle has.
 
-The encoder in lower precisions against diffusers in fp32; the forms against the graphs that they are made of.
+The other engines' forms of the shared bundles' graphs, the encoder among them, have tests of their own.
 """
 
-import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import onnx
 import openvino
 import pytest
 import torch
+from conftest import BundleFactory
 from diffusers import AutoencoderKL
 from fp64 import in_fp64
 from image_graphs import SQUARE
@@ -28,6 +29,7 @@ from turbochain.engines.forms.group_norm import expand_group_norms
 from turbochain.engines.forms.tensorrt import rewrite
 from turbochain.export.families import common
 from turbochain.export.remedies import Remedy
+from turbochain.runtime import Bundle
 from turbochain.runtime.backends import onnxruntime_sessions as sessions
 from turbochain.runtime.backends import openvino_model
 from turbochain.runtime.backends.onnxruntime import CUDA_WITHOUT
@@ -35,28 +37,31 @@ from turbochain.runtime.bundle.manifest import Graph
 from turbochain.runtime.checks.bounds import BOUNDS
 from turbochain.runtime.checks.metrics import relative_l2
 
-Traced = tuple[Path, dict[str, Graph]]
-
-
-def encoder_of(checkpoint: Path, folder: Path, precision: str) -> Traced:
-    opened = image_graphs.checkpoint(checkpoint)
-    specs = {"vae_encoder": image_graphs.encoder(opened)}
-    return folder, image_graphs.traced(opened, specs, SQUARE, folder, Remedy(precision))
+Traced = tuple[Path, Mapping[str, Graph]]
 
 
 @pytest.fixture(scope="module")
-def half(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Traced:
-    """SD's encoder in fp16, and the graphs without weights; the sampler's step also with a history."""
-    folder, graphs = encoder_of(checkpoints["sd"], tmp_path_factory.mktemp("half"), "fp16")
-    opened = image_graphs.checkpoint(checkpoints["sd"])
-    specs = image_graphs.arithmetic() | {"multistep": common.guided_step(2)}
-    return folder, graphs | image_graphs.traced(opened, specs, SQUARE, folder)
+def half(bundle_of: BundleFactory) -> Traced:
+    """SD's encoder in fp16, of a shared bundle."""
+    bundle = Bundle.open(bundle_of("sd", "fp16"))
+    return bundle.path, bundle.manifest.graphs
 
 
 @pytest.fixture(scope="module")
 def bf16(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Traced:
     """SDXL's encoder in bf16."""
-    return encoder_of(checkpoints["sdxl"], tmp_path_factory.mktemp("bf16"), "bf16")
+    opened, folder = image_graphs.checkpoint(checkpoints["sdxl"]), tmp_path_factory.mktemp("bf16")
+    specs = image_graphs.own(opened, "vae_encoder")
+    return folder, image_graphs.traced(opened, specs, SQUARE, folder, Remedy("bf16"))
+
+
+@pytest.fixture(scope="module")
+def others(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What no shared bundle has: inpainting's own graph, and a guided step with a history."""
+    opened, folder = image_graphs.checkpoint(checkpoints["sd"]), tmp_path_factory.mktemp("others")
+    specs = image_graphs.own(opened, "blend") | {"multistep": common.guided_step(2)}
+    found = image_graphs.traced(opened, specs, SQUARE, folder)
+    return {name: folder / graph.file for name, graph in found.items()}
 
 
 def case(vae: Path) -> tuple[dict[str, Any], np.ndarray]:
@@ -105,63 +110,36 @@ def test_openvino_runs_the_encoder(checkpoints: dict[str, Path], half: Traced, b
     assert 1e-5 < error < BOUNDS[precision]["image_latents"]["relative_l2"]
 
 
-def test_onnx_runtime_runs_the_encoder_in_fp16(checkpoints: dict[str, Path], half: Traced) -> None:
-    feeds, expected = case(checkpoints["sd"] / "vae")
-    made = image_graphs.run(half[0], half[1]["vae_encoder"], feeds)["image_latents"]
-    assert 1e-5 < relative_l2(made, expected) < BOUNDS["fp16"]["image_latents"]["relative_l2"]
-
-
-def reads_flattened(model: onnx.ModelProto) -> int:
-    """How many norms read what a Reshape made."""
-    made_by = {output: node.op_type for node in model.graph.node for output in node.output}
-    norms = [node for node in model.graph.node if node.op_type == "GroupNormalization"]
-    return sum(made_by[norm.input[0]] == "Reshape" for norm in norms)
-
-
-def test_tensorrts_forms_compute_the_same(half: Traced, tmp_path: Path) -> None:
-    """In fp64, by ONNX's own evaluator."""
-    folder, graphs = half
-    for name, graph in graphs.items():
-        old, wide, draw = in_fp64(folder / graph.file), tmp_path / f"{name}.onnx", np.random.default_rng(0)
-        onnx.save(old, wide)
-        new = onnx.load_from_string(rewrite(wide))
-        feeds = {t.name: draw.normal(size=t.shape) for t in graph.inputs}
-        for expected, made in zip(*(ReferenceEvaluator(m).run(None, feeds) for m in (old, new)), strict=True):
-            np.testing.assert_allclose(made, expected, rtol=0, atol=1e-11 * np.abs(expected).max())
-        assert (reads_flattened(old), reads_flattened(new)) == (name == "vae_encoder", 0)  # the attention's norm
-        assert kinds(old.graph.node) == kinds(new.graph.node)
+def on_cuda(path: Path, folder: Path) -> list[onnx.NodeProto]:
+    """The nodes of a graph's form for ONNX Runtime's CUDA provider, as they run."""
+    options = sessions.default_options()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    (folder / "form.onnx").write_bytes(form(path, [expand_group_norms, widen]))
+    sessions.load(str(folder / "form.onnx"), "form", options, sessions.CPU, {}, CUDA_WITHOUT)
+    return list(onnx.load(folder / "optimised.onnx", load_external_data=False).graph.node)
 
 
 @pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")
-def test_tensorrt_builds_every_graph(half: Traced) -> None:
-    """In its own form, and the encoder as it is too."""
-    folder, graphs = half
-    built = [(name, True) for name in graphs] + [("vae_encoder", False)]
-    for name, rewritten in built:
-        size, said = serialize(folder / graphs[name].file, name, rewrite=rewritten)
-        assert size > 1000 and re.findall(r"^Name: ([^,]+), LayerType: \w+", said, re.M)
+@pytest.mark.parametrize("name", ["blend", "multistep"])
+def test_every_engine_takes_it(others: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """As `test_tensorrt`, `test_tensorrt_form` and `test_cuda_forms` try the graphs of the shared bundles."""
+    path = others[name]
+    size, said = serialize(path, name)
+    assert size > 1000 and re.findall(r"^Name: ([^,]+), LayerType: \w+", said, re.M)
+    old, draw = in_fp64(path), np.random.default_rng(0)
+    onnx.save(old, tmp_path / "wide.onnx")
+    new = onnx.load_from_string(rewrite(tmp_path / "wide.onnx"))
+    feeds = {i.name: draw.normal(size=[d.dim_value for d in i.type.tensor_type.shape.dim]) for i in old.graph.input}
+    for expected, made in zip(*(ReferenceEvaluator(model).run(None, feeds) for model in (old, new)), strict=True):
+        np.testing.assert_allclose(made, expected, rtol=0, atol=1e-11 * np.abs(expected).max())
+    assert kinds(old.graph.node) == kinds(new.graph.node)
+    found = on_cuda(path, tmp_path)
+    assert found and not kinds(found) & {*ON_HOST, "Pad"} and not unequal(found)
 
 
-def test_the_cuda_provider_leaves_nothing_to_the_host(half: Traced, bf16: Traced, tmp_path: Path) -> None:
-    """As ONNX Runtime would run the forms; its CPU provider does not take bf16, so that form is seen as it is."""
-    folder, graphs = half
-    for name, graph in graphs.items():
-        options = sessions.default_options()
-        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-        path = folder / f"graphs/{name}.form.onnx"  # beside the data
-        path.write_bytes(form(folder / graph.file, [expand_group_norms, widen]))
-        sessions.load(str(path), name, options, sessions.CPU, {}, CUDA_WITHOUT)
-        found = list(onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node)
-        assert found and not kinds(found) & {*ON_HOST, "GroupNormalization", "Pad"} and not unequal(found), name
+def test_the_cuda_form_in_bf16_leaves_nothing_to_the_host(bf16: Traced) -> None:
+    """ONNX Runtime's CPU provider does not take bf16, so the form is seen as it is."""
     folder, graphs = bf16
-    found = onnx.load_from_string(form(folder / graphs["vae_encoder"].file, [expand_group_norms, widen])).graph.node
+    path = folder / graphs["vae_encoder"].file
+    found = onnx.load_from_string(form(path, [expand_group_norms, widen])).graph.node
     assert not kinds(found) & {*ON_HOST, "GroupNormalization"} and not unequal(found)
-
-
-def test_the_cuda_form_of_the_encoder_is_right(checkpoints: dict[str, Path], half: Traced) -> None:
-    folder, graphs = half
-    graph = graphs["vae_encoder"]
-    feeds, expected = case(checkpoints["sd"] / "vae")
-    (folder / "graphs/cuda.onnx").write_bytes(form(folder / graph.file, [expand_group_norms, widen]))
-    made = image_graphs.run(folder, dataclasses.replace(graph, file="graphs/cuda.onnx"), feeds)["image_latents"]
-    assert 1e-5 < relative_l2(made, expected) < BOUNDS["fp16"]["image_latents"]["relative_l2"]

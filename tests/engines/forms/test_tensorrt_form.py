@@ -65,9 +65,10 @@ def test_the_norm_of_the_attention_reads_pictures(sd_fp16: Bundle) -> None:
         norms = [node for node in model.graph.node if node.op_type == "GroupNormalization"]
         return sum(made_by.get(norm.input[0]) == "Reshape" for norm in norms)
 
-    path = sd_fp16.path / "graphs/vae_decoder.onnx"
-    assert reads_flattened(onnx.load(path, load_external_data=False)) == 1
-    assert reads_flattened(onnx.load_from_string(rewrite(path))) == 0
+    for name in ("vae_decoder", "vae_encoder"):
+        path = sd_fp16.path / f"graphs/{name}.onnx"
+        assert reads_flattened(onnx.load(path, load_external_data=False)) == 1
+        assert reads_flattened(onnx.load_from_string(rewrite(path))) == 0
 
 
 @pytest.fixture

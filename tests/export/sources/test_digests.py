@@ -50,7 +50,7 @@ def read_all(source: Path, root: Path, replaced: dict[str, str], variant: str | 
     """Read what an export reads: a checkpoint that is found and checked, diffusers' pipeline, traced components."""
     checkpoint = parts.fetch(find(str(source)), Want(root, variant=variant), replaced)
     load.pipeline(checkpoint)
-    tables.tokenizers(checkpoint, root)
+    tables.tokenizers(checkpoint, checkpoint.family.tokenizers, root)
     for component in checkpoint.family.components:
         load.component(checkpoint, component, torch.float32, traceable=True)
 

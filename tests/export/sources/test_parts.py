@@ -46,7 +46,9 @@ def test_it_is_diffusers_picture_with_that_vae(
     shutil.copytree(tiny, vae)
     asked = {"vae": str(vae), "size": SIZE, "steps": [2], "quiet": True, **ON}
     made = build_here(str(checkpoints["sd"]), bundle, donor=sd, traced=("vae",), **asked)
-    assert made.remedy["vae_decoder"] == "" and all(check.passed for check in made.checks["text-to-image"])
+    assert made.remedy["vae_decoder"] == made.remedy["vae_encoder"] == ""
+    assert {*made.checks} == {"text-to-image", "image-to-image"}  # whose image has no posterior here
+    assert all(check.passed for checks in made.checks.values() for check in checks)
     pipe = load_diffusers(checkpoints["sd"])
     pipe.vae = AutoencoderTiny.from_pretrained(vae)
     with Pipeline.load(bundle) as ours:
@@ -55,9 +57,10 @@ def test_it_is_diffusers_picture_with_that_vae(
     assert manifest.request["vae"] == "a folder"
     assert {name: graph.model_class for name, graph in manifest.graphs.items()} == {
         "text_encoder": "CLIPTextModel",
-        "step": "",
+        **dict.fromkeys(("start", "step", "step+guidance"), ""),
         "unet": "UNet2DConditionModel",
         "vae_decoder": "AutoencoderTiny",
+        "vae_encoder": "AutoencoderTiny",
     }
     (weights,) = manifest.checkpoint.parts["vae"].weights.values()
     assert weights.size == (vae / "diffusion_pytorch_model.safetensors").stat().st_size
@@ -85,7 +88,7 @@ def test_it_is_diffusers_picture_with_that_vae(
 
 
 def test_a_synthetic_checkpoint_has_a_tiny_one(tmp_path: Path) -> None:
-    order = ExportOrder("synthetic:sdxl-turbo-mini", vae="tiny", size=SIZE, steps=(1,))
+    order = ExportOrder("synthetic:sdxl-turbo-mini", vae="tiny", sizes=(SIZE,), steps=(1,))
     prepared = jobs.prepare(print, order=order, recipe=order.recipe("fp32"), folder=tmp_path, force=False)
     vae = AutoencoderTiny.from_pretrained(prepared.checkpoint.parts["vae"].folder)
     with torch.inference_mode():

@@ -6,39 +6,43 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import image_graphs
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
 from conftest import BATCH, FAMILIES, SIZE, BundleFactory
-from diffusers import DiffusionPipeline
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from onnx import TensorProto
 from onnx.external_data_helper import load_external_data_for_model
 from onnx.reference import ReferenceEvaluator
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from turbochain.export.families import Shape
-from turbochain.export.remedies import Remedy
 from turbochain.export.sources.checkpoint import open_folder
-from turbochain.export.tracing import group_norm, trace
+from turbochain.export.tracing import group_norm
 from turbochain.runtime import Bundle
 from turbochain.runtime.bundle.hashing import digest
 
 COMPONENTS = {  # graph → the checkpoint's folder
-    "sd": {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae"},
+    "sd": {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae", "vae_encoder": "vae"},
     "sdxl": {
         "text_encoder": "text_encoder",
         "text_encoder_2": "text_encoder_2",
         "unet": "unet",
         "vae_decoder": "vae",
+        "vae_encoder": "vae",
     },
 }
+ARITHMETIC = ("step", "step+guidance", "start")  # graphs without weights
 TIME = {"sd": "time_projections", "sdxl": "time_embeds"}  # the column that depends on the timestep
 TABLES = "tables/text-to-image.safetensors"
 GRAPHS = [(family, name) for family in FAMILIES for name in COMPONENTS[family]]
-every_graph = pytest.mark.parametrize(("family", "name"), [*GRAPHS, *((family, "step") for family in FAMILIES)])
+AROUND = [(family, name) for family in FAMILIES for name in ARITHMETIC]
+every_graph = pytest.mark.parametrize(("family", "name"), [*GRAPHS, *AROUND])
 every_graph_with_weights = pytest.mark.parametrize(("family", "name"), GRAPHS)
 every_precision = pytest.mark.parametrize("precision", ["fp32", "fp16"])
 
@@ -85,7 +89,7 @@ def test_graphs_are_valid_and_as_the_manifest_says(
 @every_graph
 def test_no_graph_holds_a_sine(bundle: Bundle, name: str) -> None:
     operators = {node.op_type for node in read(bundle, name).graph.node}
-    assert operators & ({"Mul", "Add"} if name == "step" else {"MatMul", "Gemm", "Conv"})
+    assert operators & ({"Mul", "Add"} if name in ARITHMETIC else {"MatMul", "Gemm", "Conv"})
     assert not operators & {"Sin", "Cos", "RandomNormal", "RandomNormalLike", "If", "Loop", "SplitToSequence"}
 
 
@@ -111,8 +115,14 @@ def test_graphs_hold_no_trace_of_the_machine(bundle: Bundle, name: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_graph_of_a_step_has_no_weights(bundle: Bundle) -> None:
-    graph = bundle.manifest.graphs["step"]
+def test_every_graph_was_looked_at(bundle: Bundle, family: str) -> None:
+    assert {*bundle.manifest.graphs} == {*COMPONENTS[family], *ARITHMETIC}
+
+
+@pytest.mark.parametrize("name", ARITHMETIC)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_graphs_around_the_unet_have_no_weights(bundle: Bundle, name: str) -> None:
+    graph = bundle.manifest.graphs[name]
     assert (graph.component, graph.model_class, graph.data, graph.precision) == ("", "", (), "fp32")
     assert json.loads((bundle.path / graph.names).read_text()) == {}
     assert (bundle.path / graph.file).stat().st_size < 2**12
@@ -122,7 +132,7 @@ def test_the_graph_of_a_step_has_no_weights(bundle: Bundle) -> None:
 def test_a_step_is_a_row_of_a_linear_system(checkpoints: dict[str, Path], tmp_path: Path, K: int) -> None:
     """Against numpy in fp64, by onnx's own evaluator."""
     checkpoint, shape = open_folder(checkpoints["sd"], None), Shape(SIZE[1], SIZE[0], 2, K)
-    graph = trace.export(checkpoint, "", shape, {"step": Remedy("fp32")}, {}, tmp_path)["step"]
+    graph = image_graphs.traced(checkpoint, image_graphs.own(checkpoint, "step", K), shape, tmp_path)["step"]
     random = np.random.default_rng(0)
     feeds = {t.name: random.standard_normal(t.shape).astype(t.dtype) for t in graph.inputs}
     made = ReferenceEvaluator(onnx.load(tmp_path / graph.file)).run([t.name for t in graph.outputs], feeds)
@@ -155,9 +165,9 @@ def checkpoint_weights(folder: Path) -> dict[str, np.ndarray]:
 
 
 def unused(family: str, name: str, parameter: str) -> bool:
-    """What the graph has no use for: what follows `hidden_states[-2]`, the VAE's encoder, what is in the table."""
-    if name == "vae_decoder":
-        return parameter.startswith(("encoder.", "quant_conv."))
+    """What the graph has no use for: what follows `hidden_states[-2]`, the VAE's other half, what is in the table."""
+    if COMPONENTS[family][name] == "vae":
+        return parameter.startswith(("encoder.", "quant_conv.")) == (name == "vae_decoder")
     if name == "unet":
         return parameter.startswith("time_embedding.") or (family == "sd" and ".time_emb_proj." in parameter)
     # The miniature's first SDXL encoder has two layers, and nothing reads its pooled output.
@@ -259,11 +269,11 @@ def test_a_column_of_the_time_is_what_diffusers_modules_make(
     _, seen = watched_run(checkpoints[family], {"sd": "time_emb_proj", "sdxl": "time_embedding"}[family])
     assert len(seen) == (8 if family == "sd" else 1)
     rows = [torch.cat([made for _, made in row], dim=-1)[:1] for row in zip(*seen.values(), strict=True)]
-    columns, tensor = chain.columns(4), chain.tensors[TIME[family]]
+    columns, tensor = chain.columns(chain.find(4)), chain.tensors[TIME[family]]
     assert columns[TIME[family]].shape == (4, *tensor.shape)
     assert_rounded(columns[TIME[family]], torch.stack(rows).numpy())
     if family == "sd":  # what an adapter of those projections is applied to
-        table, arrays = chain.table(4), load_file(chain.bundle.path / TABLES)
+        table, arrays = chain.tables[chain.find(4)], load_file(chain.bundle.path / TABLES)
         read = torch.cat([given for given, _ in next(iter(seen.values()))]).numpy()
         assert_rounded(arrays["columns/activated_time_embedding"][table.index], read)
 
@@ -278,15 +288,15 @@ def test_the_time_ids_are_their_part_of_the_linear_that_reads_them(
     weight = pipe.unet.add_embedding.linear_1.weight[:, :pooled]
     for given, made in calls:
         expected = (made - given[:, :pooled] @ weight.T).detach().numpy()
-        assert_rounded(chain.columns(4)["time_ids_embeds"][0], expected)
+        assert_rounded(chain.columns(chain.find(4))["time_ids_embeds"][0], expected)
 
 
 def test_exporting_twice_gives_the_same_files(sd: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """The first time was when the bundle was built."""
     checkpoint, shape = open_folder(checkpoints["sd"], None), Shape(SIZE[1], SIZE[0], 1)
     files = Bundle.open(sd).manifest.files
-    for name, component in (("text_encoder", "text_encoder"), ("step", "")):
-        (graph,) = trace.export(checkpoint, component, shape, {name: Remedy("fp32")}, {}, tmp_path).values()
+    for name in ("text_encoder", "step", "step+guidance"):
+        (graph,) = image_graphs.traced(checkpoint, image_graphs.own(checkpoint, name), shape, tmp_path).values()
         for file in (*graph.files, graph.names):
             assert digest(tmp_path / file) == files[file].sha256, file
 
@@ -294,7 +304,7 @@ def test_exporting_twice_gives_the_same_files(sd: Path, checkpoints: dict[str, P
 def test_another_precision_of_one_stage_is_another_file(bundle_of: BundleFactory) -> None:
     fp32, fp16 = (Bundle.open(bundle_of("sd", precision)).manifest for precision in ("fp32", "fp16"))
     for name in fp32.graphs:
-        arithmetic = name == "step"  # the sampler's is in fp32 in every precision
+        arithmetic = name in ARITHMETIC  # the sampler's is in fp32 in every precision
         assert (fp32.graphs[name].precision, fp16.graphs[name].precision) == ("fp32", "fp32" if arithmetic else "fp16")
         small, large = (sum(m.files[f].size for f in m.graphs[name].data) for m in (fp16, fp32))
         assert small == large == 0 if arithmetic else 0.45 < small / large < 0.65
@@ -309,27 +319,45 @@ def reference(bundle: Bundle) -> tuple[list[dict[str, Any]], dict[str, np.ndarra
 EMBEDS = {"sd": ("prompt_embeds",), "sdxl": ("prompt_embeds", "prompt_embeds_2", "pooled_prompt_embeds")}
 IDS = {"sd": ("input_ids",), "sdxl": ("input_ids", "input_ids_2")}
 PER_STEP = ("latents", "noise", "prediction", "next_latents")
+OF_GUIDANCE = ("negative_prediction", "guided_prediction")  # in every step
+OF_IMAGE = ("input_image", "posterior_noise", "image_latents", "start_noise")
+CASES = [
+    *(("text-to-image", steps, steps, False) for steps in (1, 2, 3, 4)),
+    ("text-to-image", 1, 1, True),
+    ("image-to-image", 4, 3, False),
+    ("image-to-image", 2, 1, True),
+]
+"""Chain, num_inference_steps, the steps that are made, and whether guidance is on."""
+
+
+def recorded(family: str, chain: str, guided: bool) -> tuple[set[str], set[str]]:
+    """The names of what a case has once, and of what it has in every step."""
+    once, steps = {*EMBEDS[family], *IDS[family], "image"}, {*PER_STEP, TIME[family]}
+    if guided:
+        # SDXL's config says that no negative prompt is zeros; SD's text encoder reads "".
+        once |= {f"negative_{name}" for name in (*EMBEDS[family], *(IDS[family] if family == "sd" else ()))}
+        once, steps = once | {"guidance_scale"}, {*steps, *OF_GUIDANCE}
+    return once | {*(OF_IMAGE if chain == "image-to-image" else ())}, steps
 
 
 @every_precision
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reference_has_what_its_docstring_says(bundle_of: BundleFactory, family: str, precision: str) -> None:
     bundle = Bundle.open(bundle_of(family, precision))
-    chain, (cases, tensors) = bundle.open_chain(), reference(bundle)
-    per_step = {*PER_STEP, TIME[family]}
-    names = {*EMBEDS[family], *IDS[family], *per_step, "image"}
-    assert [case["num_inference_steps"] for case in cases] == [1, 2, 3, 4]
-    assert {(case["chain"], *case["modes"]) for case in cases} == {("text-to-image",)}
-    assert {name for name in tensors if not name.startswith("magnitude/")} == {
-        f"{i}/{k}" for i in range(4) for k in names
-    }
-    for i, case in enumerate(cases):
+    cases, tensors = reference(bundle)
+    found = [(case["chain"], case["num_inference_steps"], case["modes"]) for case in cases]
+    assert found == [(chain, steps, ["guidance"] * guided) for chain, steps, _, guided in CASES]
+    known = set()
+    for i, (case, (name, _, made, guided)) in enumerate(zip(cases, CASES, strict=True)):
+        chain, (once, per_step) = bundle.open_chain(name), recorded(family, name, guided)
         assert len(case["prompt"]) == chain.batch == BATCH[family, precision]
-        for name in names:
+        assert chain.chain.tables[case["table"]].rows == made
+        for name in once | per_step:
             value, wanted = tensors[f"{i}/{name}"], chain.tensors[name]
-            rows = (case["num_inference_steps"],) if name in per_step else ()
-            assert value.shape == (*rows, *wanted.shape), name
+            assert value.shape == (*([made] if name in per_step else []), *wanted.shape), name
             assert value.dtype == wanted.dtype, name
+            known.add(f"{i}/{name}")
+    assert {name for name in tensors if not name.startswith("magnitude/")} == known
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -337,8 +365,11 @@ def test_reference_is_what_diffusers_does(bundle: Bundle, checkpoints: dict[str,
     """A pipeline of the test's own, watched by hooks of the test's own."""
     cases, tensors = reference(bundle)
     pipe = DiffusionPipeline.from_pretrained(checkpoints[family], local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
+    other = AutoPipelineForImage2Image.from_pipe(pipe)
+    for of in (pipe, other):
+        of.set_progress_bar_config(disable=True)
     watched = {
+        "vae/encoder.conv_in": pipe.vae.encoder.conv_in,
         "unet/mid_block": pipe.unet.mid_block,
         "unet/conv_in": pipe.unet.conv_in,
         "vae/decoder.up_blocks.0": pipe.vae.decoder.up_blocks[0],
@@ -352,8 +383,14 @@ def test_reference_is_what_diffusers_does(bundle: Bundle, checkpoints: dict[str,
         module.register_forward_hook(see)
     for i, case in enumerate(cases):
         generator = torch.Generator("cpu").manual_seed(case["seed"])
-        arguments = {k: case[k] for k in ("prompt", "num_inference_steps")}
-        images = pipe(**arguments, guidance_scale=0.0, generator=generator, height=SIZE[1], width=SIZE[0]).images
+        arguments = {k: case[k] for k in ("prompt", "num_inference_steps", "guidance_scale")}
+        assert (case["guidance_scale"] > 1) == bool(case["modes"])
+        if case["chain"] == "image-to-image":
+            pictures = [Image.fromarray(picture) for picture in tensors[f"{i}/input_image"]]
+            arguments |= {"image": pictures, "strength": case["strength"]}
+            images = other(**arguments, generator=generator).images
+        else:
+            images = pipe(**arguments, generator=generator, height=SIZE[1], width=SIZE[0]).images
         difference = np.abs(tensors[f"{i}/image"].astype(int) - np.stack([np.asarray(image) for image in images]))
         assert difference.max() <= 1  # the text encoder's attention is fused here, and may be eager there
         assert (difference > 0).mean() <= 1e-3
@@ -362,7 +399,13 @@ def test_reference_is_what_diffusers_does(bundle: Bundle, checkpoints: dict[str,
         start = torch.randn(len(case["prompt"]), 4, SIZE[1] // 8, SIZE[0] // 8, generator=generator)
         pipe.scheduler.set_timesteps(case["num_inference_steps"])
         latents, following = tensors[f"{i}/latents"], tensors[f"{i}/next_latents"]
-        np.testing.assert_array_equal(latents[0], (start * pipe.scheduler.init_noise_sigma).numpy())
+        if case["chain"] == "image-to-image":
+            np.testing.assert_array_equal(tensors[f"{i}/posterior_noise"], start.numpy())
+            clean, noise = (torch.from_numpy(tensors[f"{i}/{name}"]) for name in ("image_latents", "start_noise"))
+            first = pipe.scheduler.timesteps[-len(latents)].repeat(len(clean))
+            np.testing.assert_array_equal(latents[0], pipe.scheduler.add_noise(clean, noise, first).numpy())
+        else:
+            np.testing.assert_array_equal(latents[0], (start * pipe.scheduler.init_noise_sigma).numpy())
         np.testing.assert_array_equal(latents[1:], following[:-1])
     for key, value in largest.items():
         np.testing.assert_allclose(tensors[f"magnitude/{key}"], [value], rtol=1e-4)

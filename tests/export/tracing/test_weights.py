@@ -19,10 +19,10 @@ from conftest import SIZE, BundleFactory
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from safetensors.numpy import load_file
 
-from turbochain.export import estimate, families, load, tables
-from turbochain.export.families import Shape, common
+from turbochain.export import estimate, load, tables, tasks
+from turbochain.export.chains import Layout, Placed
+from turbochain.export.families import Shape
 from turbochain.export.remedies import Remedy
-from turbochain.export.sources import synthetic
 from turbochain.export.sources.checkpoint import Checkpoint, open_folder
 from turbochain.export.tracing import trace, weights
 from turbochain.export.tracing.trace import Wanted
@@ -50,7 +50,7 @@ def two(
     checkpoint = open_folder(checkpoints[request.param], None)
     folder = tmp_path_factory.mktemp(f"two-{request.param}")
     spec, remedy = checkpoint.family.graphs["unet"], Remedy("fp32")
-    wanted = [Wanted("unet", spec, SMALL, remedy), Wanted("unet@wide", spec, WIDE, remedy)]
+    wanted = [Wanted("unet", Placed(spec, SMALL), remedy), Wanted("unet@wide", Placed(spec, WIDE), remedy)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "LIMIT", LIMIT)
         made = trace.export_graphs(checkpoint, "unet", wanted, columns_of(bundle_of(request.param)), folder)
@@ -193,9 +193,10 @@ def test_graphs_of_one_component_have_precisions_of_their_own(
         return model
 
     monkeypatch.setattr(load, "component", watched)
-    plain = Wanted("text_encoder", checkpoint.family.graphs["text_encoder"], SMALL, Remedy("fp32"))
+    spec = checkpoint.family.graphs["text_encoder"]
+    plain = Wanted("text_encoder", Placed(spec, SMALL), Remedy("fp32"))
     half = dataclasses.replace(plain, name="text_encoder+half", remedy=Remedy("fp16"))
-    pair = dataclasses.replace(plain, name="text_encoder*2", shape=dataclasses.replace(SMALL, batch=2))
+    pair = Wanted("text_encoder*2", Placed(spec, dataclasses.replace(SMALL, batch=2)), Remedy("fp32"))
     made = trace.export_graphs(checkpoint, "text_encoder", [plain, half, pair], {}, tmp_path)
     assert len(loaded) == 2
     assert {name: (graph.precision, *graph.data) for name, graph in made.items()} == {
@@ -211,9 +212,9 @@ def test_graphs_of_one_component_have_precisions_of_their_own(
 def test_a_graph_is_made_with_its_own_remedy(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """Rescaled weights are other tensors; those that no remedy changes are still stored once."""
     checkpoint = open_folder(checkpoints["sd"], None)
-    decoder = checkpoint.family.graphs["vae_decoder"]
-    plain = Wanted("plain", decoder, SMALL, Remedy("fp16"))
-    halved = Wanted("halved", decoder, SMALL, Remedy("fp16", {"decoder.mid_block.resnets.0": 1}))
+    decoder = Placed(checkpoint.family.graphs["vae_decoder"], SMALL)
+    plain = Wanted("plain", decoder, Remedy("fp16"))
+    halved = Wanted("halved", decoder, Remedy("fp16", {"decoder.mid_block.resnets.0": 1}))
     trace.export_graphs(checkpoint, "vae", [plain, halved], {}, tmp_path)
     one, other = places(tmp_path, "plain"), places(tmp_path, "halved")
     assert one & other and one - other and other - one
@@ -259,24 +260,26 @@ def test_a_parameter_is_told_by_its_values_not_by_its_memory() -> None:
 
 def test_a_shared_file_counts_once(sd: Path) -> None:
     bundle = Bundle.open(sd)
-    alone, graphs = bundle.open_chain().weight_bytes(), bundle.manifest.graphs
+    chain, graphs = bundle.open_chain("image-to-image"), bundle.manifest.graphs  # which runs them all
+    assert {*chain.graphs} == {*graphs} and graphs["vae_decoder"].data == graphs["vae_encoder"].data != ()
+    alone = chain.weight_bytes()
     assert alone == sum(path.stat().st_size for path in (sd / "graphs").glob("*.data"))
     decoder = dataclasses.replace(graphs["vae_decoder"], data=graphs["unet"].data + graphs["vae_decoder"].data)
     manifest = dataclasses.replace(bundle.manifest, graphs={**graphs, "vae_decoder": decoder})
-    assert Bundle(sd, manifest).open_chain().weight_bytes() == alone
+    assert Bundle(sd, manifest).open_chain("image-to-image").weight_bytes() == alone
 
 
-def test_the_disk_for_a_second_graph_of_a_component_is_not_counted() -> None:
-    parts = synthetic.models("sd-turbo-mini")
-    configs = {n: p.config.to_dict() if n.startswith("text") else dict(p.config) for n, p in parts.items()}
-    counts = {n: sum(p.numel() for p in part.parameters()) for n, part in parts.items()}
-    family = families.of("StableDiffusionPipeline")
-    more = dataclasses.replace(family, graphs={**family.graphs, "unet@wide": family.graphs["unet"]})
+def test_the_disk_for_a_second_graph_of_a_component_is_not_counted(checkpoints: dict[str, Path]) -> None:
+    checkpoint = open_folder(checkpoints["sd"], None)
+    counts = dict.fromkeys(checkpoint.family.components, 10**6)
+    layout = Layout(checkpoint.family, checkpoint.configs, tasks.find(["text-to-image"]), [SMALL])
+    graphs, precisions = layout.graphs(), layout.precisions("fp16")
 
-    def needs(of: Any, second: str) -> estimate.Needs:
-        precisions = {**common.precisions(family, "fp16"), "unet@wide": second}
-        return estimate.needs(of, configs, counts, SMALL, precisions, 0)
+    def needs(second: str | None) -> estimate.Needs:
+        more = {"unet@wide": Placed(graphs["unet"].spec, WIDE)} if second else {}
+        named = {**precisions, **dict.fromkeys(more, second or "")}
+        return estimate.needs({**graphs, **more}, checkpoint.configs, counts, named, 0)
 
-    alone, same, other = needs(family, "fp16"), needs(more, "fp16"), needs(more, "fp32")
+    alone, same, other = needs(None), needs("fp16"), needs("fp32")
     assert same.disk == alone.disk < other.disk
     assert same.memory["verify"] > alone.memory["verify"]  # an engine has a copy for each graph
