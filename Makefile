@@ -46,7 +46,7 @@ demo: setup
 	$(BIN)/python tests/demo_model/contact_sheet.py demo.bundle -o demo.png
 
 test: setup
-	$(BIN)/python -m pytest -q $(TWO) $(BUNDLES:%=--bundles %)
+	$(BIN)/python -m pytest -q $(TWO) $(BUNDLES:%=--bundles=%)
 
 check: setup
 	$(BIN)/ruff check .
