@@ -89,7 +89,7 @@ def _build(arguments: argparse.Namespace) -> None:
     given["sizes"] = arguments.size and tuple(map(console.size_of, arguments.size.split(",")))
     given["batches"] = arguments.batch and _numbers("--batch", arguments.batch, int)
     for name in ("guidance_scales", "strengths"):
-        value = getattr(arguments, name)
+        value = given[name]
         given[name] = value and _numbers(f"--{name.replace('_', '-')}", value, float)
     given["steps"] = _steps(arguments.steps) if arguments.steps else None
     given["scheduler"] = asked.scheduler_changes(arguments.scheduler)

@@ -71,8 +71,6 @@ def pipelines(checkpoint: Checkpoint, tasks: Sequence[str], dtype: torch.dtype =
     """
     plain, family, index = replace(checkpoint, adapters=()), checkpoint.family, checkpoint.index
     parts: dict[str, Any] = {c: component(plain, c, dtype) for c in family.components}
-    for name in family.tokenizers.values():
-        _let_skip(parts[name.replace("tokenizer", "text_encoder")])
     parts |= {folder: tokenizer(checkpoint, folder) for folder in family.tokenizers.values()}
     found: dict[str, Any] = {}
     for task in tasks:
@@ -84,6 +82,8 @@ def pipelines(checkpoint: Checkpoint, tasks: Sequence[str], dtype: torch.dtype =
         found[task].scheduler = scheduler(checkpoint, task)
         if checkpoint.adapters and len(found) == 1:
             fuse.with_diffusers(found[task], checkpoint.adapters)
+    for folder in family.tokenizers.values():  # at the end: LoRAs would look for their layers under that name
+        _let_skip(parts[folder.replace("tokenizer", "text_encoder")])
     return found
 
 

@@ -110,7 +110,8 @@ class Caches:
 
     def known(self, ready: ReadyChain, request: Request, fed: Arrays) -> tuple[dict[str, np.ndarray], list[Missing]]:
         """Return what needs no encoder, by its name in the chain, and the encoders that have to run."""
-        given = {name: value for name, value in fed.items() if name not in ready.chain.chain.feeds}
+        of_caller = {name for name, _ in request.embeds}  # in some modes these are feeds, of zeros
+        given = {n: value for n, value in fed.items() if n in of_caller or n not in ready.chain.chain.feeds}
         missing = []
         for stage in ready.encoders(request.modes):
             names = ready.made(stage)

@@ -175,7 +175,7 @@ class Here(Phases):
         assert self.donor is not None
         (folder / "graphs").mkdir(exist_ok=True)
         own = self.donor.manifest.graphs
-        graphs: dict[str, Graph] = {n: own[n] for n in wanted if own[n].component == component}
+        graphs: dict[str, Graph] = {n: own[n] for n in wanted if n in own and own[n].component == component}
         for file in {f for g in graphs.values() for f in (*g.files, g.names)}:
             shutil.copyfile(self.donor.path / file, folder / file)
         return strict_json.plain(graphs)

@@ -257,27 +257,26 @@ def test_the_recorded_error_is_that_of_diffusers_in_bf16(
     assert case.errors["bf16"]["psnr"] == pytest.approx(metrics.psnr(image, case.tensors["image"]), abs=3)
 
 
-def test_a_picture_with_a_larger_error_than_diffusers_own_is_refused(
-    bundle_of: BundleFactory, copy_of: Callable[[Path], Path]
+@pytest.mark.parametrize(("amplitude", "passes"), [(4, True), (6, False)])
+def test_a_picture_may_be_as_wrong_as_diffusers_own_in_that_precision(
+    bundle_of: BundleFactory, copy_of: Callable[[Path], Path], amplitude: int, passes: bool
 ) -> None:
-    """Though its PSNR is one that few evaluations may have."""
+    """And a quarter more; few evaluations may have 38 dB."""
     copy = copy_of(bundle_of("sd", "fp16"))
     cases = read_cases(Bundle.open(copy), "text-to-image")
     (i,) = [i for i, case in enumerate(cases) if "guidance" in case.modes]
-    _, checks = verify_bundle(copy)
-    assert all(check.passed for check in checks["text-to-image"])
     file = copy / "reference.safetensors"
     tensors, image = load_file(file), cases[i].tensors["image"]
-    noise = np.random.default_rng(0).choice([-2, 2], image.shape)
+    noise = np.random.default_rng(0).choice([-amplitude, amplitude], image.shape)
     changed = np.clip(image.astype(int) + noise, 0, 255).astype(np.uint8)
-    assert 38 < metrics.psnr(changed, image) < cases[i].errors["fp16"]["psnr"] - 1.94
     with safe_open(file, framework="numpy") as opened:
-        metadata = opened.metadata()
-    save_file({**tensors, f"{i}/image": changed}, file, metadata=metadata)
+        told = json.loads(opened.metadata()["cases"])
+    told[i]["errors"] = {"fp16": {"psnr": 36.5, "ssim": 0.1}}
+    assert metrics.psnr(changed, image) < 38 and (metrics.psnr(changed, image) > 36.5 - 1.94) == passes
+    save_file({**tensors, f"{i}/image": changed}, file, metadata={"cases": json.dumps(told)})
     reseal(copy)
     _, checks = verify_bundle(copy)
-    failed = {(check.stage, check.metric) for check in checks["text-to-image"] if not check.passed}
-    assert ("image", "psnr") in failed and {stage for stage, _ in failed} <= {"image", "vae_decoder"}
+    assert {c.passed for c in checks["text-to-image"] if (c.stage, c.metric) == ("image", "psnr")} == {passes}
 
 
 SOLVERS: dict[str, dict[str, Any]] = {

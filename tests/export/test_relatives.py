@@ -45,6 +45,7 @@ PARTS = {
     "tianweiy/DMD2": ("dmd2_sdxl_4step_lora_fp16.safetensors",),
     "latent-consistency/lcm-lora-sdxl": ("pytorch_lora_weights.safetensors",),
     "latent-consistency/lcm-lora-sdv1-5": ("pytorch_lora_weights.safetensors",),
+    "latent-consistency/lcm-sdxl": (),  # a UNet with a config of its own
 }
 DMD2 = "tianweiy/DMD2/dmd2_sdxl_4step_lora_fp16.safetensors"
 LIGHTNING = "ByteDance/SDXL-Lightning/sdxl_lightning_4step_unet.safetensors"
@@ -91,6 +92,7 @@ CARDS = {
     "hyper-sd15-1step": Card("TCDScheduler", {}, {"num_inference_steps": 1}, {"eta": 1.0}, family="sd"),
     "dmd2-4step": Card("LCMScheduler", {}, {"timesteps": [999, 749, 499, 249]}),
     "lcm-lora-sdxl": Card("LCMScheduler", {}, {"num_inference_steps": 4}),
+    "lcm-sdxl": Card("LCMScheduler", {}, {"num_inference_steps": 4}),
     "lcm-sd15": Card("LCMScheduler", {}, {"num_inference_steps": 4}, family="sd"),
 }
 
@@ -121,6 +123,9 @@ def files(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         snapshot = folder / "snapshots" / COMMIT
         snapshot.mkdir(parents=True)
         (snapshot / "README.md").write_text("---\nlicense: openrail++\n---\n")
+        if not names:
+            config = UNet2DConditionModel.load_config(checkpoints["sdxl"] / "unet")
+            UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": 32}).half().save_pretrained(snapshot)
         for name in names:
             family = "sd" if "15" in name or "v1-5" in repository else "sdxl"
             kind = "unet" if "unet" in name.lower() else "kohya" if "Hyper" in name else "peft"

@@ -93,6 +93,7 @@ def refusals(version: str, stubs: dict[str, Path], tree: Path) -> Refusals:
     """What is wrong with the users of TensorRT and with `CALLS` against this version's API."""
     files = [*users(), CALLS]
     options = ["--config-file", ROOT / "pyproject.toml", "--cache-dir", tree.parent / "cache", "--hide-error-codes"]
+    options += ["--explicit-package-bases"]
     strict = ["--disallow-untyped-defs", "--disallow-any-expr", "--show-column-numbers"]
     paths = [tree / file for file in files]
     environment = {**os.environ, "MYPYPATH": f"{stubs[version].parents[1]}:{tree.parent}"}

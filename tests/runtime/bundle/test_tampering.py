@@ -288,7 +288,7 @@ MANIFEST_EDITS = {
     ),
     "draw for whom": (
         put(*DRAWS, 0, "per", value="film"),
-        "the draw latents has 'film', and one of picture, image, image_alone was expected",
+        "the draw latents has 'film', and one of picture, image, image_alone, masked_image was expected",
     ),
     "K without history": (put(*OF, "K", value=2), "K is 2, and its history is []"),
     "K of none": (put(*OF, "K", value=0), "the column v is float32 [1] for each step, and not float32 [0] for each"),

@@ -466,7 +466,7 @@ ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "three pictures for two": (
         I2I,
         {"inputs": {"input_image": np.zeros((3, *SIZES[I2I], 3), np.uint8), **numbers()}},
-        r"inputs\['input_image'\] is uint8 \[3, 8, 24, 3\]: an array of uint8 \[2, 8, 24, 3\]",
+        "image has 3, and 2 are drawn: give one, one for each, or a number that divides theirs",
     ),
     "a number for each step": (
         I2I,
@@ -489,7 +489,11 @@ ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"image": PICTURES[0]},
         "image was given, and the chain text-to-image reads none; leave it out",
     ),
-    "a mask of a chain that reads none": (I2I, {"mask_image": PICTURES[0]}, "mask_image was given, and the chain"),
+    "a mask of a chain that reads none": (
+        I2I,
+        {"mask_image": PICTURES[0], "inputs": {"input_image": PICTURES[0], **numbers()}},
+        "mask_image was given, and the chain",
+    ),
 }
 
 
