@@ -133,7 +133,7 @@ def test_auto_takes_the_fastest_within_its_bounds(demo: Path, copy_of: Copy) -> 
     done = command("build-engine", bundle)
     assert done.returncode == 0, done.stderr
     refused, next_one = re.findall(
-        r"^inference_precision=(\w+): the result differs .*; next: (\S+)$", done.stderr, re.M
+        r"^inference_precision=(\w+): chain [\w-]+: the result differs .*; next: (\S+)$", done.stderr, re.M
     )[-1]
     chosen = next_one.removeprefix("inference_precision=")
     assert (refused, chosen) in {("bf16", "mixed"), ("mixed", "fp32")}
