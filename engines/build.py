@@ -16,7 +16,8 @@ from turbochain.engines import compiling, installed
 from turbochain.engines.order import BuildOrder, engine_order
 from turbochain.export import recipes
 from turbochain.export.api import locked, make, path_of
-from turbochain.export.order import ExportOptions, ExportOrder, How
+from turbochain.export.options import ExportOptions
+from turbochain.export.order import ExportOrder, How
 from turbochain.export.phases.phases import LOG, PhaseReport, Phases
 from turbochain.runtime import backends, selection
 from turbochain.runtime.bundle.manifest import Check

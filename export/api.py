@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Unpack
 
 from turbochain.export import bundling, recipes
-from turbochain.export.order import ExportOptions, ExportOrder, How, Recipe
+from turbochain.export.options import ExportOptions
+from turbochain.export.order import ExportOrder, How, Recipe
 from turbochain.export.phases.bar import Phase
 from turbochain.export.phases.phases import LOG, SMALL, PhaseReport, Phases
 from turbochain.export.sources.digests import Digests
