@@ -10,6 +10,7 @@ from typing import Any
 import result
 import supported
 import tables
+from call import TEXT_TO_IMAGE
 from result import INCLUDES, Result
 
 HERE = Path(__file__).parent
@@ -60,7 +61,7 @@ def headline(folder: Path = result.FOLDER) -> str:
     rows = []
     for name, model, ours, peer in HEADLINE:
         found = result.read(folder / f"{name}.json")
-        pair = next(p for p in found.pairs if (p.ours, p.peer) == (ours, peer))
+        pair = next(p for p in found.pairs if (p.ours, p.peer, p.task) == (ours, peer, TEXT_TO_IMAGE))
         assert pair.ratio and pair.our_figures and pair.peer_figures
         machine = found.runs[pair.run].machine
         host = f"{machine.cores} cores of {machine.cpu} ({machine.instruction_sets[-1]})"
