@@ -31,6 +31,7 @@ import kept
 import numpy as np
 import outside
 import pytest
+import torch
 from kept import locked
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -310,6 +311,15 @@ def wheel(session: Path) -> Path:
             assert done.returncode == 0, done.stderr
     (path,) = folder.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread for PyTorch: with more, miniatures lose most of the time to threads that wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

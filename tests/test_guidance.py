@@ -16,7 +16,6 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from test_parity import one_thread
 
 from turbochain.export.sources import synthetic
 from turbochain.runtime import Bundle, InputError, Pipeline
@@ -24,7 +23,7 @@ from turbochain.runtime.checks import bounds, metrics
 from turbochain.runtime.checks.reference import read_cases
 from turbochain.runtime.checks.verify import verify_bundle
 
-__all__ = ["one_thread"]  # a fixture that every test here uses
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPT, NEGATIVE = "a photo of a cat wearing a red hat", "blurry, low quality"
 THREE = ["a lighthouse at dusk", "", "une petite maison bleue"]

@@ -14,11 +14,10 @@ import torch
 from conftest import ON, SIZE, BundleFactory, build_here, called
 from image_calls import FEW, PAIRS, Pairs, assert_same, compared, ours, picture, prompts, seeded, theirs
 from PIL import Image
-from test_parity import one_thread
 
 from turbochain.runtime import InputError, Pipeline
 
-__all__ = ["one_thread"]  # a fixture that every test here uses
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import torch
 from conftest import BATCH, ON, SIZE, BundleFactory, build_here, called
 from image_calls import FEW, PAIRS, Pairs, assert_same, compared, mask, ours, picture, prompts, seeded, theirs
 from PIL import Image
-from test_parity import one_thread
 from test_schedulers import CASES, SD15, Case, checkpoint_with
 
 from turbochain.export import tasks
@@ -25,7 +24,7 @@ from turbochain.export.sources.checkpoint import open_folder
 from turbochain.runtime import InputError, Pipeline
 from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, INPAINTING
 
-__all__ = ["one_thread"]  # a fixture that every test here uses
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SAMPLERS = {
     "Euler": Case("EulerDiscreteScheduler", SD15, 1, {}),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import BATCH, FAMILIES
 from safetensors.numpy import load_file
-from test_parity import assert_same_picture, load_diffusers, one_thread, theirs
+from test_parity import assert_same_picture, load_diffusers, theirs
 from test_schedulers import export_with
 
 from turbochain.export import inversion, tables
@@ -21,7 +21,7 @@ from turbochain.export.sources.checkpoint import open_folder
 from turbochain.runtime import Bundle, InputError, Pipeline, VerificationError
 from turbochain.runtime.inputs.tokenizer import Tokenizer
 
-__all__ = ["one_thread"]  # a fixture that every test here uses
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VECTORS = {"<cat-toy>": (3, 2), "<dog>": (1, 1), "Midjourney": (2, 3), "<cat": (2, 1)}
 """Token → how many vectors each of SDXL's two text encoders has for it; SD has the first."""

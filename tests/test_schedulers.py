@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import BATCH, ON, SIZE, BundleFactory, Here
 from safetensors.numpy import load_file, save_file
-from test_parity import PROMPTS, assert_same_picture, load_diffusers, one_thread, theirs
+from test_parity import PROMPTS, assert_same_picture, load_diffusers, theirs
 
 from turbochain.engines import build
 from turbochain.export import bundling
@@ -26,7 +26,7 @@ from turbochain.runtime.bundle import hashing, strict_json
 from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
 from turbochain.runtime.errors import PhaseDied
 
-__all__ = ["one_thread"]  # a fixture that every test here uses
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SD15 = {
     "beta_start": 0.00085,
