@@ -42,13 +42,11 @@ class Call:
     num_inference_steps: int
     strength: float | None = None
     guidance_scale: float = 0.0
-    errors: dict[str, dict[str, float]] = field(
-        default_factory=dict
-    )  # precision → metric → diffusers' own, against fp32
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)  # precision → metric → diffusers', against fp32
 
 
 def sample_image(height: int, width: int, seed: int) -> np.ndarray:
-    """Return a picture [H, W, 3] uint8 with areas, edges and noise, the same on every machine."""
+    """Return a picture [H, W, 3] uint8 with areas and edges, the same on every machine."""
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
     rng = np.random.RandomState(seed)
     waves = np.stack([np.sin(6 * (a * x + b * y) + c) for a, b, c in rng.uniform(-2, 2, (3, 3))], axis=-1)
@@ -57,7 +55,7 @@ def sample_image(height: int, width: int, seed: int) -> np.ndarray:
 
 
 def sample_mask(height: int, width: int) -> np.ndarray:
-    """Return a mask [H, W] uint8 that is white, to be drawn anew, in its right half and a corner."""
+    """Return a mask [H, W] uint8 that repaints (white) the right half and the upper left corner."""
     mask = np.zeros((height, width), np.uint8)
     mask[:, width // 2 :], mask[: height // 3, : width // 4] = 255, 255
     return mask
@@ -226,10 +224,10 @@ def _watch_start(pipeline: Any, once: dict[str, Any]) -> Iterator[None]:
         return made
 
     with contextlib.ExitStack() as stack:
-        _put(stack, vae_module, "randn_tensor", watched_draw)
-        _put(stack, pipeline, "prepare_latents", watched_prepare)
+        put(stack, vae_module, "randn_tensor", watched_draw)
+        put(stack, pipeline, "prepare_latents", watched_prepare)
         if prepare_mask is not None:
-            _put(stack, pipeline, "prepare_mask_latents", watched_mask)
+            put(stack, pipeline, "prepare_mask_latents", watched_mask)
         yield
 
 
@@ -243,11 +241,11 @@ def _watch_noise(pipeline: Any, once: dict[str, Any]) -> Iterator[None]:
         return add_noise(image, noise, timesteps)
 
     with contextlib.ExitStack() as stack:
-        _put(stack, pipeline.scheduler, "add_noise", watched)
+        put(stack, pipeline.scheduler, "add_noise", watched)
         yield
 
 
-def _put(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
+def put(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
     """Set an attribute until `stack` is closed."""
     had = name in vars(owner)
     before = getattr(owner, name)

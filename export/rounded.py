@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from turbochain.export.recording import put
 from turbochain.export.tracing.modules import TORCH_DTYPES
 
 
@@ -56,10 +57,10 @@ def _round(stack: contextlib.ExitStack, model: Any, dtype: torch.dtype) -> None:
     """Round in the calls of a model until the stack is closed, but not in those of its sinusoids."""
     entered = [name for name in ("forward", "encode", "decode") if name in dir(model)]
     for name in entered:
-        _put(stack, model, name, _within(getattr(model, name), dtype))
+        put(stack, model, name, _within(getattr(model, name), dtype))
     for name, module in model.named_modules():
         if name in ("time_proj", "add_time_proj"):
-            _put(stack, module, "forward", _without(module.forward))
+            put(stack, module, "forward", _without(module.forward))
 
 
 def _within(call: Any, dtype: torch.dtype) -> Any:
@@ -83,8 +84,3 @@ def _as(value: Any, dtype: torch.dtype) -> Any:
     """Return an argument as the pipeline gives it; timesteps, which have no or one dimension, are not rounded."""
     known = isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.ndim > 1
     return value.to(dtype).float() if known else value
-
-
-def _put(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
-    setattr(owner, name, value)
-    stack.callback(delattr, owner, name)

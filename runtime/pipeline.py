@@ -134,11 +134,11 @@ class Pipeline:
     ) -> PipelineOutput:
         """Make pictures; arguments are named and mean as in diffusers, and N = prompts · num_images_per_prompt.
 
-        `image`: pictures to start from (see `inputs.pictures`), one or a divisor of N; `mask_image`: where they are
-        drawn anew, white. `strength`: how much of them is, 0 to 1; `int(num_inference_steps · strength)` steps are
-        made. `chain`: one of the bundle's (None: of these arguments' task, of `height` and `width`, of the fewest
-        pictures per pass that are enough). Without `height` and `width` a picture's own size is drawn if there is a
-        chain of it, else that of the task's first chain, to which it is resized.
+        `image`: pictures to start from (see `inputs.pictures`), one or a divisor of N; `mask_image`: white is
+        repainted, black is kept. `strength`, 0 to 1: a larger value changes the image more, as `int(num_inference_steps
+        · strength)` steps are made. `chain`: one of the bundle's (None: of these arguments' task, of `height` and
+        `width`, of the fewest pictures per pass that are enough). Without `height` and `width` a picture's own size is
+        drawn if there is a chain of it, else that of the task's first chain, to which it is resized.
 
         `seed`: an int in 0 … 2⁶⁴−1 is one generator for the whole call, a list of N is one per picture, None draws
         one; the noise is that of `torch.Generator("cpu").manual_seed(seed)`. `latents`: unit noise [N, 4, H/8, W/8]

@@ -64,7 +64,7 @@ class Source(Protocol):
 
     @property
     def local(self) -> Path | None:
-        """Return the folder or file here that may change at any time; None if name and revision say what it is."""
+        """Return the local folder or file, which may change at any time; None if name and revision identify it."""
 
     @property
     def tiny_vae(self) -> "Source | None":

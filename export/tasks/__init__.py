@@ -1,6 +1,6 @@
 """The tasks: one module each, discovered automatically, with one constant `TASK`; to add a task, add a file.
 
-A task is data, without torch: the stages that it has beside those that every chain has, and what it is tried with.
+A task is data and needs no torch: the stages that it adds to those of every chain, and the calls that verify it.
 """
 
 import importlib

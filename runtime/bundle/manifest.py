@@ -165,7 +165,7 @@ class Chain:
     output: str  # the name of the result
     modes: tuple[str, ...] = ()  # what a call can switch on
     keep: dict[str, str] = field(default_factory=dict)  # what a call makes → the held feed that the next call reads
-    defaults: dict[str, float] = field(default_factory=dict)  # argument of a call → what it is if it is not given
+    defaults: dict[str, float] = field(default_factory=dict)  # argument of a call → its default
 
     @property
     def graphs(self) -> tuple[str, ...]:

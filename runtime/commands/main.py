@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         PROMPT, metavar="TEXT", default=argparse.SUPPRESS, help="the same; TEXT may begin with '-'"
     )  # `_prompt_last` has taken it out
     generate.add_argument("--image", type=Path, help="picture to start from (image-to-image)")
-    generate.add_argument("--mask-image", type=Path, help="white where the picture is drawn anew (inpainting)")
-    generate.add_argument("--strength", type=float, help="how much of the picture is drawn anew, 0 to 1")
+    generate.add_argument("--mask-image", type=Path, help="mask for inpainting: white is repainted, black is kept")
+    generate.add_argument("--strength", type=float, help="0 to 1; a larger value changes the picture more")
     generate.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw, if there is guidance")
     generate.add_argument("--guidance-scale", type=float, help="above 1: with guidance (default: the bundle's)")
     generate.add_argument("--size", metavar="WxH", help="in pixels, one that the bundle is built for")

@@ -33,7 +33,7 @@ _ENDS = {
     ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
 }
-"""The end of a tensor's name → what it is of the module before it."""
+"""The end of a tensor's name → its role in the layer that the rest of the name says."""
 
 _OTHER_KINDS = {
     ".dora_scale.": "DoRA",
@@ -148,7 +148,7 @@ def _array(data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
 
 
 def _parse(path: Path, name: str) -> tuple[str, str]:
-    """Return the module that a tensor belongs to, and what it is of it; InputError if it is no part of a LoRA."""
+    """Return the module that a tensor belongs to, and its role there; InputError if it is not part of a LoRA."""
     if kind := next((kind for part, kind in _OTHER_KINDS.items() if part in f"{name}."), None):
         raise InputError(
             f"{path} holds {kind} ({name}), and a LoRA was expected, which adds products of two matrices and nothing "

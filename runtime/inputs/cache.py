@@ -24,7 +24,7 @@ class StageCache:
         return len(self._entries)
 
     def get(self, keys: Sequence[Hashable]) -> dict[str, np.ndarray] | None:
-        """Return what was made of a whole batch, name → [B, …]; None unless every row of it is known."""
+        """Return the kept results of a whole batch, name → [B, …]; None if any row is unknown."""
         if any(key not in self._entries for key in keys):
             return None
         for key in keys:

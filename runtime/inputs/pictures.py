@@ -60,7 +60,7 @@ def pixels(argument: str, given: object, size: tuple[int, int]) -> np.ndarray:
 
 
 def mask(argument: str, given: object, size: tuple[int, int]) -> np.ndarray:
-    """Return masks as fp32 [n, 1, H/8, W/8], `size` = (H, W): 1.0 where a picture is drawn anew, 0.0 where it stays.
+    """Return masks as fp32 [n, 1, H/8, W/8], `size` = (H, W): 1.0 where a picture is repainted, 0.0 where it is kept.
 
     1.0 is level 128 and above, in every eighth pixel of the resized grey picture. A mask is anything that a picture can
     be, or an array of bools, and its batch may be [n, H, W]. Raises InputError if one is no mask; `argument` names it.
