@@ -58,7 +58,7 @@ def build(
     """See that a bundle is there with an engine, and return the engine's name. Raises what `engines.build` raises."""
     from turbochain.engines import build
 
-    where = {"backend": backend, "options": options, "device": device}
+    where = {"backend": backend, "options": options, "device": device, "chains": [call.task]}
     if (bundle / "bundle.json").exists():
         return build(str(bundle), bundle, **where).engine  # type: ignore[arg-type]
     # Built even if memory looks too small: a build that fails is a row with its reason.

@@ -13,35 +13,31 @@ import dataclasses
 import fcntl
 import functools
 import gc
-import importlib
 import io
 import json
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 import calls
+import here
 import interrupted as interruption
 import kept
 import numpy as np
 import outside
 import pytest
 import torch
+from here import build_here
 from kept import locked
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from turbochain.engines import BuildResult, build, cli
-from turbochain.export import api
-from turbochain.export.phases.phases import PhaseReport, Phases
+from turbochain.engines import cli
 from turbochain.export.sources import synthetic
 from turbochain.runtime import Bundle
-from turbochain.runtime.bundle import hashing, strict_json
-from turbochain.runtime.bundle.manifest import Graph
+from turbochain.runtime.bundle import hashing
 from turbochain.runtime.commands import main
 
 # Each export lists the exporter's 700 functions anew, which takes as long as the smallest graphs.
@@ -56,7 +52,6 @@ ON = {"backend": "onnxruntime", "device": "cpu"}  # where a test builds, on ever
 ON_ARGUMENTS = ("--backend", "onnxruntime", "--device", "cpu")
 
 BundleFactory = Callable[..., Path]
-build_module = sys.modules["turbochain.engines.build"]  # the package has a function of that name
 
 LONGEST_FIRST = (
     "test_demo.py",
@@ -141,6 +136,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         return (yield)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def traced(shared: Path) -> None:
+    """Say where builds in this process keep what they trace."""
+    here.FOLDER[:] = [shared / "traced"]
+
+
 @pytest.fixture(scope="session")
 def checkpoints(shared: Path) -> dict[str, Path]:
     """Family → folder of a miniature checkpoint in diffusers' format. Tests must not change it."""
@@ -150,52 +151,6 @@ def checkpoints(shared: Path) -> dict[str, Path]:
             if not (folder / "LICENSE").exists():  # it is written last
                 synthetic.write_checkpoint(folder.name, folder)
     return folders
-
-
-@dataclasses.dataclass
-class Here(Phases):
-    """Phases in this process, which has the libraries already; the processes of a build have tests of their own.
-
-    With a `donor`, a bundle of the same weights, only the graphs of the components `traced` and those without weights
-    are traced; the others are the donor's.
-    """
-
-    donor: Bundle | None = None
-    traced: tuple[str, ...] = ()
-
-    def run(self, name: str, job: str, /, *, keep: bool = False, online: bool = False, **arguments: Any) -> Any:
-        if self.donor and arguments.get("component") and arguments["component"] not in self.traced:
-            return self._copy(arguments["component"], arguments["folder"], arguments["remedies"])
-        module, _, function = job.partition(":")
-        start = time.perf_counter()
-        result = getattr(importlib.import_module(module), function)(lambda done, total: None, **arguments)
-        self.reports.append(PhaseReport(name, time.perf_counter() - start, 0))
-        return strict_json.plain(result)
-
-    def _copy(self, component: str, folder: Path, wanted: Collection[str]) -> Any:
-        assert self.donor is not None
-        (folder / "graphs").mkdir(exist_ok=True)
-        own = self.donor.manifest.graphs
-        graphs: dict[str, Graph] = {n: own[n] for n in wanted if n in own and own[n].component == component}
-        for file in {f for g in graphs.values() for f in (*g.files, g.names)}:
-            shutil.copyfile(self.donor.path / file, folder / file)
-        return strict_json.plain(graphs)
-
-
-@contextlib.contextmanager
-def phases_here(donor: Path | None = None, traced: tuple[str, ...] = ()) -> Iterator[None]:
-    """Do the phases of builds in this process (see `Here`): importing the exporter's libraries takes seconds."""
-    kind = functools.partial(Here, donor=donor and Bundle.open(donor), traced=traced)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "Phases", kind)
-        patch.setattr(build_module, "Phases", kind)
-        yield
-
-
-def build_here(*arguments: Any, donor: Path | None = None, traced: tuple[str, ...] = (), **more: Any) -> BuildResult:
-    """`turbochain.engines.build` without a process for its phases."""
-    with phases_here(donor, traced):
-        return build(*arguments, **more)
 
 
 @pytest.fixture(scope="session")

@@ -15,11 +15,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import called, command, phases_here, reseal
+from conftest import called, command, reseal
 from diffusers import (  # noqa: F401 - what a library says when they are imported is none of a build's sentences
     StableDiffusionImg2ImgPipeline,
     StableDiffusionXLImg2ImgPipeline,
 )
+from here import phases_here
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 

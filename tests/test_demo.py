@@ -14,8 +14,9 @@ import pytest
 import scenes
 import score
 import torch
-from conftest import ON, ON_ARGUMENTS, build_here, called, command
+from conftest import ON, ON_ARGUMENTS, called, command
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from here import build_here
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from test_parity import Pictures, assert_same_picture, ours, theirs
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -129,6 +130,7 @@ def test_fp32_is_diffusers_picture(bundle: Path, diffusers: Any, steps: int) -> 
             assert_same_picture(draw(pipe, i, steps)[None], theirs(diffusers, call, FULL))
 
 
+@pytest.mark.full
 def test_fp16_is_close_to_diffusers_in_fp32(diffusers: Any, half: Path) -> None:
     graphs = Bundle.open(half).manifest.graphs
     assert graphs["unet"].precision == graphs["vae_decoder"].precision == "fp16"

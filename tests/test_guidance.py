@@ -11,8 +11,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import ON, SIZE, BundleFactory, build_here, reseal
+from conftest import ON, SIZE, BundleFactory, reseal
 from diffusers import DiffusionPipeline
+from here import build_here
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -169,7 +170,7 @@ def test_twenty_steps_of_pndm_with_guidance(checkpoints: dict[str, Path], sd: Pa
         },
     )
     wanted: Call = {"precision": "fp32", "size": SIZE, "steps": [20], "tasks": ["text-to-image"], "quiet": True}
-    build_here(str(checkpoint), tmp_path / "b", donor=sd, guidance_scale=7.5, **wanted, **ON)
+    build_here(str(checkpoint), tmp_path / "b", guidance_scale=7.5, **wanted, **ON)
     with Pipeline.load(tmp_path / "b") as pipe:
         call: Call = {"prompt": PROMPT, "num_inference_steps": 20}
         shares(pipe, loaded(checkpoint), {**call, "guidance_scale": 7.5, "negative_prompt": NEGATIVE})
@@ -208,7 +209,7 @@ IMAGE = Image.fromarray(np.random.RandomState(0).randint(0, 256, (8, 8, 3), np.u
 def test_an_lcm(checkpoints: dict[str, Path], sd: Path, tmp_path: Path) -> None:
     checkpoint = as_lcm(checkpoints["sd"], tmp_path / "checkpoint")
     wanted: Call = {"precision": "fp32", "size": SIZE, "steps": [1, 2, 4], "guidance_scales": [8.5, 1.0], "quiet": True}
-    build_here(str(checkpoint), tmp_path / "b", donor=sd, strengths=[0.8, 0.5], **wanted, **ON)
+    build_here(str(checkpoint), tmp_path / "b", strengths=[0.8, 0.5], **wanted, **ON)
     theirs = loaded(checkpoint)
     of_image = loaded(checkpoint, task="LatentConsistencyModelImg2ImgPipeline")
     with Pipeline.load(tmp_path / "b") as pipe:
@@ -327,7 +328,7 @@ def test_every_solver_with_guidance(
 ) -> None:
     """Ten seeds at 7.5, in which the negative prompts take turns, and three at other scales and with an image."""
     wanted: Call = {"precision": "fp32", "size": SIZE, "steps": [steps], "scheduler": SOLVERS[solver], "quiet": True}
-    build_here(str(written(preset)), tmp_path / "b", donor=donors(preset), **wanted, **ON)
+    build_here(str(written(preset)), tmp_path / "b", **wanted, **ON)
     theirs = loaded(written(preset), SOLVERS[solver])
     of_image = loaded(written(preset), SOLVERS[solver], OF_IMAGE[preset])
     negatives: list[Call] = [{}, {"negative_prompt": ""}, {"negative_prompt": NEGATIVE}]

@@ -11,7 +11,8 @@ import image_graphs
 import numpy as np
 import pytest
 import torch
-from conftest import ON, SIZE, BundleFactory, build_here, called
+from conftest import ON, SIZE, BundleFactory, called
+from here import build_here
 from image_calls import FEW, PAIRS, Pairs, assert_same, compared, ours, picture, prompts, seeded, theirs
 from PIL import Image
 

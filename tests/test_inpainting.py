@@ -12,7 +12,8 @@ import image_graphs
 import numpy as np
 import pytest
 import torch
-from conftest import BATCH, ON, SIZE, BundleFactory, build_here, called
+from conftest import BATCH, ON, SIZE, BundleFactory, called
+from here import build_here
 from image_calls import FEW, PAIRS, Pairs, assert_same, compared, mask, ours, picture, prompts, seeded, theirs
 from PIL import Image
 from test_schedulers import CASES, SD15, Case, checkpoint_with
@@ -64,7 +65,7 @@ def made(
         checkpoint = checkpoint_with(SAMPLERS[name], checkpoint, folder / "checkpoint")
     how: dict[str, Any] = {"size": SIZE, "batch": BATCH[family, "fp32"], "tasks": ["inpainting"], "quiet": True, **ON}
     steps = (1, 2, 3, 4) if name == "own" else (1, 2, 3, 4, 8)  # PNDM has its whole history after four steps
-    build_here(str(checkpoint), folder / "x.bundle", precision="fp32", steps=steps, **how, donor=bundle_of(family))
+    build_here(str(checkpoint), folder / "x.bundle", precision="fp32", steps=steps, **how)
     _, reference = image_graphs.pipelines(checkpoint, family)
     with Pipeline.load(folder / "x.bundle") as pipe:
         assert name == "own" or pipe.bundle.open_chain().chain.K == SAMPLERS[name].K

@@ -62,8 +62,8 @@ def made(sdxl: Path, checkpoints: dict[str, Path], tmp_path_factory: pytest.Temp
     """diffusers' pipeline of an SDXL checkpoint with inversions, and the bundle of that checkpoint."""
     folder = tmp_path_factory.mktemp("inversion")
     pipe = with_inversions(checkpoints["sdxl"], folder / "checkpoint")
-    donor, traced, batch = Bundle.open(sdxl), ("text_encoder", "text_encoder_2"), BATCH["sdxl", "fp32"]
-    return pipe, export_with((1,), folder / "checkpoint", donor, batch, folder / "x.bundle", traced)
+    donor, batch = Bundle.open(sdxl), BATCH["sdxl", "fp32"]
+    return pipe, export_with((1,), folder / "checkpoint", donor, batch, folder / "x.bundle")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -41,7 +41,7 @@ def test_a_build_of_an_engine_and_every_command(backend: str, sd: Path, tmp_path
     home, work = tmp_path / "home", tmp_path / "work"
     work.mkdir()
     machine = (f"--backend={backend}", "--engines=engines")
-    built = outside.run(program("build-engine"), sd, *machine, home=home, cwd=work)
+    built = outside.run(program("build-engine"), sd, *machine, "--chains=text-to-image", home=home, cwd=work)
     assert built.returncode == 0, built.stderr
     done = outside.run(sys.executable, "-c", RUNTIME, sd, *machine, home=home, cwd=work)
     assert done.returncode == 0, done.stderr
@@ -51,7 +51,7 @@ def test_a_build_of_an_engine_and_every_command(backend: str, sd: Path, tmp_path
 
 def test_a_build_for_another_machine(sd: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    machine = ("--backend=tensorrt", "--target=sm89", "--engines=engines")
+    machine = ("--backend=tensorrt", "--target=sm89", "--engines=engines", "--chains=text-to-image")
     built = outside.run(program("build-engine"), sd, *machine, home=tmp_path / "home", cwd=tmp_path)
     assert built.returncode == 0, built.stderr
     assert outside.left(tmp_path / "home") == set()

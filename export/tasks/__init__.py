@@ -41,7 +41,8 @@ class Task:
             return [*(Trial(n) for n in steps), Trial(min(steps), guided=True)]
         most = max(steps)
         few = min(n for n in steps if n > 1 or n == most)
-        return [Trial(most, _strength(most, max(1, most - 1))), Trial(few, _strength(few, 1), guided=True)]
+        made = most if self.whole_is_noise else max(1, most - 1)  # the start of a whole run is another one
+        return [Trial(most, _strength(most, made)), Trial(few, _strength(few, 1), guided=True)]
 
 
 def _strength(steps: int, made: int) -> float:

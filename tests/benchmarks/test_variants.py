@@ -9,6 +9,7 @@ import tables
 import variants
 
 
+@pytest.mark.full
 def test_every_variant_runs(sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = [str(sd), "--runs", "2", "--graphs", "vae_decoder", "--results", str(tmp_path)]
     assert variants.main(line) == 0

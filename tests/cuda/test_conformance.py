@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from calls import ALL, CONTROLLED, NEW, PICTURE, assert_nothing_left, draw, of_chains, on_cpu, output
-from conftest import FAMILIES, ON, SIZE, BundleFactory, build_here
+from conftest import FAMILIES, ON, SIZE, BundleFactory
+from here import build_here
 from standin import OneByOne, Runtime, StandIn, pipeline, standing_in
 
 from turbochain.runtime import Bundle, Cancelled, CudaError, Pipeline, TurbochainError
@@ -68,9 +69,7 @@ def test_inpainting_with_a_history(sd: Path, checkpoints: dict[str, Path], tmp_p
     """Two tensors go round the loop, and the image is blended in after each step."""
     multistep = {"steps": [3], "scheduler": "DPMSolverMultistepScheduler"}
     shape = {"precision": "fp32", "size": SIZE, "tasks": ["inpainting"]}
-    path = build_here(
-        str(checkpoints["sd"]), tmp_path / "x.bundle", **shape, **multistep, donor=sd, quiet=True, **ON
-    ).bundle
+    path = build_here(str(checkpoints["sd"]), tmp_path / "x.bundle", **shape, **multistep, quiet=True, **ON).bundle
     assert Bundle.open(path).open_chain().chain.K == 2
     conform_in_each_way(path, (StandIn, uncaptured(StandIn)), of_chains(path))
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 from conftest import ON, ON_ARGUMENTS, command
+from here import build_here
 from second_chain import FIRST, GRAPH, SECOND, add_second_chain, edit_json, record
 
-from turbochain.engines import BuildResult, build
+from turbochain.engines import BuildResult
 from turbochain.runtime import Bundle, BundleError, InputError, Pipeline, VerificationError
 from turbochain.runtime.backends import openvino
 from turbochain.runtime.bundle import hashing, strict_json, writing
@@ -57,14 +58,14 @@ def bundle(sd: Path, copy_of: Callable[[Path], Path]) -> Path:
 
 def test_a_chain_that_is_added(bundle: Path) -> None:
     """Nothing of the first is compiled or verified again, and the engine says what it lacks until then."""
-    before = build(str(bundle), quiet=True, **ON)
+    before = build_here(str(bundle), quiet=True, **ON)
     assert phases(before) == [*(f"compile {g}" for g in GRAPHS), f"verify {FIRST}"]
     add_second_chain(bundle)
     with pytest.raises(BundleError, match=rf"it lacks {GRAPH} of the chain {SECOND}\); build one: build-engine "):
         Pipeline.load(bundle, chain=SECOND)
     with Pipeline.load(bundle) as pipe:
         first = pipe("a cat", seed=0, output_type="uint8").images
-    after = build(str(bundle), quiet=True, **ON)
+    after = build_here(str(bundle), quiet=True, **ON)
     assert phases(after) == [f"compile {GRAPH}", f"verify {SECOND}"] and after.folder == before.folder
     old, new = before.build_seconds, after.build_seconds
     assert {g: new[g] for g in GRAPHS} == old and {*new} == {*GRAPHS, GRAPH}
@@ -72,13 +73,13 @@ def test_a_chain_that_is_added(bundle: Path) -> None:
     with Pipeline.load(bundle, chain=SECOND) as pipe:
         assert (pipe("a cat", seed=0, chain=SECOND, output_type="uint8").images == first).all()
         assert (pipe("a cat", seed=0, output_type="uint8").images == first).all()
-    assert phases(build(str(bundle), quiet=True, **ON)) == []
+    assert phases(build_here(str(bundle), quiet=True, **ON)) == []
     assert [p.name for p in (bundle / "engines").iterdir()] == [after.engine]
 
 
 def test_the_chains_that_are_asked_for(bundle: Path) -> None:
     add_second_chain(bundle)
-    only = build(str(bundle), chains=[FIRST], quiet=True, **ON)
+    only = build_here(str(bundle), chains=[FIRST], quiet=True, **ON)
     assert phases(only) == [*(f"compile {g}" for g in GRAPHS), f"verify {FIRST}"]
     assert {*only.precision} == {*GRAPHS} and {*only.checks} == {FIRST}
     done = command("build-engine", bundle, "--chains", SECOND, *ON_ARGUMENTS)
@@ -92,26 +93,26 @@ def test_the_chains_that_are_asked_for(bundle: Path) -> None:
         assert f"{FIRST}, {SECOND}" in refused.stderr
     for wrong_type in ([], FIRST):
         with pytest.raises(InputError, match="a list of names was expected"):
-            build(str(bundle), chains=wrong_type, quiet=True, **ON)
+            build_here(str(bundle), chains=wrong_type, quiet=True, **ON)
 
 
 def test_a_chain_that_fails_leaves_the_engine_as_it_was(bundle: Path) -> None:
-    before = build(str(bundle), quiet=True, **ON)
+    before = build_here(str(bundle), quiet=True, **ON)
     text = (before.folder / "engine.json").read_text()
     add_second_chain(bundle, off=128)
     with pytest.raises(VerificationError, match=rf"^chain {SECOND}: the result differs .*max_abs is"):
-        build(str(bundle), quiet=True, **ON)
+        build_here(str(bundle), quiet=True, **ON)
     assert [p.name for p in (bundle / "engines").iterdir()] == [before.engine]
     assert (before.folder / "engine.json").read_text() == text
-    assert phases(build(str(bundle), chains=[FIRST], quiet=True, **ON)) == []
+    assert phases(build_here(str(bundle), chains=[FIRST], quiet=True, **ON)) == []
 
 
 def test_unchanged_files_are_linked_and_others_compiled(bundle: Path) -> None:
     """With files: the ranges of the VAE in int8. A graph is added, changes, and goes."""
-    before = build(str(bundle), **INT8)
+    before = build_here(str(bundle), **INT8)
     (ranges,) = inodes(before.folder).items()
     add_second_chain(bundle)
-    after = build(str(bundle), **INT8)
+    after = build_here(str(bundle), **INT8)
     assert phases(after) == [f"compile {GRAPH}", f"verify {SECOND}"]
     assert inodes(after.folder) == dict([ranges]) and (after.folder / ranges[0]).stat().st_nlink == 1
     hashing.check_all(after.folder, engine_of(after).files, full=True)
@@ -120,26 +121,26 @@ def test_unchanged_files_are_linked_and_others_compiled(bundle: Path) -> None:
     graph = bundle / f"graphs/{GRAPH}.onnx"
     graph.write_bytes(graph.read_bytes() + b"\x12\x04test")  # its producer's name
     record(bundle, f"graphs/{GRAPH}.onnx")
-    changed = build(str(bundle), **INT8)
+    changed = build_here(str(bundle), **INT8)
     assert phases(changed) == [f"compile {GRAPH}", f"verify {SECOND}"] and inodes(changed.folder) == dict([ranges])
     assert engine_of(changed).graphs[GRAPH].digest != digest
 
     edit_json(bundle / "bundle.json", lambda m: (m["chains"].pop(SECOND), m["graphs"].pop(GRAPH)))
-    dropped = build(str(bundle), **INT8)
+    dropped = build_here(str(bundle), **INT8)
     assert phases(dropped) == [] and {*dropped.precision} == {*GRAPHS} and {*dropped.checks} == {FIRST}
     assert {*engine_of(dropped).graphs} == {*GRAPHS} and inodes(dropped.folder) == dict([ranges])
 
     damaged = dropped.folder / ranges[0]
     text = damaged.read_bytes()
     damaged.write_bytes(text[:-1] + b" ")
-    mended = build(str(bundle), **INT8)
+    mended = build_here(str(bundle), **INT8)
     assert phases(mended) == ["compile vae_decoder", f"verify {FIRST}"]
     assert (mended.folder / ranges[0]).read_bytes() == text
 
 
 def test_an_engine_for_another_machine_gets_a_chain(bundle: Path) -> None:
     """Serialized engines: each keeps its inode, as do kernels that a load left, and nothing is verified here."""
-    first = build(str(bundle), options={"builder_optimization_level": 0}, **AHEAD)
+    first = build_here(str(bundle), options={"builder_optimization_level": 0}, **AHEAD)
     files = inodes(first.folder)
     assert {*files} == {f"{g}.engine" for g in GRAPHS} and first.checks == {}
     add_second_chain(bundle)
@@ -151,7 +152,7 @@ def test_an_engine_for_another_machine_gets_a_chain(bundle: Path) -> None:
     kernels = first.folder / "text_encoder.NVIDIA-L4.kernels"
     kernels.write_text("left by a load")
     files[kernels.name] = kernels.stat().st_ino
-    again = build(str(bundle), options={"builder_optimization_level": 0}, **AHEAD)
+    again = build_here(str(bundle), options={"builder_optimization_level": 0}, **AHEAD)
     assert phases(again) == ["compile unet"] and again.folder == first.folder
     after = inodes(again.folder)
     assert after.keys() == files.keys() and {f for f in files if after[f] != files[f]} == {"unet.engine"}
@@ -160,10 +161,10 @@ def test_an_engine_for_another_machine_gets_a_chain(bundle: Path) -> None:
 @pytest.mark.skipif(not openvino.has_bf16(), reason="this CPU has no bf16")
 def test_a_chain_for_which_bf16_will_not_do(bundle: Path) -> None:
     """What `auto` settled on for the first chain fails in the second: the next is taken, for both."""
-    before = build(str(bundle), backend="openvino", quiet=True)
+    before = build_here(str(bundle), backend="openvino", quiet=True)
     assert engine_of(before).settled == {"inference_precision": "bf16"}
     add_second_chain(bundle, prediction="state")  # its bound is fp32's in every precision
-    after = build(str(bundle), backend="openvino", quiet=True)
+    after = build_here(str(bundle), backend="openvino", quiet=True)
     assert after.folder == before.folder and engine_of(after).settled["inference_precision"] in ("mixed", "fp32")
     tried = phases(after)
     assert tried[:2] == [f"compile {GRAPH}", f"verify {SECOND}"] and tried[-2:] == [
@@ -171,7 +172,7 @@ def test_a_chain_for_which_bf16_will_not_do(bundle: Path) -> None:
         f"verify {SECOND}",
     ]
     assert all(c.passed for checks in after.checks.values() for c in checks) and after.precision["unet"] == "fp32"
-    assert phases(build(str(bundle), backend="openvino", quiet=True)) == []
+    assert phases(build_here(str(bundle), backend="openvino", quiet=True)) == []
 
 
 def test_engines_are_kept_elsewhere(bundle: Path, tmp_path: Path) -> None:
@@ -180,7 +181,7 @@ def test_engines_are_kept_elsewhere(bundle: Path, tmp_path: Path) -> None:
     result = json.loads(done.stdout)
     assert result["folder"] == str(elsewhere / result["engine"]) and not (bundle / "engines").exists()
     assert [p.name for p in elsewhere.iterdir()] == [result["engine"]]
-    assert phases(build(str(bundle), engines=elsewhere, quiet=True, **ON)) == []
+    assert phases(build_here(str(bundle), engines=elsewhere, quiet=True, **ON)) == []
     with pytest.raises(BundleError, match="it has none"):
         Pipeline.load(bundle)
     with Pipeline.load(bundle, engines=elsewhere) as pipe:
@@ -190,12 +191,12 @@ def test_engines_are_kept_elsewhere(bundle: Path, tmp_path: Path) -> None:
     assert str(refused.value).endswith(f"build one: build-engine {bundle} --engines {tmp_path / 'none'}")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"engines .*file: a folder was expected"):
-        build(str(bundle), engines=tmp_path / "file", quiet=True, **ON)
+        build_here(str(bundle), engines=tmp_path / "file", quiet=True, **ON)
 
 
 def test_the_command_for_a_missing_chain_mends_the_engine_that_was_loaded(bundle: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "else where"
-    build(str(bundle), engines=elsewhere, quiet=True, **ON)
+    build_here(str(bundle), engines=elsewhere, quiet=True, **ON)
     add_second_chain(bundle)
     with Pipeline.load(bundle, engines=elsewhere) as pipe, pytest.raises(BundleError) as refused:
         pipe("a cat", chain=SECOND)
@@ -233,7 +234,7 @@ def test_a_bundle_that_is_read_only(bundle: Path, tmp_path: Path) -> None:
 
 def test_two_at_once_and_a_kill_between(bundle: Path) -> None:
     """A build that adds a chain is killed, and two go on from there: one of them works, and the old engine is whole."""
-    before = build(str(bundle), backend="openvino", chains=[FIRST], quiet=True)
+    before = build_here(str(bundle), backend="openvino", chains=[FIRST], quiet=True)
     shutil.copytree(before.folder, bundle / "kept")
     (before.folder / "engine.json").write_text("{")
     line = [BUILD, bundle, "--backend", "openvino"]

@@ -16,8 +16,9 @@ import huggingface_hub
 import lora_files
 import pytest
 import torch
-from conftest import ON, ON_ARGUMENTS, SIZE, build_here, called, phases_here
+from conftest import ON, ON_ARGUMENTS, SIZE, called
 from diffusers import LCMScheduler, UNet2DConditionModel
+from here import build_here, phases_here
 from safetensors.torch import load_file, save_file
 from test_bad_input import refused
 from test_load import copied
@@ -189,7 +190,7 @@ def test_a_unet_and_a_lora_with_timesteps_of_their_own(
     asked_for = {"unet": str(unet), "lora": [f"{lora}:0.5"], "recipe": "dmd2-4step", "size": SIZE, "quiet": True, **ON}
     asked_for["tasks"] = ["text-to-image"]
     bundle = tmp_path / "a.bundle"
-    made = build_here(str(checkpoints["sd"]), bundle, donor=sd, traced=("unet",), **asked_for)
+    made = build_here(str(checkpoints["sd"]), bundle, **asked_for)
     assert all(check.passed for check in made.checks["text-to-image"])
 
     pipe = load_diffusers(checkpoints["sd"])

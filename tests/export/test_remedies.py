@@ -18,8 +18,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import FAMILIES, ON_ARGUMENTS, SIZE, BundleFactory, called, phases_here
+from conftest import FAMILIES, ON_ARGUMENTS, SIZE, BundleFactory, called
 from diffusers.models.attention_processor import Attention
+from here import phases_here
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
 

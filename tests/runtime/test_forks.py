@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import build_here
+from here import build_here
 
 SECONDS = 60  # that a process has, so that one that hangs is told from one that works
 

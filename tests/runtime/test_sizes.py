@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import small_bundle
 from calls import assert_nothing_left, of_chains, output
-from conftest import ON, build_here
+from conftest import ON
+from here import build_here
 from standin import Runtime, StandIn, pipeline, standing_in
 
 from turbochain.engines import build

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, ON, SIZE, build_here, command
+from conftest import FAMILIES, ON, SIZE, command
 from diffusers import AutoencoderTiny
+from here import build_here
 from test_bad_input import refused
 from test_parity import assert_same_picture, load_diffusers, theirs
 
@@ -45,7 +46,7 @@ def test_it_is_diffusers_picture_with_that_vae(
     bundle, vae = tmp_path / "a.bundle", tmp_path / "our-tiny"
     shutil.copytree(tiny, vae)
     asked = {"vae": str(vae), "size": SIZE, "steps": [2], "quiet": True, **ON}
-    made = build_here(str(checkpoints["sd"]), bundle, donor=sd, traced=("vae",), **asked)
+    made = build_here(str(checkpoints["sd"]), bundle, **asked)
     assert made.remedy["vae_decoder"] == made.remedy["vae_encoder"] == ""
     assert {*made.checks} == {"text-to-image", "image-to-image"}  # whose image has no posterior here
     assert all(check.passed for checks in made.checks.values() for check in checks)

@@ -11,8 +11,9 @@ from typing import Any
 import original_names
 import pytest
 import torch
-from conftest import ON, SIZE, build_here
+from conftest import ON, SIZE
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+from here import build_here
 from original_names import Tensors, prefixed
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

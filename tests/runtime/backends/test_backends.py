@@ -15,10 +15,10 @@ import numpy as np
 import onnx
 import pytest
 from conftest import FAMILIES, SIZE, BundleFactory
+from here import build_here
 from onnx.reference import ReferenceEvaluator
 
 from turbochain.engines import backends as builders
-from turbochain.engines import build
 from turbochain.engines.backends.contract import Builder
 from turbochain.runtime import Bundle, Cancelled, InputError, Pipeline, backends, selection
 from turbochain.runtime.backends import openvino
@@ -74,7 +74,7 @@ def engines(
     for family in FAMILIES:
         path = tmp_path_factory.mktemp("bundle") / family
         shutil.copytree(bundle_of(family), path)
-        made = build(str(path), path, backend=backend, device=device, options=options, quiet=True)
+        made = build_here(str(path), path, backend=backend, device=device, options=options, quiet=True)
         bundle = Bundle.open(path)
         found[family] = (bundle.open_chain(), Found(made.folder, bundle.engines()[made.engine]))
     return found

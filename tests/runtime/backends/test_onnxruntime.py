@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 import pytest
 from conftest import ROOT, BundleFactory
+from here import build_here
 from packaging.requirements import Requirement
 
-from turbochain.engines import build
 from turbochain.runtime import Bundle, InputError, Pipeline, TurbochainError
 from turbochain.runtime.backends import onnxruntime
 from turbochain.runtime.backends import onnxruntime_sessions as sessions
@@ -28,7 +28,7 @@ def test_weights_are_read_where_they_are_mapped(sd: Path) -> None:
 def test_fp16_is_converted_once(bundle_of: BundleFactory, tmp_path: Path) -> None:
     path = tmp_path / "half.bundle"
     half = bundle_of("sd", "fp16")
-    build(str(half), path, backend="onnxruntime", device="cpu", quiet=True)
+    build_here(str(half), path, backend="onnxruntime", device="cpu", quiet=True)
     assert resident(path / UNET.format("fp16")) < 0.5 * (path / UNET.format("fp16")).stat().st_size
 
 

@@ -15,13 +15,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import FAMILIES, BundleFactory, command
+from conftest import FAMILIES, BundleFactory, called, command
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from here import build_here
 from skimage.metrics import peak_signal_noise_ratio
 from test_parity import assert_same_picture, load_diffusers, theirs
 from torch import nn
 
-from turbochain.engines import build
 from turbochain.engines.build import BuildResult
 from turbochain.runtime import (
     Bundle,
@@ -44,6 +44,7 @@ Copy = Callable[[Path], Path]
 openvino = backend.library()
 ops = openvino.opset13
 HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+TEXT = ["text-to-image"]
 CALL = {"prompt": "a cat in the snow", "num_inference_steps": 2, "seed": 3}
 
 
@@ -67,7 +68,7 @@ def int8(engines: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     bundle = tmp_path_factory.mktemp("openvino") / "int8.bundle"
     shutil.copytree(engines["fp32"], bundle)
     options = {"vae_int8": True, "inference_precision": "fp32"}
-    return bundle, build(str(bundle), backend="openvino", options=options, quiet=True)
+    return bundle, build_here(str(bundle), backend="openvino", options=options, chains=TEXT, quiet=True)
 
 
 def picture(bundle: Path, **where: Any) -> np.ndarray:
@@ -125,12 +126,13 @@ def test_bf16_is_close_to_diffusers_in_fp32(engines: dict[str, Path], checkpoint
     assert peak_signal_noise_ratio(expected, picture(engines["default"])[0], data_range=255) >= 38
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16")
 def test_auto_takes_the_fastest_within_its_bounds(demo: Path, copy_of: Copy) -> None:
     """A trained model, whose objects move where bf16 rounds: what auto refuses fails when it is asked for."""
     bundle = copy_of(demo)
     shutil.rmtree(bundle / "engines")
-    done = command("build-engine", bundle)
+    done = command("build-engine", bundle, "--chains", *TEXT)
     assert done.returncode == 0, done.stderr
     refused, next_one = re.findall(
         r"^inference_precision=(\w+): chain [\w-]+: the result differs .*; next: (\S+)$", done.stderr, re.M
@@ -141,12 +143,12 @@ def test_auto_takes_the_fastest_within_its_bounds(demo: Path, copy_of: Copy) -> 
     written = json.loads(path.read_text())
     assert written["key"]["options"]["inference_precision"] == "auto" and "ordered" not in written
     assert written["settled"] == {"inference_precision": chosen}
-    assert f"inference_precision={chosen}" in command("turbochain", "inspect", bundle).stdout
-    again = build(str(bundle), quiet=True)
+    assert f"inference_precision={chosen}" in called("turbochain", "inspect", bundle).stdout
+    again = build_here(str(bundle), chains=TEXT, quiet=True)
     assert again.phases == [] and again.precision["unet"] == "fp32"
     assert again.precision["vae_decoder"] == {"mixed": "bf16", "fp32": "fp32"}[chosen]
     with pytest.raises(VerificationError, match="the result differs"):
-        build(str(bundle), options={"inference_precision": refused}, quiet=True)
+        build_here(str(bundle), options={"inference_precision": refused}, chains=TEXT, quiet=True)
     assert len(list(bundle.glob("engines/*"))) == 1
     with Pipeline.load(bundle) as pipe:
         assert pipe("a large red circle on a white background", seed=0, output_type="uint8").images.any()
@@ -177,7 +179,8 @@ def test_an_fp16_bundle(bundle_of: BundleFactory, checkpoints: dict[str, Path], 
     """Its graphs hold GroupNormalization, and all that is put into them must be in fp16 too."""
     bundle = copy_of(bundle_of("sd", "fp16"))
     shutil.rmtree(bundle / "engines")
-    made = build(str(bundle), backend="openvino", options={"inference_precision": "fp32"}, quiet=True)
+    options = {"inference_precision": "fp32"}
+    made = build_here(str(bundle), backend="openvino", options=options, chains=TEXT, quiet=True)
     assert made.precision["vae_decoder"] == "fp16"
     (expected,) = theirs(load_diffusers(checkpoints["sd"]), CALL)
     assert peak_signal_noise_ratio(expected, picture(bundle)[0], data_range=255) >= 38
@@ -202,7 +205,7 @@ def test_ranges_hold_what_the_convolutions_read(checkpoints: dict[str, Path], in
             module.register_forward_hook(lambda m, given, out, name=name: see(name, m, given[0], out))
     with torch.inference_mode():
         opened = Bundle.open(bundle)
-        for case in (c for chain in opened.manifest.chains for c in reference.read_cases(opened, chain)):
+        for case in reference.read_cases(opened, *TEXT):
             vae.decode(torch.from_numpy(case.tensors["next_latents"][-1]) / vae.config.scaling_factor)
     ours, expected = (np.sort(list(of.values()), axis=0) for of in (ranges, found))
     np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
@@ -211,7 +214,7 @@ def test_ranges_hold_what_the_convolutions_read(checkpoints: dict[str, Path], in
 @pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16")
 def test_mixed_is_bf16_for_the_vae_alone(engines: dict[str, Path], copy_of: Copy) -> None:
     bundle = copy_of(engines["fp32"])
-    made = build(str(bundle), options={"inference_precision": "mixed"}, quiet=True)
+    made = build_here(str(bundle), options={"inference_precision": "mixed"}, quiet=True)
     lower = {graph for graph, precision in made.precision.items() if precision == "bf16"}
     assert lower == {"vae_encoder", "vae_decoder"} and {*made.precision.values()} == {"fp32", "bf16"}
     held_to = {check.stage: check.bound for check in made.checks["image-to-image"]}
@@ -224,12 +227,13 @@ def test_mixed_is_bf16_for_the_vae_alone(engines: dict[str, Path], copy_of: Copy
 def test_the_engine_built_last_is_taken_unless_another_is_named(engines: dict[str, Path], copy_of: Copy) -> None:
     bundle = copy_of(engines["fp32"])
     names = [path.name for path in bundle.glob("engines/*")]
-    names.append(build(str(bundle), backend="openvino", options={"inference_precision": "bf16"}, quiet=True).engine)
+    options = {"inference_precision": "bf16"}
+    names.append(build_here(str(bundle), backend="openvino", options=options, chains=TEXT, quiet=True).engine)
     with Pipeline.load(bundle) as pipe:
         assert pipe.engine_name == names[1]
     with Pipeline.load(bundle, engine=names[0]) as pipe:
         assert pipe.engine_name == names[0]
-    assert command("turbochain", "verify", bundle, "--engine", names[0], "--json").stdout.count(names[0]) == 1
+    assert called("turbochain", "verify", bundle, "--engine", names[0], "--json").stdout.count(names[0]) == 1
     assert (picture(bundle, engine=names[0]) != picture(bundle, engine=names[1])).any()
     with pytest.raises(InputError, match=rf"has no engine 'x': choose from {names[0][:12]}"):
         Pipeline.load(bundle, engine="x")
@@ -371,9 +375,9 @@ def test_an_engine_in_bf16_does_not_fit_a_cpu_without_it(
             Pipeline.load(bundle)
     for asked in ("bf16", "mixed"):
         with pytest.raises(InputError, match=f"inference_precision={asked}: this CPU does not compute in bf16; auto"):
-            build("demo", tmp_path / "x", backend="openvino", options={"inference_precision": asked}, quiet=True)
+            build_here("demo", tmp_path / "x", backend="openvino", options={"inference_precision": asked}, quiet=True)
     assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
-    assert build(str(bundle), backend="openvino", quiet=True).precision["unet"] == "fp32"
+    assert build_here(str(bundle), backend="openvino", chains=TEXT, quiet=True).precision["unet"] == "fp32"
     assert picture(bundle).any()
 
 
@@ -395,7 +399,7 @@ def test_it_runs_on_no_gpu(engines: dict[str, Path]) -> None:
 
 
 def test_its_option_is_checked_and_kept(engines: dict[str, Path]) -> None:
-    said = command("build-engine", engines["fp32"], "--backend", "openvino", "-O", "inference_precision=int4")
+    said = called("build-engine", engines["fp32"], "--backend", "openvino", "-O", "inference_precision=int4")
     assert said.returncode == 2 and "inference_precision=int4: auto, bf16, mixed, fp32 was expected" in said.stderr
     (path,) = engines["fp32"].glob("engines/*/engine.json")
     written = json.loads(path.read_text())

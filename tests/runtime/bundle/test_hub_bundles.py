@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ON, called, command
+from here import build_here
 from hub_cache import COMMIT, NAME, put
 from PIL import Image
 
-from turbochain.engines import build
 from turbochain.engines.backends import onnxruntime as onnxruntime_builder
 from turbochain.engines.backends.contract import Task
 from turbochain.runtime import Bundle, BundleError, Pipeline
@@ -63,7 +63,7 @@ def test_a_snapshot_is_a_bundle(backend: str, sd: Path, snapshot: Path, home: Pa
     bundle.check_files(full=True)
     with pytest.raises(BundleError, match="engines that came with it from the hub are ignored without --trust-engines"):
         Pipeline.load(snapshot)
-    made = build(str(snapshot), backend=backend, device="cpu", quiet=True)
+    made = build_here(str(snapshot), backend=backend, device="cpu", quiet=True)
     assert made.folder.parent == hashing.user_cache() / "engines" / bundle.id
     expected = drawn(sd, engines=made.folder.parent)
     assert (drawn(snapshot) == expected).all() and tree(home) == before
@@ -87,7 +87,7 @@ def test_an_id_is_a_bundle(sd: Path, snapshot: Path, tmp_path: Path, home: Path)
     done = generated(NAME, picture, "--trust-engines")
     assert done.returncode == 0, done
     assert (np.asarray(Image.open(picture)) == drawn(sd)[0]).all() and tree(home) == before
-    build(str(snapshot), **ON, quiet=True)
+    build_here(str(snapshot), **ON, quiet=True)
     shutil.rmtree(snapshot / "engines")
     assert generated(f"{NAME}@{COMMIT}", picture).returncode == 0
     code = "import sys; from turbochain.runtime import Pipeline; Pipeline.load(sys.argv[1]).close()"
