@@ -109,15 +109,11 @@ class _Traced:
         checkpoint: Checkpoint = self.prepared.checkpoint
         found = hashlib.sha256(self.component.encode())
         if self.component:
-            part = checkpoint.parts[self.component]
-            said = (
-                checkpoint.configs,
-                checkpoint.index[self.component],
-                part.variant,
-                [s for _, s in checkpoint.adapters],
-            )
-            found.update(repr(said).encode())
-            for path in (*part.weights, *(path for path, _ in checkpoint.adapters)):
+            config = {key: v for key, v in checkpoint.configs[self.component].items() if not key.startswith("_")}
+            scales = [scale for _, scale in checkpoint.adapters]
+            found.update(repr((config, checkpoint.index[self.component], scales)).encode())
+            files = (*checkpoint.parts[self.component].weights, *(path for path, _ in checkpoint.adapters))
+            for path in files:
                 found.update(path.read_bytes())
         return found.hexdigest()[:16]
 
