@@ -70,7 +70,7 @@ class Bundle:
     def open_chain(self, name: str | None = None) -> OpenChain:
         """Return a chain with all that it needs (None: the first one); InputError if there is none of this name."""
         chains = self.manifest.chains
-        if name is not None and name not in chains:
+        if name is not None and (not isinstance(name, str) or name not in chains):
             raise InputError(
                 f"chain={name!r}: this bundle has {', '.join(chains)}; build one that has it with build-engine SOURCE"
             )
