@@ -49,7 +49,7 @@ class Request:
     output_type: str = "pil"
     negative_prompts: tuple[str, ...] = ()  # one for each picture
     embeds: tuple[tuple[str, Array], ...] = ()  # what the text encoders would make, [N, …] by name; the prompt's first
-    resized: tuple[int, int] | None = None  # height and width of the image that was given, if it is drawn in another
+    resized: tuple[int, int] | None = None  # height, width of the first image, if another size is drawn
 
     @property
     def count(self) -> int:

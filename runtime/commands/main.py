@@ -237,10 +237,15 @@ def bench_text(result: bench.BenchResult) -> str:
     for name, t in timings.items():
         rows.append([name, *(f"{v:.2f}" for v in (t.p50_ms, t.p90_ms, t.p99_ms, t.min_ms)), str(t.n)])
     height, width = result.size
-    made = "" if result.evaluations == result.steps else f" ({result.evaluations} evaluation(s))"
+    more = [
+        "" if result.evaluations == result.steps else f"{result.evaluations} evaluation(s)",
+        "" if result.strength is None else f"strength {result.strength:g}",
+        f"guidance scale {result.guidance_scale:g}" if result.guidance_scale > 1 else "",
+    ]
+    call = ", ".join([f"{result.steps} step(s)", *filter(None, more)])
     return "\n".join(
         [
-            f"{result.engine}: {result.chain}, {width}x{height}, batch {result.batch}, {result.steps} step(s){made}",
+            f"{result.engine}: {result.chain}, {width}x{height}, batch {result.batch}, {call}",
             console.table(rows),
             f"load {result.load_ms:.0f} ms; first picture after it {result.first_image_ms:.0f} ms",
             result.includes,
