@@ -159,20 +159,16 @@ def _licences(origin: Origin) -> str:
 def _engine(bundle: Bundle, found: Engine | BundleError) -> dict[str, Any]:
     """Return an engine's manifest, and which chains it runs on this machine."""
     if isinstance(found, BundleError):
-        return {"fits": False, "reason": str(found)}
+        return {"fits": False, "chains": [], "reason": str(found)}
     reasons = {name: misfit(bundle.open_chain(name), found) for name in bundle.manifest.chains}
-    reason = next((r for r in reasons.values() if r), None)
+    runs, reason = [name for name, r in reasons.items() if not r], next((r for r in reasons.values() if r), None)
     mend = rebuild(bundle, found) if reason else None
-    return {"fits": reason is None, "reason": reason, "rebuild": mend, **dataclasses.asdict(found)}
+    return {"fits": bool(runs), "chains": runs, "reason": reason, "rebuild": mend, **dataclasses.asdict(found)}
 
 
 def _engine_text(name: str, engine: dict[str, Any]) -> str:
-    fits = "fits this machine" if engine["fits"] else f"does not fit: {engine['reason']}"
     if "key" not in engine:
-        return f"engine {name}: {fits}"
-    if engine["rebuild"]:
-        here = has_device(engine["key"]["backend"])
-        fits += f"\n  {'one that fits' if here else 'on a machine that has one'}: {engine['rebuild']}"
+        return f"engine {name}: does not fit: {engine['reason']}"
     key = engine["key"]
     where = Gpu(**key["gpu"]) if key["gpu"] else key["device"]
     options = "".join(f", {k}={v}" for k, v in (engine["ordered"] | engine["settled"]).items())
@@ -183,8 +179,19 @@ def _engine_text(name: str, engine: dict[str, Any]) -> str:
     ]
     return "\n  ".join(
         [
-            f"engine {name}: {fits}",
+            f"engine {name}: {_fit(engine)}",
             f"{key['backend']} on {where}, {key['library']} {key['version']}{options}, {console.size(size)}",
             *(checked or ["unverified: it is checked when it is first loaded on such a machine"]),
         ]
     )
+
+
+def _fit(engine: dict[str, Any]) -> str:
+    """Return which chains an engine runs on this machine, why it does not run the others, and what mends that."""
+    reason, mend = engine["reason"], engine["rebuild"]
+    if not reason:
+        return "fits this machine"
+    if engine["fits"]:
+        return f"fits this machine for {', '.join(engine['chains'])} alone: {reason}\n  to add the others: {mend}"
+    where = "one that fits" if has_device(engine["key"]["backend"]) else "on a machine that has one"
+    return f"does not fit: {reason}\n  {where}: {mend}"

@@ -1,10 +1,15 @@
 """What `turbochain inspect` shows of a bundle, against the bundle's own files."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, called
 from safetensors.numpy import load_file
+
+from turbochain.runtime import BundleError
+from turbochain.runtime.checks.verify import verify_bundle
 
 GOLDEN = ROOT / "tests" / "golden" / "bundle"
 
@@ -29,3 +34,23 @@ def test_an_engines_checks_are_told_by_chain(sd: Path) -> None:
     for chain, checks in made["checks"].items():
         (line,) = (line for line in lines if line.startswith(f"  {chain} checked: "))
         assert line.count(";") == len(checks) - 1
+
+
+def test_an_engine_that_lacks_the_first_chain(sd: Path, copy_of: Callable[[Path], Path]) -> None:
+    """It fits for the other one, which is verified."""
+    bundle = copy_of(sd)
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    manifest["chains"] = dict(reversed(manifest["chains"].items()))
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    (file,) = bundle.glob("engines/*/engine.json")
+    made = json.loads(file.read_text())
+    for of, name in (("graphs", "vae_encoder"), ("graphs", "start"), ("checks", "image-to-image")):
+        del made[of][name]
+    file.write_text(json.dumps(made))
+    shown = called("turbochain", "inspect", bundle).stdout
+    lacks = "it lacks vae_encoder, start of the chain image-to-image"
+    assert f"fits this machine for text-to-image alone: {lacks}\n  to add the others: build-engine {bundle}" in shown
+    _, checks = verify_bundle(bundle)
+    assert checks.keys() == {"text-to-image"} and all(check.passed for check in checks["text-to-image"])
+    with pytest.raises(BundleError, match=lacks):
+        verify_bundle(bundle, chain="image-to-image")
