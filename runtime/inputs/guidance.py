@@ -20,9 +20,10 @@ def check_scale(chain: OpenChain, guidance_scale: object) -> float:
     is above 1 and the chain cannot follow it."""
     default = chain.chain.defaults.get("guidance_scale", 0.0)
     scale = default if guidance_scale is None else guidance_scale
-    if not is_number(scale) or not -_MOST <= scale <= _MOST:
+    if not is_number(scale) or not -_MOST <= (scale if isinstance(scale, int) else float(scale)) <= _MOST:
         raise InputError(
-            f"guidance_scale={guidance_scale!r}: a finite number was expected, in fp32; leave it out for {default:g}"
+            f"guidance_scale={guidance_scale!r}: a finite number was expected, in fp32; leave it out for the bundle's, "
+            f"{default:g}"
         )
     if scale > 1 and GUIDANCE not in chain.chain.modes and not embeds_guidance(chain):
         raise InputError(
