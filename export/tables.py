@@ -140,7 +140,7 @@ def _scales(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> Sequence[floa
 
 
 def defaults(checkpoint: Checkpoint, recipe: Recipe, task: Task, made: Mapping[str, Made]) -> dict[str, float]:
-    """Return the defaults of a chain's calls: the order's guidance scale or none, and diffusers' strength.
+    """Return the defaults of a chain's calls: the order's guidance scale or none, diffusers' strength, its eta.
 
     If tables are made for some values alone, the default is diffusers' if it is one of these, and else the first.
     """
@@ -152,6 +152,8 @@ def defaults(checkpoint: Checkpoint, recipe: Recipe, task: Task, made: Mapping[s
     if task.starts_late:
         strengths = list(dict.fromkeys(entry.strength for entry in entries))
         found["strength"] = own["strength"] if {None, own["strength"]} & {*strengths} else float(strengths[0] or 0.0)
+    if recipe.eta:
+        found["eta"] = recipe.eta
     return found
 
 

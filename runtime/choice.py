@@ -4,7 +4,8 @@ import numpy as np
 
 from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, INPAINTING, TEXT_TO_IMAGE
 from turbochain.runtime.bundle.opened import Bundle
-from turbochain.runtime.inputs.pictures import wanted_size
+from turbochain.runtime.inputs.numbers import is_whole
+from turbochain.runtime.inputs.pictures import side, wanted_size
 
 
 def chain_of(
@@ -25,7 +26,7 @@ def chain_of(
     task = INPAINTING if mask_image is not None else IMAGE_TO_IMAGE if image is not None else TEXT_TO_IMAGE
     sizes = bundle.sizes(task)
     first = sizes[0]
-    size = (first[0] if height is None else height, first[1] if width is None else width)
+    size = (side("height", height, first[0]), side("width", width, first[1]))
     if image is not None and height is None and width is None and (own := wanted_size("image", image)) in sizes:
         size = own
     return bundle.find_chain(task, size, count)
@@ -36,4 +37,4 @@ def pictures_of(prompt: object, prompt_embeds: object, repeats: object) -> int:
     given, prompts = prompt_embeds if prompt is None else prompt, 1
     if isinstance(given, list | tuple) or (isinstance(given, np.ndarray) and given.ndim):
         prompts = len(given)
-    return prompts * (repeats if isinstance(repeats, int) else 1)
+    return prompts * (repeats if is_whole(repeats) else 1)

@@ -159,7 +159,7 @@ class Pipeline:
         of: dict[str, Any] = {"image": image, "mask_image": mask_image, "height": height, "width": width}
         count = pictures_of(prompt, prompt_embeds, num_images_per_prompt)
         request = Request.make(
-            self.bundle.open_chain(chain or chain_of(self.bundle, count, **of)),
+            self.bundle.open_chain(chain_of(self.bundle, count, **of) if chain is None else chain),
             prompt,
             **of,
             strength=strength,

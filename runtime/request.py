@@ -17,6 +17,7 @@ from turbochain.runtime.inputs.embeds import NEGATIVE, POOLED, check_embeds
 from turbochain.runtime.inputs.generators import seeds_of
 from turbochain.runtime.inputs.guidance import GUIDANCE, NEGATIVE_PROMPT, check_scale, modes_of
 from turbochain.runtime.inputs.noise import check_seed
+from turbochain.runtime.inputs.numbers import is_whole
 from turbochain.runtime.inputs.others import check_others
 from turbochain.runtime.inputs.rows import table_of
 from turbochain.runtime.inputs.tokenizer import check_prompt
@@ -48,7 +49,7 @@ class Request:
     output_type: str = "pil"
     negative_prompts: tuple[str, ...] = ()  # one for each picture
     embeds: tuple[tuple[str, Array], ...] = ()  # what the text encoders would make, [N, …] by name; the prompt's first
-    resized: tuple[int, int] | None = None  # height and width of the image that was given, if it is drawn in another
+    resized: tuple[int, int] | None = None  # height, width of the first image, if another size is drawn
 
     @property
     def count(self) -> int:
@@ -102,7 +103,7 @@ class Request:
             raise InputError("prompt and prompt_embeds were given: one of the two was expected")
         if not embeds and prompt is None:
             raise InputError("prompt is None: give a prompt, or its prompt_embeds")
-        prompts = () if embeds else _check_prompts(prompt, repeats)
+        prompts = () if embeds else _check_prompts("prompt", prompt, repeats)
         count = len(embeds[0][1].value) if embeds else len(prompts)
         _check_size(chain, height, width)
         _check_output_type(chain, output_type)
@@ -161,24 +162,25 @@ class Request:
 
 
 def _check_repeats(repeats: object) -> int:
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+    if not is_whole(repeats) or repeats < 1:
         raise InputError(f"num_images_per_prompt={repeats!r}: a whole number of at least 1 was expected")
-    return repeats
+    return int(repeats)
 
 
-def _check_prompts(prompt: object, repeats: int) -> tuple[str, ...]:
+def _check_prompts(argument: str, prompt: object, repeats: int) -> tuple[str, ...]:
     prompts = [prompt] if isinstance(prompt, str) or not isinstance(prompt, list | tuple) else list(prompt)
     if not prompts:
-        raise InputError("prompt=[]: at least one prompt was expected")
-    return tuple(check_prompt(p) for p in prompts for _ in range(repeats))
+        raise InputError(f"{argument}=[]: at least one prompt was expected")
+    return tuple(check_prompt(p, argument=argument) for p in prompts for _ in range(repeats))
 
 
 def _check_size(chain: OpenChain, height: int | None, width: int | None) -> None:
     size = chain.size
-    if (size[0] if height is None else height, size[1] if width is None else width) != size:
+    given = pictures.side("height", height, size[0]), pictures.side("width", width, size[1])
+    if given != size:
         raise InputError(
-            f"height={height}, width={width}: this bundle is built for {size[1]}x{size[0]}; "
-            f"build another with build-engine SOURCE --size {width or size[1]}x{height or size[0]}"
+            f"height={given[0]}, width={given[1]}: the chain {chain.name} is built for {size[1]}x{size[0]}; leave out "
+            "the chain or the size"
         )
 
 
@@ -240,7 +242,7 @@ def _check_negative(
         return (), embeds
     if not any(feed.of == NEGATIVE_PROMPT for feed in chain.read(modes).values()):
         return (), ()
-    given = _check_prompts("" if negative_prompt is None else negative_prompt, repeats)
+    given = _check_prompts(NEGATIVE_PROMPT, "" if negative_prompt is None else negative_prompt, repeats)
     given = given * (count // repeats) if len(given) == repeats else given
     if len(given) != count:
         raise InputError(

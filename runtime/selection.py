@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -141,6 +141,23 @@ def select(
     )
     command = _command(bundle, backend, device, engines)
     raise BundleError(f"{bundle.path} has no engine for this machine ({why}); build one: {command}")
+
+
+def select_for_any(
+    chains: Sequence[OpenChain],
+    backend: str | None = None,
+    device: str | None = None,
+    engine: str | None = None,
+    engines: str | Path | None = None,
+) -> Found:
+    """Return what `select` returns of the first of the chains that an engine runs; if none does, raise its error."""
+    refusals = []
+    for chain in chains:
+        try:
+            return select(chain, backend, device, engine, engines)
+        except BundleError as error:
+            refusals.append(error)
+    raise refusals[0]
 
 
 def _engines(bundle: Bundle, engines: str | Path | None) -> Iterator[tuple[Path, Engine | BundleError]]:

@@ -403,6 +403,8 @@ OUTPUTS = {
     "no ending": ("out", "names no picture format; try .png"),
     "unknown ending": ("out.txt", "'.txt' names no picture format; try .png"),
     "a format that is only read": ("out.psd", "try .png"),
+    "a format without colours": ("out.xbm", "cannot write mode RGB as XBM; try .png"),
+    "a format of which PIL has the name": ("out.hdf", "HDF5 save handler not installed; try .png"),
     "no permission": ("/proc/out.png", "cannot write /proc/out.png"),
     "a full device": ("/dev/full", "cannot write /dev/full"),
     "below a file": ("file/out.png", "there is no folder file"),
@@ -537,6 +539,8 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "latents NaN": ({"latents": np.full_like(NOISE, np.nan)}, "latents holds NaN or infinite values"),
     "latents infinite": ({"latents": np.full_like(NOISE, np.inf)}, "latents holds NaN or infinite values"),
     "guidance infinite": ({"guidance_scale": float("inf")}, "guidance_scale=inf: a finite number was expected"),
+    "guidance beyond fp32": ({"guidance_scale": 1e39}, "guidance_scale=1e+39: a finite number was expected, in fp32"),
+    "guidance an integer beyond fp64": ({"guidance_scale": 10**400}, "a finite number was expected, in fp32"),
     "guidance bool": ({"guidance_scale": True}, "guidance_scale=True"),
     "guidance NaN": ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
     "guidance text": ({"guidance_scale": "0"}, "guidance_scale='0'"),
@@ -544,18 +548,35 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
         {"negative_prompt": ["a", "b"], "guidance_scale": 2.0},
         "negative_prompt is a list of 2: one, or one for each of 1 prompts was expected",
     ),
-    "negative prompt number": ({"negative_prompt": 3, "guidance_scale": 2.0}, "prompt is of type int: expected a str"),
+    "negative prompt number": (
+        {"negative_prompt": 3, "guidance_scale": 2.0},
+        "The negative_prompt is of type int: expected a str",
+    ),
+    "no negative prompt": ({"negative_prompt": [], "guidance_scale": 2.0}, "negative_prompt=[]: at least one prompt"),
     "strength": ({"strength": 0.5}, "strength was given, and the chain text-to-image starts from no image; leave it"),
-    "height": ({"height": 128}, "this bundle is built for 64x64; build another with build-engine SOURCE --size 64x128"),
-    "width": ({"width": 128, "height": 64}, "build-engine SOURCE --size 128x64"),
     "height zero": ({"height": 0}, "height=0"),
-    "height text": ({"height": "64"}, "height"),
+    "height text": ({"height": "64"}, "height='64': a multiple of 8 in pixels was expected; turbochain inspect shows"),
+    "height float": ({"height": 64.0}, "height=64.0: a multiple of 8"),
+    "width odd": ({"width": 100}, "width=100: a multiple of 8"),
+    "width array": ({"width": np.array([64, 64])}, "width=array([64, 64]): a multiple of 8"),
+    "modes text": ({"modes": "guidance"}, "modes='guidance': a list of names was expected; give ['guidance']"),
     "output type": ({"output_type": "pt"}, "output_type='pt': choose from pil, np, uint8"),
     "output type list": ({"output_type": ["pil"]}, "output_type=['pil']"),
     "no images": ({"num_images_per_prompt": 0}, "num_images_per_prompt=0: a whole number of at least 1"),
     "images float": ({"num_images_per_prompt": 1.5}, "num_images_per_prompt=1.5"),
     "images bool": ({"num_images_per_prompt": True}, "num_images_per_prompt=True"),
 }
+CHOICES: dict[str, tuple[dict[str, Any], str]] = {
+    "height": ({"height": 128}, "this bundle is built for 64x64; build another with build-engine SOURCE --size 64x128"),
+    "width": ({"width": 128, "height": 64}, "build-engine SOURCE --size 128x64"),
+    "width of another chain": (
+        {"width": 128, "chain": "text-to-image"},
+        "height=64, width=128: the chain text-to-image is built for 64x64; leave out the chain or the size",
+    ),
+    "chain list": ({"chain": ["text-to-image"]}, "chain=['text-to-image']: this bundle has text-to-image, image-to"),
+    "chain empty": ({"chain": ""}, "chain='': this bundle has text-to-image"),
+}
+"""Of these a chain is chosen, which a request has already."""
 
 
 @pytest.fixture(scope="module")
@@ -564,9 +585,9 @@ def pipe(sd: Path):
         yield loaded
 
 
-@pytest.mark.parametrize("case", CALLS)
+@pytest.mark.parametrize("case", [*CALLS, *CHOICES])
 def test_arguments_of_a_call(pipe: Pipeline, case: str) -> None:
-    arguments, expected = CALLS[case]
+    arguments, expected = {**CALLS, **CHOICES}[case]
     with pytest.raises(InputError) as caught:
         pipe(**{"prompt": "a cat", "seed": 0, **arguments})
     assert expected in str(caught.value) and "\n" not in str(caught.value)

@@ -38,6 +38,8 @@ class Bundle:
         """
         folder = hub.folder(path, engines=trust_engines)
         if not folder.is_dir():
+            if folder.exists():
+                raise BundleError(f"{path} is not a bundle: it is a file; build one: build-engine SOURCE -o FOLDER")
             raise BundleError(
                 f"{path} is not a bundle: there is no such folder; build one: build-engine SOURCE -o {path}"
             )
@@ -70,9 +72,10 @@ class Bundle:
     def open_chain(self, name: str | None = None) -> OpenChain:
         """Return a chain with all that it needs (None: the first one); InputError if there is none of this name."""
         chains = self.manifest.chains
-        if name is not None and name not in chains:
+        if name is not None and (not isinstance(name, str) or name not in chains):
             raise InputError(
-                f"chain={name!r}: this bundle has {', '.join(chains)}; build one that has it with build-engine SOURCE"
+                f"chain={name!r}: this bundle has {', '.join(chains)}; choose one of these, or build another with "
+                "build-engine SOURCE"
             )
         return OpenChain(self, next(iter(chains)) if name is None else name)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from turbochain.runtime.bundle import lfs
-from turbochain.runtime.bundle.manifest import FEATURES, FORMAT_VERSION
+from turbochain.runtime.bundle.manifest import FEATURES, FORMAT_VERSION, Manifest
 from turbochain.runtime.errors import BundleError
 
 T = TypeVar("T")
@@ -24,7 +24,8 @@ def read(kind: type[T], path: Path) -> T:
     try:
         value = json.loads(path.read_bytes(), parse_constant=_no_constant)
     except FileNotFoundError:
-        raise BundleError(f"{path.parent} is not a bundle: it has no {path.name}") from None
+        named = "a bundle" if kind is Manifest else "an engine"
+        raise BundleError(f"{path.parent} is not {named}: it has no {path.name}; build-engine makes one") from None
     except (OSError, ValueError, RecursionError) as error:
         if lfs.is_pointer(path):
             raise BundleError(f"{path} is a Git LFS pointer, not the file itself. {lfs.remedy(path.parent)}") from None

@@ -73,10 +73,11 @@ def verify_bundle(
     """
     bundle = Bundle.open(path, trust_engines=trust_engines)
     bundle.check_files(full=True)
-    found = selection.select(bundle.open_chain(chain), backend, device, engine, engines)
+    wanted = [bundle.open_chain(name) for name in (bundle.manifest.chains if chain is None else [chain])]
+    found = selection.select_for_any(wanted, backend, device, engine, engines)
     executor, checks = selection.open_executor(bundle, found, device=device, threads=threads), {}
     try:
-        for opened in map(bundle.open_chain, bundle.manifest.chains if chain is None else [chain]):
+        for opened in wanted:
             if chain is None and selection.lacks(opened, found.engine):
                 continue
             selection.admit(opened, found)

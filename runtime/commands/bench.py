@@ -40,7 +40,8 @@ class BenchResult:
     engine: str
     chain: str
     steps: int
-    strength: float | None  # None: the bundle's default, or a chain that starts from no image
+    strength: float | None  # None: a chain that starts from no image
+    guidance_scale: float  # above 1, if the UNet does not read it itself, two launches of it for each evaluation
     evaluations: int  # of the UNet, for one prompt; with an image fewer than the steps
     batch: int
     size: tuple[int, int]  # height, width
@@ -120,7 +121,8 @@ def bench(
             engine=pipe.engine_name,
             chain=opened.name,
             steps=opened.chain.tables[request.table].steps,
-            strength=strength,
+            strength=opened.chain.defaults.get("strength") if strength is None else strength,
+            guidance_scale=opened.chain.defaults.get("guidance_scale", 0.0),
             evaluations=opened.chain.tables[request.table].rows,
             batch=opened.batch,
             size=opened.size,

@@ -32,11 +32,12 @@ def as_json(bundle: Bundle) -> dict[str, Any]:
 
 
 def _chain(chain: OpenChain) -> dict[str, Any]:
-    tables = {name: _table(table) for name, table in chain.tables.items()}
+    entries = {name: dataclasses.asdict(entry) for name, entry in chain.chain.tables.items()}
+    tables = {name: {**entry, "rows": _rows(chain.tables[name])} for name, entry in entries.items()}
     return {**strict_json.plain(chain.chain), "wiring": wires(chain), "tables": tables}
 
 
-def _table(table: Table) -> list[dict[str, Any]]:
+def _rows(table: Table) -> list[dict[str, Any]]:
     """Return the rows of a table as a scheduler's terms."""
     times = table.timesteps[table.index]
     return [
@@ -46,6 +47,8 @@ def _table(table: Table) -> list[dict[str, Any]]:
             "m": table.m[row].tolist(),
             "v": table.v[row].tolist(),
             "w": table.w[row].tolist(),
+            "start": table.start[row].tolist(),
+            "draws_noise": bool(table.draws_noise[row]),
         }
         for row in range(table.rows)
     ]
@@ -110,7 +113,7 @@ def _chain_text(chain: OpenChain) -> list[str]:
     first = next(iter(entries.values()))
     shown = [n for n, e in entries.items() if dataclasses.replace(e, steps=first.steps, rows=first.rows) == first]
     for name in shown:
-        for i, row in enumerate(_table(chain.tables[name])):
+        for i, row in enumerate(_rows(chain.tables[name])):
             latents = (row["m"][0][0], row["v"][0], row["w"][0])
             figures = (f"{v:.6g}" for v in (row["timestep"], row["input_scale"], *latents))
             rows.append([name if i == 0 else "", str(i), *figures])
@@ -156,28 +159,39 @@ def _licences(origin: Origin) -> str:
 def _engine(bundle: Bundle, found: Engine | BundleError) -> dict[str, Any]:
     """Return an engine's manifest, and which chains it runs on this machine."""
     if isinstance(found, BundleError):
-        return {"fits": False, "reason": str(found)}
+        return {"fits": False, "chains": [], "reason": str(found)}
     reasons = {name: misfit(bundle.open_chain(name), found) for name in bundle.manifest.chains}
-    reason = next((r for r in reasons.values() if r), None)
+    runs, reason = [name for name, r in reasons.items() if not r], next((r for r in reasons.values() if r), None)
     mend = rebuild(bundle, found) if reason else None
-    return {"fits": reason is None, "reason": reason, "rebuild": mend, **dataclasses.asdict(found)}
+    return {"fits": bool(runs), "chains": runs, "reason": reason, "rebuild": mend, **dataclasses.asdict(found)}
 
 
 def _engine_text(name: str, engine: dict[str, Any]) -> str:
-    fits = "fits this machine" if engine["fits"] else f"does not fit: {engine['reason']}"
     if "key" not in engine:
-        return f"engine {name}: {fits}"
-    if engine["rebuild"]:
-        here = has_device(engine["key"]["backend"])
-        fits += f"\n  {'one that fits' if here else 'on a machine that has one'}: {engine['rebuild']}"
-    checks = [check for of_chain in engine["checks"].values() for check in of_chain]
-    worst = "; ".join(f"{c['stage']} {c['metric']} {c['value']:.3g}" for c in checks)
+        return f"engine {name}: does not fit: {engine['reason']}"
     key = engine["key"]
     where = Gpu(**key["gpu"]) if key["gpu"] else key["device"]
     options = "".join(f", {k}={v}" for k, v in (engine["ordered"] | engine["settled"]).items())
     size = sum(graph["bytes"] for graph in engine["graphs"].values())
-    return (
-        f"engine {name}: {fits}\n  {key['backend']} on {where}, {key['library']} {key['version']}{options}, "
-        f"{console.size(size)}\n  "
-        + (f"checked: {worst}" if worst else "unverified: it is checked when it is first loaded on such a machine")
+    checked = [
+        f"{chain} checked: " + "; ".join(f"{c['stage']} {c['metric']} {c['value']:.3g}" for c in checks)
+        for chain, checks in engine["checks"].items()
+    ]
+    return "\n  ".join(
+        [
+            f"engine {name}: {_fit(engine)}",
+            f"{key['backend']} on {where}, {key['library']} {key['version']}{options}, {console.size(size)}",
+            *(checked or ["unverified: it is checked when it is first loaded on such a machine"]),
+        ]
     )
+
+
+def _fit(engine: dict[str, Any]) -> str:
+    """Return which chains an engine runs on this machine, why it does not run the others, and what mends that."""
+    reason, mend = engine["reason"], engine["rebuild"]
+    if not reason:
+        return "fits this machine"
+    if engine["fits"]:
+        return f"fits this machine for {', '.join(engine['chains'])} alone: {reason}\n  to add the others: {mend}"
+    where = "one that fits" if has_device(engine["key"]["backend"]) else "on a machine that has one"
+    return f"does not fit: {reason}\n  {where}: {mend}"

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from turbochain.runtime.bundle.manifest import Check
 from turbochain.runtime.bundle.opened import Bundle
@@ -21,6 +21,9 @@ from turbochain.runtime.commands.inspect import as_json, as_text
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs.pictures import open_picture
 from turbochain.runtime.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,7 +138,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         width, height = console.size_of(arguments.size)
         given |= {"width": width, "height": height}
     bundle = Bundle.open(arguments.bundle, trust_engines=arguments.trust_engines)
-    chain = arguments.chain or chain_of(bundle, **given)
+    chain = chain_of(bundle, **given) if arguments.chain is None else arguments.chain
     with Pipeline.load(arguments.bundle, **{**_machine(arguments), "chain": chain}) as pipe:
         out = pipe(
             arguments.prompt,
@@ -147,9 +150,7 @@ def _generate(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             **given,
         )
-    encoded = io.BytesIO()
-    out.images[0].save(encoded, _format(path))
-    write_atomically(path, encoded.getvalue())
+    write_atomically(path, _encoded(path, out.images[0]))
     if out.resized is not None:
         height, width = out.resized
         print(
@@ -158,18 +159,26 @@ def _generate(arguments: argparse.Namespace) -> None:
     print(path)
 
 
-def _format(path: Path) -> str:
+def _encoded(path: Path, picture: "Image.Image") -> bytes:
+    """Return a picture in the format that the path's ending names; InputError if PIL writes none such."""
     from PIL import Image
 
     known = {ending: name for ending, name in Image.registered_extensions().items() if name in Image.SAVE}
     if path.suffix.lower() not in known:
         raise InputError(f"cannot write {path}: the ending {path.suffix!r} names no picture format; try .png")
-    return known[path.suffix.lower()]
+    file = io.BytesIO()
+    try:
+        picture.save(file, known[path.suffix.lower()])
+    except (OSError, ValueError) as error:  # a format without colours, or one that PIL has only the name of
+        raise InputError(f"cannot write {path}: {error}; try .png") from error
+    return file.getvalue()
 
 
 def _check_writable(path: Path) -> None:
     """Refuse before the model is loaded, not after the picture is made."""
-    _format(path)
+    from PIL import Image
+
+    _encoded(path, Image.new("RGB", (8, 8)))
     if os.path.isdir(path):
         raise InputError(f"cannot write {path}: it is a folder")
     if not os.path.isdir(path.parent):
@@ -228,10 +237,15 @@ def bench_text(result: bench.BenchResult) -> str:
     for name, t in timings.items():
         rows.append([name, *(f"{v:.2f}" for v in (t.p50_ms, t.p90_ms, t.p99_ms, t.min_ms)), str(t.n)])
     height, width = result.size
-    made = "" if result.evaluations == result.steps else f" ({result.evaluations} evaluation(s))"
+    more = [
+        "" if result.evaluations == result.steps else f"{result.evaluations} evaluation(s)",
+        "" if result.strength is None else f"strength {result.strength:g}",
+        f"guidance scale {result.guidance_scale:g}" if result.guidance_scale > 1 else "",
+    ]
+    call = ", ".join([f"{result.steps} step(s)", *filter(None, more)])
     return "\n".join(
         [
-            f"{result.engine}: {result.chain}, {width}x{height}, batch {result.batch}, {result.steps} step(s){made}",
+            f"{result.engine}: {result.chain}, {width}x{height}, batch {result.batch}, {call}",
             console.table(rows),
             f"load {result.load_ms:.0f} ms; first picture after it {result.first_image_ms:.0f} ms",
             result.includes,

@@ -17,6 +17,7 @@ class _Other:
 
 _ROWS = _Other("the timesteps of a bundle are those of its tables; choose one with num_inference_steps")
 _SIZE = "the engines are built for one size and no crop; leave it out"
+_SCORE = "only a refiner reads one, and there is none here; leave it out"
 _CALLBACK = _Other("a call runs no code between its steps; observe= is told of every launch, and cancel= ends it early")
 _IMAGE = _Other("the bundle has no IP-Adapter; leave it out")
 
@@ -27,7 +28,13 @@ _OTHERS: Mapping[str, _Other] = {
     "denoising_end": _Other(
         "a call makes every step; output_type='latent' gives what the last one leaves", (None, 1.0)
     ),
-    "eta": _Other("the tables are made with eta=0.0; leave it out", (0, None)),
+    "denoising_start": _Other("a call begins where strength says; give strength"),
+    "original_inference_steps": _ROWS,
+    "padding_mask_crop": _Other("the picture is inpainted whole; crop it, call, and paste the result"),
+    "masked_image_latents": _Other("the UNet reads no masked image; leave it out"),
+    "aesthetic_score": _Other(_SCORE, (None, 6.0)),
+    "negative_aesthetic_score": _Other(_SCORE, (None, 2.5)),
+    "eta": _Other("the tables are made with another; leave it out, or build a bundle with build-engine SOURCE --eta"),
     "ip_adapter_image": _IMAGE,
     "ip_adapter_image_embeds": _IMAGE,
     "return_dict": _Other("a call returns a PipelineOutput; leave it out, and read .images of that", (True,)),
@@ -65,7 +72,7 @@ def check_others(chain: OpenChain, given: Mapping[str, object], *, negative: boo
             built = {
                 "original_size": chain.size,
                 "target_size": chain.size,
-                "clip_skip": chain.chain.defaults.get("clip_skip", 0),
+                **{name: chain.chain.defaults.get(name, 0) for name in ("clip_skip", "eta")},
             }
             if not _is_one_of(value, (*_OTHERS[name].harmless, built.get(name))):
                 raise InputError(f"{name} was given: {_OTHERS[name].instead}")

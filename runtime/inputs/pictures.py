@@ -22,6 +22,7 @@ import numpy as np
 
 from turbochain.runtime.bundle import lfs
 from turbochain.runtime.errors import InputError
+from turbochain.runtime.inputs.numbers import is_whole
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,6 +43,18 @@ def wanted_size(argument: str, given: object) -> tuple[int, int]:
             f"{argument} is {width}x{height}: at least {REDUCTION}x{REDUCTION} was expected; give a larger one"
         )
     return height - height % REDUCTION, width - width % REDUCTION
+
+
+def side(argument: str, given: object, default: int) -> int:
+    """Return a height or width in pixels, `default` if None is given. Raises InputError if a picture has none such."""
+    if given is None:
+        return default
+    if not is_whole(given) or given < REDUCTION or given % REDUCTION:
+        raise InputError(
+            f"{argument}={given!r}: a multiple of {REDUCTION} in pixels was expected; turbochain inspect shows the "
+            "sizes that a bundle is built for"
+        )
+    return int(given)
 
 
 def size_of(argument: str, given: object) -> tuple[int, int]:
@@ -98,7 +111,7 @@ def open_picture(path: str | os.PathLike[str]) -> "Image.Image":
 
 
 def _pictures(argument: str, given: object, *, of_masks: bool = False) -> Iterator["Image.Image"]:
-    """Yield every picture that was given, upright and with 8 bits to a channel, at least one."""
+    """Yield every picture that was given, upright and with levels from 0 to 255, at least one."""
     from PIL import Image
 
     several = isinstance(given, list | tuple)
@@ -110,7 +123,7 @@ def _pictures(argument: str, given: object, *, of_masks: bool = False) -> Iterat
         if isinstance(item, np.ndarray):
             yield from (Image.fromarray(levels) for levels in _split(name, item, of_masks))
         elif isinstance(item, Image.Image):
-            yield _of_8_bits(name, _upright(name, item))
+            yield _in_levels(name, _upright(name, item))
         else:
             raise InputError(_other(name, item))
 
@@ -145,8 +158,8 @@ def _upright(argument: str, picture: "Image.Image") -> "Image.Image":
         ) from error
 
 
-def _of_8_bits(argument: str, picture: "Image.Image") -> "Image.Image":
-    """Return a picture of mode I, I;16 (of either byte order) or F as L, any other as it is."""
+def _in_levels(argument: str, picture: "Image.Image") -> "Image.Image":
+    """Return a picture of 16 bits (I;16 of either byte order, or I) as L, any other as it is; see the module."""
     from PIL import Image
 
     if picture.mode[0] not in "IF":
@@ -160,7 +173,7 @@ def _of_8_bits(argument: str, picture: "Image.Image") -> "Image.Image":
             f"{argument} is a picture of mode {picture.mode} with values from {low:g} to {high:g}: 0 to {top} was "
             "expected; give an array of floats from 0 to 1"
         )
-    return Image.fromarray(np.rint(values / 257).astype(np.uint8)) if is_of_16 else picture.convert("L")
+    return Image.fromarray(np.rint(values / 257).astype(np.uint8)) if is_of_16 else picture
 
 
 def _split(argument: str, array: np.ndarray, of_masks: bool) -> Iterator[np.ndarray]:

@@ -2,6 +2,7 @@
 
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.errors import InputError
+from turbochain.runtime.inputs.numbers import is_number
 
 
 def table_of(chain: OpenChain, steps: int | None, strength: float | None, guidance_scale: float) -> str:
@@ -18,7 +19,7 @@ def table_of(chain: OpenChain, steps: int | None, strength: float | None, guidan
             raise InputError(f"strength was given, and the chain {chain.name} starts from no image; leave it out")
         return chain.find(chain.steps[0] if steps is None else steps, guidance_scale=guidance)
     strength = chain.chain.defaults["strength"] if strength is None else strength
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
+    if not is_number(strength) or not 0 <= strength <= 1:
         raise InputError(f"strength={strength!r}: a number from 0 to 1 was expected")
     fixed = {t.strength for t in tables}
     if fixed != {None}:  # all steps are made, and the strength decides where they begin

@@ -29,6 +29,7 @@ from turbochain.export import asked, jobs, load, recipes, tables
 from turbochain.export.order import ExportOrder
 from turbochain.export.sources import Want
 from turbochain.export.sources.checkpoint import Checkpoint, open_folder
+from turbochain.export.tasks.text_to_image import TASK
 from turbochain.runtime import Bundle, InputError, Pipeline
 from turbochain.runtime.bundle.strict_json import convert, plain
 
@@ -239,8 +240,10 @@ def test_a_recipe_is_what_the_models_page_says(
     assert type(ours) is type(theirs) and ours.config == theirs.config
     theirs.set_timesteps(**card.call)
     steps = len(theirs.timesteps)
-    made = tables.make(checkpoint, order.recipe("fp32"))["text-to-image"].values()
-    table = next(one.table for one in made if one.entry.steps == steps)
+    recipe = order.recipe("fp32")
+    made = tables.make(checkpoint, recipe)["text-to-image"]
+    assert tables.defaults(checkpoint, recipe, TASK, made).get("eta", 0) == card.step.get("eta", 0)
+    table = next(one.table for one in made.values() if one.entry.steps == steps)
     assert table.timesteps[table.index].tolist() == theirs.timesteps.tolist()
     x, predictions = torch.randn(1, 4, 4, 4), torch.randn(steps, 1, 4, 4, 4)
     drawn, noise = (torch.Generator().manual_seed(0) for _ in range(2))

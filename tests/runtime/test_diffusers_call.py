@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, SIZE
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DiffusionPipeline,
+    LatentConsistencyModelImg2ImgPipeline,
+    LatentConsistencyModelPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
 
-from turbochain.runtime import InputError, Pipeline
+from turbochain.runtime import Bundle, InputError, Pipeline
+from turbochain.runtime.inputs.others import check_others
 
 PROMPTS = ["a red fox", "рыжий кот"]
 CLASSES = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
@@ -116,6 +128,7 @@ GUIDED: dict[str, dict[str, Any]] = {
     "no negative prompt is none": {"guidance_scale": 7.5, "negative_prompt": None},
     "an empty negative prompt": {"guidance_scale": 7.5, "negative_prompt": ""},
     "a negative prompt for all": {"guidance_scale": 3, "negative_prompt": "blurry"},
+    "numpy's numbers": {"guidance_scale": np.float32(7.5), "num_images_per_prompt": np.int64(1)},
     "a negative prompt for each": {"guidance_scale": 1.5, "negative_prompt": ["blurry", "a dog"]},
 }
 
@@ -186,6 +199,37 @@ def test_every_argument_of_diffusers_is_known(family: str, ours: Pipeline) -> No
                 drawn(ours, **{"prompt": PROMPTS[0], name: parameter.default})
             except InputError as error:
                 assert name in str(error) and parameter.default is not None
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        *(StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionXLImg2ImgPipeline),
+        *(StableDiffusionXLInpaintPipeline, LatentConsistencyModelPipeline, LatentConsistencyModelImg2ImgPipeline),
+    ],
+)
+def test_so_is_every_argument_of_the_other_tasks_pipelines(sd: Path, pipeline: type) -> None:
+    """Either a call has it too, or its default is accepted, and anything else refused in a sentence."""
+    chain, own = Bundle.open(sd).open_chain(), inspect.signature(Pipeline.__call__).parameters
+    others = {n: p for n, p in inspect.signature(pipeline.__call__).parameters.items() if n not in own}
+    for name in others.keys() - {"kwargs"}:
+        check_others(chain, {name: others[name].default}, negative=True)
+        if name != "callback_on_step_end_tensor_inputs":
+            with pytest.raises(InputError, match=f"^{name} was given: "):
+                check_others(chain, {name: object()}, negative=True)
+
+
+def test_what_the_bundle_was_built_with_may_be_given(sd: Path) -> None:
+    """Its layers of the text encoder, and the eta of its tables; 0 if it says nothing."""
+    plain = Bundle.open(sd).open_chain()
+    chains = {plain.name: replace(plain.chain, defaults={"guidance_scale": 0.0, "clip_skip": 1, "eta": 0.3})}
+    bundle = plain.bundle
+    built = replace(bundle, manifest=replace(bundle.manifest, chains=chains)).open_chain()
+    check_others(plain, {"clip_skip": 0, "eta": 0.0}, negative=True)
+    check_others(built, {"clip_skip": 1, "eta": 0.3}, negative=True)
+    for chain, given in ((plain, {"eta": 0.3}), (built, {"eta": 0.0}), (plain, {"clip_skip": 1})):
+        with pytest.raises(InputError, match=r"build a bundle with build-engine SOURCE --"):
+            check_others(chain, given, negative=True)
 
 
 def test_callbacks_have_a_substitute(ours: Pipeline) -> None:

@@ -422,6 +422,7 @@ def test_the_bench_times_what_runs_for_a_picture(sd: Path) -> None:
         "step": 12,
         "vae_decoder": 4,
     }
+    assert (result.evaluations, result.strength, result.guidance_scale) == (3, None, 0.0)
 
 
 def test_the_wiring_tells_when(one: Pipeline) -> None:

@@ -518,7 +518,9 @@ def test_every_problem_of_a_table_file_is_listed_once(sdxl: Path, copy_of) -> No
 
 def test_what_is_no_bundle(tmp_path: Path) -> None:
     assert "there is no such folder; build one: build-engine SOURCE" in refusal(tmp_path / "none")
-    assert "it has no bundle.json" in refusal(tmp_path)
+    assert "it has no bundle.json; build-engine makes one" in refusal(tmp_path)
+    (tmp_path / "file").touch()
+    assert "it is a file; build one: build-engine SOURCE" in refusal(tmp_path / "file")
 
 
 def cut(path: Path) -> None:

@@ -50,7 +50,7 @@ def test_bench_of_a_chain_with_an_image(sd: Path) -> None:
     launches = {graph: timing["n"] for graph, timing in value["stages"].items()}
     assert launches == {"text_encoder": 2, "vae_encoder": 2, "start": 4, "unet": 8, "step": 8, "vae_decoder": 4}
     shown = called("turbochain", *line, "--steps", 4, "--strength", 0.5).stdout.splitlines()[0]
-    assert shown.endswith(": image-to-image, 64x64, batch 1, 4 step(s) (2 evaluation(s))")
+    assert shown.endswith(": image-to-image, 64x64, batch 1, 4 step(s), 2 evaluation(s), strength 0.5")
     refused = called("turbochain", "bench", sd, "--strength", 0.5)
     assert (
         refused.returncode == 2 and "strength was given, and the chain text-to-image starts from no" in refused.stderr

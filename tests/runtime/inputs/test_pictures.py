@@ -158,10 +158,11 @@ def test_what_is_made_shares_no_memory_with_what_was_given():
     np.testing.assert_array_equal(array, kept)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F"])
 @pytest.mark.parametrize(("height", "width"), [(64, 48), (131, 135), (17, 200)])
 def test_a_pil_mask_is_diffusers_mask(mode, height, width):
-    picture = in_mode("RGBA", height, width).convert(mode)
+    start = in_mode("RGBA", height, width)
+    picture = (start.convert("L") if mode in "IF" else start).convert(mode)
     assert_mask_as_diffusers(picture, picture)
 
 

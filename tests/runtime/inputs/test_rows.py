@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from diffusers import EulerDiscreteScheduler, LatentConsistencyModelPipeline, StableDiffusionImg2ImgPipeline
 from small_bundle import CHAINS, I2I
@@ -18,6 +19,7 @@ from turbochain.runtime.inputs.rows import table_of
 
 STEPS = (1, 2, 3, 4, 7, 50)
 STRENGTHS = (0.0, 0.01, 0.02, 0.1, 0.25, 0.29, 0.3, 1 / 3, 0.5, 0.57, 0.58, 0.7, 0.8, 0.99, 1.0, 1)
+OF_NUMPY = (np.float32(0.7), np.float64(0.58), np.float16(0.3))
 LATE = {f"{n} begin {begin}": TableEntry(n, n - begin, begin) for n in STEPS for begin in range(n)}
 """As image-to-image has them: for each row that a run may begin at."""
 
@@ -44,7 +46,7 @@ def made_by_diffusers(steps: int, strength: float) -> int:
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_a_strength_skips_the_steps_that_diffusers_skips(late: OpenChain, steps: int) -> None:
-    for strength in STRENGTHS:
+    for strength in (*STRENGTHS, *OF_NUMPY):
         made = made_by_diffusers(steps, strength)
         if made:
             assert table_of(late, steps, strength, 0.0) == f"{steps} begin {steps - made}", strength
