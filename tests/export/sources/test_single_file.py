@@ -190,11 +190,8 @@ def test_the_guess(preset: str, clip: str, diffusers_says: str, expected: str | 
 
 
 def test_the_base_of_sd_turbo(tmp_path: Path) -> None:
-    """SD 2.1 base differs from it in the scheduler alone, which is that of SD 1.5."""
+    """SD 2.1 base differs from it in the scheduler alone."""
     synthetic.write_settings("sd21", tmp_path)
-    scheduler = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())
-    told = ("_class_name", "skip_prk_steps", "steps_offset", "set_alpha_to_one", "timestep_spacing", "prediction_type")
-    assert [scheduler[key] for key in told] == ["PNDMScheduler", True, 1, False, "leading", "epsilon"]
     assert synthetic.models("sd21")["unet"].config == synthetic.models("sd-turbo")["unet"].config
     assert not list(tmp_path.rglob("*.safetensors"))
 
