@@ -27,7 +27,7 @@ PREFIXES: dict[str, tuple[str, ...]] = {
 CHECKPOINT = "checkpoint.safetensors"
 """The name in a recipe for the file of a whole checkpoint, whatever its own."""
 
-CONFIGS = ("sd15", "sd21", "sd-turbo", "sdxl", "sdxl-turbo")
+CONFIGS = ("sd15", "sd21", "sd21-base", "sd-turbo", "sdxl", "sdxl-turbo")
 """The presets that are published in one file, too."""
 
 _ALONE = {  # component → how a name begins in the file of one alone, in the original names and in diffusers'

@@ -100,8 +100,12 @@ _SD15 = replace(
     text=(_text(768, 12, 12, "quick_gelu", 768),),
     pads=(END,),
 )
-_SD21 = replace(  # the base model, of 512×512
-    _SD_TURBO, scheduler=_SD15.scheduler, settings=_PNDM | {"prediction_type": "epsilon"}
+_SD21_BASE = replace(_SD_TURBO, scheduler="PNDMScheduler", settings=_PNDM | {"prediction_type": "epsilon"})
+_SD21 = replace(  # trained further, at 768×768
+    _SD_TURBO,
+    scheduler="DDIMScheduler",
+    settings=_PNDM | {"prediction_type": "v_prediction"},
+    unet=_SD_TURBO.unet | {"sample_size": 96, "upcast_attention": True},
 )
 _LCM: Config = {
     "timestep_spacing": "leading",
@@ -175,6 +179,7 @@ PRESETS: dict[str, Preset] = {
     "sd15": _SD15,
     "sd15-mini": _mini(_SD15, _SD15_MINI_UNET, _SD15_MINI_TEXT),
     "sd21": _SD21,
+    "sd21-base": _SD21_BASE,
     "sdxl": _SDXL,
     "sdxl-mini": _mini(_SDXL, _SDXL_MINI_UNET, *_SDXL_MINI_TEXT),
     "lcm-sd15": _LCM_SD15,

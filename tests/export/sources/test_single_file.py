@@ -191,8 +191,8 @@ def test_the_guess(preset: str, clip: str, diffusers_says: str, expected: str | 
 
 def test_the_base_of_sd_turbo(tmp_path: Path) -> None:
     """SD 2.1 base differs from it in the scheduler alone."""
-    synthetic.write_settings("sd21", tmp_path)
-    assert synthetic.models("sd21")["unet"].config == synthetic.models("sd-turbo")["unet"].config
+    synthetic.write_settings("sd21-base", tmp_path)
+    assert synthetic.models("sd21-base")["unet"].config == synthetic.models("sd-turbo")["unet"].config
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

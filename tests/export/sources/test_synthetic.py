@@ -35,7 +35,8 @@ PNDM = {**COMMON, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offs
 EULER = {**PNDM, "prediction_type": "epsilon", "interpolation_type": "linear", "sample_max_value": 1.0}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "sd15": {"_class_name": "PNDMScheduler", **PNDM},
-    "sd21": {"_class_name": "PNDMScheduler", **PNDM, "prediction_type": "epsilon"},
+    "sd21": {"_class_name": "DDIMScheduler", **PNDM, "prediction_type": "v_prediction"},
+    "sd21-base": {"_class_name": "PNDMScheduler", **PNDM, "prediction_type": "epsilon"},
     "sd-turbo": {
         **{"_class_name": "EulerDiscreteScheduler", **EULER, "timestep_spacing": "trailing"},
         **{"sigma_max": None, "sigma_min": None, "timestep_type": "discrete", "use_karras_sigmas": False},
