@@ -126,7 +126,10 @@ def scheduler(checkpoint: Checkpoint, task: str = TEXT_TO_IMAGE) -> Any:
     try:
         return cls.from_config(own.config, **changes)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"--scheduler {json.dumps(checkpoint.scheduler)}: {_reason(error)}") from error
+        raise InputError(
+            f"--scheduler {json.dumps(checkpoint.scheduler)}: {cls.__name__} fails with these values ("
+            f"{_reason(error)}), and others were expected: see those that its documentation names"
+        ) from error
 
 
 def scheduler_class(name: str) -> Any:

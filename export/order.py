@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbochain.export import asked, tasks
+from turbochain.export import asked, chains, tasks
 from turbochain.export.chains import Layout
 from turbochain.export.families import Family, Shape
 from turbochain.export.options import ExportOptions
@@ -68,6 +68,10 @@ class ExportOrder:
         for scale in (self.guidance_scale or 0.0, *(self.guidance_scales or ())):
             if not 0 <= scale < math.inf:
                 problems.append(f"guidance scale {scale}: a finite number of at least 0 was expected")
+        default, several = self.guidance_scale, self.guidance_scales
+        if default is not None and several and default not in several:
+            scales = ", ".join(f"{scale:g}" for scale in several)
+            problems.append(f"guidance scale {default:g}: one of the guidance scales {scales} was expected")
         for strength in self.strengths or ():
             if not 0 < strength <= 1:
                 problems.append(f"strength {strength}: a number above 0, and at most 1, was expected")
@@ -157,6 +161,12 @@ class ExportOrder:
             for path in part_files_read(folder, settled_variant([folder], self.variant))
         }
 
+    def chain_names(self) -> list[str]:
+        """Return the names of the chains that the bundle will have."""
+        sizes, batches = self.sizes or Recipe.sizes, self.batches or Recipe.batches
+        shapes = [Shape(height, width, batch) for width, height in sizes for batch in batches]
+        return [chains.name(task, shape, shapes[0]) for task in self.tasks or Recipe.tasks for shape in shapes]
+
     def settled_config(self) -> str | None:
         """Return the configuration of a source that is a file, as given or as guessed; None for other sources.
 
@@ -177,6 +187,8 @@ class ExportOrder:
 
         Licences and model cards do not count. Raises InputError if a source is of no kind, or lacks files.
         """
+        if self.revision is not None and not is_elsewhere(self.source):
+            raise InputError(f"--revision {self.revision} is for a hub id, and {self.source} is none: leave it out")
         folder, parts, config = find(self.source).local, self.part_files(), self.settled_config()
         if folder and config:
             return original.files_read(folder, config) | parts
@@ -239,8 +251,21 @@ class Recipe:
         return tasks.find(self.tasks)
 
     def layout(self, family: Family, configs: Mapping[str, Any], K: int = 1, zeros: bool = False) -> Layout:
-        """Return what decides the chains and graphs; K and `zeros` as in `Shape` and `Layout`."""
+        """Return what decides the chains and graphs; K and `zeros` as in `Shape` and `Layout`.
+
+        Raises InputError if these models have no such task, or an option that they do not read is given.
+        """
         shapes = [Shape(height, width, batch, K) for width, height in self.sizes for batch in self.batches]
+        if self.guidance_scales and configs["unet"].get("time_cond_proj_dim") is None:
+            raise InputError(
+                "guidance_scales: a UNet that reads the guidance scale was expected, such as an LCM's, and with this"
+                " one calls can give any: leave it out, or give the default of calls as guidance_scale"
+            )
+        if self.strengths and not (family.strength_sets_timesteps and IMAGE_TO_IMAGE in self.tasks):
+            raise InputError(
+                "strengths: image-to-image of LatentConsistencyModelImg2ImgPipeline was expected among the tasks, and "
+                "without it there is no strength, or calls can give any: leave it out"
+            )
         layers = (configs[stage.graph]["num_hidden_layers"] for stage in family.prompt_stages)
         if self.clip_skip > (most := min(layers) - family.skipped_layers):
             raise InputError(f"clip_skip {self.clip_skip}: the text encoders have layers for 0 to {most}; choose one")

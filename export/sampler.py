@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import inspect
+import math
 import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -146,6 +147,12 @@ def _check_arguments(scheduler: Any, run: Run) -> None:
     accepted = inspect.signature(scheduler.set_timesteps).parameters
     if run.timesteps is not None and "timesteps" not in accepted:
         raise _unread(scheduler, "explicit timesteps", f"timesteps={list(run.timesteps)}", TAKE_TIMESTEPS)
+    trained = scheduler.config.get("num_train_timesteps", math.inf)
+    if run.timesteps is not None and max(run.timesteps) >= trained:
+        raise InputError(
+            f"timesteps {list(run.timesteps)}: at most {trained - 1} was expected, because the network was trained on "
+            f"{trained} of them: give smaller ones"
+        )
     if run.eta and "eta" not in _of_step(scheduler):
         raise _unread(scheduler, "eta", f"eta={run.eta}", TAKE_ETA)
     # LatentConsistencyModelImg2ImgPipeline gives eta=None too, with which a step that takes an eta fails.

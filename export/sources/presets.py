@@ -193,5 +193,5 @@ PRESETS: dict[str, Preset] = {
 def preset(name: str) -> Preset:
     """Return the preset `name`; InputError that names them all if there is none."""
     if name not in PRESETS:
-        raise InputError(f"There is no synthetic checkpoint {name!r}; expected one of {', '.join(PRESETS)}.")
+        raise InputError(f"there is no synthetic checkpoint {name!r}: choose {', '.join(PRESETS)}")
     return PRESETS[name]

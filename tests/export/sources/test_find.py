@@ -70,7 +70,7 @@ def test_synthetic(name: str) -> None:
 
 
 def test_an_unknown_preset() -> None:
-    with pytest.raises(InputError, match=f"no synthetic checkpoint 'x'; expected one of {', '.join(PRESETS)}"):
+    with pytest.raises(InputError, match=f"no synthetic checkpoint 'x': choose {', '.join(PRESETS)}"):
         find("synthetic:x")
 
 
