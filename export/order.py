@@ -191,7 +191,7 @@ class ExportOrder:
             raise InputError(f"--revision {self.revision} is for a hub id, and {self.source} is none: leave it out")
         folder, parts, config = find(self.source).local, self.part_files(), self.settled_config()
         if folder and config:
-            return original.files_read(folder, config) | parts
+            return original.files_read(folder, config, self.scheduler or {}) | parts
         if not folder:
             return parts
         own = files_read(folder, self.variant, self.parts)

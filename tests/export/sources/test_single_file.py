@@ -298,6 +298,26 @@ def test_configs_that_cannot_be(file: Callable[[Tensors], Path], tmp_path: Path,
         ExportOrder(str(checkpoints["sd"]), config="sd-turbo").files()
 
 
+def test_a_file_that_predicts_v(file: Callable[[Tensors], Path]) -> None:
+    path = file({"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)})
+    needed = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    with pytest.raises(InputError, match=re.escape(f"predicts noise: give --scheduler '{json.dumps(needed)}'")):
+        ExportOrder(str(path), config="sdxl", scheduler={"_class_name": "DDIMScheduler"}).files()
+    assert (
+        ExportOrder(str(path), config="sdxl", scheduler=needed).files() == ExportOrder(str(path), config="sd21").files()
+    )
+
+
+def test_a_part_of_another_model(
+    folders: dict[str, Path], whole: dict[str, Tensors], file: Callable[[Tensors], Path]
+) -> None:
+    path, config = file(whole["sd1"]), json.loads((folders["sd2"] / "unet/config.json").read_text())
+    with pytest.raises(
+        InputError, match=r"in another shape .*: give --unet one with the shapes of the checkpoint's own"
+    ):
+        find(str(path), "unet").fetch(Want(path.parent, part="unet", part_config=config))
+
+
 def test_a_part_that_is_not_in_the_file(file: Callable[[Tensors], Path], whole: dict[str, Tensors]) -> None:
     path = file(original_names.prefixed("first_stage_model.", {"encoder.conv_in.bias": torch.zeros(1)}))
     for config, expected in (({}, "has no tensor of a unet"), (None, r"has none for it: give --unet a folder")):
