@@ -14,7 +14,7 @@ from turbochain.engines.order import BuildOrder, engine_order
 from turbochain.export import asked, recipes, tasks
 from turbochain.export.api import path_of
 from turbochain.export.order import ExportOrder, How, Recipe
-from turbochain.runtime.checks.verify import bound_text
+from turbochain.runtime.checks.verify import bound_text, value_text
 from turbochain.runtime.commands import console
 from turbochain.runtime.errors import InputError
 
@@ -132,7 +132,7 @@ def _tables(result: BuildResult) -> str:
         tables[f"chain {chain}"] = [
             [
                 *_graph(result, c.stage),
-                f"{c.metric} {c.value:.3g}",
+                f"{c.metric} {value_text(c)}",
                 bound_text(c),
                 result.remedy.get(c.stage, ""),
             ]
