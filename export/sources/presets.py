@@ -132,7 +132,12 @@ _SDXL = replace(
     settings=_EULER | _LEADING,
     unet=_SDXL_TURBO.unet | {"sample_size": 128},
 )
-_LCM_SDXL = replace(_SDXL, scheduler="LCMScheduler", unet=_SDXL.unet | {"time_cond_proj_dim": 256})
+_LCM_SDXL = replace(  # the scheduler is what from_config makes of SDXL's
+    _SDXL,
+    scheduler="LCMScheduler",
+    settings=_LCM | {"steps_offset": 1, "set_alpha_to_one": False},
+    unet=_SDXL.unet | {"time_cond_proj_dim": 256},
+)
 
 # attention_head_dim is, for historical reasons, diffusers' name for the number of heads.
 _MINI_UNET = {"layers_per_block": 1, "norm_num_groups": 8, "block_out_channels": [32, 64]}
