@@ -81,7 +81,7 @@ def pipelines(checkpoint: Checkpoint, tasks: Sequence[str], dtype: torch.dtype =
         found[task] = kind(**{**settings, **parts, **own, **family.pipeline_options})
         found[task].scheduler = scheduler(checkpoint, task)
         if checkpoint.adapters and len(found) == 1:
-            fuse.with_diffusers(found[task], checkpoint.adapters)
+            fuse.with_diffusers(found[task], read_all(checkpoint))
     for folder in family.tokenizers.values():  # at the end: LoRAs would look for their layers under that name
         _let_skip(parts[folder.replace("tokenizer", "text_encoder")])
     return found
