@@ -14,6 +14,7 @@ from turbochain.engines.order import BuildOrder, engine_order
 from turbochain.export import asked, recipes, tasks
 from turbochain.export.api import path_of
 from turbochain.export.order import ExportOrder, How, Recipe
+from turbochain.export.sources import original
 from turbochain.runtime.checks.verify import bound_text, value_text
 from turbochain.runtime.commands import console
 from turbochain.runtime.errors import InputError
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--opset", type=int, help="of the ONNX graphs, 18 to 23 (default 21)")
     add("--revision", help="branch, tag or commit of a hub id")
     add("--variant", help="weight files' variant, such as fp16")
-    add("--config", help="of a .safetensors file: sd15, sd-turbo, sdxl-turbo, …, or a folder with its JSON files")
+    add("--config", help=f"of a .safetensors file: {', '.join(original.CONFIGS)}, or a folder with its JSON files")
     add(
         "--recipe",
         dest="recipe_name",
