@@ -1,6 +1,5 @@
 """What an export is asked for, checked in one place for the command line and for Python."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,16 +64,7 @@ class ExportOrder:
         for name in ("tasks", "sizes", "batches", "guidance_scales", "strengths"):
             if getattr(self, name) == ():
                 problems.append(f"{name}: at least one was expected")
-        for scale in (self.guidance_scale or 0.0, *(self.guidance_scales or ())):
-            if not 0 <= scale < math.inf:
-                problems.append(f"guidance scale {scale}: a finite number of at least 0 was expected")
-        default, several = self.guidance_scale, self.guidance_scales
-        if default is not None and several and default not in several:
-            scales = ", ".join(f"{scale:g}" for scale in several)
-            problems.append(f"guidance scale {default:g}: one of the guidance scales {scales} was expected")
-        for strength in self.strengths or ():
-            if not 0 < strength <= 1:
-                problems.append(f"strength {strength}: a number above 0, and at most 1, was expected")
+        problems += asked.call_problems(self.guidance_scale, self.guidance_scales, self.strengths)
         if self.steps is not None and (not self.steps or min(self.steps) < 1 or max(self.steps) > 50):
             problems.append(f"steps {list(self.steps)}: counts from 1 to 50 were expected, such as 1-4 or 1,2,4")
         if self.clip_skip is not None and self.clip_skip < 0:
@@ -91,7 +81,7 @@ class ExportOrder:
         """Return the order of `export` and `build`, whose recipe, if it has one, says what is left open."""
         if unknown := sorted(options.keys() - ExportOptions.__annotations__.keys()):
             raise TypeError(f"unknown argument {unknown[0]!r}")
-        given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items() if v is not None}
+        given = asked.listed(options)
         size, batch, scheduler = (given.pop(name, None) for name in ("size", "batch", "scheduler"))
         return cls(
             source or "",

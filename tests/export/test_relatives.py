@@ -321,6 +321,16 @@ def test_what_is_given_wins_over_the_recipe() -> None:
     assert (steps.steps, steps.timesteps, recipes.deviations(steps)) == ((1, 4), None, ["timesteps"])
 
 
+def test_one_value_where_several_can_be() -> None:
+    for options, expected in (
+        ({"lora": "a/b/c.safetensors"}, r"lora 'a/b/c\.safetensors': a list was expected, such as \['a/b/c"),
+        ({"steps": 4}, r"steps 4: a list was expected, such as \[4\]"),
+        ({"size": "512x512"}, r"size '512x512': \(width, height\) was expected"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            build("demo", **options)
+
+
 def test_the_command_names_every_recipe() -> None:
     done = called("build-engine", "--help")
     assert all(f"  {name} " in done.stdout for name in CARDS) and CARDS.keys() == recipes.RECIPES.keys()
