@@ -146,7 +146,8 @@ def _check_arguments(scheduler: Any, run: Run) -> None:
     """Raise InputError if the scheduler does not read an argument; diffusers ignores an eta without a word."""
     accepted = inspect.signature(scheduler.set_timesteps).parameters
     if run.timesteps is not None and "timesteps" not in accepted:
-        raise _unread(scheduler, "explicit timesteps", f"timesteps={list(run.timesteps)}", TAKE_TIMESTEPS)
+        given = f"timesteps={list(run.timesteps)}"
+        raise _unread(scheduler, "explicit timesteps", given, "give --steps instead", TAKE_TIMESTEPS)
     trained = scheduler.config.get("num_train_timesteps", math.inf)
     if run.timesteps is not None and max(run.timesteps) >= trained:
         raise InputError(
@@ -154,10 +155,11 @@ def _check_arguments(scheduler: Any, run: Run) -> None:
             f"{trained} of them: give smaller ones"
         )
     if run.eta and "eta" not in _of_step(scheduler):
-        raise _unread(scheduler, "eta", f"eta={run.eta}", TAKE_ETA)
+        raise _unread(scheduler, "eta", f"eta={run.eta}", "give --eta 0", TAKE_ETA)
     # LatentConsistencyModelImg2ImgPipeline gives eta=None too, with which a step that takes an eta fails.
     if run.strength is not None and ("strength" not in accepted or "eta" in _of_step(scheduler)):
-        raise _unread(scheduler, "strength", f"strength={run.strength}", ("LCMScheduler",))
+        remedy = "leave image-to-image out of --tasks"
+        raise _unread(scheduler, "strength", f"strength={run.strength}", remedy, ("LCMScheduler",))
     if run.timesteps is not None and run.begin and scheduler.order > 1:
         raise InputError(
             f"the scheduler {type(scheduler).__name__} makes more than one row of each explicit timestep, and the "
@@ -166,8 +168,8 @@ def _check_arguments(scheduler: Any, run: Run) -> None:
         )
 
 
-def _unread(scheduler: Any, argument: str, given: str, classes: tuple[str, ...]) -> InputError:
+def _unread(scheduler: Any, argument: str, given: str, remedy: str, classes: tuple[str, ...]) -> InputError:
     return InputError(
-        f"the scheduler {type(scheduler).__name__} takes no {argument}, and {given} was asked for: leave that out, or "
+        f"the scheduler {type(scheduler).__name__} takes no {argument}, and {given} was asked for: {remedy}, or "
         f"name a class that takes it ({', '.join(classes)}) with --scheduler"
     )
