@@ -117,6 +117,16 @@ def refusal(name: str, reason: str, remedy: str = "") -> InputError:
     )
 
 
+def require_original_steps(scheduler: Any) -> None:
+    """Raise InputError if a scheduler does not take what the LatentConsistencyModel pipelines always give."""
+    if "original_inference_steps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise InputError(
+            f"the scheduler {type(scheduler).__name__} takes no original_inference_steps, and one that does was "
+            "expected, because the LatentConsistencyModel pipelines give it: name LCMScheduler with --scheduler, or "
+            "leave that out"
+        )
+
+
 def _check_interface(scheduler: Any) -> None:
     name = type(scheduler).__name__
     if missing := [attribute for attribute in _NEEDED if not hasattr(scheduler, attribute)]:
@@ -151,8 +161,8 @@ def _check_arguments(scheduler: Any, run: Run) -> None:
     trained = scheduler.config.get("num_train_timesteps", math.inf)
     if run.timesteps is not None and max(run.timesteps) >= trained:
         raise InputError(
-            f"timesteps {list(run.timesteps)}: at most {trained - 1} was expected, because the network was trained on "
-            f"{trained} of them: give smaller ones"
+            f"the scheduler {type(scheduler).__name__} has timesteps up to {trained - 1}, for which the network was "
+            f"trained, and timesteps={list(run.timesteps)} was asked for: give smaller ones"
         )
     if run.eta and "eta" not in _of_step(scheduler):
         raise _unread(scheduler, "eta", f"eta={run.eta}", "give --eta 0", TAKE_ETA)

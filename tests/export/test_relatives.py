@@ -359,7 +359,7 @@ def test_the_command_names_every_recipe() -> None:
         (["demo", "--timesteps", "9,1", "--steps", "1-4"], "2 timesteps are 2 steps, so leave steps out"),
         (
             ["demo", "--timesteps", "1000"],
-            "timesteps [1000]: at most 999 was expected, because the network was trained on",
+            "has timesteps up to 999, for which the network was trained, and timesteps=[1000]",
         ),
         (["demo", "--steps", ""], "--steps : a range or a list was expected"),
         (["demo", "--batch", ""], "--batch : a number was expected"),
@@ -386,6 +386,10 @@ def test_the_command_names_every_recipe() -> None:
         ),
         (["demo", "--lora", str(DEMO / "vae/diffusion_pytorch_model.safetensors")], f"{DEMO}/vae/diffusion_pytorch_mo"),
         (["demo", "--eta", "2"], "eta 2.0: a number from 0 to 1 was expected"),
+        (
+            ["synthetic:lcm-sd15-mini", "--scheduler", "EulerDiscreteScheduler", "--tasks", "text-to-image"],
+            "the scheduler EulerDiscreteScheduler takes no original_inference_steps, and one that does was expected",
+        ),
         (["demo", "--eta", "1"], "the scheduler EulerDiscreteScheduler takes no eta, and"),
         (
             ["demo", "--lora", "a/b/c.safetensors:x"],
