@@ -15,7 +15,7 @@ from turbochain.engines import backends as builders
 from turbochain.engines import compiling, installed
 from turbochain.engines.order import BuildOrder, engine_order
 from turbochain.export import recipes
-from turbochain.export.api import locked, make, path_of
+from turbochain.export.api import is_bundle, locked, make, path_of
 from turbochain.export.options import ExportOptions
 from turbochain.export.order import ExportOrder, How
 from turbochain.export.phases.phases import LOG, PhaseReport, Phases
@@ -81,6 +81,8 @@ def carry_out(order: BuildOrder) -> BuildResult:
     engine, how = order.engine, order.how
     where = installed.device(engine.backend, engine.device, engine.target)
     builders.get(engine.backend).settle(engine.options)  # refuse options that this machine lacks before any work
+    if not (is_bundle(order.export.source) or is_bundle(how.output)):
+        installed.check_chains(engine.chains, order.export.chain_names(), how.output)
     if not how.quiet:
         print(f"backend {engine.backend} on {where}: {engine.reason}", file=sys.stderr)
     for precision in filter(None, (order.export.precision, order.export.vae_precision)):

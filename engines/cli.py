@@ -14,7 +14,8 @@ from turbochain.engines.order import BuildOrder, engine_order
 from turbochain.export import asked, recipes, tasks
 from turbochain.export.api import path_of
 from turbochain.export.order import ExportOrder, How, Recipe
-from turbochain.runtime.checks.verify import bound_text
+from turbochain.export.sources import original
+from turbochain.runtime.checks.verify import bound_text, value_text
 from turbochain.runtime.commands import console
 from turbochain.runtime.errors import InputError
 
@@ -43,13 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--vae-precision", help="fp32 or bf16, for the VAE instead of --precision")
     add("--vae", help="tiny (TAESD or TAESDXL), a hub id or a folder: this VAE instead of the checkpoint's own")
     add("--tasks", metavar="NAME,…", help=f"of {', '.join(tasks.load())} (default {','.join(Recipe.tasks)})")
-    add("--size", help="width x height in pixels, multiples of 8 (default 512x512); several: 512x512,768x512")
-    add("--batch", help="pictures per pass (default 1); several: 1,4")
+    add(
+        "--size",
+        dest="sizes",
+        metavar="WxH,…",
+        help="width x height in pixels, multiples of 8 (default 512x512); several: 512x512,768x512",
+    )
+    add("--batch", dest="batches", metavar="N,…", help="pictures per pass (default 1); several: 1,4")
     add("--steps", help="step counts, such as 1-4 or 1,2,4 (default 1-4)")
     add("--opset", type=int, help="of the ONNX graphs, 18 to 23 (default 21)")
     add("--revision", help="branch, tag or commit of a hub id")
     add("--variant", help="weight files' variant, such as fp16")
-    add("--config", help="of a .safetensors file: sd15, sd-turbo, sdxl-turbo, …, or a folder with its JSON files")
+    add("--config", help=f"of a .safetensors file: {', '.join(original.CONFIGS)}, or a folder with its JSON files")
     add(
         "--recipe",
         dest="recipe_name",
@@ -76,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("-v", "--verbose", action="store_true", help="show what the exporter and the libraries print")
 
     def carry_out_or_explain(arguments: argparse.Namespace) -> None:
-        if not arguments.source and not arguments.recipe_name:
+        if not arguments.source and arguments.recipe_name is None:
             parser.error("a source is required, or a recipe (--recipe NAME)")
         _build(arguments)
 
@@ -85,19 +91,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _build(arguments: argparse.Namespace) -> None:
     given = vars(arguments)
-    given["tasks"] = arguments.tasks and tuple(arguments.tasks.split(","))
-    given["sizes"] = arguments.size and tuple(map(console.size_of, arguments.size.split(",")))
-    given["batches"] = arguments.batch and _numbers("--batch", arguments.batch, int)
-    for name in ("guidance_scales", "strengths"):
-        value = given[name]
-        given[name] = value and _numbers(f"--{name.replace('_', '-')}", value, float)
-    given["steps"] = _steps(arguments.steps) if arguments.steps else None
-    given["scheduler"] = asked.scheduler_changes(arguments.scheduler)
-    given["timesteps"] = _timesteps(arguments.timesteps) if arguments.timesteps else None
+    readers: dict[str, Callable[[str], Any]] = {
+        "tasks": lambda value: tuple(name.strip() for name in value.split(",")),
+        "sizes": lambda value: tuple(map(console.size_of, value.split(","))),
+        "batches": lambda value: _numbers("--batch", value, int),
+        "guidance_scales": lambda value: _numbers("--guidance-scales", value, float),
+        "strengths": lambda value: _numbers("--strengths", value, float),
+        "steps": _steps,
+        "scheduler": asked.scheduler_changes,
+        "timesteps": _timesteps,
+        "chains": lambda value: value.split(","),
+    }
+    given |= {name: read(given[name]) for name, read in readers.items() if given[name] is not None}
     given["lora"] = arguments.lora and tuple(arguments.lora)
     export = recipes.settle(ExportOrder(**{f.name: given[f.name] for f in dataclasses.fields(ExportOrder)}))
     options = backend_options.parse(arguments.O)
-    given["chains"] = None if arguments.chains is None else arguments.chains.split(",")
     named = ("backend", "device", "target", "timing_cache", "precision", "chains", "engines")
     engine = engine_order(options=options, **{name: given[name] for name in named})
     how = How(path_of(export, arguments.output), arguments.force, verbose=arguments.verbose)
@@ -125,7 +133,7 @@ def _tables(result: BuildResult) -> str:
         tables[f"chain {chain}"] = [
             [
                 *_graph(result, c.stage),
-                f"{c.metric} {c.value:.3g}",
+                f"{c.metric} {value_text(c)}",
                 bound_text(c),
                 result.remedy.get(c.stage, ""),
             ]

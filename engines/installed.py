@@ -46,11 +46,14 @@ def folder_name(key: EngineKey) -> str:
 def chains(bundle: Bundle, names: Collection[str] | None) -> list[OpenChain]:
     """Return the chains of these names (None: all); InputError that lists the bundle's if it lacks one."""
     have = bundle.manifest.chains
-    if unknown := [name for name in names or () if name not in have]:
-        raise InputError(
-            f"there is no chain {', '.join(unknown)} in {bundle.path}: choose --chains from {', '.join(have)}"
-        )
+    check_chains(names, have, bundle.path)
     return [bundle.open_chain(name) for name in have if names is None or name in names]
+
+
+def check_chains(names: Collection[str] | None, have: Collection[str], path: Path) -> None:
+    """Raise InputError if a name is none of the chains that the bundle at `path` has."""
+    if unknown := [name for name in names or () if name not in have]:
+        raise InputError(f"there is no chain {', '.join(unknown)} in {path}: choose --chains from {', '.join(have)}")
 
 
 def find(bundle: Bundle, engines: Path | None, key: EngineKey) -> Iterator[tuple[Found, Found]]:

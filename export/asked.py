@@ -46,6 +46,39 @@ def scaled(lora: str) -> tuple[str, float]:
     return name, found
 
 
+def listed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that are given, with tuples for lists. Raises InputError for one value where several can be.
+
+    A text would be taken for a list of letters.
+    """
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    for name in ("tasks", "lora", "steps", "timesteps", "guidance_scales", "strengths"):
+        if isinstance(value := given.get(name), str | int | float):
+            raise InputError(f"{name} {value!r}: a list was expected, such as [{value!r}]")
+    if isinstance(size := given.get("size"), str | int):
+        raise InputError(f"size {size!r}: (width, height) was expected, such as (512, 512), or several such pairs")
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def call_problems(
+    scale: float | None, scales: tuple[float, ...] | None, strengths: tuple[float, ...] | None
+) -> list[str]:
+    """Return what is wrong with the guidance scales and strengths of an order, as phrases; `scale`: the default."""
+    problems = [
+        f"guidance scale {value}: a finite number of at least 0 was expected"
+        for value in (scale or 0.0, *(scales or ()))
+        if not 0 <= value < math.inf
+    ]
+    if scale is not None and scales and scale not in scales:
+        several = ", ".join(f"{value:g}" for value in scales)
+        problems.append(f"guidance scale {scale:g}: one of the guidance scales {several} was expected")
+    return problems + [
+        f"strength {value}: a number above 0, and at most 1, was expected"
+        for value in strengths or ()
+        if not 0 < value <= 1
+    ]
+
+
 def schedule_problems(steps: tuple[int, ...] | None, timesteps: tuple[int, ...] | None, eta: float | None) -> list[str]:
     """Return what is wrong with these options of an order, as phrases."""
     problems = []

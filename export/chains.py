@@ -11,6 +11,17 @@ from turbochain.runtime.inputs.embeds import NEGATIVE
 from turbochain.runtime.inputs.guidance import GUIDANCE, NEGATIVE_PROMPT
 
 
+def name(task: str, shape: Shape, first: Shape) -> str:
+    """Return the name of a task's chain; `first`: the bundle's first shape."""
+    return task + _suffix(shape, first, sized=True)
+
+
+def _suffix(shape: Shape, first: Shape, sized: bool) -> str:
+    other = sized and (shape.height, shape.width) != (first.height, first.width)
+    size = f"@{shape.width}x{shape.height}" if other else ""
+    return size + (f"-b{shape.batch}" if shape.batch != first.batch else "")
+
+
 @dataclass(frozen=True)
 class Placed:
     """A graph to trace."""
@@ -42,11 +53,11 @@ class Layout:
 
     def name(self, task: Task, shape: Shape) -> str:
         """Return a chain's name."""
-        return task.name + self._suffix(shape, sized=True)
+        return name(task.name, shape, self.shapes[0])
 
     def graph_name(self, role: str, shape: Shape) -> str:
         """Return a graph's name; those of the first shape have no suffix."""
-        return role + self._suffix(shape, self._specs(shape)[role].sized)
+        return role + _suffix(shape, self.shapes[0], self._specs(shape)[role].sized)
 
     def graphs(self) -> dict[str, Placed]:
         """Return every graph of every chain, by its name."""
@@ -95,12 +106,6 @@ class Layout:
         if not self.guided:
             return ()
         return (GUIDANCE, NEGATIVE_PROMPT) if self.zeros else (GUIDANCE,)
-
-    def _suffix(self, shape: Shape, sized: bool) -> str:
-        first = self.shapes[0]
-        other = sized and (shape.height, shape.width) != (first.height, first.width)
-        size = f"@{shape.width}x{shape.height}" if other else ""
-        return size + (f"-b{shape.batch}" if shape.batch != first.batch else "")
 
     def _specs(self, shape: Shape) -> dict[str, GraphSpec]:
         return common.graphs(self.family, shape.K, self.posterior, self.clip_skip)

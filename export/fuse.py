@@ -51,22 +51,41 @@ def apply(model: nn.Module, component: str, weights: Sequence[Path], adapters: S
                 parameters[name.removeprefix(TEXT)].copy_(merged)
 
 
-def with_diffusers(pipeline: Any, adapters: Sequence[tuple[Path, float]]) -> None:
+def with_diffusers(pipeline: Any, adapters: Sequence[tuple[Adapter, float]]) -> None:
     """Fuse LoRA files, one after the other, into a pipeline of diffusers, with its own functions.
 
-    Raises InputError if peft is missing, or diffusers cannot load a file.
+    Raises InputError if peft is missing, or diffusers cannot load a file, or not all of it.
     """
     require_peft()
     components = [c for c in PREFIXES if c in pipeline.components]
-    for path, strength in adapters:
+    for adapter, strength in adapters:
+        path = adapter.path
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about names of layers, once for each file
                 _load(pipeline, path)
+                _require_all(pipeline, adapter)
                 pipeline.fuse_lora(components=components, lora_scale=strength)
                 pipeline.unload_lora_weights()
+        except InputError:
+            raise
         except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, OSError) as error:
             raise InputError(f"{path} cannot be loaded by diffusers: {' '.join(str(error).split())[:400]}") from error
+
+
+def _require_all(pipeline: Any, adapter: Adapter) -> None:
+    """Raise InputError if diffusers left out a layer of a file that it has loaded: it only logs that."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for component, changes in adapter.components.items():
+        modules = pipeline.components[component].named_modules()
+        loaded = {f"{name.removeprefix(TEXT)}.weight" for name, module in modules if isinstance(module, BaseTunerLayer)}
+        if left := [name for name in changes if name.removeprefix(TEXT) not in loaded]:
+            raise InputError(
+                f"{adapter.path} changes {left[0]} of the {component} ({len(left)} such in all), which diffusers "
+                "leaves out, and its picture with all of them was expected as the reference: fuse the LoRA into the "
+                "checkpoint with the program that made it, and use that checkpoint"
+            )
 
 
 def _load(pipeline: Any, path: Path) -> None:

@@ -103,7 +103,8 @@ def fetch(order: ExportOrder, want: Want, check_room: parts.CheckRoom | None = N
     fused = tuple((loras[key].weights[0], scale) for key, (_, scale) in order.loras.items())
     checkpoint = parts.fetch(find(order.source), want, order.parts, check_room)
     checkpoint = replace(checkpoint, loras=loras, adapters=fused, scheduler=order.scheduler or {})
-    adapters.read_all(checkpoint)  # whether they fit
+    named = {key: source.local or loras[key].weights[0] for key, source in order.sources.items() if key in loras}
+    adapters.read_all(replace(checkpoint, adapters=tuple((path, 1.0) for path in named.values())))  # whether they fit
     return checkpoint
 
 

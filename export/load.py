@@ -81,7 +81,7 @@ def pipelines(checkpoint: Checkpoint, tasks: Sequence[str], dtype: torch.dtype =
         found[task] = kind(**{**settings, **parts, **own, **family.pipeline_options})
         found[task].scheduler = scheduler(checkpoint, task)
         if checkpoint.adapters and len(found) == 1:
-            fuse.with_diffusers(found[task], checkpoint.adapters)
+            fuse.with_diffusers(found[task], read_all(checkpoint))
     for folder in family.tokenizers.values():  # at the end: LoRAs would look for their layers under that name
         _let_skip(parts[folder.replace("tokenizer", "text_encoder")])
     return found
@@ -126,7 +126,10 @@ def scheduler(checkpoint: Checkpoint, task: str = TEXT_TO_IMAGE) -> Any:
     try:
         return cls.from_config(own.config, **changes)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"--scheduler {json.dumps(checkpoint.scheduler)}: {_reason(error)}") from error
+        raise InputError(
+            f"--scheduler {json.dumps(checkpoint.scheduler)}: {cls.__name__} fails with these values ("
+            f"{_reason(error)}), and others were expected: see those that its documentation names"
+        ) from error
 
 
 def scheduler_class(name: str) -> Any:

@@ -35,8 +35,8 @@ class ExportOptions(TypedDict, total=False):
     """Of the weight files, such as "fp16"."""
     config: str | None
     """Of a source that is a .safetensors file in the original names (ldm, sgm): the configuration that it was published
-    with, "sd-turbo", "sdxl-turbo", "sd15", "sd21", "sdxl", or a folder with its JSON files in diffusers' format.
-    Default: what the shapes of its tensors tell, said on stderr."""
+    with, "sd15", "sd21" (768×768), "sd21-base" (512×512), "sd-turbo", "sdxl", "sdxl-turbo", or a folder with its JSON
+    files in diffusers' format. Default: what the shapes of its tensors tell, said on stderr."""
     vae: str | None
     """Another VAE than the checkpoint's own: "tiny" (the family's AutoencoderTiny, many times faster, pictures slightly
     softer), a .safetensors file, a hub id or a folder."""

@@ -1,12 +1,11 @@
 """What an export is asked for, checked in one place for the command line and for Python."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbochain.export import asked, tasks
+from turbochain.export import asked, chains, tasks
 from turbochain.export.chains import Layout
 from turbochain.export.families import Family, Shape
 from turbochain.export.options import ExportOptions
@@ -65,12 +64,7 @@ class ExportOrder:
         for name in ("tasks", "sizes", "batches", "guidance_scales", "strengths"):
             if getattr(self, name) == ():
                 problems.append(f"{name}: at least one was expected")
-        for scale in (self.guidance_scale or 0.0, *(self.guidance_scales or ())):
-            if not 0 <= scale < math.inf:
-                problems.append(f"guidance scale {scale}: a finite number of at least 0 was expected")
-        for strength in self.strengths or ():
-            if not 0 < strength <= 1:
-                problems.append(f"strength {strength}: a number above 0, and at most 1, was expected")
+        problems += asked.call_problems(self.guidance_scale, self.guidance_scales, self.strengths)
         if self.steps is not None and (not self.steps or min(self.steps) < 1 or max(self.steps) > 50):
             problems.append(f"steps {list(self.steps)}: counts from 1 to 50 were expected, such as 1-4 or 1,2,4")
         if self.clip_skip is not None and self.clip_skip < 0:
@@ -87,7 +81,7 @@ class ExportOrder:
         """Return the order of `export` and `build`, whose recipe, if it has one, says what is left open."""
         if unknown := sorted(options.keys() - ExportOptions.__annotations__.keys()):
             raise TypeError(f"unknown argument {unknown[0]!r}")
-        given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items() if v is not None}
+        given = asked.listed(options)
         size, batch, scheduler = (given.pop(name, None) for name in ("size", "batch", "scheduler"))
         return cls(
             source or "",
@@ -157,6 +151,12 @@ class ExportOrder:
             for path in part_files_read(folder, settled_variant([folder], self.variant))
         }
 
+    def chain_names(self) -> list[str]:
+        """Return the names of the chains that the bundle will have."""
+        sizes, batches = self.sizes or Recipe.sizes, self.batches or Recipe.batches
+        shapes = [Shape(height, width, batch) for width, height in sizes for batch in batches]
+        return [chains.name(task, shape, shapes[0]) for task in self.tasks or Recipe.tasks for shape in shapes]
+
     def settled_config(self) -> str | None:
         """Return the configuration of a source that is a file, as given or as guessed; None for other sources.
 
@@ -177,9 +177,11 @@ class ExportOrder:
 
         Licences and model cards do not count. Raises InputError if a source is of no kind, or lacks files.
         """
+        if self.revision is not None and not is_elsewhere(self.source):
+            raise InputError(f"--revision {self.revision} is for a hub id, and {self.source} is none: leave it out")
         folder, parts, config = find(self.source).local, self.part_files(), self.settled_config()
         if folder and config:
-            return original.files_read(folder, config) | parts
+            return original.files_read(folder, config, self.scheduler or {}) | parts
         if not folder:
             return parts
         own = files_read(folder, self.variant, self.parts)
@@ -239,8 +241,21 @@ class Recipe:
         return tasks.find(self.tasks)
 
     def layout(self, family: Family, configs: Mapping[str, Any], K: int = 1, zeros: bool = False) -> Layout:
-        """Return what decides the chains and graphs; K and `zeros` as in `Shape` and `Layout`."""
+        """Return what decides the chains and graphs; K and `zeros` as in `Shape` and `Layout`.
+
+        Raises InputError if these models have no such task, or an option that they do not read is given.
+        """
         shapes = [Shape(height, width, batch, K) for width, height in self.sizes for batch in self.batches]
+        if self.guidance_scales and configs["unet"].get("time_cond_proj_dim") is None:
+            raise InputError(
+                "guidance_scales: a UNet that reads the guidance scale was expected, such as an LCM's, and with this"
+                " one calls can give any: leave it out, or give the default of calls as guidance_scale"
+            )
+        if self.strengths and not (family.strength_sets_timesteps and IMAGE_TO_IMAGE in self.tasks):
+            raise InputError(
+                "strengths: image-to-image of LatentConsistencyModelImg2ImgPipeline was expected among the tasks, and "
+                "without it there is no strength, or calls can give any: leave it out"
+            )
         layers = (configs[stage.graph]["num_hidden_layers"] for stage in family.prompt_stages)
         if self.clip_skip > (most := min(layers) - family.skipped_layers):
             raise InputError(f"clip_skip {self.clip_skip}: the text encoders have layers for 0 to {most}; choose one")

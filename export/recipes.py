@@ -137,12 +137,14 @@ def get(name: str) -> Distilled:
 def settle(order: ExportOrder) -> ExportOrder:
     """Return the order with what its recipe says of everything that is left open; options that are given win.
 
-    Steps and timesteps say the same thing, so either leaves out the recipe's. Raises InputError without a source.
+    Steps and timesteps say the same thing, so either leaves out the recipe's, and so do a guidance scale and several.
+    Raises InputError without a source.
     """
-    fields = get(order.recipe_name).fields if order.recipe_name else {}
-    if order.steps or order.timesteps:
-        fields = {name: value for name, value in fields.items() if name not in ("steps", "timesteps")}
-    settled = replace(order, **{name: value for name, value in fields.items() if not getattr(order, name)})
+    fields = get(order.recipe_name).fields if order.recipe_name is not None else {}
+    for alike in (("steps", "timesteps"), ("guidance_scale", "guidance_scales")):
+        if any(getattr(order, name) is not None for name in alike):
+            fields = {name: value for name, value in fields.items() if name not in alike}
+    settled = replace(order, **{name: value for name, value in fields.items() if getattr(order, name) in (None, "")})
     if not settled.source:
         raise InputError("no source is given: name a checkpoint, or a recipe with --recipe NAME")
     return settled
@@ -150,7 +152,7 @@ def settle(order: ExportOrder) -> ExportOrder:
 
 def deviations(order: ExportOrder) -> list[str]:
     """Return in which fields a settled order differs from its recipe."""
-    fields = get(order.recipe_name).fields if order.recipe_name else {}
+    fields = get(order.recipe_name).fields if order.recipe_name is not None else {}
     return [name for name, value in fields.items() if getattr(order, name) != value]
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import inspect
+import math
 import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -116,6 +117,16 @@ def refusal(name: str, reason: str, remedy: str = "") -> InputError:
     )
 
 
+def require_original_steps(scheduler: Any) -> None:
+    """Raise InputError if a scheduler does not take what the LatentConsistencyModel pipelines always give."""
+    if "original_inference_steps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise InputError(
+            f"the scheduler {type(scheduler).__name__} takes no original_inference_steps, and one that does was "
+            "expected, because the LatentConsistencyModel pipelines give it: name LCMScheduler with --scheduler, or "
+            "leave that out"
+        )
+
+
 def _check_interface(scheduler: Any) -> None:
     name = type(scheduler).__name__
     if missing := [attribute for attribute in _NEEDED if not hasattr(scheduler, attribute)]:
@@ -145,12 +156,20 @@ def _check_arguments(scheduler: Any, run: Run) -> None:
     """Raise InputError if the scheduler does not read an argument; diffusers ignores an eta without a word."""
     accepted = inspect.signature(scheduler.set_timesteps).parameters
     if run.timesteps is not None and "timesteps" not in accepted:
-        raise _unread(scheduler, "explicit timesteps", f"timesteps={list(run.timesteps)}", TAKE_TIMESTEPS)
+        given = f"timesteps={list(run.timesteps)}"
+        raise _unread(scheduler, "explicit timesteps", given, "give --steps instead", TAKE_TIMESTEPS)
+    trained = scheduler.config.get("num_train_timesteps", math.inf)
+    if run.timesteps is not None and max(run.timesteps) >= trained:
+        raise InputError(
+            f"the scheduler {type(scheduler).__name__} has timesteps up to {trained - 1}, for which the network was "
+            f"trained, and timesteps={list(run.timesteps)} was asked for: give smaller ones"
+        )
     if run.eta and "eta" not in _of_step(scheduler):
-        raise _unread(scheduler, "eta", f"eta={run.eta}", TAKE_ETA)
+        raise _unread(scheduler, "eta", f"eta={run.eta}", "give --eta 0", TAKE_ETA)
     # LatentConsistencyModelImg2ImgPipeline gives eta=None too, with which a step that takes an eta fails.
     if run.strength is not None and ("strength" not in accepted or "eta" in _of_step(scheduler)):
-        raise _unread(scheduler, "strength", f"strength={run.strength}", ("LCMScheduler",))
+        remedy = "leave image-to-image out of --tasks"
+        raise _unread(scheduler, "strength", f"strength={run.strength}", remedy, ("LCMScheduler",))
     if run.timesteps is not None and run.begin and scheduler.order > 1:
         raise InputError(
             f"the scheduler {type(scheduler).__name__} makes more than one row of each explicit timestep, and the "
@@ -159,8 +178,8 @@ def _check_arguments(scheduler: Any, run: Run) -> None:
         )
 
 
-def _unread(scheduler: Any, argument: str, given: str, classes: tuple[str, ...]) -> InputError:
+def _unread(scheduler: Any, argument: str, given: str, remedy: str, classes: tuple[str, ...]) -> InputError:
     return InputError(
-        f"the scheduler {type(scheduler).__name__} takes no {argument}, and {given} was asked for: leave that out, or "
+        f"the scheduler {type(scheduler).__name__} takes no {argument}, and {given} was asked for: {remedy}, or "
         f"name a class that takes it ({', '.join(classes)}) with --scheduler"
     )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-from turbochain.export import inversion, load, schedule
+from turbochain.export import inversion, load, sampler, schedule
 from turbochain.export.chains import Layout
 from turbochain.export.families import Family, Shape
 from turbochain.export.order import Recipe
@@ -106,6 +106,8 @@ def chains(
 def _of_task(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> Iterator[tuple[str, Made]]:
     """Yield a task's tables by name: for every step count, row to begin at, strength and guidance scale."""
     scheduler, scales = load.scheduler(checkpoint, task.name), _scales(checkpoint, recipe, task)
+    if checkpoint.family.strength_sets_timesteps:
+        sampler.require_original_steps(scheduler)
     for run in _runs(checkpoint, recipe, task):
         table = schedule.tabulate(scheduler, run)
         if task.whole_is_noise and not run.begin:

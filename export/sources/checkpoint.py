@@ -189,6 +189,11 @@ def weight_files(folder: Path, variant: str | None) -> tuple[Path, ...]:
             f"{folder} has its weights only as {pickles[0]}, and pickles are refused because loading one runs code; "
             "convert it: load it with diffusers and call save_pretrained(FOLDER, safe_serialization=True)"
         )
+    if (folder / "model_index.json").is_file():
+        raise InputError(
+            f"{folder} is a whole checkpoint, and the folder of one component was expected: give that of the one that "
+            f"you mean, such as {folder / 'unet'}"
+        )
     others = ", ".join(map(repr, variants_of(folder)))
     hint = f"; it has the variant {others}" if others else ""
     named = f" of variant {variant!r}" if variant else ""

@@ -47,7 +47,7 @@ def write_checkpoint(original: Original, config: str, folder: Path, want: Want) 
     want.before_weights(folder, counts, sum(sizes.values()))
     done = 0
     for component, prefix in found.items():
-        write_weights(original, component, prefix, folder / component)
+        write_weights(original, component, prefix, folder / component, "choose the --config that it has")
         want.progress(done := done + sizes[component], sum(sizes.values()))
 
 
@@ -73,13 +73,16 @@ def write_part(original: Original, component: str, config: Mapping[str, Any] | N
         )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2), "utf-8")
-    write_weights(original, component, original.prefix_alone(component), folder)
+    remedy = (
+        f"give --{component} one with the shapes of the checkpoint's own, or a folder with a config.json of its own"
+    )
+    write_weights(original, component, original.prefix_alone(component), folder, remedy)
 
 
-def write_weights(original: Original, component: str, prefix: str, folder: Path) -> None:
+def write_weights(original: Original, component: str, prefix: str, folder: Path, remedy: str) -> None:
     """Write the weights of one component, whose names begin with `prefix`, beside its config.json.
 
-    Raises InputError if the config has others.
+    Raises InputError, which ends in `remedy`, if the config has others.
     """
     model = _skeleton(component, folder)
     expected = {name.removeprefix(_WRAPPER): tuple(t.shape) for name, t in model.state_dict().items()}
@@ -87,8 +90,8 @@ def write_weights(original: Original, component: str, prefix: str, folder: Path)
     try:
         converted = _converted(tensors, component, prefix, model)
     except (KeyError, AttributeError, IndexError) as error:  # its tables meet a name or shape that is not there
-        raise InputError(f"{original.path}: the {component} cannot be converted ({error}): check --config") from error
-    _compare(original, component, expected, converted)
+        raise InputError(f"{original.path}: the {component} cannot be converted ({error}): {remedy}") from error
+    _compare(original, component, expected, converted, remedy)
     stem = "model" if _is_text(component) else "diffusion_pytorch_model"
     written = {_published(component, name): converted[name].contiguous() for name in expected}
     save_file(written, folder / f"{stem}.safetensors", {"format": "pt"})
@@ -141,7 +144,11 @@ def _converted(tensors: dict[str, torch.Tensor], component: str, prefix: str, mo
 
 
 def _compare(
-    original: Original, component: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, torch.Tensor]
+    original: Original,
+    component: str,
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, torch.Tensor],
+    remedy: str,
 ) -> None:
     """Raise InputError if the file has other tensors of a component than its config.
 
@@ -150,7 +157,7 @@ def _compare(
     if missing := [n for n in expected if n not in found]:
         raise InputError(
             f"{original.path} lacks {', '.join(missing[:5])} of the {component} ({len(missing)} in all): download it "
-            "again, or choose the --config that it has"
+            f"again, or {remedy}"
         )
     wrong = [
         f"{n} is {list(found[n].shape)} and should be {list(s)}" for n, s in expected.items() if found[n].shape != s
@@ -158,13 +165,13 @@ def _compare(
     if wrong:
         raise InputError(
             f"{original.path} has weights of the {component} in another shape ({', '.join(wrong[:5])}; {len(wrong)} in "
-            "all): choose the --config that it has"
+            f"all): {remedy}"
         )
     more = [n for n in found if n not in expected]
     if more and not _is_text(component):
         raise InputError(
             f"{original.path} has weights of the {component} that the configuration does not have ({more[0]}; "
-            f"{len(more)} in all): choose the --config that it has"
+            f"{len(more)} in all): {remedy}"
         )
 
 

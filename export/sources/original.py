@@ -3,10 +3,12 @@
 What such a file holds, and whose configuration it has, is read from its header, without torch.
 """
 
+import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from turbochain.export.sources.checkpoint import PICKLES, config_files_read, refuse_pointers
 from turbochain.export.sources.presets import PRESETS
@@ -27,7 +29,7 @@ PREFIXES: dict[str, tuple[str, ...]] = {
 CHECKPOINT = "checkpoint.safetensors"
 """The name in a recipe for the file of a whole checkpoint, whatever its own."""
 
-CONFIGS = ("sd15", "sd21", "sd-turbo", "sdxl", "sdxl-turbo")
+CONFIGS = ("sd15", "sd21", "sd21-base", "sd-turbo", "sdxl", "sdxl-turbo")
 """The presets that are published in one file, too."""
 
 _ALONE = {  # component → how a name begins in the file of one alone, in the original names and in diffusers'
@@ -142,12 +144,21 @@ def settled(path: Path, config: str | None) -> tuple[str, bool]:
     return config, False
 
 
-def files_read(path: Path, config: str) -> dict[str, Path]:
+def files_read(path: Path, config: str, scheduler: Mapping[str, Any]) -> dict[str, Path]:
     """Return what an export reads of a file and its settled configuration: name in the checkpoint → file.
 
-    Raises InputError if the file is refused, or a folder with the configuration lacks files.
+    `scheduler`: the changes of the scheduler's config that are asked for. Raises InputError if the file is refused, if
+    it predicts something else than a preset's scheduler expects, or if a folder with the configuration lacks files.
     """
-    read(path)
+    tensors = read(path).tensors
+    if config in PRESETS and "v_pred" in tensors:
+        expected = {**PRESETS[config].settings, **scheduler}.get("prediction_type")
+        needed = {"prediction_type": "v_prediction", **({"rescale_betas_zero_snr": True} if "ztsnr" in tensors else {})}
+        if expected != needed["prediction_type"]:
+            raise InputError(
+                f"{path} says that it predicts v, and the scheduler of --config {config} expects a model that predicts "
+                f"noise: give --scheduler '{json.dumps(needed)}' (add \"_class_name\" for a class)"
+            )
     folder = Path(config)
     found = [] if config in PRESETS else config_files_read(folder)
     return {CHECKPOINT: path, **{str(p.relative_to(folder)): p for p in found}}

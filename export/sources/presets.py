@@ -14,8 +14,9 @@ class Preset:
     """What tells one synthetic checkpoint from another: the diffusers and transformers configs of its parts.
 
     `text` and `pads` (the padding tokens) have one entry per text encoder; the second one projects.
-    `fp16` stores the weights as float16, in the file names of diffusers' "fp16" variant. `settings` are the scheduler's
-    that differ from the Turbo ones.
+    `fp16` stores the weights as float16, in the file names of diffusers' "fp16" variant. `settings` are what the
+    published scheduler_config.json has besides `SCHEDULER`, and no more: `CLASS.from_config` of another class inherits
+    what a file names, even if its own class never reads it, and takes its own defaults for the rest.
     """
 
     pipeline: str
@@ -25,15 +26,32 @@ class Preset:
     tiny: Config
     text: tuple[Config, ...]
     pads: tuple[str, ...]
-    fp16: bool = False
+    settings: Config
     extra: Config = field(default_factory=dict)
-    settings: Config = field(default_factory=dict)
+    fp16: bool = False
 
 
 def _text(width: int, layers: int, heads: int, act: str, projection: int) -> Config:
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": projection}
     return sizes | {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_act": act}
 
+
+SCHEDULER: Config = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "trained_betas": None,
+    "clip_sample": False,
+}
+"""What every published scheduler_config.json of these models has."""
+
+# What a class does not read is in the files all the same: they were made of the config of another class.
+_PNDM: Config = {"set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1}
+_EULER_ANCESTRAL = _PNDM | {"prediction_type": "epsilon", "interpolation_type": "linear", "sample_max_value": 1.0}
+_EULER = _EULER_ANCESTRAL | {"use_karras_sigmas": False}
+_TRAILING: Config = {"timestep_spacing": "trailing"}
+_LEADING: Config = {"timestep_spacing": "leading"}
 
 _SD_TURBO = Preset(
     pipeline="StableDiffusionPipeline",
@@ -43,6 +61,7 @@ _SD_TURBO = Preset(
     tiny={},  # TAESD's are diffusers' defaults
     text=(_text(1024, 23, 16, "gelu", 512),),
     pads=("!",),
+    settings=_EULER | _TRAILING | {"sigma_max": None, "sigma_min": None, "timestep_type": "discrete"},
     extra={
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
@@ -67,36 +86,58 @@ _SDXL_TURBO = Preset(
     tiny={},
     text=(_text(768, 12, 12, "quick_gelu", 768), _text(1280, 32, 20, "gelu", 1280)),
     pads=(END, "!"),
+    settings=_EULER_ANCESTRAL | _TRAILING,
     fp16=True,
     extra={"force_zeros_for_empty_prompt": True},
 )
 
-_LEADING: Config = {"timestep_spacing": "leading"}
 _SD15 = replace(
     _SD_TURBO,
     scheduler="PNDMScheduler",
-    settings=_LEADING | {"skip_prk_steps": True, "set_alpha_to_one": False},
+    settings=_PNDM,
     unet={"cross_attention_dim": 768, "attention_head_dim": 8, "use_linear_projection": False},
     vae={"sample_size": 512, "scaling_factor": 0.18215},
     text=(_text(768, 12, 12, "quick_gelu", 768),),
     pads=(END,),
 )
-_SD21 = replace(_SD_TURBO, scheduler=_SD15.scheduler, settings=_SD15.settings)  # the base model, of 512×512
-_LCM: Config = _LEADING | {"original_inference_steps": 50, "timestep_scaling": 10.0}
+_SD21_BASE = replace(_SD_TURBO, scheduler="PNDMScheduler", settings=_PNDM | {"prediction_type": "epsilon"})
+_SD21 = replace(  # trained further, at 768×768
+    _SD_TURBO,
+    scheduler="DDIMScheduler",
+    settings=_PNDM | {"prediction_type": "v_prediction"},
+    unet=_SD_TURBO.unet | {"sample_size": 96, "upcast_attention": True},
+)
+_LCM: Config = {
+    "timestep_spacing": "leading",
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "original_inference_steps": 50,
+    "rescale_betas_zero_snr": False,
+    "clip_sample_range": 1.0,
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+}
 _LCM_SD15 = replace(
     _SD15,
     pipeline="LatentConsistencyModelPipeline",
     scheduler="LCMScheduler",
-    settings=_LCM | {"steps_offset": 0},
+    settings=_LCM,
     unet=_SD15.unet | {"time_cond_proj_dim": 256},
 )
 _SDXL = replace(
     _SDXL_TURBO,
     scheduler="EulerDiscreteScheduler",
-    settings=_LEADING,
+    settings=_EULER | _LEADING,
     unet=_SDXL_TURBO.unet | {"sample_size": 128},
 )
-_LCM_SDXL = replace(_SDXL, scheduler="LCMScheduler", settings=_LCM, unet=_SDXL.unet | {"time_cond_proj_dim": 256})
+_LCM_SDXL = replace(  # the scheduler is what from_config makes of SDXL's
+    _SDXL,
+    scheduler="LCMScheduler",
+    settings=_LCM | {"steps_offset": 1, "set_alpha_to_one": False},
+    unet=_SDXL.unet | {"time_cond_proj_dim": 256},
+)
 
 # attention_head_dim is, for historical reasons, diffusers' name for the number of heads.
 _MINI_UNET = {"layers_per_block": 1, "norm_num_groups": 8, "block_out_channels": [32, 64]}
@@ -143,6 +184,7 @@ PRESETS: dict[str, Preset] = {
     "sd15": _SD15,
     "sd15-mini": _mini(_SD15, _SD15_MINI_UNET, _SD15_MINI_TEXT),
     "sd21": _SD21,
+    "sd21-base": _SD21_BASE,
     "sdxl": _SDXL,
     "sdxl-mini": _mini(_SDXL, _SDXL_MINI_UNET, *_SDXL_MINI_TEXT),
     "lcm-sd15": _LCM_SD15,
@@ -156,5 +198,5 @@ PRESETS: dict[str, Preset] = {
 def preset(name: str) -> Preset:
     """Return the preset `name`; InputError that names them all if there is none."""
     if name not in PRESETS:
-        raise InputError(f"There is no synthetic checkpoint {name!r}; expected one of {', '.join(PRESETS)}.")
+        raise InputError(f"there is no synthetic checkpoint {name!r}: choose {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -25,15 +25,6 @@ _VAE: Config = {
     "up_block_types": ["UpDecoderBlock2D"] * 4,
     "layers_per_block": 2,
 }
-_SCHEDULER: Config = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "steps_offset": 1,
-    "timestep_spacing": "trailing",
-}
 
 # Weights are drawn from N(0, gain²/fan_in), so a gain of 1 keeps the scale of what goes in. The first match
 # counts. Branches that are added to a residual stream are drawn smaller, for the stream not to grow with
@@ -173,8 +164,11 @@ def write_settings(name: str, folder: Path, parts: Mapping[str, torch.nn.Module]
         (folder / tokenizer).mkdir(exist_ok=True)
         write_tokenizer(folder / tokenizer, pad_token=pad)
         index[tokenizer] = ["transformers", "CLIPTokenizer"]
-    getattr(diffusers, chosen.scheduler)(**_SCHEDULER | chosen.settings).save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", chosen.scheduler]
+    (folder / "scheduler").mkdir(exist_ok=True)
+    settings = {"_class_name": chosen.scheduler, "_diffusers_version": diffusers.__version__}
+    settings |= presets.SCHEDULER | chosen.settings
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     for component, part in parts.items():
         _write_config(part, folder / component, chosen.fp16)
         index[component] = ["transformers" if component.startswith("text") else "diffusers", type(part).__name__]

@@ -137,8 +137,18 @@ def require(checks: Sequence[Check]) -> None:
     """Raise VerificationError that names every stage, figure and bound which failed."""
     failed = [c for c in checks if not c.passed]
     if failed:
-        figures = "; ".join(f"{c.stage}: {c.metric} is {c.value:.3g}, the bound is {bound_text(c)}" for c in failed)
+        figures = "; ".join(f"{c.stage}: {c.metric} is {value_text(c)}, the bound is {bound_text(c)}" for c in failed)
         raise VerificationError(f"the result differs from what diffusers produced: {figures}")
+
+
+def value_text(check: Check) -> str:
+    """Return a check's figure with three digits, or with as many as tell on which side of its bound it lies."""
+
+    def within(value: float) -> bool:
+        return value >= check.bound if check.metric in AT_LEAST else value <= check.bound
+
+    shown = (f"{check.value:.{digits}g}" for digits in range(3, 18))
+    return next(text for text in shown if within(float(text)) == within(check.value))
 
 
 def bound_text(check: Check) -> str:

@@ -205,7 +205,7 @@ def checks_table(checks: Sequence[Check]) -> str:
     """Return the figures of a verification as text."""
     rows = [["stage", "metric", "value", "bound", ""]]
     for c in checks:
-        rows.append([c.stage, c.metric, f"{c.value:.3g}", verify.bound_text(c), "ok" if c.passed else "FAILED"])
+        rows.append([c.stage, c.metric, verify.value_text(c), verify.bound_text(c), "ok" if c.passed else "FAILED"])
     return console.table(rows)
 
 

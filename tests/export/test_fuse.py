@@ -195,6 +195,17 @@ def test_a_prepared_reference_needs_peft(
         load.pipeline(with_loras(checkpoints["sd"], (path, 1.0)))
 
 
+def test_a_layer_that_diffusers_leaves_out_is_told(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """It reads `add_embedding_linear_1` as `add.embedding.linear.1`, and goes on without that layer."""
+    layers = lora_files.draw(checkpoints["sdxl"], only="unet.add_embedding")
+    layers |= lora_files.draw(checkpoints["sdxl"], only="unet.mid_block.attentions")
+    path = lora_files.write(tmp_path / "lora.safetensors", layers, "kohya")
+    with pytest.raises(
+        InputError, match=r"add_embedding\.linear_1\.weight of the unet \(2 such in all\), which diffusers"
+    ):
+        load.pipeline(with_loras(checkpoints["sdxl"], (path, 1.0)))
+
+
 def test_a_lora_of_another_model_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     path = lora_files.write(tmp_path / "lora.safetensors", lora_files.draw(checkpoints["sdxl"]), "kohya")
     with pytest.raises(InputError, match="choose a LoRA that was trained for this model"):

@@ -29,6 +29,7 @@ from turbochain.export import asked, jobs, load, recipes, tables
 from turbochain.export.order import ExportOrder
 from turbochain.export.sources import Want
 from turbochain.export.sources.checkpoint import Checkpoint, open_folder
+from turbochain.export.sources.kinds.demo import FOLDER as DEMO
 from turbochain.export.tasks.text_to_image import TASK
 from turbochain.runtime import Bundle, InputError, Pipeline
 from turbochain.runtime.bundle.strict_json import convert, plain
@@ -313,8 +314,25 @@ def test_what_is_given_wins_over_the_recipe() -> None:
         *("demo", {"lora": ("a/b/c.safetensors", 0.7)}, (999, 749, 499, 249)),
     )
     assert recipes.deviations(other) == ["source", "lora", "scheduler"]
+    hyper = recipes.settle(ExportOrder("", recipe_name="hyper-sd15-1step", eta=0.0))
+    assert (hyper.eta, recipes.deviations(hyper)) == (0.0, ["eta"])
+    lcm = [
+        recipes.settle(ExportOrder("", recipe_name="lcm-sdxl", **given))
+        for given in ({"guidance_scale": 0.0}, {"guidance_scales": (1.0, 2.0)})
+    ]
+    assert [(order.guidance_scale, order.guidance_scales) for order in lcm] == [(0.0, None), (None, (1.0, 2.0))]
     steps = settled(steps=(1, 4))
     assert (steps.steps, steps.timesteps, recipes.deviations(steps)) == ((1, 4), None, ["timesteps"])
+
+
+def test_one_value_where_several_can_be() -> None:
+    for options, expected in (
+        ({"lora": "a/b/c.safetensors"}, r"lora 'a/b/c\.safetensors': a list was expected, such as \['a/b/c"),
+        ({"steps": 4}, r"steps 4: a list was expected, such as \[4\]"),
+        ({"size": "512x512"}, r"size '512x512': \(width, height\) was expected"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            build("demo", **options)
 
 
 def test_the_command_names_every_recipe() -> None:
@@ -343,7 +361,39 @@ def test_the_command_names_every_recipe() -> None:
         (["demo", "--timesteps", "999,800,900"], "1 to 50 descending numbers from 0 were expected"),
         (["demo", "--timesteps", "a"], "--timesteps a: a list was expected, such as 999,749,499,249"),
         (["demo", "--timesteps", "9,1", "--steps", "1-4"], "2 timesteps are 2 steps, so leave steps out"),
+        (
+            ["demo", "--timesteps", "1000"],
+            "has timesteps up to 999, for which the network was trained, and timesteps=[1000]",
+        ),
+        (["demo", "--steps", ""], "--steps : a range or a list was expected"),
+        (["demo", "--batch", ""], "--batch : a number was expected"),
+        (["demo", "--tasks", ""], "task '': choose from"),
+        (["demo", "--recipe", ""], "there is no recipe '': choose"),
+        (
+            ["demo", "--chains", "a"],
+            "there is no chain a in demo.bundle: choose --chains from text-to-image, image-to-im",
+        ),
+        (["demo", "--revision", "main"], "--revision main is for a hub id, and demo is none: leave it out"),
+        (["demo", "--guidance-scales", "1,2"], "guidance_scales: a UNet that reads the guidance scale was expected"),
+        (
+            ["demo", "--guidance-scale", "3", "--guidance-scales", "1,2"],
+            "3: one of the guidance scales 1, 2 was expected",
+        ),
+        (
+            ["demo", "--strengths", "0.5"],
+            "strengths: image-to-image of LatentConsistencyModelImg2ImgPipeline was expected",
+        ),
+        (["demo", "--scheduler", '{"beta_start": "x"}'], "EulerDiscreteScheduler fails with these values ("),
+        (
+            ["demo", "--vae", str(DEMO)],
+            "is a whole checkpoint, and the folder of one component was expected: give that of",
+        ),
+        (["demo", "--lora", str(DEMO / "vae/diffusion_pytorch_model.safetensors")], f"{DEMO}/vae/diffusion_pytorch_mo"),
         (["demo", "--eta", "2"], "eta 2.0: a number from 0 to 1 was expected"),
+        (
+            ["synthetic:lcm-sd15-mini", "--scheduler", "EulerDiscreteScheduler", "--tasks", "text-to-image"],
+            "the scheduler EulerDiscreteScheduler takes no original_inference_steps, and one that does was expected",
+        ),
         (["demo", "--eta", "1"], "the scheduler EulerDiscreteScheduler takes no eta, and"),
         (
             ["demo", "--lora", "a/b/c.safetensors:x"],

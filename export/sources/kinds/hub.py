@@ -226,7 +226,8 @@ def _is_terms(name: str) -> bool:
 
 
 def _find(name: str) -> Source | None:
-    return Hub(name) if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+    legal = re.fullmatch(r"\w([\w.-]*\w)?/\w([\w.-]*\w)?", name) and not re.search(r"--|\.\.", name)
+    return Hub(name) if legal and not name.endswith((".safetensors", *PICKLES)) else None  # those are paths
 
 
 KIND = Kind("a hub id (owner/name)", ELSEWHERE, _find, parts=True)

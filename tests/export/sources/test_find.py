@@ -22,7 +22,10 @@ def kind(name: str) -> str:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("owner/name", True), ("stabilityai/sd-turbo", True), ("a.b/c_d-1", True)]
-    + [(text, False) for text in ("name", "a/b/c", "/a", "a/", "./a b", "", "a/b\n")],
+    + [
+        (text, False)
+        for text in ("name", "a/b/c", "/a", "a/", "./a b", "", "a/b\n", "./a", "a/b.", "a--b/c", "a/b.safetensors")
+    ],
 )
 def test_what_looks_like_a_hub_id(text: str, expected: bool) -> None:
     if expected:
@@ -70,7 +73,7 @@ def test_synthetic(name: str) -> None:
 
 
 def test_an_unknown_preset() -> None:
-    with pytest.raises(InputError, match=f"no synthetic checkpoint 'x'; expected one of {', '.join(PRESETS)}"):
+    with pytest.raises(InputError, match=f"no synthetic checkpoint 'x': choose {', '.join(PRESETS)}"):
         find("synthetic:x")
 
 

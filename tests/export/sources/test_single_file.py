@@ -191,12 +191,9 @@ def test_the_guess(preset: str, clip: str, diffusers_says: str, expected: str | 
 
 
 def test_the_base_of_sd_turbo(tmp_path: Path) -> None:
-    """SD 2.1 base differs from it in the scheduler alone, which is that of SD 1.5."""
-    synthetic.write_settings("sd21", tmp_path)
-    scheduler = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())
-    told = ("_class_name", "skip_prk_steps", "steps_offset", "set_alpha_to_one", "timestep_spacing", "prediction_type")
-    assert [scheduler[key] for key in told] == ["PNDMScheduler", True, 1, False, "leading", "epsilon"]
-    assert synthetic.models("sd21")["unet"].config == synthetic.models("sd-turbo")["unet"].config
+    """SD 2.1 base differs from it in the scheduler alone."""
+    synthetic.write_settings("sd21-base", tmp_path)
+    assert synthetic.models("sd21-base")["unet"].config == synthetic.models("sd-turbo")["unet"].config
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -300,6 +297,26 @@ def test_configs_that_cannot_be(file: Callable[[Tensors], Path], tmp_path: Path,
             ExportOrder(str(path), config=config).files()
     with pytest.raises(InputError, match=r"--config sd-turbo is for a checkpoint in one file, and .*: leave --config"):
         ExportOrder(str(checkpoints["sd"]), config="sd-turbo").files()
+
+
+def test_a_file_that_predicts_v(file: Callable[[Tensors], Path]) -> None:
+    path = file({"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)})
+    needed = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    with pytest.raises(InputError, match=re.escape(f"predicts noise: give --scheduler '{json.dumps(needed)}'")):
+        ExportOrder(str(path), config="sdxl", scheduler={"_class_name": "DDIMScheduler"}).files()
+    assert (
+        ExportOrder(str(path), config="sdxl", scheduler=needed).files() == ExportOrder(str(path), config="sd21").files()
+    )
+
+
+def test_a_part_of_another_model(
+    folders: dict[str, Path], whole: dict[str, Tensors], file: Callable[[Tensors], Path]
+) -> None:
+    path, config = file(whole["sd1"]), json.loads((folders["sd2"] / "unet/config.json").read_text())
+    with pytest.raises(
+        InputError, match=r"in another shape .*: give --unet one with the shapes of the checkpoint's own"
+    ):
+        find(str(path), "unet").fetch(Want(path.parent, part="unet", part_config=config))
 
 
 def test_a_part_that_is_not_in_the_file(file: Callable[[Tensors], Path], whole: dict[str, Tensors]) -> None:

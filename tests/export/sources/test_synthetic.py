@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 
+from turbochain.export.sources import presets
 from turbochain.export.sources.presets import PRESETS
 from turbochain.export.sources.synthetic import models, write_checkpoint, write_settings
 from turbochain.runtime.errors import InputError
@@ -27,7 +28,49 @@ pictures = pytest.mark.parametrize(("pipeline", "steps", "side"), PICTURES, indi
 PROMPT = "a photo of a cat"
 
 
+# scheduler/scheduler_config.json of the published checkpoints.
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "trained_betas": None}
+COMMON = {**BETAS, "num_train_timesteps": 1000, "clip_sample": False}
+PNDM = {**COMMON, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1}
+EULER = {**PNDM, "prediction_type": "epsilon", "interpolation_type": "linear", "sample_max_value": 1.0}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "sd15": {"_class_name": "PNDMScheduler", **PNDM},
+    "sd21": {"_class_name": "DDIMScheduler", **PNDM, "prediction_type": "v_prediction"},
+    "sd21-base": {"_class_name": "PNDMScheduler", **PNDM, "prediction_type": "epsilon"},
+    "sd-turbo": {
+        **{"_class_name": "EulerDiscreteScheduler", **EULER, "timestep_spacing": "trailing"},
+        **{"sigma_max": None, "sigma_min": None, "timestep_type": "discrete", "use_karras_sigmas": False},
+    },
+    "sdxl": {
+        **{"_class_name": "EulerDiscreteScheduler", **EULER, "timestep_spacing": "leading"},
+        "use_karras_sigmas": False,
+    },
+    "sdxl-turbo": {"_class_name": "EulerAncestralDiscreteScheduler", **EULER, "timestep_spacing": "trailing"},
+    "lcm-sd15": {
+        **{"_class_name": "LCMScheduler", **COMMON, "clip_sample_range": 1.0, "dynamic_thresholding_ratio": 0.995},
+        **{"original_inference_steps": 50, "prediction_type": "epsilon", "rescale_betas_zero_snr": False},
+        **{"sample_max_value": 1.0, "set_alpha_to_one": True, "steps_offset": 0, "thresholding": False},
+        "timestep_spacing": "leading",
+    },
+}
+
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_schedulers_config_is_the_published_one(name: str) -> None:
+    """Another class inherits what its own does not read, and takes its own default for what the file does not name."""
+    assert presets.SCHEDULER | PRESETS[name].settings | {"_class_name": PRESETS[name].scheduler} == PUBLISHED[name]
+
+
+def test_another_class_is_made_of_the_schedulers_file(folders: dict[str, Path]) -> None:
+    for name in ("sd15", "sdxl"):
+        own = getattr(diffusers, PUBLISHED[name]["_class_name"])
+        ours, theirs = own.from_pretrained(folders[f"{name}-mini"] / "scheduler"), own.from_config(PUBLISHED[name])
+        for cls in (diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler, diffusers.LCMScheduler):
+            made, expected = cls.from_config(ours.config).config, cls.from_config(theirs.config).config
+            told = {key for key in made if not key.startswith("_")}
+            assert {key: made[key] for key in told} == {key: expected[key] for key in told}
 
 
 @pytest.fixture(scope="module")

@@ -576,6 +576,8 @@ def test_a_damaged_reference_verifies_nothing(foreign: Path) -> None:
 
 def test_a_figure_that_is_too_low_is_shown_as_such() -> None:
     checks = [Check("image", "psnr", 20.0, 38.0, False), Check("unet", "relative_l2", 0.5, 1e-2, False)]
+    near = [Check("a", "cosine", 0.99986, 0.9999, False), Check("a", "max_abs", 1.0000001, 1.0, False)]
+    assert [verify.value_text(check) for check in near] == ["0.99986", "1.0000001"]
     with pytest.raises(VerificationError) as caught:
         verify.require(checks)
     assert "image: psnr is 20, the bound is ≥ 38; unet: relative_l2 is 0.5, the bound is ≤ 0.01" in str(caught.value)
