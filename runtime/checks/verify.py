@@ -180,7 +180,7 @@ def _checks(
 
 def _check_schedule(chain: OpenChain, recorded: Recorded) -> Iterator[Check]:
     """Check the table against what the scheduler and the UNet did: each step's arithmetic, the columns of the time."""
-    yield from _judge("schedule", bounds.STATE, recorded.walked[:, 0], recorded.tensors["next_latents"])
+    yield from _judge("schedule", bounds.STATE, recorded.walked[:, 0], recorded.rows("next_latents"))
     for name in chain.feeds("column"):
         if name in recorded.tensors:
             yield from _judge("schedule", bounds.COLUMN, recorded.columns[name], recorded.tensors[name])
@@ -192,7 +192,8 @@ def _check_stage(
     """Run a stage alone on what was recorded, in every row if it is in the loop."""
     graph = chain.graphs[stage.graph]
     plan, bound = graph_plan(stage.graph, graph), bounds.of_stage(precision, stage.judged, graph.model_class)
-    rows = {"step": range(recorded.table.rows), "end": [recorded.table.rows - 1]}
+    passes = chain.passes(recorded.case.table)
+    rows = {"step": range(passes), "end": [passes - 1]}
     for row in rows.get(stage.when, [0]):
         feeds = {t.name: recorded.value(stage.wires.get(t.name, t.name), row) for t in graph.inputs}
         results = executor.execute(plan, feeds).arrays
