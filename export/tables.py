@@ -72,9 +72,17 @@ class Made:
 
 
 def make(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, dict[str, Made]]:
-    """Return the tables of every task: task → name → table. All of them have one K."""
-    made = {task.name: dict(_of_task(checkpoint, recipe, task)) for task in recipe.find_tasks(checkpoint.family)}
+    """Return the tables of every task: task → name → table. All of them have one K; InputError if it is above 1 and one
+    of the tasks is a stream."""
+    tasks = recipe.find_tasks(checkpoint.family)
+    made = {task.name: dict(_of_task(checkpoint, recipe, task)) for task in tasks}
     K = max(one.table.K for tables in made.values() for one in tables.values())
+    if K > 1 and any(task.streams for task in tasks):
+        raise InputError(
+            f"{type(load.scheduler(checkpoint)).__name__} reads what it kept of earlier steps, and a frame of a stream "
+            "has only its latents: choose another with --scheduler, such as LCMScheduler or EulerDiscreteScheduler, or "
+            "leave stream out of --tasks"
+        )
     return {
         task: {name: replace(one, table=schedule.pad(one.table, K)) for name, one in tables.items()}
         for task, tables in made.items()
@@ -107,12 +115,6 @@ def _of_task(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> Iterator[tup
     scheduler, scales = load.scheduler(checkpoint, task.pipeline), _scales(checkpoint, recipe, task)
     for run in _runs(checkpoint, recipe, task):
         table = schedule.tabulate(scheduler, run)
-        if task.streams and table.K > 1:
-            raise InputError(
-                f"{type(scheduler).__name__} reads what it kept of earlier steps, and the frames of a stream have but "
-                "their latents: choose another with --scheduler, such as LCMScheduler or EulerDiscreteScheduler, or "
-                f"leave {task.name} out of --tasks"
-            )
         if task.whole_is_noise and not run.begin:
             start = np.array([[0, table.init_noise_sigma], *table.start[1:]], np.float32)
             table = replace(table, start=start)
