@@ -204,11 +204,16 @@ def _check_stage(
 
 
 def _check_chain(chain: OpenChain, executor: Executor, bound: Bounds, recorded: Recorded) -> Iterator[Check]:
-    """Run the whole chain, ids to picture, with our own noise; the bound is that of the least precise stage."""
+    """Run the whole chain, ids to picture, with our own noise; the bound is that of the least precise stage.
+
+    A stream begins anew, and the same frame enters until the first one leaves.
+    """
     case = recorded.case
     noise = draw_run(chain, recorded.table, [Generator(case.seed)], chain.batch)
     plan = chain.plan(case.table, modes=case.modes)
-    executor.hold(plan, recorded.feeds("held"))
-    fed = {**recorded.feeds("call"), **recorded.feeds("step")}
-    image = executor.execute(plan, {**fed, **recorded.columns, **noise}).arrays[chain.chain.output]
+    held, stream = recorded.feeds("held"), chain.chain.stream
+    executor.hold(plan, {name: np.zeros_like(value) for name, value in held.items()} if stream else held)
+    fed = {**recorded.feeds("call"), **recorded.feeds("step"), **recorded.columns, **noise}
+    for _ in range(stream or 1):
+        image = executor.execute(plan, fed).arrays[chain.chain.output]
     yield from _judge("image", bound, image, case.tensors[chain.chain.output])
