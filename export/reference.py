@@ -109,10 +109,10 @@ def _calls(layout: Layout, chains: Mapping[str, Chain], scale: float, of_tokens:
         found += [(name, table, Trial(tables[table].steps, trials[0].strength)) for table in others.values()]
         asked += found if shape == layout.shapes[0] else found[:1]
     first = next(iter(chains))
-    table = next(table for name, table, _ in asked if name == first)
+    table, trial = next((table, trial) for name, table, trial in asked if name == first)
     prompts = [_rows(PROMPTS, i, chains[name].batch) for i, (name, _, _) in enumerate(asked)]
     for start in range(0, len(of_tokens), chains[first].batch):
-        asked.append((first, table, Trial(chains[first].tables[table].steps)))
+        asked.append((first, table, Trial(trial.steps, trial.strength)))
         prompts.append(_rows(of_tokens, start, chains[first].batch))
     for i, ((name, table, trial), prompt) in enumerate(zip(asked, prompts, strict=True)):
         entry = chains[name].tables[table]

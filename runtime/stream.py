@@ -71,8 +71,8 @@ class Stream:
             show(made.images[0])
 
     A frame enters with its prompt, seed and noise, keeps them, and leaves S calls later as the picture that diffusers'
-    image-to-image pipeline makes of these. Other calls of the pipeline may come between two frames. Safe from several
-    threads. A pipeline has one open stream at a time.
+    image-to-image pipeline makes of these. Other calls of the pipeline may come between two frames; `keep_all=True` of
+    `Pipeline.load` spares them loading graphs again. Safe from several threads. A pipeline has one open stream.
     """
 
     def __init__(self, pipe: "Pipeline", request: Request, similar: Similar | None = None) -> None:
@@ -120,6 +120,7 @@ class Stream:
         a bad argument, PictureError if the model makes no picture of the frame that leaves, TurbochainError after
         `close`. After any other error no frame is under way.
         """
+        start = time.perf_counter()
         pixels, size = pictures.pixels("frame", frame, self._chain.size), pictures.size_of("frame", frame)
         if len(pixels) != 1:
             raise InputError(f"frame has {len(pixels)} pictures: one was expected; give them one after the other")
@@ -130,7 +131,7 @@ class Stream:
                 return self._last
             fed = self._fed if own == self._request.seeds[0] else {**self._fed, **self._noise(own)}
             entering = _Frame(own, None if size == self._chain.size else size, fed[self._per_row][0])
-            made = self._launch(entering, {**fed, IMAGE: pixels}, observe, cancel)
+            made = self._launch(start, entering, {**fed, IMAGE: pixels}, observe, cancel)
             if self._similar:
                 self._similar.entered(pixels)
             return made
@@ -143,7 +144,7 @@ class Stream:
         while any(self._under_way):
             with self._pipe._lock:
                 self._check_open()
-                made = self._launch(None, self._fed, None, None)
+                made = self._launch(time.perf_counter(), None, self._fed)
             if made:
                 yield made
 
@@ -171,10 +172,18 @@ class Stream:
         return feeds.noise(dataclasses.replace(request, seeds=(seed,)), [Generator(seed)])
 
     def _launch(
-        self, entering: _Frame | None, fed: dict[str, np.ndarray], observe: Observe | None, cancel: Cancel | None
+        self,
+        start: float,
+        entering: _Frame | None,
+        fed: dict[str, np.ndarray],
+        observe: Observe | None = None,
+        cancel: Cancel | None = None,
     ) -> PipelineOutput | None:
-        """Make one row of every frame; return the picture of the one that leaves. Where none is, nobody looks."""
-        start, leaving, noise = time.perf_counter(), self._under_way[-1], np.zeros_like(self._fed[self._per_row])
+        """Make one row of every frame; return the picture of the one that leaves. Where none is, nobody looks.
+
+        `start`: when the call began.
+        """
+        leaving, noise = self._under_way[-1], np.zeros_like(self._fed[self._per_row])
         for row, frame in enumerate((entering, *self._under_way)):
             if frame:
                 noise[0, row] = frame.noise[row]

@@ -1,5 +1,7 @@
 """Which table a call follows: of its step count, its strength, and the guidance of an LCM."""
 
+import math
+
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.errors import InputError
 
@@ -42,12 +44,13 @@ def _of_stream(chain: OpenChain, steps: int | None, strength: float, guidance_sc
     for count in chain.steps if steps is None else [steps]:
         if _made(count, strength) == made:
             return chain.find(count, begin=count - made, guidance_scale=guidance_scale)
-    ends = {n: "1" if n == made else f"{made / n:.3g} to below {(made + 1) / n:.3g}" for n in chain.steps}
+    ends = {n: (math.ceil(1000 * made / n) / 1000, math.floor(1000 * (made + 1) / n) / 1000) for n in chain.steps}
+    told = {n: "1" if n == made else f"{least:g} to below {most:g}" for n, (least, most) in ends.items()}
     raise InputError(
         f"strength={strength}"
         + ("" if steps is None else f" with num_inference_steps={steps} makes {_made(steps, strength)} steps")
         + f": a frame of this stream makes {made}, so that there is "
-        + ", ".join(f"num_inference_steps={n} with strength {of}" for n, of in ends.items())
+        + ", ".join(f"num_inference_steps={n} with strength {of}" for n, of in told.items())
         + "; choose one, or build another bundle with build-engine SOURCE --stream-batch"
     )
 
