@@ -86,7 +86,12 @@ def ancestral(sd: Path, checkpoints: dict[str, Path], tmp_path_factory: pytest.T
     """SD of three frames, with a scheduler that draws noise, and text-to-image."""
     path = tmp_path_factory.mktemp("stream") / "x.bundle"
     kind = functools.partial(Grafted, donor=Bundle.open(sd), traced=("unet",))
-    what: dict[str, Any] = {"tasks": ["text-to-image", "stream"], "stream_batch": 3, "scheduler": ANCESTRAL}
+    what: dict[str, Any] = {
+        "tasks": ["text-to-image", "stream"],
+        "steps": [3, 4],
+        "stream_batch": 3,
+        "scheduler": ANCESTRAL,
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "Phases", kind)
         patch.setattr(conftest.build_module, "Phases", kind)
@@ -186,7 +191,7 @@ def test_other_calls_come_between_frames(pipe: Pipeline, right: list[np.ndarray]
     seeds = iter(range(10))
 
     def between() -> None:
-        pipe("a dog", chain="text-to-image", seed=next(seeds), num_inference_steps=1)
+        pipe("a dog", chain="text-to-image", seed=next(seeds), num_inference_steps=3)
         pipe.forget()
 
     with pipe.stream("a cat", **CALL) as stream:
@@ -203,7 +208,7 @@ def test_a_chain_is_verified_between_frames(
     del engine["verified"]["text-to-image"]
     file.write_text(json.dumps(engine))
     with Pipeline.load(path, chain="stream") as pipe:
-        calls = iter([lambda: None, lambda: pipe("a dog", num_inference_steps=1), *[lambda: None] * 4])
+        calls = iter([lambda: None, lambda: pipe("a dog", num_inference_steps=3), *[lambda: None] * 4])
         assert_equal(through(pipe.stream("a cat", **CALL), FRAMES, lambda: next(calls)()), right)
     assert "text-to-image" in json.loads(file.read_text())["verified"]
 
@@ -376,7 +381,7 @@ def test_on_a_gpu(ancestral: Made, right: list[np.ndarray]) -> None:
                 with pytest.raises(Cancelled):
                     stream(picture(9), observe=lambda graph, seconds: None, cancel=lambda: next(asked))
                 if seed % 2:
-                    pipe(f"a dog {seed}", chain="text-to-image", seed=seed, num_inference_steps=1)
+                    pipe(f"a dog {seed}", chain="text-to-image", seed=seed, num_inference_steps=3)
 
             assert_equal(through(stream, FRAMES[:3], between), right[:3])
         assert (runtime.problems(), runtime.leaked()) == ([], [])

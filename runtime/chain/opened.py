@@ -172,8 +172,8 @@ class OpenChain:
             found.append(f"K is {chain.K}, and its history is {self.feeds('history')}")
         shapes: dict[str, tuple[int, ...]] = {"m": (chain.K, chain.K), "v": (chain.K,), "w": (chain.K,)}
         if chain.stream:
-            noise = [self.tensors[n].shape[0] for n in self.feeds("noise") if chain.feeds[n].when == "step"]
-            is_one = (chain.K, chain.batch, chain.modes, noise) == (1, 1, (), [chain.stream])
+            of_rows = [self.tensors[n].shape[0] for n in self.feeds("noise") if chain.feeds[n].when == "step"]
+            is_one = (chain.K, chain.batch, chain.modes, of_rows) == (1, 1, (), [chain.stream])
             if chain.stream < 2 or not is_one:
                 found.append(
                     f"it is no stream of {chain.stream} frames, each a picture with noise of its own in each row"

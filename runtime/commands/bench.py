@@ -52,6 +52,7 @@ class BenchResult:
     end_to_end_cached: Timing  # the prompt's embeddings and the image's latents (not a stream's) are kept
     overhead: Timing  # end to end less what the device worked: tokenising, noise, checks; on a CPU also copies
     uncaptured: str | None  # on a GPU, why the chain is not one CUDA graph; None if it is, and on a CPU
+    stream: int = 0  # frames under way, if a call is a frame of a stream: it makes a row of each of them
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -132,6 +133,7 @@ def bench(
             end_to_end_cached=timing(cached),
             overhead=timing(overhead),
             uncaptured=made.uncaptured,
+            stream=opened.chain.stream,
         )
 
 

@@ -222,13 +222,15 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def bench_text(result: bench.BenchResult) -> str:
     """Return a bench as text."""
-    timings = {**result.stages, "end to end": result.end_to_end, "  encoders skipped": result.end_to_end_cached}
+    cached = "  text encoders skipped" if result.stream else "  encoders skipped"
+    timings = {**result.stages, "end to end": result.end_to_end, cached: result.end_to_end_cached}
     timings["  overhead"] = result.overhead
     rows = [["", "p50 ms", "p90 ms", "p99 ms", "min ms", "n"]]
     for name, t in timings.items():
         rows.append([name, *(f"{v:.2f}" for v in (t.p50_ms, t.p90_ms, t.p99_ms, t.min_ms)), str(t.n)])
     height, width = result.size
     made = "" if result.evaluations == result.steps else f" ({result.evaluations} evaluation(s))"
+    made += f", one of each of {result.stream} frames in a call" if result.stream else ""
     return "\n".join(
         [
             f"{result.engine}: {result.chain}, {width}x{height}, batch {result.batch}, {result.steps} step(s){made}",
