@@ -70,9 +70,10 @@ class Stream:
         for made in stream.flush():
             show(made.images[0])
 
-    A frame enters with its prompt, seed and noise, keeps them, and leaves S calls later as the picture that diffusers'
-    image-to-image pipeline makes of these. Other calls of the pipeline may come between two frames; `keep_all=True` of
-    `Pipeline.load` spares them loading graphs again. Safe from several threads. A pipeline has one open stream.
+    A frame enters with the prompt of that moment and a seed, keeps them, and S − 1 calls later leaves as the picture
+    that diffusers' image-to-image pipeline makes of these. `stream.prompt = "a wolf"` is for the frames that enter from
+    then on. Other calls of the pipeline may come between two frames; `keep_all=True` of `Pipeline.load` spares them
+    loading graphs again. Safe from several threads. A pipeline has one open stream.
     """
 
     def __init__(self, pipe: "Pipeline", request: Request, similar: Similar | None = None) -> None:
@@ -108,6 +109,8 @@ class Stream:
             feeds = self._pipe._ready(request.chain).feeds
             feeds.warn_of_truncation(request.prompts)
             self._request, self._fed = request, feeds.of_request(request)
+            if self._similar:
+                self._similar.forget()
 
     def __call__(
         self, frame: object, *, seed: int | None = None, observe: Observe | None = None, cancel: Cancel | None = None

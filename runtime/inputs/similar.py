@@ -35,6 +35,10 @@ class Similar:
         self._skipped += 1
         return True
 
+    def forget(self) -> None:
+        """Let the next frame be drawn, whatever it is like."""
+        self._last = None
+
     def entered(self, frame: np.ndarray) -> None:
         """Compare the next frames with this one, which was drawn."""
         self._last, self._skipped = _unit(frame), 0
