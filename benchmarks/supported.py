@@ -10,12 +10,12 @@ from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
 
 def models() -> str:
     """Return a row for each family: its models, and the pipeline of diffusers that each task is compared with."""
-    named = sorted(tasks.load(), key=lambda task: task != TEXT_TO_IMAGE)
+    known = sorted(tasks.load().values(), key=lambda task: task.name != TEXT_TO_IMAGE)
     rows = [
-        [family.title, *(f"`{family.pipelines[task]}`" if task in family.pipelines else "" for task in named)]
+        [family.title, *(f"`{family.pipelines[t.pipeline]}`" if t.pipeline in family.pipelines else "" for t in known)]
         for family in families.load().values()
     ]
-    return table(["models", *named], rows) + "\n"
+    return table(["models", *(task.name for task in known)], rows) + "\n"
 
 
 def distilled() -> str:

@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--strengths", metavar="S,…", help="of LCM image-to-image: those that calls can choose")
     add("--clip-skip", type=int, metavar="N", help="draw prompts without the text encoders' last N layers (default 0)")
+    add("--stream-batch", type=int, metavar="S", help="frames under way in a stream, 2 to 4 (default 2)")
     add("-O", metavar="NAME=VALUE", action="append", default=[], help="an option of the backend; see below")
     add("--timing-cache", metavar="FOLDER", help="where TensorRT's timings are kept (default: beside the bundle)")
     add("--chains", metavar="NAME,…", help="compile only the graphs of these chains (default: all of the bundle's)")

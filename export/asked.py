@@ -3,11 +3,15 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 from typing import Any
 
+from turbochain.runtime.bundle.manifest import STREAM
 from turbochain.runtime.errors import InputError
+
+STREAM_BATCHES = (2, 3, 4)
+"""How many frames may be under way in a stream."""
 
 
 def scheduler_changes(value: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -95,3 +99,21 @@ def schedule_problems(steps: tuple[int, ...] | None, timesteps: tuple[int, ...] 
     if eta is not None and not 0 <= eta <= 1:
         problems.append(f"eta {eta}: a number from 0 to 1 was expected")
     return problems
+
+
+def stream_problems(stream_batch: int | None, tasks: Collection[str] | None) -> list[str]:
+    """Return what is wrong with this option of an order, as phrases."""
+    if stream_batch is None:
+        return []
+    if stream_batch not in STREAM_BATCHES:
+        return [f"stream_batch {stream_batch}: {STREAM_BATCHES[0]} to {STREAM_BATCHES[-1]} frames were expected"]
+    return [] if STREAM in (tasks or ()) else [f"stream_batch {stream_batch}: it is for the task {STREAM}; add that"]
+
+
+def require_steps(stream_batch: int, steps: Collection[int]) -> None:
+    """Raise InputError if no step count has as many steps as a frame of a stream makes."""
+    if stream_batch > max(steps):
+        raise InputError(
+            f"a frame of the stream makes {stream_batch} steps, and the bundle is to make at most {max(steps)}: add a "
+            f"larger count with --steps, or choose from {STREAM_BATCHES[0]} to {STREAM_BATCHES[-1]} with --stream-batch"
+        )

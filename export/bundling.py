@@ -136,6 +136,7 @@ def _requires(prepared: Prepared) -> dict[str, str]:
         "multistep": any(chain.K > 1 for chain in chains),
         "modes": any(chain.modes for chain in chains),
         "keep": any(chain.keep for chain in chains),
+        "stream": any(chain.stream for chain in chains),
         "wires": any(stage.wires for chain in chains for stage in chain.stages),
     }
     return {name: FIRST_VERSION for name, is_used in used.items() if is_used}

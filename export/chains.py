@@ -11,15 +11,21 @@ from turbochain.runtime.inputs.embeds import NEGATIVE
 from turbochain.runtime.inputs.guidance import GUIDANCE, NEGATIVE_PROMPT
 
 
-def name(task: str, shape: Shape, first: Shape) -> str:
+def of(tasks: Sequence[Task], shapes: Sequence[Shape]) -> list[tuple[Task, Shape]]:
+    """Return the task and the shape of every chain, in the manifest's order; frames enter a stream one by one."""
+    frames = list(dict.fromkeys(replace(shape, batch=1) for shape in shapes))
+    return [(task, shape) for task in tasks for shape in (frames if task.streams else shapes)]
+
+
+def name(task: Task, shape: Shape, first: Shape) -> str:
     """Return the name of a task's chain; `first`: the bundle's first shape."""
-    return task + _suffix(shape, first, sized=True)
+    return task.name + _suffix(shape, first, batched=not task.streams)
 
 
-def _suffix(shape: Shape, first: Shape, sized: bool) -> str:
+def _suffix(shape: Shape, first: Shape, sized: bool = True, batched: bool = True) -> str:
     other = sized and (shape.height, shape.width) != (first.height, first.width)
     size = f"@{shape.width}x{shape.height}" if other else ""
-    return size + (f"-b{shape.batch}" if shape.batch != first.batch else "")
+    return size + (f"-b{shape.batch}" if batched and shape.batch != first.batch else "")
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Layout:
     shapes: Sequence[Shape]  # the first is the default; all have one K
     zeros: bool = False  # whether no negative prompt means zeros, and not the encoding of ""
     clip_skip: int = 0  # how many of the text encoders' last layers a prompt is drawn without
+    stream: int = 2  # frames under way in a stream, and the rows of its tables
 
     @property
     def guided(self) -> bool:
@@ -51,22 +58,28 @@ class Layout:
         """Return whether the VAE makes a distribution of an image, from which its latents are drawn."""
         return self.configs["vae"]["_class_name"] != "AutoencoderTiny"
 
+    @property
+    def chains(self) -> list[tuple[Task, Shape]]:
+        """Return the task and the shape of every chain, in the manifest's order."""
+        return of(self.tasks, self.shapes)
+
     def name(self, task: Task, shape: Shape) -> str:
         """Return a chain's name."""
-        return name(task.name, shape, self.shapes[0])
+        return name(task, shape, self.shapes[0])
 
     def graph_name(self, role: str, shape: Shape) -> str:
         """Return a graph's name; those of the first shape have no suffix."""
-        return role + _suffix(shape, self.shapes[0], self._specs(shape)[role].sized)
+        spec = self._specs(shape)[role]
+        return role + _suffix(shape, self.shapes[0], sized=spec.sized, batched=not spec.of_rows)
 
     def graphs(self) -> dict[str, Placed]:
         """Return every graph of every chain, by its name."""
         found = {}
-        for task in self.tasks:
-            for shape in self.shapes:
-                specs = self._specs(shape)
-                for stage in self._stages(task):
-                    found[self.graph_name(stage.graph, shape)] = Placed(specs[stage.graph], shape)
+        for task, shape in self.chains:
+            specs, of_rows = self._specs(shape), replace(shape, batch=self.stream, rows=self.stream)
+            for stage in self._stages(task):
+                spec = specs[stage.graph]
+                found[self.graph_name(stage.graph, shape)] = Placed(spec, of_rows if spec.of_rows else shape)
         return found
 
     def precisions(self, asked: str, vae: str | None = None) -> dict[str, str]:
@@ -92,8 +105,10 @@ class Layout:
             tables_file=f"tables/{name}.safetensors",
             tables=tables,
             output="image",
-            modes=self._modes,
+            modes=() if task.streams else self._modes,
+            keep=common.kept(self.family) if task.streams else {},
             defaults={**defaults, **({"clip_skip": self.clip_skip} if self.clip_skip else {})},
+            stream=self.stream if task.streams else 0,
         )
 
     def tokenizers(self) -> dict[str, str]:
@@ -117,13 +132,15 @@ class Layout:
         prompt = self.family.prompt_stages
         if self.clip_skip:  # of the prompt alone: diffusers encodes a negative prompt with every layer
             prompt = tuple(replace(stage, graph=stage.graph + common.CLIP_SKIP) for stage in prompt)
+        if task.streams:
+            return [*prompt, *before, *common.stream_stages(self.family), decoder]
         if not self.guided:
             steps = [unet, Stage("step", "step", "state")]
             return [*prompt, *before, *steps, *task.after_step, decoder]
         mode = NEGATIVE_PROMPT if self.zeros else GUIDANCE
         specs = self._specs(self.shapes[0])
         negative = [replace(s, wires=self._negated(specs[s.graph], s), if_=mode) for s in self.family.prompt_stages]
-        reads = {name: NEGATIVE + name for name in self._embeds}
+        reads = {name: NEGATIVE + name for name in common.embeds(self.family)}
         negative_unet = replace(unet, wires={**reads, "prediction": f"{NEGATIVE}prediction"}, if_=GUIDANCE)
         steps = [
             unet,
@@ -141,21 +158,18 @@ class Layout:
             return list(task.before)
         return [replace(s, graph=common.PLAIN_ENCODER) if s.graph == "vae_encoder" else s for s in task.before]
 
-    @property
-    def _embeds(self) -> list[str]:
-        """Return what the UNet reads of the prompt."""
-        specs = self.family.graphs
-        return [name for stage in self.family.prompt_stages for name in specs[stage.graph].outputs]
-
     def _negated(self, spec: GraphSpec, stage: Stage) -> dict[str, str]:
         ends = (*spec.inputs(self.configs, self.shapes[0]), *spec.outputs)
         return {name: NEGATIVE + name for name in ends}
 
     def _feeds(self, task: Task, shape: Shape) -> dict[str, Feed]:
         feeds = {name: Feed("ids", "call") for name in self.family.tokenizers}
-        if self.guided:
+        if task.streams:
+            feeds |= {name: Feed("zeros", "held") for name in common.kept(self.family).values()}
+        elif self.guided:
             feeds |= {NEGATIVE + name: Feed("ids", "call", of=NEGATIVE_PROMPT) for name in self.family.tokenizers}
-            feeds |= {NEGATIVE + name: Feed("zeros", "call") for name in self._embeds} if self.zeros else {}
+            zeros = common.embeds(self.family) if self.zeros else []
+            feeds |= {NEGATIVE + name: Feed("zeros", "call") for name in zeros}
             feeds["guidance_scale"] = Feed("number", "call")
         return {
             **feeds,

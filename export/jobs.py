@@ -58,13 +58,13 @@ def reference(progress: Progress, *, recipe: Recipe, prepared: Prepared, folder:
     from turbochain.export import reference as recorder
 
     checkpoint, path, layout = prepared.checkpoint, folder / REFERENCE, prepared.layout(recipe)
-    pipelines = load.pipelines(checkpoint, [task.name for task in layout.tasks])
+    of_diffusers = load.pipelines(checkpoint, list(dict.fromkeys(task.pipeline for task in layout.tasks)))
+    pipelines = {task.name: of_diffusers[task.pipeline] for task in layout.tasks}
     made, unet = tables.make(checkpoint, recipe), next(iter(pipelines.values())).unet
-    for task in layout.tasks:
-        for shape in layout.shapes:
-            file = prepared.chains[layout.name(task, shape)].tables_file
-            tables.write(made[task.name], checkpoint.family, unet, shape, folder / file)
-    own = load.defaults(checkpoint, layout.tasks[0].name)["guidance_scale"]
+    for task, shape in layout.chains:
+        file = prepared.chains[layout.name(task, shape)].tables_file
+        tables.write(made[task.name], checkpoint.family, unet, shape, folder / file)
+    own = load.defaults(checkpoint, layout.tasks[0].pipeline)["guidance_scale"]
     scale = max(recipe.guidance_scale or 0.0, own)  # of the guided calls: one above 1
     lower = _lower_precisions(recipe)
     recorder.write(pipelines, checkpoint, layout, prepared.chains, scale, recipe.call, lower, path, progress)

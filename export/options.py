@@ -12,7 +12,7 @@ class ExportOptions(TypedDict, total=False):
     vae_precision: str | None
     """"fp32" or "bf16", for the VAE instead."""
     tasks: Sequence[str] | None
-    """Of text-to-image, image-to-image (the default are both) and inpainting."""
+    """Of text-to-image, image-to-image (the default are both), inpainting and stream (image-to-image of a camera)."""
     size: tuple[int, int] | Sequence[tuple[int, int]] | None
     """Width and height in pixels, multiples of 8 (default 512×512), or several: there is a chain of each."""
     batch: int | Sequence[int] | None
@@ -27,6 +27,8 @@ class ExportOptions(TypedDict, total=False):
     """How many of the text encoders' last layers a prompt is drawn without (default 0), as diffusers' argument."""
     strengths: Sequence[float] | None
     """Those that calls of LatentConsistencyModelImg2ImgPipeline can choose from (default: that of the pipeline)."""
+    stream_batch: int | None
+    """How many frames are under way in a stream, 2 (the default) to 4: each makes as many steps, one in each launch."""
     opset: int | None
     """Of the ONNX graphs, 18 to 23 (default 21)."""
     revision: str | None

@@ -32,7 +32,7 @@ class ExportOrder:
     precision: str | None = None  # fp32 or fp16
     vae_precision: str | None = None  # fp32 or bf16, for the VAE instead
     vae: str | None = None  # "tiny", a hub id or a folder: this VAE instead of the checkpoint's own
-    tasks: tuple[str, ...] | None = None  # text-to-image, image-to-image, inpainting
+    tasks: tuple[str, ...] | None = None  # text-to-image, image-to-image, inpainting, stream
     sizes: tuple[tuple[int, int], ...] | None = None  # width, height in pixels, multiples of 8
     batches: tuple[int, ...] | None = None  # pictures per pass
     steps: tuple[int, ...] | None = None  # step counts, 1 to 50
@@ -49,6 +49,7 @@ class ExportOrder:
     guidance_scales: tuple[float, ...] | None = None  # that a UNet with a guidance embedding gets tables for
     strengths: tuple[float, ...] | None = None  # that LatentConsistencyModelImg2ImgPipeline gets tables for
     clip_skip: int | None = None  # layers of the text encoders that a prompt is drawn without
+    stream_batch: int | None = None  # 2 to 4 frames under way in a stream, and the steps that each one makes
     recipe_name: str | None = None  # of a recipe that was settled with, see `recipes.settle`
 
     def __post_init__(self) -> None:
@@ -72,6 +73,7 @@ class ExportOrder:
         if self.opset is not None and not 18 <= self.opset <= 23:
             problems.append(f"opset {self.opset}: 18 to 23 was expected")
         problems += asked.schedule_problems(self.steps, self.timesteps, self.eta)
+        problems += asked.stream_problems(self.stream_batch, self.tasks)
         if problems:
             raise InputError("; ".join(problems))
         tasks.find(self.tasks or ())
@@ -135,7 +137,7 @@ class ExportOrder:
             **{"opset": self.opset, "precision": self.precision, "vae_precision": self.vae_precision, **told},
             **{"config": None if self.config is None else _told_config(self.config)},
             **{"scheduler": self.scheduler, "timesteps": self.timesteps, "lora": loras or None, "eta": self.eta},
-            **{"clip_skip": self.clip_skip, "recipe": self.recipe_name},
+            **{"clip_skip": self.clip_skip, "recipe": self.recipe_name, "stream_batch": self.stream_batch},
         }
         return {name: value for name, value in fields.items() if value is not None}
 
@@ -155,7 +157,8 @@ class ExportOrder:
         """Return the names of the chains that the bundle will have."""
         sizes, batches = self.sizes or Recipe.sizes, self.batches or Recipe.batches
         shapes = [Shape(height, width, batch) for width, height in sizes for batch in batches]
-        return [chains.name(task, shape, shapes[0]) for task in self.tasks or Recipe.tasks for shape in shapes]
+        found = chains.of(tasks.find(self.tasks or Recipe.tasks), shapes)
+        return [chains.name(task, shape, shapes[0]) for task, shape in found]
 
     def settled_config(self) -> str | None:
         """Return the configuration of a source that is a file, as given or as guessed; None for other sources.
@@ -229,16 +232,21 @@ class Recipe:
     guidance_scales: tuple[float, ...] = ()
     strengths: tuple[float, ...] = ()
     clip_skip: int = 0
+    stream_batch: int = 2
     recipe: str | None = None
 
     def find_tasks(self, family: Family) -> list[Task]:
-        """Return the tasks; InputError if diffusers has no pipeline of this family for one."""
-        if unknown := [name for name in self.tasks if name not in family.pipelines]:
+        """Return the tasks; InputError if diffusers has no pipeline of this family for one, or if a stream makes more
+        steps than there are."""
+        found = tasks.find(self.tasks)
+        if unknown := [task.name for task in found if task.pipeline not in family.pipelines]:
             raise InputError(
                 f"{family.pipeline_class} has no pipeline for {unknown[0]}: leave it out of --tasks, and choose from "
                 f"{', '.join(family.pipelines)}"
             )
-        return tasks.find(self.tasks)
+        if any(task.streams for task in found):
+            asked.require_steps(self.stream_batch, self.steps)
+        return found
 
     def layout(self, family: Family, configs: Mapping[str, Any], K: int = 1, zeros: bool = False) -> Layout:
         """Return what decides the chains and graphs; K and `zeros` as in `Shape` and `Layout`.
@@ -259,7 +267,7 @@ class Recipe:
         layers = (configs[stage.graph]["num_hidden_layers"] for stage in family.prompt_stages)
         if self.clip_skip > (most := min(layers) - family.skipped_layers):
             raise InputError(f"clip_skip {self.clip_skip}: the text encoders have layers for 0 to {most}; choose one")
-        return Layout(family, configs, self.find_tasks(family), shapes, zeros, self.clip_skip)
+        return Layout(family, configs, self.find_tasks(family), shapes, zeros, self.clip_skip, self.stream_batch)
 
     @property
     def call(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from turbochain.export.families import Family, common
 from turbochain.export.sampler import Draw, drawing
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tracing import time
@@ -91,11 +92,27 @@ def record_call(
     stacked = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}
     stacked |= {name: torch.stack(rows) for name, rows in columns.items()}
     arrays = {k: np.ascontiguousarray(v.numpy()) for k, v in {**once, **stacked}.items()}
-    return (
-        {k: v.astype(np.int32) if "input_ids" in k else v for k, v in arrays.items()}
-        | _pictures(chain, call)[1]
-        | {"image": image}
-    )
+    found = {k: v.astype(np.int32) if "input_ids" in k else v for k, v in arrays.items()}
+    found |= _pictures(chain, call)[1] | {"image": image}
+    return as_stream(found, checkpoint.family) if chain.stream else found
+
+
+def as_stream(found: Mapping[str, np.ndarray], family: Family) -> dict[str, np.ndarray]:
+    """Return a call of one picture as a stream makes it if every frame is that picture, with that seed.
+
+    The frames under way then have what the call had in its later rows, and a launch makes all of its rows.
+    """
+    rows = [*family.columns, "latents", "prediction", "noise"]
+    batch = {name: np.concatenate(found[name])[None] for name in rows}
+    left = np.concatenate(found["next_latents"])
+    together = {common.ALL + "latents": batch.pop("latents")}
+    held = {"latents": together[common.ALL + "latents"][0, 1:]}
+    for name in common.embeds(family):
+        held[name] = np.repeat(found[name], len(left) - 1, axis=0)
+        together |= {common.ALL + name: np.concatenate([found[name], held[name]])[None]}
+    kept = {f"next_{common.STREAM}{name}": value[None] for name, value in {**held, "latents": left[:-1]}.items()}
+    entering = {"latents": found["latents"][:1], "next_latents": left[None, -1:]}
+    return {**found, **batch, **together, **kept, **entering, **{common.STREAM + n: v for n, v in held.items()}}
 
 
 def draw(pipeline: Any, chain: Chain, call: Call, more: Mapping[str, Any] = MappingProxyType({})) -> np.ndarray:

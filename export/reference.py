@@ -99,21 +99,20 @@ def _calls(layout: Layout, chains: Mapping[str, Chain], scale: float, of_tokens:
     """Return the calls that are recorded. A chain of a further size or batch is tried once, as its graphs are those
     of the first with other shapes."""
     asked: list[tuple[str, str, Trial]] = []
-    for task in layout.tasks:
-        for shape in layout.shapes:
-            name = layout.name(task, shape)
-            tables = chains[name].tables
-            trials = [t for t in task.trials(_steps(chains[name])) if layout.guided or not t.guided]
-            found = [(name, _table(tables, trial), trial) for trial in trials]
-            known = {tables[table].guidance_scale for _, table, _ in found}
-            others = {e.guidance_scale: table for table, e in tables.items() if e.guidance_scale not in known}
-            found += [(name, table, Trial(tables[table].steps, trials[0].strength)) for table in others.values()]
-            asked += found if shape == layout.shapes[0] else found[:1]
+    for task, shape in layout.chains:
+        name = layout.name(task, shape)
+        tables = chains[name].tables
+        trials = [t for t in task.trials(_steps(chains[name]), layout.stream) if layout.guided or not t.guided]
+        found = [(name, _table(tables, trial), trial) for trial in trials]
+        known = {tables[table].guidance_scale for _, table, _ in found}
+        others = {e.guidance_scale: table for table, e in tables.items() if e.guidance_scale not in known}
+        found += [(name, table, Trial(tables[table].steps, trials[0].strength)) for table in others.values()]
+        asked += found if shape == layout.shapes[0] else found[:1]
     first = next(iter(chains))
-    table = next(table for name, table, _ in asked if name == first)
+    table, trial = next((table, trial) for name, table, trial in asked if name == first)
     prompts = [_rows(PROMPTS, i, chains[name].batch) for i, (name, _, _) in enumerate(asked)]
     for start in range(0, len(of_tokens), chains[first].batch):
-        asked.append((first, table, Trial(chains[first].tables[table].steps)))
+        asked.append((first, table, Trial(trial.steps, trial.strength)))
         prompts.append(_rows(of_tokens, start, chains[first].batch))
     for i, ((name, table, trial), prompt) in enumerate(zip(asked, prompts, strict=True)):
         entry = chains[name].tables[table]

@@ -15,7 +15,7 @@ from turbochain.export.families import Family, Shape
 from turbochain.export.order import Recipe
 from turbochain.export.run import Run
 from turbochain.export.sources.checkpoint import Checkpoint
-from turbochain.export.tasks import Task
+from turbochain.export.tasks import Task, strength
 from turbochain.export.tracing import time
 from turbochain.runtime.bundle.manifest import Chain, TableEntry, TokenizerFile
 from turbochain.runtime.chain.tables import ARRAYS, Table
@@ -72,9 +72,17 @@ class Made:
 
 
 def make(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, dict[str, Made]]:
-    """Return the tables of every task: task → name → table. All of them have one K."""
-    made = {task.name: dict(_of_task(checkpoint, recipe, task)) for task in recipe.find_tasks(checkpoint.family)}
+    """Return the tables of every task: task → name → table. All of them have one K; InputError if it is above 1 and one
+    of the tasks is a stream."""
+    tasks = recipe.find_tasks(checkpoint.family)
+    made = {task.name: dict(_of_task(checkpoint, recipe, task)) for task in tasks}
     K = max(one.table.K for tables in made.values() for one in tables.values())
+    if K > 1 and any(task.streams for task in tasks):
+        raise InputError(
+            f"{type(load.scheduler(checkpoint)).__name__} reads what it kept of earlier steps, and a frame of a stream "
+            "has only its latents: choose another with --scheduler, such as LCMScheduler or EulerDiscreteScheduler, or "
+            "leave stream out of --tasks"
+        )
     return {
         task: {name: replace(one, table=schedule.pad(one.table, K)) for name, one in tables.items()}
         for task, tables in made.items()
@@ -98,14 +106,13 @@ def chains(
             {name: one.entry for name, one in made[task.name].items()},
             defaults(checkpoint, recipe, task, made[task.name]),
         )
-        for task in layout.tasks
-        for shape in layout.shapes
+        for task, shape in layout.chains
     }
 
 
 def _of_task(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> Iterator[tuple[str, Made]]:
     """Yield a task's tables by name: for every step count, row to begin at, strength and guidance scale."""
-    scheduler, scales = load.scheduler(checkpoint, task.name), _scales(checkpoint, recipe, task)
+    scheduler, scales = load.scheduler(checkpoint, task.pipeline), _scales(checkpoint, recipe, task)
     if checkpoint.family.strength_sets_timesteps:
         sampler.require_original_steps(scheduler)
     for run in _runs(checkpoint, recipe, task):
@@ -125,18 +132,21 @@ def _runs(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> Iterator[Run]:
         given: dict[str, Any] = {"steps": steps, "timesteps": recipe.timesteps, "eta": recipe.eta or 0.0}
         if not task.starts_late:
             yield Run(**given)
+        elif task.streams and steps != recipe.stream_batch and checkpoint.family.strength_sets_timesteps:
+            continue  # every step is made, at any strength
         elif checkpoint.family.strength_sets_timesteps:
-            own = load.defaults(checkpoint, task.name)["strength"]
+            own = load.defaults(checkpoint, task.pipeline)["strength"]
             yield from (Run(**given, strength=strength) for strength in recipe.strengths or (own,))
         else:
-            yield from (Run(**given, begin=begin) for begin in range(steps))
+            begins = range(steps) if not task.streams else [b for b in range(steps) if steps - b == recipe.stream_batch]
+            yield from (Run(**given, begin=begin) for begin in begins)
 
 
 def _scales(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> Sequence[float | None]:
     """Return the guidance scales that there is a table for: of a UNet that reads the scale itself."""
     if checkpoint.configs["unet"].get("time_cond_proj_dim") is None:
         return (None,)
-    own = load.defaults(checkpoint, task.name)["guidance_scale"]
+    own = load.defaults(checkpoint, task.pipeline)["guidance_scale"]
     first = own if recipe.guidance_scale is None else recipe.guidance_scale
     return recipe.guidance_scales or (first,)
 
@@ -146,14 +156,19 @@ def defaults(checkpoint: Checkpoint, recipe: Recipe, task: Task, made: Mapping[s
 
     If tables are made for some values alone, the default is diffusers' if it is one of these, and else the first.
     """
-    own, entries = load.defaults(checkpoint, task.name), [one.entry for one in made.values()]
+    own, entries = load.defaults(checkpoint, task.pipeline), [one.entry for one in made.values()]
     scales = list(dict.fromkeys(entry.guidance_scale for entry in entries))
     wanted = own["guidance_scale"] if recipe.guidance_scale is None else recipe.guidance_scale
     of_tables = wanted if wanted in scales else scales[0]
-    found = {"guidance_scale": float((recipe.guidance_scale or 0.0) if of_tables is None else of_tables)}
+    without = 0.0 if task.streams else recipe.guidance_scale or 0.0  # a stream has no guidance
+    found = {"guidance_scale": float(without if of_tables is None else of_tables)}
     if task.starts_late:
         strengths = list(dict.fromkeys(entry.strength for entry in entries))
         found["strength"] = own["strength"] if {None, own["strength"]} & {*strengths} else float(strengths[0] or 0.0)
+    if task.streams and strengths == [None]:
+        counts = [entry.steps for entry in entries]
+        if not any(int(n * own["strength"]) == recipe.stream_batch for n in counts):
+            found["strength"] = strength(max(counts), recipe.stream_batch)
     if recipe.eta:
         found["eta"] = recipe.eta
     return found

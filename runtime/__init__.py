@@ -24,6 +24,7 @@ from turbochain.runtime.inputs.noise import Generator
 from turbochain.runtime.output import PipelineOutput
 from turbochain.runtime.pipeline import Pipeline
 from turbochain.runtime.request import Request
+from turbochain.runtime.stream import Stream
 
 __all__ = [
     "BackendMissing",
@@ -40,6 +41,7 @@ __all__ = [
     "Pipeline",
     "PipelineOutput",
     "Request",
+    "Stream",
     "TurbochainError",
     "VerificationError",
 ]

@@ -6,14 +6,13 @@ import time
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from turbochain.runtime import selection
 from turbochain.runtime.backends import forks
 from turbochain.runtime.backends.contract import Cancel, Device, Executor, Observe, Results
-from turbochain.runtime.bundle.manifest import Tensor
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.checks import verify
 from turbochain.runtime.choice import chain_of, pictures_of
@@ -21,8 +20,9 @@ from turbochain.runtime.errors import PictureError, TurbochainError
 from turbochain.runtime.inputs.cache import StageCache
 from turbochain.runtime.inputs.feeds import Feeds
 from turbochain.runtime.output import PipelineOutput, as_images, problem
-from turbochain.runtime.ready import Caches, Planned, ReadyChain
+from turbochain.runtime.ready import Caches, Held, ReadyChain
 from turbochain.runtime.request import Request
+from turbochain.runtime.stream import Stream, StreamOptions, drawing, open_stream, refuse_stream
 
 PROMPT_CACHE_BYTES = IMAGE_CACHE_BYTES = 64 * 2**20
 CLOSED = "the pipeline is closed; load it again"
@@ -56,7 +56,7 @@ class Pipeline:
         self._executor: Executor | None = executor
         self._gone = CLOSED  # why, if there is none
         self._chains: dict[str, ReadyChain] = {}
-        self._held: set[Tensor] = set()
+        self._held = Held()
         self._lock = threading.RLock()
         self.prompt_cache, self.image_cache = StageCache(prompt_cache_bytes), StageCache(image_cache_bytes)
         self._caches = Caches(self.prompt_cache, self.image_cache)
@@ -184,9 +184,14 @@ class Pipeline:
             self._ready(request.chain).feeds.advance(generator, request)
         return output
 
+    def stream(self, prompt: str, **options: Unpack[StreamOptions]) -> Stream:
+        """Open a stream of camera frames, which begins anew; see `Stream`. Raises InputError if another one is open."""
+        return open_stream(self, prompt, **options)
+
     def draw(self, request: Request, *, observe: Observe | None = None, cancel: Cancel | None = None) -> PipelineOutput:
         """Carry out a request; see `__call__`."""
         start, device_seconds, uncaptured = time.perf_counter(), 0.0, None
+        refuse_stream(self.bundle.open_chain(request.chain))
         ready, count = self._ready(request.chain), request.count
         feeds = ready.feeds.of_request(request)
         ready.feeds.warn_of_truncation(request.prompts)
@@ -217,9 +222,9 @@ class Pipeline:
 
         On a GPU a second one: with the prompt known, the chain is another CUDA graph.
         """
-        request = Request.sample(self.bundle.open_chain(chain), num_inference_steps)
+        draw = drawing(self, Request.sample(self.bundle.open_chain(chain), num_inference_steps))
         for _ in range(2 if self.device.kind == "cuda" else 1):
-            self.draw(request)
+            draw()
 
     def forget(self) -> None:
         """Empty the caches: the next call runs every encoder."""
@@ -258,8 +263,8 @@ class Pipeline:
             if name not in self._chains:
                 chain = self.bundle.open_chain(name)
                 found = verify.prepare(chain, self._found, executor)
-                if found is not self._found:  # a verification has left its own values in every buffer
-                    self._held.clear()
+                if found is not self._found:  # a verification has left its own values there
+                    self._held.lose_all_of(chain)
                 self._found = found
                 self._chains[name] = ReadyChain(chain, Feeds(chain))
             return self._chains[name]
@@ -274,23 +279,17 @@ class Pipeline:
             given, missing = self._caches.known(ready, request, fed)
             planned = ready.plan(request, tuple(given))
             executor.load(planned.plan.graphs)
-            self._hold(executor, ready, planned)
+            self._held.begin(executor, ready, planned)
             try:
                 results = executor.execute(planned.plan, {**fed, **given}, observe=observe, cancel=cancel)
             finally:
-                self._held -= planned.written  # another plan's name for the same buffer
+                self._held.lose(planned.written)  # another plan's name for the same buffer
             self._caches.keep(ready, missing, results.arrays)
             pictures = results.arrays[ready.result(request)].copy()
             finite = all(np.isfinite(results.arrays[name]).all() for name in ready.chain.chain.carry)
         if found := problem(pictures, finite, request.output_type):
             raise PictureError(f"the model made {found}; check the engine with: turbochain verify {self.bundle.path}")
         return pictures, results
-
-    def _hold(self, executor: Executor, ready: ReadyChain, planned: Planned) -> None:
-        """Let held feeds that no plan before has read begin as zeros; chains share them by name and shape."""
-        if new := planned.held - self._held:
-            executor.hold(planned.plan, {tensor.name: ready.feeds.zeros(tensor.name) for tensor in new})
-            self._held |= new
 
 
 _PIPELINES: weakref.WeakSet[Pipeline] = weakref.WeakSet()

@@ -1,15 +1,18 @@
 """A chain that can be drawn with, the plans of its calls, and what its encoders made in earlier ones."""
 
 import hashlib
-from collections.abc import Hashable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from turbochain.runtime.backends.contract import Executor
 from turbochain.runtime.bundle.manifest import Stage, Tensor
 from turbochain.runtime.chain import wiring
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.chain.plan import Plan
+from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs.cache import StageCache
 from turbochain.runtime.inputs.feeds import Feeds
 from turbochain.runtime.request import Request
@@ -95,6 +98,48 @@ class ReadyChain:
             held = frozenset(t for name, t in tensors.items() if name in feeds and feeds[name].when == "held")
             self._plans[key] = Planned(plan, held, frozenset(plan.written(self.chain.graphs)))
         return self._plans[key]
+
+
+class Held:
+    """The buffers that keep their values from call to call; chains share them by name and shape. The caller holds a
+    lock."""
+
+    def __init__(self) -> None:
+        self._known: set[Tensor] = set()
+        self._stream: Callable[[], object | None] = lambda: None
+
+    def begin(self, executor: Executor, ready: ReadyChain, planned: Planned) -> None:
+        """Let those that a plan reads, and that no plan before has left something in, begin as zeros."""
+        if new := planned.held - self._known:
+            executor.hold(planned.plan, {tensor.name: ready.feeds.zeros(tensor.name) for tensor in new})
+            self._known |= new
+
+    def lose(self, tensors: Iterable[Tensor]) -> None:
+        """Let these begin anew: they have been, or are to be, overwritten."""
+        self._known.difference_update(tensors)
+
+    def lose_all_of(self, chain: OpenChain) -> None:
+        """Let those begin anew that a verification of the chain has written: by their names in it and in its graphs."""
+        self.lose(chain.tensors.values())
+        self.lose(tensor for graph in chain.graphs.values() for tensor in (*graph.inputs, *graph.outputs))
+
+    def clear(self) -> None:
+        """Let all begin anew."""
+        self._known.clear()
+
+    def take(self, stream: object) -> None:
+        """Let a stream be the one that uses them; InputError if another one does, and has not been closed."""
+        if self._stream() is not None:
+            raise InputError(
+                "another stream of this pipeline is open, and a pipeline holds the frames of one: close that one, or "
+                "load a second pipeline"
+            )
+        self._stream = weakref.ref(stream)
+
+    def release(self, stream: object) -> None:
+        """Let another stream use them, if this one does."""
+        if self._stream() is stream:
+            self._stream = lambda: None
 
 
 Missing = tuple[Stage, list[Hashable]]

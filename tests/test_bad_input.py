@@ -279,7 +279,7 @@ OPTIONS = {
     "steps negative": (["--steps=-1"], "--steps -1: a range or a list was expected"),
     "batch": (["--batch", "0"], "batch 0: at least 1 was expected"),
     "batch text": (["--batch", "many"], "--batch many: a number was expected, or several, such as 1,4"),
-    "tasks": (["--tasks", "image"], "task 'image': choose from image-to-image, inpainting, text-to-image"),
+    "tasks": (["--tasks", "image"], "task 'image': choose from image-to-image, inpainting, stream, text-to-image"),
     "guidance": (["--guidance-scale=-1"], "guidance scale -1.0: a finite number of at least 0 was expected"),
     "precision": (["--precision", "int8"], "precision 'int8': choose fp32 or fp16"),
     "precision of the VAE": (["--vae-precision", "fp16"], "precision 'fp16' of the VAE: choose fp32 or bf16"),

@@ -24,6 +24,7 @@ class Shape:
     width: int
     batch: int  # pictures per pass
     K: int = 1  # tensors that go round the loop, see runtime.chain.tables
+    rows: int = 0  # rows of a stream's table that one launch makes, as its batch; 0: it makes one row
 
 
 def decoder_channels(vae: Mapping[str, Any]) -> list[int]:
@@ -44,6 +45,7 @@ class GraphSpec:
     arguments: Callable[[Shape], tuple[Any, ...]] = lambda shape: ()  # the module's further arguments
     precision: str | None = None  # this one, whatever is asked for
     sized: bool = True  # whether it depends on the size of a picture
+    of_rows: bool = False  # whether it makes all rows of a stream at once, and so is for a shape with `rows`
 
 
 @dataclass(frozen=True)

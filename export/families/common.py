@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from turbochain.export.families import Family, GraphSpec, Inputs, Shape, decoder_channels
-from turbochain.runtime.bundle.manifest import Draw, Feed
+from turbochain.runtime.bundle.manifest import Draw, Feed, Stage
 
 
 def tokens(configs: Mapping[str, Any], component: str) -> int:
@@ -27,7 +27,7 @@ def unet_inputs(configs: Mapping[str, Any], shape: Shape, *columns: str) -> Inpu
     """Return the inputs that every UNet begins with: latents, input_scale, and the columns of the time."""
     return {
         "latents": latents(configs, shape),
-        "input_scale": ("float32", (1,)),
+        "input_scale": ("float32", (shape.rows, 1, 1, 1) if shape.rows else (1,)),
         **dict.fromkeys(columns),
     }
 
@@ -77,6 +77,66 @@ def blend() -> GraphSpec:
     return _arithmetic("blend", "Blend", given, ("blended_latents",))
 
 
+def enter(family: Family) -> GraphSpec:
+    """Return what lets a frame into a stream: its latents and embeds join those of the frames under way."""
+    unet, names = family.graphs["unet"], embeds(family)
+
+    def inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
+        of_unet = unet.inputs(configs, shape)
+        batch = {name: tensor for name in ("latents", *names) if (tensor := of_unet[name])}
+        entering = {name: (dtype, (1, *size)) for name, (dtype, (_, *size)) in batch.items()}
+        held = {STREAM + name: (dtype, (rows - 1, *size)) for name, (dtype, (rows, *size)) in batch.items()}
+        return {**entering, **held}
+
+    return GraphSpec(
+        role="enter",
+        component="",
+        module="Enter",
+        inputs=inputs,
+        outputs=(*(ALL + name for name in ("latents", *names)), *(f"next_{STREAM}{name}" for name in names)),
+        precision="fp32",
+        of_rows=True,
+    )
+
+
+def stream_step() -> GraphSpec:
+    """Return a row of the sampler for each frame under way, with its own numbers: the frame that is finished leaves."""
+
+    def inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
+        batch = dict.fromkeys(("latents", "prediction", "noise"), latents(configs, shape))
+        return {**batch, **dict.fromkeys(_row(1), ("float32", (shape.rows, 1, 1, 1)))}
+
+    return GraphSpec(
+        role="step",
+        component="",
+        module="StreamStep",
+        inputs=inputs,
+        outputs=("next_latents", f"next_{STREAM}latents"),
+        precision="fp32",
+        of_rows=True,
+    )
+
+
+def stream_stages(family: Family) -> tuple[Stage, ...]:
+    """Return the stages of a stream in place of those of a step: a row of every frame under way."""
+    reads = {name: ALL + name for name in ("latents", *embeds(family))}
+    return (
+        Stage("enter", "step", "state"),
+        Stage("unet" + OF_STREAM, "step", "prediction", reads),
+        Stage("step" + OF_STREAM, "step", "state", {"latents": reads["latents"]}),
+    )
+
+
+def kept(family: Family) -> dict[str, str]:
+    """Return what a frame leaves in a stream → the held feed that the next one finds it in."""
+    return {f"next_{STREAM}{name}": STREAM + name for name in ("latents", *embeds(family))}
+
+
+def embeds(family: Family) -> list[str]:
+    """Return what the UNet reads of the prompt."""
+    return [name for stage in family.prompt_stages for name in family.graphs[stage.graph].outputs]
+
+
 def _row(K: int) -> tuple[str, ...]:
     """Return the inputs that a row of the table fills, and the history if there is one."""
     return ("m", "v", "w", "history") if K > 1 else ("m", "v", "w")
@@ -122,6 +182,12 @@ STEP_DRAW = Draw("noise", "picture")
 CLIP_SKIP = "+clip_skip"
 """What the roles of text encoders end with that leave out their last layers."""
 
+OF_STREAM = "+stream"
+"""What the names of a stream's graphs end with whose roles other chains have too."""
+
+STREAM, ALL = "stream_", "all_"
+"""What the names of tensors begin with in a stream: of the frames under way, and of all with the one that enters."""
+
 
 def graphs(family: Family, K: int, posterior: bool, clip_skip: int = 0) -> dict[str, GraphSpec]:
     """Return role → spec, all that a chain of the family may have; those of one component in the order of tracing.
@@ -141,6 +207,9 @@ def graphs(family: Family, K: int, posterior: bool, clip_skip: int = 0) -> dict[
         "blend": blend(),
         "step": step(K),
         "step+guidance": guided_step(K),
+        "enter": enter(family),
+        "unet" + OF_STREAM: replace(family.graphs["unet"], of_rows=True),
+        "step" + OF_STREAM: stream_step(),
     }
 
 

@@ -34,18 +34,30 @@ class Task:
     starts_late: bool = False  # whether a run may begin at any row, as `strength` says
     plain_latents: bool = False  # whether all of its pipelines scale an image's latents by the scaling_factor alone
     whole_is_noise: bool = False  # whether a run from the first row begins with noise alone, as text-to-image does
+    of: str = ""  # the task whose pipeline it is recorded from, if diffusers has none of its own
+    streams: bool = False  # whether its chain makes one row of several frames at a time: see `Chain.stream`
 
-    def trials(self, steps: Sequence[int]) -> list[Trial]:
-        """Return what a chain with tables for these step counts is tried with: all of them, and guidance once."""
+    @property
+    def pipeline(self) -> str:
+        """Return the task that names its pipeline in `Family.pipelines`."""
+        return self.of or self.name
+
+    def trials(self, steps: Sequence[int], stream: int = 0) -> list[Trial]:
+        """Return what a chain with tables for these step counts is tried with: all of them, and guidance once.
+
+        A stream, of `stream` rows, is tried once: each of its tables is some of the rows of another task's.
+        """
+        if self.streams:
+            return [Trial(max(steps), strength(max(steps), stream))]
         if not self.starts_late:
             return [*(Trial(n) for n in steps), Trial(min(steps), guided=True)]
         most = max(steps)
         few = min(n for n in steps if n > 1 or n == most)
         made = most if self.whole_is_noise else max(1, most - 1)  # the start of a whole run is another one
-        return [Trial(most, _strength(most, made)), Trial(few, _strength(few, 1), guided=True)]
+        return [Trial(most, strength(most, made)), Trial(few, strength(few, 1), guided=True)]
 
 
-def _strength(steps: int, made: int) -> float:
+def strength(steps: int, made: int) -> float:
     """Return a strength at which `made` of the steps are made."""
     return 1.0 if made == steps else (made + 0.5) / steps
 

@@ -11,12 +11,13 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from turbochain.export.tracing.sampler_steps import Blend, GuidedStep, Start, Step
+from turbochain.export.tracing.sampler_steps import Blend, Enter, GuidedStep, Start, Step, StreamStep
 from turbochain.export.tracing.vae import SDXLVaeDecoder, SDXLVaeEncoder, VaeDecoder, VaeEncoder
 
 __all__ = [
     "TORCH_DTYPES",
     "Blend",
+    "Enter",
     "GuidedStep",
     "PenultimateTextEncoder",
     "PooledTextEncoder",
@@ -26,6 +27,7 @@ __all__ = [
     "SDXLVaeEncoder",
     "Start",
     "Step",
+    "StreamStep",
     "TextEncoder",
     "VaeDecoder",
     "VaeEncoder",
@@ -82,6 +84,7 @@ class UNet(nn.Module):
     fp32.
 
     The first column is what `time_columns` makes of the timestep for this UNet, [1, …] fp32: all pictures add the same.
+    In a stream it is [B, …] and the scale [B, 1, 1, 1]: each picture is at a row of its own.
     """
 
     def __init__(self, unet: Any) -> None:

@@ -80,6 +80,37 @@ class Start(_Arithmetic):
         return p * image_latents + q * start_noise
 
 
+class Enter(_Arithmetic):
+    """A stream's batch: latents and embeds of the entering frame [1, …], and those of the frames under way [S − 1, …],
+    the newest first → those of all [S, …], and the embeds [S − 1, …] of all but the last, which the next frame finds.
+    """
+
+    def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """See the class; the latents are the first of each half."""
+        count = len(given) // 2
+        together = [torch.cat(pair) for pair in zip(given[:count], given[count:], strict=True)]
+        return (*together, *(value[:-1] for value in together[1:]))
+
+
+class StreamStep(_Arithmetic):
+    """A row for each frame of a stream, `m·latents + v·prediction + w·noise` [S, 4, h, w], m, v, w [S, 1, 1, 1] → the
+    last frame's latents [1, 4, h, w], which are finished, and those of the others, each of which is at its next row.
+    """
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        prediction: torch.Tensor,
+        noise: torch.Tensor,
+        m: torch.Tensor,
+        v: torch.Tensor,
+        w: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the class."""
+        made = m * latents + v * prediction + w * noise
+        return made[-1:], made[:-1]
+
+
 class Blend(_Arithmetic):
     """What inpainting keeps: where the mask [B, 1, h, w] is 0, latents [B, 4, h, w] are the image's again, as noisy as
     the next row reads them; where it is 1, they are what the step made.

@@ -77,7 +77,8 @@ def export_graphs(
         parameters = Parameters(model)
         for one in alike:
             inputs = {
-                k: v or ("float32", columns[k]) for k, v in one.spec.inputs(checkpoint.configs, one.shape).items()
+                k: v or ("float32", _column(columns[k], one.shape.rows if k in checkpoint.family.columns else 0))
+                for k, v in one.spec.inputs(checkpoint.configs, one.shape).items()
             }
             module = _module(one, model)
             data = files[one.remedy.precision]
@@ -174,6 +175,11 @@ def _trace(
         size=(wanted.shape.height, wanted.shape.width) if spec.sized else (),
         batch=wanted.shape.batch,
     )
+
+
+def _column(size: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    """Return the shape of an input that a column of the table fills: with one of its rows, or all rows of a stream."""
+    return (rows, *size[1:]) if rows else size
 
 
 def _example(dtype: str, size: tuple[int, ...]) -> torch.Tensor:

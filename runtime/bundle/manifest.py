@@ -15,10 +15,10 @@ from turbochain.runtime.bundle.hashing import FileRecord
 FORMAT_VERSION = 2
 """The bundle format that this version writes, and the only one that it reads."""
 
-TEXT_TO_IMAGE, IMAGE_TO_IMAGE, INPAINTING = "text-to-image", "image-to-image", "inpainting"
+TEXT_TO_IMAGE, IMAGE_TO_IMAGE, INPAINTING, STREAM = "text-to-image", "image-to-image", "inpainting", "stream"
 """The tasks. The first chain of a bundle is its default."""
 
-FEATURES = ("expansions", "keep", "modes", "multistep", "wires")
+FEATURES = ("expansions", "keep", "modes", "multistep", "stream", "wires")
 """The optional features of the format that this version reads."""
 
 PLACES = ("prompt", "image", "step", "end")
@@ -166,6 +166,7 @@ class Chain:
     modes: tuple[str, ...] = ()  # what a call can switch on
     keep: dict[str, str] = field(default_factory=dict)  # what a call makes → the held feed that the next call reads
     defaults: dict[str, float] = field(default_factory=dict)  # argument of a call → its default
+    stream: int = 0  # S, if the S rows of a table are one batch, of a frame each, and not one row after the other
 
     @property
     def graphs(self) -> tuple[str, ...]:

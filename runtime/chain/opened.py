@@ -130,13 +130,17 @@ class OpenChain:
         return tables.read(self.bundle.path / self.chain.tables_file, self.chain, columns)
 
     def columns(self, table: str) -> dict[str, np.ndarray]:
-        """Return the constants of a call, name → [rows, *shape] fp32, of those of the whole call [1, *shape]."""
+        """Return the constants of a call, name → [rows, *shape] fp32; [1, *shape] of the whole call, or of a stream."""
         found = self.tables[table]
         return {name: found.column(name).reshape(-1, *self.tensors[name].shape) for name in self.feeds("column")}
 
+    def passes(self, table: str) -> int:
+        """Return how often a call that follows a table goes round the loop: once per row, or once for a stream."""
+        return 1 if self.chain.stream else self.chain.tables[table].rows
+
     def plan(self, table: str, **more: Any) -> Plan:
         """Return the plan of a call that follows a table; `more` as in `plan.plan`."""
-        return plan(self.chain, self.graphs, self.chain.tables[table].rows, table=f"{self.name}/{table}", **more)
+        return plan(self.chain, self.graphs, self.passes(table), table=f"{self.name}/{table}", **more)
 
     def problems(self) -> list[str]:
         """Return what the chain, its wiring being sound, does not agree with its tensors and tokenizers about."""
@@ -166,7 +170,17 @@ class OpenChain:
             found.append(f"it draws {drawn}, and its noise is {noise}")
         if (chain.K > 1) != bool(self.feeds("history")):
             found.append(f"K is {chain.K}, and its history is {self.feeds('history')}")
-        shapes = {"m": (chain.K, chain.K), "v": (chain.K,), "w": (chain.K,)}
+        shapes: dict[str, tuple[int, ...]] = {"m": (chain.K, chain.K), "v": (chain.K,), "w": (chain.K,)}
+        if chain.stream:
+            of_rows = [self.tensors[n].shape[0] for n in self.feeds("noise") if chain.feeds[n].when == "step"]
+            is_one = (chain.K, chain.batch, chain.modes, of_rows) == (1, 1, (), [chain.stream])
+            if chain.stream < 2 or not is_one:
+                found.append(
+                    f"it is no stream of {chain.stream} frames, each a picture with noise of its own in each row"
+                )
+            shapes = dict.fromkeys((*shapes, "input_scale"), (chain.stream, 1, 1, 1))
+            lost = [name for name, entry in chain.tables.items() if entry.rows != chain.stream]
+            found += [f"the table {name} has not the {chain.stream} rows of the stream" for name in lost]
         for name, when in tables.OWN.items():
             feed, tensor, shape = chain.feeds.get(name), self.tensors.get(name), shapes.get(name, (1,))
             if feed and tensor and (feed.when, tensor.dtype, tensor.shape) != (when, "float32", shape):

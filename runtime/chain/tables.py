@@ -115,7 +115,8 @@ def _problems(
         expected |= _expected(name, entry, chain.K)
     for column, tensor in columns.items():
         source = _source(column, chain)
-        expected[source] = ("float32", (times, *tensor.shape) if source.startswith("columns/") else tensor.shape)
+        of_row = (1, *tensor.shape[1:]) if chain.stream else tensor.shape  # a stream reads all rows at once
+        expected[source] = ("float32", (times, *of_row) if source.startswith("columns/") else tensor.shape)
     for key, (dtype, shape) in expected.items():
         found = arrays.get(key)
         if found is None or (found.dtype.name, found.shape) != (dtype, shape):

@@ -43,8 +43,16 @@ class Recorded:
         """Return what the case's feeds of a call, of every step [rows, …], or those that are held begin with."""
         read = self.chain.read(self.case.modes)
         names = [name for name, feed in read.items() if feed.when == when]
-        rows = range(self.table.rows)
+        rows = range(self.chain.passes(self.case.table))
         return {n: np.array([self.value(n, i) for i in rows]) if when == "step" else self.value(n, 0) for n in names}
+
+    def rows(self, name: str) -> np.ndarray:
+        """Return what the sampler's step read or made in each row of the table, [rows, B, …]: a stream makes all at
+        once, and what it makes goes on to the next row or, of the last, leaves."""
+        if not self.chain.chain.stream:
+            return self.tensors[name]
+        parts = {"latents": ("all_latents",), "next_latents": ("next_stream_latents", "next_latents")}
+        return np.concatenate([self.tensors[part][0] for part in parts.get(name, (name,))])[:, None]
 
     def _history(self, row: int) -> np.ndarray:
         """Return the K − 1 tensors besides the latents that a row begins with, fp32."""
@@ -58,7 +66,7 @@ class Recorded:
         With guidance that is `guided_prediction`, in place of the UNet's own.
         """
         predicted = "guided_prediction" if "guided_prediction" in self.tensors else "prediction"
-        latents, prediction, noise = (self.tensors[k].astype(np.float64) for k in ("latents", predicted, "noise"))
+        latents, prediction, noise = (self.rows(k).astype(np.float64) for k in ("latents", predicted, "noise"))
         state = np.zeros((self.table.K, *latents.shape[1:]))
         states = []
         for row in range(self.table.rows):

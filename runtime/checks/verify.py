@@ -191,7 +191,7 @@ def _checks(
 
 def _check_schedule(chain: OpenChain, recorded: Recorded) -> Iterator[Check]:
     """Check the table against what the scheduler and the UNet did: each step's arithmetic, the columns of the time."""
-    yield from _judge("schedule", bounds.STATE, recorded.walked[:, 0], recorded.tensors["next_latents"])
+    yield from _judge("schedule", bounds.STATE, recorded.walked[:, 0], recorded.rows("next_latents"))
     for name in chain.feeds("column"):
         if name in recorded.tensors:
             yield from _judge("schedule", bounds.COLUMN, recorded.columns[name], recorded.tensors[name])
@@ -203,7 +203,8 @@ def _check_stage(
     """Run a stage alone on what was recorded, in every row if it is in the loop."""
     graph = chain.graphs[stage.graph]
     plan, bound = graph_plan(stage.graph, graph), bounds.of_stage(precision, stage.judged, graph.model_class)
-    rows = {"step": range(recorded.table.rows), "end": [recorded.table.rows - 1]}
+    passes = chain.passes(recorded.case.table)
+    rows = {"step": range(passes), "end": [passes - 1]}
     for row in rows.get(stage.when, [0]):
         feeds = {t.name: recorded.value(stage.wires.get(t.name, t.name), row) for t in graph.inputs}
         results = executor.execute(plan, feeds).arrays
@@ -214,11 +215,16 @@ def _check_stage(
 
 
 def _check_chain(chain: OpenChain, executor: Executor, bound: Bounds, recorded: Recorded) -> Iterator[Check]:
-    """Run the whole chain, ids to picture, with our own noise; the bound is that of the least precise stage."""
+    """Run the whole chain, ids to picture, with our own noise; the bound is that of the least precise stage.
+
+    A stream begins anew, and the same frame enters until the first one leaves.
+    """
     case = recorded.case
     noise = draw_run(chain, recorded.table, [Generator(case.seed)], chain.batch)
     plan = chain.plan(case.table, modes=case.modes)
-    executor.hold(plan, recorded.feeds("held"))
-    fed = {**recorded.feeds("call"), **recorded.feeds("step")}
-    image = executor.execute(plan, {**fed, **recorded.columns, **noise}).arrays[chain.chain.output]
+    held, stream = recorded.feeds("held"), chain.chain.stream
+    executor.hold(plan, {name: np.zeros_like(value) for name, value in held.items()} if stream else held)
+    fed = {**recorded.feeds("call"), **recorded.feeds("step"), **recorded.columns, **noise}
+    for _ in range(stream or 1):
+        image = executor.execute(plan, fed).arrays[chain.chain.output]
     yield from _judge("image", bound, image, case.tensors[chain.chain.output])

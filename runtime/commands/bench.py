@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from turbochain.runtime.backends.contract import Observe
-from turbochain.runtime.output import PipelineOutput
 from turbochain.runtime.pipeline import Pipeline
 from turbochain.runtime.request import Request
+from turbochain.runtime.stream import drawing
 
 PROMPT = "a photo of a cat wearing a red hat, studio light"
 INCLUDES = (
@@ -51,9 +50,10 @@ class BenchResult:
     first_image_ms: float  # the first call after the load
     stages: dict[str, Timing]  # graph → one launch of it
     end_to_end: Timing
-    end_to_end_cached: Timing  # the prompt's embeddings and the image's latents are kept: no encoder runs
+    end_to_end_cached: Timing  # the prompt's embeddings and the image's latents (not a stream's) are kept
     overhead: Timing  # end to end less what the device worked: tokenising, noise, checks; on a CPU also copies
     uncaptured: str | None  # on a GPU, why the chain is not one CUDA graph; None if it is, and on a CPU
+    stream: int = 0  # frames under way, if a call is a frame of a stream: it makes a row of each of them
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -95,11 +95,11 @@ def bench(
     with pipe:
         opened = pipe.bundle.open_chain(chain)
         request = Request.sample(opened, steps, PROMPT, strength)
-        one = _Calls(pipe, request)
-        one.draw()
+        draw = drawing(pipe, request)
+        draw()
         first = time.perf_counter()
         for _ in range(warmup):
-            one.draw()
+            draw()
         stages: dict[str, list[float]] = defaultdict(list)
         whole, cached, overhead = [], [], []
 
@@ -109,13 +109,13 @@ def bench(
         apart = pipe.device.kind != "cpu"  # to be timed, a GPU's graphs must leave the one CUDA graph
         for _ in range(runs):
             pipe.forget()
-            made = one.draw(None if apart else observe)
+            made = draw(observe=None if apart else observe)
             whole.append(1e3 * made.seconds)
             overhead.append(1e3 * (made.seconds - made.device_seconds))
-            cached.append(1e3 * one.draw(None if apart else observe).seconds)
+            cached.append(1e3 * draw(observe=None if apart else observe).seconds)
             if apart:
                 pipe.forget()
-                one.draw(observe)
+                draw(observe=observe)
         return BenchResult(
             bundle=str(path),
             engine=pipe.engine_name,
@@ -135,6 +135,7 @@ def bench(
             end_to_end_cached=timing(cached),
             overhead=timing(overhead),
             uncaptured=made.uncaptured,
+            stream=opened.chain.stream,
         )
 
 
@@ -142,15 +143,3 @@ def timing(samples_ms: Sequence[float]) -> Timing:
     """Return the figures of a list of milliseconds (percentiles interpolate linearly between samples)."""
     p50, p90, p99 = np.percentile(samples_ms, (50, 90, 99))
     return Timing(len(samples_ms), float(min(samples_ms)), float(p50), float(p90), float(p99))
-
-
-@dataclass(frozen=True)
-class _Calls:
-    """The call that is timed."""
-
-    pipe: Pipeline
-    request: Request
-
-    def draw(self, observe: Observe | None = None) -> PipelineOutput:
-        """Draw one batch."""
-        return self.pipe.draw(self.request, observe=observe)

@@ -121,6 +121,7 @@ def _chain_text(chain: OpenChain) -> list[str]:
     more = [
         *([f"modes {', '.join(chain.chain.modes)}"] if chain.chain.modes else []),
         f"by default {', '.join(defaults)}" if chain.chain.defaults else "",
+        f"{chain.chain.stream} frames under way" if chain.chain.stream else "",
         f"{chain.chain.K} tensors go round the loop, of m, v, w the latents' are shown" if chain.chain.K > 1 else "",
     ]
     others = [name for name in entries if name not in shown]

@@ -231,7 +231,8 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def bench_text(result: bench.BenchResult) -> str:
     """Return a bench as text."""
-    timings = {**result.stages, "end to end": result.end_to_end, "  encoders skipped": result.end_to_end_cached}
+    cached = "  text encoders skipped" if result.stream else "  encoders skipped"
+    timings = {**result.stages, "end to end": result.end_to_end, cached: result.end_to_end_cached}
     timings["  overhead"] = result.overhead
     rows = [["", "p50 ms", "p90 ms", "p99 ms", "min ms", "n"]]
     for name, t in timings.items():
@@ -240,6 +241,7 @@ def bench_text(result: bench.BenchResult) -> str:
     more = [
         "" if result.evaluations == result.steps else f"{result.evaluations} evaluation(s)",
         "" if result.strength is None else f"strength {result.strength:g}",
+        f"one of each of {result.stream} frames in a call" if result.stream else "",
         f"guidance scale {result.guidance_scale:g}" if result.guidance_scale > 1 else "",
     ]
     call = ", ".join([f"{result.steps} step(s)", *filter(None, more)])

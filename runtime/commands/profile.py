@@ -12,6 +12,7 @@ from turbochain.runtime.commands.bench import PROMPT
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.pipeline import Pipeline
 from turbochain.runtime.request import Request
+from turbochain.runtime.stream import drawing
 
 SHOWN = 8
 
@@ -52,9 +53,10 @@ def profile(
     executor = selection.open_executor(bundle, found, device=device, threads=threads, profile=True)
     with Pipeline(bundle, found, executor) as pipe:
         request = Request.sample(opened, steps, PROMPT, strength)
+        draw = drawing(pipe, request)
         for _ in range(runs):
             pipe.forget()
-            pipe.draw(request)
+            draw()
         return {graph: by_kind(executor.operators(graph)) for graph in opened.graphs if graph in executor.loaded}
 
 

@@ -118,6 +118,8 @@ def draw_run(
 ) -> dict[str, np.ndarray]:
     """Return the noise of one run by feed, fp32: [count, …], and of a feed of every step [rows, count, …].
 
+    Of a stream that is [1, rows, …], for a frame whose rows are all in one launch: they are those of several launches.
+
     The draws are the chain's, in its order, which is that of diffusers' pipeline. `given`: unit noise in place of a
     draw; nothing is drawn for it. A step that does not draw has zeros. `images`, `masks`: how many were given (None:
     one for each picture): what is drawn for these alone (see `PER` in the manifest) is repeated.
@@ -137,6 +139,8 @@ def draw_run(
             made[step.name] = np.zeros((table.rows, *shape), np.float32)
             for row in np.flatnonzero(table.draws_noise):
                 made[step.name][row] = draw(generators, shape)
+            if chain.chain.stream:
+                made[step.name] = made[step.name].swapaxes(0, 1)
             continue
         if step.name in given and not step.discarded:
             noise = given[step.name]

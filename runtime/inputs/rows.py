@@ -1,5 +1,7 @@
 """Which table a call follows: of its step count, its strength, and the guidance of an LCM."""
 
+import math
+
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs.numbers import is_number
@@ -25,12 +27,33 @@ def table_of(chain: OpenChain, steps: int | None, strength: float | None, guidan
     if fixed != {None}:  # all steps are made, and the strength decides where they begin
         of = _one_of(chain, "strength", float(strength), fixed)
         return chain.find(chain.steps[0] if steps is None else steps, guidance_scale=guidance, strength=of)
+    if chain.chain.stream:
+        return _of_stream(chain, steps, strength, guidance)
     if steps is None:
         steps = next((n for n in chain.steps if _made(n, strength)), chain.steps[0])
     chain.find(steps, guidance_scale=guidance)  # of steps that the bundle lacks, that is what helps
     if not (made := _made(steps, strength)):
         raise InputError(_no_step(chain, steps, strength))
     return chain.find(steps, begin=steps - made, guidance_scale=guidance)
+
+
+def _of_stream(chain: OpenChain, steps: int | None, strength: float, guidance_scale: float | None) -> str:
+    """Return the name of the table of a stream, whose frames all make as many steps as it has rows."""
+    made = chain.chain.stream
+    if steps is not None and steps not in chain.steps:
+        chain.find(steps)  # which says what there is
+    for count in chain.steps if steps is None else [steps]:
+        if _made(count, strength) == made:
+            return chain.find(count, begin=count - made, guidance_scale=guidance_scale)
+    ends = {n: (math.ceil(1000 * made / n) / 1000, math.floor(1000 * (made + 1) / n) / 1000) for n in chain.steps}
+    told = {n: "1" if n == made else f"{least:g} to below {most:g}" for n, (least, most) in ends.items()}
+    raise InputError(
+        f"strength={strength}"
+        + ("" if steps is None else f" with num_inference_steps={steps} makes {_made(steps, strength)} steps")
+        + f": a frame of this stream makes {made}, so that there is "
+        + ", ".join(f"num_inference_steps={n} with strength {of}" for n, of in told.items())
+        + "; choose one, or build another bundle with build-engine SOURCE --stream-batch"
+    )
 
 
 def _made(steps: int, strength: float) -> int:

@@ -1,0 +1,16 @@
+"""A stream of camera frames: image-to-image, with one launch of the UNet for a row of each of several frames."""
+
+from turbochain.export.tasks import Task
+from turbochain.export.tasks.image_to_image import BEFORE, FEEDS
+from turbochain.export.tasks.image_to_image import TASK as OF_ONE_IMAGE
+from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, STREAM
+
+TASK = Task(
+    name=STREAM,
+    before=BEFORE,
+    feeds=FEEDS,
+    draws=OF_ONE_IMAGE.draws,
+    starts_late=True,
+    of=IMAGE_TO_IMAGE,
+    streams=True,
+)
