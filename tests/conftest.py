@@ -107,7 +107,7 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def of_session(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all processes of this session see."""
     root = tmp_path_factory.getbasetemp()
     folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
@@ -116,11 +116,11 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared(session: Path, pytestconfig: pytest.Config) -> Iterator[Path]:
+def shared(of_session: Path, pytestconfig: pytest.Config) -> Iterator[Path]:
     """The folder of the checkpoints and the bundles: the session's, or one that outlives it."""
     root = pytestconfig.getoption("bundles")
     if root is None:
-        yield session
+        yield of_session
         return
     folder = kept.folder(root.absolute(), kept.key(ROOT, PACKAGES))
     with locked(folder / "in-use", fcntl.LOCK_SH):
@@ -252,10 +252,10 @@ def right(small: Path) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def wheel(session: Path) -> Path:
+def wheel(of_session: Path) -> Path:
     """A wheel built from a copy of the sources."""
-    folder = session / "wheel"
-    with locked(session / "wheel.lock"):
+    folder = of_session / "wheel"
+    with locked(of_session / "wheel.lock"):
         if not folder.exists():
             for name in PACKAGES:
                 shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 from kept import locked
 
 from turbochain.engines import BuildResult, build
-from turbochain.export import api, jobs
+from turbochain.export import api
 from turbochain.export.chains import Placed
 from turbochain.export.order import Recipe
 from turbochain.export.phases.phases import PhaseReport, Phases
@@ -24,6 +24,7 @@ from turbochain.export.prepared import Prepared
 from turbochain.export.remedies import Remedy
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tables import columns
+from turbochain.export.tracing import trace
 from turbochain.runtime.bundle import strict_json
 from turbochain.runtime.bundle.manifest import Graph
 from turbochain.runtime.bundle.strict_json import convert
@@ -40,7 +41,7 @@ class Here(Phases):
 
     def run(self, name: str, job: str, /, *, keep: bool = False, online: bool = False, **arguments: Any) -> Any:
         start = time.perf_counter()
-        result = self.trace(**arguments) if "component" in arguments else self._do(job, arguments)
+        result = self.trace(**arguments) if job.endswith("export.jobs:graphs") else self._do(job, arguments)
         self.reports.append(PhaseReport(name, time.perf_counter() - start, 0))
         return strict_json.plain(result)
 
@@ -56,10 +57,13 @@ class Here(Phases):
 FOLDER: list[Path] = []
 """Where traced graphs are kept; conftest says so."""
 
+WHOLE = ("unet", "")
+"""The components of which each graph has all weights, so that it does not matter which of them are traced together."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Traced:
-    """The arguments of `jobs.graphs`."""
+    """The arguments of `export.jobs.graphs`."""
 
     recipe: Recipe
     prepared: Prepared
@@ -73,29 +77,47 @@ class _Traced:
         kept = FOLDER[0] / self._weights()
         kept.mkdir(parents=True, exist_ok=True)
         with locked(kept / "lock"):
-            for one in sorted(kept.glob("*/traced.json")):
+            known: dict[str, Graph] = {}
+            for one in kept.glob("*/traced.json"):
                 found = json.loads(one.read_text())
-                if wanted.items() <= found["wanted"].items():
-                    graphs = convert(dict[str, Graph], found["graphs"])
-                    return self._copy({name: graphs[name] for name in wanted}, one.parent, self.folder)
-            traced = jobs.graphs(lambda done, total: None, **vars(self))
-            one = kept / str(len([*kept.iterdir()]))
-            self._copy(traced, self.folder, one)
-            text = json.dumps({"wanted": wanted, "graphs": strict_json.plain(traced)})
-            (one / "traced.json").write_text(text)
-        return traced
+                same = {n: g for n, g in found["graphs"].items() if found["wanted"][n] == wanted.get(n)}
+                if len(same) > len(known) and (len(same) == len(wanted) or self.component in WHOLE):
+                    known, place = convert(dict[str, Graph], same), one.parent
+            traced = self._trace([name for name in wanted if name not in known])
+            if known:
+                self._copy(known, place, self.folder)
+            made = {name: traced.get(name) or known[name] for name in wanted}
+            if traced:
+                one = kept / str(len([*kept.iterdir()]))
+                self._copy(made, self.folder, one)
+                text = json.dumps({"wanted": wanted, "graphs": strict_json.plain(made)})
+                (one / "traced.json").write_text(text)
+        return made
 
-    def _copy(self, graphs: dict[str, Graph], source: Path, target: Path) -> dict[str, Graph]:
+    def _trace(self, names: Sequence[str]) -> dict[str, Graph]:
+        if not names:
+            return {}
+        placed = self.prepared.layout(self.recipe).graphs()
+        wanted = [trace.Wanted(name, placed[name], self.remedies[name]) for name in names]
+        checkpoint, opset = self.prepared.checkpoint, self.recipe.opset
+        return trace.export_graphs(checkpoint, self.component, wanted, self._columns(), self.folder, opset)
+
+    def _copy(self, graphs: dict[str, Graph], source: Path, target: Path) -> None:
         (target / "graphs").mkdir(parents=True, exist_ok=True)
         for file in {file for graph in graphs.values() for file in (*graph.files, graph.names)}:
-            shutil.copyfile(source / file, target / file)
-        return graphs
+            if (target / file).exists():  # data that graphs share
+                assert (target / file).read_bytes() == (source / file).read_bytes(), file
+            else:
+                shutil.copyfile(source / file, target / file)
 
     def _wanted(self) -> dict[str, str]:
         """Return graph → all that is traced, but for the weights."""
-        shapes = columns(self.folder / next(iter(self.prepared.chains.values())).tables_file)
+        shapes = self._columns()
         placed = self.prepared.layout(self.recipe).graphs().items()
         return {n: self._described(n, one, shapes) for n, one in placed if one.spec.component == self.component}
+
+    def _columns(self) -> dict[str, tuple[int, ...]]:
+        return columns(self.folder / next(iter(self.prepared.chains.values())).tables_file)
 
     def _described(self, name: str, placed: Placed, columns: dict[str, tuple[int, ...]]) -> str:
         spec, shape = placed.spec, placed.shape

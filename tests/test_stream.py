@@ -1,21 +1,19 @@
 """A stream of camera frames against diffusers' image-to-image pipeline, frame by frame."""
 
 import dataclasses
-import functools
 import gc
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import conftest
 import diffusers
 import image_graphs
 import numpy as np
 import pytest
-from conftest import ON, SIZE, BundleFactory, build_here, reseal
+from conftest import ON, SIZE, BundleFactory, reseal
+from here import build_here
 from image_calls import Call, compared, picture, prompts, strength, theirs
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -23,7 +21,7 @@ from standin import StandIn, pipeline, standing_in
 
 from turbochain.engines import options
 from turbochain.engines.backends import tensorrt
-from turbochain.export import api, tables
+from turbochain.export import tables
 from turbochain.export.order import ExportOrder, Recipe
 from turbochain.runtime import (
     Bundle,
@@ -36,7 +34,6 @@ from turbochain.runtime import (
     TurbochainError,
 )
 from turbochain.runtime.backends.tensorrt import target
-from turbochain.runtime.bundle import hashing, strict_json
 from turbochain.runtime.checks.verify import verify_bundle
 from turbochain.runtime.commands import bench, inspect
 from turbochain.runtime.inputs.similar import Similar
@@ -52,27 +49,6 @@ CALL: Mapping[str, Any] = {"num_inference_steps": 4, "strength": 0.8, "seed": 3,
 """Of the shared bundle, whose frames make 3 steps."""
 
 
-class Grafted(conftest.Here):
-    """What the stream needs of the UNet and the sampler is traced. The other chains' graphs of these are the donor's,
-    whose data file of the UNet is the same."""
-
-    def run(self, name: str, job: str, /, **arguments: Any) -> Any:
-        if arguments.get("component") not in ("unet", ""):
-            return super().run(name, job, **arguments)
-        assert self.donor is not None
-        recipe = dataclasses.replace(arguments["recipe"], tasks=("stream",))
-        made = super().run(name, job, **{**arguments, "recipe": recipe})
-        folder, own = arguments["folder"], self.donor.manifest
-        for other in arguments["remedies"].keys() & own.graphs.keys() - made.keys():
-            if (graph := own.graphs[other]).component != arguments["component"]:
-                continue
-            assert [hashing.describe(folder / data) for data in graph.data] == [own.files[d] for d in graph.data]
-            for file in (graph.file, graph.names):
-                shutil.copyfile(self.donor.path / file, folder / file)
-            made = {**made, other: strict_json.plain(graph)}
-        return made
-
-
 @dataclasses.dataclass(frozen=True)
 class Made:
     """A bundle with a stream, and diffusers' pipeline."""
@@ -85,17 +61,13 @@ class Made:
 def ancestral(sd: Path, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Made:
     """SD of three frames, with a scheduler that draws noise, and text-to-image."""
     path = tmp_path_factory.mktemp("stream") / "x.bundle"
-    kind = functools.partial(Grafted, donor=Bundle.open(sd), traced=("unet",))
     what: dict[str, Any] = {
         "tasks": ["text-to-image", "stream"],
         "steps": [3, 4],
         "stream_batch": 3,
         "scheduler": ANCESTRAL,
     }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "Phases", kind)
-        patch.setattr(conftest.build_module, "Phases", kind)
-        conftest.build(str(checkpoints["sd"]), path, precision="fp32", size=SIZE, quiet=True, **what, **ON)
+    build_here(str(checkpoints["sd"]), path, precision="fp32", size=SIZE, quiet=True, **what, **ON)
     reference, _ = image_graphs.pipelines(checkpoints["sd"], "sd")
     reference.scheduler = getattr(diffusers, ANCESTRAL).from_config(reference.scheduler.config)
     return Made(path, reference)
@@ -466,8 +438,8 @@ def test_manifests_that_are_refused(ancestral: Made, tmp_path: Path, change: dic
         Bundle.open(tmp_path)
 
 
-def test_the_donor_is_the_shared_bundle(ancestral: Made, bundle_of: BundleFactory) -> None:
+def test_the_unet_is_that_of_the_shared_bundle(ancestral: Made, bundle_of: BundleFactory) -> None:
     """So that the UNet of both chains is one data file, whichever of them was traced."""
-    ours, donor = Bundle.open(ancestral.path), Bundle.open(bundle_of("sd"))
-    assert ours.graph_digest("unet") == donor.graph_digest("unet")
+    ours, shared = Bundle.open(ancestral.path), Bundle.open(bundle_of("sd"))
+    assert ours.graph_digest("unet") == shared.graph_digest("unet")
     assert set(ours.manifest.graphs["unet"].data) <= set(ours.manifest.graphs["unet+stream"].data)

@@ -235,11 +235,12 @@ def test_a_changed_source_is_noticed(sd: Path, checkpoints: dict[str, Path], cop
 
 def test_a_full_disk_a_kill_and_two_at_once(interrupted: Path) -> None:
     """One build, of a folder that has only fp16 weights, that meets all three, and does nothing twice."""
+    whole = [phase for phase in ALL if phase not in ("compile vae_encoder", "compile start", "verify image-to-image")]
     full, killed, first, second = ((interrupted / name).read_text() for name in ("full", "killed", "first", "second"))
     assert phases(full) == ALL[:2] and phases(full, "failed") == ALL[2:3] and phases(killed) == ALL[2:3]
     said = full.splitlines()[-1]
     assert said.startswith("build-engine: error: ") and "no space left" in said and "Traceback" not in full
-    assert sorted([phases(first), phases(second)]) == [[], ALL[3:]], (first, second)
+    assert sorted([phases(first), phases(second)]) == [[], whole[3:]], (first, second)
     assert (first + second).count("waiting: another build of disk/x.bundle.partial is running") == 1
     told = sorted((interrupted / f"{name}.out").read_text() for name in ("first", "second"))
     assert all("disk/x.bundle: " in text for text in told)

@@ -53,7 +53,7 @@ def test_a_second_export_does_nothing_and_another_is_refused(bundle: Path) -> No
         ({"steps": [1]}, r"steps is \[1, 2, 3, 4\] there and \[1\] here"),
         ({"precision": "fp16"}, "precision is 'fp32' there and 'fp16' here"),
         ({"vae": "tiny"}, "vae is None there and 'tiny' here; files of the source have changed: vae/.*"),
-        ({"revision": "v2"}, "revision is None there and 'v2' here"),
+        ({"eta": 1.0}, r"eta is None there and 1\.0 here"),
     ):
         with pytest.raises(InputError, match=rf"holds another build \({said}\): choose another path with -o"):
             export("demo", bundle, quiet=True, **other)  # type: ignore[arg-type]

@@ -137,7 +137,7 @@ def test_a_vae_in_a_file_for_a_checkpoint_without_one(
 def test_a_build(whole: dict[str, Tensors], sd: Path, file: Callable[[Tensors], Path], tmp_path: Path) -> None:
     """It is that of the folder with the same weights, it is found again, and another file is another source."""
     path, output = file(whole["sd2"]), tmp_path / "b.bundle"
-    order = {"config": "sd-turbo-mini", "size": SIZE, "quiet": True, "donor": sd}
+    order = {"config": "sd-turbo-mini", "size": SIZE, "quiet": True}
     assert build_here(str(path), output, **order, **ON).checks
     bundle, same = Bundle.open(output), Bundle.open(sd)
     assert bundle.manifest.checkpoint.source == "x.safetensors" and bundle.manifest.request["config"] == "sd-turbo-mini"
