@@ -96,6 +96,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bundles", type=Path, metavar="FOLDER", help="keep the shared bundles here for the next session")
 
 
+CORES = os.sched_getaffinity(0) if sys.platform == "linux" else set()
+
+
+def pytest_configure() -> None:
+    """Give each process of the session cores of its own: the libraries' threads spin, and would take the other's."""
+    worker, count = os.environ.get("PYTEST_XDIST_WORKER", "gw0"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if 1 < count <= len(CORES):
+        os.sched_setaffinity(0, sorted(CORES)[int(worker.removeprefix("gw")) :: count])
+
+
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    """For a test that is about several threads."""
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, CORES)
+    yield
+    os.sched_setaffinity(0, own)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: i for i, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))

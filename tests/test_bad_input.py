@@ -639,7 +639,7 @@ def test_what_is_no_picture_is_never_returned(sd: Path, copy_of, tmp_path: Path,
         for output_type in ("pil", "np", "uint8"):
             with pytest.raises(PictureError, match=expected):
                 pipe("a cat", seed=0, output_type=output_type)
-    said = refused(command("turbochain", "generate", bundle, "a cat", "-o", tmp_path / "out.png"), status=1)
+    said = refused(called("turbochain", "generate", bundle, "a cat", "-o", tmp_path / "out.png"), status=1)
     assert expected in said and f"turbochain verify {bundle}" in said and not (tmp_path / "out.png").exists()
-    done = command("turbochain", "verify", bundle)
+    done = called("turbochain", "verify", bundle)
     assert done.returncode == 1 and f"{graph}: " in done.stderr and "FAILED" in done.stdout

@@ -57,12 +57,18 @@ def with_inversions(checkpoint: Path, folder: Path) -> Any:
     return load_diffusers(folder)
 
 
-@pytest.fixture(scope="module")
-def made(sdxl: Path, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Bundle]:
-    """diffusers' pipeline of an SDXL checkpoint with inversions, and the bundle of that checkpoint."""
+@pytest.fixture(scope="module", params=["sd", pytest.param("sdxl", marks=pytest.mark.full)])
+def made(
+    request: pytest.FixtureRequest,
+    bundle_of: BundleFactory,
+    checkpoints: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Any, Bundle]:
+    """diffusers' pipeline of a checkpoint with inversions, and the bundle of that checkpoint."""
     folder = tmp_path_factory.mktemp("inversion")
-    pipe = with_inversions(checkpoints["sdxl"], folder / "checkpoint")
-    donor, batch = Bundle.open(sdxl), BATCH["sdxl", "fp32"]
+    family = request.param
+    pipe = with_inversions(checkpoints[family], folder / "checkpoint")
+    donor, batch = Bundle.open(bundle_of(family)), BATCH[family, "fp32"]
     return pipe, export_with((1,), folder / "checkpoint", donor, batch, folder / "x.bundle")
 
 
@@ -95,8 +101,9 @@ def test_the_pictures_are_those_of_diffusers(made: tuple[Any, Bundle]) -> None:
 def test_the_reference_has_every_added_token(made: tuple[Any, Bundle]) -> None:
     pipe, bundle = made
     recorded = load_file(bundle.path / "reference.safetensors")
-    assert {*bundle.manifest.tokenizers} == {*FEEDS, *(f"negative_{name}" for name in FEEDS)}
-    for name in FEEDS:
+    feeds = {"sd": FEEDS[:1], "sdxl": FEEDS}[bundle.manifest.family]
+    assert {*bundle.manifest.tokenizers} == {*feeds, *(f"negative_{name}" for name in feeds)}
+    for name in feeds:
         tokenizer = getattr(pipe, name.replace("input_ids", "tokenizer"))
         seen = np.concatenate([v.ravel() for key, v in recorded.items() if key.partition("/")[2] == name])
         assert {*tokenizer.added_tokens_encoder.values()} <= {*seen.tolist()}

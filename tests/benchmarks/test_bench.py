@@ -157,6 +157,7 @@ def test_steps_and_modes_are_rows_of_their_own(measure: Measure) -> None:
             assert of.least_seconds <= of.median_seconds <= of.p90_seconds and of.p99_seconds is None
 
 
+@pytest.mark.full
 def test_by_turns_never_two_are_in_memory(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = with_settings(measure, turns=2, runs=3, steps=(1, 2))
     started: list[Process] = []

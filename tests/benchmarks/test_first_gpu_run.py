@@ -180,7 +180,7 @@ def test_after_a_fault_every_call_says_so(runtime: Runtime, report: Report, prep
         assert found[f"call {i} after it"].startswith("CudaFault: the GPU cannot be used by this process any more")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.full)])
 def test_full_size(runtime: Runtime, report: Report, prepared: Path, family: str) -> None:
     """With the tables that were made of the drawn models, and no reference: the picture is diffusers'."""
     place = partial(OnStandIn, runtime)

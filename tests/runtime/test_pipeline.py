@@ -180,6 +180,7 @@ def threads_alive() -> int:
     return min(len(os.listdir("/proc/self/task")) for _ in range(20) if not time.sleep(0.01))
 
 
+@pytest.mark.usefixtures("all_cores")
 def test_threads_are_what_was_asked(sd: Path, one: Pipeline) -> None:
     expected, started = uint8(one, "a cat", seed=1, num_inference_steps=3), {}
     most = cpus.available()

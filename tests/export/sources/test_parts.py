@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, ON, SIZE, command
+from conftest import FAMILIES, ON, SIZE, called
 from diffusers import AutoencoderTiny
 from here import build_here
 from test_bad_input import refused
@@ -70,12 +70,13 @@ def test_it_is_diffusers_picture_with_that_vae(
     others = dict.fromkeys(("text_encoder", "unet", "tokenizer", "scheduler"), own)
     assert told == {**others, "vae": ("our-tiny", "mit")}
     assert manifest.checkpoint.parts["vae"].terms == ("vae-README.md",)
-    inspected = command("turbochain", "inspect", bundle)
+    inspected = called("turbochain", "inspect", bundle)
     assert "vae from our-tiny" in inspected.stdout and "vae: mit" in inspected.stdout
     assert (bundle / "vae-README.md").read_text() == (vae / "README.md").read_text()
-    assert build(str(checkpoints["sd"]), bundle, **asked).phases == []
+    assert build_here(str(checkpoints["sd"]), bundle, **asked).phases == []
     if openvino.has_bf16():
-        made = build(str(bundle), backend="openvino", options={"inference_precision": "bf16"}, quiet=True)
+        options = {"inference_precision": "bf16"}
+        made = build_here(str(bundle), backend="openvino", options=options, chains=["text-to-image"], quiet=True)
         bounds = {c.stage: c.bound for c in made.checks["text-to-image"]}
         assert bounds["vae_decoder"] == BOUNDS["bf16"]["AutoencoderTiny"]["psnr"]
     with pytest.raises(InputError, match="vae is 'a folder' there and 'tiny' here"):
@@ -142,6 +143,6 @@ def test_what_is_no_vae(
 
 
 def test_the_command_says_so_and_leaves_nothing(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    done = command("build-engine", checkpoints["sd"], "-o", tmp_path / "a.bundle", "--vae", "nothing")
+    done = called("build-engine", checkpoints["sd"], "-o", tmp_path / "a.bundle", "--vae", "nothing")
     assert "--vae nothing is neither tiny, nor a .safetensors file here, nor a file of the hub (owner" in refused(done)
     assert not list(tmp_path.iterdir())

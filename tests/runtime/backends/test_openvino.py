@@ -360,6 +360,7 @@ def test_other_square_roots_are_left_alone(tmp_path: Path) -> None:
     np.testing.assert_allclose(openvino.compile_model(read, "CPU")(given)[0], given**1.5, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("all_cores")
 def test_threads_change_nothing_but_the_time(engines: dict[str, Path]) -> None:
     one, two = (picture(engines["fp32"], threads=n) for n in (1, cpus.available()))
     assert np.abs(one.astype(int) - two).max() <= 1

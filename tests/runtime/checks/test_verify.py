@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import FAMILIES, BundleFactory, command, reseal
+from conftest import FAMILIES, BundleFactory, called, reseal
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors import safe_open
@@ -322,7 +322,7 @@ def test_a_resealed_copy_passes(sdxl: Path, copy_of: Copy) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_good_bundles_pass_every_bound_of_the_design(family: str, precision: str, bundle_of: BundleFactory) -> None:
     path = bundle_of(family, precision)
-    done = command("turbochain", "verify", path, "--json")
+    done = called("turbochain", "verify", path, "--json")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["passed"] is True
@@ -401,14 +401,14 @@ def test_the_command_fails_with_stage_figure_and_bound(sdxl: Path, copy_of: Copy
     pictures = [reference[name].astype(float) for name in first]  # of the first chain, which is told first
     expected = max(np.abs(p - p[..., ::-1]).max() for p in pictures)
 
-    done = command("turbochain", "verify", path)
+    done = called("turbochain", "verify", path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert re.search(r"^vae_decoder +max_abs .* FAILED$", done.stdout, re.M)
     figure = re.search(r"vae_decoder: max_abs is ([\d.e+]+), the bound is ≤ 1;", done.stderr)
     assert figure and abs(float(figure[1]) - expected) <= 1
 
-    done = command("turbochain", "verify", path, "--json")
+    done = called("turbochain", "verify", path, "--json")
     assert done.returncode == 1
     answer = json.loads(done.stdout)
     assert answer["passed"] is False
@@ -423,7 +423,7 @@ def test_a_flipped_bit_is_bad_input_not_a_wrong_result(sd: Path, copy_of: Copy, 
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    done = command("turbochain", "verify", file.parents[name.count("/")])
+    done = called("turbochain", "verify", file.parents[name.count("/")])
     assert done.returncode == 2
     assert name in done.stderr
 
@@ -523,14 +523,14 @@ def kept(bundle: Path) -> dict[str, list[dict[str, Any]]]:
 def test_an_unverified_engine_is_verified_on_its_first_load(
     sd: Path, foreign: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert "unverified: " in command("turbochain", "inspect", foreign).stdout
+    assert "unverified: " in called("turbochain", "inspect", foreign).stdout
     Pipeline.load(foreign).close()
     assert "it is verified now, which happens once" in caplog.text
     assert kept(foreign) == {"text-to-image": kept(sd)["text-to-image"]}
     with Pipeline.load(foreign, chain="image-to-image"):
         assert kept(foreign) == kept(sd) and len(kept(sd)) == 2
     assert [p.name for p in foreign.glob("engines/*/*")] == ["engine.json"]
-    assert "unverified: " not in command("turbochain", "inspect", foreign).stdout
+    assert "unverified: " not in called("turbochain", "inspect", foreign).stdout
     caplog.clear()
     with Pipeline.load(foreign) as pipe:
         assert pipe("a cat", seed=0, output_type="uint8").images.any()
@@ -538,7 +538,7 @@ def test_an_unverified_engine_is_verified_on_its_first_load(
 
 
 def test_verify_keeps_what_it_found_of_an_unverified_engine(sd: Path, foreign: Path) -> None:
-    assert command("turbochain", "verify", foreign).returncode == 0
+    assert called("turbochain", "verify", foreign).returncode == 0
     assert kept(foreign) == kept(sd)
 
 
@@ -549,7 +549,7 @@ def test_an_unverified_engine_that_errs_is_refused_each_time(foreign: Path) -> N
         with pytest.raises(VerificationError, match=r"schedule: relative_l2 is .*, the bound is ≤ 0\.0001"):
             Pipeline.load(foreign)
     assert kept(foreign) == {}
-    assert command("turbochain", "verify", foreign).returncode == 1
+    assert called("turbochain", "verify", foreign).returncode == 1
     assert kept(foreign).keys() == {"image-to-image"}  # whose own table is right
 
 

@@ -37,7 +37,7 @@ def test_the_command_shows_it(sd: Path) -> None:
     line = ("bench", sd, "--backend", "onnxruntime", "--runs", 1, "--warmup", 0, "--profile")
     shown = command("turbochain", *line).stdout
     assert "end to end" in shown and "share" in shown and "MatMul" in shown
-    value = json.loads(command("turbochain", *line, "--json").stdout)
+    value = json.loads(called("turbochain", *line, "--json").stdout)
     assert {"kind", "count", "seconds"} == set(value["profile"]["unet"][0]) and value["end_to_end"]["n"] == 1
 
 
