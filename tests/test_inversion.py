@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import BATCH, FAMILIES
+from conftest import BATCH, FAMILIES, BundleFactory
 from safetensors.numpy import load_file
 from test_parity import assert_same_picture, load_diffusers, theirs
 from test_schedulers import export_with

@@ -127,7 +127,7 @@ def on_openvino(path: Path, vae: Any, feeds: dict[str, Any]) -> np.ndarray:
     return np.array(compiled(feeds)[0])
 
 
-TRACED = {("sd", "own", WIDE), ("sdxl", "tiny", WIDE)}
+TRACED = {("sd", "own", SQUARE), ("sdxl", "tiny", WIDE)}
 """Of what graphs are traced; PyTorch computes all."""
 
 
