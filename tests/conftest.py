@@ -39,6 +39,7 @@ from turbochain.export.sources import synthetic
 from turbochain.runtime import Bundle
 from turbochain.runtime.bundle import hashing
 from turbochain.runtime.commands import main
+from turbochain.runtime.inputs import feeds
 
 # Each export lists the exporter's 700 functions anew, which takes as long as the smallest graphs.
 ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
@@ -153,6 +154,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     lock = Path(item.config.cache.mkdir("turbochain")) / "lock"  # type: ignore[union-attr]
     with locked(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
         return (yield)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tokenizers_stay() -> None:
+    """Keep every tokenizer that was read: hundreds of pipelines are loaded, each of which would read its own."""
+    feeds._TOKENIZERS = {}  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from kept import locked
+from safetensors.torch import load_file
 
 from turbochain.engines import BuildResult, build
 from turbochain.export import api
@@ -132,11 +134,12 @@ class _Traced:
         found = hashlib.sha256(self.component.encode())
         if self.component:
             config = {key: v for key, v in checkpoint.configs[self.component].items() if not key.startswith("_")}
-            scales = [scale for _, scale in checkpoint.adapters]
-            found.update(repr((config, checkpoint.index[self.component], scales)).encode())
-            files = (*checkpoint.parts[self.component].weights, *(path for path, _ in checkpoint.adapters))
-            for path in files:
-                found.update(path.read_bytes())
+            fused = () if self.component == "vae" else checkpoint.adapters
+            found.update(repr((config, checkpoint.index[self.component], [scale for _, scale in fused])).encode())
+            files = (*checkpoint.parts[self.component].weights, *(path for path, _ in fused))
+            for name, tensor in (pair for path in files for pair in sorted(load_file(path).items())):
+                raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+                found.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode() + raw.tobytes())
         return found.hexdigest()[:16]
 
 

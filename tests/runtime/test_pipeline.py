@@ -195,6 +195,7 @@ def test_threads_are_what_was_asked(sd: Path, one: Pipeline) -> None:
     assert started == {1: 0, most: len(models) * (most - 1)}  # the calling thread is each graph's first
 
 
+@pytest.mark.usefixtures("all_cores")
 def test_a_containers_quota_bounds_the_default(sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpus, "quota", lambda: 1)  # a container's files have tests of their own
     before = threads_alive()

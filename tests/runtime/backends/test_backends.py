@@ -74,7 +74,9 @@ def engines(
     for family in FAMILIES:
         path = tmp_path_factory.mktemp("bundle") / family
         shutil.copytree(bundle_of(family), path)
-        made = build_here(str(path), path, backend=backend, device=device, options=options, quiet=True)
+        made = build_here(
+            str(path), path, backend=backend, device=device, options=options, chains=["text-to-image"], quiet=True
+        )
         bundle = Bundle.open(path)
         found[family] = (bundle.open_chain(), Found(made.folder, bundle.engines()[made.engine]))
     return found

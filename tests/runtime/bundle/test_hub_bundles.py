@@ -93,7 +93,7 @@ def test_an_id_is_a_bundle(sd: Path, snapshot: Path, tmp_path: Path, home: Path)
     code = "import sys; from turbochain.runtime import Pipeline; Pipeline.load(sys.argv[1]).close()"
     done = subprocess.run([sys.executable, "-c", code, f"{NAME}@main"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done
-    inspected = called("turbochain", "inspect", NAME)
+    inspected = command("turbochain", "inspect", NAME)
     assert f"{snapshot}: sd, from" in inspected.stdout and "fits this machine" in inspected.stdout
 
 
