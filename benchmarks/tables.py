@@ -61,13 +61,13 @@ def ratio(found: Spread) -> str:
 
 def _pairs(result: Result) -> str:
     gpu = result.device != "cpu"
-    shapes = {shape(pair) for pair in result.pairs}
+    plain = {shape(pair) for pair in result.pairs} == {PLAIN}
     side = ["ms (p90, p99)", "GPU ms", "× floor", "load + first"] if gpu else ["seconds (p90)", "load + first"]
     heading = ["ours", *side, "peer", *side, "faster by", "PSNR, ours", "PSNR, peer"]
     heading += ["GPU GiB" if gpu else "peak GiB", "peer's", "remarks"]
     rows = []
     for pair in result.pairs:
-        first = [] if len(shapes) == 1 else [shape(pair)]
+        first = [] if plain else [shape(pair)]
         both = ((pair.ours, pair.our_figures), (pair.peer, pair.peer_figures))
         named = [cell for name, of in both for cell in (name, *_times(result, pair, name, of))]
         figures = [of for _, of in both if of]
@@ -75,7 +75,11 @@ def _pairs(result: Result) -> str:
         memory = [_memory(of, gpu) for of in figures] or ["", ""]
         by = ratio(pair.ratio) if pair.ratio else ""
         rows.append([*first, *named, by, *psnr, *memory, remarks(result, pair)])
-    return table(heading if len(shapes) == 1 else ["batch, steps", *heading], rows)
+    return table(heading if plain else ["batch, steps", *heading], rows)
+
+
+PLAIN = "1, 1"
+"""What `shape` says of one picture in one step, which a table does not say if it has nothing else."""
 
 
 def shape(pair: Pair) -> str:
