@@ -157,7 +157,7 @@ def copied(checkpoint: Path, folder: Path, changes: dict[str, Callable[[dict[str
     return folder
 
 
-def test_twenty_steps_of_pndm_with_guidance(checkpoints: dict[str, Path], sd: Path, tmp_path: Path) -> None:
+def test_twenty_steps_of_pndm_with_guidance(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """All graphs but the sampler's are those of the shared bundle."""
     change = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False}
     of_index = {"scheduler": ["diffusers", "PNDMScheduler"]}
@@ -206,7 +206,7 @@ def as_lcm(checkpoint: Path, folder: Path) -> Path:
 IMAGE = Image.fromarray(np.random.RandomState(0).randint(0, 256, (8, 8, 3), np.uint8)).resize(SIZE)
 
 
-def test_an_lcm(checkpoints: dict[str, Path], sd: Path, tmp_path: Path) -> None:
+def test_an_lcm(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     checkpoint = as_lcm(checkpoints["sd"], tmp_path / "checkpoint")
     wanted: Call = {"precision": "fp32", "size": SIZE, "steps": [1, 2, 4], "guidance_scales": [8.5, 1.0], "quiet": True}
     build_here(str(checkpoint), tmp_path / "b", strengths=[0.8, 0.5], **wanted, **ON)
@@ -307,24 +307,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return write
 
 
-@pytest.fixture(scope="module")
-def donors(written: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Preset → a bundle with its graphs, built once."""
-    root = tmp_path_factory.mktemp("donors")
-
-    def build(name: str) -> Path:
-        if not (root / name).exists():
-            build_here(str(written(name)), root / name, precision="fp32", size=SIZE, steps=[2], quiet=True, **ON)
-        return root / name
-
-    return build
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("preset, steps", [("sd15-mini", 20), ("sdxl-mini", 6)])
 def test_every_solver_with_guidance(
-    preset: str, steps: int, solver: str, written: Callable[[str], Path], donors: Callable[[str], Path], tmp_path: Path
+    preset: str, steps: int, solver: str, written: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Ten seeds at 7.5, in which the negative prompts take turns, and three at other scales and with an image."""
     wanted: Call = {"precision": "fp32", "size": SIZE, "steps": [steps], "scheduler": SOLVERS[solver], "quiet": True}

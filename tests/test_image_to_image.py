@@ -11,7 +11,7 @@ import image_graphs
 import numpy as np
 import pytest
 import torch
-from conftest import ON, SIZE, BundleFactory, called
+from conftest import ON, SIZE, called
 from here import build_here
 from image_calls import FEW, PAIRS, Pairs, assert_same, compared, ours, picture, prompts, seeded, theirs
 from PIL import Image
@@ -38,12 +38,12 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def tiny(bundle_of: BundleFactory, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The SD miniature with an AutoencoderTiny, which lies beside the bundle."""
     folder = tmp_path_factory.mktemp("tiny")
     image_graphs.tiny_vae(folder / "vae")
     how: dict[str, Any] = {"precision": "fp32", "size": SIZE, "tasks": ["image-to-image"], "quiet": True, **ON}
-    vae = {"vae": str(folder / "vae"), "donor": bundle_of("sd"), "traced": ("vae",)}
+    vae = {"vae": str(folder / "vae")}
     build_here(str(checkpoints["sd"]), folder / "tiny.bundle", **how, **vae)
     return folder / "tiny.bundle"
 

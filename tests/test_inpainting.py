@@ -223,14 +223,12 @@ def test_the_encoders_of_a_bundle_for_both_tasks(
 
 
 @pytest.mark.full
-def test_normalized_latents_in_both_tasks(
-    bundle_of: BundleFactory, checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
+def test_normalized_latents_in_both_tasks(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     checkpoint, file = tmp_path / "checkpoint", tmp_path / "checkpoint/vae/config.json"
     shutil.copytree(checkpoints["sdxl"], checkpoint)
     file.write_text(json.dumps({**json.loads(file.read_text()), **NORMALIZED}))
     how: dict[str, Any] = {"precision": "fp32", "size": SIZE, "tasks": [IMAGE_TO_IMAGE, INPAINTING], "quiet": True}
-    how |= {"steps": [2], "batch": 3, "donor": bundle_of("sdxl"), "traced": ("vae",), **ON}
+    how |= {"steps": [2], "batch": 3, **ON}
     build_here(str(checkpoint), tmp_path / "x.bundle", **how)
     first, second = image_graphs.pipelines(checkpoint, "sdxl")
     call = {"prompt": prompts(0, 3), "image": picture(0), "strength": 0.5, "num_inference_steps": 2, "seed": 3}

@@ -88,7 +88,7 @@ def on_the_stand_in(path: Path) -> Iterator[tuple[Pipeline, Runtime]]:
 
 
 @pytest.mark.full
-def test_sizes_in_any_order(sd: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_sizes_in_any_order(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """Every task in two sizes, with a history; each picture is that of a pipeline which has drawn nothing else."""
     asked: dict[str, Any] = {
         "steps": [2, 3, 4],
@@ -96,8 +96,7 @@ def test_sizes_in_any_order(sd: Path, checkpoints: dict[str, Path], tmp_path: Pa
         "size": [(64, 64), (96, 64)],
     }
     tasks = {"tasks": ["text-to-image", "image-to-image", "inpainting"], "precision": "fp32"}
-    more = {"donor": sd, "traced": ("unet", "vae"), "quiet": True}
-    path = build_here(str(checkpoints["sd"]), tmp_path / "x.bundle", **tasks, **asked, **more, **ON).bundle
+    path = build_here(str(checkpoints["sd"]), tmp_path / "x.bundle", **tasks, **asked, quiet=True, **ON).bundle
     build(str(path), backend="openvino", options={"inference_precision": "fp32"}, quiet=True)
     calls = [call for call in of_chains(path) if call.get("num_inference_steps") != 1]
     assert {call["chain"] for call in calls} == {*Bundle.open(path).manifest.chains}
