@@ -25,11 +25,15 @@ def chain_of(
     """
     task = INPAINTING if mask_image is not None else IMAGE_TO_IMAGE if image is not None else TEXT_TO_IMAGE
     sizes = bundle.sizes(task)
-    first = sizes[0]
-    size = (side("height", height, first[0]), side("width", width, first[1]))
+    size = asked_size(sizes[0], height, width)
     if image is not None and height is None and width is None and (own := wanted_size("image", image)) in sizes:
         size = own
     return bundle.find_chain(task, size, count)
+
+
+def asked_size(first: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int]:
+    """Return the height and width that a call asks for, `first` where it gives none. Raises InputError."""
+    return side("height", height, first[0]), side("width", width, first[1])
 
 
 def pictures_of(prompt: object, prompt_embeds: object, repeats: object) -> int:

@@ -185,7 +185,7 @@ class Pipeline:
         return output
 
     def stream(self, prompt: str, **options: Unpack[StreamOptions]) -> Stream:
-        """Open a stream of camera frames, which begins anew; see `Stream`. Raises InputError if another one is open."""
+        """Open a new stream of camera frames; see `Stream`. Raises InputError if another one is open."""
         return open_stream(self, prompt, **options)
 
     def draw(self, request: Request, *, observe: Observe | None = None, cancel: Cancel | None = None) -> PipelineOutput:

@@ -115,16 +115,16 @@ class Held:
             self._known |= new
 
     def lose(self, tensors: Iterable[Tensor]) -> None:
-        """Let these begin anew: they have been, or are to be, overwritten."""
+        """Let these start from zeros the next time that a plan reads them: something else is, or will be, in them."""
         self._known.difference_update(tensors)
 
     def lose_all_of(self, chain: OpenChain) -> None:
-        """Let those begin anew that a verification of the chain has written: by their names in it and in its graphs."""
+        """Let every buffer that a verification of the chain may have written start from zeros."""
         self.lose(chain.tensors.values())
         self.lose(tensor for graph in chain.graphs.values() for tensor in (*graph.inputs, *graph.outputs))
 
     def clear(self) -> None:
-        """Let all begin anew."""
+        """Let all start from zeros."""
         self._known.clear()
 
     def take(self, stream: object) -> None:

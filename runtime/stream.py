@@ -13,6 +13,7 @@ import numpy as np
 from turbochain.runtime.backends.contract import Cancel, Observe
 from turbochain.runtime.bundle.manifest import STREAM
 from turbochain.runtime.chain.opened import OpenChain
+from turbochain.runtime.choice import asked_size
 from turbochain.runtime.errors import Cancelled, InputError, PictureError, TurbochainError
 from turbochain.runtime.inputs import pictures
 from turbochain.runtime.inputs.noise import Generator, check_seed
@@ -228,8 +229,7 @@ def open_stream(
 ) -> Stream:
     """Return a stream of a pipeline; the arguments are those of `StreamOptions`. Raises InputError."""
     if chain is None:
-        first = pipe.bundle.sizes(STREAM)[0]
-        size = (first[0] if height is None else height, first[1] if width is None else width)
+        size = asked_size(pipe.bundle.sizes(STREAM)[0], height, width)
         chain = pipe.bundle.find_chain(STREAM, size, 1)
     opened = pipe.bundle.open_chain(chain)
     if not opened.chain.stream:

@@ -292,6 +292,7 @@ def test_what_is_refused(pipe: Pipeline, sd: Path) -> None:
     refused("it is no stream; leave chain out", chain="text-to-image")
     refused("prompt", prompt=["a cat"])
     refused("similar_image_threshold=1: a number from 0 to below 1 was expected", similar_image_threshold=1)
+    refused("height='64': a multiple of 8 in pixels was expected", height="64")
     refused("max_skipped=-1", similar_image_threshold=0.9, max_skipped=-1)
     with pytest.raises(TypeError, match="negative_prompt"):
         pipe.stream("a cat", negative_prompt="fog")  # type: ignore[call-arg]
@@ -344,7 +345,7 @@ def test_the_pipeline_is_closed_or_forked(ancestral: Made) -> None:
 
 
 class Forgetful(StandIn):
-    """Each plan is prepared anew, with its rehearsals."""
+    """Prepares a plan again whenever another one ran in between."""
 
     most_plans = 1
 

@@ -217,7 +217,7 @@ def _check_stage(
 def _check_chain(chain: OpenChain, executor: Executor, bound: Bounds, recorded: Recorded) -> Iterator[Check]:
     """Run the whole chain, ids to picture, with our own noise; the bound is that of the least precise stage.
 
-    A stream begins anew, and the same frame enters until the first one leaves.
+    A stream starts from zeros, and the same frame enters until its first picture is finished.
     """
     case = recorded.case
     noise = draw_run(chain, recorded.table, [Generator(case.seed)], chain.batch)

@@ -160,7 +160,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _encoded(path: Path, picture: "Image.Image") -> bytes:
-    """Return a picture in the format that the path's ending names; InputError if PIL writes none such."""
+    """Return a picture in the format that the path's ending names; InputError if PIL cannot write it."""
     from PIL import Image
 
     known = {ending: name for ending, name in Image.registered_extensions().items() if name in Image.SAVE}

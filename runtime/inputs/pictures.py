@@ -46,7 +46,7 @@ def wanted_size(argument: str, given: object) -> tuple[int, int]:
 
 
 def side(argument: str, given: object, default: int) -> int:
-    """Return a height or width in pixels, `default` if None is given. Raises InputError if a picture has none such."""
+    """Return a height or width in pixels, `default` for None; InputError unless it is a multiple of 8 above 0."""
     if given is None:
         return default
     if not is_whole(given) or given < REDUCTION or given % REDUCTION:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from turbochain.runtime.errors import InputError
+from turbochain.runtime.inputs.numbers import is_number, is_whole
 
 
 class Similar:
@@ -11,11 +12,11 @@ class Similar:
     def __init__(self, threshold: float, most: int, seed: int) -> None:
         """`threshold`: the cosine similarity, 0 to below 1, above which a frame may be skipped. `most`: how many in a
         row. `seed`: of the random numbers. Raises InputError if one is out of range."""
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold < 1:
+        if not is_number(threshold) or not 0 <= threshold < 1:
             raise InputError(
                 f"similar_image_threshold={threshold!r}: a number from 0 to below 1 was expected, such as 0.98"
             )
-        if isinstance(most, bool) or not isinstance(most, int) or most < 0:
+        if not is_whole(most) or most < 0:
             raise InputError(f"max_skipped={most!r}: a whole number of at least 0 was expected")
         self.threshold, self.most = threshold, most
         self._random, self._skipped = np.random.default_rng(seed), 0
