@@ -1,4 +1,4 @@
-"""The command `turbochain`: generate, verify, inspect, bench."""
+"""The command `turbochain`: generate, serve, verify, inspect, bench."""
 
 import argparse
 import dataclasses
@@ -21,6 +21,7 @@ from turbochain.runtime.commands.inspect import as_json, as_text
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs.pictures import open_picture
 from turbochain.runtime.pipeline import Pipeline
+from turbochain.runtime.serve import command as serve
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,6 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     generate.add_argument("--steps", type=int, help="step count (default: the fewest that make a step)")
     generate.add_argument("-o", "--output", type=Path, default=Path("out.png"), help="picture file (default out.png)")
 
+    server = commands.add_parser("serve", help="answer over HTTP and WebSocket", description=SERVE)
+    server.set_defaults(command=serve.serve)
+    console.add_debug(server)
+    serve.add_arguments(server)
+
     check = _command(
         commands, "verify", _verify, "compare with what diffusers produced; exit status 1 if it differs", default="all"
     )
@@ -65,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return console.run(parser, lambda arguments: arguments.command(arguments), _prompt_last(words))
 
 
+SERVE = "Answer over HTTP (OpenAI's and A1111's image APIs) and WebSocket, with a page at /."
 PROMPT = "--prompt"
 DASH = f"a prompt that begins with '-' is given as {PROMPT} TEXT"
 

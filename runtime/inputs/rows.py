@@ -56,6 +56,12 @@ def _of_stream(chain: OpenChain, steps: int | None, strength: float, guidance_sc
     )
 
 
+def least_strength(steps: int) -> float:
+    """Return the least strength, as a float, at which one of `steps` is made."""
+    strength = 1 / steps
+    return strength if _made(steps, strength) else math.nextafter(strength, 2)  # 49 · (1/49) is below 1
+
+
 def _made(steps: int, strength: float) -> int:
     """Return how many of the steps diffusers makes at a strength: its own product of floats, rounded down."""
     return min(int(steps * strength), steps)

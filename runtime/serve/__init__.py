@@ -1,0 +1,1 @@
+"""Serve bundles over HTTP and WebSocket: `turbochain serve`. Needs the extra `serve`."""

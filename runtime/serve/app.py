@@ -1,0 +1,111 @@
+"""The ASGI application: every route behind one guard."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from turbochain.runtime.errors import InputError
+from turbochain.runtime.serve import openai
+from turbochain.runtime.serve.errors import Refused, of_input
+from turbochain.runtime.serve.guard import Guard
+from turbochain.runtime.serve.metrics import Metrics
+from turbochain.runtime.serve.service import Gone, Service
+
+
+def make_app(service: Service) -> ASGIApp:
+    """Return the application of a server; its lifespan starts and closes the source of pictures."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.source.start()
+        yield
+        await service.source.close()
+
+    api = FastAPI(title="turbochain", lifespan=lifespan, docs_url=None, redoc_url=None)
+    for routes in (openai,):
+        api.include_router(routes.router(service))
+    api.add_exception_handler(Refused, _refused)
+    api.add_exception_handler(InputError, _input_error)
+    api.add_exception_handler(RequestValidationError, _invalid)
+    api.add_exception_handler(HTTPException, _http_error)
+    api.add_exception_handler(Gone, _gone)
+
+    @api.get("/healthz")
+    async def healthz() -> Response:
+        state = service.source.state
+        return JSONResponse({"alive": state.alive, "problem": state.problem}, 200 if state.alive else 503)
+
+    @api.get("/readyz")
+    async def readyz() -> Response:
+        state = service.source.state
+        ready = state.ready and state.alive
+        return JSONResponse({"ready": ready}, 200 if ready else 503, None if ready else {"Retry-After": "1"})
+
+    @api.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(service.source.state.waiting), media_type="text/plain; version=0.0.4")
+
+    guarded: ASGIApp = Guard(api, service.settings)
+    if service.settings.allow_origins:
+        guarded = CORSMiddleware(
+            guarded,
+            allow_origins=service.settings.allow_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+    return Counted(guarded, service.metrics)
+
+
+class Counted:
+    """Counts the answers of an application, by route and status."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        """Take the application, and where to count."""
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.answered(getattr(scope.get("route"), "path", "none"), message["status"])
+            await send(message)
+
+        await self._app(scope, receive, counted if scope["type"] == "http" else send)
+
+
+async def _refused(_: HttpRequest, refused: Exception) -> Response:
+    assert isinstance(refused, Refused)
+    return JSONResponse(refused.body, refused.status, refused.headers)
+
+
+async def _input_error(http: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, InputError)
+    return await _refused(http, of_input(error))
+
+
+async def _invalid(http: HttpRequest, error: Exception) -> Response:
+    """Answer a body of the wrong form; FastAPI's own answer has no error object."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    message = f"{'.'.join(where) or 'the body'}: {first['msg']}"
+    return await _refused(http, Refused(400, message, param=where[0] if where else None))
+
+
+async def _http_error(http: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = f"{http.method} {http.url.path}"
+    return await _refused(http, Refused(error.status_code, f"{path}: {HTTPStatus(error.status_code).phrase.lower()}"))
+
+
+async def _gone(_: HttpRequest, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it

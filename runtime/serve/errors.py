@@ -1,0 +1,70 @@
+"""What a client is told when there is no picture: OpenAI's error object, with its status."""
+
+import math
+import re
+from typing import Any
+
+from turbochain.runtime.errors import InputError
+
+
+class Refused(Exception):
+    """An answer that is an error. `status` is HTTP's; `type`, `param` and `code` mean as in OpenAI's error object."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        """Take the parts of the answer; `retry_after`: the seconds after which a client should try again."""
+        super().__init__(message)
+        self.status, self.message, self.type, self.param, self.code = status, message, type, param, code
+        self.retry_after = retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """Return the JSON of the answer."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Return the headers of the answer."""
+        found = {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
+        return found | ({"WWW-Authenticate": 'Bearer realm="turbochain"'} if self.status == 401 else {})
+
+    def __reduce__(self) -> Any:
+        """Let it pass from process to process, as Ray's replicas need it."""
+        more = {"type": self.type, "param": self.param, "code": self.code, "retry_after": self.retry_after}
+        return _again, (self.status, self.message, more)
+
+
+def _again(status: int, message: str, more: dict[str, Any]) -> Refused:
+    return Refused(status, message, **more)
+
+
+def of_input(error: InputError) -> Refused:
+    """Return the answer to a bad argument; a message that begins with an argument's name says which."""
+    named = re.match(
+        r"(prompt|negative_prompt|image|mask_image|strength|num_inference_steps|guidance_scale)\b", str(error)
+    )
+    return Refused(400, str(error), param={"mask_image": "mask"}.get(named[1], named[1]) if named else None)
+
+
+def overloaded(message: str, seconds: float, *, status: int = 503) -> Refused:
+    """Return the answer if the queue has no room; `seconds`: when there may be some."""
+    return Refused(status, message, type="server_error", code="overloaded", retry_after=seconds)
+
+
+def unavailable(message: str, code: str, seconds: float = 1.0) -> Refused:
+    """Return the answer if the server cannot draw now: it starts, it ends, or its GPU has failed."""
+    return Refused(503, message, type="server_error", code=code, retry_after=seconds)
+
+
+def failed(error: BaseException) -> Refused:
+    """Return the answer if drawing failed although the input was sound."""
+    return Refused(500, f"the picture could not be drawn: {error}", type="server_error", code="failed")

@@ -1,0 +1,92 @@
+"""A server from its first connection to its last: listening, signals, and the end."""
+
+import asyncio
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+
+from turbochain.runtime.errors import InputError
+from turbochain.runtime.serve.app import make_app
+from turbochain.runtime.serve.metrics import Metrics
+from turbochain.runtime.serve.models import Models
+from turbochain.runtime.serve.service import Service
+from turbochain.runtime.serve.settings import IMAGE_BODY, Settings
+from turbochain.runtime.serve.worker import Worker
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C; a second one ends it at once.
+
+    Raises InputError if a bundle cannot be opened or the address is taken, and what ended the worker before it was
+    ready.
+    """
+    models = Models.open(settings)
+    with _listening(settings) as listening:
+        host, port = listening.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"serving {', '.join(models.by_name)} at http://{shown}:{port}", file=sys.stderr, flush=True)
+        asyncio.run(_serve(settings, models, listening))
+
+
+async def _serve(settings: Settings, models: Models, listening: socket.socket) -> None:
+    metrics = Metrics()
+    worker = Worker(models, settings, metrics)
+    config = uvicorn.Config(
+        make_app(Service(models, worker, settings, metrics)),
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        server_header=False,
+        ws_max_size=IMAGE_BODY,
+        ws_max_queue=4,
+    )
+    server = _Server(config, worker)
+    failing = asyncio.create_task(server.end_if_it_cannot_start())
+    await server.serve([listening])
+    failing.cancel()
+    if worker.problem is not None and not worker.state.ready:
+        raise worker.problem
+
+
+class _Server(uvicorn.Server):
+    """Answers what was accepted before it ends."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
+        """Take uvicorn's configuration, and the worker to wait for."""
+        super().__init__(config)
+        self._worker, self._loop = worker, asyncio.get_running_loop()
+        self._ending: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to end; at the second signal at once."""
+        if self._ending is not None:
+            self.should_exit = self.force_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._begin_to_end)
+
+    def _begin_to_end(self) -> None:
+        self._ending = self._ending or asyncio.create_task(self._end())
+
+    async def _end(self) -> None:
+        """Refuse new pictures, answer those that were accepted, then close every connection."""
+        await self._worker.close()
+        self.should_exit = True
+
+    async def end_if_it_cannot_start(self) -> None:
+        """End if the first model cannot be loaded."""
+        await self._worker.ended()
+        if not self._worker.state.ready:
+            self.should_exit = True
+
+
+def _listening(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=128)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"cannot listen at {settings.host} port {settings.port} ({reason}): give another --host or --port"
+        ) from error

@@ -1,0 +1,73 @@
+"""The bundles that are served, by the names that clients use."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from turbochain.runtime.bundle.opened import Bundle
+from turbochain.runtime.errors import InputError
+from turbochain.runtime.serve.errors import Refused
+from turbochain.runtime.serve.settings import Settings
+
+
+@dataclass(frozen=True)
+class Model:
+    """A bundle under its name."""
+
+    name: str
+    bundle: Bundle
+    source: str  # what `Pipeline.load` takes: a folder, or an id on the hub
+
+    @property
+    def created(self) -> int:
+        """Return when the bundle was written, in seconds since 1970."""
+        return int((self.bundle.path / "bundle.json").stat().st_mtime)
+
+
+@dataclass(frozen=True)
+class Models:
+    """All that are served; the first is the default."""
+
+    by_name: Mapping[str, Model]
+
+    @classmethod
+    def open(cls, settings: Settings) -> "Models":
+        """Read and check the manifest of every bundle; raises BundleError, or InputError if two have one name."""
+        found: dict[str, Model] = {}
+        names = settings.model_names or tuple(map(name_of, settings.bundles))
+        for name, source in zip(names, settings.bundles, strict=True):
+            if name in found:
+                raise InputError(f"two bundles are named {name}: give each its own with --model-name")
+            found[name] = Model(name, Bundle.open(source, trust_engines=settings.trust_engines), source)
+        return cls(found)
+
+    @property
+    def first(self) -> Model:
+        """Return the default."""
+        return next(iter(self.by_name.values()))
+
+    def find(self, name: str | None) -> Model:
+        """Return the model that a client names. If there is only one, every name is its; raises Refused (404)."""
+        if len(self.by_name) == 1 or not name:
+            return self.first
+        return self.exactly(name)
+
+    def exactly(self, name: str) -> Model:
+        """Return the model of this very name; raises Refused (404)."""
+        if name not in self.by_name:
+            raise Refused(
+                404,
+                f"there is no model {name!r}: choose from {', '.join(self.by_name)}",
+                param="model",
+                code="model_not_found",
+            )
+        return self.by_name[name]
+
+
+def name_of(source: str) -> str:
+    """Return the default name of a bundle: that of its folder without `.bundle`, or its id on the hub."""
+    path = Path(source)
+    if not path.is_dir() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", source):
+        return source.partition("@")[0]
+    return path.resolve().name.removesuffix(".bundle")

@@ -1,0 +1,216 @@
+"""OpenAI's images API: generations, edits and models."""
+
+import base64
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from turbochain.runtime.errors import InputError
+from turbochain.runtime.inputs.noise import check_seed
+from turbochain.runtime.serve.encoding import QUALITY, Encoding, decode, repainted
+from turbochain.runtime.serve.errors import Refused
+from turbochain.runtime.serve.models import Model
+from turbochain.runtime.serve.service import Service, off_loop, while_connected
+from turbochain.runtime.serve.source import Drawn, Job
+from turbochain.runtime.serve.wanted import Wanted, edited, parse_size, request, seeds
+
+MOST_PICTURES = 10
+USAGE = {
+    "input_tokens": 0,
+    "output_tokens": 0,
+    "total_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+}
+"""OpenAI's clients demand it in the events of a stream."""
+
+
+class Body(BaseModel):
+    """What is read of a request; other fields (quality, style, user, …) have no effect."""
+
+    prompt: str
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_PICTURES)] | None = None
+    size: str | None = None
+    response_format: str | None = None
+    output_format: str | None = None
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=8)] | None = None
+    seed: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    strength: float | None = None
+
+    @property
+    def encoding(self) -> Encoding:
+        """Return how the pictures are sent. Raises InputError."""
+        if self.response_format not in (None, "b64_json"):
+            raise InputError(
+                f"response_format={self.response_format!r}: b64_json was expected; no pictures are kept here"
+            )
+        quality = QUALITY if self.output_compression is None else self.output_compression
+        return Encoding(self.output_format or "png", quality)
+
+    @property
+    def wanted(self) -> Wanted:
+        """Return the picture that is asked for. Raises InputError."""
+        return Wanted(
+            self.prompt,
+            size=parse_size(self.size or "auto"),
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
+            strength=self.strength,
+        )
+
+
+class _Drawing:
+    """One request of the API: which pictures, and how they are sent."""
+
+    def __init__(self, service: Service, http: HttpRequest, body: Body, wanted: Wanted) -> None:
+        """Check everything before anything waits in the queue. Raises InputError."""
+        self._service, self._http, self._body, self._wanted = service, http, body, wanted
+        self._encoding = body.encoding
+        self._is_edit = wanted.image is not None
+        self.model: Model = service.models.find(body.model)
+        first = None if body.seed is None else check_seed(body.seed)
+        self._seeds = seeds(first, body.n or 1)
+        if len(self._seeds) > service.settings.queue:
+            raise InputError(f"n={body.n}: at most {service.settings.queue} pictures may wait here")
+        self._jobs = [self._job(wanted, seed) for seed in self._seeds]
+
+    def _job(self, wanted: Wanted, seed: int) -> Job:
+        strict = self._service.settings.strict_size
+        made = request(self.model.bundle, wanted, seed, strict_size=strict)
+        return Job(self.model.name, made, self._http.scope["client_name"])
+
+    async def answer(self) -> Response:
+        """Draw all pictures, and answer when they are ready."""
+        drawn = await while_connected(self._http, self._service.draw(self._jobs))
+        files = [await self._file(made, seed) for made, seed in zip(drawn, self._seeds, strict=True)]
+        data = [{"b64_json": file, "seed": seed} for file, seed in zip(files, self._seeds, strict=True)]
+        of_all = {"created": int(time.time()), "data": data, "seed": self._seeds[0], "model": self.model.name}
+        return JSONResponse({**of_all, **self._described(drawn[0]), "usage": USAGE})
+
+    async def stream(self) -> Response:
+        """Answer with events: pictures of fewer steps if they were asked for, then each picture."""
+        events = self._events()
+
+        async def next_event() -> bytes:
+            return await anext(events)
+
+        first = await while_connected(self._http, next_event())  # nothing is sent yet: a refusal has its status
+
+        async def all_events() -> AsyncIterator[bytes]:
+            yield first
+            try:
+                async for event in events:
+                    yield event
+            except Refused as refused:
+                yield _event("error", refused.body)
+
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return StreamingResponse(all_events(), media_type="text/event-stream", headers=headers)
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        kind = "image_edit" if self._is_edit else "image_generation"
+        for job, seed in zip(self._jobs, self._seeds, strict=True):
+            for index, partial in enumerate(self._partial_jobs(seed)):
+                made = (await self._service.draw([partial]))[0]
+                more = {"partial_image_index": index}
+                yield _event(f"{kind}.partial_image", await self._content(made, seed) | more)
+            made = (await self._service.draw([job]))[0]
+            yield _event(f"{kind}.completed", await self._content(made, seed) | {"usage": USAGE})
+
+    def _partial_jobs(self, seed: int) -> list[Job]:
+        """Return pictures of fewer steps of the same seed, as many as were asked for and as there are tables."""
+        chain = self.model.bundle.open_chain(self._jobs[0].request.chain)
+        most = chain.chain.tables[self._jobs[0].request.table].steps
+        jobs = []
+        for steps in (n for n in chain.steps if n < most):
+            try:
+                jobs.append(self._job(replace(self._wanted, num_inference_steps=steps), seed))
+            except InputError:  # so few make none at this strength
+                continue
+        return jobs[: self._body.partial_images or 0]
+
+    async def _content(self, made: Drawn, seed: int) -> dict[str, Any]:
+        file = await self._file(made, seed)
+        return {"b64_json": file, "created_at": int(time.time()), "seed": seed, **self._described(made)}
+
+    def _described(self, made: Drawn) -> dict[str, Any]:
+        height, width, _ = made.picture.shape
+        more = {"output_format": self._encoding.format, "quality": "auto", "background": "opaque"}
+        return {"size": f"{width}x{height}", **more}
+
+    async def _file(self, made: Drawn, seed: int) -> str:
+        text = {"prompt": self._body.prompt, "seed": str(seed), "model": self.model.name}
+        return base64.b64encode(await off_loop(self._encoding.encode, made.picture, text)).decode()
+
+
+def router(service: Service) -> APIRouter:
+    """Return the routes below /v1."""
+    routes = APIRouter(prefix="/v1")
+
+    @routes.post("/images/generations")
+    async def generations(body: Body, http: HttpRequest) -> Response:
+        drawing = _Drawing(service, http, body, replace(body.wanted, strength=None))
+        return await (drawing.stream() if body.stream else drawing.answer())
+
+    @routes.post("/images/edits")
+    async def edits(http: HttpRequest) -> Response:
+        body, image, mask = await _form(http)
+        wanted = replace(body.wanted, image=await off_loop(decode, "image", image))
+        if mask is not None:
+            transparent = await off_loop(decode, "mask", mask)
+            wanted = replace(wanted, mask_image=await off_loop(repainted, "mask", transparent))
+        bundle = service.models.find(body.model).bundle
+        drawing = await off_loop(_Drawing, service, http, body, edited(bundle, wanted))
+        return await (drawing.stream() if body.stream else drawing.answer())
+
+    @routes.get("/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_described(model) for model in service.models.by_name.values()]}
+
+    @routes.get("/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        return _described(service.models.exactly(name))
+
+    return routes
+
+
+async def _form(http: HttpRequest) -> tuple[Body, bytes, bytes | None]:
+    """Return the fields, the image and the mask of an edit. Raises Refused."""
+    texts: dict[str, str] = {}
+    files: dict[str, list[bytes]] = {"image": [], "mask": []}
+    async with http.form(max_files=8, max_fields=64) as form:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                files.setdefault(name.removesuffix("[]"), []).append(await value.read())
+            elif value:
+                texts[name] = value
+    if len(files["image"]) != 1:
+        raise Refused(400, f"image: one picture was expected, and {len(files['image'])} were sent", param="image")
+    try:
+        body = Body.model_validate(texts)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Refused(400, f"{first['loc'][0]}: {first['msg']}", param=str(first["loc"][0])) from error
+    return body, files["image"][0], files["mask"][0] if files["mask"] else None
+
+
+def _described(model: Model) -> dict[str, Any]:
+    return {"id": model.name, "object": "model", "created": model.created, "owned_by": "turbochain"}
+
+
+def _event(kind: str, content: dict[str, Any]) -> bytes:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **content})}\n\n".encode()

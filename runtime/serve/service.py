@@ -1,0 +1,72 @@
+"""What every route needs: the models, the source of pictures, and a way to draw that ends if the client hangs up."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
+from starlette.types import Receive
+
+from turbochain.runtime.errors import InputError
+from turbochain.runtime.serve.errors import of_input
+from turbochain.runtime.serve.metrics import Metrics
+from turbochain.runtime.serve.models import Models
+from turbochain.runtime.serve.settings import Settings
+from turbochain.runtime.serve.source import Drawn, Job, Progress, Source
+
+Of = TypeVar("Of")
+
+
+class Gone(Exception):
+    """The client has hung up: nobody reads an answer."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """The parts of one server."""
+
+    models: Models
+    source: Source
+    settings: Settings
+    metrics: Metrics
+
+    async def draw(self, jobs: Sequence[Job], progress: Progress | None = None) -> list[Drawn]:
+        """Draw several pictures; if one is refused, the others are not wanted any more. Raises Refused."""
+        tasks: list[asyncio.Task[Drawn]] = []
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks += [group.create_task(self.source.draw(job, progress)) for job in jobs]
+        except BaseExceptionGroup as group_of:
+            raise group_of.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+
+async def while_connected(http: HttpRequest, work: Coroutine[Any, Any, Of]) -> Of:
+    """Return what `work` returns; cancel it and raise Gone if the client hangs up first.
+
+    The body must have been read.
+    """
+    working = asyncio.create_task(work)
+    gone = asyncio.create_task(_hung_up(http.receive))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Gone
+        return working.result()
+    finally:
+        working.cancel()
+        gone.cancel()
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def off_loop(function: Callable[..., Of], *arguments: Any) -> Of:
+    """Return what a function returns that takes milliseconds, from another thread; InputError becomes Refused."""
+    try:
+        return await asyncio.to_thread(function, *arguments)
+    except InputError as error:
+        raise of_input(error) from error
