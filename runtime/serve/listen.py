@@ -6,6 +6,7 @@ import sys
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.serve.app import make_app
@@ -23,18 +24,28 @@ def run(settings: Settings) -> None:
     ready.
     """
     models = Models.open(settings)
-    with _listening(settings) as listening:
-        host, port = listening.getsockname()[:2]
+    with listening(settings) as sock:
+        host, port = sock.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"serving {', '.join(models.by_name)} at http://{shown}:{port}", file=sys.stderr, flush=True)
-        asyncio.run(_serve(settings, models, listening))
+        asyncio.run(_serve(settings, models, sock))
 
 
-async def _serve(settings: Settings, models: Models, listening: socket.socket) -> None:
+async def _serve(settings: Settings, models: Models, sock: socket.socket) -> None:
     metrics = Metrics()
     worker = Worker(models, settings, metrics)
-    config = uvicorn.Config(
-        make_app(Service(models, worker, settings, metrics)),
+    server = _Server(config(make_app(Service(models, worker, settings, metrics))), worker)
+    failing = asyncio.create_task(server.end_if_it_cannot_start())
+    await server.serve([sock])
+    failing.cancel()
+    if worker.problem is not None and not worker.state.ready:
+        raise worker.problem
+
+
+def config(app: ASGIApp) -> uvicorn.Config:
+    """Return how uvicorn runs the application."""
+    return uvicorn.Config(
+        app,
         log_level="warning",
         access_log=False,
         lifespan="on",
@@ -42,12 +53,6 @@ async def _serve(settings: Settings, models: Models, listening: socket.socket) -
         ws_max_size=IMAGE_BODY,
         ws_max_queue=4,
     )
-    server = _Server(config, worker)
-    failing = asyncio.create_task(server.end_if_it_cannot_start())
-    await server.serve([listening])
-    failing.cancel()
-    if worker.problem is not None and not worker.state.ready:
-        raise worker.problem
 
 
 class _Server(uvicorn.Server):
@@ -81,7 +86,8 @@ class _Server(uvicorn.Server):
             self.should_exit = True
 
 
-def _listening(settings: Settings) -> socket.socket:
+def listening(settings: Settings) -> socket.socket:
+    """Return a socket that listens; InputError if it cannot."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=128)
