@@ -29,7 +29,7 @@ def make_app(service: Service) -> ASGIApp:
         yield
         await service.source.close()
 
-    api = FastAPI(title="turbochain", lifespan=lifespan, docs_url=None, redoc_url=None)
+    api = FastAPI(title="turbochain", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     for routes in (openai,):
         api.include_router(routes.router(service))
     api.add_exception_handler(Refused, _refused)
@@ -37,13 +37,14 @@ def make_app(service: Service) -> ASGIApp:
     api.add_exception_handler(RequestValidationError, _invalid)
     api.add_exception_handler(HTTPException, _http_error)
     api.add_exception_handler(Gone, _gone)
+    api.add_exception_handler(Exception, _failed)
 
-    @api.get("/healthz")
+    @api.api_route("/healthz", methods=["GET", "HEAD"])
     async def healthz() -> Response:
         state = service.source.state
         return JSONResponse({"alive": state.alive, "problem": state.problem}, 200 if state.alive else 503)
 
-    @api.get("/readyz")
+    @api.api_route("/readyz", methods=["GET", "HEAD"])
     async def readyz() -> Response:
         state = service.source.state
         ready = state.ready and state.alive
@@ -59,7 +60,8 @@ def make_app(service: Service) -> ASGIApp:
             guarded,
             allow_origins=service.settings.allow_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
+            expose_headers=["Retry-After"],
         )
     return Counted(guarded, service.metrics)
 
@@ -103,8 +105,16 @@ async def _invalid(http: HttpRequest, error: Exception) -> Response:
 
 async def _http_error(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    path = f"{http.method} {http.url.path}"
-    return await _refused(http, Refused(error.status_code, f"{path}: {HTTPStatus(error.status_code).phrase.lower()}"))
+    phrase = HTTPStatus(error.status_code).phrase
+    reason = phrase.lower() if error.detail == phrase else error.detail
+    answer = await _refused(http, Refused(error.status_code, f"{http.method} {http.url.path}: {reason}"))
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _failed(http: HttpRequest, error: Exception) -> Response:
+    """Answer what no route expected; uvicorn logs where it was."""
+    return await _refused(http, Refused(500, "the server has failed; its log says where", type="server_error"))
 
 
 async def _gone(_: HttpRequest, error: Exception) -> Response:

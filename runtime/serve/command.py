@@ -51,12 +51,16 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         queue=arguments.queue,
         timeout=arguments.timeout,
         strict_size=arguments.strict_size,
-        memory_bytes=None if arguments.memory is None else int(arguments.memory * 2**30),
+        memory_bytes=None if arguments.memory is None else _bytes(arguments.memory),
         backend=arguments.backend,
         device=arguments.device,
         threads=arguments.threads,
         trust_engines=arguments.trust_engines,
     )
+
+
+def _bytes(gib: float) -> int:
+    return int(gib * 2**30) if 0 < gib < 2**20 else 0  # which `Settings` refuses
 
 
 def _keys(arguments: argparse.Namespace) -> tuple[str, ...]:

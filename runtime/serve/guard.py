@@ -33,7 +33,7 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         """Take the application behind it, and who may call it."""
         self._app, self._settings = app, settings
-        self._hosts = {"localhost", settings.host, *settings.allow_hosts}
+        self._hosts = {name.lower() for name in ("localhost", settings.host, *settings.allow_hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -55,7 +55,7 @@ class Guard:
     def _check_host(self, headers: Mapping[str, str]) -> None:
         """Refuse a name that is not this server's: a foreign page may have bound its own name to this address."""
         name = _hostname(f"//{headers.get('host', '')}")
-        if "*" not in self._settings.allow_hosts and name not in self._hosts and not _is_address(name):
+        if "*" not in self._hosts and name not in self._hosts and not _is_address(name):
             raise Refused(403, f"Host is {name!r}, which is not this server's: allow it with --allow-host", code="host")
 
     def _check_origin(self, scope: Scope, headers: Mapping[str, str]) -> None:
@@ -64,7 +64,8 @@ class Guard:
         changes = scope["type"] == "websocket" or scope["method"] not in ("GET", "HEAD", "OPTIONS")
         if not changes or origin is None or "*" in allowed or origin in allowed:
             return
-        if urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+        own = headers.get("host", "").lower()
+        if not own or _server(origin) != own:
             raise Refused(403, f"Origin is {origin!r}: allow this page's server with --allow-origin", code="origin")
 
     def _check_key(self, scope: Scope, headers: Mapping[str, str]) -> str:
@@ -145,6 +146,14 @@ def _headers(scope: Scope) -> dict[str, str]:
 def _hostname(url: str) -> str:
     try:
         return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _server(url: str) -> str:
+    """Return host and port of a URL, "" if it has none: an opaque origin is `null`."""
+    try:
+        return urlsplit(url).netloc.lower()
     except ValueError:
         return ""
 

@@ -1,6 +1,7 @@
 """A server from its first connection to its last: listening, signals, and the end."""
 
 import asyncio
+import os
 import socket
 import sys
 from types import FrameType
@@ -16,12 +17,14 @@ from turbochain.runtime.serve.service import Service
 from turbochain.runtime.serve.settings import IMAGE_BODY, Settings
 from turbochain.runtime.serve.worker import Worker
 
+READING = 10
+"""For how many seconds of its end the server waits for clients that are slow to read their answers."""
+
 
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C; a second one ends it at once.
 
-    Raises InputError if a bundle cannot be opened or the address is taken, and what ended the worker before it was
-    ready.
+    Raises InputError if a bundle cannot be opened or the address is taken, and what has ended the worker.
     """
     models = Models.open(settings)
     with listening(settings) as sock:
@@ -38,7 +41,7 @@ async def _serve(settings: Settings, models: Models, sock: socket.socket) -> Non
     failing = asyncio.create_task(server.end_if_it_cannot_start())
     await server.serve([sock])
     failing.cancel()
-    if worker.problem is not None and not worker.state.ready:
+    if worker.problem is not None:
         raise worker.problem
 
 
@@ -50,6 +53,8 @@ def config(app: ASGIApp) -> uvicorn.Config:
         access_log=False,
         lifespan="on",
         server_header=False,
+        http="h11",
+        timeout_graceful_shutdown=READING,
         ws_max_size=IMAGE_BODY,
         ws_max_queue=4,
     )
@@ -65,9 +70,9 @@ class _Server(uvicorn.Server):
         self._ending: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to end; at the second signal at once."""
+        """Begin to end; at the second signal, at once."""
         if self._ending is not None:
-            self.should_exit = self.force_exit = True
+            os._exit(128 + sig)  # a picture that is being drawn cannot be waited for, nor a library in the midst of it
         else:
             self._loop.call_soon_threadsafe(self._begin_to_end)
 
@@ -76,13 +81,15 @@ class _Server(uvicorn.Server):
 
     async def _end(self) -> None:
         """Refuse new pictures, answer those that were accepted, then close every connection."""
+        if not self._worker.warm:
+            os._exit(0)  # nothing was accepted, and loading would take its time
         await self._worker.close()
         self.should_exit = True
 
     async def end_if_it_cannot_start(self) -> None:
         """End if the first model cannot be loaded."""
         await self._worker.ended()
-        if not self._worker.state.ready:
+        if not self._worker.warm:
             self.should_exit = True
 
 

@@ -1,5 +1,6 @@
 """OpenAI's images API: generations, edits and models."""
 
+import asyncio
 import base64
 import json
 import time
@@ -18,7 +19,7 @@ from turbochain.runtime.inputs.noise import check_seed
 from turbochain.runtime.serve.encoding import QUALITY, Encoding, decode, repainted
 from turbochain.runtime.serve.errors import Refused
 from turbochain.runtime.serve.models import Model
-from turbochain.runtime.serve.service import Service, off_loop, while_connected
+from turbochain.runtime.serve.service import Service, abandon, off_loop, while_connected
 from turbochain.runtime.serve.source import Drawn, Job
 from turbochain.runtime.serve.wanted import Wanted, edited, parse_size, request, seeds
 
@@ -85,7 +86,7 @@ class _Drawing:
         first = None if body.seed is None else check_seed(body.seed)
         self._seeds = seeds(first, body.n or 1)
         if len(self._seeds) > service.settings.queue:
-            raise InputError(f"n={body.n}: at most {service.settings.queue} pictures may wait here")
+            raise InputError(f"n={body.n}: at most {service.settings.queue} pictures may wait in this server's queue")
         self._jobs = [self._job(wanted, seed) for seed in self._seeds]
 
     def _job(self, wanted: Wanted, seed: int) -> Job:
@@ -122,17 +123,25 @@ class _Drawing:
         return StreamingResponse(all_events(), media_type="text/event-stream", headers=headers)
 
     async def _events(self) -> AsyncIterator[bytes]:
+        """Draw, and return the events in order.
+
+        All pictures wait in the queue from the beginning: what is accepted is drawn, even if the server ends meanwhile.
+        """
         kind = "image_edit" if self._is_edit else "image_generation"
-        for job, seed in zip(self._jobs, self._seeds, strict=True):
-            for index, partial in enumerate(self._partial_jobs(seed)):
-                made = (await self._service.draw([partial]))[0]
-                more = {"partial_image_index": index}
-                yield _event(f"{kind}.partial_image", await self._content(made, seed) | more)
-            made = (await self._service.draw([job]))[0]
-            yield _event(f"{kind}.completed", await self._content(made, seed) | {"usage": USAGE})
+        partial = {seed: self._partial_jobs(seed) for seed in self._seeds}
+        jobs = {seed: [*partial[seed], job] for seed, job in zip(self._seeds, self._jobs, strict=True)}
+        drawing = {seed: [asyncio.create_task(self._service.draw([job])) for job in jobs[seed]] for seed in jobs}
+        try:
+            for seed, (*earlier, last) in drawing.items():
+                for index, task in enumerate(earlier):
+                    content = await self._content((await task)[0], seed)
+                    yield _event(f"{kind}.partial_image", content | {"partial_image_index": index})
+                yield _event(f"{kind}.completed", await self._content((await last)[0], seed) | {"usage": USAGE})
+        finally:
+            await abandon(task for tasks in drawing.values() for task in tasks)
 
     def _partial_jobs(self, seed: int) -> list[Job]:
-        """Return pictures of fewer steps of the same seed, as many as were asked for and as there are tables."""
+        """Return pictures of fewer steps of the same seed: as many as were asked for, can be, and have room."""
         chain = self.model.bundle.open_chain(self._jobs[0].request.chain)
         most = chain.chain.tables[self._jobs[0].request.table].steps
         jobs = []
@@ -141,7 +150,8 @@ class _Drawing:
                 jobs.append(self._job(replace(self._wanted, num_inference_steps=steps), seed))
             except InputError:  # so few make none at this strength
                 continue
-        return jobs[: self._body.partial_images or 0]
+        room = self._service.settings.queue // len(self._jobs) - 1
+        return jobs[: min(self._body.partial_images or 0, room)]
 
     async def _content(self, made: Drawn, seed: int) -> dict[str, Any]:
         file = await self._file(made, seed)

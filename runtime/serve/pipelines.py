@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections import OrderedDict
+from pathlib import Path
 
 from turbochain.runtime.pipeline import Pipeline
 from turbochain.runtime.serve.models import Model, Models
@@ -15,7 +16,8 @@ log = logging.getLogger("turbochain")
 class Pipelines:
     """Loads a model when it is first asked for, and closes those that were not used for longest.
 
-    The rule: the weights of all loaded models, as files, fit `memory_bytes`; the one in use stays in any case.
+    The rule: the weights of all loaded models, as files, fit `memory_bytes`; the one in use stays in any case. The
+    weights count once for each size and batch, of which each keeps its own, so that calls may alternate between them.
     """
 
     def __init__(self, models: Models, settings: Settings) -> None:
@@ -34,6 +36,7 @@ class Pipelines:
                 backend=settings.backend,
                 device=settings.device,
                 threads=settings.threads,
+                keep_all=True,
                 trust_engines=settings.trust_engines,
             )
         self._loaded.move_to_end(model.name)
@@ -62,18 +65,32 @@ class Pipelines:
         self._loaded.clear()
 
     def _make_room(self, model: Model) -> None:
-        limit = self._settings.memory_bytes or device_bytes() // 2
-        while self._loaded and _weight(model) + sum(_weight(self._models.exactly(n)) for n in self._loaded) > limit:
+        while (
+            self._loaded and _weight(model) + sum(map(_weight, map(self._models.exactly, self._loaded))) > self._limit
+        ):
             name, pipe = self._loaded.popitem(last=False)
             log.info("closing %s, to make room for %s", name, model.name)
             pipe.close()
 
+    @property
+    def _limit(self) -> int:
+        """Return how many bytes the weights may be; a model must be loaded."""
+        if self._settings.memory_bytes is not None:
+            return self._settings.memory_bytes
+        gpu = next(iter(self._loaded.values())).device.gpu
+        return ((gpu.memory_bytes if gpu else None) or machine_bytes()) // 2
 
-def device_bytes() -> int:
-    """Return this machine's memory in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+def machine_bytes() -> int:
+    """Return the memory in bytes of this machine, or of the container that this process is in."""
+    own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(own, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # "max" if there is no limit
+    except (OSError, ValueError):
+        return own
 
 
 def _weight(model: Model) -> int:
-    """Return the size of a model's files, which is about what its weights take in memory."""
-    return sum(record.size for record in model.bundle.manifest.files.values())
+    """Return the size of the files of a model's graphs, which is about what it takes if all of them are loaded."""
+    manifest = model.bundle.manifest
+    return sum(manifest.files[file].size for graph in manifest.graphs.values() for file in graph.files)

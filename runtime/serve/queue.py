@@ -1,7 +1,6 @@
 """The queue before the worker: bounded, with a turn for each client."""
 
 import threading
-import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ class Waiting:
     kind: Hashable  # jobs of one kind can be drawn in one pass
     settle: Settle
     progress: Progress
-    since: float = field(default_factory=time.monotonic)
     gone: threading.Event = field(default_factory=threading.Event)  # nobody awaits it any more
 
 
@@ -44,6 +42,11 @@ class Queue:
         with self._changed:
             self._drop_unwanted()
             return sum(map(len, self._clients.values()))
+
+    @property
+    def closed(self) -> bool:
+        """Return whether nothing more is accepted."""
+        return self._closed
 
     def put(self, waiting: Waiting) -> None:
         """Add a job; raises Refused if there is no room for its client."""

@@ -1,7 +1,7 @@
 """What every route needs: the models, the source of pictures, and a way to draw that ends if the client hangs up."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -55,8 +55,15 @@ async def while_connected(http: HttpRequest, work: Coroutine[Any, Any, Of]) -> O
             raise Gone
         return working.result()
     finally:
-        working.cancel()
-        gone.cancel()
+        await abandon([working, gone])
+
+
+async def abandon(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks whose results nobody wants, and wait for their end; done ones are left."""
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _hung_up(receive: Receive) -> None:

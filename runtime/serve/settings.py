@@ -47,6 +47,8 @@ class Settings:
             raise InputError(f"--queue {self.queue}: at least 1 was expected")
         if not self.timeout > 0:
             raise InputError(f"--timeout {self.timeout:g}: a number of seconds above 0 was expected")
+        if self.memory_bytes is not None and self.memory_bytes < 1:
+            raise InputError("--memory: a number of GiB above 0 was expected")
         if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in self.api_keys):
             raise InputError(
                 "a key is empty, or has characters that no header carries: letters and digits were expected"

@@ -57,7 +57,7 @@ class Source(Protocol):
 class State:
     """What a source is doing."""
 
-    ready: bool  # whether it has made its first picture
+    ready: bool  # whether it has made its first picture, and accepts more
     alive: bool = True  # whether it can make any: not after a CudaFault
     waiting: int = 0  # pictures in the queue
     problem: str | None = None  # why it is not alive

@@ -130,6 +130,6 @@ def parse_size(text: str) -> tuple[int, int] | None:
     width, cross, height = text.partition("x")
     if not (cross and width.isascii() and width.isdigit() and height.isascii() and height.isdigit()):
         raise InputError(f"size={text!r}: WIDTHxHEIGHT in pixels was expected, such as 512x512, or auto")
-    if not (1 <= int(width) <= 1 << 16 and 1 <= int(height) <= 1 << 16):
+    if max(len(width), len(height)) > 5 or not (1 <= int(width) <= 1 << 16 and 1 <= int(height) <= 1 << 16):
         raise InputError(f"size={text!r}: sides from 1 to {1 << 16} pixels were expected")
     return int(height), int(width)

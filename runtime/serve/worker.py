@@ -6,9 +6,9 @@ import threading
 import time
 from collections.abc import Sequence
 
-from turbochain.runtime.errors import Cancelled, CudaFault, InputError
+from turbochain.runtime.errors import Cancelled, CudaFault
 from turbochain.runtime.serve import batching
-from turbochain.runtime.serve.errors import failed, of_input, unavailable
+from turbochain.runtime.serve.errors import failed, unavailable
 from turbochain.runtime.serve.metrics import Metrics
 from turbochain.runtime.serve.models import Models
 from turbochain.runtime.serve.pipelines import Pipelines
@@ -36,8 +36,13 @@ class Worker:
     @property
     def state(self) -> State:
         """Return what it is doing."""
-        problem = self._problem
-        return State(self._ready, problem is None, len(self._queue), None if problem is None else str(problem))
+        problem, ready = self._problem, self._ready and not self._queue.closed
+        return State(ready, problem is None, len(self._queue), None if problem is None else str(problem))
+
+    @property
+    def warm(self) -> bool:
+        """Return whether it has ever made a picture."""
+        return self._ready
 
     async def start(self) -> None:
         """Begin to load the first model and to draw a picture with it."""
@@ -88,10 +93,16 @@ class Worker:
             self._mean = self._pipelines.warm_up(self._models.first)
             self._ready = True
             while batch := self._queue.take(self._most):
-                self._draw(batch)
+                try:
+                    self._draw(batch)
+                except CudaFault as fault:
+                    for waiting in batch:  # those that have their picture keep it
+                        waiting.settle(unavailable(f"the GPU has failed: {fault}", "failed"))
+                    raise
         except BaseException as error:
             self._problem = error
-            log.exception("the worker ends")
+            if self._ready:  # else the process ends, and says it
+                log.exception("the worker ends")
             self._queue.fail(unavailable(f"the server cannot draw any more: {error}", "failed"))
         finally:
             self._pipelines.close()
@@ -104,9 +115,7 @@ class Worker:
         """Draw one pass, and give each job its picture, or what went wrong; raises CudaFault alone."""
         try:
             drawn = self._pass(batch)
-        except CudaFault as fault:
-            for waiting in batch:
-                waiting.settle(unavailable(f"the GPU has failed: {fault}", "failed"))
+        except CudaFault:
             raise
         except Cancelled:
             return  # nobody awaits them
@@ -115,9 +124,8 @@ class Worker:
                 for waiting in batch:
                     self._draw([waiting])
                 return
-            if not isinstance(error, InputError):
-                log.exception("a picture could not be drawn")
-            batch[0].settle(of_input(error) if isinstance(error, InputError) else failed(error))
+            log.exception("a picture could not be drawn")  # its request was sound
+            batch[0].settle(failed(error))
         else:
             for waiting, made in zip(batch, drawn, strict=True):
                 waiting.settle(made)
