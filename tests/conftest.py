@@ -21,6 +21,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import calls
 import here
@@ -40,6 +41,9 @@ from turbochain.runtime import Bundle
 from turbochain.runtime.bundle import hashing
 from turbochain.runtime.commands import main
 from turbochain.runtime.inputs import feeds
+
+if TYPE_CHECKING:
+    from serving import Serving
 
 # Each export lists the exporter's 700 functions anew, which takes as long as the smallest graphs.
 ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
@@ -262,6 +266,15 @@ def sd(bundle_of: BundleFactory) -> Path:
 def sdxl(bundle_of: BundleFactory) -> Path:
     """The SDXL miniature, fp32, three pictures per pass."""
     return bundle_of("sdxl")
+
+
+@pytest.fixture(scope="session")
+def server(sd: Path) -> "Iterator[Serving]":
+    """The SD miniature, served with the defaults: 64x64, text-to-image and image-to-image, 1 to 4 steps."""
+    from serving import serving  # here, as most sessions of one file serve nothing
+
+    with serving(sd) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

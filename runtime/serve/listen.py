@@ -99,7 +99,7 @@ def listening(settings: Settings) -> socket.socket:
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=128)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]  # the address follows
         raise InputError(
             f"cannot listen at {settings.host} port {settings.port} ({reason}): give another --host or --port"
         ) from error

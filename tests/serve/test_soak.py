@@ -1,0 +1,112 @@
+"""Twenty minutes of clients of every sort: the server's memory does not grow, and no descriptor is left open.
+
+`SOAK_SECONDS=60 pytest -m full tests/serve/test_soak.py` is a shorter one.
+"""
+
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from asking import GENERATE, Client, connect, exchange, until
+from small_bundle import WORDS
+
+SECONDS = float(os.environ.get("SOAK_SECONDS", 20 * 60))
+WARM_UP = 0.25  # of the time: the caches fill, and the allocator finds its size
+PROMPTS = [" ".join(random.Random(i).choices(WORDS, k=5)) for i in range(200)]
+
+
+def steady(url: str, numbers: random.Random) -> None:
+    client = Client(url)
+    for _ in range(20):
+        form = numbers.choice(("png", "jpeg", "webp"))
+        answer = client.draw(numbers.choice(PROMPTS), n=numbers.randrange(1, 4), output_format=form)
+        assert answer.status in (200, 429, 503), answer
+    client.close()
+
+
+def streaming(url: str, numbers: random.Random) -> None:
+    client = Client(url)
+    more = {"stream": True, "partial_images": 2, "num_inference_steps": 3}
+    assert client.draw(numbers.choice(PROMPTS), **more).status in (200, 429, 503)
+    client.close()
+
+
+def leaving(url: str, numbers: random.Random) -> None:
+    body = b'{"prompt": "%s", "n": 3}' % numbers.choice(PROMPTS).encode()
+    head = (
+        f"POST {GENERATE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    )
+    with connect(url) as connection:
+        connection.sendall((head.encode() + b"\r\n\r\n" + body)[: numbers.randrange(20, 400)])
+        time.sleep(numbers.random() / 50)
+
+
+def wrong(url: str, numbers: random.Random) -> None:
+    client = Client(url)
+    assert client.draw("a cat", num_inference_steps=99).status == 400
+    assert client.ask("POST", GENERATE, b" " * (1 << 20) + b" ", Content_Type="application/json").status == 413
+    assert client.get(f"/{numbers.random()}").status == 404
+    client.close()
+    with contextlib.suppress(ConnectionError):
+        exchange(url, numbers.randbytes(500) + b"\r\n\r\n")
+
+
+CLIENTS: tuple[Callable[[str, random.Random], None], ...] = (steady, steady, steady, streaming, leaving, wrong)
+
+
+@pytest.mark.full
+def test_a_server_that_is_used_does_not_grow(small: Path) -> None:
+    line = [sys.executable, "-c", "import sys; from turbochain.runtime.commands.main import main; sys.exit(main())"]
+    line += ["serve", str(small), "--port", "0", "--threads", "1", "--backend", "onnxruntime"]
+    server = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        url = server.stderr.readline().split()[-1]
+        until(lambda: Client(url).get("/readyz").status == 200)
+        folder = Path(f"/proc/{server.pid}")
+        end, ending = time.monotonic() + SECONDS, threading.Event()
+
+        def run(number: int) -> int:
+            numbers, count = random.Random(number), 0
+            while not ending.is_set():
+                CLIENTS[number](url, numbers)
+                count += 1
+            return count
+
+        def resident() -> int:
+            return int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+        def descriptors() -> list[str]:
+            return sorted(os.readlink(file) for file in (folder / "fd").iterdir() if file.is_symlink())
+
+        before = descriptors()
+        with ThreadPoolExecutor(len(CLIENTS)) as pool:
+            try:
+                running = [pool.submit(run, number) for number in range(len(CLIENTS))]
+                time.sleep(SECONDS * WARM_UP)
+                sizes = []
+                while time.monotonic() < end and not any(one.done() for one in running):
+                    sizes.append(resident())
+                    time.sleep(min(1.0, SECONDS / 100))
+            finally:
+                ending.set()
+            assert min(one.result() for one in running) > 0
+        tenth = max(1, len(sizes) // 10)
+        growth = np.mean(sizes[-tenth:]) / np.mean(sizes[:tenth]) - 1
+        until(lambda: len(descriptors()) <= len(before))
+        print(f"\n{SECONDS:g} s: {sizes[0] / 2**20:.1f} MiB, growth {100 * growth:.2f}%, {len(before)} descriptors")
+        assert growth <= 0.01, [size >> 20 for size in sizes[:: tenth or 1]]
+        assert server.poll() is None
+    finally:
+        server.terminate()
+        _, said = server.communicate(timeout=60)
+    assert (server.returncode, said.count("Traceback")) == (0, 0), said[-5000:]
