@@ -2,10 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := cpu,openvino,export,tensorrt-rtx,dev
+EXTRAS := cpu,openvino,export,serve,tensorrt-rtx,dev
 # A GPU's libraries exclude some of the CPU's, so it has an environment of its own; with BIN=DIRECTORY on the command
 # line that one's python is taken, as it is.
-GPU_EXTRAS := cuda,export,tensorrt,dev
+GPU_EXTRAS := cuda,export,serve,tensorrt,dev
 GPU_VENV := $(if $(filter file,$(origin BIN)),.venv-gpu)
 GPU_BIN := $(if $(GPU_VENV),$(GPU_VENV)/bin,$(BIN))
 # Half of a test is a single thread, so two run at once; the tests of a file stay together, and share what they build.
@@ -20,7 +20,7 @@ BENCH_GPU ?= synthetic:sd-turbo synthetic:sdxl-turbo
 TINY := --vae tiny --steps 1 --batch 1 --cold --pairs tensorrt-fp16:eager-fp16-tuned tensorrt-fp16:compiled-fp16
 PROMPT ?= a large red circle left of a small blue square on a yellow background
 
-.PHONY: setup demo test check check-full check-gpu bench bench-smoke bench-setup bench-variants bench-build bench-gpu inspect-engines train-demo clean
+.PHONY: setup demo test check check-full check-gpu bench bench-smoke bench-setup bench-variants bench-build bench-serve bench-gpu inspect-engines train-demo clean
 
 setup: $(VENV)/.installed
 
@@ -83,6 +83,9 @@ bench-variants: setup
 
 bench-build: setup
 	$(BIN)/python benchmarks/build_cost.py $(BENCH) --precision $(PRECISION)
+
+bench-serve: setup
+	$(BIN)/python benchmarks/serve_cost.py $(BUNDLE)
 
 bench-gpu: $(addsuffix /.installed,$(GPU_VENV))
 	$(GPU_BIN)/python benchmarks/bench.py --device cuda $(BENCH_GPU)

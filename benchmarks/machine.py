@@ -22,12 +22,12 @@ INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu")
 
 
-def run(device: str = "cpu", known_commit: str | None = None) -> Run:
-    """Describe this command: everything that is needed to repeat it."""
+def run(device: str = "cpu", known_commit: str | None = None, packages: tuple[str, ...] = PACKAGES) -> Run:
+    """Describe this command: everything that is needed to repeat it; `packages`: those whose versions matter."""
     return Run(
         commit=known_commit or commit(),
         machine=machine(),
-        versions=versions(*PACKAGES),
+        versions=versions(*packages),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         command=shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         gpu=None if device == "cpu" else gpu(device),

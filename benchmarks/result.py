@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rows import Batches, Build, Cold, Compiled, Floor, Growth, Pair, Row, Run, Tried
+from rows import Batches, Build, Cold, Compiled, Floor, Growth, Pair, Row, Run, Served, Tried
 from turbochain.runtime.bundle import strict_json
 from turbochain.runtime.bundle.writing import write_atomically
 from turbochain.runtime.errors import InputError
@@ -57,6 +57,11 @@ INCLUDES = {
     "files are not read again), engine and tokenizers, anonymous resident memory sampled every 5 ms; stages: single "
     "launches; end to end: prompt string to uint8 picture in host memory; overhead: the part of it that no stage "
     "accounts for",
+    "served": "from the first byte of a request (POST /v1/images/generations) to the last of its answer, over loopback "
+    "and a connection that is kept, one client; the picture is noise and is ready at once; echo: a bare uvicorn, with "
+    "h11 as the server has, answers with the same bytes; encoding: the JPEG and its base64 in the client's process; "
+    "the three are interleaved request by request; own cost: the median of the server less that of the encoding, round "
+    "by round",
 }
 """Name of a figure → what it includes."""
 
@@ -80,6 +85,7 @@ class Result:
     variants: tuple[Tried, ...] = ()
     builds: tuple[Build, ...] = ()
     compiled: tuple[Compiled, ...] = ()
+    served: tuple[Served, ...] = ()
     includes: dict[str, str] = field(default_factory=lambda: dict(INCLUDES))
 
     def add(self, row: Row) -> "Result":
@@ -97,6 +103,7 @@ KINDS: dict[str, tuple[type[Row], tuple[str, ...]]] = {
     "variants": (Tried, ("graph", "variant", "precision")),
     "builds": (Build, ("precision",)),
     "compiled": (Compiled, ("graph", "precision", "architecture")),
+    "served": (Served, ("format", "clients")),
 }
 """Each list in a Result → the type of its rows, and the fields that identify a measurement."""
 

@@ -235,3 +235,27 @@ class Compiled(Row):
     architecture: str
     as_in_bundle: Counted
     rewritten: Counted
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Seconds of one way to be answered."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served(Row):
+    """A picture that is ready, asked of the server (serve_cost.py)."""
+
+    format: str
+    answer_bytes: int  # the body, in which the picture is base64
+    clients: int
+    rounds: int
+    requests: int  # of each way in a round
+    server: Quantiles
+    echo: Quantiles
+    encoding: Quantiles
+    own_seconds: tuple[float, ...]  # the server's median less the encoding's, of each round

@@ -11,6 +11,8 @@ from rows import Build, Cold, Figures, Floor, Pair, Run, Spread, Tried
 GiB = 2**30
 FEWEST_FOR_BOLD = 5  # rounds
 EQUAL = 120.0  # dB
+OWN_MS = 5
+"""The most that the server may add to the encoding of a picture, in ms."""
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -50,6 +52,7 @@ def made(run: Run) -> str:
 def libraries(run: Run) -> str:
     """Return the versions that a figure depends on most."""
     shown = ("onnxruntime", "onnxruntime-gpu", "torch", "diffusers", "openvino", "tensorrt", "tensorrt-rtx-cu13")
+    shown += ("fastapi", "uvicorn", "pillow")
     return ", ".join(f"{name} {run.versions[name]}" for name in shown if name in run.versions)
 
 
@@ -292,6 +295,25 @@ def _build(result: Result, build: Build) -> dict[str, str]:
     column["— overhead, p50"] = f"{bench['overhead']['p50_ms']:.1f} ms"
     checks = build.build["checks"]
     return column | {f"{c['stage']}: {c['metric']}": f"{c['value']:.2g} (bound {c['bound']:g})" for c in checks}
+
+
+def served(results: Sequence[Result]) -> str:
+    """Return the table of serve_cost.py, and what it was measured on."""
+    heading = ["a picture that is ready", "server", "bare uvicorn", "encoding", "own cost, p50 of each round"]
+    rows = []
+    for found in results:
+        for row in found.served:
+            times = (f"{of.p50 * 1e3:.1f} ({of.p90 * 1e3:.1f})" for of in (row.server, row.echo, row.encoding))
+            own = sorted(row.own_seconds)
+            median = own[len(own) // 2] * 1e3
+            verdict = "passed" if median <= OWN_MS else "**missed**"
+            rows.append([
+                f"{found.width}x{found.height}, {row.format}, {row.answer_bytes / 1024:.0f} KiB",
+                *times,
+                f"{median:.1f} ({own[0] * 1e3:.1f} to {own[-1] * 1e3:.1f}); at most {OWN_MS}: {verdict}",
+            ])  # fmt: skip
+    notes = dict.fromkeys(measured(found) for found in results)
+    return "\n\n".join([table(heading, rows), "Milliseconds: p50 (p90).", *notes]) + "\n"
 
 
 def compiled(of: Result) -> str:

@@ -10,7 +10,7 @@ import report
 import result
 import tables
 from result import Result
-from rows import Check, Figures, Gpu, Machine, Pair, Run, Spread
+from rows import Check, Figures, Gpu, Machine, Pair, Quantiles, Run, Served, Spread
 from turbochain.runtime.errors import BundleError
 
 FILES = sorted(result.FOLDER.rglob("*.json"))
@@ -156,3 +156,15 @@ def test_without_results_of_a_gpu_the_page_says_so(tmp_path: Path) -> None:
     result.write(of(rows, runs=(run("a", gpu=H200),), device="NVIDIA H200"), tmp_path / "gpu.json")
     text = report.text(tmp_path)
     assert "Nothing has been measured yet" not in text and "| tensorrt-fp16 | 12 (12) |" in text
+
+
+@pytest.mark.parametrize(("own", "said"), [(0.005, "5.0 (1.0 to 9.0); at most 5: passed"), (0.0052, "**missed**")])
+def test_the_servers_own_cost_has_a_bar(own: float, said: str) -> None:
+    """It is the median of the rounds."""
+    third = Quantiles(0.001, 0.002, 0.003)
+    row = Served(
+        format="jpeg", answer_bytes=2**20, clients=1, rounds=3, requests=60,
+        server=Quantiles(0.007, 0.008, 0.009), echo=third, encoding=third, own_seconds=(0.009, own, 0.001),
+    )  # fmt: skip
+    text = tables.served([Result("serve-cost", 512, 512, "cpu", None, None, (run("a"),), served=(row,))])
+    assert "| 512x512, jpeg, 1024 KiB | 7.0 (8.0) | 1.0 (2.0) | 1.0 (2.0) |" in text and said in text
