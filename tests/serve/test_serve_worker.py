@@ -3,23 +3,26 @@
 import contextlib
 import logging
 import random
+import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from asking import GENERATE, Answer, Client, connect, draw, metric, until
 from serving import Serving, serving
 from small_bundle import WORDS
-from standin import Error, StandIn, pipeline, standing_in
+from standin import Error, StandIn, gpu, pipeline, standing_in
 
 from turbochain.runtime import Pipeline
 from turbochain.runtime.request import Request
+from turbochain.runtime.serve import listen
 from turbochain.runtime.serve.pipelines import Pipelines
 from turbochain.runtime.serve.source import Drawn, Job, Progress, State
+from turbochain.runtime.serve.worker import Worker
 
 ON = {"backend": "onnxruntime"}
 MODEST, GREEDY, OTHER = "127.0.0.1", "127.0.0.2", "127.0.0.3"
@@ -47,6 +50,7 @@ class Gate:
     def __init__(self, server: Serving, name: str = "small") -> None:
         """The pipeline itself draws, as before."""
         self.passes: list[tuple[str, ...]] = []  # their prompts
+        self.before: Callable[[], None] = lambda: None  # done before each pass that is let through
         self._server, self._open = server, threading.Event()
         self._pool = ThreadPoolExecutor(32)
         source: Any = server.service.source
@@ -89,6 +93,7 @@ class Gate:
     def _pass(self, request: Request, **more: Any) -> Any:
         self.passes.append(request.prompts)
         self._open.wait(60)
+        self.before()
         return self._draw(request, **more)
 
 
@@ -218,7 +223,7 @@ def test_who_hangs_up_gets_no_picture(server: Serving) -> None:
 
 
 def test_a_picture_has_its_time(small: Path) -> None:
-    with serving(small, timeout=0.2, **ON) as server, Gate(server) as gate:
+    with serving(small, timeout=1.0, **ON) as server, Gate(server) as gate:
         late = gate.ask_in_turn(["late"])[0].result()
         assert (late.status, late.error["code"]) == (503, "timeout") and int(late.headers["retry-after"]) >= 1
         assert gate.shut_in.result().status == 503
@@ -266,20 +271,43 @@ def test_several_bundles_share_what_memory_there_is(
         assert client.draw("a cat").json["model"] == "small"
 
 
+def test_a_bundle_that_turns_out_to_be_damaged_harms_no_other(small: Path, tmp_path: Path) -> None:
+    """It was the server's, so that its clients are told of a fault, and not of a bad request."""
+    damaged = tmp_path / "damaged.bundle"
+    shutil.copytree(small, damaged)
+    with (damaged / "graphs/unet.onnx").open("ab") as file:
+        file.write(b"x")
+    with serving(small, damaged, **ON) as server:
+        client = Client(server.url)
+        for _ in range(2):
+            answer = client.draw("a cat", model="damaged")
+            assert (answer.status, answer.error["code"]) == (500, "failed") and "unet.onnx" in answer.error["message"]
+            assert client.draw("a cat", model="small").status == client.get("/healthz").status == 200
+
+
 def test_a_cuda_fault_is_told_to_everyone(small: Path, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """The executor for GPUs runs for real, over the stand-in of tests/cuda; one of its CUDA calls fails for good."""
     with standing_in() as runtime:
         monkeypatch.setattr(Pipeline, "load", lambda path, **_: pipeline(Path(path), StandIn))
         with serving(small, device="cuda") as server:
-            client = Client(server.url)
+            client, worker = Client(server.url), cast(Worker, server.service.source)
+            assert worker._pipelines._limit == gpu().gpu.memory_bytes // 2  # type: ignore[union-attr, operator]
             np.testing.assert_array_equal(client.draw("a cat", seed=3).pictures[0], picture(pipe, "a cat", seed=3))
             assert (client.get("/healthz").status, client.get("/readyz").status) == (200, 200)
             with Gate(server) as gate:
-                waiting = gate.ask_in_turn(["one", "two", "three"])
-                runtime.fail[len(runtime.calls)] = Error.cudaErrorIllegalAddress
+                scale = {"guidance_scale": 3e38}  # see above: the two fail, and each is drawn alone
+                waiting = gate.ask_in_turn(["dog", "cat", "three"], negative_prompt="dog", **scale)
+
+                def fail() -> None:
+                    if gate.passes[-1] == ("dog",):
+                        runtime.fail[len(runtime.calls)] = Error.cudaErrorIllegalAddress
+
+                gate.before = fail
                 gate.open()
-                answers = [asked.result() for asked in (gate.shut_in, *waiting)]
-            assert [(answer.status, answer.error["code"]) for answer in answers] == [(503, "failed")] * 4
+                assert gate.shut_in.result().status == 200
+                answers = [asked.result() for asked in waiting]
+            assert gate.passes == [("shut in",), ("dog", "cat"), ("dog",)]
+            assert [(answer.status, answer.error["code"]) for answer in answers] == [(503, "failed")] * 3
             assert all("retry-after" in answer.headers for answer in answers)
             health = client.get("/healthz")
             assert health.status == 503 and "cudaErrorIllegalAddress" in health.json["problem"]
@@ -291,10 +319,14 @@ class Ready:
 
     state = State(ready=True)
 
-    def __init__(self, picture: np.ndarray) -> None:
+    def __init__(self, picture: np.ndarray | None = None) -> None:
         self._picture = picture
+        self.clients: list[str] = []  # of the jobs
 
     async def draw(self, job: Job, progress: Progress | None = None) -> Drawn:
+        self.clients.append(job.client)
+        if self._picture is None:
+            raise ZeroDivisionError("a fault of ours")
         return Drawn(self._picture, 0.0)
 
     async def start(self) -> None:
@@ -304,9 +336,22 @@ class Ready:
         """There is nothing to end."""
 
 
-def test_a_slow_reader_holds_only_itself(small: Path) -> None:
+@pytest.mark.parametrize("keys", [(), ("one", "two")])
+def test_a_client_is_its_key_or_else_its_address(keys: tuple[str, ...], small: Path) -> None:
+    source = Ready()
+    with serving(small, source=source, api_keys=keys) as server:
+        for key, address in (("one", MODEST), ("two", MODEST), ("two", GREEDY)):
+            answer = Client(server.url, key=key, address=address).draw("a cat")
+            assert answer.status == 500 and "its log says where" in answer.error["message"]
+    assert len(source.clients) == 3 and len(set(source.clients)) == 2
+    assert (source.clients[0] == source.clients[1]) == (not keys)
+
+
+def test_a_slow_reader_holds_only_itself(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does one that never reads keep the server from its end."""
+    monkeypatch.setattr(listen, "READING", 0.1)
     noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8)
-    with serving(small, source=Ready(noise)) as server:
+    with contextlib.ExitStack() as later, serving(small, source=Ready(noise)) as server:
         asked = b'{"prompt": "", "n": 10, "output_format": "jpeg", "output_compression": 100}'  # 25 MB
         with contextlib.closing(hang_up(server.url, asked)) as slow:
             first = slow.recv(1000)
@@ -319,3 +364,5 @@ def test_a_slow_reader_holds_only_itself(small: Path) -> None:
             read = len(first) - first.index(b"\r\n\r\n") - 4
             while read < size:
                 read += len(slow.recv(1 << 20))
+        never = later.enter_context(contextlib.closing(hang_up(server.url, asked)))
+        assert never.recv(10) == b"HTTP/1.1 2"
