@@ -97,9 +97,12 @@ def listening(settings: Settings) -> socket.socket:
     """Return a socket that listens; InputError if it cannot."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=128)
+        sock = socket.create_server((settings.host, settings.port), family=family, backlog=128)
     except (OSError, OverflowError) as error:
         reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]  # the address follows
         raise InputError(
             f"cannot listen at {settings.host} port {settings.port} ({reason}): give another --host or --port"
         ) from error
+    # Without it a small answer waits 40 ms for the client's ACK; asyncio sets it only if a socket names its protocol.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock

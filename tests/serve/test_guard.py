@@ -11,6 +11,8 @@ from asking import GENERATE, Client, connect, exchange
 from serving import Serving, serving
 
 from turbochain.runtime.serve import guard
+from turbochain.runtime.serve.listen import listening
+from turbochain.runtime.serve.settings import Settings
 
 KEYS = ("first-key", "second-key")
 PAGE = "https://page.example"
@@ -185,6 +187,14 @@ def test_what_is_no_http_ends_its_connection_alone(client: Client, open_server: 
         except ConnectionError:
             assert sent in floods  # the server has closed it while we were sending
     assert client.get("/v1/models").status == 200
+
+
+def test_small_answers_are_sent_at_once() -> None:
+    """Else the body of an answer waits until the client has acknowledged its head, which takes 40 ms."""
+    with listening(Settings(("x",), port=0)) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_half_a_request_and_a_reset_leave_nothing(client: Client, open_server: Serving) -> None:
