@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import json
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -10,9 +9,10 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter
 from pydantic import BaseModel, Field, ValidationError
+from pydantic_core import to_json
 from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs.noise import check_seed
@@ -100,7 +100,8 @@ class _Drawing:
         files = [await self._file(made, seed) for made, seed in zip(drawn, self._seeds, strict=True)]
         data = [{"b64_json": file, "seed": seed} for file, seed in zip(files, self._seeds, strict=True)]
         of_all = {"created": int(time.time()), "data": data, "seed": self._seeds[0], "model": self.model.name}
-        return JSONResponse({**of_all, **self._described(drawn[0]), "usage": USAGE})
+        content = {**of_all, **self._described(drawn[0]), "usage": USAGE}
+        return Response(to_json(content), media_type="application/json")  # ten times as fast as `json` with long texts
 
     async def stream(self) -> Response:
         """Answer with events: pictures of fewer steps if they were asked for, then each picture."""
@@ -223,4 +224,4 @@ def _described(model: Model) -> dict[str, Any]:
 
 
 def _event(kind: str, content: dict[str, Any]) -> bytes:
-    return f"event: {kind}\ndata: {json.dumps({'type': kind, **content})}\n\n".encode()
+    return b"event: %s\ndata: %s\n\n" % (kind.encode(), to_json({"type": kind, **content}))
