@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SEEDS = 1 << 64
+MOST_PICTURES = 10
+"""How many one request may ask for."""
 
 
 @dataclass(frozen=True)
