@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from turbochain.runtime.inputs.noise import check_seed
 from turbochain.runtime.serve.drawings import Drawing, Drawings
 from turbochain.runtime.serve.encoding import Encoding, decode_base64
 from turbochain.runtime.serve.errors import Refused, of_validation
@@ -118,7 +119,7 @@ class _Server:
         count, most = body.batch_size * body.n_iter, min(MOST_PICTURES, self.service.settings.queue)
         if count > most:
             raise Refused(400, f"batch_size x n_iter is {count}: at most {most} were expected", param="batch_size")
-        first, *others = seeds(None if body.seed < 0 else body.seed, count)
+        first, *others = seeds(None if body.seed < 0 else check_seed(body.seed), count)
         made = request(model.bundle, as_built(model.bundle, wanted), first)
         requests = [made, *(replace(made, seeds=(seed,)) for seed in others)]
         return [Job(model.name, request, client) for request in requests]
