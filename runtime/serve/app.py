@@ -100,8 +100,11 @@ async def _invalid(http: HttpRequest, error: Exception) -> Response:
 
 async def _http_error(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    path = f"{http.method} {http.url.path}"
-    return await _refused(http, Refused(error.status_code, f"{path}: {HTTPStatus(error.status_code).phrase.lower()}"))
+    phrase = HTTPStatus(error.status_code).phrase
+    reason = phrase.lower() if error.detail == phrase else error.detail
+    answer = await _refused(http, Refused(error.status_code, f"{http.method} {http.url.path}: {reason}"))
+    answer.headers.update(error.headers or {})
+    return answer
 
 
 async def _gone(_: HttpRequest, error: Exception) -> Response:

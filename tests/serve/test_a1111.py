@@ -1,11 +1,9 @@
 """A1111's API: what its clients send is drawn, and what they are told is what was drawn."""
 
-import asyncio
 import base64
 import io
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from serving import Serving, serving
+from told import GREY, Told, until
 
 from turbochain.runtime import Pipeline
 from turbochain.runtime.serve.errors import overloaded
-from turbochain.runtime.serve.source import Drawn, Job, Progress, State
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +141,10 @@ def test_without_guidance_the_scale_is_one(api: httpx2.Client) -> None:
 
 ODD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "nothing": ({}, {"prompt": "", "steps": 4}),
-    "nulls": (dict.fromkeys(("negative_prompt", "seed", "steps", "cfg_scale", "width", "n_iter", "mask")), {"steps": 4}),
+    "nulls": (
+        dict.fromkeys(("negative_prompt", "seed", "steps", "cfg_scale", "width", "n_iter", "mask")),
+        {"steps": 4},
+    ),
     "texts": ({"steps": "2", "cfg_scale": "7", "width": "512", "seed": "5"}, {"steps": 2, "seed": 5}),
     "empty texts": ({"seed": "", "steps": ""}, {"steps": 4}),
     "whole floats": ({"steps": 2.0, "seed": 5.0}, {"steps": 2, "seed": 5}),
@@ -255,15 +256,13 @@ def test_a_mask_s_white_is_repainted(guided_api: httpx2.Client, guided_pipe: Pip
     assert_drawn(guided_pipe, answers[0]["images"], prompt="a dog", image=image, mask_image=mask, **call)
 
 
-def test_the_options_choose_the_model(sd: Path, guided: Path) -> None:
-    with serving(sd, guided) as found, httpx2.Client(base_url=f"{found.url}/sdapi/v1", timeout=60) as api:
+def test_the_options_choose_the_model(two_models: Serving) -> None:
+    with httpx2.Client(base_url=f"{two_models.url}/sdapi/v1", timeout=60) as api:
         assert [model["title"] for model in api.get("sd-models").json()] == ["sd-fp32", "guided"]
-        for name in ("guided", "no such", "sd-fp32"):
-            post_options = api.post("options", json={"sd_model_checkpoint": name})
-            assert post_options.status_code == 200
-            expected = "guided" if name == "no such" else name
+        for name, chosen in (("guided", "guided"), ("no such", "guided"), ("sd-fp32", "sd-fp32")):
+            assert api.post("options", json={"sd_model_checkpoint": name}).status_code == 200
             info = json.loads(post(api, "txt2img", {"send_images": False})["info"])
-            assert (info["sd_model_name"], api.get("options").json()["sd_model_checkpoint"]) == (expected, expected)
+            assert info["sd_model_name"] == api.get("options").json()["sd_model_checkpoint"] == chosen
 
 
 def test_errors_before_the_routes_have_a1111_s_fields(sd: Path) -> None:
@@ -272,29 +271,6 @@ def test_errors_before_the_routes_have_a1111_s_fields(sd: Path) -> None:
             answer = httpx2.get(f"{found.url}/sdapi/v1/options", auth=("user", key))
             assert answer.status_code == status
             assert ("detail" in answer.json()) == (status == 401)
-
-
-class Told:
-    """A source whose pictures are ready when it is told; in place of a model that takes seconds."""
-
-    state = State(ready=True)
-
-    def __init__(self) -> None:
-        self.asked: dict[int, tuple[Progress, asyncio.Future[Drawn]]] = {}  # by seed
-        self.ended: list[int] = []
-
-    async def draw(self, job: Job, progress: Progress | None = None) -> Drawn:
-        seed = job.request.seeds[0]
-        self.asked[seed] = (progress or Progress(), asyncio.get_running_loop().create_future())
-        try:
-            return await self.asked[seed][1]
-        except asyncio.CancelledError:
-            self.ended.append(seed)
-            raise
-
-    async def start(self) -> None: ...
-
-    async def close(self) -> None: ...
 
 
 @pytest.fixture
@@ -317,18 +293,6 @@ def drawing(api: httpx2.Client, pool: ThreadPoolExecutor, **body: Any) -> Any:
     answer = pool.submit(api.post, "txt2img", json={"seed": 0, "steps": 4, **body})
     until(lambda: api.get("progress").json()["state"]["job_count"] > 0)
     return answer
-
-
-def until(holds: Callable[[], bool]) -> None:
-    """Wait for something that another thread does."""
-    for _ in range(10_000):
-        if holds():
-            return
-        time.sleep(0.002)
-    raise AssertionError("it did not happen")
-
-
-GREY = Drawn(np.full((64, 64, 3), 128, np.uint8), 1.0)
 
 
 def test_progress_is_that_of_the_client(told: tuple[Told, Callable[..., None], httpx2.Client]) -> None:
