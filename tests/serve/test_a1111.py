@@ -1,11 +1,13 @@
 """A1111's API: what its clients send is drawn, and what they are told is what was drawn."""
 
+import asyncio
 import base64
 import io
 import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ from serving import Serving, serving
 from told import GREY, Told, until
 
 from turbochain.runtime import Pipeline
+from turbochain.runtime.serve.drawings import Drawing
 from turbochain.runtime.serve.errors import overloaded
+from turbochain.runtime.serve.source import Job
+from turbochain.runtime.serve.wanted import Wanted, request
 
 
 @pytest.fixture(scope="module")
@@ -288,17 +293,30 @@ def told(sd: Path) -> Iterator[tuple[Told, Callable[..., None], httpx2.Client]]:
             yield source, do, api
 
 
-def drawing(api: httpx2.Client, pool: ThreadPoolExecutor, **body: Any) -> Any:
+def asked(api: httpx2.Client, pool: ThreadPoolExecutor, **body: Any) -> Any:
     """Ask for pictures of seed 0 and above, and return when they are asked for at the source."""
     answer = pool.submit(api.post, "txt2img", json={"seed": 0, "steps": 4, **body})
     until(lambda: api.get("progress").json()["state"]["job_count"] > 0)
     return answer
 
 
+@pytest.mark.parametrize(("strength", "passes"), [(None, 4), (0.5, 2)])
+def test_a_picture_counts_as_many_passes_as_it_makes(server: Serving, strength: float | None, passes: int) -> None:
+    """See that the worker counts what `progress` divides by."""
+    model = server.service.models.first
+    image = None if strength is None else noise("RGB", (64, 64))
+    made = request(model.bundle, Wanted("a cat", image=image, strength=strength, num_inference_steps=4), 0)
+    jobs = [Job(model.name, replace(made, seeds=(seed,)), "a test") for seed in (1, 2)]
+    drawing = Drawing("txt2img", jobs, model.bundle.open_chain(made.chain).passes(made.table))
+    drawn = asyncio.run_coroutine_threadsafe(drawing.draw(server.service.source), server.loop).result(60)
+    assert list(drawn) == [0, 1]
+    assert [progress.done for progress in drawing.progress] == [passes] * 2 == [drawing.passes] * 2
+
+
 def test_progress_is_that_of_the_client(told: tuple[Told, Callable[..., None], httpx2.Client]) -> None:
     source, do, api = told
     with ThreadPoolExecutor() as pool:
-        answer = drawing(api, pool, n_iter=2)
+        answer = asked(api, pool, n_iter=2)
         seen = [api.get("progress?skip_current_image=false").json()]
         do(setattr, source.asked[0][0], "done", 3)
         seen.append(api.get("progress").json())
@@ -321,7 +339,7 @@ def test_progress_is_that_of_the_client(told: tuple[Told, Callable[..., None], h
 def test_interrupt_ends_the_client_s_own_pictures(told: tuple[Told, Callable[..., None], httpx2.Client]) -> None:
     source, do, api = told
     with ThreadPoolExecutor() as pool:
-        answer = drawing(api, pool, batch_size=3)
+        answer = asked(api, pool, batch_size=3)
         do(source.asked[1][1].set_result, GREY)
         assert api.post("interrupt", auth=("", "two")).json() == {}
         assert (source.ended, answer.done()) == ([], False)
@@ -332,7 +350,7 @@ def test_interrupt_ends_the_client_s_own_pictures(told: tuple[Told, Callable[...
         (image,) = found.json()["images"]
         assert np.asarray(picture(image)).tobytes() == GREY.picture.tobytes()
         assert (info["all_seeds"], len(info["infotexts"]), info["seed"]) == ([1], 1, 0)
-        answer = drawing(api, pool)
+        answer = asked(api, pool)
         assert api.post("interrupt").json() == {}
         assert (answer.result().status_code, answer.result().json()["images"]) == (200, [])
 
@@ -340,7 +358,7 @@ def test_interrupt_ends_the_client_s_own_pictures(told: tuple[Told, Callable[...
 def test_a_picture_without_room_ends_the_others(told: tuple[Told, Callable[..., None], httpx2.Client]) -> None:
     source, do, api = told
     with ThreadPoolExecutor() as pool:
-        answer = drawing(api, pool, batch_size=3)
+        answer = asked(api, pool, batch_size=3)
         do(source.asked[1][1].set_exception, overloaded("no room", 3))
         found = answer.result()
     assert (found.status_code, found.headers["retry-after"], found.json()["detail"]) == (503, "3", "no room")
