@@ -84,7 +84,7 @@ class Drawings:
             "stopping_generation": False,
             "job": found[0].name if found else "",
             "job_count": len(pictures),
-            "job_timestamp": timestamp(found[0].started if found else 0.0),
+            "job_timestamp": timestamp(found[0].started) if found else "0",
             "job_no": sum(ready for ready, _, _ in pictures),
             "sampling_step": furthest[0],
             "sampling_steps": furthest[1],

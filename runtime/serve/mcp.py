@@ -5,6 +5,7 @@ import asyncio
 import importlib.metadata
 import importlib.util
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,7 +49,7 @@ def mcp(arguments: argparse.Namespace) -> None:
 class Tool:
     """Draws in a thread of its own, which loads the model first, so that the protocol stays alive."""
 
-    def __init__(self, bundle: Bundle, load: Any) -> None:
+    def __init__(self, bundle: Bundle, load: Callable[[], Pipeline]) -> None:
         """Begin to load: `load()` returns the pipeline."""
         self._bundle, self._thread = bundle, ThreadPoolExecutor(1, "turbochain-mcp")
         self._loaded: Future[Pipeline] = self._thread.submit(load)

@@ -197,8 +197,9 @@ async def _form(http: HttpRequest) -> tuple[Body, bytes, bytes | None]:
                 files.setdefault(name.removesuffix("[]"), []).append(await value.read())
             elif value:
                 texts[name] = value
-    if len(files["image"]) != 1:
-        raise Refused(400, f"image: one picture was expected, and {len(files['image'])} were sent", param="image")
+    for name, few in (("image", 1), ("mask", 0)):
+        if not few <= len(files[name]) <= 1:
+            raise Refused(400, f"{name}: one picture was expected, and {len(files[name])} were sent", param=name)
     try:
         body = Body.model_validate(texts)
     except ValidationError as error:

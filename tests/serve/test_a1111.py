@@ -156,6 +156,7 @@ ODD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no steps": ({"steps": 0}, {"steps": 1}),
     "one side": ({"width": 4096}, {"width": 64, "height": 64}),
     "a NUL in what is ignored": ({"sampler_name": "\0\ud800"}, {"steps": 4}),
+    "another script": ({"prompt": "猫, 🐈", "steps": 1}, {"prompt": "猫, 🐈"}),
     "mark-up": ({"prompt": "<lora:x:1> (cat:1.2)\nBREAK, [dog]"}, {"prompt": "<lora:x:1> (cat:1.2)\nBREAK, [dog]"}),
 }
 
@@ -167,8 +168,10 @@ def test_odd_bodies_are_drawn(api: httpx2.Client, name: str) -> None:
     assert posted.status_code == 200, posted.text
     answer = posted.json()
     assert answer["parameters"] == body
-    assert json.loads(answer["info"]).items() >= expected.items()
-    assert len(answer["images"]) == 1
+    info = json.loads(answer["info"])
+    assert info.items() >= expected.items()
+    (image,) = answer["images"]
+    assert picture(image).text == {"parameters": info["infotexts"][0]}  # type: ignore[attr-defined]
 
 
 REFUSED: dict[str, tuple[str, object, str | None]] = {

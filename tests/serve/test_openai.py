@@ -209,6 +209,7 @@ REFUSED_EDITS: dict[str, tuple[list[tuple[str, bytes]], dict[str, str], str | No
     "an empty file": ([("image", b"")], {}, "image"),
     "a mask without transparency": ([("image", PICTURE), ("mask", PICTURE)], {}, "mask"),
     "a damaged mask": ([("image", PICTURE), ("mask", b"\x89PNG")], {}, "mask"),
+    "two masks": ([("image", PICTURE), ("mask", PICTURE), ("mask", PICTURE)], {}, "mask"),
     "no prompt": ([("image", PICTURE)], {"prompt": ""}, "prompt"),
     "a count in words": ([("image", PICTURE)], {"n": "two"}, "n"),
     "a strength above 1": ([("image", PICTURE)], {"strength": "1.5"}, "strength"),
