@@ -41,6 +41,11 @@ def test_the_tool(sd: Path) -> None:
 
             several = await asyncio.gather(*(call(prompt="a cat") for _ in range(3)))
             assert len({answer.content[1].text for answer in several}) == 3  # a seed of its own each
+            given_up = [asyncio.create_task(call(prompt="a cat", num_inference_steps=4)) for _ in range(3)]
+            await client.list_tools()  # they have been sent
+            for task in given_up:
+                task.cancel()
+            assert (await call(prompt="a cat", seed=8)).content[1].text.startswith("seed 8, ")
             for wrong, why in (
                 ({"prompt": "a cat", "num_inference_steps": 9}, "built for these step counts: 1, 2, 3, 4"),
                 ({"prompt": "a cat", "size": "large"}, "WIDTHxHEIGHT in pixels was expected"),
