@@ -2,10 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := cpu,openvino,export,tensorrt-rtx,dev
+EXTRAS := cpu,openvino,export,tensorrt-rtx,serve,mcp,dev
 # A GPU's libraries exclude some of the CPU's, so it has an environment of its own; with BIN=DIRECTORY on the command
 # line that one's python is taken, as it is.
-GPU_EXTRAS := cuda,export,tensorrt,dev
+GPU_EXTRAS := cuda,export,tensorrt,serve,dev
 GPU_VENV := $(if $(filter file,$(origin BIN)),.venv-gpu)
 GPU_BIN := $(if $(GPU_VENV),$(GPU_VENV)/bin,$(BIN))
 # Half of a test is a single thread, so two run at once; the tests of a file stay together, and share what they build.

@@ -21,6 +21,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import calls
 import here
@@ -40,6 +41,9 @@ from turbochain.runtime import Bundle
 from turbochain.runtime.bundle import hashing
 from turbochain.runtime.commands import main
 from turbochain.runtime.inputs import feeds
+
+if TYPE_CHECKING:
+    from serving import Serving
 
 # Each export lists the exporter's 700 functions anew, which takes as long as the smallest graphs.
 ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
@@ -265,6 +269,15 @@ def sdxl(bundle_of: BundleFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def server(sd: Path) -> "Iterator[Serving]":
+    """The SD miniature, served with the defaults: 64x64, text-to-image and image-to-image, 1 to 4 steps."""
+    from serving import serving  # here, as most sessions of one file serve nothing
+
+    with serving(sd) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The two chains written by hand (`small_bundle.py`), verified on the CPU. Tests must not change it."""
     return calls.write(tmp_path_factory.mktemp("small"))
@@ -275,6 +288,35 @@ def right(small: Path) -> list[np.ndarray]:
     """What the CPU backend makes of `calls.ALL`, one after the other."""
     with calls.on_cpu(small) as pipe:
         return [calls.draw(pipe, call) for call in calls.ALL]
+
+
+@pytest.fixture(scope="session")
+def guided(checkpoints: dict[str, Path], shared: Path) -> Path:
+    """The SD miniature with guidance by default and with all tasks, 2 and 4 steps. Tests must not change it."""
+    path = shared / "guided.bundle"
+    with locked(shared / "guided.lock"):
+        if not (path / "engines").exists():
+            how = {"tasks": ["text-to-image", "image-to-image", "inpainting"], "guidance_scale": 5.0, "steps": [2, 4]}
+            build_here(str(checkpoints["sd"]), path, precision="fp32", size=SIZE, quiet=True, **how, **ON)
+    return path
+
+
+@pytest.fixture(scope="session")
+def guided_server(guided: Path) -> "Iterator[Serving]":
+    """The bundle `guided`, served."""
+    from serving import serving
+
+    with serving(guided) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def two_models(sd: Path, guided: Path) -> "Iterator[Serving]":
+    """Two bundles, served together."""
+    from serving import serving
+
+    with serving(sd, guided) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

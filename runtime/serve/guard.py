@@ -106,7 +106,7 @@ class Guard:
 
 async def refuse(refused: Refused, scope: Scope, send: Send) -> None:
     """Answer a request, or a socket that has not been accepted, with an error."""
-    body = json.dumps(refused.body).encode()
+    body = json.dumps(refused.body_at(scope["path"])).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **refused.headers}
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     if scope["type"] == "websocket":
