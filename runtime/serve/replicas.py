@@ -28,7 +28,7 @@ DIED = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, TaskC
 
 
 class Replicas:
-    """Gives Ray at most as many jobs as all its replicas may hold; the others wait here, with a turn for each client."""
+    """Gives Ray at most as many jobs as all its replicas may hold; others wait here, with a turn for each client."""
 
     def __init__(
         self, handle: DeploymentHandle, models: Models, settings: Settings, metrics: Metrics, room: int
@@ -102,12 +102,12 @@ class Replicas:
         """Return a picture. If its replica dies it is asked for once more: equal jobs give equal pictures."""
         try:
             return await self._ask(job)
-        except DIED:
-            log.warning("a replica has died, and its picture is drawn by another")
+        except DIED as error:
+            log.warning("a replica has died, and another draws its picture: %s", error)
         try:
             return await self._ask(job)
         except DIED as error:
-            raise unavailable(f"the replicas that drew the picture have died: {error}", "failed") from error
+            raise unavailable("two replicas have died while they drew the picture", "failed") from error
 
     async def _ask(self, job: Job) -> Drawn:
         response = self._handle.draw.remote(job)

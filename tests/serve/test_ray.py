@@ -52,33 +52,29 @@ class Cluster:
         until(lambda: self.get("/readyz")[0] == 200)
 
     def get(self, path: str) -> tuple[int, bytes]:
-        with self._asking("GET", path) as answer:
+        with contextlib.closing(self._connect()) as connection:
+            connection.request("GET", path)
+            answer = connection.getresponse()
             return answer.status, answer.read()
 
     def draw(self, **body: Any) -> tuple[int, dict[str, str], Any]:
         """Return status, headers and JSON of an answer."""
-        with self._asking("POST", "/v1/images/generations", {"prompt": PROMPT, **body}) as answer:
-            return answer.status, {n.lower(): v for n, v in answer.getheaders()}, json.loads(answer.read())
+        with contextlib.closing(self.ask(**body)) as connection:
+            answer = connection.getresponse()
+            return answer.status, {name.lower(): v for name, v in answer.getheaders()}, json.loads(answer.read())
 
     def ask(self, **body: Any) -> http.client.HTTPConnection:
         """Send a request, and do not wait for its answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request(
-            "POST", "/v1/images/generations", json.dumps({"prompt": PROMPT, **body}), {"Content-Type": "application/json"}
-        )
+        connection, text = self._connect(), json.dumps({"prompt": PROMPT, **body})
+        connection.request("POST", "/v1/images/generations", text, {"Content-Type": "application/json"})
         return connection
 
     def metric(self, name: str) -> float:
         lines = self.get("/metrics")[1].decode().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
-    @contextlib.contextmanager
-    def _asking(self, method: str, path: str, body: Any = None) -> Iterator[http.client.HTTPResponse]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        text = None if body is None else json.dumps(body)
-        connection.request(method, path, text, {"Content-Type": "application/json"} if body else {})
-        with contextlib.closing(connection):
-            yield connection.getresponse()
+    def _connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -140,7 +136,12 @@ def pids() -> set[int]:
 
     handle = serve.get_deployment_handle("Drawing", "default")
     found: set[int] = set()
-    until(lambda: len(found.add(handle.ready.remote().result(timeout_s=60)) or found) == 2)  # type: ignore[func-returns-value]
+
+    def both() -> bool:
+        found.add(handle.ready.remote().result(timeout_s=60))  # of whichever answers
+        return len(found) == 2
+
+    until(both)
     return found
 
 
@@ -162,9 +163,7 @@ def test_a_socket_draws(two: Cluster, expected: Callable[[int], np.ndarray]) -> 
 
     with connect(f"ws://127.0.0.1:{two.port}/ws", max_size=None) as ws:
         for seed in range(3):
-            ws.send(
-                json.dumps({"id": seed, "prompt": PROMPT, "seed": seed, "num_inference_steps": 2, "format": "png"})
-            )
+            ws.send(json.dumps({"id": seed, "prompt": PROMPT, "seed": seed, "num_inference_steps": 2, "format": "png"}))
             message = ws.recv(timeout=60)
             assert isinstance(message, bytes), message
             file = message[message.index(b"\x89PNG") :]
