@@ -7,6 +7,7 @@ the job; a replica is a worker as `turbochain serve` has one, in a process of it
 """
 
 import dataclasses
+import logging
 import math
 import os
 from pathlib import Path
@@ -29,8 +30,10 @@ from turbochain.runtime.serve.settings import Settings
 from turbochain.runtime.serve.source import Drawn, Job
 from turbochain.runtime.serve.worker import Worker
 
+log = logging.getLogger("turbochain")
+
 SERVER, DRAWING = "Server", "Drawing"
-"""The names of the two deployments, by which a configuration file can set more of Ray's options."""
+"""The names of the deployments, by which a configuration file can set more of Ray's options."""
 CONNECTIONS = 1000
 """How many requests and sockets an ingress holds at once; what may wait for a picture is `queue`."""
 
@@ -174,7 +177,8 @@ class Drawing:
         try:
             return await self._worker.draw(job)
         except Refused as refused:
-            if not self._worker.state.alive:  # after a CudaFault only a new process can draw
+            if (refused.status, refused.code) == (503, "failed"):  # the worker ends: only a new process can draw
+                log.error("this replica ends: %s", refused)
                 os._exit(1)
             return refused
 

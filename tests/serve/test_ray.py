@@ -228,13 +228,14 @@ def test_replicas_come_with_load_and_go_without(cluster: Cluster, sd: Path, tmp_
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps(config))  # which is YAML, too
     cluster.run(str(file))
-    until(lambda: replicas() == 0)
+    until(lambda: replicas() == 0 and cluster.get("/readyz")[0] == 200)
     stop = threading.Event()
 
-    def client(_: int) -> set[int]:
+    def client(_: int) -> set[str]:
         found = set()
         while not stop.is_set():
-            found.add(cluster.draw(num_inference_steps=4)[0])
+            status, _headers, answer = cluster.draw(num_inference_steps=4)
+            found.add("drawn" if status == 200 else answer["error"]["message"])
         return found
 
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
@@ -243,5 +244,5 @@ def test_replicas_come_with_load_and_go_without(cluster: Cluster, sd: Path, tmp_
             until(lambda: replicas() == 2)
         finally:
             stop.set()
-        assert [task.result(timeout=60) for task in running] == [{200}] * 6
+        assert [task.result(timeout=60) for task in running] == [{"drawn"}] * 6
     until(lambda: replicas() == 0)
