@@ -68,7 +68,7 @@ check-gpu: $(addsuffix /.installed,$(GPU_VENV))
 	$(GPU_BIN)/python -m pytest -q -m gpu
 
 check-ray: .venv-ray/.installed
-	.venv-ray/bin/python -m pytest -q -m ray tests/serve $(BUNDLES:%=--bundles=%)
+	.venv-ray/bin/python -m pytest -q -m ray tests/serve/test_ray.py tests/serve/test_deploy.py $(BUNDLES:%=--bundles=%)
 
 bench: setup
 	$(BIN)/python benchmarks/bench.py $(BENCH)

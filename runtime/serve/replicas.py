@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from typing import Any
 
 from ray.exceptions import (
     NodeDiedError,
@@ -25,6 +26,9 @@ log = logging.getLogger("turbochain")
 
 DIED = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, TaskCancelledError)
 """What is raised if a replica, or what held its answer, came to its end."""
+
+ASK_AGAIN = 10.0
+"""Seconds after which the first replica is asked for again: Ray tells a new call alone that none can be started."""
 
 
 class Replicas:
@@ -110,16 +114,12 @@ class Replicas:
             raise unavailable("two replicas have died while they drew the picture", "failed") from error
 
     async def _ask(self, job: Job) -> Drawn:
-        response = self._handle.draw.remote(job)
         try:
-            made = await response
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
+            made = await _answer(self._handle.draw.remote(job))
         except BackPressureError as error:
             raise overloaded("too many pictures are waiting; try again later", self._room * self._seconds()) from error
         except DeploymentUnavailableError as error:
-            raise unavailable("no replica can be started; the operator's logs say why", "failed") from error
+            raise unavailable("no replica can be started; `serve status` says why", "failed") from error
         except DIED:
             raise
         except RayError as error:
@@ -132,10 +132,14 @@ class Replicas:
     async def _wait_for_one(self) -> None:
         while not self._ready:
             try:
-                await self._handle.ready.remote()
+                async with asyncio.timeout(ASK_AGAIN):
+                    await _answer(self._handle.ready.remote())
                 self._ready, self._problem = True, None
+            except TimeoutError:
+                continue
             except (RayError, DeploymentUnavailableError) as error:
-                self._problem = f"no replica can be started: {error}"
+                log.warning("no replica can be started: %s", error)
+                self._problem = "no replica can be started; `serve status` says why"
                 await asyncio.sleep(1)
 
     def _seconds(self) -> float:
@@ -146,3 +150,12 @@ class Replicas:
         self._mean += (made.seconds - self._mean) / 4
         chain = self._models.exactly(job.model).bundle.open_chain(job.request.chain)
         self._metrics.passed(job.model, chain.chain.tables[job.request.table].steps, made.seconds, 1)
+
+
+async def _answer(response: Any) -> Any:
+    """Return what a replica answers; if the task that awaits it is cancelled, the replica's is, too."""
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
