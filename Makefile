@@ -8,7 +8,7 @@ EXTRAS := cpu,openvino,export,tensorrt-rtx,dev
 GPU_EXTRAS := cuda,export,tensorrt,dev
 GPU_VENV := $(if $(filter file,$(origin BIN)),.venv-gpu)
 GPU_BIN := $(if $(GPU_VENV),$(GPU_VENV)/bin,$(BIN))
-# Ray is larger than all the others but torch, and only one file of tests needs it.
+# Ray is larger than all the others but torch, and only its own tests need it. tests/conftest.py needs cuda-bindings.
 RAY_EXTRAS := cpu,export,serve,ray,dev
 # Half of a test is a single thread, so two run at once; the tests of a file stay together, and share what they build.
 # Files in the order of tests/conftest.py, the longest first: by the number of tests, few long ones would come last.
@@ -30,7 +30,7 @@ setup: $(VENV)/.installed
 define INSTALL
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(@D)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[$(1)]'
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[$(1)]' $(2)
 	touch $@
 endef
 
@@ -41,7 +41,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call INSTALL,$(value GPU_EXTRAS))
 
 .venv-ray/.installed: pyproject.toml constraints.txt
-	$(call INSTALL,$(value RAY_EXTRAS))
+	$(call INSTALL,$(value RAY_EXTRAS),cuda-bindings)
 
 demo: setup
 	$(BIN)/build-engine demo -o demo.bundle --precision fp32

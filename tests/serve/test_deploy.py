@@ -108,6 +108,7 @@ def test_another_servers_clients_need_a_key(server: Serving) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
 @pytest.mark.parametrize("name", ["ray-cpu.yaml", "ray-gpu.yaml"])
 def test_ray_reads_its_configuration(name: str) -> None:
     from ray.serve.schema import ServeDeploySchema
