@@ -1,8 +1,10 @@
 """What a client is told when there is no picture: OpenAI's error object, with its status."""
 
+import asyncio
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from turbochain.runtime.errors import InputError
@@ -85,3 +87,13 @@ def unavailable(message: str, code: str, seconds: float = 1.0) -> Refused:
 def failed(error: BaseException) -> Refused:
     """Return the answer if drawing failed although the input was sound."""
     return Refused(500, f"the picture could not be drawn: {error}", type="server_error", code="failed")
+
+
+@asynccontextmanager
+async def in_time(seconds: float, mean: float) -> AsyncIterator[None]:
+    """Let the block take so long, waiting included; Refused (503) if it takes longer. `mean`: seconds of a picture."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise unavailable(f"the picture was not ready after {seconds:g} s", "timeout", mean) from None
