@@ -2,12 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := cpu,openvino,export,serve,tensorrt-rtx,dev
+EXTRAS := cpu,openvino,export,tensorrt-rtx,serve,mcp,dev
 # A GPU's libraries exclude some of the CPU's, so it has an environment of its own; with BIN=DIRECTORY on the command
 # line that one's python is taken, as it is.
-GPU_EXTRAS := cuda,export,serve,tensorrt,dev
+GPU_EXTRAS := cuda,export,tensorrt,serve,dev
 GPU_VENV := $(if $(filter file,$(origin BIN)),.venv-gpu)
 GPU_BIN := $(if $(GPU_VENV),$(GPU_VENV)/bin,$(BIN))
+# Ray is larger than all the others but torch, and only its own tests need it. tests/conftest.py needs cuda-bindings.
+RAY_EXTRAS := cpu,export,serve,ray,dev
 # Half of a test is a single thread, so two run at once; the tests of a file stay together, and share what they build.
 # Files in the order of tests/conftest.py, the longest first: by the number of tests, few long ones would come last.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
@@ -20,7 +22,7 @@ BENCH_GPU ?= synthetic:sd-turbo synthetic:sdxl-turbo
 TINY := --vae tiny --steps 1 --batch 1 --cold --pairs tensorrt-fp16:eager-fp16-tuned tensorrt-fp16:compiled-fp16
 PROMPT ?= a large red circle left of a small blue square on a yellow background
 
-.PHONY: setup demo test check check-full check-gpu bench bench-smoke bench-setup bench-variants bench-build bench-serve bench-gpu inspect-engines train-demo clean
+.PHONY: setup demo test check check-full check-gpu check-ray bench bench-smoke bench-setup bench-variants bench-build bench-serve bench-gpu inspect-engines train-demo clean
 
 setup: $(VENV)/.installed
 
@@ -28,7 +30,7 @@ setup: $(VENV)/.installed
 define INSTALL
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(@D)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[$(1)]'
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[$(1)]' $(2)
 	touch $@
 endef
 
@@ -37,6 +39,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 .venv-gpu/.installed: pyproject.toml constraints.txt
 	$(call INSTALL,$(value GPU_EXTRAS))
+
+.venv-ray/.installed: pyproject.toml constraints.txt
+	$(call INSTALL,$(value RAY_EXTRAS),cuda-bindings)
 
 demo: setup
 	$(BIN)/build-engine demo -o demo.bundle --precision fp32
@@ -61,6 +66,9 @@ check-full: check
 
 check-gpu: $(addsuffix /.installed,$(GPU_VENV))
 	$(GPU_BIN)/python -m pytest -q -m gpu
+
+check-ray: .venv-ray/.installed
+	.venv-ray/bin/python -m pytest -q -m ray tests/serve/test_ray.py tests/serve/test_deploy.py $(BUNDLES:%=--bundles=%)
 
 bench: setup
 	$(BIN)/python benchmarks/bench.py $(BENCH)
@@ -102,4 +110,4 @@ train-demo: setup
 	$(BIN)/python tests/demo_model/grade.py
 
 clean:
-	rm -rf $(VENV) .venv-gpu demo.bundle demo.bundle.partial demo.png picture.png build dist *.egg-info .test-bundles .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-gpu .venv-ray demo.bundle demo.bundle.partial demo.png picture.png build dist *.egg-info .test-bundles .pytest_cache .mypy_cache .ruff_cache

@@ -23,7 +23,7 @@ from turbochain.export.recording import Call, draw, record_call
 from turbochain.export.rounded import computing_in
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tasks import Trial
-from turbochain.runtime.bundle.manifest import Chain, TableEntry
+from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Chain, TableEntry
 from turbochain.runtime.checks import bounds, metrics
 from turbochain.runtime.inputs.guidance import GUIDANCE, NEGATIVE_PROMPT
 
@@ -51,7 +51,8 @@ def write(
 
     `pipelines`: task → diffusers' own, in fp32, which share their components. `scale`: the guidance of guided calls.
     `more`: further arguments of every call, such as `timesteps`. `precisions`: those in which calls of many evaluations
-    are drawn once more, for the error that diffusers has there; the weights are rounded to them for good.
+    are drawn once more, and one from text in any case, for the error that diffusers has there; the weights are rounded
+    to them for good.
 
     The file is safetensors: everything fp32, ids int32, pictures uint8. Tensors of case i, with R evaluations:
     `i/<name>` of every feed and every result of the chain, [R, …] for those of the loop, as `record_call` finds them;
@@ -64,8 +65,8 @@ def write(
     calls = list(_calls(layout, chains, scale, inversion.prompts(first, tokenizers)))
     tensors: dict[str, np.ndarray] = {}
     rows = [chains[call.chain].tables[call.table].rows for call in calls]
-    many = [i for i, call in enumerate(calls) if bounds.has_many(rows[i], call.modes)]
-    done, total = 0, sum(n + 1 for n in rows) + len(precisions) * sum(rows[i] + 1 for i in many)
+    again = _drawn_again(calls, chains)
+    done, total = 0, sum(n + 1 for n in rows) + len(precisions) * sum(rows[i] + 1 for i in again)
 
     def advance(*_: Any) -> None:
         nonlocal done
@@ -83,12 +84,16 @@ def write(
             advance()
     for precision in precisions:
         with computing_in(first, checkpoint.family.components, precision), torch.inference_mode():
-            for i in many:
+            for i in again:
                 chain = chains[calls[i].chain]
                 pipeline = copy.copy(pipelines[chain.task])
                 pipeline.scheduler = copy.deepcopy(pipeline.scheduler)  # as in `record_call`
-                image = draw(pipeline, chain, calls[i], more)
-                if own := _error(image, tensors[f"{i}/image"]):
+                with _outputs_of(pipeline.unet) as predictions:
+                    image = draw(pipeline, chain, calls[i], more)
+                own = _error(image, tensors[f"{i}/image"]) if bounds.has_many(rows[i], calls[i].modes) else {}
+                if chain.task == TEXT_TO_IMAGE:
+                    own |= _error_of_prediction(predictions[0], tensors, i)
+                if own:
                     calls[i].errors[precision] = own
                 advance()
     tensors |= {f"magnitude/{name}": np.array([value], np.float32) for name, value in largest.items()}
@@ -126,6 +131,33 @@ def _calls(layout: Layout, chains: Mapping[str, Chain], scale: float, of_tokens:
             strength=trial.strength if entry.strength is None else entry.strength,
             guidance_scale=scale if trial.guided else entry.guidance_scale or 0.0,
         )
+
+
+def _drawn_again(calls: Sequence[Call], chains: Mapping[str, Chain]) -> list[int]:
+    """Return the calls of which diffusers' own error in a lower precision is recorded: those of many evaluations, and
+    the first from text if none of them is."""
+    found = [i for i, c in enumerate(calls) if bounds.has_many(chains[c.chain].tables[c.table].rows, c.modes)]
+    from_text = [i for i, call in enumerate(calls) if chains[call.chain].task == TEXT_TO_IMAGE]
+    return found if {*found} & {*from_text} else sorted([*found, *from_text[:1]])
+
+
+@contextlib.contextmanager
+def _outputs_of(unet: Any) -> Iterator[list[torch.Tensor]]:
+    """Collect what a UNet makes."""
+    found: list[torch.Tensor] = []
+    handle = unet.register_forward_hook(lambda module, arguments, made: found.append(made[0]))
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _error_of_prediction(made: torch.Tensor, tensors: Mapping[str, np.ndarray], i: int) -> dict[str, float]:
+    """Return the error of the first prediction of a call from text, whose latents do not depend on the precision."""
+    halves = [f"{i}/{name}" for name in ("negative_prediction", "prediction")]  # diffusers' order, in one batch
+    right = np.concatenate([tensors[name][0] for name in halves if name in tensors])
+    error = metrics.METRICS["relative_l2"](made.numpy(), right)
+    return {"relative_l2": error} if np.isfinite(error) else {}
 
 
 def _error(image: np.ndarray, reference: np.ndarray) -> dict[str, float]:

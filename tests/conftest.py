@@ -291,6 +291,35 @@ def right(small: Path) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="session")
+def guided(checkpoints: dict[str, Path], shared: Path) -> Path:
+    """The SD miniature with guidance by default and with all tasks, 2 and 4 steps. Tests must not change it."""
+    path = shared / "guided.bundle"
+    with locked(shared / "guided.lock"):
+        if not (path / "engines").exists():
+            how = {"tasks": ["text-to-image", "image-to-image", "inpainting"], "guidance_scale": 5.0, "steps": [2, 4]}
+            build_here(str(checkpoints["sd"]), path, precision="fp32", size=SIZE, quiet=True, **how, **ON)
+    return path
+
+
+@pytest.fixture(scope="session")
+def guided_server(guided: Path) -> "Iterator[Serving]":
+    """The bundle `guided`, served."""
+    from serving import serving
+
+    with serving(guided) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def two_models(sd: Path, guided: Path) -> "Iterator[Serving]":
+    """Two bundles, served together."""
+    from serving import serving
+
+    with serving(sd, guided) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
 def wheel(of_session: Path) -> Path:
     """A wheel built from a copy of the sources."""
     folder = of_session / "wheel"

@@ -253,8 +253,38 @@ def test_the_recorded_error_is_that_of_diffusers_in_bf16(
     monkeypatch.setattr(torch, "randn", lambda *a, dtype=None, **more: draw(*a, **more).to(dtype))  # the same noise
     scale = float(case.tensors["guidance_scale"][0])
     call: Call = {"prompt": case.prompt, "num_inference_steps": 1, "guidance_scale": scale}
+    made: list[torch.Tensor] = []
+    pipe.unet.register_forward_hook(lambda module, arguments, found: made.append(found[0].float()))
     image = diffused(pipe, call, case.seed)
     assert case.errors["bf16"]["psnr"] == pytest.approx(metrics.psnr(image, case.tensors["image"]), abs=3)
+    right = np.concatenate([case.tensors["negative_prediction"][0], case.tensors["prediction"][0]])
+    error = metrics.relative_l2(made[0].numpy(), right)
+    assert case.errors["bf16"]["relative_l2"] == pytest.approx(error, rel=0.4)
+
+
+@pytest.mark.parametrize(
+    ("precision", "own", "bound"),
+    [
+        ("bf16", {"bf16": 0.04}, 0.05),
+        ("bf16", {"bf16": 0.01}, 0.018),
+        ("bf16", {"fp16": 0.04}, 0.018),
+        ("fp16", {"fp16": 0.04}, 0.05),
+        ("fp32", {"fp32": 0.04}, 1e-4),
+    ],
+)
+def test_a_prediction_may_be_as_wrong_as_diffusers_own(precision: str, own: dict[str, float], bound: float) -> None:
+    assert bounds.of_stage(precision, "prediction", "", own) == {"relative_l2": pytest.approx(bound)}
+    assert bounds.of_stage(precision, "residuals", "", own) == bounds.of_stage(precision, "residuals", "")
+
+
+def test_the_largest_error_of_any_recorded_prediction_counts() -> None:
+    cases = [
+        {},
+        {"bf16": {"relative_l2": 0.02}},
+        {"bf16": {"relative_l2": 0.03, "psnr": 40.0}},
+        {"fp16": {"psnr": 9.0}},
+    ]
+    assert bounds.own_of_predictions(cases) == {"bf16": 0.03, "fp16": 0.0}
 
 
 @pytest.mark.parametrize(("amplitude", "passes"), [(4, True), (6, False)])

@@ -24,6 +24,14 @@ class Case:
     errors: dict[str, dict[str, float]]  # precision → metric → diffusers' own error in it; see bounds.of_image
 
 
+def read_errors(bundle: Bundle) -> list[dict[str, dict[str, float]]]:
+    """Return diffusers' own errors of every case of a bundle, as in `Case.errors`; the file must have been hashed."""
+    from safetensors import safe_open
+
+    with safe_open(bundle.path / REFERENCE, framework="numpy") as file:
+        return [case.get("errors", {}) for case in json.loads(file.metadata()["cases"])]
+
+
 def read_cases(bundle: Bundle, chain: str) -> list[Case]:
     """Return the recorded cases of a chain; the file must have been hashed before (`Bundle.check_files`)."""
     from safetensors import safe_open

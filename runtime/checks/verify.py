@@ -22,7 +22,7 @@ from turbochain.runtime.chain.plan import graph_plan
 from turbochain.runtime.checks import bounds, metrics
 from turbochain.runtime.checks.bounds import AT_LEAST, Bounds
 from turbochain.runtime.checks.recorded import Recorded
-from turbochain.runtime.checks.reference import read_cases
+from turbochain.runtime.checks.reference import read_cases, read_errors
 from turbochain.runtime.errors import InputError, VerificationError
 from turbochain.runtime.inputs.feeds import tokenizers
 from turbochain.runtime.inputs.noise import Generator, draw_run
@@ -43,10 +43,11 @@ def verify(
     `computed`: graph → the precision that it is computed in, which decides its bounds; see `precisions`.
     """
     cases, readers = read_cases(chain.bundle, chain.name), tokenizers(chain)
+    own = bounds.own_of_predictions(read_errors(chain.bundle))
     worst: dict[tuple[str, str], Check] = {}
     for i, case in enumerate(cases):
         progress(i, len(cases))
-        for check in _checks(chain, executor, computed, readers, Recorded(chain, case)):
+        for check in _checks(chain, executor, computed, readers, Recorded(chain, case), own):
             key = (check.stage, check.metric)
             if key not in worst or _badness(check) > _badness(worst[key]):
                 worst[key] = check
@@ -177,6 +178,7 @@ def _checks(
     computed: Mapping[str, str],
     readers: Mapping[str, Tokenizer],
     recorded: Recorded,
+    own: Bounds,
 ) -> Iterator[Check]:
     for name, tokenizer in readers.items():
         if not chain.chain.feeds[name].of:  # no other text is recorded
@@ -184,7 +186,7 @@ def _checks(
     yield from _check_schedule(chain, recorded)
     for stage in chain.chain.stages:
         if stage.runs(recorded.case.modes):
-            yield from _check_stage(chain, executor, stage, computed[stage.graph], recorded)
+            yield from _check_stage(chain, executor, stage, computed[stage.graph], recorded, own)
     least = max((computed[g] for g in chain.graphs), key=COMPUTED.index)
     yield from _check_chain(chain, executor, bounds.of_image(least, recorded.case.errors), recorded)
 
@@ -198,11 +200,11 @@ def _check_schedule(chain: OpenChain, recorded: Recorded) -> Iterator[Check]:
 
 
 def _check_stage(
-    chain: OpenChain, executor: Executor, stage: Stage, precision: str, recorded: Recorded
+    chain: OpenChain, executor: Executor, stage: Stage, precision: str, recorded: Recorded, own: Bounds
 ) -> Iterator[Check]:
     """Run a stage alone on what was recorded, in every row if it is in the loop."""
     graph = chain.graphs[stage.graph]
-    plan, bound = graph_plan(stage.graph, graph), bounds.of_stage(precision, stage.judged, graph.model_class)
+    plan, bound = graph_plan(stage.graph, graph), bounds.of_stage(precision, stage.judged, graph.model_class, own)
     passes = chain.passes(recorded.case.table)
     rows = {"step": range(passes), "end": [passes - 1]}
     for row in rows.get(stage.when, [0]):

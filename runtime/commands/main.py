@@ -1,4 +1,4 @@
-"""The command `turbochain`: generate, serve, verify, inspect, bench."""
+"""The command `turbochain`: generate, serve, mcp, verify, inspect, bench."""
 
 import argparse
 import dataclasses
@@ -22,6 +22,7 @@ from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs.pictures import open_picture
 from turbochain.runtime.pipeline import Pipeline
 from turbochain.runtime.serve import command as serve
+from turbochain.runtime.serve import mcp
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -52,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.add_debug(server)
     serve.add_arguments(server)
 
+    protocol = _command(commands, "mcp", mcp.mcp, MCP, machine=False)
+    mcp.add_arguments(protocol)
+
     check = _command(
         commands, "verify", _verify, "compare with what diffusers produced; exit status 1 if it differs", default="all"
     )
@@ -72,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 SERVE = "Answer over HTTP (OpenAI's and A1111's image APIs) and WebSocket, with a page at /."
+MCP = "draw for a language model: a server of the Model Context Protocol on stdin and stdout"
 PROMPT = "--prompt"
 DASH = f"a prompt that begins with '-' is given as {PROMPT} TEXT"
 

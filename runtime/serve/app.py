@@ -13,8 +13,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turbochain.runtime.errors import InputError
-from turbochain.runtime.serve import openai
-from turbochain.runtime.serve.errors import Refused, of_input
+from turbochain.runtime.serve import a1111, openai
+from turbochain.runtime.serve.errors import Refused, of_input, of_validation
 from turbochain.runtime.serve.guard import Guard
 from turbochain.runtime.serve.metrics import Metrics
 from turbochain.runtime.serve.service import Gone, Service
@@ -30,7 +30,7 @@ def make_app(service: Service) -> ASGIApp:
         await service.source.close()
 
     api = FastAPI(title="turbochain", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
-    for routes in (openai,):
+    for routes in (openai, a1111):
         api.include_router(routes.router(service))
     api.add_exception_handler(Refused, _refused)
     api.add_exception_handler(InputError, _input_error)
@@ -84,9 +84,9 @@ class Counted:
         await self._app(scope, receive, counted if scope["type"] == "http" else send)
 
 
-async def _refused(_: HttpRequest, refused: Exception) -> Response:
+async def _refused(http: HttpRequest, refused: Exception) -> Response:
     assert isinstance(refused, Refused)
-    return JSONResponse(refused.body, refused.status, refused.headers)
+    return JSONResponse(refused.body_at(http.url.path), refused.status, refused.headers)
 
 
 async def _input_error(http: HttpRequest, error: Exception) -> Response:
@@ -97,10 +97,7 @@ async def _input_error(http: HttpRequest, error: Exception) -> Response:
 async def _invalid(http: HttpRequest, error: Exception) -> Response:
     """Answer a body of the wrong form; FastAPI's own answer has no error object."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    message = f"{'.'.join(where) or 'the body'}: {first['msg']}"
-    return await _refused(http, Refused(400, message, param=where[0] if where else None))
+    return await _refused(http, of_validation(error.errors()))
 
 
 async def _http_error(http: HttpRequest, error: Exception) -> Response:

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         model_names=tuple(arguments.model_name),
         host=arguments.host,
         port=arguments.port,
-        api_keys=_keys(arguments),
+        api_keys=keys_of(arguments.api_key, arguments.api_key_file),
         insecure=arguments.insecure,
         allow_hosts=tuple(arguments.allow_host),
         allow_origins=tuple(origin.rstrip("/") for origin in arguments.allow_origin),
@@ -63,11 +64,12 @@ def _bytes(gib: float) -> int:
     return int(gib * 2**30) if 0 < gib < 2**20 else 0  # which `Settings` refuses
 
 
-def _keys(arguments: argparse.Namespace) -> tuple[str, ...]:
-    found = list(arguments.api_key)
+def keys_of(given: Sequence[str], path: Path | None) -> tuple[str, ...]:
+    """Return the keys that are given, that of the environment and those of a file; raises InputError."""
+    found = list(given)
     if key := os.environ.get(KEY_VARIABLE, "").strip():
         found.append(key)
-    if (path := arguments.api_key_file) is not None:
+    if path is not None:
         try:
             lines = path.read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:

@@ -51,7 +51,7 @@ class Encoding:
         if self.format == "png":
             info = PngInfo()
             for name, value in (text or {}).items():
-                info.add_itxt(name, value)
+                info.add_text(name, value)  # Latin-1 if it suffices: that is what most programs read
             image.save(file, "PNG", compress_level=_PNG_LEVEL, pnginfo=info)
         elif self.format == "jpeg":
             image.save(file, "JPEG", quality=self.quality)

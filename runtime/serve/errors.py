@@ -1,7 +1,10 @@
 """What a client is told when there is no picture: OpenAI's error object, with its status."""
 
+import asyncio
 import math
 import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from turbochain.runtime.errors import InputError
@@ -31,6 +34,10 @@ class Refused(Exception):
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": error}
 
+    def body_at(self, path: str) -> dict[str, Any]:
+        """Return the JSON of the answer to a request at this path: A1111's clients also find what they read."""
+        return self.body | ({"detail": self.message, "errors": self.message} if path.startswith("/sdapi/") else {})
+
     @property
     def headers(self) -> dict[str, str]:
         """Return the headers of the answer."""
@@ -47,12 +54,24 @@ def _again(status: int, message: str, more: dict[str, Any]) -> Refused:
     return Refused(status, message, **more)
 
 
+_ARGUMENTS = (
+    *("prompt", "negative_prompt", "image", "mask_image", "mask", "init_images", "strength", "num_inference_steps"),
+    *("guidance_scale", "seed", "n", "size", "height", "output_format", "response_format"),
+)
+_PARAMS = {"mask_image": "mask", "height": "size"}
+"""What a client calls some of them."""
+
+
 def of_input(error: InputError) -> Refused:
     """Return the answer to a bad argument; a message that begins with an argument's name says which."""
-    named = re.match(
-        r"(prompt|negative_prompt|image|mask_image|strength|num_inference_steps|guidance_scale)\b", str(error)
-    )
-    return Refused(400, str(error), param={"mask_image": "mask"}.get(named[1], named[1]) if named else None)
+    named = re.match(rf"(?:The )?({'|'.join(_ARGUMENTS)})\b", str(error))
+    return Refused(400, str(error), param=_PARAMS.get(named[1], named[1]) if named else None)
+
+
+def of_validation(errors: Sequence[Any]) -> Refused:
+    """Return the answer to a body of the wrong form, of which pydantic found these errors."""
+    where = [str(part) for part in errors[0]["loc"] if part not in ("body", "query", "path")]
+    return Refused(400, f"{'.'.join(where) or 'the body'}: {errors[0]['msg']}", param=where[0] if where else None)
 
 
 def overloaded(message: str, seconds: float, *, status: int = 503) -> Refused:
@@ -68,3 +87,13 @@ def unavailable(message: str, code: str, seconds: float = 1.0) -> Refused:
 def failed(error: BaseException) -> Refused:
     """Return the answer if drawing failed although the input was sound."""
     return Refused(500, f"the picture could not be drawn: {error}", type="server_error", code="failed")
+
+
+@asynccontextmanager
+async def in_time(seconds: float, mean: float) -> AsyncIterator[None]:
+    """Let the block take so long, waiting included; Refused (503) if it takes longer. `mean`: seconds of a picture."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise unavailable(f"the picture was not ready after {seconds:g} s", "timeout", mean) from None

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turbochain.runtime.serve.errors import Refused
-from turbochain.runtime.serve.settings import BODY, IMAGE_BODY, Settings
+from turbochain.runtime.serve.settings import BODY, IMAGE_BODY, Settings, is_loopback
 
 OPEN = ("/healthz", "/readyz")
 """The paths that need no key, beside those of the page."""
@@ -71,6 +71,9 @@ class Guard:
     def _check_key(self, scope: Scope, headers: Mapping[str, str]) -> str:
         """Return the client's name, by which it takes turns: its key, else its address, else its connection's own."""
         given = _key(headers)
+        here = not scope.get("client") or is_loopback(scope["client"][0])
+        if not (self._settings.api_keys or self._settings.insecure or here or scope["path"] in OPEN):
+            raise Refused(403, "without an API key only this machine may call: set one, or insecure", code="address")
         if self._settings.api_keys:
             known = [hmac.compare_digest(given.encode(), key.encode()) for key in self._settings.api_keys]
             if any(known):
@@ -107,7 +110,7 @@ class Guard:
 
 async def refuse(refused: Refused, scope: Scope, send: Send) -> None:
     """Answer a request, or a socket that has not been accepted, with an error."""
-    body = json.dumps(refused.body).encode()
+    body = json.dumps(refused.body_at(scope["path"])).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **refused.headers}
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     if scope["type"] == "websocket":

@@ -17,13 +17,12 @@ from starlette.responses import Response, StreamingResponse
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs.noise import check_seed
 from turbochain.runtime.serve.encoding import QUALITY, Encoding, decode, repainted
-from turbochain.runtime.serve.errors import Refused
+from turbochain.runtime.serve.errors import Refused, of_validation
 from turbochain.runtime.serve.models import Model
 from turbochain.runtime.serve.service import Service, abandon, off_loop, while_connected
 from turbochain.runtime.serve.source import Drawn, Job
-from turbochain.runtime.serve.wanted import Wanted, edited, parse_size, request, seeds
+from turbochain.runtime.serve.wanted import MOST_PICTURES, Wanted, edited, parse_size, request, seeds
 
-MOST_PICTURES = 10
 USAGE = {
     "input_tokens": 0,
     "output_tokens": 0,
@@ -209,13 +208,13 @@ async def _form(http: HttpRequest) -> tuple[Body, bytes, bytes | None]:
                 files.setdefault(name.removesuffix("[]"), []).append(await value.read())
             elif value:
                 texts[name] = value
-    if len(files["image"]) != 1:
-        raise Refused(400, f"image: one picture was expected, and {len(files['image'])} were sent", param="image")
+    for name, few in (("image", 1), ("mask", 0)):
+        if not few <= len(files[name]) <= 1:
+            raise Refused(400, f"{name}: one picture was expected, and {len(files[name])} were sent", param=name)
     try:
         body = Body.model_validate(texts)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise Refused(400, f"{first['loc'][0]}: {first['msg']}", param=str(first["loc"][0])) from error
+        raise of_validation(error.errors()) from error
     return body, files["image"][0], files["mask"][0] if files["mask"] else None
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SEEDS = 1 << 64
+MOST_PICTURES = 10
+"""How many one request may ask for."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,19 @@ def seeds(seed: int | None, count: int) -> list[int]:
 
 
 def nearest(sizes: list[tuple[int, int]], size: tuple[int, int] | None) -> tuple[int, int]:
-    """Return the built size (height, width) that is nearest by the ratio of each side; the first if none is asked."""
+    """Return the built size (height, width) that is nearest; the first if none is asked.
+
+    The shape counts four times as much as the area, each as a ratio: else a portrait would become a landscape.
+    """
     if size is None:
         return sizes[0]
     height, width = size
-    return min(sizes, key=lambda built: abs(math.log(built[0] / height)) + abs(math.log(built[1] / width)))
+
+    def apart(built: tuple[int, int]) -> float:
+        tall, wide = math.log(built[0] / height), math.log(built[1] / width)
+        return 4 * abs(tall - wide) + abs(tall + wide)
+
+    return min(sizes, key=apart)
 
 
 def edited(bundle: Bundle, wanted: Wanted) -> Wanted:

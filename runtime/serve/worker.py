@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from turbochain.runtime.errors import Cancelled, CudaFault
 from turbochain.runtime.serve import batching
-from turbochain.runtime.serve.errors import failed, unavailable
+from turbochain.runtime.serve.errors import failed, in_time, unavailable
 from turbochain.runtime.serve.metrics import Metrics
 from turbochain.runtime.serve.models import Models
 from turbochain.runtime.serve.pipelines import Pipelines
@@ -31,7 +31,7 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="turbochain-worker", daemon=True)
         self._ready = False
         self._problem: BaseException | None = None
-        self._ended = asyncio.Event()
+        self._begun, self._ended = asyncio.Event(), asyncio.Event()
 
     @property
     def state(self) -> State:
@@ -53,6 +53,10 @@ class Worker:
         """Draw what was accepted, and give back the models' memory."""
         self._queue.close()
         await self._ended.wait()
+
+    async def begun(self) -> None:
+        """Wait until it has drawn its first picture, or cannot."""
+        await self._begun.wait()
 
     async def ended(self) -> None:
         """Wait for the thread's end."""
@@ -80,11 +84,8 @@ class Worker:
         waiting = Waiting(job, kind, settle, progress or Progress())
         self._queue.put(waiting)
         try:
-            async with asyncio.timeout(self._settings.timeout):
+            async with in_time(self._settings.timeout, self._mean):
                 return await result
-        except TimeoutError:
-            seconds = self._settings.timeout
-            raise unavailable(f"the picture was not ready after {seconds:g} s", "timeout", self._mean) from None
         finally:
             waiting.gone.set()
 
@@ -92,6 +93,7 @@ class Worker:
         try:
             self._mean = self._pipelines.warm_up(self._models.first)
             self._ready = True
+            self._loop.call_soon_threadsafe(self._begun.set)
             while batch := self._queue.take(self._most):
                 try:
                     self._draw(batch)
@@ -106,6 +108,7 @@ class Worker:
             self._queue.fail(unavailable(f"the server cannot draw any more: {error}", "failed"))
         finally:
             self._pipelines.close()
+            self._loop.call_soon_threadsafe(self._begun.set)
             self._loop.call_soon_threadsafe(self._ended.set)
 
     def _most(self, job: Job) -> int:

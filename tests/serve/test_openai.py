@@ -1,22 +1,38 @@
 """OpenAI's own client against the server; the pictures are those of the pipeline."""
 
+import asyncio
 import base64
 import io
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import clients
+import httpx2
 import numpy as np
 import openai
 import pytest
-from PIL import Image
-from serving import Serving
+from PIL import Image, ImageOps
+from serving import Serving, serving
+from told import GREY, Told, until
 
 from turbochain.runtime import Pipeline
+from turbochain.runtime.serve.errors import overloaded
+from turbochain.runtime.serve.openai import Body
+from turbochain.runtime.serve.source import Drawn
 
 
 @pytest.fixture(scope="module")
 def client(server: Serving) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def api(server: Serving) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=f"{server.url}/v1", timeout=60) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +55,231 @@ def test_picture_i_of_n_is_that_of_the_seed_plus_i(client: openai.OpenAI, pipe: 
         got = picture(item.b64_json or "")
         np.testing.assert_array_equal(np.asarray(got), right)
         assert got.text == {"prompt": "a cat", "seed": str(seed), "model": "sd-fp32"}  # type: ignore[attr-defined]
+
+
+def post(api: httpx2.Client, path: str, **how: Any) -> dict[str, Any]:
+    answer = api.post(path, **how)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def file(image: Image.Image, kind: str = "PNG", **how: Any) -> bytes:
+    found = io.BytesIO()
+    image.save(found, kind, **how)
+    return found.getvalue()
+
+
+def noise(size: tuple[int, int]) -> Image.Image:
+    """A picture of random levels."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+
+
+def holed(size: tuple[int, int]) -> Image.Image:
+    """A picture whose left half is transparent."""
+    found = Image.new("RGBA", size, (0, 0, 0, 255))
+    found.paste((0, 0, 0, 0), (0, 0, size[0] // 2, size[1]))
+    return found
+
+
+def assert_drawn(pipe: Pipeline, answer: dict[str, Any], **call: Any) -> None:
+    """See that the answer's pictures are those of the pipeline's call."""
+    expected = pipe(output_type="uint8", seed=[item["seed"] for item in answer["data"]], **call).images
+    for item, right in zip(answer["data"], expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(picture(item["b64_json"])), right)
+
+
+@pytest.mark.parametrize("body", [clients.OPEN_WEBUI_GENERATION, clients.LIBRECHAT_GENERATION])
+def test_generations_of_known_clients(api: httpx2.Client, pipe: Pipeline, body: dict[str, Any]) -> None:
+    answer = post(api, "images/generations", json=body)
+    assert "url" not in answer["data"][0]  # Open WebUI would fetch it
+    assert picture(answer["data"][0]["b64_json"]).format == "PNG"
+    assert_drawn(pipe, answer, prompt="a cat")
+
+
+@pytest.mark.parametrize(
+    ("form", "field"),
+    [(clients.OPEN_WEBUI_EDIT, "image"), (clients.OPEN_WEBUI_EDIT, "image[]"), (clients.LIBRECHAT_EDIT, "image[]")],
+)
+def test_edits_of_known_clients(api: httpx2.Client, pipe: Pipeline, form: dict[str, str], field: str) -> None:
+    image = noise((80, 40))
+    answer = post(api, "images/edits", data=form, files=[(field, ("a.png", file(image), "image/png"))])
+    assert_drawn(pipe, answer, prompt="a dog", image=image, num_inference_steps=2, strength=0.5)
+
+
+def test_fields_may_be_null(api: httpx2.Client, pipe: Pipeline) -> None:
+    body: dict[str, Any] = dict.fromkeys(Body.model_fields)
+    assert_drawn(pipe, post(api, "images/generations", json=body | {"prompt": "a cat"}), prompt="a cat")
+
+
+def test_numbers_of_a_form_are_texts(api: httpx2.Client, pipe: Pipeline) -> None:
+    image = noise((64, 64))
+    form = {"prompt": "a dog", "n": "2", "seed": "7", "num_inference_steps": "4", "strength": "0.5", "user": ""}
+    form |= {"output_format": "png", "stream": "false", "partial_images": "0", "output_compression": "100"}
+    answer = post(api, "images/edits", data=form, files={"image": file(image)})
+    assert [item["seed"] for item in answer["data"]] == [7, 8]
+    assert_drawn(pipe, answer, prompt=["a dog"] * 2, image=image, num_inference_steps=4, strength=0.5)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "turned jpeg", "webp", "palette", "grey"])
+def test_kinds_of_uploads(api: httpx2.Client, pipe: Pipeline, kind: str) -> None:
+    image = noise((80, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    uploads = {
+        "jpeg": file(image, "JPEG"),
+        "turned jpeg": file(image, "JPEG", exif=exif),
+        "webp": file(image, "WEBP"),
+        "palette": file(image.convert("P"), transparency=3),
+        "grey": file(image.convert("L")),
+    }
+    right = Image.open(io.BytesIO(uploads[kind]))
+    right = ImageOps.exif_transpose(right).convert("RGB")
+    answer = post(api, "images/edits", data={"prompt": "a dog"}, files={"image": uploads[kind]})
+    assert_drawn(pipe, answer, prompt="a dog", image=right, num_inference_steps=2, strength=0.5)
+
+
+def test_what_is_transparent_is_repainted(guided_server: Serving, guided: Path) -> None:
+    image, mask = noise((64, 64)), holed((32, 16))  # of another size
+    palette = mask.getchannel("A").convert("P")  # index 0, black, is transparent
+    masks = [file(mask), file(mask, "WEBP", lossless=True), file(palette, transparency=0)]
+    client = openai.OpenAI(base_url=f"{guided_server.url}/v1", api_key="none", max_retries=0)
+    how = {"seed": 7, "num_inference_steps": 2, "strength": 1.0}
+    found = [
+        client.images.edit(image=("a.png", file(image)), mask=("m", m), prompt="a dog", extra_body=how) for m in masks
+    ]
+    listed = client.images.edit(image=[("a.png", file(image))], mask=("m", masks[0]), prompt="a dog", extra_body=how)
+    answers = [answer.to_dict() for answer in [*found, listed]]
+    assert len({answer["data"][0]["b64_json"] for answer in answers}) == 1  # type: ignore[index]
+    white = ImageOps.invert(mask.getchannel("A"))
+    with Pipeline.load(guided, threads=1) as pipe:
+        call = {"num_inference_steps": 2, "strength": 1.0, "prompt": "a dog"}
+        assert_drawn(pipe, answers[0], image=image, mask_image=white, **call)
+
+
+REFUSED: dict[str, tuple[Any, str | None]] = {
+    "no prompt": ({}, "prompt"),
+    "null": ({"prompt": None}, "prompt"),
+    "a NUL": ({"prompt": "\0"}, "prompt"),
+    "a lone surrogate": ({"prompt": "\ud800"}, "prompt"),
+    "a long prompt": ({"prompt": "a" * 40_000}, "prompt"),
+    "a list of prompts": ({"prompt": ["a"]}, "prompt"),
+    "a size in words": ({"size": "large"}, "size"),
+    "no size": ({"size": "0x64"}, "size"),
+    "a seed below 0": ({"seed": -1}, "seed"),
+    "a large seed": ({"seed": 2**64}, "seed"),
+    "a broken seed": ({"seed": 1.5}, "seed"),
+    "svg": ({"output_format": "svg"}, "output_format"),
+    "url": ({"response_format": "url"}, "response_format"),
+    "no pictures": ({"n": 0}, "n"),
+    "too many": ({"n": 11}, "n"),
+    "steps that are not built": ({"num_inference_steps": 7}, "num_inference_steps"),
+    "no finite scale": ({"guidance_scale": float("nan")}, "guidance_scale"),
+    "a long negative prompt": ({"guidance_scale": 2.0, "negative_prompt": "a" * 40_000}, "negative_prompt"),
+    "compression": ({"output_compression": 101}, "output_compression"),
+    "partial pictures": ({"partial_images": -1}, "partial_images"),
+    "a stream with an error": ({"size": "large", "stream": True}, "size"),
+    "a list": ([], None),
+    "a text": ("a cat", None),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refusal_names_the_field(api: httpx2.Client, name: str) -> None:
+    body, param = REFUSED[name]
+    body = {"prompt": "a cat", **body} if isinstance(body, dict) and body else body
+    answer = api.post("images/generations", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert_refused(answer, 400, param)
+
+
+def assert_refused(answer: httpx2.Response, status: int, param: str | None) -> None:
+    assert answer.status_code == status, answer.text
+    (key,) = answer.json()
+    error = answer.json()[key]
+    assert (key, error["type"], error["param"]) == ("error", "invalid_request_error", param)
+    assert error["message"] and error.keys() == {"message", "type", "param", "code"}
+
+
+PICTURE = file(Image.new("RGB", (64, 64)))
+REFUSED_EDITS: dict[str, tuple[list[tuple[str, bytes]], dict[str, str], str | None]] = {
+    "no picture": ([], {}, "image"),
+    "two pictures": ([("image[]", PICTURE), ("image[]", PICTURE)], {}, "image"),
+    "two in two ways": ([("image[]", PICTURE), ("image", PICTURE)], {}, "image"),
+    "a damaged picture": ([("image", PICTURE[:60])], {}, "image"),
+    "no file of a picture": ([("image", b"GIF89a")], {}, "image"),
+    "an empty file": ([("image", b"")], {}, "image"),
+    "a mask without transparency": ([("image", PICTURE), ("mask", PICTURE)], {}, "mask"),
+    "a damaged mask": ([("image", PICTURE), ("mask", b"\x89PNG")], {}, "mask"),
+    "two masks": ([("image", PICTURE), ("mask", PICTURE), ("mask", PICTURE)], {}, "mask"),
+    "no prompt": ([("image", PICTURE)], {"prompt": ""}, "prompt"),
+    "a count in words": ([("image", PICTURE)], {"n": "two"}, "n"),
+    "a strength above 1": ([("image", PICTURE)], {"strength": "1.5"}, "strength"),
+    "a size in words": ([("image", PICTURE)], {"size": "large"}, "size"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_EDITS)
+def test_a_refused_edit_names_the_field(api: httpx2.Client, name: str) -> None:
+    files, form, param = REFUSED_EDITS[name]
+    named = [(field, ("a.png", content)) for field, content in files] or [("unknown", ("a.png", PICTURE))]
+    assert_refused(api.post("images/edits", data={"prompt": "a dog", **form}, files=named), 400, param)
+
+
+def test_a_task_that_is_not_built_is_refused(api: httpx2.Client) -> None:
+    files = {"image": PICTURE, "mask": file(holed((64, 64)))}
+    answer = api.post("images/edits", data={"prompt": "a dog"}, files=files)
+    assert_refused(answer, 400, None)
+    assert "inpainting" in answer.json()["error"]["message"]
+
+
+def test_a_form_that_is_none_is_refused(api: httpx2.Client) -> None:
+    for kind, why in (("multipart/form-data", "boundary"), ("multipart/form-data; boundary=x", "Invalid multipart")):
+        answer = api.post("images/edits", content=b"\r\n--y\r\n", headers={"Content-Type": kind})
+        assert_refused(answer, 400, None)
+        assert why in answer.json()["error"]["message"]
+    assert_refused(api.post("images/edits", json={"prompt": "a dog"}), 400, "image")
+
+
+def test_unknown_paths_and_methods(api: httpx2.Client) -> None:
+    assert_refused(api.post("chat/completions", json={}), 404, None)
+    assert_refused(api.get("images/generations"), 405, None)
+
+
+def test_models(client: openai.OpenAI, two_models: Serving, guided: Path) -> None:
+    assert client.images.generate(prompt="a", model="dall-e-2").to_dict()["model"] == "sd-fp32"
+    two = openai.OpenAI(base_url=f"{two_models.url}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in two.models.list()] == ["sd-fp32", "guided"]
+    assert two.models.retrieve("guided").created == int((guided / "bundle.json").stat().st_mtime)
+    for call in (two.models.retrieve, lambda name: two.images.generate(prompt="a", model=name)):
+        with pytest.raises(openai.NotFoundError) as refused:
+            call("dall-e-2")
+        assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
+    assert two.images.generate(prompt="a", model="guided").to_dict()["model"] == "guided"
+    assert two.images.generate(prompt="a").to_dict()["model"] == "sd-fp32"
+
+
+def test_a_stream_sends_pictures_of_fewer_steps_first(client: openai.OpenAI, pipe: Pipeline) -> None:
+    how = {"seed": 7, "num_inference_steps": 4}
+    events = [*client.images.generate(prompt="a cat", stream=True, partial_images=2, extra_body=how)]
+    kinds = ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    assert [event.type for event in events] == kinds
+    for event, steps in zip(events, (1, 2, 4), strict=True):
+        answer = {"data": [{"b64_json": event.b64_json, "seed": 7}]}
+        assert_drawn(pipe, answer, prompt="a cat", num_inference_steps=steps)
+
+
+def test_an_error_in_a_stream_is_one_of_the_client(sd: Path) -> None:
+    source = Told()
+    with serving(sd, source=source) as found:
+        client = openai.OpenAI(base_url=f"{found.url}/v1", api_key="none", max_retries=0)
+
+        def settle(seed: int, with_: Callable[[asyncio.Future[Drawn]], None]) -> None:
+            until(lambda: seed in source.asked)
+            found.loop.call_soon_threadsafe(with_, source.asked[seed][1])
+
+        with ThreadPoolExecutor() as pool:
+            pool.submit(settle, 7, lambda future: future.set_result(GREY))
+            events = client.images.generate(prompt="a cat", n=2, stream=True, extra_body={"seed": 7})
+            assert next(events).type == "image_generation.completed"
+            pool.submit(settle, 8, lambda future: future.set_exception(overloaded("no room", 3)))
+            with pytest.raises(openai.APIError, match="no room"):
+                next(events)
