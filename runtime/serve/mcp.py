@@ -1,7 +1,6 @@
 """The command `turbochain mcp`: a server of the Model Context Protocol over stdin and stdout, with one tool."""
 
 import argparse
-import asyncio
 import importlib.metadata
 import importlib.util
 import threading
@@ -56,6 +55,8 @@ class Tool:
 
     async def draw(self, request: Request) -> bytes:
         """Return the file of a picture. If the task that awaits this is cancelled, so is the drawing."""
+        import asyncio  # every command imports this module, and needs none of it
+
         unwanted = threading.Event()
 
         def made() -> bytes:
