@@ -169,7 +169,7 @@ function arrange() {
   if (strengths.length) Object.assign($("strength"), { min: 0, max: strengths.length - 1, step: 1 });
   $("steps").max = counts().length - 1;
   $("steps").disabled = counts().length < 2;
-  $("frame").style.aspectRatio = size().join(" / ");
+  $("frame").style.setProperty("--ratio", size()[0] / size()[1]);
   $("source").hidden = !image || camera.on;
   if (image) $("source").src = image.url;
   $("camera").hidden = !camera.on;
