@@ -11,11 +11,7 @@ export class Gallery {
     this.show = show;
   }
 
-  holds(url) {
-    return this.#entries.some((entry) => entry.picture.url === url);
-  }
-
-  // Add a picture: {url, prompt, seed, …}. One that was drawn from the same settings is not added again.
+  // Add a picture: {file, request, image}. One that was drawn from the same settings is not added again.
   add(picture) {
     const same = JSON.stringify(picture.request) + (picture.image?.url ?? "");
     if (this.#entries[0]?.same === same) return;
@@ -25,17 +21,15 @@ export class Gallery {
     button.type = "button";
     button.setAttribute("aria-label", `Show again: ${picture.request.prompt || "no prompt"}, seed ${picture.request.seed}`);
     button.title = picture.request.prompt;
-    image.src = picture.url;
+    image.src = URL.createObjectURL(picture.file);
+    image.onload = () => URL.revokeObjectURL(image.src);
     image.alt = "";
     button.append(image);
     button.addEventListener("click", () => this.show(picture));
     item.append(button);
     this.list.prepend(item);
     this.#entries.unshift({ picture, same, item });
-    for (const old of this.#entries.splice(MOST)) {
-      old.item.remove();
-      URL.revokeObjectURL(old.picture.url);
-    }
+    for (const old of this.#entries.splice(MOST)) old.item.remove();
     this.section.hidden = false;
   }
 }

@@ -17,9 +17,11 @@ const gallery = new Gallery($("gallery"), $("gallery-section"), showAgain);
 
 let about = null;
 let image = null; // {bitmap, bytes, url} to start from
-let last = null; // the newest request: {id, request, image, quick, keep}, and when it is drawn {url, file}
+let last = null; // the newest request: {id, request, image, quick, keep}, and when it is drawn its file
 let shown = null; // one of them
 const sent = new Map(); // those that may still be answered, by id
+let turns = 0; // pictures that have come, or were chosen from the gallery
+let shownTurn = 0;
 let silence = 0;
 let slow = 0;
 
@@ -100,11 +102,13 @@ const count = (n) => (n === 1 ? "1 step" : `${n} steps`);
 
 live.addEventListener("picture", async ({ detail: { id, ms, drawn, file } }) => {
   const made = sent.get(id);
-  if (!made) return; // older than the one shown
+  if (!made) return; // older than one that has come
   for (const other of sent.keys()) if (other <= id) sent.delete(other);
   made.file = new Blob([file], { type: "image/jpeg" });
-  made.url = URL.createObjectURL(made.file);
-  show(made);
+  const turn = ++turns;
+  const bitmap = await createImageBitmap(made.file); // quicker than an <img>, which would fetch it by a URL
+  if (turn < shownTurn) return;
+  show(made, bitmap, turn);
   if (!live.waiting) {
     clearTimeout(slow);
     delete $("frame").dataset.drawing;
@@ -114,19 +118,20 @@ live.addEventListener("picture", async ({ detail: { id, ms, drawn, file } }) => 
   if (made.keep) keep();
 });
 
-function show(picture) {
-  const before = shown;
+function show(picture, bitmap, turn) {
   shown = picture;
-  $("picture").src = picture.url;
-  $("picture").alt = picture.request.prompt || "A picture without a prompt";
-  $("picture").hidden = false;
+  shownTurn = turn;
+  const canvas = $("picture");
+  Object.assign(canvas, { width: bitmap.width, height: bitmap.height });
+  canvas.getContext("bitmaprenderer").transferFromImageBitmap(bitmap);
+  canvas.setAttribute("aria-label", picture.request.prompt || "A picture without a prompt");
+  canvas.hidden = false;
   $("empty").hidden = true;
   $("save").disabled = false;
   $("problem").textContent = "";
-  if (before && before !== picture && !gallery.holds(before.url)) URL.revokeObjectURL(before.url);
 }
 
-function showAgain(picture) {
+async function showAgain(picture) {
   const { prompt, seed, strength: wanted, num_inference_steps: n, model: name } = picture.request;
   clearTimeout(silence);
   sent.clear();
@@ -139,7 +144,8 @@ function showAgain(picture) {
   arrange();
   $("steps").value = Math.max(counts().indexOf(n), 0);
   label();
-  show(picture);
+  const turn = ++turns;
+  show(picture, await createImageBitmap(picture.file), turn);
   delete $("frame").dataset.drawing;
   $("latency").textContent = `${count(n)} · seed ${seed}`;
   $("status").textContent = `Shown again: ${prompt}, seed ${seed}`;
