@@ -21,6 +21,7 @@ OPTIONS = (
     "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream", "--remote-debugging-port=0",
 )  # fmt: skip
 SECONDS = 20.0
+KEYS = {"Tab": 9, "Enter": 13, "ArrowLeft": 37}
 
 
 def executable() -> str | None:
@@ -81,6 +82,12 @@ class Page:
         """Press and release a key that types a character, in what has the focus."""
         self.call("Input.dispatchKeyEvent", type="keyDown", text=character, key=character)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=character)
+
+    def press(self, name: str) -> None:
+        """Press and release a key of KEYS."""
+        code, more = KEYS[name], {"text": "\r"} if name == "Enter" else {}
+        self.call("Input.dispatchKeyEvent", type="keyDown", key=name, code=name, windowsVirtualKeyCode=code, **more)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=name, code=name, windowsVirtualKeyCode=code)
 
     def type(self, selector: str, text: str) -> None:
         """Put the focus on an element, and type."""

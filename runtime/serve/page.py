@@ -18,10 +18,8 @@ from turbochain.runtime.serve.wanted import Wanted, edited
 
 FOLDER = Path(__file__).parent / "page"
 MEDIA = {".html": "text/html", ".mjs": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-FILES = {
-    "/": "index.html",
-    **{f"/page/{n}": n for n in ("page.mjs", "live.mjs", "images.mjs", "gallery.mjs", "style.css", "icon.svg")},
-}
+PARTS = ("page.mjs", "settings.mjs", "live.mjs", "images.mjs", "gallery.mjs", "style.css", "icon.svg")
+FILES = {"/": "index.html", **{f"/page/{name}": name for name in PARTS}}
 """The whole of what is served, by path: no path of a request ever opens a file."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; connect-src 'self' ws: wss:; "

@@ -39,6 +39,12 @@ export class Camera {
     await this.video.play();
   }
 
+  // Call a function when there is another frame.
+  next(call) {
+    if (this.video.requestVideoFrameCallback) this.video.requestVideoFrameCallback(call);
+    else setTimeout(call, 33);
+  }
+
   stop() {
     for (const track of this.#stream?.getTracks() ?? []) track.stop();
     this.#stream = this.video.srcObject = null;

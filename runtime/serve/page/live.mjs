@@ -3,16 +3,20 @@
 const KEY = "turbochain-key";
 const FIRST_PAUSE = 500; // ms before the first try to reconnect; each further pause is twice as long
 const LONGEST_PAUSE = 8000;
+const RETRIED = ["starting", "ending", "overloaded"]; // codes of errors that pass
+const AGAIN = 1000; // ms after which such a request is sent again
+const FULL = 2 ** 20; // bytes that a slow line has still to carry; a newer request waits until they are fewer
 const HEAD = 16; // bytes before a picture's file
 
 export class Live extends EventTarget {
   // Events: "about" (what the server is), "state" (connecting, open or lost), "key" (a key is wanted; detail: whether
-  // one was refused), "picture" ({id, skipped, drawn, encoded, blob, request}) and "error" ({id, code, message}).
+  // one was refused), "picture" ({id, ms, skipped, drawn, encoded, file}) and "error" ({id, code, message}).
 
   #socket = null;
   #pause = FIRST_PAUSE;
   #id = 0;
   #unanswered = null; // the newest request
+  #again = 0;
 
   get key() {
     return sessionStorage.getItem(KEY);
@@ -79,7 +83,12 @@ export class Live extends EventTarget {
   }
 
   #transmit() {
+    clearTimeout(this.#again);
     if (this.#socket?.readyState !== WebSocket.OPEN || !this.#unanswered) return;
+    if (this.#socket.bufferedAmount > FULL) {
+      this.#again = setTimeout(() => this.#transmit(), 20);
+      return;
+    }
     const { id, request, image } = this.#unanswered;
     const text = JSON.stringify({ id, ...request });
     this.#unanswered.sent = performance.now();
@@ -101,8 +110,8 @@ export class Live extends EventTarget {
   }
 
   #failed({ id, error }) {
-    if (error.code === "starting" && id === this.#id) {
-      setTimeout(() => id === this.#id && this.#transmit(), 1000);
+    if (RETRIED.includes(error.code) && id === this.#id) {
+      this.#again = setTimeout(() => this.#transmit(), AGAIN);
     } else {
       this.#settle(id);
     }
