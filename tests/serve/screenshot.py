@@ -4,9 +4,10 @@ import argparse
 import io
 from pathlib import Path
 
-from chromium import chromium
 from PIL import Image
 from serving import serving
+
+from chromium import chromium
 
 SIZE = (1200, 972)
 PROMPTS = (

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from serving import Serving, serving
 
+import serve_page
 from chromium import Page, chromium, executable
 from turbochain.runtime import Pipeline
 from turbochain.runtime.serve.encoding import Encoding
@@ -334,6 +335,14 @@ def test_text_can_be_read_and_a_phone_needs_no_scrolling_aside(page: Page, schem
             assert contrast(color[:3], behind[:3]) >= 4.5
     finally:
         page.view(1200, 900)
+
+
+def test_the_benchmark_measures_each_key(sd: Path, tmp_path: Path) -> None:
+    serve_page.main([str(sd), "--keys", "3", "--results", str(tmp_path)])
+    (path,) = tmp_path.iterdir()
+    found = json.loads(path.read_text())
+    assert len(found["milliseconds"]) == 3
+    assert 0 < found["p50_ms"] <= found["p99_ms"]
 
 
 def contrast(one: list[float], other: list[float]) -> float:
