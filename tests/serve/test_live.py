@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from serving import Serving, serving
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from turbochain.runtime import Pipeline
@@ -227,6 +227,20 @@ def test_a_malformed_message_is_answered_and_a_good_one_after_it(held: tuple[Hel
         assert found["error"]["type"] == "invalid_request_error", name
         ask(socket, 8)
         assert answer(socket)[0] == 8, name
+
+
+@pytest.mark.parametrize(("text", "message", "code"), [(True, b"\xff", 1007), (False, bytes(21 * 2**20), 1009)])
+def test_what_breaks_the_protocol_closes_this_socket_alone(
+    held: tuple[Held, ClientConnection, Serving], text: bool, message: bytes, code: int
+) -> None:
+    source, other, served = held
+    source.free = True
+    with socket_of(served) as socket, pytest.raises(ConnectionClosedError):
+        socket.send(message, text=text)
+        socket.recv(20)
+    assert socket.close_code == code
+    ask(other, 1)
+    assert answer(other)[0] == 1
 
 
 def test_refusals_leave_the_socket_open(sd: Path) -> None:
