@@ -229,16 +229,18 @@ def test_a_malformed_message_is_answered_and_a_good_one_after_it(held: tuple[Hel
         assert answer(socket)[0] == 8, name
 
 
-@pytest.mark.parametrize(("text", "message", "code"), [(True, b"\xff", 1007), (False, bytes(21 * 2**20), 1009)])
+@pytest.mark.parametrize(
+    ("text", "message", "codes"), [(True, b"\xff", {1007}), (False, bytes(21 * 2**20), {1009, 1006})]
+)
 def test_what_breaks_the_protocol_closes_this_socket_alone(
-    held: tuple[Held, ClientConnection, Serving], text: bool, message: bytes, code: int
+    held: tuple[Held, ClientConnection, Serving], text: bool, message: bytes, codes: set[int]
 ) -> None:
     source, other, served = held
     source.free = True
     with socket_of(served) as socket, pytest.raises(ConnectionClosedError):
         socket.send(message, text=text)
         socket.recv(20)
-    assert socket.close_code == code
+    assert socket.close_code in codes  # 1006: the rest of the message met a closed socket
     ask(other, 1)
     assert answer(other)[0] == 1
 
