@@ -38,6 +38,7 @@ from turbochain.engines import cli
 from turbochain.export.sources import synthetic
 from turbochain.runtime import Bundle
 from turbochain.runtime.bundle import hashing
+from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
 from turbochain.runtime.commands import main
 from turbochain.runtime.inputs import feeds
 
@@ -101,7 +102,11 @@ CORES = os.sched_getaffinity(0) if sys.platform == "linux" else set()
 
 
 def pytest_configure() -> None:
-    """Give each process of the session cores of its own: the libraries' threads spin, and would take the other's."""
+    """Give each process of the session cores of its own: the libraries' threads spin, and would take the other's.
+
+    An import or a trace makes very many objects that stay: Python need not look through them every 700.
+    """
+    gc.set_threshold(100_000, 20, 100)
     worker, count = os.environ.get("PYTEST_XDIST_WORKER", "gw0"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if 1 < count <= len(CORES):
         os.sched_setaffinity(0, sorted(CORES)[int(worker.removeprefix("gw")) :: count])
@@ -183,7 +188,7 @@ def checkpoints(shared: Path) -> dict[str, Path]:
 def bundle_of(checkpoints: dict[str, Path], shared: Path) -> BundleFactory:
     """(family, precision="fp32") → a built bundle of 64×64, `BATCH` pictures per pass, with 1 to 4 steps.
 
-    Tests must not change it.
+    It has the tasks of a build that is given none. Tests must not change it.
     """
 
     def make(family: str, precision: str = "fp32") -> Path:
@@ -201,12 +206,12 @@ def bundle_of(checkpoints: dict[str, Path], shared: Path) -> BundleFactory:
 def interrupted(checkpoints: dict[str, Path], shared: Path) -> Path:
     """A checkpoint with `x.bundle` in it, whose build was interrupted, and what was said; see `interrupted.build`.
 
-    Three pictures of 72×88 per pass, with 1 to 4 steps. Tests must not change it.
+    SDXL, one picture of 72×88 per pass, with 1 to 4 steps. Tests must not change it.
     """
     folder = shared / "interrupted"
     with locked(shared / "interrupted.lock"):
         if not (folder / "x.bundle").exists():
-            interruption.write_source(checkpoints["sd"], folder)
+            interruption.write_source(checkpoints["sdxl"], folder)
             interruption.build(folder, *ON_ARGUMENTS)
     return folder
 
@@ -214,7 +219,7 @@ def interrupted(checkpoints: dict[str, Path], shared: Path) -> Path:
 EXPORTED = """
 import sys
 from turbochain.export import export
-print(export("demo", sys.argv[1], quiet=True))
+print(export("demo", sys.argv[1], tasks=sys.argv[2:], quiet=True))
 print(sys.modules["turbochain.export"].__file__)
 assert not {"torch", "diffusers", "transformers", "onnx"} & set(sys.modules)
 """
@@ -222,10 +227,10 @@ assert not {"torch", "diffusers", "transformers", "onnx"} & set(sys.modules)
 
 @pytest.fixture(scope="session")
 def exported(shared: Path, wheel: Path) -> Path:
-    """The demo model's bundle without an engine, made by an installed wheel. Tests must not change it.
+    """The demo model's bundle for text-to-image without an engine, made by an installed wheel.
 
     The process that asked for it printed nothing of its own, and loaded none of the exporter's libraries. It had no
-    network, and `exported-home` as its home.
+    network, and `exported-home` as its home. Tests must not change it.
     """
     path, home = shared / "exported" / "demo.bundle", shared / "exported-home"
     with locked(shared / "exported.lock"):
@@ -233,7 +238,7 @@ def exported(shared: Path, wheel: Path) -> Path:
             path.parent.mkdir(exist_ok=True)
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(outside.installed(home))
-            done = outside.run(sys.executable, "-c", EXPORTED, path, home=home, cwd=path.parent)
+            done = outside.run(sys.executable, "-c", EXPORTED, path, TEXT_TO_IMAGE, home=home, cwd=path.parent)
             own = outside.installed(home) / "turbochain/export/__init__.py"
             assert (done.stdout, done.stderr, done.returncode) == (f"{path}\n{own}\n", "", 0), done
     return path
@@ -247,7 +252,7 @@ def demo(exported: Path, shared: Path) -> Path:
         if not path.exists():
             shutil.copytree(exported, path)
         if not (path / "engines").exists():
-            done = command("build-engine", "demo", "-o", path, *ON_ARGUMENTS)
+            done = command("build-engine", "demo", "--tasks", TEXT_TO_IMAGE, "-o", path, *ON_ARGUMENTS)
             assert done.returncode == 0, done.stderr
     return path
 

@@ -236,6 +236,8 @@ def test_a_changed_source_is_noticed(sd: Path, checkpoints: dict[str, Path], cop
 def test_a_full_disk_a_kill_and_two_at_once(interrupted: Path) -> None:
     """One build, of a folder that has only fp16 weights, that meets all three, and does nothing twice."""
     whole = [phase for phase in ALL if phase not in ("compile vae_encoder", "compile start", "verify image-to-image")]
+    for kind in ("export", "compile"):  # it is SDXL's
+        whole.insert(whole.index(f"{kind} unet"), f"{kind} text_encoder_2")
     full, killed, first, second = ((interrupted / name).read_text() for name in ("full", "killed", "first", "second"))
     assert phases(full) == ALL[:2] and phases(full, "failed") == ALL[2:3] and phases(killed) == ALL[2:3]
     said = full.splitlines()[-1]
@@ -246,7 +248,7 @@ def test_a_full_disk_a_kill_and_two_at_once(interrupted: Path) -> None:
     assert all("disk/x.bundle: " in text for text in told)
     assert sum("nothing to do: it is built and verified already" in text for text in told) == 1
     parts = Bundle.open(interrupted / "x.bundle").manifest.checkpoint.parts
-    weighty = ("text_encoder", "unet", "vae")
+    weighty = ("text_encoder", "text_encoder_2", "unet", "vae")
     assert {name: part.variant for name, part in parts.items() if part.weights} == dict.fromkeys(weighty, "fp16")
     assert called("turbochain", "verify", interrupted / "x.bundle").returncode == 0
 
