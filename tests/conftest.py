@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
 import calls
@@ -30,6 +30,7 @@ import numpy as np
 import outside
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from here import build_here
 from kept import locked
 from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -50,6 +51,7 @@ PACKAGES = ("runtime", "export", "engines")
 SIZE = (64, 64)
 FAMILIES = ("sd", "sdxl")
 BATCH = {("sd", "fp32"): 1, ("sdxl", "fp32"): 3, ("sd", "fp16"): 1, ("sdxl", "fp16"): 1}  # of the shared bundles
+HALF = ("sd", pytest.param("sdxl", marks=pytest.mark.full))  # families in fp16: SDXL's bundle takes 20 seconds
 ON = {"backend": "onnxruntime", "device": "cpu"}  # where a test builds, on every machine, unless it is about another
 ON_ARGUMENTS = ("--backend", "onnxruntime", "--device", "cpu")
 
@@ -92,6 +94,15 @@ LONGEST_FIRST = (
     "test_diffusers_call.py",
 )
 """The files that take over eight seconds; the others follow, so that neither process waits long for the other."""
+
+
+def in_each_precision(cases: Iterable[tuple[str, ...]]) -> list[ParameterSet]:
+    """These cases, whose first word is the family, in fp32 and fp16; see `HALF`."""
+    return [
+        pytest.param(*case, precision, marks=[pytest.mark.full] * ((case[0], precision) == ("sdxl", "fp16")))
+        for precision in ("fp32", "fp16")
+        for case in cases
+    ]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -168,7 +179,7 @@ def tokenizers_stay() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def traced(shared: Path) -> None:
+def traces_stay(shared: Path) -> None:
     """Say where builds in this process keep what they trace."""
     here.FOLDER[:] = [shared / "traced"]
 

@@ -74,11 +74,12 @@ def test_another_class_is_made_of_the_schedulers_file(folders: dict[str, Path]) 
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Each mini preset, written once with seed 0."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in MINIS}
+    shared = {folder.name: folder for folder in checkpoints.values()}
+    folders = shared | {name: tmp_path_factory.mktemp(name) for name in MINIS if name not in shared}
     for name, folder in folders.items():
-        if name != "sdxl-mini":
+        if name not in ("sdxl-mini", *shared):
             write_checkpoint(name, folder)
     write_settings("sdxl-mini", folders["sdxl-mini"])
     for path in folders["sdxl-turbo-mini"].rglob("*.safetensors"):  # see `test_the_weights_of_sdxl_are_those_of_turbo`

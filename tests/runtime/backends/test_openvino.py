@@ -52,7 +52,7 @@ CALL = {"prompt": "a cat in the snow", "num_inference_steps": 2, "seed": 3}
 def engines(bundle_of: BundleFactory, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """ "fp32" and "default": copies of the SD miniature, each with one engine."""
     made = {}
-    for name, arguments in {"fp32": ("--precision", "fp32"), "default": ()}.items():
+    for name, arguments in {"fp32": ("--precision", "fp32", "--chains", *TEXT), "default": ()}.items():
         made[name] = tmp_path_factory.mktemp("openvino") / f"{name}.bundle"
         shutil.copytree(bundle_of("sd"), made[name])
         shutil.rmtree(made[name] / "engines")

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import FAMILIES, BundleFactory, called, reseal
+from conftest import BundleFactory, called, in_each_precision, reseal
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors import safe_open
@@ -318,8 +318,7 @@ def test_a_resealed_copy_passes(sdxl: Path, copy_of: Copy) -> None:
     verify.require(checks_of(path))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "precision"), in_each_precision([("sd",), ("sdxl",)]))
 def test_good_bundles_pass_every_bound_of_the_design(family: str, precision: str, bundle_of: BundleFactory) -> None:
     path = bundle_of(family, precision)
     done = called("turbochain", "verify", path, "--json")
