@@ -30,9 +30,11 @@ import numpy as np
 import outside
 import pytest
 import torch
+import torch.fx.config
 from _pytest.mark import ParameterSet
 from here import build_here
 from kept import locked
+from torch._export import utils as exported_utils
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from turbochain.engines import cli
@@ -45,6 +47,8 @@ from turbochain.runtime.inputs import feeds
 
 # Each export lists the exporter's 700 functions anew, which takes as long as the smallest graphs.
 ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
+exported_utils._materialize_cpp_cia_ops = functools.cache(exported_utils._materialize_cpp_cia_ops)  # the same, there
+torch.fx.config.do_not_emit_stack_traces = True  # no graph's file has one
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("runtime", "export", "engines")

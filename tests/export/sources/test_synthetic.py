@@ -20,6 +20,7 @@ from turbochain.export.sources.synthetic import models, write_checkpoint, write_
 from turbochain.runtime.errors import InputError
 
 MINIS = [name for name in PRESETS if name.endswith("-mini")]
+LIKE_TURBO = dict.fromkeys(("sdxl-mini", "lcm-sdxl-mini"), pytest.mark.full)  # in all that loading them is about
 # One step of a model that is not distilled begins at timestep 1, where there is nearly no noise to remove. "sdxl-mini"
 # has the weights of "sdxl-turbo-mini".
 PICTURES = [(name, steps, 64) for name in MINIS for steps in (1, 4) if "turbo" in name or (steps > 1 and "15" in name)]
@@ -192,7 +193,7 @@ def test_a_mini_is_small_and_has_the_parts_of_the_full_one(name: str, folders: d
     assert len(mini["vae"].config.block_out_channels) == 4
 
 
-@pytest.mark.parametrize("name", MINIS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=LIKE_TURBO.get(name, ())) for name in MINIS])
 def test_loads_without_a_warning_or_a_missing_key(name: str, folders: dict[str, Path]) -> None:
     records: list[str] = []
     handler = logging.Handler(logging.WARNING)
@@ -286,7 +287,7 @@ def test_another_order_of_the_sums_does_not(pipeline: Any, steps: int, side: int
     assert (other != base).mean() <= 5e-4
 
 
-@pytest.mark.parametrize("name", ["sd-turbo-mini", "sdxl-turbo-mini"])
+@pytest.mark.parametrize("name", ["sd-turbo-mini", pytest.param("sdxl-turbo-mini", marks=pytest.mark.full)])
 def test_half_precision_stays_in_range_and_close(name: str, folders: dict[str, Path]) -> None:
     half = load(folders[name]).to(torch.float16)
     half.vae.register_to_config(force_upcast=False)

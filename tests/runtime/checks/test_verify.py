@@ -243,7 +243,10 @@ MUTATIONS: dict[str, tuple[str, Change, set[str]]] = {
 """What is wrong → family, change, and the stages that must be named."""
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+LIKE_OTHERS = dict.fromkeys(("timestep - 1", "w = 0", "pooled embeds zeroed"), pytest.mark.full)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=LIKE_OTHERS.get(name, ())) for name in MUTATIONS])
 def test_what_is_wrong_is_refused_by_name(
     name: str, request: pytest.FixtureRequest, checkpoints: dict[str, Path], copy_of: Copy
 ) -> None:
