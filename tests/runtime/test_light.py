@@ -124,7 +124,7 @@ def test_an_empty_environment_makes_the_same_picture(wheel: Path, sd: Path, tmp_
     run(sys.executable, "-m", "venv", "--without-pip", "venv")  # ours installs: its own takes seconds to unpack
     programs = tmp_path / "venv" / "bin"
     pip = (sys.executable, "-m", "pip", "--python", programs / "python")
-    run(*pip, "install", "-q", "-c", constraints, f"{wheel}[cpu]")
+    run(*pip, "install", "-q", "--no-compile", "-c", constraints, f"{wheel}[cpu]")
     heavy = [name for name in HEAVY if "." not in name]
     assert json.loads(run(programs / "python", "-c", PRESENT, "onnxruntime", *heavy)) == ["onnxruntime"]
     run(programs / "turbochain", "generate", sd, "a red fox 🦊", "--seed", 7, "--steps", 3, "-o", "fox.png")
