@@ -22,7 +22,7 @@ BENCH_GPU ?= synthetic:sd-turbo synthetic:sdxl-turbo
 TINY := --vae tiny --steps 1 --batch 1 --cold --pairs tensorrt-fp16:eager-fp16-tuned tensorrt-fp16:compiled-fp16
 PROMPT ?= a large red circle left of a small blue square on a yellow background
 
-.PHONY: setup demo test check check-full check-gpu check-ray bench bench-smoke bench-setup bench-variants bench-build bench-serve bench-gpu inspect-engines train-demo clean
+.PHONY: setup demo test check check-full check-gpu check-ray check-web bench bench-smoke bench-setup bench-variants bench-build bench-serve bench-gpu inspect-engines train-demo clean
 
 setup: $(VENV)/.installed
 
@@ -61,8 +61,11 @@ check: setup
 	$(BIN)/mypy
 
 check-full: check
-	$(BIN)/python -m pytest -q $(TWO) -m 'not gpu and not full'
+	$(BIN)/python -m pytest -q $(TWO) -m 'not gpu and not full and not web and not ray'
 	$(BIN)/python -m pytest -q -m full
+
+check-web: setup
+	$(BIN)/python -m pytest -q -m web
 
 check-gpu: $(addsuffix /.installed,$(GPU_VENV))
 	$(GPU_BIN)/python -m pytest -q -m gpu

@@ -91,7 +91,7 @@ def build_cost(folder: Path = result.FOLDER) -> str:
 
 def text(folder: Path = result.FOLDER) -> str:
     """Return RESULTS.md."""
-    found = {path: result.read(path) for path in sorted(folder.glob("*.json"))}
+    found = {path: result.read(path) for path in result.files(folder)}
     on_cpu = {path: of for path, of in found.items() if of.pairs and of.device == "cpu"}
     on_gpu = {path: of for path, of in found.items() if of.pairs and of.device != "cpu"}
     return "\n".join([

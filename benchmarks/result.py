@@ -113,10 +113,20 @@ def read(path: Path) -> Result:
     return strict_json.read(Result, path)
 
 
+def files(folder: Path = FOLDER) -> list[Path]:
+    """Return the files in a folder that `read` reads; those of the server have content of their own."""
+    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("serve-"))
+
+
 def write(result: Result, path: Path) -> None:
     """Write a results file, atomically."""
+    write_json(asdict(result), path)
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write a file of plain values, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def merge(*results: Result) -> Result:

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,14 +31,18 @@ import numpy as np
 import outside
 import pytest
 import torch
+import torch.fx.config
+from _pytest.mark import ParameterSet
 from here import build_here
 from kept import locked
+from torch._export import utils as exported_utils
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from turbochain.engines import cli
 from turbochain.export.sources import synthetic
 from turbochain.runtime import Bundle
 from turbochain.runtime.bundle import hashing
+from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
 from turbochain.runtime.commands import main
 from turbochain.runtime.inputs import feeds
 
@@ -47,54 +51,71 @@ if TYPE_CHECKING:
 
 # Each export lists the exporter's 700 functions anew, which takes as long as the smallest graphs.
 ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
+exported_utils._materialize_cpp_cia_ops = functools.cache(exported_utils._materialize_cpp_cia_ops)  # the same, there
+torch.fx.config.do_not_emit_stack_traces = True  # no graph's file has one
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("runtime", "export", "engines")
 SIZE = (64, 64)
 FAMILIES = ("sd", "sdxl")
 BATCH = {("sd", "fp32"): 1, ("sdxl", "fp32"): 3, ("sd", "fp16"): 1, ("sdxl", "fp16"): 1}  # of the shared bundles
+HALF = ("sd", pytest.param("sdxl", marks=pytest.mark.full))  # families in fp16: SDXL's bundle takes 20 seconds
 ON = {"backend": "onnxruntime", "device": "cpu"}  # where a test builds, on every machine, unless it is about another
 ON_ARGUMENTS = ("--backend", "onnxruntime", "--device", "cpu")
 
 BundleFactory = Callable[..., Path]
 
 LONGEST_FIRST = (
-    "test_demo.py",
     "test_parity.py",
+    "test_demo.py",
     "test_openvino.py",
-    "test_bench.py",
-    "test_conformance.py",
     "test_verify.py",
+    "test_bench.py",
     "test_chains.py",
+    "test_remedies.py",
+    "test_build.py",
+    "test_weights.py",
+    "test_guidance.py",
+    "test_tensorrt.py",
     "test_bad_input.py",
-    "test_backends.py",
     "test_pipeline.py",
+    "test_stream.py",
+    "test_conformance.py",
+    "test_tokenizer.py",
+    "test_relatives.py",
+    "test_backends.py",
     "test_schedulers.py",
+    "test_tampering.py",
     "test_inpainting.py",
     "test_image_to_image.py",
-    "test_tampering.py",
-    "test_vae_encoder.py",
-    "test_image_graphs.py",
-    "test_weights.py",
-    "test_remedies.py",
-    "test_inversion.py",
-    "test_build.py",
-    "test_tensorrt.py",
-    "test_outside.py",
-    "test_hub_bundles.py",
-    "test_synthetic.py",
-    "test_tokenizer.py",
-    "test_first_gpu_run.py",
     "test_light.py",
-    "test_demo_scenes.py",
-    "test_trace.py",
+    "test_hub_bundles.py",
     "test_parts.py",
-    "test_relatives.py",
-    "test_forks.py",
-    "test_tensorrt_api.py",
+    "test_outside.py",
     "test_diffusers_call.py",
+    "test_single_file.py",
+    "test_synthetic.py",
+    "test_schedule.py",
+    "test_inversion.py",
+    "test_tensorrt_api.py",
+    "test_forks.py",
+    "test_vae_encoder.py",
+    "test_sampler_steps.py",
+    "test_fuse.py",
+    "test_first_gpu_run.py",
+    "test_trace.py",
+    "test_files.py",
 )
 """The files that take over eight seconds; the others follow, so that neither process waits long for the other."""
+
+
+def in_each_precision(cases: Iterable[tuple[str, ...]]) -> list[ParameterSet]:
+    """These cases, whose first word is the family, in fp32 and fp16; see `HALF`."""
+    return [
+        pytest.param(*case, precision, marks=[pytest.mark.full] * ((case[0], precision) == ("sdxl", "fp16")))
+        for precision in ("fp32", "fp16")
+        for case in cases
+    ]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -105,7 +126,11 @@ CORES = os.sched_getaffinity(0) if sys.platform == "linux" else set()
 
 
 def pytest_configure() -> None:
-    """Give each process of the session cores of its own: the libraries' threads spin, and would take the other's."""
+    """Give each process of the session cores of its own: the libraries' threads spin, and would take the other's.
+
+    An import or a trace makes very many objects that stay: Python need not look through them every 700.
+    """
+    gc.set_threshold(100_000, 20, 100)
     worker, count = os.environ.get("PYTEST_XDIST_WORKER", "gw0"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if 1 < count <= len(CORES):
         os.sched_setaffinity(0, sorted(CORES)[int(worker.removeprefix("gw")) :: count])
@@ -167,7 +192,7 @@ def tokenizers_stay() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def traced(shared: Path) -> None:
+def traces_stay(shared: Path) -> None:
     """Say where builds in this process keep what they trace."""
     here.FOLDER[:] = [shared / "traced"]
 
@@ -187,7 +212,7 @@ def checkpoints(shared: Path) -> dict[str, Path]:
 def bundle_of(checkpoints: dict[str, Path], shared: Path) -> BundleFactory:
     """(family, precision="fp32") → a built bundle of 64×64, `BATCH` pictures per pass, with 1 to 4 steps.
 
-    Tests must not change it.
+    It has the tasks of a build that is given none. Tests must not change it.
     """
 
     def make(family: str, precision: str = "fp32") -> Path:
@@ -205,12 +230,12 @@ def bundle_of(checkpoints: dict[str, Path], shared: Path) -> BundleFactory:
 def interrupted(checkpoints: dict[str, Path], shared: Path) -> Path:
     """A checkpoint with `x.bundle` in it, whose build was interrupted, and what was said; see `interrupted.build`.
 
-    Three pictures of 72×88 per pass, with 1 to 4 steps. Tests must not change it.
+    SDXL, one picture of 72×88 per pass, with 1 to 4 steps. Tests must not change it.
     """
     folder = shared / "interrupted"
     with locked(shared / "interrupted.lock"):
         if not (folder / "x.bundle").exists():
-            interruption.write_source(checkpoints["sd"], folder)
+            interruption.write_source(checkpoints["sdxl"], folder)
             interruption.build(folder, *ON_ARGUMENTS)
     return folder
 
@@ -218,7 +243,7 @@ def interrupted(checkpoints: dict[str, Path], shared: Path) -> Path:
 EXPORTED = """
 import sys
 from turbochain.export import export
-print(export("demo", sys.argv[1], quiet=True))
+print(export("demo", sys.argv[1], tasks=sys.argv[2:], quiet=True))
 print(sys.modules["turbochain.export"].__file__)
 assert not {"torch", "diffusers", "transformers", "onnx"} & set(sys.modules)
 """
@@ -226,10 +251,10 @@ assert not {"torch", "diffusers", "transformers", "onnx"} & set(sys.modules)
 
 @pytest.fixture(scope="session")
 def exported(shared: Path, wheel: Path) -> Path:
-    """The demo model's bundle without an engine, made by an installed wheel. Tests must not change it.
+    """The demo model's bundle for text-to-image without an engine, made by an installed wheel.
 
     The process that asked for it printed nothing of its own, and loaded none of the exporter's libraries. It had no
-    network, and `exported-home` as its home.
+    network, and `exported-home` as its home. Tests must not change it.
     """
     path, home = shared / "exported" / "demo.bundle", shared / "exported-home"
     with locked(shared / "exported.lock"):
@@ -237,7 +262,7 @@ def exported(shared: Path, wheel: Path) -> Path:
             path.parent.mkdir(exist_ok=True)
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(outside.installed(home))
-            done = outside.run(sys.executable, "-c", EXPORTED, path, home=home, cwd=path.parent)
+            done = outside.run(sys.executable, "-c", EXPORTED, path, TEXT_TO_IMAGE, home=home, cwd=path.parent)
             own = outside.installed(home) / "turbochain/export/__init__.py"
             assert (done.stdout, done.stderr, done.returncode) == (f"{path}\n{own}\n", "", 0), done
     return path
@@ -251,7 +276,7 @@ def demo(exported: Path, shared: Path) -> Path:
         if not path.exists():
             shutil.copytree(exported, path)
         if not (path / "engines").exists():
-            done = command("build-engine", "demo", "-o", path, *ON_ARGUMENTS)
+            done = command("build-engine", "demo", "--tasks", TEXT_TO_IMAGE, "-o", path, *ON_ARGUMENTS)
             assert done.returncode == 0, done.stderr
     return path
 

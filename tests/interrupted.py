@@ -9,14 +9,14 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 BUILD = Path(sys.executable).with_name("build-engine")
-SIZE, BATCH = (72, 88), 3
+SIZE = (72, 88)  # latents of 9×11, which do not halve evenly: diffusers gives the UNet's upsamplers their sizes
 STORY = """
 mount -t tmpfs -o size=200m none disk
-head -c 186m /dev/zero > disk/ballast
+head -c 189m /dev/zero > disk/ballast
 "$@" --force 2> full; echo full $?; ls disk
 rm disk/ballast
 "$@" 2> killed & builder=$!
-until grep -q "export text_encoder" disk/x.bundle.partial/state.json; do sleep 0.1; done; sleep 1
+until grep -q "export text_encoder" disk/x.bundle.partial/state.json; do sleep 0.1; done; sleep 0.3
 worker=$(pgrep -P $builder); kill -KILL $builder
 runs() { grep -qs "^State:.[RSD]" /proc/$worker/status; }
 for i in $(seq 100); do runs || break; sleep 0.1; done; runs || echo its worker has gone; ls disk
@@ -29,16 +29,25 @@ TOLD = "full 2 ballast x.bundle.partial its worker has gone x.bundle.partial fir
 
 
 def write_source(checkpoint: Path, folder: Path) -> None:
-    """Copy a checkpoint as an fp16-only folder of the hub has it; its scheduler takes the prediction for v."""
+    """Copy a checkpoint as an fp16-only folder of the hub has it.
+
+    Its scheduler takes the prediction for v. Its text encoders know the true end marker: transformers then pools at the
+    first of them; with 2, as hubs have it, at the largest id.
+    """
     shutil.copytree(checkpoint, folder)
     for path in folder.glob("*/*.safetensors"):
         tensors = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
         save_file(tensors, path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
         path.unlink()
-    path = folder / "scheduler" / "scheduler_config.json"
+    _change(folder / "scheduler" / "scheduler_config.json", "prediction_type", "epsilon", "v_prediction")
+    for path in folder.glob("text_encoder*/config.json"):
+        _change(path, "eos_token_id", 2, 49407)
+
+
+def _change(path: Path, key: str, before: object, after: object) -> None:
     config = json.loads(path.read_text())
-    assert config["prediction_type"] == "epsilon"
-    path.write_text(json.dumps(config | {"prediction_type": "v_prediction"}))
+    assert config[key] == before
+    path.write_text(json.dumps(config | {key: after}))
 
 
 def build(folder: Path, *machine: str) -> None:
@@ -48,7 +57,7 @@ def build(folder: Path, *machine: str) -> None:
     """
     (folder / "disk").mkdir()
     own = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", STORY, "sh"]
-    shape = ("--precision", "fp32", "--size", "x".join(map(str, SIZE)), "--batch", str(BATCH), "--steps", "1-4")
+    shape = ("--precision", "fp32", "--size", "x".join(map(str, SIZE)), "--steps", "1-4")
     tasks = ("--tasks", "text-to-image")
     line = [*own, str(BUILD), ".", "-o", "disk/x.bundle", *shape, *tasks, *machine]
     done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=500)

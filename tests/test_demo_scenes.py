@@ -110,7 +110,7 @@ def test_shapes_have_the_areas_of_geometry() -> None:
 
 def test_what_is_drawn_has_no_fault() -> None:
     random = np.random.default_rng(1)
-    for scene in scenes.held_out(20, 30):
+    for scene in scenes.held_out(10, 15):
         assert score.faults(scenes.draw(scene, random.standard_normal(2)), scene) == []
 
 

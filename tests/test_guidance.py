@@ -208,12 +208,12 @@ IMAGE = Image.fromarray(np.random.RandomState(0).randint(0, 256, (8, 8, 3), np.u
 
 def test_an_lcm(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     checkpoint = as_lcm(checkpoints["sd"], tmp_path / "checkpoint")
-    wanted: Call = {"precision": "fp32", "size": SIZE, "steps": [1, 2, 4], "guidance_scales": [8.5, 1.0], "quiet": True}
+    wanted: Call = {"precision": "fp32", "size": SIZE, "steps": [1, 4], "guidance_scales": [8.5, 1.0], "quiet": True}
     build_here(str(checkpoint), tmp_path / "b", strengths=[0.8, 0.5], **wanted, **ON)
     theirs = loaded(checkpoint)
     of_image = loaded(checkpoint, task="LatentConsistencyModelImg2ImgPipeline")
     with Pipeline.load(tmp_path / "b") as pipe:
-        for steps, scale in ((1, 8.5), (2, 1.0), (4, 8.5)):
+        for steps, scale in ((1, 8.5), (4, 1.0), (4, 8.5)):
             shares(pipe, theirs, {"prompt": PROMPT, "num_inference_steps": steps, "guidance_scale": scale})
         for strength in (0.8, 0.5):
             call: Call = {"prompt": PROMPT, "image": IMAGE, "strength": strength, "num_inference_steps": 4}

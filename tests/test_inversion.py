@@ -4,6 +4,7 @@ Only the text encoders differ from the shared miniatures, by the rows of their e
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,8 +152,7 @@ def test_a_token_that_the_text_encoder_lacks_is_refused(checkpoints: dict[str, P
 def test_a_tokenizer_that_works_otherwise_is_refused(
     checkpoints: dict[str, Path], tmp_path: Path, setting: dict[str, Any]
 ) -> None:
-    pipe = load_diffusers(checkpoints["sd"])
-    pipe.save_pretrained(tmp_path / "checkpoint")
+    shutil.copytree(checkpoints["sd"], tmp_path / "checkpoint")
     path = tmp_path / "checkpoint/tokenizer/tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **setting}))
     ((name, value),) = setting.items()

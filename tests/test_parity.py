@@ -11,12 +11,10 @@ import interrupted
 import numpy as np
 import pytest
 import torch
-from conftest import BATCH, FAMILIES, ON, SIZE, BundleFactory
+from conftest import BATCH, HALF, ON, SIZE, BundleFactory
 from diffusers import DiffusionPipeline
 from here import build_here
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-
-from turbochain.export.sources import synthetic
 
 Call = dict[str, Any]  # arguments of Pipeline.__call__ as JSON values
 Pictures = np.ndarray[Any, Any]  # [N, H, W, 3] uint8
@@ -153,17 +151,18 @@ class Chain:
     family: str
     batch: int
     size: tuple[int, int] = SIZE  # width, height
-    made: Literal["shared", "interrupted", "true eos"] = "shared"
+    made: Literal["shared", "interrupted", "own"] = "shared"
 
 
-# Each family in both batches: two of them are the shared bundles, two are of other checkpoints and sizes.
-# (72, 88) makes latents of 9×11, which do not halve evenly: diffusers gives the UNet's upsamplers their sizes.
+# Each family in both batches: two of them are the shared bundles, two are of other checkpoints (`write_source`) and of
+# another size.
 CHAINS = {
     "sd-1": Chain("sd", 1),
-    "sd-3-v_prediction": Chain("sd", interrupted.BATCH, interrupted.SIZE, "interrupted"),
-    "sdxl-1-true_eos": Chain("sdxl", 1, (64, 128), "true eos"),
+    "sd-3-v_prediction": Chain("sd", 3, interrupted.SIZE, "own"),
+    "sdxl-1-v_prediction": Chain("sdxl", 1, interrupted.SIZE, "interrupted"),
     "sdxl-3": Chain("sdxl", 3),
 }
+FULL = {"sd-3-v_prediction": pytest.mark.full}
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ class Made:
         assert_same_picture(self.pictures[name], theirs(self.pipe, call, self.chain.size))
 
 
-@pytest.fixture(scope="module", params=CHAINS)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=FULL.get(name, ())) for name in CHAINS])
 def made(
     request: pytest.FixtureRequest,
     bundle_of: BundleFactory,
@@ -193,15 +192,15 @@ def made(
         case "interrupted":
             checkpoint = request.getfixturevalue("interrupted")
             bundle = checkpoint / "x.bundle"
-        case "true eos":  # transformers then pools at the first end marker; with 2, as hubs have it, at the largest id
-            checkpoint, bundle = folder / "checkpoint", folder / "other.bundle"
-            synthetic.write_checkpoint("sdxl-turbo-mini", checkpoint, eos_token_id=49407)
+        case "own":
+            checkpoint, bundle = folder / "checkpoint", folder / "own.bundle"
+            interrupted.write_source(checkpoints[chain.family], checkpoint)
             shape: dict[str, Any] = {"size": chain.size, "batch": chain.batch, "tasks": ["text-to-image"]}
             build_here(str(checkpoint), bundle, precision="fp32", quiet=True, **shape, **ON)
     calls = _arguments(chain.size)
     for steps in STEPS:
         calls |= _grid(chain, steps)
-    variant = "fp16" if chain.made == "interrupted" else None
+    variant = None if chain.made == "shared" else "fp16"
     return Made(chain, ours(bundle, calls, folder), load_diffusers(checkpoint, variant))
 
 
@@ -216,7 +215,7 @@ def test_arguments_mean_what_they_mean_in_diffusers(made: Made, name: str) -> No
     made.check(name, _arguments(made.chain.size)[name])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", HALF)
 def test_fp16_is_within_its_bounds(
     family: str, bundle_of: BundleFactory, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

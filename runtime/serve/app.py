@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turbochain.runtime.errors import InputError
-from turbochain.runtime.serve import a1111, openai
+from turbochain.runtime.serve import a1111, live, openai, page
 from turbochain.runtime.serve.errors import Refused, of_input, of_validation
 from turbochain.runtime.serve.guard import Guard
 from turbochain.runtime.serve.metrics import Metrics
@@ -30,7 +30,7 @@ def make_app(service: Service) -> ASGIApp:
         await service.source.close()
 
     api = FastAPI(title="turbochain", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
-    for routes in (openai, a1111):
+    for routes in (openai, a1111, live, page):
         api.include_router(routes.router(service))
     api.add_exception_handler(Refused, _refused)
     api.add_exception_handler(InputError, _input_error)

@@ -57,6 +57,7 @@ def config(app: ASGIApp) -> uvicorn.Config:
         timeout_graceful_shutdown=READING,
         ws_max_size=IMAGE_BODY,
         ws_max_queue=4,
+        ws_per_message_deflate=False,  # pictures are compressed already
     )
 
 

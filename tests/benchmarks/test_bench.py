@@ -32,8 +32,8 @@ from process import ContenderError, Process
 from result import Result
 from rows import Pair
 
-PAIRS = ("openvino-fp32:eager-fp32+own-vae", "openvino-fp32:optimum-onnx")
-COLD = ("openvino-fp32:onnxruntime-fp32", "openvino-fp32:optimum-onnx")
+PAIRS = ("onnxruntime-fp32:eager-fp32+own-vae", "onnxruntime-fp32:optimum-onnx")
+COLD = ("onnxruntime-fp32:openvino-fp32", "onnxruntime-fp32:optimum-onnx")
 STAGES = {"text_encoder", "unet", "step", "vae_decoder"}
 
 
@@ -120,7 +120,7 @@ def test_a_missing_peer_is_a_row_with_its_reason(found: Result, smoke: tuple[Pat
 def test_the_rest_is_measured(found: Result, smoke: tuple[Path, str]) -> None:
     path, told = smoke
     (growth,), (batches,), (least,) = found.growth, found.batches, found.floors
-    assert growth.ours == "openvino-fp32" and list(growth.seconds) == ["1", "2", "3", "4"]
+    assert growth.ours == "onnxruntime-fp32" and list(growth.seconds) == ["1", "2", "3", "4"]
     line = np.polyfit([1, 2, 3, 4], list(growth.seconds.values()), 1)
     assert growth.slope_seconds == pytest.approx(line[0]) and growth.ratio.n == 1
     assert list(batches.seconds) == ["1"] and batches.ratio["1"].n == 1
@@ -129,7 +129,7 @@ def test_the_rest_is_measured(found: Result, smoke: tuple[Path, str]) -> None:
     for taken in cold.seconds.values():
         assert taken.picture > 0 and taken.load + taken.picture < taken.whole
     assert cold.ratio and cold.ratio.n == 1
-    assert "faster by" in told and "× floor" in told and "| openvino-fp32 | " in told
+    assert "faster by" in told and "× floor" in told and "| onnxruntime-fp32 | " in told
     with Image.open(path.with_suffix(".png")) as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
     green = (np.abs(pixels - (44, 160, 44)).max(-1) < 8).sum(axis=1) > 0

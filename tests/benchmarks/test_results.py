@@ -13,7 +13,7 @@ from result import Result
 from rows import Check, Figures, Gpu, Machine, Pair, Quantiles, Run, Served, Spread
 from turbochain.runtime.errors import BundleError
 
-FILES = sorted(result.FOLDER.rglob("*.json"))
+FILES = [*result.files(), *result.files(result.FOLDER / "runs")]
 MERGED = result.FOLDER / "synthetic-sd-turbo-512x512-cpu-avx2.json"
 HOST = Machine("a CPU", 2, 2**34, ("avx2",), "Linux", "3.11")
 H200 = Gpu("NVIDIA H200", "9.0", 2**37, "580.1", "13.0", 91000)
@@ -112,7 +112,7 @@ def test_the_results_page_is_up_to_date() -> None:
 
 def test_every_plot_is_there() -> None:
     page = report.RESULTS.read_text()
-    for path in result.FOLDER.glob("*.json"):
+    for path in result.files():
         if result.read(path).pairs:
             assert path.with_suffix(".png").exists() and f"(results/{path.stem}.png)" in page
 
@@ -149,7 +149,7 @@ def test_a_gpu_has_its_table() -> None:
 
 
 def test_without_results_of_a_gpu_the_page_says_so(tmp_path: Path) -> None:
-    for path in result.FOLDER.glob("*.json"):
+    for path in result.files():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     assert "Nothing has been measured yet" in report.text(tmp_path)
     rows = pair("tensorrt-fp16", "eager-fp16", 0.012, 0.060)

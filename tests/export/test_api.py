@@ -23,9 +23,14 @@ def test_a_bundle_without_an_engine(bundle: Path) -> None:
     assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
     found = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file()}
     assert found == {*opened.manifest.files, "bundle.json", "source.json"}
-    recipe = convert(Recipe, opened.manifest.request)
-    assert recipe == ExportOrder("demo", sizes=((512, 512),), batches=(1,), steps=(1, 2, 3, 4)).recipe("fp32")
-    assert recipe.tasks == ("text-to-image", "image-to-image")
+    order = ExportOrder("demo", sizes=((512, 512),), batches=(1,), steps=(1, 2, 3, 4), tasks=("text-to-image",))
+    assert convert(Recipe, opened.manifest.request) == order.recipe("fp32")
+
+
+def test_the_tasks_if_none_are_given(sd: Path) -> None:
+    opened = Bundle.open(sd)
+    assert convert(Recipe, opened.manifest.request).tasks == ("text-to-image", "image-to-image")
+    assert [*opened.manifest.chains] == ["text-to-image", "image-to-image"]
 
 
 def test_every_part_tells_where_it_came_from(bundle: Path) -> None:
@@ -48,7 +53,7 @@ def test_a_second_export_does_nothing_and_another_is_refused(bundle: Path) -> No
         return {path: path.stat().st_mtime_ns for path in files}
 
     before = times()
-    assert export("demo", bundle, steps=[4, 2, 1, 3, 2], quiet=True) == bundle
+    assert export("demo", bundle, steps=[4, 2, 1, 3, 2], tasks=["text-to-image"], quiet=True) == bundle
     for other, said in (
         ({"steps": [1]}, r"steps is \[1, 2, 3, 4\] there and \[1\] here"),
         ({"precision": "fp16"}, "precision is 'fp32' there and 'fp16' here"),
@@ -56,7 +61,7 @@ def test_a_second_export_does_nothing_and_another_is_refused(bundle: Path) -> No
         ({"eta": 1.0}, r"eta is None there and 1\.0 here"),
     ):
         with pytest.raises(InputError, match=rf"holds another build \({said}\): choose another path with -o"):
-            export("demo", bundle, quiet=True, **other)  # type: ignore[arg-type]
+            export("demo", bundle, tasks=["text-to-image"], quiet=True, **other)  # type: ignore[arg-type]
     assert times() == before
 
 

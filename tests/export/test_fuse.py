@@ -69,7 +69,7 @@ def with_convolutions(checkpoints: dict[str, Path], tmp_path_factory: pytest.Tem
         ("sd", "kohya", 4, 3.0, torch.float32, 0.7),
         ("sd", "diffusers-old", 1, 1.0, torch.float16, 1.0),
         ("sdxl", lora_files.LDM, 4, 1.0, torch.float16, -0.35),
-        ("sdxl", "peft", 3, 3.0, torch.bfloat16, 0.6),
+        pytest.param("sdxl", "peft", 3, 3.0, torch.bfloat16, 0.6, marks=pytest.mark.full),
     ],
 )
 def test_every_layer_is_bit_for_bit_that_of_diffusers(

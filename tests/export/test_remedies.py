@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import FAMILIES, ON_ARGUMENTS, SIZE, BundleFactory, called
+from conftest import HALF, ON_ARGUMENTS, SIZE, BundleFactory, called
 from diffusers.models.attention_processor import Attention
 from here import phases_here
 from onnx.reference import ReferenceEvaluator
@@ -40,7 +40,7 @@ CONV1, STREAM = "decoder.up_blocks.2.resnets.0.conv1", "decoder.mid_block.resnet
 UNET_ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", HALF)
 def test_a_checkpoint_that_fits_needs_nothing(
     bundle_of: BundleFactory, checkpoints: dict[str, Path], family: str
 ) -> None:

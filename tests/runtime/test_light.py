@@ -92,7 +92,7 @@ def test_packages_are_the_folders_with_code() -> None:
 def test_the_wheel_has_every_module_and_what_goes_with_it(wheel: Path) -> None:
     files = {p.relative_to(ROOT).as_posix() for n in PACKAGES for p in (ROOT / n).rglob("*.py")}
     files |= {"runtime/FORMAT.md", "runtime/py.typed"}
-    folders = ("export/demo", "export/clip", "runtime/serve/deploy")
+    folders = ("export/demo", "export/clip", "runtime/serve/deploy", "runtime/serve/page")
     carried = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file()]
     files |= {p.relative_to(ROOT).as_posix() for p in carried}
     with zipfile.ZipFile(wheel) as archive:
@@ -124,7 +124,7 @@ def test_an_empty_environment_makes_the_same_picture(wheel: Path, sd: Path, tmp_
     run(sys.executable, "-m", "venv", "--without-pip", "venv")  # ours installs: its own takes seconds to unpack
     programs = tmp_path / "venv" / "bin"
     pip = (sys.executable, "-m", "pip", "--python", programs / "python")
-    run(*pip, "install", "-q", "-c", constraints, f"{wheel}[cpu]")
+    run(*pip, "install", "-q", "--no-compile", "-c", constraints, f"{wheel}[cpu]")
     heavy = [name for name in HEAVY if "." not in name]
     assert json.loads(run(programs / "python", "-c", PRESENT, "onnxruntime", *heavy)) == ["onnxruntime"]
     run(programs / "turbochain", "generate", sd, "a red fox 🦊", "--seed", 7, "--steps", 3, "-o", "fox.png")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from conftest import FAMILIES, BundleFactory
+from conftest import HALF, BundleFactory
 
 from turbochain.engines.backends.contract import Task
 from turbochain.engines.backends.onnxruntime import BUILDER
@@ -30,7 +30,7 @@ def compiled(bundle: Bundle, folder: Path, device: Device) -> list[str]:
     return [file for files in made for file in files]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=HALF)
 def forms(request: pytest.FixtureRequest, bundle_of: BundleFactory, tmp_path_factory: pytest.TempPathFactory) -> Opened:
     """An engine for a GPU of a bundle in fp16, opened: its folder has a form of every graph."""
     bundle, folder = Bundle.open(bundle_of(request.param, "fp16")), tmp_path_factory.mktemp("forms") / "engine"

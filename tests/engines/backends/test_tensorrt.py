@@ -20,7 +20,7 @@ from typing import Any
 
 import onnx
 import pytest
-from conftest import FAMILIES, BundleFactory, command
+from conftest import HALF, BundleFactory, command
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
@@ -94,7 +94,7 @@ def check_graph(path: Path, graph: str) -> tuple[int, int]:
     return len(found), fused
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", HALF)
 def test_every_graph_is_built_and_every_attention_fused(
     family: str, bundle_of: BundleFactory, checkpoints: dict[str, Path]
 ) -> None:

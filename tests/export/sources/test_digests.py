@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES
 
 from turbochain.export import load, tables
 from turbochain.export.order import ExportOrder
@@ -65,7 +64,7 @@ def files(source: Path, vae: Path | None = None) -> dict[str, str]:
     return ExportOrder(str(source), vae=None if vae is None else str(vae)).recipe("fp32").files
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.full)])
 def test_the_files_are_those_that_an_export_opens(
     family: str, checkpoints: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

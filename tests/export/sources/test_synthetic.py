@@ -20,6 +20,7 @@ from turbochain.export.sources.synthetic import models, write_checkpoint, write_
 from turbochain.runtime.errors import InputError
 
 MINIS = [name for name in PRESETS if name.endswith("-mini")]
+LIKE_TURBO = dict.fromkeys(("sdxl-mini", "lcm-sdxl-mini"), pytest.mark.full)  # in all that loading them is about
 # One step of a model that is not distilled begins at timestep 1, where there is nearly no noise to remove. "sdxl-mini"
 # has the weights of "sdxl-turbo-mini".
 PICTURES = [(name, steps, 64) for name in MINIS for steps in (1, 4) if "turbo" in name or (steps > 1 and "15" in name)]
@@ -74,11 +75,12 @@ def test_another_class_is_made_of_the_schedulers_file(folders: dict[str, Path]) 
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Each mini preset, written once with seed 0."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in MINIS}
+    shared = {folder.name: folder for folder in checkpoints.values()}
+    folders = shared | {name: tmp_path_factory.mktemp(name) for name in MINIS if name not in shared}
     for name, folder in folders.items():
-        if name != "sdxl-mini":
+        if name not in ("sdxl-mini", *shared):
             write_checkpoint(name, folder)
     write_settings("sdxl-mini", folders["sdxl-mini"])
     for path in folders["sdxl-turbo-mini"].rglob("*.safetensors"):  # see `test_the_weights_of_sdxl_are_those_of_turbo`
@@ -191,7 +193,7 @@ def test_a_mini_is_small_and_has_the_parts_of_the_full_one(name: str, folders: d
     assert len(mini["vae"].config.block_out_channels) == 4
 
 
-@pytest.mark.parametrize("name", MINIS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=LIKE_TURBO.get(name, ())) for name in MINIS])
 def test_loads_without_a_warning_or_a_missing_key(name: str, folders: dict[str, Path]) -> None:
     records: list[str] = []
     handler = logging.Handler(logging.WARNING)
@@ -285,7 +287,7 @@ def test_another_order_of_the_sums_does_not(pipeline: Any, steps: int, side: int
     assert (other != base).mean() <= 5e-4
 
 
-@pytest.mark.parametrize("name", ["sd-turbo-mini", "sdxl-turbo-mini"])
+@pytest.mark.parametrize("name", ["sd-turbo-mini", pytest.param("sdxl-turbo-mini", marks=pytest.mark.full)])
 def test_half_precision_stays_in_range_and_close(name: str, folders: dict[str, Path]) -> None:
     half = load(folders[name]).to(torch.float16)
     half.vae.register_to_config(force_upcast=False)

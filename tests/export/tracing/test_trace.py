@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import BATCH, FAMILIES, SIZE, BundleFactory
+from conftest import BATCH, FAMILIES, SIZE, BundleFactory, in_each_precision
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from onnx import TensorProto
 from onnx.external_data_helper import load_external_data_for_model
@@ -44,7 +44,7 @@ GRAPHS = [(family, name) for family in FAMILIES for name in COMPONENTS[family]]
 AROUND = [(family, name) for family in FAMILIES for name in ARITHMETIC]
 every_graph = pytest.mark.parametrize(("family", "name"), [*GRAPHS, *AROUND])
 every_graph_with_weights = pytest.mark.parametrize(("family", "name"), GRAPHS)
-every_precision = pytest.mark.parametrize("precision", ["fp32", "fp16"])
+every_family = pytest.mark.parametrize(("family", "precision"), in_each_precision((family,) for family in FAMILIES))
 
 
 @pytest.fixture
@@ -68,8 +68,7 @@ def ends(values: Any) -> list[tuple[str, str, tuple[int, ...]]]:
     ]
 
 
-@every_precision
-@every_graph
+@pytest.mark.parametrize(("family", "name", "precision"), in_each_precision([*GRAPHS, *AROUND]))
 def test_graphs_are_valid_and_as_the_manifest_says(
     bundle_of: BundleFactory, family: str, name: str, precision: str
 ) -> None:
@@ -93,8 +92,7 @@ def test_no_graph_holds_a_sine(bundle: Bundle, name: str) -> None:
     assert not operators & {"Sin", "Cos", "RandomNormal", "RandomNormalLike", "If", "Loop", "SplitToSequence"}
 
 
-@every_precision
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_uint8_is_made_by_the_decoders_last_node_alone(bundle_of: BundleFactory, family: str, precision: str) -> None:
     graph = read(Bundle.open(bundle_of(family, precision)), "vae_decoder").graph
     casts = [node for node in graph.node if node.op_type == "Cast" and node.attribute[0].i == TensorProto.UINT8]
@@ -174,8 +172,7 @@ def unused(family: str, name: str, parameter: str) -> bool:
     return (family, name) == ("sdxl", "text_encoder") and ("layers.1." in parameter or "final_layer_norm" in parameter)
 
 
-@every_precision
-@every_graph_with_weights
+@pytest.mark.parametrize(("family", "name", "precision"), in_each_precision(GRAPHS))
 def test_name_map_leads_every_parameter_to_its_values(
     bundle_of: BundleFactory, checkpoints: dict[str, Path], family: str, name: str, precision: str
 ) -> None:
@@ -212,8 +209,7 @@ def test_name_map_leads_every_parameter_to_its_values(
 NO_WORK = {"Slice", "Split", "Unsqueeze", "Reshape", "Cast", "Identity"}
 
 
-@every_precision
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_a_step_computes_nothing_of_the_time_alone(bundle_of: BundleFactory, family: str, precision: str) -> None:
     graph = read(Bundle.open(bundle_of(family, precision)), "unet").graph
     constants = {t.name for t in graph.initializer} | {
@@ -340,8 +336,7 @@ def recorded(family: str, chain: str, guided: bool) -> tuple[set[str], set[str]]
     return once | {*(OF_IMAGE if chain == "image-to-image" else ())}, steps
 
 
-@every_precision
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_reference_has_what_its_docstring_says(bundle_of: BundleFactory, family: str, precision: str) -> None:
     bundle = Bundle.open(bundle_of(family, precision))
     cases, tensors = reference(bundle)
@@ -424,7 +419,7 @@ def test_magnitudes_cover_every_component(bundle: Bundle, checkpoints: dict[str,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_argmax_reads_integers(bundle_of: BundleFactory, family: str) -> None:
     """ONNX Runtime's CUDA provider has no such kernel, and would leave the node to the CPU."""
-    bundle = Bundle.open(bundle_of(family, "fp16"))
+    bundle = Bundle.open(bundle_of(family))
     found = []
     for graph in bundle.manifest.graphs.values():
         model = onnx.shape_inference.infer_shapes(onnx.load(bundle.path / graph.file, load_external_data=False))

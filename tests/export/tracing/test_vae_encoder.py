@@ -25,6 +25,7 @@ from turbochain.export import remedies
 from turbochain.export.families import Shape
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tracing import modules
+from turbochain.runtime import Bundle
 from turbochain.runtime.backends import openvino_model
 from turbochain.runtime.bundle.manifest import Graph
 from turbochain.runtime.checks.bounds import BOUNDS
@@ -54,10 +55,11 @@ Traced = Callable[[Checkpoint, Shape], tuple[Path, dict[str, Graph]]]
 
 
 @pytest.fixture(scope="module")
-def traced(tmp_path_factory: pytest.TempPathFactory) -> Traced:
-    """(checkpoint, shape) → a folder and the graphs in it: the encoder, and SD's decoder."""
+def traced(sd: Path, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Traced:
+    """(checkpoint, shape) → a folder and the graphs in it: the encoder, and SD's decoder; of a bundle that has them."""
 
-    made: dict[tuple[Path, Shape], tuple[Path, dict[str, Graph]]] = {}
+    both = {name: graph for name, graph in Bundle.open(sd).manifest.graphs.items() if graph.component == "vae"}
+    made = {(checkpoints["sd"] / "vae", SQUARE): (sd, both)}
 
     def trace(checkpoint: Checkpoint, shape: Shape) -> tuple[Path, dict[str, Graph]]:
         key = (checkpoint.parts["vae"].folder, shape)

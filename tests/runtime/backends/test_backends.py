@@ -54,9 +54,13 @@ CLOSE = {"fp32": {"float32": 1e-4, "uint8": 1.0}, "bf16": {"float32": 5e-2, "uin
 """Relative to the largest value; levels. In bf16 a value has 8 bits."""
 
 
+def marks(backend: str, device: str, precision: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.gpu] * (device == "cuda") + [pytest.mark.full] * (precision == "bf16")
+
+
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(w, id="{} on {} in {}".format(*w), marks=[pytest.mark.gpu] * (w[1] == "cuda")) for w in WHERE],
+    params=[pytest.param(w, id="{} on {} in {}".format(*w), marks=marks(*w)) for w in WHERE],
 )
 def where(request: pytest.FixtureRequest) -> tuple[str, str, str]:
     """A backend, a device that it runs on here, and what it computes in."""

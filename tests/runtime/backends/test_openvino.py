@@ -52,7 +52,7 @@ CALL = {"prompt": "a cat in the snow", "num_inference_steps": 2, "seed": 3}
 def engines(bundle_of: BundleFactory, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """ "fp32" and "default": copies of the SD miniature, each with one engine."""
     made = {}
-    for name, arguments in {"fp32": ("--precision", "fp32"), "default": ()}.items():
+    for name, arguments in {"fp32": ("--precision", "fp32", "--chains", *TEXT), "default": ()}.items():
         made[name] = tmp_path_factory.mktemp("openvino") / f"{name}.bundle"
         shutil.copytree(bundle_of("sd"), made[name])
         shutil.rmtree(made[name] / "engines")
@@ -229,12 +229,13 @@ def test_the_engine_built_last_is_taken_unless_another_is_named(engines: dict[st
     names = [path.name for path in bundle.glob("engines/*")]
     options = {"inference_precision": "bf16"}
     names.append(build_here(str(bundle), backend="openvino", options=options, chains=TEXT, quiet=True).engine)
-    with Pipeline.load(bundle) as pipe:
-        assert pipe.engine_name == names[1]
-    with Pipeline.load(bundle, engine=names[0]) as pipe:
-        assert pipe.engine_name == names[0]
+    drawn = []
+    for name, engine in ((names[1], None), (names[0], names[0])):
+        with Pipeline.load(bundle, engine=engine) as pipe:
+            assert pipe.engine_name == name
+            drawn.append(pipe(**CALL, output_type="uint8").images)
     assert called("turbochain", "verify", bundle, "--engine", names[0], "--json").stdout.count(names[0]) == 1
-    assert (picture(bundle, engine=names[0]) != picture(bundle, engine=names[1])).any()
+    assert (drawn[0] != drawn[1]).any()
     with pytest.raises(InputError, match=rf"has no engine 'x': choose from {names[0][:12]}"):
         Pipeline.load(bundle, engine="x")
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from turbochain.runtime import Pipeline
 
-DASHED = "-5 degrees", "-cold", "--steps"
+DASHED = "-5 degrees", pytest.param("-cold", marks=pytest.mark.full), "--steps"
 
 
 @pytest.mark.parametrize("prompt", DASHED)

@@ -7,8 +7,8 @@ from pathlib import Path
 import onnx
 import pytest
 from conftest import called, command
+from here import build_here
 
-from turbochain.engines import build
 from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE
 from turbochain.runtime.commands.profile import as_text, profile
 
@@ -20,7 +20,7 @@ CONVOLVING = ("unet", "vae_encoder", "vae_decoder")
 def test_every_operator_is_counted(sd: Path, copy_of, backend: str) -> None:
     bundle = copy_of(sd)
     options = {"inference_precision": "fp32"} if backend == "openvino" else {}
-    build(str(bundle), backend=backend, options=options, chains=[IMAGE_TO_IMAGE], quiet=True)
+    build_here(str(bundle), backend=backend, options=options, chains=[IMAGE_TO_IMAGE], quiet=True)
     found = profile(bundle, chain=IMAGE_TO_IMAGE, backend=backend, runs=2, steps=2, strength=0.5)
     assert set(found) == {"text_encoder", "vae_encoder", "start", "unet", "step", "vae_decoder"}
     for graph, operators in found.items():

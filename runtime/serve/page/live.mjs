@@ -1,0 +1,146 @@
+// The socket: it reconnects, and sends the newest request again if it was not answered.
+
+const KEY = "turbochain-key";
+const FIRST_PAUSE = 500; // ms before the first try to reconnect; each further pause is twice as long
+const LONGEST_PAUSE = 8000;
+const RETRIED = ["starting", "ending", "overloaded"]; // codes of errors that pass
+const AGAIN = 1000; // ms after which such a request is sent again
+const FULL = 2 ** 20; // bytes that a slow line has still to carry; a newer request waits until they are fewer
+const HEAD = 16; // bytes before a picture's file
+
+export class Live extends EventTarget {
+  // Events: "about" (what the server is), "state" (connecting, open or lost), "key" (a key is wanted; detail: whether
+  // one was refused), "picture" ({id, ms, skipped, drawn, encoded, file}) and "error" ({id, code, message}).
+
+  #socket = null;
+  #pause = FIRST_PAUSE;
+  #id = 0;
+  #unanswered = null; // the newest request
+  #again = 0;
+
+  get key() {
+    return sessionStorage.getItem(KEY);
+  }
+
+  async connect() {
+    this.#tell("state", "connecting");
+    let answer;
+    try {
+      const headers = this.key ? { Authorization: `Bearer ${this.key}` } : {};
+      answer = await fetch("/about", { headers, cache: "no-store" });
+      if (answer.status === 401) {
+        this.#tell("key", Boolean(this.key));
+        return;
+      }
+      if (!answer.ok) throw new Error(answer.statusText);
+      this.#tell("about", await answer.json());
+    } catch {
+      this.#later();
+      return;
+    }
+    this.#open();
+  }
+
+  useKey(key) {
+    sessionStorage.setItem(KEY, key);
+    return this.connect();
+  }
+
+  // Send a request, {prompt, seed, …}; `image`: the bytes of a picture's file. Returns its id, which grows.
+  send(request, image = null) {
+    this.#unanswered = { id: ++this.#id, request, image };
+    this.#transmit();
+    return this.#id;
+  }
+
+  get waiting() {
+    return this.#unanswered !== null;
+  }
+
+  #open() {
+    const address = new URL("/ws", location.href);
+    address.protocol = address.protocol.replace("http", "ws");
+    const protocols = this.key ? ["turbochain", `key.${base64url(this.key)}`] : ["turbochain"];
+    const socket = new WebSocket(address, protocols);
+    socket.binaryType = "arraybuffer";
+    socket.onopen = () => {
+      this.#socket = socket;
+      this.#pause = FIRST_PAUSE;
+      this.#tell("state", "open");
+      this.#transmit();
+    };
+    socket.onclose = () => {
+      this.#socket = null;
+      this.#later();
+    };
+    socket.onmessage = ({ data }) => (typeof data === "string" ? this.#failed(JSON.parse(data)) : this.#drawn(data));
+  }
+
+  #later() {
+    this.#tell("state", "lost");
+    setTimeout(() => this.connect(), this.#pause * (0.75 + Math.random() / 2));
+    this.#pause = Math.min(2 * this.#pause, LONGEST_PAUSE);
+  }
+
+  #transmit() {
+    clearTimeout(this.#again);
+    if (this.#socket?.readyState !== WebSocket.OPEN || !this.#unanswered) return;
+    if (this.#socket.bufferedAmount > FULL) {
+      this.#again = setTimeout(() => this.#transmit(), 20);
+      return;
+    }
+    const { id, request, image } = this.#unanswered;
+    const text = JSON.stringify({ id, ...request });
+    this.#unanswered.sent = performance.now();
+    this.#socket.send(image ? withImage(text, image) : text);
+  }
+
+  #drawn(data) {
+    const head = new DataView(data, 0, HEAD);
+    const id = head.getUint32(0, true);
+    const ms = this.#settle(id);
+    this.#tell("picture", {
+      id,
+      ms, // null for an answer to a request that is not the newest
+      skipped: head.getUint32(4, true),
+      drawn: head.getFloat32(8, true),
+      encoded: head.getFloat32(12, true),
+      file: new Uint8Array(data, HEAD),
+    });
+  }
+
+  #failed({ id, error }) {
+    if (RETRIED.includes(error.code) && id === this.#id) {
+      this.#again = setTimeout(() => this.#transmit(), AGAIN);
+    } else {
+      this.#settle(id);
+    }
+    this.#tell("error", { id, code: error.code, message: error.message });
+  }
+
+  #settle(id) {
+    if (this.#unanswered?.id !== id) return null;
+    const ms = performance.now() - this.#unanswered.sent;
+    this.#unanswered = null;
+    return ms;
+  }
+
+  #tell(type, detail) {
+    this.dispatchEvent(new CustomEvent(type, { detail }));
+  }
+}
+
+// A binary message: the length of its JSON, the JSON, and the picture's file.
+function withImage(text, image) {
+  const json = new TextEncoder().encode(text);
+  const message = new Uint8Array(4 + json.length + image.length);
+  new DataView(message.buffer).setUint32(0, json.length, true);
+  message.set(json, 4);
+  message.set(image, 4 + json.length);
+  return message;
+}
+
+function base64url(text) {
+  const bytes = String.fromCharCode(...new TextEncoder().encode(text));
+  return btoa(bytes).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+}

@@ -1,0 +1,261 @@
+// The page: what is typed and set becomes requests, and the answers are shown.
+
+import { Gallery } from "./gallery.mjs";
+import { jpeg } from "./images.mjs";
+import { Live } from "./live.mjs";
+import { $, Settings, inWords } from "./settings.mjs";
+
+const SILENCE = 400; // ms without a change after which the slider's step count is drawn
+const SLOW = 250; // ms after which the page says that it waits
+
+const live = new Live();
+const settings = new Settings();
+const gallery = new Gallery($("gallery"), $("gallery-section"), showAgain);
+
+let last = null; // the newest request: {id, request, image, quick, keep}, and when it is drawn its file
+let shown = null; // one of them
+const sent = new Map(); // those that may still be answered, by id
+let turns = 0; // pictures that have come, or were chosen from the gallery
+let shownTurn = 0;
+let silence = 0;
+let slow = 0;
+
+// ---- drawing
+
+// Draw at once with the fewest steps, and after a silence with the slider's; if `settled`, with the slider's at once.
+function changed({ settled = false } = {}) {
+  clearTimeout(silence);
+  if (!settings.known || !settings.complete || settings.camera.on) return; // the camera's next frame has it all
+  const quick = !settled && settings.steps !== settings.fewest;
+  send(quick ? settings.fewest : settings.steps, { quick });
+  silence = setTimeout(rest, settled ? 0 : SILENCE);
+}
+
+function send(steps, more = {}, bytes = settings.image?.bytes) {
+  last = { request: settings.request(steps), image: settings.image, ...more };
+  last.id = live.send(last.request, bytes);
+  sent.set(last.id, last);
+  clearTimeout(slow);
+  slow = setTimeout(() => live.waiting && showWaiting(true), SLOW);
+}
+
+// Nothing was changed for a while: what is set now is worth keeping.
+function rest() {
+  if (last.quick) send(settings.steps);
+  last.keep = true;
+  if (shown === last) keep();
+}
+
+live.addEventListener("picture", async ({ detail: { id, ms, drawn, file } }) => {
+  const made = sent.get(id);
+  if (!made) return; // older than one that has come
+  for (const other of sent.keys()) if (other <= id) sent.delete(other);
+  made.file = new Blob([file], { type: "image/jpeg" });
+  const turn = ++turns;
+  const bitmap = await createImageBitmap(made.file); // quicker than an <img>, which would fetch it by a URL
+  if (turn < shownTurn) return;
+  show(made, bitmap, turn);
+  if (!live.waiting) {
+    const took = ms === null ? "" : `${Math.round(ms)} ms · `;
+    showWaiting(false, `${took}${Math.round(drawn)} ms drawing · ${inWords(made.request.num_inference_steps)}`);
+  }
+  if (made.keep) keep();
+});
+
+live.addEventListener("error", ({ detail: { id, code, message } }) => {
+  if (id !== last?.id) return;
+  $("problem").textContent = code === "starting" ? "The server is loading its model…" : message;
+  if (!live.waiting) showWaiting(false);
+});
+
+function showWaiting(waiting, text = "\u00a0") {
+  clearTimeout(slow);
+  $("frame").toggleAttribute("data-drawing", waiting);
+  $("latency").textContent = waiting ? "Drawing…" : text;
+}
+
+function show(picture, bitmap, turn) {
+  shown = picture;
+  shownTurn = turn;
+  const canvas = $("picture");
+  Object.assign(canvas, { width: bitmap.width, height: bitmap.height });
+  canvas.getContext("bitmaprenderer").transferFromImageBitmap(bitmap);
+  canvas.setAttribute("aria-label", picture.request.prompt || "A picture without a prompt");
+  canvas.hidden = false;
+  $("empty").hidden = true;
+  $("save").disabled = false;
+  $("problem").textContent = "";
+}
+
+function keep() {
+  const { seed, num_inference_steps: steps } = shown.request;
+  gallery.add(shown);
+  $("status").textContent = `Picture ready: ${inWords(steps)}, seed ${seed}`;
+}
+
+async function showAgain(picture) {
+  const { prompt, seed, num_inference_steps: steps } = picture.request;
+  const turn = ++turns;
+  clearTimeout(silence);
+  sent.clear();
+  settings.camera.stop();
+  settings.restore(picture.request, picture.image);
+  show(picture, await createImageBitmap(picture.file), turn);
+  showWaiting(false, `${inWords(steps)} · seed ${seed}`);
+  $("status").textContent = `Shown again: ${prompt}, seed ${seed}`;
+}
+
+// ---- the controls
+
+$("controls").addEventListener("submit", (event) => event.preventDefault());
+$("prompt").addEventListener("input", () => changed());
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  changed({ settled: true });
+});
+$("seed").addEventListener("input", () => changed());
+$("dice").addEventListener("click", () => {
+  $("seed").value = crypto.getRandomValues(new Uint32Array(1))[0];
+  changed({ settled: true });
+});
+$("steps").addEventListener("input", () => {
+  settings.label();
+  changed({ settled: true });
+});
+$("strength").addEventListener("input", () => {
+  const { steps } = settings;
+  settings.arrange();
+  settings.steps = steps;
+  changed();
+});
+$("model").addEventListener("change", () => {
+  settings.useDefaults();
+  cut();
+});
+$("size").addEventListener("change", cut);
+
+$("save").addEventListener("click", () => {
+  const { prompt, seed } = shown.request;
+  const words = prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu)?.join("-").slice(0, 60);
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(shown.file);
+  link.download = `${words || "picture"}-${seed}.jpg`;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+});
+
+// ---- a picture to start from
+
+// Use a picture, or none, with the step count that is set.
+function startFrom(image) {
+  const { steps } = settings;
+  settings.camera.stop();
+  settings.image = image;
+  settings.arrange();
+  settings.steps = steps;
+}
+
+async function take(file) {
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(file);
+  } catch {
+    $("problem").textContent = "That file is no picture that this browser can read.";
+    return;
+  }
+  startFrom({ bitmap, url: URL.createObjectURL(file) });
+  await cut();
+}
+
+// Cut the picture to the size that is drawn, and draw.
+async function cut() {
+  settings.arrange();
+  if (settings.image) settings.image = { ...settings.image, bytes: await jpeg(settings.image.bitmap, settings.size) };
+  changed({ settled: true });
+}
+
+function takeFrom({ files }) {
+  const file = [...files].find(({ type }) => type.startsWith("image/"));
+  if (file && settings.known && settings.takesImages) take(file);
+  return Boolean(file);
+}
+
+$("choose").addEventListener("click", () => $("file").click());
+$("file").addEventListener("change", () => {
+  takeFrom($("file"));
+  $("file").value = "";
+});
+document.addEventListener("paste", (event) => takeFrom(event.clipboardData) && event.preventDefault());
+document.addEventListener("dragover", (event) => {
+  if (!event.dataTransfer.types.includes("Files")) return;
+  event.preventDefault();
+  $("drop").dataset.over = "";
+});
+document.addEventListener("dragleave", (event) => event.relatedTarget || delete $("drop").dataset.over);
+document.addEventListener("drop", (event) => {
+  delete $("drop").dataset.over;
+  if (event.dataTransfer.types.includes("Files")) event.preventDefault(); // the browser would open it
+  takeFrom(event.dataTransfer);
+});
+$("clear").addEventListener("click", () => {
+  startFrom(null);
+  $("choose").focus();
+  changed({ settled: true });
+});
+
+$("camera-button").addEventListener("click", async () => {
+  const { camera } = settings;
+  if (camera.on) {
+    startFrom(settings.image);
+    return;
+  }
+  try {
+    await camera.start();
+  } catch (error) {
+    $("problem").textContent = `The camera cannot be used: ${error.message}`;
+    return;
+  }
+  const { steps } = settings;
+  settings.arrange();
+  settings.steps = steps;
+  frame();
+});
+
+// Send a frame whenever the one before is answered: never more than the server draws.
+async function frame() {
+  const { camera } = settings;
+  if (!camera.on) return;
+  if (!live.waiting) {
+    const bytes = await jpeg(camera.video, settings.size);
+    if (camera.on) send(settings.steps, {}, bytes);
+  }
+  camera.next(frame);
+}
+
+// ---- the server
+
+live.addEventListener("about", ({ detail }) => {
+  const first = !settings.known;
+  settings.learn(detail);
+  if (first && $("prompt").value) changed(); // typed before, or kept by the browser
+});
+
+live.addEventListener("state", ({ detail }) => {
+  $("connection").dataset.state = detail;
+  $("connection-text").textContent = { connecting: "Connecting", open: "Connected", lost: "Reconnecting" }[detail];
+});
+
+live.addEventListener("key", ({ detail: refused }) => {
+  $("key-problem").textContent = refused ? "That key was refused." : "";
+  $("key").value = "";
+  $("key-dialog").showModal();
+});
+$("key-dialog").addEventListener("cancel", (event) => event.preventDefault());
+$("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  $("key-dialog").close();
+  live.useKey($("key").value.trim());
+});
+
+live.connect();
