@@ -20,6 +20,9 @@ from turbochain.runtime.serve.worker import Worker
 READING = 10
 """For how many seconds of its end the server waits for clients that are slow to read their answers."""
 
+FAILED = 5
+"""For how many seconds after a fault of the GPU it says so, before it ends and can be started again."""
+
 
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C; a second one ends it at once.
@@ -38,7 +41,7 @@ async def _serve(settings: Settings, models: Models, sock: socket.socket) -> Non
     metrics = Metrics()
     worker = Worker(models, settings, metrics)
     server = _Server(config(make_app(Service(models, worker, settings, metrics))), worker)
-    failing = asyncio.create_task(server.end_if_it_cannot_start())
+    failing = asyncio.create_task(server.end_with_the_worker())
     await server.serve([sock])
     failing.cancel()
     if worker.problem is not None:
@@ -87,11 +90,12 @@ class _Server(uvicorn.Server):
         await self._worker.close()
         self.should_exit = True
 
-    async def end_if_it_cannot_start(self) -> None:
-        """End if the first model cannot be loaded."""
+    async def end_with_the_worker(self) -> None:
+        """End if the worker does: at once if it cannot load, or `FAILED` seconds after a fault."""
         await self._worker.ended()
-        if not self._worker.warm:
-            self.should_exit = True
+        if self._worker.warm and self._worker.problem is not None:
+            await asyncio.sleep(FAILED)
+        self.should_exit = True
 
 
 def listening(settings: Settings) -> socket.socket:

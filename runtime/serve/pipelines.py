@@ -18,6 +18,7 @@ class Pipelines:
 
     The rule: the weights of all loaded models, as files, fit `memory_bytes`; the one in use stays in any case. The
     weights count once for each size and batch, of which each keeps its own, so that calls may alternate between them.
+    A model that is too large for that has the weights of the size drawn last.
     """
 
     def __init__(self, models: Models, settings: Settings) -> None:
@@ -36,7 +37,7 @@ class Pipelines:
                 backend=settings.backend,
                 device=settings.device,
                 threads=settings.threads,
-                keep_all=True,
+                keep_all=_weight(model) <= self._limit,
                 trust_engines=settings.trust_engines,
             )
         self._loaded.move_to_end(model.name)
@@ -74,10 +75,10 @@ class Pipelines:
 
     @property
     def _limit(self) -> int:
-        """Return how many bytes the weights may be; a model must be loaded."""
+        """Return how many bytes the weights may be; a GPU's memory is known when the first model is loaded."""
         if self._settings.memory_bytes is not None:
             return self._settings.memory_bytes
-        gpu = next(iter(self._loaded.values())).device.gpu
+        gpu = next((pipe.device.gpu for pipe in self._loaded.values()), None)
         return ((gpu.memory_bytes if gpu else None) or machine_bytes()) // 2
 
 

@@ -296,10 +296,11 @@ def told(sd: Path) -> Iterator[tuple[Told, Callable[..., None], httpx2.Client]]:
             yield source, do, api
 
 
-def asked(api: httpx2.Client, pool: ThreadPoolExecutor, **body: Any) -> Any:
-    """Ask for pictures of seed 0 and above, and return when they are asked for at the source."""
+def asked(source: Told, api: httpx2.Client, pool: ThreadPoolExecutor, **body: Any) -> Any:
+    """Ask for pictures of seed 0 and above, and return when all are asked for at the source."""
+    source.asked.clear()
     answer = pool.submit(api.post, "txt2img", json={"seed": 0, "steps": 4, **body})
-    until(lambda: api.get("progress").json()["state"]["job_count"] > 0)
+    until(lambda: len(source.asked) == body.get("batch_size", 1) * body.get("n_iter", 1))
     return answer
 
 
@@ -319,7 +320,7 @@ def test_a_picture_counts_as_many_passes_as_it_makes(server: Serving, strength: 
 def test_progress_is_that_of_the_client(told: tuple[Told, Callable[..., None], httpx2.Client]) -> None:
     source, do, api = told
     with ThreadPoolExecutor() as pool:
-        answer = asked(api, pool, n_iter=2)
+        answer = asked(source, api, pool, n_iter=2)
         seen = [api.get("progress?skip_current_image=false").json()]
         do(setattr, source.asked[0][0], "done", 3)
         seen.append(api.get("progress").json())
@@ -342,7 +343,7 @@ def test_progress_is_that_of_the_client(told: tuple[Told, Callable[..., None], h
 def test_interrupt_ends_the_client_s_own_pictures(told: tuple[Told, Callable[..., None], httpx2.Client]) -> None:
     source, do, api = told
     with ThreadPoolExecutor() as pool:
-        answer = asked(api, pool, batch_size=3)
+        answer = asked(source, api, pool, batch_size=3)
         do(source.asked[1][1].set_result, GREY)
         assert api.post("interrupt", auth=("", "two")).json() == {}
         assert (source.ended, answer.done()) == ([], False)
@@ -353,7 +354,7 @@ def test_interrupt_ends_the_client_s_own_pictures(told: tuple[Told, Callable[...
         (image,) = found.json()["images"]
         assert np.asarray(picture(image)).tobytes() == GREY.picture.tobytes()
         assert (info["all_seeds"], len(info["infotexts"]), info["seed"]) == ([1], 1, 0)
-        answer = asked(api, pool)
+        answer = asked(source, api, pool)
         assert api.post("interrupt").json() == {}
         assert (answer.result().status_code, answer.result().json()["images"]) == (200, [])
 
@@ -361,7 +362,7 @@ def test_interrupt_ends_the_client_s_own_pictures(told: tuple[Told, Callable[...
 def test_a_picture_without_room_ends_the_others(told: tuple[Told, Callable[..., None], httpx2.Client]) -> None:
     source, do, api = told
     with ThreadPoolExecutor() as pool:
-        answer = asked(api, pool, batch_size=3)
+        answer = asked(source, api, pool, batch_size=3)
         do(source.asked[1][1].set_exception, overloaded("no room", 3))
         found = answer.result()
     assert (found.status_code, found.headers["retry-after"], found.json()["detail"]) == (503, "3", "no room")

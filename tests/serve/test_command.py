@@ -24,16 +24,21 @@ from turbochain.runtime.serve.command import KEY_VARIABLE, add_arguments, settin
 SLOW = """
 import os, pathlib, sys, time
 from turbochain.runtime.commands.main import main
+from turbochain.runtime.errors import CudaFault
 from turbochain.runtime.pipeline import Pipeline
+from turbochain.runtime.serve import listen
+listen.FAILED = 1
 draw, gate = Pipeline.draw, pathlib.Path(sys.argv[1])
 def late(*given, **more):
     while not gate.exists():
         time.sleep(0.01)
+    if gate.read_text() == "fault":
+        raise CudaFault("an illegal address")
     return draw(*given, **more)
 Pipeline.draw = late
 sys.exit(main(sys.argv[2:]))
 """
-"""The command, whose every picture waits until a file exists."""
+"""The command, whose every picture waits until a file exists; what is in it may be "fault", which ends it sooner."""
 
 
 @contextlib.contextmanager
@@ -97,6 +102,22 @@ def test_a_second_signal_ends_it_at_once(small: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert ended(process) == (128 + signal.SIGTERM, "")
         assert all(isinstance(one.exception(), ConnectionError) for one in lost)
+
+
+def test_a_fault_of_the_gpu_ends_it_with_a_failure_when_clients_have_been_told(small: Path, tmp_path: Path) -> None:
+    """The fault is raised in place of a picture: what ends the process is the same."""
+    gate = tmp_path / "open"
+    gate.touch()
+    with started(gate, small) as (process, url):
+        client = Client(url)
+        until(lambda: client.get("/readyz").status == 200)
+        gate.write_text("fault")
+        for _ in range(2):
+            answer = client.draw("a cat")
+            assert (answer.status, answer.error["code"]) == (503, "failed") and "illegal address" in str(answer.json)
+        assert client.get("/healthz").status == 503
+        status, said = ended(process)
+    assert status == 1 and said.endswith("turbochain: error: an illegal address\n"), said
 
 
 def test_a_signal_ends_it_while_it_loads(small: Path, tmp_path: Path) -> None:
