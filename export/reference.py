@@ -51,8 +51,8 @@ def write(
 
     `pipelines`: task → diffusers' own, in fp32, which share their components. `scale`: the guidance of guided calls.
     `more`: further arguments of every call, such as `timesteps`. `precisions`: those in which calls of many evaluations
-    are drawn once more, and one from text in any case, for the error that diffusers has there; the weights are rounded
-    to them for good.
+    are drawn once more, and the first prediction of the first call from text is made, for the error that diffusers has
+    there; the weights are rounded to them for good.
 
     The file is safetensors: everything fp32, ids int32, pictures uint8. Tensors of case i, with R evaluations:
     `i/<name>` of every feed and every result of the chain, [R, …] for those of the loop, as `record_call` finds them;
@@ -66,7 +66,10 @@ def write(
     tensors: dict[str, np.ndarray] = {}
     rows = [chains[call.chain].tables[call.table].rows for call in calls]
     again = _drawn_again(calls, chains)
-    done, total = 0, sum(n + 1 for n in rows) + len(precisions) * sum(rows[i] + 1 for i in again)
+    done, total = (
+        0,
+        sum(n + 1 for n in rows) + len(precisions) * sum(rows[i] + 1 if whole else 2 for i, whole in again.items()),
+    )
 
     def advance(*_: Any) -> None:
         nonlocal done
@@ -88,9 +91,10 @@ def write(
                 chain = chains[calls[i].chain]
                 pipeline = copy.copy(pipelines[chain.task])
                 pipeline.scheduler = copy.deepcopy(pipeline.scheduler)  # as in `record_call`
-                with _outputs_of(pipeline.unet) as predictions:
+                own: dict[str, float] = {}
+                with _predictions(pipeline.unet, all_of_them=again[i]) as predictions:
                     image = draw(pipeline, chain, calls[i], more)
-                own = _error(image, tensors[f"{i}/image"]) if bounds.has_many(rows[i], calls[i].modes) else {}
+                    own |= _error(image, tensors[f"{i}/image"])
                 if chain.task == TEXT_TO_IMAGE:
                     own |= _error_of_prediction(predictions[0], tensors, i)
                 if own:
@@ -133,21 +137,33 @@ def _calls(layout: Layout, chains: Mapping[str, Chain], scale: float, of_tokens:
         )
 
 
-def _drawn_again(calls: Sequence[Call], chains: Mapping[str, Chain]) -> list[int]:
-    """Return the calls of which diffusers' own error in a lower precision is recorded: those of many evaluations, and
-    the first from text if none of them is."""
-    found = [i for i, c in enumerate(calls) if bounds.has_many(chains[c.chain].tables[c.table].rows, c.modes)]
+def _drawn_again(calls: Sequence[Call], chains: Mapping[str, Chain]) -> dict[int, bool]:
+    """Return the calls of which diffusers' own error in a lower precision is recorded, and whether to their picture:
+    those of many evaluations; of the first from text the first prediction is enough."""
     from_text = [i for i, call in enumerate(calls) if chains[call.chain].task == TEXT_TO_IMAGE]
-    return found if {*found} & {*from_text} else sorted([*found, *from_text[:1]])
+    many = [i for i, c in enumerate(calls) if bounds.has_many(chains[c.chain].tables[c.table].rows, c.modes)]
+    return dict.fromkeys(from_text[:1], False) | dict.fromkeys(many, True)
+
+
+class _Enough(Exception):
+    """The first prediction was made, and no other is wanted."""
 
 
 @contextlib.contextmanager
-def _outputs_of(unet: Any) -> Iterator[list[torch.Tensor]]:
-    """Collect what a UNet makes."""
+def _predictions(unet: Any, *, all_of_them: bool) -> Iterator[list[torch.Tensor]]:
+    """Collect what a UNet makes; end the block after the first unless all are wanted."""
     found: list[torch.Tensor] = []
-    handle = unet.register_forward_hook(lambda module, arguments, made: found.append(made[0]))
+
+    def keep(module: Any, arguments: Any, made: Any) -> None:
+        found.append(made[0])
+        if not all_of_them:
+            raise _Enough
+
+    handle = unet.register_forward_hook(keep)
     try:
         yield found
+    except _Enough:
+        pass
     finally:
         handle.remove()
 
