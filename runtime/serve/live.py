@@ -143,16 +143,16 @@ class _Session:
 
     async def _draw(self, asked: _Asked) -> Drawn | None:
         """Return the picture; None if a newer message has ended it. Raises Refused."""
-        self._drawn, self._drawing = asked, asyncio.create_task(self._picture(asked))
+        job = await off_loop(self._job, asked)  # no newer message ends a thread: so one at a time, whatever is sent
+        if self._waiting is not None and self._waiting.ends(asked):
+            return None
+        self._drawn, self._drawing = asked, asyncio.create_task(self._service.source.draw(job))
         try:
             await asyncio.wait([self._drawing])
             return None if self._drawing.cancelled() else self._drawing.result()
         finally:
             self._drawing.cancel()
             self._drawn = self._drawing = None
-
-    async def _picture(self, asked: _Asked) -> Drawn:
-        return await self._service.source.draw(await off_loop(self._job, asked))
 
     def _job(self, asked: _Asked) -> Job:
         """Return what is drawn for a message. Raises InputError, or Refused if there is no such model."""
