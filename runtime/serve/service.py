@@ -13,7 +13,7 @@ from turbochain.runtime.serve.errors import of_input
 from turbochain.runtime.serve.metrics import Metrics
 from turbochain.runtime.serve.models import Models
 from turbochain.runtime.serve.settings import Settings
-from turbochain.runtime.serve.source import Drawn, Job, Progress, Source
+from turbochain.runtime.serve.source import Drawn, Job, Source
 
 Of = TypeVar("Of")
 
@@ -31,12 +31,12 @@ class Service:
     settings: Settings
     metrics: Metrics
 
-    async def draw(self, jobs: Sequence[Job], progress: Progress | None = None) -> list[Drawn]:
+    async def draw(self, jobs: Sequence[Job]) -> list[Drawn]:
         """Draw several pictures; if one is refused, the others are not wanted any more. Raises Refused."""
         tasks: list[asyncio.Task[Drawn]] = []
         try:
             async with asyncio.TaskGroup() as group:
-                tasks += [group.create_task(self.source.draw(job, progress)) for job in jobs]
+                tasks += [group.create_task(self.source.draw(job)) for job in jobs]
         except BaseExceptionGroup as group_of:
             raise group_of.exceptions[0] from None
         return [task.result() for task in tasks]
