@@ -16,7 +16,7 @@ from turbochain.runtime.serve.encoding import Encoding, decode_base64
 from turbochain.runtime.serve.errors import Refused, of_validation
 from turbochain.runtime.serve.infotext import SAMPLER, Used, info
 from turbochain.runtime.serve.models import Model
-from turbochain.runtime.serve.service import Service, off_loop, while_connected
+from turbochain.runtime.serve.service import DECODERS, Service, off_loop, while_connected
 from turbochain.runtime.serve.source import Drawn, Job
 from turbochain.runtime.serve.wanted import MOST_PICTURES, Wanted, as_built, requests, seeds
 
@@ -101,7 +101,7 @@ class _Server:
         """Answer txt2img or img2img."""
         sent, model = await _json(http), self.model
         body = _read(sent)
-        wanted = await off_loop(body.with_images) if name == "img2img" else body.wanted
+        wanted = await off_loop(body.with_images, threads=DECODERS) if name == "img2img" else body.wanted
         jobs = await off_loop(self._jobs, http.scope["client_name"], model, body, wanted)
         chain = model.bundle.open_chain(jobs[0].request.chain)
         drawing = Drawing(name, jobs, chain.passes(jobs[0].request.table))

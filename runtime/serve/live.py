@@ -17,7 +17,7 @@ from starlette.websockets import WebSocketDisconnect
 from turbochain.runtime.serve.encoding import QUALITY, Encoding, decode
 from turbochain.runtime.serve.errors import Refused, failed
 from turbochain.runtime.serve.guard import chosen_protocol
-from turbochain.runtime.serve.service import Service, off_loop
+from turbochain.runtime.serve.service import DECODERS, Service, off_loop
 from turbochain.runtime.serve.settings import BODY
 from turbochain.runtime.serve.source import Drawn, Job
 from turbochain.runtime.serve.wanted import Wanted, edited, parse_size, request
@@ -143,7 +143,10 @@ class _Session:
 
     async def _draw(self, asked: _Asked) -> Drawn | None:
         """Return the picture; None if a newer message has ended it. Raises Refused."""
-        job = await off_loop(self._job, asked)  # no newer message ends a thread: so one at a time, whatever is sent
+        threads = None if asked.file is None else DECODERS
+        job = await off_loop(
+            self._job, asked, threads=threads
+        )  # no newer message ends a thread: so one at a time, whatever is sent
         if self._waiting is not None and self._waiting.ends(asked):
             return None
         self._drawn, self._drawing = asked, asyncio.create_task(self._service.source.draw(job))

@@ -20,7 +20,7 @@ from turbochain.runtime.inputs.noise import check_seed
 from turbochain.runtime.serve.encoding import QUALITY, Encoding, decode, repainted
 from turbochain.runtime.serve.errors import Refused, of_validation
 from turbochain.runtime.serve.models import Model
-from turbochain.runtime.serve.service import Service, abandon, off_loop, while_connected
+from turbochain.runtime.serve.service import DECODERS, Service, abandon, off_loop, while_connected
 from turbochain.runtime.serve.source import Drawn, Job
 from turbochain.runtime.serve.wanted import MOST_PICTURES, Wanted, edited, parse_size, requests, seeds
 
@@ -198,7 +198,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/images/edits")
     async def edits(http: HttpRequest) -> Response:
         body, image, mask = await _form(http)
-        drawing = await off_loop(_edit, service, http, body, image, mask)
+        drawing = await off_loop(_edit, service, http, body, image, mask, threads=DECODERS)
         return await (drawing.stream() if body.stream else drawing.answer())
 
     @routes.get("/models")

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +17,9 @@ from turbochain.runtime.serve.settings import Settings
 from turbochain.runtime.serve.source import Drawn, Job, Source
 
 Of = TypeVar("Of")
+
+DECODERS = ThreadPoolExecutor(2, "turbochain-decoder")
+"""The threads that decode what clients upload. They are few: a small file may take 200 MB while it is decoded."""
 
 
 class Gone(Exception):
@@ -71,9 +75,9 @@ async def _hung_up(receive: Receive) -> None:
         pass
 
 
-async def off_loop(function: Callable[..., Of], *arguments: Any) -> Of:
+async def off_loop(function: Callable[..., Of], *arguments: Any, threads: Executor | None = None) -> Of:
     """Return what a function returns that takes milliseconds, from another thread; InputError becomes Refused."""
     try:
-        return await asyncio.to_thread(function, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(threads, function, *arguments)
     except InputError as error:
         raise of_input(error) from error

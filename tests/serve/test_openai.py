@@ -28,6 +28,7 @@ from told import GREY, Told, until
 
 from turbochain.runtime import Pipeline
 from turbochain.runtime.request import Request
+from turbochain.runtime.serve import encoding
 from turbochain.runtime.serve.errors import overloaded
 from turbochain.runtime.serve.openai import Body
 from turbochain.runtime.serve.source import Drawn
@@ -312,6 +313,27 @@ def test_the_picture_of_an_edit_is_resized_off_the_loop_and_once_for_all_seeds(
     for event, seed, steps in zip(events, (7, 7, 7, 8, 8, 8), (1, 2, 4) * 2, strict=True):
         answer = {"data": [{"b64_json": event.b64_json, "seed": seed}]}
         assert_drawn(pipe, answer, prompt="a", image=image, num_inference_steps=steps, strength=1.0)
+
+
+def test_two_uploads_are_decoded_at_a_time(api: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, under_way, most, decode = threading.Event(), list[str](), list[int](), encoding.decode
+
+    def waits(argument: str, file: bytes) -> Image.Image:
+        under_way.append(argument)
+        most.append(len(under_way))
+        assert gate.wait(20)
+        under_way.pop()
+        return decode(argument, file)
+
+    monkeypatch.setattr("turbochain.runtime.serve.openai.decode", waits)
+    upload = {"image": ("a.png", file(noise((64, 64))))}
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(api.post, "images/edits", data={"prompt": "a"}, files=upload) for _ in range(6)]
+        until(lambda: len(under_way) == 2)
+        assert api.get("models").status_code == 200
+        gate.set()
+        assert [one.result().status_code for one in asked] == [200] * 6
+    assert len(most) == 6 and max(most) == 2
 
 
 def test_answers_are_of_the_client_s_types(client: openai.OpenAI) -> None:
