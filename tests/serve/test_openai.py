@@ -16,6 +16,7 @@ import httpx2
 import numpy as np
 import openai
 import pytest
+from asking import until
 from openai.types import (
     ImageEditCompletedEvent,
     ImageGenCompletedEvent,
@@ -24,7 +25,7 @@ from openai.types import (
 )
 from PIL import Image, ImageOps
 from serving import Serving, serving
-from told import GREY, Told, until
+from told import GREY, Told
 
 from turbochain.runtime import Pipeline
 from turbochain.runtime.request import Request
