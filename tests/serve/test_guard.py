@@ -4,6 +4,7 @@ import base64
 import hmac
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -178,12 +179,13 @@ def test_a_body_that_never_comes(open_server: Serving, monkeypatch: pytest.Monke
 
 def test_a_head_that_never_comes(open_server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such connections end by themselves, and none whose body is slow, which `BODY_SECONDS` is about."""
-    monkeypatch.setattr(listen, "HEAD_SECONDS", 0.05)
+    monkeypatch.setattr(listen, "HEAD_SECONDS", 0.3)
     head = f"POST {GENERATE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n"
     with connect(open_server.url) as slow:
         slow.sendall(head.encode())
-        for sent in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: localhost\r\n"):
-            assert exchange(open_server.url, sent) == b""
+        parts = (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: localhost\r\n")
+        with ThreadPoolExecutor() as pool:
+            assert [*pool.map(lambda sent: exchange(open_server.url, sent), parts)] == [b""] * 3
         with connect(open_server.url) as kept:
             kept.sendall(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n")
             answer = b""
