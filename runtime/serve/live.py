@@ -143,10 +143,8 @@ class _Session:
 
     async def _draw(self, asked: _Asked) -> Drawn | None:
         """Return the picture; None if a newer message has ended it. Raises Refused."""
-        threads = None if asked.file is None else DECODERS
-        job = await off_loop(
-            self._job, asked, threads=threads
-        )  # no newer message ends a thread: so one at a time, whatever is sent
+        # No newer message ends this, which a thread does: so one picture at a time is decoded, whatever is sent.
+        job = await off_loop(self._job, asked, threads=None if asked.file is None else DECODERS)
         if self._waiting is not None and self._waiting.ends(asked):
             return None
         self._drawn, self._drawing = asked, asyncio.create_task(self._service.source.draw(job))
