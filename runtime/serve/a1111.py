@@ -16,9 +16,9 @@ from turbochain.runtime.serve.encoding import Encoding, decode_base64
 from turbochain.runtime.serve.errors import Refused, of_validation
 from turbochain.runtime.serve.infotext import SAMPLER, Used, info
 from turbochain.runtime.serve.models import Model
-from turbochain.runtime.serve.service import Service, off_loop, while_connected
+from turbochain.runtime.serve.service import DECODERS, Service, off_loop, while_connected
 from turbochain.runtime.serve.source import Drawn, Job
-from turbochain.runtime.serve.wanted import MOST_PICTURES, Wanted, as_built, request, seeds
+from turbochain.runtime.serve.wanted import MOST_PICTURES, Wanted, as_built, requests, seeds
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -101,7 +101,7 @@ class _Server:
         """Answer txt2img or img2img."""
         sent, model = await _json(http), self.model
         body = _read(sent)
-        wanted = await off_loop(body.with_images) if name == "img2img" else body.wanted
+        wanted = await off_loop(body.with_images, threads=DECODERS) if name == "img2img" else body.wanted
         jobs = await off_loop(self._jobs, http.scope["client_name"], model, body, wanted)
         chain = model.bundle.open_chain(jobs[0].request.chain)
         drawing = Drawing(name, jobs, chain.passes(jobs[0].request.table))
@@ -119,10 +119,9 @@ class _Server:
         count, most = body.batch_size * body.n_iter, min(MOST_PICTURES, self.service.settings.queue)
         if count > most:
             raise Refused(400, f"batch_size x n_iter is {count}: at most {most} were expected", param="batch_size")
-        first, *others = seeds(None if body.seed < 0 else check_seed(body.seed), count)
-        made = request(model.bundle, as_built(model.bundle, wanted), first)
-        requests = [made, *(replace(made, seeds=(seed,)) for seed in others)]
-        return [Job(model.name, request, client) for request in requests]
+        of_all = seeds(None if body.seed < 0 else check_seed(body.seed), count)
+        made = requests(model.bundle, as_built(model.bundle, wanted), of_all)
+        return [Job(model.name, request, client) for request in made]
 
 
 def router(service: Service) -> APIRouter:

@@ -36,11 +36,6 @@ class Encoding:
         if not 0 <= self.quality <= 100:
             raise InputError(f"quality {self.quality}: a number from 0 to 100 was expected")
 
-    @property
-    def media_type(self) -> str:
-        """Return the MIME type."""
-        return f"image/{self.format}"
-
     def encode(self, picture: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
         """Return the file of a picture [H, W, 3] uint8; `text` becomes text chunks of a PNG, and of no other."""
         from PIL import Image

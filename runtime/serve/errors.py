@@ -70,8 +70,13 @@ def of_input(error: InputError) -> Refused:
 
 def of_validation(errors: Sequence[Any]) -> Refused:
     """Return the answer to a body of the wrong form, of which pydantic found these errors."""
-    where = [str(part) for part in errors[0]["loc"] if part not in ("body", "query", "path")]
-    return Refused(400, f"{'.'.join(where) or 'the body'}: {errors[0]['msg']}", param=where[0] if where else None)
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return Refused(400, f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
+    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    if not where:
+        return Refused(400, "the body is no JSON object: one with a prompt was expected")
+    return Refused(400, f"{'.'.join(where)}: {first['msg']}", param=where[0])
 
 
 def overloaded(message: str, seconds: float, *, status: int = 503) -> Refused:

@@ -6,8 +6,10 @@ import socket
 import sys
 from types import FrameType
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.serve.app import make_app
@@ -19,6 +21,9 @@ from turbochain.runtime.serve.worker import Worker
 
 READING = 10
 """For how many seconds of its end the server waits for clients that are slow to read their answers."""
+
+HEAD_SECONDS = 10.0
+"""How long a connection may take to send the head of a request; the guard sees to its body."""
 
 FAILED = 5
 """For how many seconds after a fault of the GPU it says so, before it ends and can be started again."""
@@ -56,12 +61,44 @@ def config(app: ASGIApp) -> uvicorn.Config:
         access_log=False,
         lifespan="on",
         server_header=False,
-        http="h11",
+        http=_Protocol,
         timeout_graceful_shutdown=READING,
         ws_max_size=IMAGE_BODY,
         ws_max_queue=4,
         ws_per_message_deflate=False,  # pictures are compressed already
     )
+
+
+class _Protocol(H11Protocol):
+    """HTTP as uvicorn has it, without connections that are held for ever because no whole head comes."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for the first head."""
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Read on; whoever sends a byte at a time gains no time by it."""
+        super().data_received(data)
+        self._wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no more."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait_for_head(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_waiting()
+        elif self._late is None:
+            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 class _Server(uvicorn.Server):

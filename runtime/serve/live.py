@@ -17,7 +17,7 @@ from starlette.websockets import WebSocketDisconnect
 from turbochain.runtime.serve.encoding import QUALITY, Encoding, decode
 from turbochain.runtime.serve.errors import Refused, failed
 from turbochain.runtime.serve.guard import chosen_protocol
-from turbochain.runtime.serve.service import Service, off_loop
+from turbochain.runtime.serve.service import DECODERS, Service, off_loop
 from turbochain.runtime.serve.settings import BODY
 from turbochain.runtime.serve.source import Drawn, Job
 from turbochain.runtime.serve.wanted import Wanted, edited, parse_size, request
@@ -143,16 +143,17 @@ class _Session:
 
     async def _draw(self, asked: _Asked) -> Drawn | None:
         """Return the picture; None if a newer message has ended it. Raises Refused."""
-        self._drawn, self._drawing = asked, asyncio.create_task(self._picture(asked))
+        # No newer message ends this, which a thread does: so one picture at a time is decoded, whatever is sent.
+        job = await off_loop(self._job, asked, threads=None if asked.file is None else DECODERS)
+        if self._waiting is not None and self._waiting.ends(asked):
+            return None
+        self._drawn, self._drawing = asked, asyncio.create_task(self._service.source.draw(job))
         try:
             await asyncio.wait([self._drawing])
             return None if self._drawing.cancelled() else self._drawing.result()
         finally:
             self._drawing.cancel()
             self._drawn = self._drawing = None
-
-    async def _picture(self, asked: _Asked) -> Drawn:
-        return await self._service.source.draw(await off_loop(self._job, asked))
 
     def _job(self, asked: _Asked) -> Job:
         """Return what is drawn for a message. Raises InputError, or Refused if there is no such model."""

@@ -4,12 +4,13 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field, ValidationError
-from pydantic_core import to_json
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError, to_json
 from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
@@ -19,9 +20,9 @@ from turbochain.runtime.inputs.noise import check_seed
 from turbochain.runtime.serve.encoding import QUALITY, Encoding, decode, repainted
 from turbochain.runtime.serve.errors import Refused, of_validation
 from turbochain.runtime.serve.models import Model
-from turbochain.runtime.serve.service import Service, abandon, off_loop, while_connected
+from turbochain.runtime.serve.service import DECODERS, Service, abandon, off_loop, while_connected
 from turbochain.runtime.serve.source import Drawn, Job
-from turbochain.runtime.serve.wanted import MOST_PICTURES, Wanted, edited, parse_size, request, seeds
+from turbochain.runtime.serve.wanted import MOST_PICTURES, Wanted, edited, parse_size, requests, seeds
 
 USAGE = {
     "input_tokens": 0,
@@ -32,23 +33,34 @@ USAGE = {
 """OpenAI's clients demand it in the events of a stream."""
 
 
+def _number(value: object) -> object:
+    """Refuse true and false, which are numbers to Python, and would be the seeds 1 and 0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "a number was expected, and not {value}", {"value": str(value).lower()})
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_number)]
+Real = Annotated[float, BeforeValidator(_number)]
+
+
 class Body(BaseModel):
     """What is read of a request; other fields (quality, style, user, …) have no effect."""
 
     prompt: str
     model: str | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_PICTURES)] | None = None
+    n: Annotated[Whole, Field(ge=1, le=MOST_PICTURES)] | None = None
     size: str | None = None
     response_format: str | None = None
     output_format: str | None = None
-    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    output_compression: Annotated[Whole, Field(ge=0, le=100)] | None = None
     stream: bool | None = None
-    partial_images: Annotated[int, Field(ge=0, le=8)] | None = None
-    seed: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
+    partial_images: Annotated[Whole, Field(ge=0, le=8)] | None = None
+    seed: Whole | None = None
+    num_inference_steps: Whole | None = None
+    guidance_scale: Real | None = None
     negative_prompt: str | None = None
-    strength: float | None = None
+    strength: Real | None = None
 
     @property
     def encoding(self) -> Encoding:
@@ -77,8 +89,11 @@ class _Drawing:
     """One request of the API: which pictures, and how they are sent."""
 
     def __init__(self, service: Service, http: HttpRequest, body: Body, wanted: Wanted) -> None:
-        """Check everything before anything waits in the queue. Raises InputError."""
-        self._service, self._http, self._body, self._wanted = service, http, body, wanted
+        """Check everything before anything waits in the queue. Raises InputError and Refused.
+
+        Keeps no picture to start from: the requests have theirs, of the size that is drawn.
+        """
+        self._service, self._http, self._body = service, http, body
         self._encoding = body.encoding
         self._is_edit = wanted.image is not None
         self.model: Model = service.models.find(body.model)
@@ -86,12 +101,27 @@ class _Drawing:
         self._seeds = seeds(first, body.n or 1)
         if len(self._seeds) > service.settings.queue:
             raise InputError(f"n={body.n}: at most {service.settings.queue} pictures may wait in this server's queue")
-        self._jobs = [self._job(wanted, seed) for seed in self._seeds]
+        self._jobs = self._of_each_seed(wanted)
+        self._partial_jobs = self._of_fewer_steps(wanted) if body.stream else []
 
-    def _job(self, wanted: Wanted, seed: int) -> Job:
+    def _of_each_seed(self, wanted: Wanted) -> list[Job]:
         strict = self._service.settings.strict_size
-        made = request(self.model.bundle, wanted, seed, strict_size=strict)
-        return Job(self.model.name, made, self._http.scope["client_name"])
+        made = requests(self.model.bundle, wanted, self._seeds, strict_size=strict)
+        return [Job(self.model.name, request, self._http.scope["client_name"]) for request in made]
+
+    def _of_fewer_steps(self, wanted: Wanted) -> list[list[Job]]:
+        """Return the pictures of all seeds for each of the smaller step counts that are wanted and have room."""
+        chain = self.model.bundle.open_chain(self._jobs[0].request.chain)
+        most = chain.chain.tables[self._jobs[0].request.table].steps
+        room = self._service.settings.queue // len(self._jobs) - 1
+        count = min(self._body.partial_images or 0, room)
+        found: list[list[Job]] = []
+        for steps in (n for n in chain.steps if n < most):
+            if len(found) == count:
+                break
+            with suppress(InputError):  # so few make none at this strength
+                found.append(self._of_each_seed(replace(wanted, num_inference_steps=steps)))
+        return found
 
     async def answer(self) -> Response:
         """Draw all pictures, and answer when they are ready."""
@@ -128,39 +158,28 @@ class _Drawing:
         All pictures wait in the queue from the beginning: what is accepted is drawn, even if the server ends meanwhile.
         """
         kind = "image_edit" if self._is_edit else "image_generation"
-        partial = {seed: self._partial_jobs(seed) for seed in self._seeds}
-        jobs = {seed: [*partial[seed], job] for seed, job in zip(self._seeds, self._jobs, strict=True)}
-        drawing = {seed: [asyncio.create_task(self._service.draw([job])) for job in jobs[seed]] for seed in jobs}
+        source = self._service.source
+        drawing = {  # of each seed the partial pictures, and the last one
+            seed: [asyncio.create_task(source.draw(job)) for job in jobs]
+            for seed, *jobs in zip(self._seeds, *self._partial_jobs, self._jobs, strict=True)
+        }
         try:
             for seed, (*earlier, last) in drawing.items():
                 for index, task in enumerate(earlier):
-                    content = await self._content((await task)[0], seed)
+                    content = await self._content(await task, seed)
                     yield _event(f"{kind}.partial_image", content | {"partial_image_index": index})
-                yield _event(f"{kind}.completed", await self._content((await last)[0], seed) | {"usage": USAGE})
+                yield _event(f"{kind}.completed", await self._content(await last, seed) | {"usage": USAGE})
         finally:
             await abandon(task for tasks in drawing.values() for task in tasks)
 
-    def _partial_jobs(self, seed: int) -> list[Job]:
-        """Return pictures of fewer steps of the same seed: as many as were asked for, can be, and have room."""
-        chain = self.model.bundle.open_chain(self._jobs[0].request.chain)
-        most = chain.chain.tables[self._jobs[0].request.table].steps
-        jobs = []
-        for steps in (n for n in chain.steps if n < most):
-            try:
-                jobs.append(self._job(replace(self._wanted, num_inference_steps=steps), seed))
-            except InputError:  # so few make none at this strength
-                continue
-        room = self._service.settings.queue // len(self._jobs) - 1
-        return jobs[: min(self._body.partial_images or 0, room)]
-
     async def _content(self, made: Drawn, seed: int) -> dict[str, Any]:
         file = await self._file(made, seed)
-        return {"b64_json": file, "created_at": int(time.time()), "seed": seed, **self._described(made)}
+        of_event = {"created_at": int(time.time()), "quality": "auto"}  # OpenAI's clients demand them in events alone
+        return {"b64_json": file, "seed": seed, **of_event, **self._described(made)}
 
     def _described(self, made: Drawn) -> dict[str, Any]:
         height, width, _ = made.picture.shape
-        more = {"output_format": self._encoding.format, "quality": "auto", "background": "opaque"}
-        return {"size": f"{width}x{height}", **more}
+        return {"size": f"{width}x{height}", "output_format": self._encoding.format, "background": "opaque"}
 
     async def _file(self, made: Drawn, seed: int) -> str:
         text = {"prompt": self._body.prompt, "seed": str(seed), "model": self.model.name}
@@ -179,12 +198,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/images/edits")
     async def edits(http: HttpRequest) -> Response:
         body, image, mask = await _form(http)
-        wanted = replace(body.wanted, image=await off_loop(decode, "image", image))
-        if mask is not None:
-            transparent = await off_loop(decode, "mask", mask)
-            wanted = replace(wanted, mask_image=await off_loop(repainted, "mask", transparent))
-        bundle = service.models.find(body.model).bundle
-        drawing = await off_loop(_Drawing, service, http, body, edited(bundle, wanted))
+        drawing = await off_loop(_edit, service, http, body, image, mask, threads=DECODERS)
         return await (drawing.stream() if body.stream else drawing.answer())
 
     @routes.get("/models")
@@ -196,6 +210,14 @@ def router(service: Service) -> APIRouter:
         return _described(service.models.exactly(name))
 
     return routes
+
+
+def _edit(service: Service, http: HttpRequest, body: Body, image: bytes, mask: bytes | None) -> _Drawing:
+    """Return what an edit draws. Decodes: call it off the event loop. Raises InputError and Refused."""
+    wanted = replace(body.wanted, image=decode("image", image))
+    if mask is not None:
+        wanted = replace(wanted, mask_image=repainted("mask", decode("mask", mask)))
+    return _Drawing(service, http, body, edited(service.models.find(body.model).bundle, wanted))
 
 
 async def _form(http: HttpRequest) -> tuple[Body, bytes, bytes | None]:

@@ -22,7 +22,7 @@ PARTS = ("page.mjs", "settings.mjs", "live.mjs", "images.mjs", "gallery.mjs", "s
 FILES = {"/": "index.html", **{f"/page/{name}": name for name in PARTS}}
 """The whole of what is served, by path: no path of a request ever opens a file."""
 HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; connect-src 'self' ws: wss:; "
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",

@@ -65,7 +65,7 @@ class Replicas:
         await self._idle.wait()
 
     async def draw(self, job: Job, progress: Progress | None = None) -> Drawn:
-        """Draw one picture; see `Source.draw`. Its progress is known when it is drawn, and not before."""
+        """Draw one picture; see `Source.draw`. Replicas tell no progress."""
         if not self._ready:
             raise unavailable("the server is loading its model; try again soon", "starting")
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -74,8 +74,7 @@ class Replicas:
             if not turn.done():
                 turn.set_exception(error)  # type: ignore[arg-type]
 
-        progress = progress or Progress()
-        waiting = Waiting(job, job.model, refuse, progress)
+        waiting = Waiting(job, job.model, refuse, progress or Progress())
         self._queue.put(waiting)
         self._turns[waiting] = turn
         self._idle.clear()
@@ -91,7 +90,6 @@ class Replicas:
             self._give()
             if not (self._given or self._turns):
                 self._idle.set()
-        progress.done = progress.total
         self._count(job, made)
         return made
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,9 +14,12 @@ from turbochain.runtime.serve.errors import of_input
 from turbochain.runtime.serve.metrics import Metrics
 from turbochain.runtime.serve.models import Models
 from turbochain.runtime.serve.settings import Settings
-from turbochain.runtime.serve.source import Drawn, Job, Progress, Source
+from turbochain.runtime.serve.source import Drawn, Job, Source
 
 Of = TypeVar("Of")
+
+DECODERS = ThreadPoolExecutor(2, "turbochain-decoder")
+"""The threads that decode what clients upload. They are few: a small file may take 200 MB while it is decoded."""
 
 
 class Gone(Exception):
@@ -31,12 +35,12 @@ class Service:
     settings: Settings
     metrics: Metrics
 
-    async def draw(self, jobs: Sequence[Job], progress: Progress | None = None) -> list[Drawn]:
+    async def draw(self, jobs: Sequence[Job]) -> list[Drawn]:
         """Draw several pictures; if one is refused, the others are not wanted any more. Raises Refused."""
         tasks: list[asyncio.Task[Drawn]] = []
         try:
             async with asyncio.TaskGroup() as group:
-                tasks += [group.create_task(self.source.draw(job, progress)) for job in jobs]
+                tasks += [group.create_task(self.source.draw(job)) for job in jobs]
         except BaseExceptionGroup as group_of:
             raise group_of.exceptions[0] from None
         return [task.result() for task in tasks]
@@ -71,9 +75,9 @@ async def _hung_up(receive: Receive) -> None:
         pass
 
 
-async def off_loop(function: Callable[..., Of], *arguments: Any) -> Of:
+async def off_loop(function: Callable[..., Of], *arguments: Any, threads: Executor | None = None) -> Of:
     """Return what a function returns that takes milliseconds, from another thread; InputError becomes Refused."""
     try:
-        return await asyncio.to_thread(function, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(threads, function, *arguments)
     except InputError as error:
         raise of_input(error) from error

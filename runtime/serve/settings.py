@@ -1,6 +1,7 @@
 """What `turbochain serve` was told."""
 
 import ipaddress
+import re
 from dataclasses import dataclass
 
 from turbochain.runtime.errors import InputError
@@ -39,10 +40,18 @@ class Settings:
                 f"--host {self.host} can be reached from other machines, and there is no key: give --api-key KEY "
                 "(or --api-key-file), or --insecure to let everyone draw"
             )
+        if not all(self.model_names):
+            raise InputError("a --model-name is empty: what clients call the bundle was expected")
         if self.model_names and len(self.model_names) != len(self.bundles):
             raise InputError(
                 f"{len(self.model_names)} --model-name for {len(self.bundles)} bundles: one for each was expected"
             )
+        for origin in self.allow_origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise InputError(
+                    f"--allow-origin {origin}: what browsers call a page's server was expected, such as "
+                    "https://page.example or http://localhost:3000, or * for any"
+                )
         if self.queue < 1:
             raise InputError(f"--queue {self.queue}: at least 1 was expected")
         if not self.timeout > 0:

@@ -29,8 +29,7 @@ class Drawn:
 class Progress:
     """How far a picture is; the source counts, others read."""
 
-    done: int = 0  # rows of the table
-    total: int = 1
+    done: int = 0  # passes of the loop
 
 
 class Source(Protocol):

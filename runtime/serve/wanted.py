@@ -2,6 +2,7 @@
 
 import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,15 @@ def request(bundle: Bundle, wanted: Wanted, seed: int, *, strict_size: bool = Fa
         seed=[seed],
         output_type="uint8",
     )
+
+
+def requests(bundle: Bundle, wanted: Wanted, seeds: Sequence[int], *, strict_size: bool = False) -> list[Request]:
+    """Return the request of each seed's picture; what they share is made once: resizing a picture takes its time.
+
+    Raises InputError for what the bundle cannot do.
+    """
+    made = request(bundle, wanted, seeds[0], strict_size=strict_size)
+    return [replace(made, seeds=(seed,)) for seed in seeds]
 
 
 def seeds(seed: int | None, count: int) -> list[int]:

@@ -139,7 +139,7 @@ class Worker:
         request = batching.together(pipe.bundle, [waiting.job.request for waiting in batch])
         chain = pipe.bundle.open_chain(request.chain)
         for waiting in batch:
-            waiting.progress.done, waiting.progress.total = 0, chain.passes(request.table)
+            waiting.progress.done = 0  # it may have been begun with others
 
         def count(graph: str, seconds: float) -> None:
             if chain.graphs[graph].role == "step":

@@ -15,9 +15,10 @@ import clients
 import httpx2
 import numpy as np
 import pytest
+from asking import until
 from PIL import Image
 from serving import Serving, serving
-from told import GREY, Told, until
+from told import GREY, Told
 
 from turbochain.runtime import Pipeline
 from turbochain.runtime.serve.drawings import Drawing

@@ -152,6 +152,8 @@ def test_what_is_refused_before_any_work(small: Path, tmp_path: Path) -> None:
             ("--timeout", "nan"): "--timeout nan: a number of seconds above 0",
             ("--memory", 0): "--memory: a number of GiB above 0",
             ("--memory", "nan"): "--memory: a number of GiB above 0",
+            ("--allow-origin", "page.example"): "--allow-origin page.example: what browsers call a page's server",
+            ("--model-name", ""): "a --model-name is empty",
             ("--api-key", ""): "a key is empty",
             ("--api-key", "schlüssel"): "a key is empty, or has characters that no header carries",
             ("--api-key-file", tmp_path / "none"): "none cannot be read",

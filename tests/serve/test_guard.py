@@ -4,13 +4,14 @@ import base64
 import hmac
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from asking import GENERATE, Client, connect, exchange
 from serving import Serving, serving
 
-from turbochain.runtime.serve import guard
+from turbochain.runtime.serve import guard, listen
 from turbochain.runtime.serve.listen import listening
 from turbochain.runtime.serve.settings import Settings
 
@@ -174,6 +175,26 @@ def test_a_body_that_never_comes(open_server: Serving, monkeypatch: pytest.Monke
         connection.sendall(head.encode() + b'{"pro')
         answer = connection.recv(4096)
     assert answer.startswith(b"HTTP/1.1 400 ") and b"timeout" in answer
+
+
+def test_a_head_that_never_comes(open_server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such connections end by themselves, and none whose body is slow, which `BODY_SECONDS` is about."""
+    monkeypatch.setattr(listen, "HEAD_SECONDS", 0.3)
+    head = f"POST {GENERATE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n"
+    with connect(open_server.url) as slow:
+        slow.sendall(head.encode())
+        parts = (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: localhost\r\n")
+        with ThreadPoolExecutor() as pool:
+            assert [*pool.map(lambda sent: exchange(open_server.url, sent), parts)] == [b""] * 3
+        with connect(open_server.url) as kept:
+            kept.sendall(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b'{"ready":true}'):
+                answer += kept.recv(4096)
+            kept.sendall(b"GET / HT")
+            assert kept.recv(4096) == b""
+        slow.sendall(b"{}")
+        assert slow.recv(4096).startswith(b"HTTP/1.1 400 ")
 
 
 def test_what_is_no_http_ends_its_connection_alone(client: Client, open_server: Serving) -> None:

@@ -160,6 +160,29 @@ def test_a_newer_message_ends_what_is_drawn(held: tuple[Held, ClientConnection, 
     assert b"turbochain_skipped_total 2.0" in served.service.metrics.text(0)
 
 
+def test_one_picture_is_decoded_at_a_time(
+    held: tuple[Held, ClientConnection, Serving], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However fast frames come that end each other: a thread that decodes cannot be ended."""
+    source, socket, _ = held
+    source.free = True
+    decoded, gate, decode = list[str](), threading.Event(), live.decode
+
+    def waits(*given: Any) -> Any:
+        decoded.append("begun")
+        assert gate.wait(20)
+        return decode(*given)
+
+    monkeypatch.setattr(live, "decode", waits)
+    for id in range(5):
+        socket.send(frame(photo(), id=id, prompt=f"cat {id}"))
+        socket.send("{")
+        socket.recv(20)  # the answer to this: the frame was read
+    gate.set()
+    assert answer(socket)[:2] == (4, 4)
+    assert source.prompts == ["cat 4"] and len(decoded) == 2  # the first frame's, and the newest's
+
+
 def test_a_frame_ends_no_frame_but_of_other_settings(held: tuple[Held, ClientConnection, Serving]) -> None:
     source, socket, _ = held
     for id in range(3):

@@ -4,6 +4,8 @@ import asyncio
 import base64
 import io
 import json
+import re
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,11 +16,20 @@ import httpx2
 import numpy as np
 import openai
 import pytest
+from asking import until
+from openai.types import (
+    ImageEditCompletedEvent,
+    ImageGenCompletedEvent,
+    ImageGenPartialImageEvent,
+    ImagesResponse,
+)
 from PIL import Image, ImageOps
 from serving import Serving, serving
-from told import GREY, Told, until
+from told import GREY, Told
 
 from turbochain.runtime import Pipeline
+from turbochain.runtime.request import Request
+from turbochain.runtime.serve import encoding
 from turbochain.runtime.serve.errors import overloaded
 from turbochain.runtime.serve.openai import Body
 from turbochain.runtime.serve.source import Drawn
@@ -168,6 +179,8 @@ REFUSED: dict[str, tuple[Any, str | None]] = {
     "a seed below 0": ({"seed": -1}, "seed"),
     "a large seed": ({"seed": 2**64}, "seed"),
     "a broken seed": ({"seed": 1.5}, "seed"),
+    "a true seed": ({"seed": True}, "seed"),
+    "a false scale": ({"guidance_scale": False}, "guidance_scale"),
     "svg": ({"output_format": "svg"}, "output_format"),
     "url": ({"response_format": "url"}, "response_format"),
     "no pictures": ({"n": 0}, "n"),
@@ -231,6 +244,17 @@ def test_a_task_that_is_not_built_is_refused(api: httpx2.Client) -> None:
     assert "inpainting" in answer.json()["error"]["message"]
 
 
+def test_a_body_that_is_no_object_is_refused_in_plain_words(api: httpx2.Client) -> None:
+    for body, why in {
+        '{"prompt": "a"': "the body is no JSON: .* at character 14",
+        "[1]": "no JSON object",
+        "": "no JSON",
+    }.items():
+        answer = api.post("images/generations", content=body, headers={"Content-Type": "application/json"})
+        assert_refused(answer, 400, None)
+        assert re.search(why, answer.json()["error"]["message"])
+
+
 def test_a_form_that_is_none_is_refused(api: httpx2.Client) -> None:
     for kind, why in (("multipart/form-data", "boundary"), ("multipart/form-data; boundary=x", "Invalid multipart")):
         answer = api.post("images/edits", content=b"\r\n--y\r\n", headers={"Content-Type": kind})
@@ -265,6 +289,68 @@ def test_a_stream_sends_pictures_of_fewer_steps_first(client: openai.OpenAI, pip
     for event, steps in zip(events, (1, 2, 4), strict=True):
         answer = {"data": [{"b64_json": event.b64_json, "seed": 7}]}
         assert_drawn(pipe, answer, prompt="a cat", num_inference_steps=steps)
+
+
+def test_the_picture_of_an_edit_is_resized_off_the_loop_and_once_for_all_seeds(
+    client: openai.OpenAI, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, make = [], Request.make
+
+    def noted(*given: Any, **more: Any) -> Request:
+        threads.append(threading.current_thread().name)
+        return make(*given, **more)
+
+    monkeypatch.setattr(Request, "make", noted)
+    image, how = noise((80, 40)), {"seed": 7, "num_inference_steps": 4, "strength": 1.0}
+    upload = ("a.png", file(image))
+    events = [*client.images.edit(image=upload, prompt="a", n=2, stream=True, partial_images=2, extra_body=how)]
+    assert len(threads) == 3 and "serving" not in threads  # one for each step count
+    monkeypatch.undo()
+    assert [event.type for event in events] == ["image_edit.partial_image"] * 2 + ["image_edit.completed"] + [
+        "image_edit.partial_image",
+        "image_edit.partial_image",
+        "image_edit.completed",
+    ]
+    for event, seed, steps in zip(events, (7, 7, 7, 8, 8, 8), (1, 2, 4) * 2, strict=True):
+        answer = {"data": [{"b64_json": event.b64_json, "seed": seed}]}
+        assert_drawn(pipe, answer, prompt="a", image=image, num_inference_steps=steps, strength=1.0)
+
+
+def test_two_uploads_are_decoded_at_a_time(api: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, under_way, most, decode = threading.Event(), list[str](), list[int](), encoding.decode
+
+    def waits(argument: str, file: bytes) -> Image.Image:
+        under_way.append(argument)
+        most.append(len(under_way))
+        assert gate.wait(20)
+        under_way.pop()
+        return decode(argument, file)
+
+    monkeypatch.setattr("turbochain.runtime.serve.openai.decode", waits)
+    upload = {"image": ("a.png", file(noise((64, 64))))}
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(api.post, "images/edits", data={"prompt": "a"}, files=upload) for _ in range(6)]
+        until(lambda: len(under_way) == 2)
+        assert api.get("models").status_code == 200
+        gate.set()
+        assert [one.result().status_code for one in asked] == [200] * 6
+    assert len(most) == 6 and max(most) == 2
+
+
+def test_answers_are_of_the_client_s_types(client: openai.OpenAI) -> None:
+    """Which it does not check by itself."""
+    upload = ("a.png", file(noise((64, 64))))
+    partial: dict[str, Any] = {"stream": True, "partial_images": 1, "extra_body": {"num_inference_steps": 2}}
+    answers = [
+        (client.images.generate(prompt="a"), [ImagesResponse]),
+        (client.images.edit(image=upload, prompt="a"), [ImagesResponse]),
+        (client.images.generate(prompt="a", **partial), [ImageGenPartialImageEvent, ImageGenCompletedEvent]),
+        (client.images.edit(image=upload, prompt="a", **partial), [ImageEditCompletedEvent]),
+    ]
+    for answer, types in answers:
+        found = [answer] if isinstance(answer, ImagesResponse) else [*answer]
+        for one, type in zip(found, types, strict=True):
+            type.model_validate(one.to_dict())
 
 
 def test_an_error_in_a_stream_is_one_of_the_client(sd: Path) -> None:

@@ -36,7 +36,9 @@ def test_every_file_of_the_page_is_served_and_no_other(server: Serving) -> None:
             "text/css",
             "image/svg+xml",
         )
-        assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
+        policy = answer.headers["Content-Security-Policy"]
+        assert policy.startswith("default-src 'self'; ") and "frame-ancestors 'none'" in policy
+        assert not re.search(r"connect-src|unsafe|\*|https?:|wss?:", policy)  # nothing of another server
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
         assert status(server.url + path, **{"If-None-Match": answer.headers["ETag"]}) == 304
     for path in ("/page/", "/page/index.html", "/page/../app.py", "/page/%2e%2e/app.py", "/page//etc/passwd"):

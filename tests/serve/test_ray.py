@@ -4,7 +4,6 @@ import base64
 import concurrent.futures
 import contextlib
 import http.client
-import importlib.util
 import io
 import json
 import os
@@ -157,7 +156,6 @@ def test_two_replicas_draw_the_pipelines_pictures(two: Cluster, expected: Callab
     assert status == 400 and answer["error"]["param"] == "num_inference_steps"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("turbochain.runtime.serve.live") is None, reason="there is no socket yet")
 def test_a_socket_draws(two: Cluster, expected: Callable[[int], np.ndarray]) -> None:
     from websockets.sync.client import connect
 

@@ -3,7 +3,10 @@
 `SOAK_SECONDS=60 pytest -m full tests/serve/test_soak.py` is a shorter one.
 """
 
+import base64
 import contextlib
+import io
+import json
 import os
 import random
 import subprocess
@@ -17,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from asking import GENERATE, Client, connect, exchange, until
+from PIL import Image
+from websockets.sync.client import connect as ws_connect
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", 20 * 60))
 WARM_UP = 0.25  # of the time: the caches fill, and the allocator finds its size
@@ -50,6 +55,24 @@ def leaving(url: str, numbers: random.Random) -> None:
         time.sleep(numbers.random() / 50)
 
 
+def editing(url: str, numbers: random.Random) -> None:
+    client, file = Client(url), io.BytesIO()
+    Image.effect_noise((numbers.randrange(100, 900), 500), 50).save(file, "PNG")
+    body = {"prompt": numbers.choice(PROMPTS), "init_images": [base64.b64encode(file.getvalue()).decode()]}
+    assert client.ask("POST", "/sdapi/v1/img2img", body).status in (200, 429, 503)
+    assert client.get("/sdapi/v1/progress").status == client.ask("POST", "/sdapi/v1/interrupt").status == 200
+    client.close()
+
+
+def live(url: str, numbers: random.Random) -> None:
+    """Send messages that end each other, of which some are malformed."""
+    with ws_connect(f"{url.replace('http', 'ws')}/ws") as ws:
+        for id in range(numbers.randrange(1, 30)):
+            ws.send("{" if id % 8 == 1 else json.dumps({"id": id, "prompt": numbers.choice(PROMPTS)}))
+        if numbers.random() < 0.5:  # else it hangs up while they are drawn
+            ws.recv(60)
+
+
 def wrong(url: str, numbers: random.Random) -> None:
     client = Client(url)
     assert client.draw("a cat", num_inference_steps=99).status == 400
@@ -60,17 +83,20 @@ def wrong(url: str, numbers: random.Random) -> None:
         exchange(url, numbers.randbytes(500) + b"\r\n\r\n")
 
 
-CLIENTS: tuple[Callable[[str, random.Random], None], ...] = (steady, steady, steady, streaming, leaving, wrong)
+Sort = Callable[[str, random.Random], None]
+CLIENTS: tuple[Sort, ...] = (steady, steady, steady, streaming, leaving, wrong, editing, live)
 
 
 @pytest.mark.full
-def test_a_server_that_is_used_does_not_grow(sd: Path) -> None:
+def test_a_server_that_is_used_does_not_grow(sd: Path, tmp_path: Path) -> None:
     line = [sys.executable, "-c", "import sys; from turbochain.runtime.commands.main import main; sys.exit(main())"]
     line += ["serve", str(sd), "--port", "0", "--threads", "1", "--backend", "onnxruntime"]
-    server = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "log"  # no pipe: it fills, as each garbage is a line, and the server would wait for a reader
+    with log.open("w") as file:
+        server = subprocess.Popen(line, stderr=file)
     try:
-        assert server.stderr is not None
-        url = server.stderr.readline().split()[-1]
+        until(lambda: log.read_text().endswith("\n"))
+        url = log.read_text().split()[-1]
         until(lambda: Client(url).get("/readyz").status == 200)
         folder = Path(f"/proc/{server.pid}")
         end, ending = time.monotonic() + SECONDS, threading.Event()
@@ -108,5 +134,6 @@ def test_a_server_that_is_used_does_not_grow(sd: Path) -> None:
         assert server.poll() is None
     finally:
         server.terminate()
-        _, said = server.communicate(timeout=60)
+        server.wait(60)
+    said = log.read_text()
     assert (server.returncode, said.count("Traceback")) == (0, 0), said[-5000:]

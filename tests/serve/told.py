@@ -1,8 +1,6 @@
 """A source whose pictures are ready when a test says so, in place of a model that takes seconds."""
 
 import asyncio
-import time
-from collections.abc import Callable
 
 import numpy as np
 
@@ -32,12 +30,3 @@ class Told:
     async def start(self) -> None: ...
 
     async def close(self) -> None: ...
-
-
-def until(holds: Callable[[], bool]) -> None:
-    """Wait for something that another thread does."""
-    for _ in range(10_000):
-        if holds():
-            return
-        time.sleep(0.002)
-    raise AssertionError("it did not happen")
