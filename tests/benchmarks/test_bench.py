@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from here import phases_here
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
+from test_parity import load_diffusers, theirs
 
 import bench
 import contenders
@@ -31,6 +34,7 @@ from measure import Measure, Settings
 from process import ContenderError, Process
 from result import Result
 from rows import Pair
+from turbochain.runtime.commands.bench import PROMPT
 
 PAIRS = ("onnxruntime-fp32:eager-fp32+own-vae", "onnxruntime-fp32:optimum-onnx")
 COLD = ("onnxruntime-fp32:openvino-fp32", "onnxruntime-fp32:optimum-onnx")
@@ -44,6 +48,13 @@ def folder(sd: Path, checkpoints: dict[str, Path], tmp_path_factory: pytest.Temp
     (path / "sd-turbo-mini").symlink_to(checkpoints["sd"])
     subprocess.run(["cp", "-r", str(sd), str(path / "sd-turbo-mini-64x64-b1-fp32.bundle")], check=True)
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def builds_here() -> Iterator[None]:
+    """Build engines in this process; the processes of a build have tests of their own."""
+    with phases_here():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +85,13 @@ def found(smoke: tuple[Path, str]) -> Result:
 
 @pytest.fixture(scope="module")
 def measure(folder: Path) -> Measure:
-    """Of one step in two rounds; it has the references of two steps, too."""
-    made = Measure(Settings("synthetic:sd-turbo-mini", None, folder, "cpu", (64, 64), (1, 2), 2))
-    made._reference(contenders.REFERENCE, 1, 1)
-    return with_settings(made, steps=(1,))
+    """Of one step in two rounds; it has the references of two steps, too, drawn in this process."""
+    made = Measure(Settings("synthetic:sd-turbo-mini", None, folder, "cpu", (64, 64), (1,), 2))
+    pipe = load_diffusers(made.own.folder)
+    for steps in (1, 2):
+        call = {"prompt": [PROMPT], "num_inference_steps": steps, "seed": process.SEED}
+        made._references[made.own.folder, 1, steps] = theirs(pipe, call)
+    return made
 
 
 def made_of(*rows: Pair) -> Result:
@@ -199,11 +213,11 @@ def test_what_goes_wrong_is_said_and_the_others_go_on(measure: Measure, monkeypa
         return started
 
     bench = with_settings(measure)
-    kinds = {"openvino-fp32": Swapped, "onnxruntime-fp32": Breaks}
+    kinds = {"onnxruntime-fp32+stages": Swapped, "onnxruntime-fp32": Breaks}
     monkeypatch.setattr(bench, "start", start)
-    (swapped,) = bench.pair("openvino-fp32", "onnxruntime-fp32+cached", 1)
-    (breaks,) = bench.pair("onnxruntime-fp32", "openvino-fp32+stages", 1)
-    assert swapped.reason == "wrong picture: openvino-fp32" and swapped.ratio and swapped.ratio.n == 2
+    (swapped,) = bench.pair("onnxruntime-fp32+stages", "onnxruntime-fp32+cached", 1)
+    (breaks,) = bench.pair("onnxruntime-fp32", "onnxruntime-fp32+cached", 1)
+    assert swapped.reason == "wrong picture: onnxruntime-fp32+stages" and swapped.ratio and swapped.ratio.n == 2
     assert breaks.reason and breaks.reason.startswith("failed: ") and breaks.ratio is breaks.our_figures is None
 
 
@@ -283,7 +297,14 @@ def test_a_pair_that_is_none_is_refused(
     assert said in capsys.readouterr().err
 
 
-def test_without_a_gpu_one_line_says_so() -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert bench.main(["synthetic:sd-turbo-mini", "--device", "cuda", "--folder", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("bench: error: this measures an NVIDIA GPU, and ")
+
+
+@pytest.mark.full
+def test_make_says_so_in_one_line() -> None:
     line = ["make", "bench-gpu", f"BIN={Path(sys.executable).parent}"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -23,13 +23,14 @@ def test_a_bundle_without_an_engine(bundle: Path) -> None:
     assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
     found = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file()}
     assert found == {*opened.manifest.files, "bundle.json", "source.json"}
-    order = ExportOrder("demo", sizes=((512, 512),), batches=(1,), steps=(1, 2, 3, 4), tasks=("text-to-image",))
+    order = ExportOrder("demo", sizes=((512, 512),), batches=(1,), steps=(1, 2, 4), tasks=("text-to-image",))
     assert convert(Recipe, opened.manifest.request) == order.recipe("fp32")
 
 
-def test_the_tasks_if_none_are_given(sd: Path) -> None:
+def test_the_steps_and_the_tasks_if_none_are_given(sd: Path) -> None:
     opened = Bundle.open(sd)
-    assert convert(Recipe, opened.manifest.request).tasks == ("text-to-image", "image-to-image")
+    recipe = convert(Recipe, opened.manifest.request)
+    assert recipe.steps == (1, 2, 3, 4) and recipe.tasks == ("text-to-image", "image-to-image")
     assert [*opened.manifest.chains] == ["text-to-image", "image-to-image"]
 
 
@@ -53,12 +54,15 @@ def test_a_second_export_does_nothing_and_another_is_refused(bundle: Path) -> No
         return {path: path.stat().st_mtime_ns for path in files}
 
     before = times()
-    assert export("demo", bundle, steps=[4, 2, 1, 3, 2], tasks=["text-to-image"], quiet=True) == bundle
+    assert export("demo", bundle, steps=[4, 2, 1, 2], tasks=["text-to-image"], quiet=True) == bundle
     for other, said in (
-        ({"steps": [1]}, r"steps is \[1, 2, 3, 4\] there and \[1\] here"),
-        ({"precision": "fp16"}, "precision is 'fp32' there and 'fp16' here"),
-        ({"vae": "tiny"}, "vae is None there and 'tiny' here; files of the source have changed: vae/.*"),
-        ({"eta": 1.0}, r"eta is None there and 1\.0 here"),
+        ({"steps": [1]}, r"steps is \[1, 2, 4\] there and \[1\] here"),
+        ({"steps": [1, 2, 4], "precision": "fp16"}, "precision is 'fp32' there and 'fp16' here"),
+        (
+            {"steps": [1, 2, 4], "vae": "tiny"},
+            "vae is None there and 'tiny' here; files of the source have changed: vae/.*",
+        ),
+        ({"steps": [1, 2, 4], "eta": 1.0}, r"eta is None there and 1\.0 here"),
     ):
         with pytest.raises(InputError, match=rf"holds another build \({said}\): choose another path with -o"):
             export("demo", bundle, tasks=["text-to-image"], quiet=True, **other)  # type: ignore[arg-type]

@@ -75,8 +75,8 @@ print(*sys.modules)
     ],
     ids=lambda a: " ".join(w for w in a if w.isalpha() or w == "--json"),
 )
-def test_commands_import_nothing_heavy(arguments: tuple[str, ...], sdxl: Path, tmp_path: Path) -> None:
-    words = [word.format(bundle=sdxl, folder=tmp_path) for word in arguments]
+def test_commands_import_nothing_heavy(arguments: tuple[str, ...], sd: Path, tmp_path: Path) -> None:
+    words = [word.format(bundle=sd, folder=tmp_path) for word in arguments]
     imported = set(python(COMMAND, *words).splitlines()[-1].split())
     assert "turbochain.runtime.bundle.opened" in imported
     assert not imported & set(HEAVY)
