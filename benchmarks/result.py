@@ -114,8 +114,8 @@ def read(path: Path) -> Result:
 
 
 def files(folder: Path = FOLDER) -> list[Path]:
-    """Return the files in a folder that `read` reads; those of the server have content of their own."""
-    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("serve-"))
+    """Return the files in a folder that `read` reads; those of the server's page have content of their own."""
+    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("serve-page-"))
 
 
 def write(result: Result, path: Path) -> None:
