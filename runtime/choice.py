@@ -23,12 +23,17 @@ def chain_of(
     built for it (each side rounded down to a multiple of 8), else that of the task's first chain. Raises InputError if
     the bundle has no chain for the task or the size.
     """
-    task = INPAINTING if mask_image is not None else IMAGE_TO_IMAGE if image is not None else TEXT_TO_IMAGE
+    task = task_of(image, mask_image)
     sizes = bundle.sizes(task)
     size = asked_size(sizes[0], height, width)
     if image is not None and height is None and width is None and (own := wanted_size("image", image)) in sizes:
         size = own
     return bundle.find_chain(task, size, count)
+
+
+def task_of(image: object, mask_image: object) -> str:
+    """Return the task of a call's arguments."""
+    return INPAINTING if mask_image is not None else IMAGE_TO_IMAGE if image is not None else TEXT_TO_IMAGE
 
 
 def asked_size(first: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int]:

@@ -40,6 +40,12 @@ def folder(bundle: str | os.PathLike[str], *, engines: bool = False) -> Path:
         ) from None
 
 
+def id_of(text: str) -> str | None:
+    """Return OWNER/NAME of a text that has the form of an id on the hub, without its revision; None of another."""
+    found = _ID.fullmatch(text)
+    return found["id"] if found else None
+
+
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     import huggingface_hub as hub
 

@@ -1,10 +1,10 @@
 """The bundles that are served, by the names that clients use."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from turbochain.runtime.bundle import hub
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.serve.errors import Refused
@@ -68,6 +68,6 @@ class Models:
 def name_of(source: str) -> str:
     """Return the default name of a bundle: that of its folder without `.bundle`, or its id on the hub."""
     path = Path(source)
-    if not path.is_dir() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", source):
-        return source.partition("@")[0]
+    if not path.is_dir() and (found := hub.id_of(source)):
+        return found
     return path.resolve().name.removesuffix(".bundle")

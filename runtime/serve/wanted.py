@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, INPAINTING, TEXT_TO_IMAGE
 from turbochain.runtime.bundle.opened import Bundle
+from turbochain.runtime.choice import task_of
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs.guidance import GUIDANCE, check_scale, embeds_guidance
 from turbochain.runtime.inputs.rows import least_strength
@@ -37,9 +37,7 @@ class Wanted:
     @property
     def task(self) -> str:
         """Return the task of these arguments."""
-        return (
-            INPAINTING if self.mask_image is not None else IMAGE_TO_IMAGE if self.image is not None else TEXT_TO_IMAGE
-        )
+        return task_of(self.image, self.mask_image)
 
 
 def request(bundle: Bundle, wanted: Wanted, seed: int, *, strict_size: bool = False) -> Request:
