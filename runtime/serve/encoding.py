@@ -74,7 +74,7 @@ def decode(argument: str, file: bytes) -> "Image.Image":
     except InputError:
         raise
     except Exception as error:  # PIL's plugins raise whatever the bytes lead to
-        raise InputError(f"{argument} is no PNG, JPEG or WebP file that can be read; save it anew") from error
+        raise InputError(f"{argument} cannot be read as a PNG, JPEG or WebP file; save it again") from error
     return opened
 
 

@@ -1,4 +1,4 @@
-"""What a client is told when there is no picture: OpenAI's error object, with its status."""
+"""Error answers: OpenAI's error object and the HTTP status."""
 
 import asyncio
 import math

@@ -115,7 +115,7 @@ class _Protocol(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Answers what was accepted before it ends."""
+    """A uvicorn server that answers all accepted requests before it stops."""
 
     def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
         """Take uvicorn's configuration, and the worker to wait for."""

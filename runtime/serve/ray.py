@@ -173,7 +173,7 @@ class Drawing:
         await self.check_health()
 
     async def draw(self, job: Job) -> Drawn | Refused:
-        """Return a picture, or what the client is told: Ray would log it with a traceback if it were raised."""
+        """Return a picture or a refusal. A refusal is not raised, because Ray would log its traceback."""
         try:
             return await self._worker.draw(job)
         except Refused as refused:
@@ -192,5 +192,5 @@ class Drawing:
             raise self._worker.problem
 
     async def __del__(self) -> None:
-        """Draw what was accepted; Ray calls it before it ends the process."""
+        """Draw all accepted pictures; Ray calls this before it stops the process."""
         await self._worker.close()

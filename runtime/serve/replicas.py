@@ -59,7 +59,7 @@ class Replicas:
         self._starting = asyncio.create_task(self._wait_for_one())
 
     async def close(self) -> None:
-        """Accept nothing more, and wait for what was accepted."""
+        """Accept no more pictures, and wait until all accepted ones are drawn."""
         self._starting.cancel()
         self._queue.close()
         await self._idle.wait()

@@ -49,7 +49,7 @@ class Source(Protocol):
         """Begin to load; returns at once."""
 
     async def close(self) -> None:
-        """Draw what was accepted, and end."""
+        """Draw all accepted pictures, then stop."""
 
 
 @dataclass(frozen=True)

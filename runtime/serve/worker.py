@@ -35,7 +35,7 @@ class Worker:
 
     @property
     def state(self) -> State:
-        """Return what it is doing."""
+        """Return whether it is ready and alive, and how many pictures wait."""
         problem, ready = self._problem, self._ready and not self._queue.closed
         return State(ready, problem is None, len(self._queue), None if problem is None else str(problem))
 
@@ -50,7 +50,7 @@ class Worker:
         self._thread.start()
 
     async def close(self) -> None:
-        """Draw what was accepted, and give back the models' memory."""
+        """Draw all accepted pictures, then free the models' memory."""
         self._queue.close()
         await self._ended.wait()
 

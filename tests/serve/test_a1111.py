@@ -1,4 +1,4 @@
-"""A1111's API: what its clients send is drawn, and what they are told is what was drawn."""
+"""A1111's API with its clients' own requests: the pictures, and the `info` about them, are right."""
 
 import asyncio
 import base64
