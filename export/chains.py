@@ -139,14 +139,14 @@ class Layout:
             return [*prompt, *before, *steps, *task.after_step, decoder]
         mode = NEGATIVE_PROMPT if self.zeros else GUIDANCE
         specs = self._specs(self.shapes[0])
-        negative = [replace(s, wires=self._negated(specs[s.graph], s), if_=mode) for s in self.family.prompt_stages]
+        negative = [replace(s, wires=self._negated(specs[s.graph], s), if_=(mode,)) for s in self.family.prompt_stages]
         reads = {name: NEGATIVE + name for name in common.embeds(self.family)}
-        negative_unet = replace(unet, wires={**reads, "prediction": f"{NEGATIVE}prediction"}, if_=GUIDANCE)
+        negative_unet = replace(unet, wires={**reads, "prediction": f"{NEGATIVE}prediction"}, if_=(GUIDANCE,))
         steps = [
             unet,
             negative_unet,
-            Stage("step", "step", "state", unless=GUIDANCE),
-            Stage("step+guidance", "step", "state", if_=GUIDANCE),
+            Stage("step", "step", "state", unless=(GUIDANCE,)),
+            Stage("step+guidance", "step", "state", if_=(GUIDANCE,)),
         ]
         return [*prompt, *negative, *before, *steps, *task.after_step, decoder]
 

@@ -110,12 +110,12 @@ class Stage:
     when: str  # one of PLACES
     judged: str  # how verification compares its results: one of JUDGED
     wires: dict[str, str] = field(default_factory=dict)  # a tensor of the graph → its name in the chain, if it differs
-    if_: str = ""  # runs only in calls with this mode
-    unless: str = ""  # does not run in calls with this mode
+    if_: tuple[str, ...] = ()  # runs only in calls with all of these modes
+    unless: tuple[str, ...] = ()  # does not run in calls with one of these modes
 
     def runs(self, modes: Collection[str]) -> bool:
         """Return whether a call with these modes runs the stage."""
-        return (not self.if_ or self.if_ in modes) and self.unless not in modes
+        return all(mode in modes for mode in self.if_) and not any(mode in modes for mode in self.unless)
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,8 @@ def _vocabulary(chain: Chain, graphs: Graphs) -> Iterator[str]:
         for value, known in of_stage:
             if value not in known:
                 yield f"the stage {stage.graph} has {value!r}, and one of {', '.join(known)} was expected"
-        for mode in (stage.if_, stage.unless):
-            if mode and mode not in chain.modes:
+        for mode in (*stage.if_, *stage.unless):
+            if mode not in chain.modes:
                 yield f"the stage {stage.graph} depends on the mode {mode!r}, which the chain lacks"
         ends = {t.name for t in (*graphs[stage.graph].inputs, *graphs[stage.graph].outputs)}
         if unknown := sorted(stage.wires.keys() - ends):

@@ -73,7 +73,8 @@ def wires(chain: OpenChain) -> list[dict[str, str]]:
             feed = feeds.get(t.name)
             maker = "table" if feed and feed.is_ == "column" else "caller"
             source = f"{maker}{when[feed.when]}" if feed else made[t.name]
-            mode = f"if {stage.if_}" if stage.if_ else f"unless {stage.unless}" if stage.unless else ""
+            named = {"if": " and ".join(stage.if_), "unless": " or ".join(stage.unless)}
+            mode = ", ".join(f"{word} {modes}" for word, modes in named.items() if modes)
             found.append({"name": t.name, "from": source, "to": stage.graph, "mode": mode})
     found += [
         {"name": a, "from": made[a], "to": f"{b} of the next step", "mode": ""} for a, b in chain.chain.carry.items()

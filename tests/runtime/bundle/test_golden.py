@@ -82,7 +82,7 @@ class Reader:
 
     def run(self, when: str, mode: str, now: dict[str, np.ndarray]) -> None:
         stages = [s for s in self.chain["stages"] if s["when"] == when]
-        for stage in (s for s in stages if s.get("if", mode) == mode and (not mode or s.get("unless") != mode)):
+        for stage in (s for s in stages if set(s.get("if", [])) <= {mode} and mode not in s.get("unless", [])):
             session, wires = self.sessions[stage["graph"]], stage.get("wires", {})
             fed = {i.name: now[wires.get(i.name, i.name)] for i in session.get_inputs()}
             for end, value in zip(session.get_outputs(), session.run(None, fed), strict=True):

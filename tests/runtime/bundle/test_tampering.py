@@ -200,25 +200,25 @@ MANIFEST_EDITS = {
         "the stage unet has 'taste', and one of text, image_latents, residuals, prediction, state, picture was",
     ),
     "mode that the chain lacks": (
-        put(*OF_UNET, "if", value="magic"),
+        put(*OF_UNET, "if", value=["magic"]),
         "the stage unet depends on the mode 'magic', which the chain lacks",
     ),
     "unless a mode that the chain lacks": (
-        put(*OF_UNET, "unless", value="magic"),
+        put(*OF_UNET, "unless", value=["magic"]),
         "the stage unet depends on the mode 'magic', which the chain lacks",
     ),
     "mode in which an input has no source": (
-        put(*OF_UNET, "unless", value="guidance"),
+        put(*OF_UNET, "unless", value=["guidance"]),
         "the input prediction of step+guidance has no source",
     ),
     "mode without which an output is not made": (
-        put(*OF_DECODER, "if", value="guidance"),
+        put(*OF_DECODER, "if", value=["guidance"]),
         "no graph produces its output image",
     ),
     "mode in which a name is produced twice": (
         lambda m: (
             m["chains"][CHAIN].update(modes=["guidance", "a", "b"]),
-            m["chains"][CHAIN]["stages"].insert(2, {**m["chains"][CHAIN]["stages"][2], "if": "b"}),
+            m["chains"][CHAIN]["stages"].insert(2, {**m["chains"][CHAIN]["stages"][2], "if": ["b"]}),
         ),
         "prediction is produced twice, by unet and unet",
     ),

@@ -426,7 +426,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a text": (in_chain("feeds/input_ids", {"is": "ids", "when": "call", "of": "poem"}), "input_ids has 'poem'"),
     "a feed that nothing reads": (in_chain("feeds/z", {"is": "number", "when": "call"}), "nothing reads the feed z"),
     "a place": (in_chain("stages/2/when", "before"), "the stage start has 'before'"),
-    "a mode": (in_chain("stages/3/if", "magic"), "controlnet depends on the mode 'magic', which the chain lacks"),
+    "a mode": (in_chain("stages/3/if", ["magic"]), "controlnet depends on the mode 'magic', which the chain lacks"),
     "an input without a source": (lambda m: m["chains"][I2I]["feeds"].pop("p"), "the input p of start has no source"),
     "a wire": (in_chain("stages/1/wires", {"x": "y"}), "the stage vae_encoder renames x, which its graph lacks"),
     "what a mode makes twice": (in_chain("stages/3/wires", {"residual": "latents"}), "latents is produced twice"),
