@@ -6,10 +6,13 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 
 Made = Mapping[str, np.ndarray]
+ENTRIES = 256
+"""Entries of a cache at most. Those of small pictures are so small that a bound in bytes would let a server grow for
+hours, by pictures that are drawn with another seed each time and never asked for again."""
 
 
 class StageCache:
-    """What graphs made of one picture's inputs: least recently used out first, bounded in bytes.
+    """What graphs made of one picture's inputs: least recently used out first, bounded in bytes and in number.
 
     The caller holds a lock.
     """
@@ -41,7 +44,7 @@ class StageCache:
                 continue
             self._entries[key] = row
             self.bytes += size
-            while self.bytes > self.limit_bytes:
+            while self.bytes > self.limit_bytes or len(self._entries) > ENTRIES:
                 _, oldest = self._entries.popitem(last=False)
                 self.bytes -= _bytes(oldest)
 

@@ -25,7 +25,7 @@ from turbochain.runtime import Bundle, Cancelled, InputError, Pipeline, Turbocha
 from turbochain.runtime.backends import cpus
 from turbochain.runtime.commands.bench import bench
 from turbochain.runtime.commands.inspect import wires
-from turbochain.runtime.inputs.cache import StageCache
+from turbochain.runtime.inputs.cache import ENTRIES, StageCache
 
 PROMPTS = ["a red fox", "", "рыжий кот", "a robot 🤖", "a cat, oil painting", "a lighthouse", "窓辺の猫"]
 LONG = "an extraordinarily photorealistic Portrait of Astronauts riding unicorns, " * 9
@@ -252,6 +252,14 @@ def test_a_cache_forgets_the_least_recently_used() -> None:
     cache.put([b"d"], _embeds(3))
     assert _known(cache, keys) == [b"a", b"c", b"d"]
     assert (len(cache), cache.bytes) == (3, 300)
+
+
+def test_a_cache_of_small_entries_is_bounded_in_their_number() -> None:
+    cache = StageCache(2**30)
+    for i in range(ENTRIES + 2):
+        cache.put([i], _embeds(i))
+    assert (len(cache), cache.bytes) == (ENTRIES, 100 * ENTRIES)
+    assert cache.get([1]) is None and cache.get([2]) is not None
 
 
 def test_a_cache_gives_a_batch_whole_or_not_at_all() -> None:
