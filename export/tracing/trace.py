@@ -159,8 +159,8 @@ def _trace(
     _argmax_of_floats(proto)
     (bundle / file).write_bytes(proto.SerializeToString(deterministic=True))
     onnx.checker.check_model(bundle / file)
-    found = name_map(parameters.fingerprints, written.initializers, getattr(module, "folded", ()), factors)
-    (bundle / names).write_text(json.dumps(found, indent=0, sort_keys=True) + "\n")
+    found = name_map(parameters, written.initializers, getattr(module, "folded", ()), factors)
+    (bundle / names).write_text(_lines(found))
     return Graph(
         role=spec.role,
         component=spec.component,
@@ -175,6 +175,12 @@ def _trace(
         size=(wanted.shape.height, wanted.shape.width) if spec.sized else (),
         batch=wanted.shape.batch,
     )
+
+
+def _lines(found: Mapping[str, Any]) -> str:
+    """Return JSON with a line for each entry."""
+    lines = (f"{json.dumps(name)}: {json.dumps(found[name])}" for name in sorted(found))
+    return "{\n" + ",\n".join(lines) + "\n}\n" if found else "{}\n"
 
 
 def _column(size: tuple[int, ...], rows: int) -> tuple[int, ...]:
