@@ -18,7 +18,7 @@ FORMAT_VERSION = 2
 TEXT_TO_IMAGE, IMAGE_TO_IMAGE, INPAINTING, STREAM = "text-to-image", "image-to-image", "inpainting", "stream"
 """The tasks. The first chain of a bundle is its default."""
 
-FEATURES = ("expansions", "keep", "modes", "multistep", "stream", "wires")
+FEATURES = ("adapters", "expansions", "keep", "modes", "multistep", "stream", "wires")
 """The optional features of the format that this version reads."""
 
 PLACES = ("prompt", "image", "step", "end")
@@ -95,6 +95,7 @@ class Graph:
     features: tuple[str, ...] = ()  # what the graph has beside the plain one of its role: lora, control, …
     size: tuple[int, ...] = ()  # height, width in pixels; () if it is the same for all sizes
     batch: int = 0  # pictures per launch; 0 if it is the same for all batches
+    slots: str = ""  # graphs/<graph>.slots.json, if adapters can be fed to it: see FORMAT.md
 
     @property
     def files(self) -> tuple[str, ...]:
