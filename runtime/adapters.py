@@ -15,7 +15,7 @@ from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.chain.slots import DOWN, ChainSlots
 from turbochain.runtime.errors import InputError
-from turbochain.runtime.inputs import adapters
+from turbochain.runtime.inputs import adapter_files, adapters
 from turbochain.runtime.inputs.adapters import Adapter
 from turbochain.runtime.inputs.numbers import is_number
 from turbochain.runtime.inputs.slots import Layout, Matrices, Packed, read_layout
@@ -52,7 +52,7 @@ class Adapters:
         self.bundle = bundle
         self._loaded: dict[str, Loaded] = {}
         self._weights: dict[str, Mapping[str, float]] = {}  # of every loaded one: component → weight
-        self._active: tuple[str, ...] = ()
+        self._active: dict[str, tuple[str, ...]] = {}  # component → the active ones
         self._patches = Patches(bundle)
         self._chains: dict[str, ChainSlots] = {}
         self._layouts: dict[str, Layout] = {}
@@ -100,7 +100,7 @@ class Adapters:
             )
         self._loaded[name] = Loaded(adapter, matrices, key)
         self._weights[name] = dict.fromkeys(adapter.components, 1.0)
-        self._active = (name,)
+        self._active |= dict.fromkeys(adapter.components, (name,))  # others keep theirs, as in diffusers
 
     def set(self, names: str | Sequence[str], weights: Weight | Sequence[Weight]) -> None:
         """See `AdapterMethods.set_adapters`."""
@@ -117,26 +117,27 @@ class Adapters:
         if self._how == SLOTS:
             self._check_ranks(wanted)
         self._weights |= given
-        self._active = wanted
+        self._active = dict.fromkeys(self.listed, wanted)
 
     def delete(self, names: str | Sequence[str]) -> None:
         """See `AdapterMethods.delete_adapters`."""
         for name in self._known(names):
             del self._loaded[name], self._weights[name]
-            if name in self._active:
-                self._active = tuple(n for n in self._active if n != name) or tuple(self._loaded)[:1]
+            for component in [c for c, active in self._active.items() if name in active]:
+                left = tuple(n for n in self._active[component] if n != name)
+                self._active[component] = left or tuple(self.listed.get(component, ()))[:1]
 
     def clear(self) -> None:
         """Forget all adapters."""
         self._loaded.clear()
         self._weights.clear()
         self._packed.clear()
-        self._active = ()
+        self._active.clear()
 
     @property
     def active(self) -> tuple[str, ...]:
         """Return the names of the active adapters."""
-        return self._active
+        return tuple(dict.fromkeys(name for names in self._active.values() for name in names))
 
     @property
     def listed(self) -> dict[str, list[str]]:
@@ -147,7 +148,12 @@ class Adapters:
     @property
     def told(self) -> tuple[tuple[str, float], ...]:
         """Return the active adapters with their weights; of different ones that of the first component."""
-        return tuple((name, next(iter(self._weights[name].values()))) for name in self._active)
+        return tuple((name, next(iter(self._weights[name].values()))) for name in self.active)
+
+    @property
+    def files(self) -> tuple[tuple[str, float], ...]:
+        """Return the same with the digests of their files in place of names, as a recorded case has them."""
+        return tuple((adapter_files.digest(self._loaded[name].adapter.path), weight) for name, weight in self.told)
 
     def _known(self, names: str | Sequence[str]) -> tuple[str, ...]:
         wanted = (names,) if isinstance(names, str) else tuple(names)
@@ -178,9 +184,8 @@ class Adapters:
         for component, added in adapter.components.items():
             largest = self._largest(component)
             names = self._patches.names(component)
-            unused = {n for n in added if component != "unet" and not (names[n].initializer or names[n].folded)}
-            kept[component] = {n: a for n, a in added.items() if n not in unused}
             covered = largest.parameters if largest else frozenset()
+            kept[component] = {n: a for n, a in added.items() if n in covered or not names[n].unused}
             if lacking := next((n for n in kept[component] if n not in covered), None):
                 raise InputError(
                     f"{adapter.path} changes {lacking} of the {component}, and this bundle has no slot for it: slots "
@@ -247,7 +252,7 @@ class Adapters:
         lacking = [c for c in self.listed if c not in slots.graphs(mode) and self.state(c)]
         if lacking:
             raise InputError(
-                f"the chain {chain.name} has no slots for the {lacking[0]}, which {', '.join(self._active)} changes; "
+                f"the chain {chain.name} has no slots for the {lacking[0]}, which {', '.join(self.active)} changes; "
                 "unload it with unload_lora_weights, or draw with another chain"
             )
         return frozenset(filter(None, (mode,)))
@@ -258,8 +263,9 @@ class Adapters:
 
     def _of(self, component: str) -> list[tuple[Loaded, float]]:
         """Return what changes a component, in the order of loading, whatever the order in which it was set."""
-        active = [n for n, one in self._loaded.items() if n in self._active and component in one.components]
-        return [(self._loaded[n], self._weights[n][component]) for n in active]
+        active = self._active.get(component, ())
+        of = [(name, one) for name, one in self._loaded.items() if name in active and component in one.components]
+        return [(one, self._weights[name][component]) for name, one in of]
 
     def fed(self, chain: OpenChain, feed: str) -> Hashable:
         """Return the state of what feeds slots, () if it is zeros, or if it feeds something else."""
@@ -330,7 +336,8 @@ class AdapterMethods:
         weight_name: str | None = None,
         adapter_name: str | None = None,
     ) -> None:
-        """Load a LoRA, which becomes the only active one, with weight 1; the next call draws with it.
+        """Load a LoRA, which becomes the only active one of the components that it changes, with weight 1, as in
+        diffusers; the next call draws with it.
 
         `path`: a safetensors file (kohya's, peft's or diffusers' names, or what `turbochain adapter convert` wrote), or
         a folder with one, or with `weight_name` in it. `adapter_name` None: default_0, default_1, …. Until

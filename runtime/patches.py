@@ -37,18 +37,13 @@ class Patches:
         return self._names_of(self.graphs(component)[0])
 
     def lacking(self, adapter: Adapter) -> str | None:
-        """Return "PARAMETER of the COMPONENT" that an adapter changes and that a patch cannot; None if there is none.
-
-        What a text encoder's graphs have no use for needs no change; what a UNet's lack is in the chain's tables.
-        """
+        """Return "PARAMETER of the COMPONENT" that an adapter changes and that a patch cannot; None if there is none."""
         for component, added in adapter.components.items():
             for graph in self.graphs(component):
                 names = self._names_of(graph)
                 shared = Counter(p.initializer for p in names.values() if p.initializer)
                 for parameter in added:
-                    found = names[parameter]
-                    unused = not found.initializer and not found.folded and component != "unet"
-                    if not unused and shared[found.initializer] != 1:
+                    if not names[parameter].unused and shared[names[parameter].initializer] != 1:
                         return f"{parameter} of the {component}"
         return None
 

@@ -11,12 +11,17 @@ from turbochain.runtime.errors import BundleError
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of the checkpoint in one graph; with neither an initializer nor `folded` the graph lacks it."""
+    """A parameter of the checkpoint in one graph."""
 
     shape: tuple[int, ...]  # in the checkpoint
     initializer: str = ""  # the graph's, which has its values
     factor: float = 1.0  # by which the checkpoint's values were multiplied
-    folded: bool = False  # the graph holds a part of it, or a result computed from it
+    folded: bool = False  # the graph holds a part of it, or it or the table a result computed from it
+
+    @property
+    def unused(self) -> bool:
+        """Return whether the graph has no use for it, so that another value of it changes nothing."""
+        return not self.initializer and not self.folded
 
 
 def read_names(bundle: Bundle, graph: str) -> dict[str, Parameter]:
