@@ -56,8 +56,8 @@ def test_generate_draws_with_several(slotted: Path, checkpoints: dict[str, Path]
         for n in (1, 2)
     ]
     loras = ("--lora", files[0], "--lora", f"{files[1]}:-0.5")
-    call = (slotted, *ON, "--steps", 2, "--seed", 3, "-o", tmp_path / "x.png")
-    assert called("turbochain", "generate", CALL["prompt"], *call, *loras).returncode == 0
+    call = (slotted, CALL["prompt"], *ON, "--steps", 2, "--seed", 3, "-o", tmp_path / "x.png")
+    assert called("turbochain", "generate", *call, *loras).returncode == 0
     with load(slotted) as pipe:
         for name, file in zip("ab", files, strict=True):
             pipe.load_lora_weights(file, adapter_name=name)
@@ -98,8 +98,8 @@ def test_an_ordinary_verification_has_the_graphs_with_slots_too(slotted: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("generate", "x", "BUNDLE", "--lora", "x.safetensors:much"), "a number was expected after the colon"),
-        (("generate", "x", "BUNDLE", "--lora", "none.safetensors"), "none.safetensors is missing"),
+        (("generate", "BUNDLE", "x", "--lora", "x.safetensors:much"), "a number was expected after the colon"),
+        (("generate", "BUNDLE", "x", "--lora", "none.safetensors"), "none.safetensors is missing"),
         (("adapter", "convert", "none.safetensors", "BUNDLE", "-o", "x.safetensors"), "none.safetensors is missing"),
         (("adapter", "convert", "none.safetensors", "BUNDLE", "-o", "x.bin"), "ends in .safetensors"),
     ],

@@ -14,7 +14,7 @@ from lora_files import Layers
 from test_lora_patch import CALL, load, theirs
 from test_parity import assert_same_picture, load_diffusers
 
-from turbochain.runtime import Bundle, InputError, Pipeline
+from turbochain.runtime import InputError, Pipeline, TurbochainError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,7 +64,7 @@ def test_pictures_are_those_of_diffusers_with_peft(
     for of in (pipe, reference):
         assert of.get_active_adapters() == []
         load_all(of, of_unet)
-        assert of.get_active_adapters() == ["c"]
+    assert_same_picture(pipe(**CALL).images, theirs(reference, CALL))  # a in the text encoder, c in the UNet
     for names, weights in (
         (["a", "c"], [0.7, -0.4]),
         ("a", 0.8),
@@ -223,7 +223,7 @@ def test_slots_can_be_passed_over(
 @pytest.mark.usefixtures("all_cores")
 def test_another_thread_changes_adapters_between_calls(slotted: Path, files: dict[str, Path]) -> None:
     """Each call of several batches is drawn with one state, which its output tells."""
-    call = CALL | {"prompt": ["a cat"] * 3, "seed": [1, 2, 3]}
+    call = CALL | {"prompt": ["a cat"] * 2, "seed": [1, 2], "num_inference_steps": 1}
     with load(slotted) as pipe:
         load_all(pipe, {name: files[name] for name in "ab"})
         right = {}
@@ -240,7 +240,7 @@ def test_another_thread_changes_adapters_between_calls(slotted: Path, files: dic
         thread = threading.Thread(target=swap)
         thread.start()
         try:
-            for _ in range(12):
+            for _ in range(5):
                 out = pipe(**call)
                 done.append(out.adapters[0][0])
                 np.testing.assert_array_equal(out.images, right[done[-1]])
@@ -248,11 +248,12 @@ def test_another_thread_changes_adapters_between_calls(slotted: Path, files: dic
             stop.set()
             thread.join()
         pipe.close()
-        with pytest.raises(Exception, match="closed"):
+        with pytest.raises(TurbochainError, match="closed"):
             pipe.set_adapters("a")
 
 
-def test_a_hundred_swaps_take_no_memory(pipe: Pipeline, files: dict[str, Path]) -> None:
+@pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.full)])
+def test_swaps_take_no_memory(pipe: Pipeline, files: dict[str, Path], count: int) -> None:
     load_all(pipe, files)
 
     def swap(count: int) -> int:
@@ -265,5 +266,5 @@ def test_a_hundred_swaps_take_no_memory(pipe: Pipeline, files: dict[str, Path]) 
         gc.collect()
         return psutil.Process().memory_info().rss
 
-    before = swap(40)
-    assert swap(100) - before < 2**21
+    before = swap(20)
+    assert swap(count) - before < 2**21
