@@ -1,11 +1,11 @@
-"""LoRA adapters of a pipeline: diffusers' methods, and how a call's graphs get what is active."""
+"""LoRA adapters of a pipeline: what is loaded, what is active, and what a call's graphs get of it."""
 
 import itertools
 import os
-import threading
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +78,7 @@ class Adapters:
     # What diffusers' methods do.
 
     def load(self, path: str | os.PathLike[str], weight_name: str | None, adapter_name: str | None) -> None:
-        """See `AdapterMethods.load_lora_weights`."""
+        """See `LoraMethods.load_lora_weights`."""
         file = _file(path, weight_name)
         if self._why_not:
             raise InputError(f"{file} cannot be loaded into this bundle: {self._why_not}; {_BUILD}")
@@ -103,11 +103,11 @@ class Adapters:
         self._active |= dict.fromkeys(adapter.components, (name,))  # others keep theirs, as in diffusers
 
     def set(self, names: str | Sequence[str], weights: Weight | Sequence[Weight]) -> None:
-        """See `AdapterMethods.set_adapters`."""
+        """See `LoraMethods.set_adapters`."""
         wanted = self._known(names)
         if len({*wanted}) != len(wanted):
             raise InputError(f"adapter_names={list(wanted)}: one of them is there twice; give each once")
-        listed = list(weights) if isinstance(weights, list | tuple) else [weights] * len(wanted)
+        listed: list[Any] = list(weights) if isinstance(weights, list | tuple) else [weights] * len(wanted)
         if len(listed) != len(wanted):
             raise InputError(
                 f"adapter_weights has {len(listed)}, and {len(wanted)} adapters are named: one, or one for each of "
@@ -120,7 +120,7 @@ class Adapters:
         self._active = dict.fromkeys(self.listed, wanted)
 
     def delete(self, names: str | Sequence[str]) -> None:
-        """See `AdapterMethods.delete_adapters`."""
+        """See `LoraMethods.delete_adapters`."""
         for name in self._known(names):
             del self._loaded[name], self._weights[name]
             for component in [c for c, active in self._active.items() if name in active]:
@@ -213,8 +213,8 @@ class Adapters:
             largest, needed = self._largest(component), self._needed(component, names)
             if largest and needed > largest.rank:
                 raise InputError(
-                    f"the adapters {', '.join(names)} have the rank {needed} together in the {component}, and the slots "
-                    f"of this bundle hold {largest.rank}; activate fewer of them, or {_rank(needed)}"
+                    f"the adapters {', '.join(names)} have the rank {needed} together in the {component}, and the "
+                    f"slots of this bundle hold {largest.rank}; activate fewer of them, or {_rank(needed)}"
                 )
 
     def _needed(self, component: str, names: Iterable[str]) -> int:
@@ -318,68 +318,3 @@ def _file(path: str | os.PathLike[str], weight_name: str | None) -> Path:
         held = ", ".join(file.name for file in files) or "none"
         raise InputError(f"{path} is a folder, and one LoRA file was expected in it ({held}); name it with weight_name")
     return files[0]
-
-
-class AdapterMethods:
-    """Diffusers' methods for LoRA, of a pipeline. Calls in other threads see a change between two calls."""
-
-    _lock: threading.RLock
-    _adapters: Adapters
-
-    def _opened(self) -> Executor:
-        raise NotImplementedError
-
-    def load_lora_weights(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        weight_name: str | None = None,
-        adapter_name: str | None = None,
-    ) -> None:
-        """Load a LoRA, which becomes the only active one of the components that it changes, with weight 1, as in
-        diffusers; the next call draws with it.
-
-        `path`: a safetensors file (kohya's, peft's or diffusers' names, or what `turbochain adapter convert` wrote), or
-        a folder with one, or with `weight_name` in it. `adapter_name` None: default_0, default_1, …. Until
-        `unload_lora_weights` every call runs the graphs with slots, so that one UNet is in memory. In a bundle without
-        slots, on ONNX Runtime on a CPU in fp32, the next call loads the changed graphs anew, which takes seconds.
-        Raises InputError if the file is no LoRA for this model, or the bundle has no place for it.
-        """
-        with self._lock:
-            self._opened()
-            self._adapters.load(path, weight_name, adapter_name)
-
-    def set_adapters(
-        self, adapter_names: str | Sequence[str], adapter_weights: Weight | Sequence[Weight] = None
-    ) -> None:
-        """Let these loaded adapters be active, and no others; [] for none.
-
-        `adapter_weights`: one for all, or one for each (None: 1); a mapping has one for each component, such as
-        {"unet": 0.8, "text_encoder": 0.5}. Raises InputError for a name that is not loaded, a weight that is no number,
-        or if they do not fit into the slots together.
-        """
-        with self._lock:
-            self._opened()
-            self._adapters.set(adapter_names, adapter_weights)
-
-    def unload_lora_weights(self) -> None:
-        """Forget all adapters: the next call draws as if none had been loaded, bit for bit."""
-        with self._lock:
-            self._opened()
-            self._adapters.clear()
-
-    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Forget these adapters; if no active one is left, the first that is loaded becomes active, as in diffusers."""
-        with self._lock:
-            self._opened()
-            self._adapters.delete(adapter_names)
-
-    def get_active_adapters(self) -> list[str]:
-        """Return the names of the active adapters, in the order in which they were set."""
-        with self._lock:
-            return list(self._adapters.active)
-
-    def get_list_adapters(self) -> dict[str, list[str]]:
-        """Return component → the names of the loaded adapters that change it."""
-        with self._lock:
-            return self._adapters.listed

@@ -37,7 +37,7 @@ class Patches:
         return self._names_of(self.graphs(component)[0])
 
     def lacking(self, adapter: Adapter) -> str | None:
-        """Return "PARAMETER of the COMPONENT" that an adapter changes and that a patch cannot; None if there is none."""
+        """Return "PARAMETER of the COMPONENT" that an adapter changes and a patch cannot; None if there is none."""
         for component, added in adapter.components.items():
             for graph in self.graphs(component):
                 names = self._names_of(graph)
@@ -47,7 +47,9 @@ class Patches:
                         return f"{parameter} of the {component}"
         return None
 
-    def apply(self, executor: Executor, graphs: Collection[str], wanted: Mapping[str, tuple[Hashable, Changes]]) -> None:
+    def apply(
+        self, executor: Executor, graphs: Collection[str], wanted: Mapping[str, tuple[Hashable, Changes]]
+    ) -> None:
         """Let these graphs have what is wanted: component → a state, and its changes; equal states, equal changes."""
         for graph in graphs:
             state, changes = wanted.get(self.bundle.manifest.graphs[graph].component, ((), ()))

@@ -1,9 +1,7 @@
 """`Pipeline`: prompt in, pixels out, from a bundle and one of its engines."""
 
-import os
 import threading
 import time
-import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from turbochain.runtime import selection
-from turbochain.runtime.adapters import AdapterMethods, Adapters
+from turbochain.runtime.adapters import Adapters
 from turbochain.runtime.backends import forks
 from turbochain.runtime.backends.contract import Cancel, Device, Executor, Observe, Results
 from turbochain.runtime.bundle.opened import Bundle
@@ -21,6 +19,7 @@ from turbochain.runtime.choice import chain_of, pictures_of
 from turbochain.runtime.errors import PictureError, TurbochainError
 from turbochain.runtime.inputs.cache import StageCache
 from turbochain.runtime.inputs.feeds import Feeds
+from turbochain.runtime.lora import LoraMethods
 from turbochain.runtime.output import PipelineOutput, as_images, problem
 from turbochain.runtime.ready import Caches, Held, ReadyChain
 from turbochain.runtime.request import Request
@@ -35,7 +34,7 @@ FORKED = (
 Arrays = Mapping[str, np.ndarray]
 
 
-class Pipeline(AdapterMethods):
+class Pipeline(LoraMethods):
     """A loaded engine. Calls are safe from several threads: one at a time is drawn.
 
     `Pipeline.load` makes one. It is a context manager. Graphs load when a chain first uses them; chains share them.
@@ -63,7 +62,7 @@ class Pipeline(AdapterMethods):
         self._lock = threading.RLock()
         self.prompt_cache, self.image_cache = StageCache(prompt_cache_bytes), StageCache(image_cache_bytes)
         self._caches = Caches(self.prompt_cache, self.image_cache)
-        _PIPELINES.add(self)
+        forks.watch(self)
 
     @classmethod
     def load(
@@ -92,9 +91,10 @@ class Pipeline(AdapterMethods):
         `keep_all`: keep what a backend copies of the weights for every size and batch that was drawn, and not for the
         last one alone: calls that alternate between sizes load nothing then, and each size takes memory.
         `prompt_cache_bytes`, `image_cache_bytes`: bounds of the prompt embeddings and of the encoded pictures that
-        are kept. `lora`: how adapters are loaded, "slots" or "patch" (ONNX Runtime on a CPU in fp32 alone; None: the slots
-        if the bundle has any). Raises BundleError if the bundle is damaged or has no engine that fits, BackendMissing if the backend
-        is not installed, VerificationError if an engine that was built on another machine fails its checks on this one.
+        are kept. `lora`: how adapters are loaded, "slots" or "patch" (with ONNX Runtime on a CPU in fp32; None: "slots"
+        if the bundle has any). Raises BundleError if the bundle is damaged or has no engine that fits, BackendMissing
+        if the backend is not installed, VerificationError if an engine that was built on another machine fails its
+        checks on this one.
         """
         bundle = Bundle.open(path, trust_engines=trust_engines)
         opened = bundle.open_chain(chain)
@@ -249,7 +249,7 @@ class Pipeline(AdapterMethods):
             self._adapters.clear()
             self.forget()
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
         """Give up the engine in a process that was forked, where it can be neither used nor freed."""
         self._lock = threading.RLock()  # a thread that the fork has not copied may hold the other one
         if self._executor is not None:
@@ -301,14 +301,3 @@ class Pipeline(AdapterMethods):
         if found := problem(pictures, finite, request.output_type):
             raise PictureError(f"the model made {found}; check the engine with: turbochain verify {self.bundle.path}")
         return pictures, results
-
-
-_PIPELINES: weakref.WeakSet[Pipeline] = weakref.WeakSet()
-
-
-def _abandon_all() -> None:
-    for pipe in list(_PIPELINES):
-        pipe._abandon()
-
-
-os.register_at_fork(after_in_child=_abandon_all)

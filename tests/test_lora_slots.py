@@ -175,13 +175,17 @@ def test_what_does_not_fit_is_refused(
     def of(name: str, **how: Any) -> Path:
         return lora_files.write(tmp_path / f"{name}.safetensors", lora_files.draw(checkpoints["sd"], **how), "kohya")
 
-    convolutions, time, large = of("conv", only="conv1"), of("time", only="time_embedding"), of("large", ranks=(9,), only="to_q")
+    convolutions, time, large = (
+        of("conv", only="conv1"),
+        of("time", only="time_embedding"),
+        of("large", ranks=(9,), only="to_q"),
+    )
     for file in (convolutions, time):
         with pytest.raises(InputError, match=rf"no slot for it: .* build-engine SOURCE --lora {file}$"):
             pipe.load_lora_weights(file)
     with pytest.raises(InputError, match=r"rank 9 in the unet, .* hold 8; build another .*--lora-rank 9"):
         pipe.load_lora_weights(large)
-    with pytest.raises(InputError, match="one LoRA file was expected in it .*weight_name"):
+    with pytest.raises(InputError, match=r"one LoRA file was expected in it .*weight_name"):
         pipe.load_lora_weights(tmp_path)
     pipe.load_lora_weights(files["a"].parent, weight_name="a.safetensors", adapter_name="a")
     with pytest.raises(InputError, match="'a': an adapter of this name is loaded"):
@@ -201,15 +205,13 @@ def test_what_does_not_fit_is_refused(
 
 
 def test_an_adapter_is_refused_where_a_bundle_has_no_place_for_it(slotted: Path, sd: Path) -> None:
-    with pytest.raises(InputError, match="lora='slots': .*no slots for adapters; build another .*--lora-rank"):
+    with pytest.raises(InputError, match=r"lora='slots': .*no slots for adapters; build another .*--lora-rank"):
         load(sd, lora="slots")
     with pytest.raises(InputError, match="lora='both'"):
         load(slotted, lora="both")
 
 
-def test_slots_can_be_passed_over(
-    slotted: Path, checkpoints: dict[str, Path], pipe: Pipeline, tmp_path: Path
-) -> None:
+def test_slots_can_be_passed_over(slotted: Path, checkpoints: dict[str, Path], pipe: Pipeline, tmp_path: Path) -> None:
     """The same adapter as other weights: the same picture within a level, and no UNet with slots."""
     layers = {place: layer for place, layer in draw(checkpoints["sd"], seed=6).items() if "time" not in place[1]}
     file = lora_files.write(tmp_path / "x.safetensors", layers, "kohya")

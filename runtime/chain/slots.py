@@ -34,7 +34,7 @@ class ChainSlots:
     @cached_property
     def feeds(self) -> dict[str, tuple[str, str]]:
         """Return feed → the graph whose slots it fills, and which of the graph's two inputs it is."""
-        found = {}
+        found: dict[str, tuple[str, str]] = {}
         for stage in self.chain.chain.stages:
             if self._graph(stage).slots:
                 found |= {stage.wires.get(end, end): (stage.graph, end) for end in (DOWN, UP)}

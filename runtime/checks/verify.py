@@ -87,8 +87,8 @@ def verify_bundle(
     this machine, or with `engine`.
 
     `lora`: LoRA files with their weights, to compare the cases that were recorded with these and no others. Return the
-    engine's name, and chain → checks, none if no such case was recorded. This is the Python twin of `turbochain verify`. Raises what
-    Pipeline.load raises; `require` raises if a check failed.
+    engine's name, and chain → checks, none if no such case was recorded. This is the Python twin of
+    `turbochain verify`. Raises what Pipeline.load raises; `require` raises if a check failed.
     """
     bundle = Bundle.open(path, trust_engines=trust_engines)
     bundle.check_files(full=True)

@@ -81,12 +81,14 @@ def read(path: str | os.PathLike[str], shapes: Shapes) -> Adapter:
     """Return what a LoRA file in safetensors format adds to a checkpoint's parameters of these names and shapes.
 
     The file's names may be kohya's (with diffusers' or Stability AI's names of the UNet's blocks), peft's, those that
-    diffusers used before, or our own (see `adapter_files`). The arrays are views of the mapped file, but for bfloat16, which becomes float32.
-    Raises InputError if the file cannot be read, is no LoRA, or does not fit the checkpoint.
+    diffusers used before, or our own (see `adapter_files`). The arrays are views of the mapped file, but for
+    bfloat16, which becomes float32. Raises InputError if the file cannot be read, is no LoRA, or does not fit the checkpoint.
     """
     path = Path(path)
     tensors, metadata = _open(path)
-    known = adapter_names.spellings(shapes) | {f"{c}/{name}": (c, name) for c, names in shapes.items() for name in names}
+    known = adapter_names.spellings(shapes) | {
+        f"{c}/{name}": (c, name) for c, names in shapes.items() for name in names
+    }
     found: dict[tuple[str, str], dict[str, str]] = {}  # (component, parameter) → down, up, alpha → tensor's name
     for name in tensors:
         module, role = _parse(path, name)
