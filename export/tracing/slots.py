@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 
 from turbochain.export.tracing.modules import SDUNet
 
-Layer = nn.Linear | nn.Conv2d
+Layer: TypeAlias = nn.Linear | nn.Conv2d
 
 ACTIVATED = "activated_time_embedding"
 """The input of a UNet's graph that adapters of its `time_emb_proj` are applied to, if the table has their results."""
@@ -171,4 +171,6 @@ def _readers(module: nn.Module, layers: Mapping[str, Layer], inputs: Iterable[to
             stack.callback(layer.register_forward_pre_hook(partial(see, name)).remove)
         fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # what computes nothing
         module(*(fake.from_tensor(example) for example in inputs))
-    return [members for _, members in groups]
+    found = [members for _, members in groups]
+    assert len({name for members in found for name in members}) == sum(map(len, found)), "a layer is run twice"
+    return found

@@ -33,7 +33,7 @@ def _guidance_embedding(guidance: torch.Tensor, width: int) -> torch.Tensor:
 def _projections(unet: Any, timesteps: torch.Tensor, guidance: torch.Tensor | None) -> Columns:
     """Return `time_projections` [T, 1, ΣC] fp32: what each ResNet adds of the time, in the order of `timed_resnets`.
 
-    And `activated_time_embedding` [T, 1, D], which those projections read: an adapter that changes a projection needs it.
+    And `activated_time_embedding` [T, 1, D], which they read: an adapter that changes a projection needs it.
     """
     act = unet.time_embed_act or nn.Identity()
     embedding = act(_embedding(unet, timesteps, guidance))

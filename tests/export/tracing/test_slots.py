@@ -1,9 +1,11 @@
 """Graphs with slots for LoRAs make what diffusers makes with peft, and with zeros what the plain graph makes."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import image_graphs
 import lora_files
 import numpy as np
 import pytest
@@ -14,14 +16,20 @@ from here import build_here
 from lora_files import Layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from test_parity import assert_same_picture, load_diffusers
+from test_tensorrt import serialize
 
+from turbochain.export.families import Shape, common
+from turbochain.export.remedies import Remedy
+from turbochain.export.sources.checkpoint import open_folder
 from turbochain.runtime import Bundle, selection
 from turbochain.runtime.backends.contract import Executor
 from turbochain.runtime.bundle.hashing import digest
 from turbochain.runtime.chain.plan import graph_plan
+from turbochain.runtime.checks.bounds import BOUNDS
 from turbochain.runtime.checks.metrics import relative_l2
 from turbochain.runtime.checks.recorded import Recorded
 from turbochain.runtime.checks.reference import read_cases
+from turbochain.runtime.commands import inspect
 from turbochain.runtime.inputs.noise import Generator, draw_run
 
 RANK = 6
@@ -130,6 +138,18 @@ def test_zeros_give_the_plain_graphs_bits(made: Made) -> None:
     given, _ = unet_inputs(made, 0)
     (plain,), (slotted,) = made.run("unet", given), made.run("unet+lora", given | made.packed("unet+lora"))
     np.testing.assert_array_equal(slotted, plain)
+
+
+def test_the_bundle_tells_its_slots(made: Made) -> None:
+    manifest = made.bundle.manifest
+    assert "adapters" in manifest.requires and {g.features for g in made.graphs.values()} == {("lora",)}
+    assert all(g.slots in manifest.files for g in made.graphs.values())
+    plain, slotted = manifest.graphs["unet"], manifest.graphs["unet+lora"]
+    assert plain.data == slotted.data, "no weight is stored twice"
+    shown = inspect.as_text(made.bundle)
+    assert re.search(r"^unet\+lora +fp32 .* lora$", shown, re.MULTILINE)
+    assert f"modes guidance, {'negative_prompt, ' if manifest.family == 'sdxl' else ''}adapters-{RANK}" in shown
+    assert "caller, held" in shown
 
 
 @pytest.mark.parametrize("row", [0, 1])
@@ -245,3 +265,24 @@ def test_whole_pictures(made: Made, guided: bool) -> None:
     assert_same_picture(image, (theirs * 255).round().astype(np.uint8))
     zeros, _ = picture(made, modes, [])
     assert_same_picture(zeros, case.tensors["image"])
+
+
+@pytest.mark.full
+def test_half_precision(made: Made, tmp_path: Path) -> None:
+    """With attention in fp32, as what would overflow has it; TensorRT-RTX builds an engine of the graph as well."""
+    family, checkpoint = made.bundle.manifest.family, open_folder(made.checkpoint)
+    attentions = tuple(n for n, m in made.pipe.unet.named_modules() if n.endswith(("attn1", "attn2")))
+    specs = {"half": common.graphs(checkpoint.family, 1, True, ranks=[RANK])["unet+lora"]}
+    columns = {name: made.chain.tensors[name].shape for name in made.chain.feeds("column")}
+    shape, remedy = Shape(SIZE[1], SIZE[0], 1), Remedy("fp16", attention=attentions)
+    graph = image_graphs.traced(checkpoint, specs, shape, tmp_path, remedy, columns)["half"]
+    assert graph.features == ("lora",) and graph.slots == "graphs/half.slots.json"
+    adapters = WEIGHTS if family == "sd" else {"style": 0.7}
+    made.set_adapters(**adapters)
+    given, theirs = unet_inputs(made, 0)
+    with torch.inference_mode():
+        expected = made.pipe.unet(**theirs).sample.numpy()
+    feeds = given | made.packed("unet+lora", **adapters)
+    result = image_graphs.run(tmp_path, graph, {t.name: feeds[t.name] for t in graph.inputs})["prediction"]
+    assert relative_l2(result, expected) < BOUNDS["fp16"]["prediction"]["relative_l2"]
+    assert serialize(tmp_path / graph.file, "half")[0] > 0
