@@ -16,8 +16,8 @@ from here import build_here
 from lora_files import Layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from test_parity import assert_same_picture, load_diffusers
-from test_tensorrt import serialize
 
+from turbochain.engines import options
 from turbochain.export.families import Shape, common
 from turbochain.export.remedies import Remedy
 from turbochain.export.sources.checkpoint import open_folder
@@ -270,6 +270,9 @@ def test_whole_pictures(made: Made, guided: bool) -> None:
 @pytest.mark.full
 def test_half_precision(made: Made, tmp_path: Path) -> None:
     """With attention in fp32, as what would overflow has it; TensorRT-RTX builds an engine of the graph as well."""
+    from turbochain.engines.backends import tensorrt
+    from turbochain.runtime.backends.tensorrt import target
+
     family, checkpoint = made.bundle.manifest.family, open_folder(made.checkpoint)
     attentions = tuple(n for n, m in made.pipe.unet.named_modules() if n.endswith(("attn1", "attn2")))
     specs = {"half": common.graphs(checkpoint.family, 1, True, ranks=[RANK])["unet+lora"]}
@@ -285,4 +288,8 @@ def test_half_precision(made: Made, tmp_path: Path) -> None:
     feeds = given | made.packed("unet+lora", **adapters)
     result = image_graphs.run(tmp_path, graph, {t.name: feeds[t.name] for t in graph.inputs})["prediction"]
     assert relative_l2(result, expected) < BOUNDS["fp16"]["prediction"]["relative_l2"]
-    assert serialize(tmp_path / graph.file, "half")[0] > 0
+    chosen = options.resolve("tensorrt", {})
+    engine = tensorrt.serialize(
+        tmp_path / graph.file, "half", chosen, target("sm89"), tmp_path, lambda *_: None, lambda *_: None
+    )
+    assert engine.nbytes > 0
