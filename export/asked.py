@@ -104,13 +104,11 @@ def schedule_problems(steps: tuple[int, ...] | None, timesteps: tuple[int, ...] 
     return problems
 
 
-def slot_problems(ranks: tuple[int, ...] | None, reference: Collection[str] | None) -> list[str]:
-    """Return what is wrong with the slots that are asked for, and with the LoRAs to record, as phrases."""
-    if ranks is None:
-        return ["reference_lora: slots for LoRAs were expected, such as lora_rank 32; add that"] if reference else []
-    if not ranks or not all(1 <= rank <= RANKS[-1] for rank in ranks):
-        return [f"lora_rank {list(ranks)}: ranks from {RANKS[0]} to {RANKS[-1]} were expected, such as 32"]
-    return []
+def slot_problems(ranks: tuple[int, ...] | None) -> list[str]:
+    """Return what is wrong with the ranks of slots that are asked for, as phrases."""
+    if ranks is None or (ranks and all(rank in RANKS for rank in ranks)):
+        return []
+    return [f"lora_rank {list(ranks)}: ranks from {RANKS[0]} to {RANKS[-1]} were expected, such as 32"]
 
 
 def stream_problems(stream_batch: int | None, tasks: Collection[str] | None) -> list[str]:

@@ -74,18 +74,26 @@ def loaded(pipeline: Any, adapter: Adapter, strength: float) -> Iterator[None]:
 
     Raises InputError if diffusers cannot load the file, or not all of it.
     """
-    encoders = [vars(pipeline.components[c]) for c in PREFIXES if c.startswith("text") and c in pipeline.components]
-    aliases = [encoder.pop("text_model", None) for encoder in encoders]  # LoRAs would look for their layers there
     try:
-        with _explained(adapter):
+        with _explained(adapter), _without_aliases(pipeline):
             _load(pipeline, adapter.path, _NAME)
             _require_all(pipeline, adapter)
             pipeline.set_adapters([_NAME], [strength])
-        for encoder, alias in zip(encoders, aliases, strict=True):
-            encoder |= {} if alias is None else {"text_model": alias}
         yield
     finally:
         pipeline.unload_lora_weights()
+
+
+@contextmanager
+def _without_aliases(pipeline: Any) -> Iterator[None]:
+    """Take away what lets clip_skip work, see `load.pipelines`: a LoRA would look for its layers under that name."""
+    encoders = [vars(pipeline.components[c]) for c in PREFIXES if c.startswith("text") and c in pipeline.components]
+    aliases = [{name: encoder.pop(name) for name in ("text_model",) if name in encoder} for encoder in encoders]
+    try:
+        yield
+    finally:
+        for encoder, alias in zip(encoders, aliases, strict=True):
+            encoder.update(alias)
 
 
 @contextmanager
@@ -124,7 +132,9 @@ def _load(pipeline: Any, path: Path, name: str | None = None) -> None:
 
     tensors = load_file(path)
     if not any(name.startswith(prefix) for name in tensors for names in PREFIXES.values() for prefix in names):
-        pipeline.unet.load_lora_adapter(path.parent, weight_name=path.name, prefix=None, adapter_name=name)  # of a UNet alone
+        pipeline.unet.load_lora_adapter(
+            path.parent, weight_name=path.name, prefix=None, adapter_name=name
+        )  # of a UNet alone
     elif len(_alphas(tensors)) > 1:
         pipeline.load_lora_weights(_without_alphas(tensors), adapter_name=name)
     else:

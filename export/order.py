@@ -76,7 +76,7 @@ class ExportOrder:
             problems.append(f"opset {self.opset}: 18 to 23 was expected")
         problems += asked.schedule_problems(self.steps, self.timesteps, self.eta)
         problems += asked.stream_problems(self.stream_batch, self.tasks)
-        problems += asked.slot_problems(self.lora_ranks, self.reference_lora)
+        problems += asked.slot_problems(self.lora_ranks)
         if problems:
             raise InputError("; ".join(problems))
         tasks.find(self.tasks or ())
@@ -165,11 +165,15 @@ class ExportOrder:
         if folder := next((place for key, place in folders.items() if key in self.loras), None):
             raise InputError(f"--lora {folder} is a folder, and a .safetensors file was expected: name the one in it")
         recorded = {f"reference-lora-{i}.safetensors": path for i, (path, _) in enumerate(self.references, 1)}
-        return recorded | {f"{c}.safetensors": place for c, place in places.items() if c not in folders} | {
-            f"{component}/{path.name}": path
-            for component, folder in folders.items()
-            for path in part_files_read(folder, settled_variant([folder], self.variant))
-        }
+        return (
+            recorded
+            | {f"{c}.safetensors": place for c, place in places.items() if c not in folders}
+            | {
+                f"{component}/{path.name}": path
+                for component, folder in folders.items()
+                for path in part_files_read(folder, settled_variant([folder], self.variant))
+            }
+        )
 
     def chain_names(self) -> list[str]:
         """Return the names of the chains that the bundle will have."""

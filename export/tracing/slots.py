@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 
 from turbochain.export.tracing.modules import SDUNet
 
-Layer = nn.Linear | nn.Conv2d
+Layer: TypeAlias = nn.Linear | nn.Conv2d
 
 ACTIVATED = "activated_time_embedding"
 """The input of a UNet's graph that adapters of its `time_emb_proj` are applied to, if the table has their results."""
@@ -98,16 +98,15 @@ class Slotted(nn.Module):
     def forward(self, *inputs: torch.Tensor) -> Any:
         """See the class."""
         *own, down, up = inputs
-        downs = down.to(self.dtype).split([self.rank * group.width * len(group.members) for group in self.groups])
-        ups = iter(up.to(self.dtype).split([self.rank * m.out for group in self.groups for m in group.members]))
-        call = self._call
-        call.downs = [flat.reshape(group.width, -1) for flat, group in zip(downs, self.groups, strict=True)]
-        call.ups = [[next(ups).reshape(self.rank, -1) for _ in group.members] for group in self.groups]
+        call, cut = self._call, _cut(down.to(self.dtype))
+        call.downs = [cut(group.width, self.rank * len(group.members)) for group in self.groups]
+        cut = _cut(up.to(self.dtype))
+        call.ups = [[cut(self.rank, member.out) for member in group.members] for group in self.groups]
         call.products = {}
         if self.names[-1] == ACTIVATED:
             product, place = own.pop() @ call.downs[0].float(), self.names.index("time_projections")
-            parts = zip(product.split(self.rank, dim=-1), call.ups[0], strict=True)
-            own[place] = own[place] + torch.cat([part @ up.float() for part, up in parts], dim=-1)
+            parts = [product[:, i * self.rank : (i + 1) * self.rank] @ up.float() for i, up in enumerate(call.ups[0])]
+            own[place] = own[place] + torch.cat(parts, dim=-1)
         return self.module(*own)
 
     def _hook(self, group: int, place: int, linear: bool) -> Callable[..., torch.Tensor]:
@@ -125,6 +124,22 @@ class Slotted(nn.Module):
             return made + (call.ups[group][place].T @ call.products[group][:, columns]).reshape(made.shape)
 
         return to_linear if linear else to_convolution
+
+
+def _cut(values: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+    """Return what takes matrices from the beginning of a tensor, one after the other.
+
+    Slices: a Split into that many parts has its sizes in a file of their own, where ONNX Runtime does not look for
+    them, and on a GPU it copies them in every run.
+    """
+    start = 0
+
+    def cut(rows: int, columns: int) -> torch.Tensor:
+        nonlocal start
+        start += rows * columns
+        return values[start - rows * columns : start].reshape(rows, columns)
+
+    return cut
 
 
 def _layers(model: nn.Module) -> dict[str, Layer]:
@@ -156,4 +171,6 @@ def _readers(module: nn.Module, layers: Mapping[str, Layer], inputs: Iterable[to
             stack.callback(layer.register_forward_pre_hook(partial(see, name)).remove)
         fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # what computes nothing
         module(*(fake.from_tensor(example) for example in inputs))
-    return [members for _, members in groups]
+    found = [members for _, members in groups]
+    assert len({name for members in found for name in members}) == sum(map(len, found)), "a layer is run twice"
+    return found

@@ -33,14 +33,17 @@ def _guidance_embedding(guidance: torch.Tensor, width: int) -> torch.Tensor:
 def _projections(unet: Any, timesteps: torch.Tensor, guidance: torch.Tensor | None) -> Columns:
     """Return `time_projections` [T, 1, ΣC] fp32: what each ResNet adds of the time, in the order of `timed_resnets`.
 
-    And `activated_time_embedding` [T, 1, D], which those projections read: an adapter that changes a projection needs it.
+    And `activated_time_embedding` [T, 1, D], which they read: an adapter that changes a projection needs it.
     """
     act = unet.time_embed_act or nn.Identity()
     embedding = act(_embedding(unet, timesteps, guidance))
     resnets = timed_resnets(unet)
     activated = [embedding if r.skip_time_act else r.nonlinearity(embedding) for r in resnets]
     made = [r.time_emb_proj(a) for r, a in zip(resnets, activated, strict=True)]
-    return {"time_projections": torch.cat(made, dim=-1).unsqueeze(1), "activated_time_embedding": activated[0].unsqueeze(1)}
+    return {
+        "time_projections": torch.cat(made, dim=-1).unsqueeze(1),
+        "activated_time_embedding": activated[0].unsqueeze(1),
+    }
 
 
 def _embeds(unet: Any, timesteps: torch.Tensor, guidance: torch.Tensor | None) -> Columns:

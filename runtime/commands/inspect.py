@@ -90,10 +90,10 @@ def wires(chain: OpenChain) -> list[dict[str, str]]:
 def as_text(bundle: Bundle) -> str:
     """Return the same for a person."""
     m, engines = bundle.manifest, _engines(bundle)
-    graphs = [["graph", "precision", "weights", "remedy"]]
+    graphs = [["graph", "precision", "weights", "features", "remedy"]]
     for name, graph in m.graphs.items():
         size = console.size(sum(m.files[f].size for f in graph.data))
-        graphs.append([name, graph.precision, size, graph.remedy])
+        graphs.append([name, graph.precision, size, ", ".join(graph.features), graph.remedy])
     parts = [
         f"{bundle.path}: {m.family}, from {_sources(m.checkpoint)}",
         f"licence: {_licences(m.checkpoint)}",

@@ -82,7 +82,8 @@ def read(path: str | os.PathLike[str], shapes: Shapes) -> Adapter:
 
     The file's names may be kohya's (with diffusers' or Stability AI's names of the UNet's blocks), peft's, those that
     diffusers used before, or our own (see `adapter_files`). The arrays are views of the mapped file, but for
-    bfloat16, which becomes float32. Raises InputError if the file cannot be read, is no LoRA, or does not fit the checkpoint.
+    bfloat16, which becomes float32. Raises InputError if the file cannot be read, is no LoRA, or does not fit the
+    checkpoint.
     """
     path = Path(path)
     tensors, metadata = _open(path)
