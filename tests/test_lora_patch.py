@@ -19,6 +19,7 @@ from turbochain.runtime.bundle.names import read_names
 from turbochain.runtime.chain.plan import graph_plan
 
 IN_TABLES = ("time_emb_proj", "time_embedding", "add_embedding")
+SIDES = {"height": 64, "width": 64}
 CALL: dict[str, Any] = {"prompt": "a cat in the snow", "num_inference_steps": 2, "seed": 3, "output_type": "uint8"}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,11 +38,9 @@ def load(bundle: Path, **how: Any) -> Pipeline:
 def theirs(pipe: Any, call: dict[str, Any]) -> np.ndarray:
     """What diffusers makes of a call."""
     call = {**call, "generator": seeded(call["seed"])}
-    made = pipe(**{n: v for n, v in call.items() if n not in ("seed", "output_type")}, guidance_scale=0.0, **SIDES)
+    call = {"guidance_scale": 0.0, **SIDES} | {n: v for n, v in call.items() if n not in ("seed", "output_type")}
+    made = pipe(**call)
     return np.stack([np.asarray(picture) for picture in made.images])
-
-
-SIDES = {"height": 64, "width": 64}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ import lora_files
 import numpy as np
 import psutil
 import pytest
+from conftest import ON, SIZE
+from here import build_here
 from lora_files import Layers
 from test_lora_patch import CALL, load, theirs
 from test_parity import assert_same_picture, load_diffusers
@@ -79,6 +81,24 @@ def test_pictures_are_those_of_diffusers_with_peft(
     for of in (pipe, reference):
         of.delete_adapters("c")
     assert pipe.get_active_adapters() == reference.get_active_adapters() == ["a"]
+
+
+@pytest.mark.full
+def test_pictures_of_sdxl_are_those_of_diffusers_with_peft(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Both text encoders, and with guidance the negative prompt's pass of the UNet."""
+    how = {"precision": "fp32", "size": SIZE, "tasks": ["text-to-image"], "steps": [2], "lora_rank": 4}
+    path = build_here(str(checkpoints["sdxl"]), tmp_path / "x.bundle", **how, quiet=True, **ON).bundle
+    drawn = draw(checkpoints["sdxl"], seed=1, alphas=(2.0,))
+    drawn = {place: layer for place, layer in drawn.items() if place[1] != "add_embedding.linear_1"}
+    file = lora_files.write(tmp_path / "x.safetensors", drawn, "kohya")
+    reference = load_diffusers(checkpoints["sdxl"])
+    with load(path) as pipe:
+        for of in (pipe, reference):
+            of.load_lora_weights(file.parent, weight_name=file.name, adapter_name="x")
+            of.set_adapters("x", 0.6)
+        for scale in (0.0, 3.0):
+            call = CALL | {"guidance_scale": scale}
+            assert_same_picture(pipe(**call).images, theirs(reference, call))
 
 
 def test_equal_states_give_equal_bits(pipe: Pipeline, slotted: Path, files: dict[str, Path]) -> None:
