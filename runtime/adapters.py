@@ -2,8 +2,8 @@
 
 import itertools
 import os
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,16 @@ from turbochain.runtime.backends.contract import Executor
 from turbochain.runtime.bundle.names import shapes
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.chain.opened import OpenChain
-from turbochain.runtime.chain.slots import DOWN, ChainSlots
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs import adapter_files, adapters
 from turbochain.runtime.inputs.adapters import Adapter
 from turbochain.runtime.inputs.numbers import is_number
-from turbochain.runtime.inputs.slots import Layout, Matrices, Packed, read_layout
+from turbochain.runtime.inputs.slots import Matrices
 from turbochain.runtime.patches import Patches
+from turbochain.runtime.slots import Slots, fuse
 
 SLOTS, PATCH = "slots", "patch"
 """How graphs get an adapter: as an input, or as other weights."""
-MOST_RANK = 256
 Weight = float | Mapping[str, float] | None
 """An adapter's weight, or component → weight; None: 1."""
 
@@ -53,10 +52,8 @@ class Adapters:
         self._loaded: dict[str, Loaded] = {}
         self._weights: dict[str, Mapping[str, float]] = {}  # of every loaded one: component → weight
         self._active: dict[str, tuple[str, ...]] = {}  # component → the active ones
-        self._patches = Patches(bundle)
-        self._chains: dict[str, ChainSlots] = {}
-        self._layouts: dict[str, Layout] = {}
-        self._packed: dict[tuple[str, Layout], Packed] = {}
+        self._modes: dict[str, frozenset[str]] = {}  # chain → those of a call
+        self._slots, self._patches = Slots(bundle), Patches(bundle)
         if how not in (SLOTS, PATCH, None):
             raise InputError(f"lora={how!r}: {SLOTS!r}, {PATCH!r} or None was expected; leave it out for the best one")
         graphs = bundle.manifest.graphs
@@ -89,18 +86,19 @@ class Adapters:
             raise InputError(f"adapter_name={adapter_name!r}: a name was expected; leave it out for one that is free")
         if name in self._loaded:
             raise InputError(f"adapter_name={name!r}: an adapter of this name is loaded; choose another name")
-        adapter = adapters.read(file, shapes(self.bundle))
+        adapter = _copied(adapters.read(file, shapes(self.bundle)))
         key, matrices = next(_SERIALS), {}
         if self._how == SLOTS:
-            adapter = self._fitting(adapter)
+            adapter = self._slots.fitting(adapter)
             matrices = {c: Matrices.of(key, added) for c, added in adapter.components.items()}
         elif lacking := self._patches.lacking(adapter):
             raise InputError(
-                f"{file} changes {lacking}, which this bundle holds in its tables or in other values; {_fuse(file)}"
+                f"{file} changes {lacking}, which this bundle holds in its tables or in other values; {fuse(file)}"
             )
         self._loaded[name] = Loaded(adapter, matrices, key)
         self._weights[name] = dict.fromkeys(adapter.components, 1.0)
         self._active |= dict.fromkeys(adapter.components, (name,))  # others keep theirs, as in diffusers
+        self._modes.clear()
 
     def set(self, names: str | Sequence[str], weights: Weight | Sequence[Weight]) -> None:
         """See `LoraMethods.set_adapters`."""
@@ -115,24 +113,27 @@ class Adapters:
             )
         given = {name: self._weight(name, weight) for name, weight in zip(wanted, listed, strict=True)}
         if self._how == SLOTS:
-            self._check_ranks(wanted)
+            self._slots.check_ranks({name: self._loaded[name].adapter for name in wanted})
         self._weights |= given
         self._active = dict.fromkeys(self.listed, wanted)
+        self._modes.clear()
 
     def delete(self, names: str | Sequence[str]) -> None:
         """See `LoraMethods.delete_adapters`."""
-        for name in self._known(names):
+        for name in dict.fromkeys(self._known(names)):
             del self._loaded[name], self._weights[name]
             for component in [c for c, active in self._active.items() if name in active]:
                 left = tuple(n for n in self._active[component] if n != name)
                 self._active[component] = left or tuple(self.listed.get(component, ()))[:1]
+        self._modes.clear()
 
     def clear(self) -> None:
         """Forget all adapters."""
         self._loaded.clear()
         self._weights.clear()
-        self._packed.clear()
+        self._slots.clear()
         self._active.clear()
+        self._modes.clear()
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -148,7 +149,7 @@ class Adapters:
     @property
     def told(self) -> tuple[tuple[str, float], ...]:
         """Return the active adapters with their weights; of different ones that of the first component."""
-        return tuple((name, next(iter(self._weights[name].values()))) for name in self.active)
+        return tuple((name, next(iter(self._weights[name].values()), 1.0)) for name in self.active)
 
     @property
     def files(self) -> tuple[tuple[str, float], ...]:
@@ -176,65 +177,6 @@ class Adapters:
                 )
         return {component: float(value) for component, value in found.items()}
 
-    # What slots hold.
-
-    def _fitting(self, adapter: Adapter) -> Adapter:
-        """Return an adapter without what the graphs have no use for; InputError if it does not fit the slots."""
-        kept = {}
-        for component, added in adapter.components.items():
-            largest = self._largest(component)
-            names = self._patches.names(component)
-            covered = largest.parameters if largest else frozenset()
-            kept[component] = {n: a for n, a in added.items() if n in covered or not names[n].unused}
-            if lacking := next((n for n in kept[component] if n not in covered), None):
-                raise InputError(
-                    f"{adapter.path} changes {lacking} of the {component}, and this bundle has no slot for it: slots "
-                    "are for linear layers and 1x1 convolutions whose result is not in its tables; "
-                    f"{_fuse(adapter.path)}"
-                )
-            most = max((a.rank for a in kept[component].values()), default=0)
-            if largest and most > largest.rank:
-                raise InputError(
-                    f"{adapter.path} has the rank {most} in the {component}, and the slots of this bundle hold "
-                    f"{largest.rank}; {_rank(most)}"
-                )
-        return Adapter(adapter.path, {c: added for c, added in kept.items() if added})
-
-    def _largest(self, component: str) -> Layout | None:
-        """Return the layout of a component's slots of the largest rank."""
-        graphs = self.bundle.manifest.graphs.items()
-        found = [self._layout(name) for name, graph in graphs if graph.component == component and graph.slots]
-        return max(found, key=lambda layout: layout.rank, default=None)
-
-    def _check_ranks(self, names: Iterable[str]) -> None:
-        """Raise InputError if adapters do not fit into the slots side by side."""
-        names = list(names)
-        for component in self.listed:
-            largest, needed = self._largest(component), self._needed(component, names)
-            if largest and needed > largest.rank:
-                raise InputError(
-                    f"the adapters {', '.join(names)} have the rank {needed} together in the {component}, and the "
-                    f"slots of this bundle hold {largest.rank}; activate fewer of them, or {_rank(needed)}"
-                )
-
-    def _needed(self, component: str, names: Iterable[str]) -> int:
-        """Return the rank that adapters have side by side in a component, of the parameter where it is largest."""
-        ranks: dict[str, int] = {}
-        for name in names:
-            for parameter, added in self._loaded[name].adapter.components.get(component, {}).items():
-                ranks[parameter] = ranks.get(parameter, 0) + added.rank
-        return max(ranks.values(), default=0)
-
-    def _layout(self, graph: str) -> Layout:
-        if graph not in self._layouts:
-            self._layouts[graph] = read_layout(self.bundle, graph)
-        return self._layouts[graph]
-
-    def _slots(self, chain: OpenChain) -> ChainSlots:
-        if chain.name not in self._chains:
-            self._chains[chain.name] = ChainSlots(chain)
-        return self._chains[chain.name]
-
     # What a call gets.
 
     def modes(self, chain: OpenChain) -> frozenset[str]:
@@ -242,20 +184,11 @@ class Adapters:
         calls do not alternate; if none does, of the largest. InputError if the chain lacks slots for an active one."""
         if self._how != SLOTS or not self._loaded:
             return frozenset()
-        slots = self._slots(chain)
-        choices = slots.modes or [""]
-        needed = {component: self._needed(component, self._loaded) for component in self.listed}
-        for mode in choices:
-            graphs = slots.graphs(mode)
-            if all(c in graphs and self._layout(graphs[c]).rank >= rank for c, rank in needed.items()):
-                break
-        lacking = [c for c in self.listed if c not in slots.graphs(mode) and self.state(c)]
-        if lacking:
-            raise InputError(
-                f"the chain {chain.name} has no slots for the {lacking[0]}, which {', '.join(self.active)} changes; "
-                "unload it with unload_lora_weights, or draw with another chain"
-            )
-        return frozenset(filter(None, (mode,)))
+        if chain.name not in self._modes:
+            loaded = [one.adapter for one in self._loaded.values()]
+            changed = [c for c in self.listed if self.state(c)]
+            self._modes[chain.name] = frozenset(filter(None, [self._slots.mode(chain, loaded, changed)]))
+        return self._modes[chain.name]
 
     def state(self, component: str) -> Hashable:
         """Return what a component's graphs have now, () if nothing: equal states, equal results."""
@@ -269,18 +202,14 @@ class Adapters:
 
     def fed(self, chain: OpenChain, feed: str) -> Hashable:
         """Return the state of what feeds slots, () if it is zeros, or if it feeds something else."""
-        found = self._slots(chain).feeds.get(feed)
-        return self.state(chain.graphs[found[0]].component) if found and self._how == SLOTS else ()
+        component = self._slots.component(chain, feed) if self._how == SLOTS else None
+        return () if component is None else self.state(component)
 
     def value(self, chain: OpenChain, feed: str) -> np.ndarray:
         """Return what feeds slots, with the active adapters in it: valid until the next state."""
-        graph, end = self._slots(chain).feeds[feed]
-        component, layout = chain.graphs[graph].component, self._layout(graph)
-        if (component, layout) not in self._packed:
-            self._packed[component, layout] = Packed(layout)
-        packed = self._packed[component, layout]
-        packed.fill([(one.matrices[component], weight) for one, weight in self._of(component)])
-        return packed.down if end == DOWN else packed.up
+        component = self._slots.component(chain, feed)
+        assert component is not None
+        return self._slots.value(chain, feed, [(one.matrices[component], w) for one, w in self._of(component)])
 
     def patch(self, executor: Executor, graphs: Collection[str]) -> None:
         """Let graphs that are to run have weights with what is active, if adapters are no input of theirs."""
@@ -293,17 +222,16 @@ class Adapters:
         self._patches.withdraw(executor)
 
 
+def _copied(adapter: Adapter) -> Adapter:
+    """Return an adapter that does not depend on its file any more."""
+    components = {
+        c: {n: replace(a, down=np.array(a.down), up=np.array(a.up)) for n, a in added.items()}
+        for c, added in adapter.components.items()
+    }
+    return Adapter(adapter.path, components)
+
+
 _BUILD = "build another one with build-engine SOURCE --lora-rank 32, or with the adapter in it: --lora FILE"
-
-
-def _fuse(path: Path) -> str:
-    return f"build a bundle with it: build-engine SOURCE --lora {path}"
-
-
-def _rank(needed: int) -> str:
-    if needed > MOST_RANK:
-        return "build a bundle with it: build-engine SOURCE --lora FILE"
-    return f"build another with build-engine SOURCE --lora-rank {needed}"
 
 
 def _file(path: str | os.PathLike[str], weight_name: str | None) -> Path:

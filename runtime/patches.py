@@ -32,10 +32,6 @@ class Patches:
         """Return the graphs that hold a component's weights."""
         return [name for name, graph in self.bundle.manifest.graphs.items() if graph.component == component]
 
-    def names(self, component: str) -> dict[str, Parameter]:
-        """Return what became of a component's parameters in the first graph of it."""
-        return self._names_of(self.graphs(component)[0])
-
     def lacking(self, adapter: Adapter) -> str | None:
         """Return "PARAMETER of the COMPONENT" that an adapter changes and a patch cannot; None if there is none."""
         for component, added in adapter.components.items():
