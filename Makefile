@@ -22,7 +22,7 @@ BENCH_GPU ?= synthetic:sd-turbo synthetic:sdxl-turbo
 TINY := --vae tiny --steps 1 --batch 1 --cold --pairs tensorrt-fp16:eager-fp16-tuned tensorrt-fp16:compiled-fp16
 PROMPT ?= a large red circle left of a small blue square on a yellow background
 
-.PHONY: setup demo test check check-full check-gpu check-ray check-web bench bench-smoke bench-setup bench-variants bench-build bench-serve bench-gpu inspect-engines train-demo clean
+.PHONY: setup demo test check check-full check-gpu check-ray check-web bench bench-smoke bench-setup bench-variants bench-build bench-serve bench-adapters bench-gpu inspect-engines train-demo clean
 
 setup: $(VENV)/.installed
 
@@ -97,6 +97,9 @@ bench-build: setup
 
 bench-serve: setup
 	$(BIN)/python benchmarks/serve_cost.py $(BUNDLE)
+
+bench-adapters: setup
+	$(BIN)/python benchmarks/adapter_cost.py $(BUNDLE)
 
 bench-gpu: $(addsuffix /.installed,$(GPU_VENV))
 	$(GPU_BIN)/python benchmarks/bench.py --device cuda $(BENCH_GPU)

@@ -117,6 +117,7 @@ def text(folder: Path = result.FOLDER) -> str:
         "## The server's own cost",
         "",
         tables.served([of for of in found.values() if of.served]),
+        *_adapted([of for of in found.values() if of.adapted]),
         "## What TensorRT-RTX compiles, without a GPU",
         "",
         *(tables.compiled(of) for of in found.values() if of.compiled),
@@ -127,6 +128,10 @@ def text(folder: Path = result.FOLDER) -> str:
         "",
         *(f"- {name.replace('_', ' ')}: {what}." for name, what in INCLUDES.items()),
     ]) + "\n"  # fmt: skip
+
+
+def _adapted(found: list[Result]) -> list[str]:
+    return ["## What adapters cost", "", tables.adapted(found)] if found else []
 
 
 def _shown(path: Path, of: Result) -> str:

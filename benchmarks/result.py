@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rows import Batches, Build, Cold, Compiled, Floor, Growth, Pair, Row, Run, Served, Tried
+from rows import Adapted, Batches, Build, Cold, Compiled, Floor, Growth, Pair, Row, Run, Served, Tried
 from turbochain.runtime.bundle import strict_json
 from turbochain.runtime.bundle.writing import write_atomically
 from turbochain.runtime.errors import InputError
@@ -62,6 +62,10 @@ INCLUDES = {
     "h11 as the server has, answers with the same bytes; encoding: the JPEG and its base64 in the client's process; "
     "the three are interleaved request by request; own cost: the median of the server less that of the encoding, round "
     "by round",
+    "adapted": "UNet: the mean of a call's launches, with slots that an adapter fills and without, by turns; swap: "
+    "set_adapters and all that the next call does for it before its first launch (packing, copying to the graph's "
+    "inputs), less the median of a call up to there in which no adapter has changed; load: load_lora_weights, with the "
+    "file in the page cache",
 }
 """Name of a figure → what it includes."""
 
@@ -86,6 +90,7 @@ class Result:
     builds: tuple[Build, ...] = ()
     compiled: tuple[Compiled, ...] = ()
     served: tuple[Served, ...] = ()
+    adapted: tuple[Adapted, ...] = ()
     includes: dict[str, str] = field(default_factory=lambda: dict(INCLUDES))
 
     def add(self, row: Row) -> "Result":
@@ -104,6 +109,7 @@ KINDS: dict[str, tuple[type[Row], tuple[str, ...]]] = {
     "builds": (Build, ("precision",)),
     "compiled": (Compiled, ("graph", "precision", "architecture")),
     "served": (Served, ("format", "clients")),
+    "adapted": (Adapted, ("engine", "graph", "rank")),
 }
 """Each list in a Result → the type of its rows, and the fields that identify a measurement."""
 

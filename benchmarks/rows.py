@@ -259,3 +259,22 @@ class Served(Row):
     echo: Quantiles
     encoding: Quantiles
     own_seconds: tuple[float, ...]  # the server's median less the encoding's, of each round
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapted(Row):
+    """A UNet with slots beside the one without, and what adapters cost besides (adapter_cost.py)."""
+
+    engine: str
+    graph: str
+    precision: str
+    rank: int  # of the slots, and of the adapters that fill them
+    matrices: int  # of the UNet that have a slot
+    plain_seconds: tuple[float, ...]  # a launch of the UNet without slots, of each round
+    slots_seconds: tuple[float, ...]  # with slots, in the same round
+    load_seconds: tuple[float, ...]  # load_lora_weights
+    swap: Quantiles
+    before_a_launch: Quantiles  # what a call does up to the first launch if no adapter has changed
+    swaps: int
+    rss_before: int  # resident bytes before so many swaps
+    rss_after: int

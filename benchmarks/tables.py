@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import contenders
 from call import TEXT_TO_IMAGE, Call
@@ -11,6 +12,8 @@ from rows import Build, Cold, Figures, Floor, Pair, Run, Spread, Tried
 GiB = 2**30
 FEWEST_FOR_BOLD = 5  # rounds
 EQUAL = 120.0  # dB
+SWAP_MS = 50
+"""The most that a change between two adapters may take, in ms."""
 OWN_MS = 5
 """The most that the server may add to the encoding of a picture, in ms."""
 
@@ -314,6 +317,26 @@ def served(results: Sequence[Result]) -> str:
             ])  # fmt: skip
     notes = dict.fromkeys(measured(found) for found in results)
     return "\n\n".join([table(heading, rows), "Milliseconds: p50 (p90).", *notes]) + "\n"
+
+
+def adapted(results: Sequence[Result]) -> str:
+    """Return the table of adapter_cost.py, and what it was measured on."""
+    heading = ["slots", "UNet, with ÷ without", "UNet without, s", "a swap, ms", "load, ms", "memory over the swaps"]
+    rows = []
+    for found in results:
+        for row in found.adapted:
+            ratios = sorted(b / a for a, b in zip(row.plain_seconds, row.slots_seconds, strict=True))
+            verdict = "passed" if row.swap.p50 * 1e3 <= SWAP_MS else "**missed**"
+            rows.append([
+                f"{found.source}, {found.width}x{found.height}, {row.engine}, rank {row.rank}",
+                f"{median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}), n = {len(ratios)}",
+                f"{median(row.plain_seconds):.3f}",
+                f"{row.swap.p50 * 1e3:.1f} ({row.swap.p90 * 1e3:.1f}); at most {SWAP_MS}: {verdict}",
+                f"{median(row.load_seconds) * 1e3:.0f}",
+                f"{(row.rss_after - row.rss_before) / 2**20:+.1f} MiB over {row.swaps}",
+            ])  # fmt: skip
+    notes = dict.fromkeys(measured(found) for found in results)
+    return "\n\n".join([table(heading, rows), "A swap: p50 (p90).", *notes]) + "\n"
 
 
 def compiled(of: Result) -> str:

@@ -22,6 +22,8 @@ _REFERENCE = 1.15  # × all weights in fp32
 _EXPORT = 1.2  # × a component's weights in its precision, while it is traced and folded
 _ENGINE = {"fp32": 1.15, "fp16": 2.5, "bf16": 2.5}  # × weights: ONNX Runtime's CPU provider casts fp16 to fp32
 _ACTIVATIONS = 9  # × the decoder's widest tensor
+_SLOTS = 0.00125  # × a component's weights: the values of its slots for adapters, for each rank
+_SLOT_COPIES = 3  # as they are given, cut, and cast
 _SCORES = 2  # × the largest attention's scores, which ONNX Runtime keeps whole
 
 
@@ -50,10 +52,11 @@ def needs(
     shapes = {graph.shape for graph in graphs.values()}
     activations = _ACTIVATIONS * max(_widest(configs, shape) for shape in shapes)
     engine = sum(size * _ENGINE[precisions[name]] for name, size in weights.items())
+    slots = sum(_SLOT_COPIES * 4 * _SLOTS * s.rank * counts[s.component] for s in specs.values())
     memory = {
         "reference": _BASE + _REFERENCE * 4 * sum(counts.values()) + activations,
         "export": _BASE + _EXPORT * max(weights.values()),
-        "verify": _BASE / 3 + engine + activations + _SCORES * max(_scores(configs, shape) for shape in shapes),
+        "verify": _BASE / 3 + engine + slots + activations + _SCORES * max(_scores(configs, shape) for shape in shapes),
     }
     return Needs(memory, disk=fetched + 1.02 * sum(stored.values()))
 

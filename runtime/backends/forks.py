@@ -5,10 +5,25 @@ of the process at the latest.
 """
 
 import ctypes
+import os
 import time
+import weakref
 from pathlib import Path
+from typing import Protocol
 
 _LOOKS, _PAUSE = 200, 0.005  # how often it is looked whether the other threads rest, and the seconds between
+
+
+class Forked(Protocol):
+    """What must know that it is in a process that was forked."""
+
+    def abandon(self) -> None:
+        """Give up what cannot be used or freed there."""
+
+
+def watch(thing: Forked) -> None:
+    """Let a thing, as long as it lives, be told in every process that is forked from this one."""
+    _WATCHED.add(thing)
 
 
 def keep_for_ever(thing: object) -> None:
@@ -36,3 +51,14 @@ def _others_work() -> bool:
         except OSError:  # it has ended
             continue
     return len([state for state in states if state != "S"]) > 1  # this one is running
+
+
+_WATCHED: weakref.WeakSet[Forked] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for thing in list(_WATCHED):
+        thing.abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_all)

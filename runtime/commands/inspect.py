@@ -9,9 +9,11 @@ from turbochain.runtime.bundle.manifest import Engine, Gpu, Origin
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.chain import wiring
 from turbochain.runtime.chain.opened import OpenChain
+from turbochain.runtime.chain.slots import ChainSlots
 from turbochain.runtime.chain.tables import Table
 from turbochain.runtime.commands import console
 from turbochain.runtime.errors import BundleError
+from turbochain.runtime.inputs.slots import read_layout
 from turbochain.runtime.selection import folders, has_device, misfit, rebuild
 
 
@@ -88,10 +90,10 @@ def wires(chain: OpenChain) -> list[dict[str, str]]:
 def as_text(bundle: Bundle) -> str:
     """Return the same for a person."""
     m, engines = bundle.manifest, _engines(bundle)
-    graphs = [["graph", "precision", "weights", "remedy"]]
+    graphs = [["graph", "precision", "weights", "features", "remedy"]]
     for name, graph in m.graphs.items():
         size = console.size(sum(m.files[f].size for f in graph.data))
-        graphs.append([name, graph.precision, size, graph.remedy])
+        graphs.append([name, graph.precision, size, ", ".join(graph.features), graph.remedy])
     parts = [
         f"{bundle.path}: {m.family}, from {_sources(m.checkpoint)}",
         f"licence: {_licences(m.checkpoint)}",
@@ -122,6 +124,7 @@ def _chain_text(chain: OpenChain) -> list[str]:
     more = [
         *([f"modes {', '.join(chain.chain.modes)}"] if chain.chain.modes else []),
         f"by default {', '.join(defaults)}" if chain.chain.defaults else "",
+        _slots(chain),
         f"{chain.chain.stream} frames under way" if chain.chain.stream else "",
         f"{chain.chain.K} tensors go round the loop, of m, v, w the latents' are shown" if chain.chain.K > 1 else "",
     ]
@@ -132,6 +135,14 @@ def _chain_text(chain: OpenChain) -> list[str]:
         console.table(rows),
         *([f"further tables: {'; '.join(others)}"] if others else []),
     ]
+
+
+def _slots(chain: OpenChain) -> str:
+    """Return the ranks of the slots that a UNet of the chain has, as a phrase."""
+    slots = ChainSlots(chain)
+    graphs = [slots.graphs(mode).get("unet") for mode in slots.modes]
+    ranks = [str(read_layout(chain.bundle, graph).rank) for graph in graphs if graph]
+    return f"slots for adapters of rank {' or '.join(ranks)}" if ranks else ""
 
 
 def _origin(origin: Origin) -> dict[str, Any]:

@@ -162,12 +162,16 @@ def checkpoint_weights(folder: Path) -> dict[str, np.ndarray]:
     return load_file(file)
 
 
+def in_the_table(family: str, parameter: str) -> bool:
+    """What is there of the UNet, or a part of it."""
+    of_family = {"sd": ".time_emb_proj.", "sdxl": "add_embedding.linear_1."}[family]
+    return parameter.startswith("time_embedding.") or of_family in parameter
+
+
 def unused(family: str, name: str, parameter: str) -> bool:
-    """What the graph has no use for: what follows `hidden_states[-2]`, the VAE's other half, what is in the table."""
+    """What the graph has no use for: what follows `hidden_states[-2]`, the VAE's other half."""
     if COMPONENTS[family][name] == "vae":
         return parameter.startswith(("encoder.", "quant_conv.")) == (name == "vae_decoder")
-    if name == "unet":
-        return parameter.startswith("time_embedding.") or (family == "sd" and ".time_emb_proj." in parameter)
     # The miniature's first SDXL encoder has two layers, and nothing reads its pooled output.
     return (family, name) == ("sdxl", "text_encoder") and ("layers.1." in parameter or "final_layer_norm" in parameter)
 
@@ -189,10 +193,11 @@ def test_name_map_leads_every_parameter_to_its_values(
     dtype = {"fp32": np.float32, "fp16": np.float16}[graph.precision]
     mapped: dict[str, list[str]] = defaultdict(list)
     for parameter, place in names.items():
-        assert (place is None) == unused(family, name, parameter), parameter
-        folded = (family, name) == ("sdxl", "unet") and parameter.startswith("add_embedding.linear_1.")
-        assert (place == {"folded": True}) == folded, parameter
-        if place is None or folded:
+        assert tuple(place["shape"]) == weights[prefix + parameter].shape
+        assert (place.keys() == {"shape"}) == unused(family, name, parameter), parameter
+        folded = name == "unet" and in_the_table(family, parameter)
+        assert (place.get("folded") is True) == folded == (place.keys() == {"shape", "folded"}), parameter
+        if "initializer" not in place:
             continue
         expected = weights[prefix + parameter].astype(dtype)
         found = held[place["initializer"]]
@@ -271,7 +276,7 @@ def test_a_column_of_the_time_is_what_diffusers_modules_make(
     if family == "sd":  # what an adapter of those projections is applied to
         table, arrays = chain.tables[chain.find(4)], load_file(chain.bundle.path / TABLES)
         read = torch.cat([given for given, _ in next(iter(seen.values()))]).numpy()
-        assert_rounded(arrays["columns/activated_time_embedding"][table.index], read)
+        assert_rounded(arrays["columns/activated_time_embedding"][table.index][:, 0], read)
 
 
 def test_the_time_ids_are_their_part_of_the_linear_that_reads_them(
@@ -293,7 +298,7 @@ def test_exporting_twice_gives_the_same_files(sd: Path, checkpoints: dict[str, P
     files = Bundle.open(sd).manifest.files
     for name in ("text_encoder", "step", "step+guidance"):
         (graph,) = image_graphs.traced(checkpoint, image_graphs.own(checkpoint, name), shape, tmp_path).values()
-        for file in (*graph.files, graph.names):
+        for file in graph.all_files:
             assert digest(tmp_path / file) == files[file].sha256, file
 
 
