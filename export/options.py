@@ -47,6 +47,10 @@ class ExportOptions(TypedDict, total=False):
     no config, the checkpoint's serves."""
     lora: Sequence[str] | None
     """LoRAs that are fused, in this order, each NAME or NAME:SCALE, named as a UNet is."""
+    controlnet: Mapping[str, str] | Sequence[str] | None
+    """ControlNets: the name that calls have for one → a hub id or a folder; or a list of NAME=PLACE."""
+    t2i_adapter: Mapping[str, str] | Sequence[str] | None
+    """T2I-Adapters, likewise."""
     scheduler: str | Mapping[str, Any] | None
     """The name of another class, or changes of its config, in which `_class_name` names a class; it is made as
     `CLASS.from_config(pipe.scheduler.config, …)` makes it."""

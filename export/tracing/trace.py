@@ -13,10 +13,11 @@ import torch
 
 from turbochain.export import load
 from turbochain.export.chains import Placed
+from turbochain.export.controls import KINDS
 from turbochain.export.families import GraphSpec, Shape
 from turbochain.export.remedies import Remedy
 from turbochain.export.sources.checkpoint import Checkpoint
-from turbochain.export.tracing import attention, group_norm, modules, weights
+from turbochain.export.tracing import attention, control, group_norm, modules, weights
 from turbochain.export.tracing.modules import TORCH_DTYPES, copy_modules
 from turbochain.export.tracing.names import name_map
 from turbochain.export.tracing.rescale import rescale
@@ -80,7 +81,7 @@ def export_graphs(
                 k: v or ("float32", _column(columns[k], one.shape.rows if k in checkpoint.family.columns else 0))
                 for k, v in one.spec.inputs(checkpoint.configs, one.shape).items()
             }
-            module = _module(one, model)
+            module = _module(one, model, [*inputs])
             data = files[one.remedy.precision]
             graph = _trace(one, module, inputs, parameters, factors, data, bundle, opset)
             graphs[one.name] = replace(graph, model_class=type(model).__name__ if component else "")
@@ -101,10 +102,12 @@ def _alike(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
     return [members for _, members in groups]
 
 
-def _module(wanted: Wanted, model: torch.nn.Module) -> torch.nn.Module:
-    """Return the module that is traced, on the weights of `model`."""
-    kind = getattr(modules, wanted.spec.module)
+def _module(wanted: Wanted, model: torch.nn.Module, inputs: Sequence[str]) -> torch.nn.Module:
+    """Return the module that is traced, on the weights of `model`; `inputs`: their names, in its order."""
+    kind = getattr(control if wanted.spec.module in vars(control) else modules, wanted.spec.module)
     module: torch.nn.Module = kind(copy_modules(model), *wanted.spec.arguments(wanted.shape)).eval()
+    if {kind.feature for kind in KINDS.values()} & {*wanted.spec.features}:
+        module = control.Controlled(module, inputs)
     if wanted.remedy.precision == "fp32":  # in lower precision a GPU's own GroupNormalization is wanted
         group_norm.replace_group_norms(module)
     return module
@@ -172,6 +175,7 @@ def _trace(
         inputs=_ends(name, proto.graph.input, inputs, proto),
         outputs=_ends(name, proto.graph.output, dict.fromkeys(spec.outputs), proto),
         remedy=wanted.remedy.phrase,
+        features=spec.features,
         size=(wanted.shape.height, wanted.shape.width) if spec.sized else (),
         batch=wanted.shape.batch,
     )

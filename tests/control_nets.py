@@ -1,0 +1,46 @@
+"""Miniature ControlNets and T2I-Adapters with random weights, in the configuration classes of the published ones."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel, T2IAdapter, UNet2DConditionModel
+
+from turbochain.export.sources import synthetic
+
+STRENGTH = 0.5
+"""What the last convolutions of a ControlNet are multiplied by: with random weights its residuals are large."""
+
+
+def controlnet(checkpoint: Path, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """Write a ControlNet for a checkpoint's UNet, as thibaud's for SD 2.1 and diffusers' and xinsir's for SDXL are.
+
+    `changes`: of its config. The published ones begin as copies of the UNet's first half; this one has weights of its
+    own, as trained ones do.
+    """
+    unet = UNet2DConditionModel.load_config(checkpoint, subfolder="unet")
+    with torch.device("meta"):
+        copied = ControlNetModel.from_unet(UNet2DConditionModel.from_config(unet), load_weights_from_unet=False)
+    net = ControlNetModel.from_config({**copied.config, **changes})
+    synthetic.draw_weights({"controlnet": net}, torch.Generator().manual_seed(100 + seed))
+    with torch.no_grad():
+        for convolution in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+            convolution.weight.mul_(STRENGTH)
+    net.save_pretrained(folder)
+    return folder
+
+
+def small(levels: int) -> dict[str, Any]:
+    """The changes that make of a ControlNet for SDXL one like diffusers/controlnet-canny-sdxl-1.0-small: no attention."""
+    return {"down_block_types": ["DownBlock2D"] * levels, "mid_block_type": "UNetMidBlock2D"}
+
+
+def t2i_adapter(checkpoint: Path, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """Write a T2I-Adapter for a checkpoint's UNet, as TencentARC's are."""
+    config = UNet2DConditionModel.load_config(checkpoint, subfolder="unet")
+    channels, kind = list(config["block_out_channels"]), "full_adapter"
+    given = {"channels": channels, "adapter_type": kind, "downscale_factor": 8, "num_res_blocks": 1, **changes}
+    adapter = T2IAdapter(**given)
+    synthetic.draw_weights({"adapter": adapter}, torch.Generator().manual_seed(200 + seed))
+    adapter.save_pretrained(folder)
+    return folder
