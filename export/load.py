@@ -88,7 +88,7 @@ def controlled(
 def control_defaults(family: Family, task: str, controls: Sequence[Control]) -> dict[str, float]:
     """Return the defaults of what calls with these give beside the picture, as diffusers' pipelines for them have
     them."""
-    found = {}
+    found: dict[str, float] = {}
     for control in controls:
         kind = getattr(importlib.import_module("diffusers"), family.steered[control.kind.name].pipelines[task])
         parameters = inspect.signature(kind.__call__).parameters

@@ -90,12 +90,12 @@ class ExportOrder:
             raise TypeError(f"unknown argument {unknown[0]!r}")
         given = asked.listed(options)
         size, batch, scheduler = (given.pop(name, None) for name in ("size", "batch", "scheduler"))
+        given |= {kind: asked.named(kind, given[kind]) for kind in KINDS if kind in given}
         return cls(
             source or "",
             sizes=None if size is None else _sizes(size),
             batches=(batch,) if isinstance(batch, int) else batch,
             scheduler=asked.scheduler_changes(scheduler),
-            **{kind: asked.named(kind, given.pop(kind, None)) for kind in KINDS},
             recipe_name=given.pop("recipe", None),
             **given,
         )

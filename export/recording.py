@@ -155,12 +155,12 @@ def _pictures(chain: Chain, call: Call, of_control: str | None) -> tuple[dict[st
     """Return the arguments of size and pictures that the pipeline takes, and what the chain is fed instead."""
     height, width = chain.size
     if of_control is not None:
-        arguments, fed = _pictures(chain, call, None)
+        own, fed = _pictures(chain, call, None)
         pictures = np.stack([sample_image(height, width, call.seed + 500 + row) for row in range(chain.batch)])
         pictures = pictures[..., :1] if of_control.startswith("grey") else pictures
         argument = "image" if call.strength is None else "control_image"
         given = [Image.fromarray(picture.squeeze()) for picture in pictures]
-        return {**arguments, argument: given}, {**fed, of_control: pictures}
+        return {**own, argument: given}, {**fed, of_control: pictures}
     size = {"height": height, "width": width}
     if call.strength is None:
         return size, {}

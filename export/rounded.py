@@ -36,7 +36,7 @@ class _Rounding(TorchDispatchMode):
 
 @contextlib.contextmanager
 def computing_in(models: Mapping[str, Any], precision: str) -> Iterator[None]:
-    """Let a pipeline of fp32 compute as its models (by component) would in `precision`; the weights are rounded for good.
+    """Let pipelines of fp32 compute as their models (by component) would in `precision`; weights are rounded for good.
 
     As in diffusers, the sinusoid of the timestep and the sampler are computed in fp32, and in fp16 a VAE whose config
     has force_upcast.

@@ -188,8 +188,8 @@ def write(
 ) -> None:
     """Write the table file of a chain; the columns are computed once for each distinct timestep and guidance scale.
 
-    `unet`: diffusers', fp32; `nets`: the ControlNets of the chain, which have columns of their own. See `runtime.chain.tables` for the file's layout, in which `timesteps` has a timestep once
-    for each of its scales.
+    `unet`: diffusers', fp32; `nets`: the ControlNets of the chain, which have columns of their own. See
+    `runtime.chain.tables` for the file's layout, in which `timesteps` has a timestep once for each of its scales.
     """
     pairs = {n: [(t, one.entry.guidance_scale) for t in one.table.timesteps.tolist()] for n, one in made.items()}
     distinct = list(dict.fromkeys(pair for of_table in pairs.values() for pair in of_table))

@@ -18,6 +18,7 @@ from turbochain.runtime.checks import verify
 from turbochain.runtime.choice import chain_of, pictures_of
 from turbochain.runtime.errors import PictureError, TurbochainError
 from turbochain.runtime.inputs.cache import StageCache
+from turbochain.runtime.inputs.control import is_control_image
 from turbochain.runtime.inputs.feeds import Feeds
 from turbochain.runtime.output import PipelineOutput, as_images, problem
 from turbochain.runtime.ready import Caches, Held, ReadyChain
@@ -151,15 +152,21 @@ class Pipeline:
         reads them, `pooled_prompt_embeds` [prompts, width], fp32: instead of `prompt`; with guidance
         `negative_prompt_embeds` and `negative_pooled_prompt_embeds`, likewise: instead of `negative_prompt`.
         `inputs`, `modes`: arrays for further feeds of the chain, by name, and modes of it that no argument switches on.
-        `others`: diffusers' further arguments, if they change nothing. `observe(graph, seconds)` is called after each
+        `others`: with a ControlNet or a T2I-Adapter those of `inputs.control.ControlOptions`, such as `control_image`;
+        diffusers' further arguments, if they change nothing. `observe(graph, seconds)` is called after each
         launch. `cancel()` is asked between launches; if it returns True, the call ends with Cancelled. Raises
         InputError for a bad argument, TypeError for one that diffusers does not have either, PictureError if the model
         makes no picture.
         """
         of: dict[str, Any] = {"image": image, "mask_image": mask_image, "height": height, "width": width}
         count = pictures_of(prompt, prompt_embeds, num_images_per_prompt)
+        if chain is None:
+            control_image = others.get("control_image")
+            if is_control_image(self.bundle, image, others):
+                image, control_image = None, image
+            chain = chain_of(self.bundle, count, **{**of, "image": image, "control_image": control_image})
         request = Request.make(
-            self.bundle.open_chain(chain_of(self.bundle, count, **of) if chain is None else chain),
+            self.bundle.open_chain(chain),
             prompt,
             **of,
             strength=strength,

@@ -31,7 +31,7 @@ def controlnet(checkpoint: Path, folder: Path, *, seed: int = 0, **changes: Any)
 
 
 def small(levels: int) -> dict[str, Any]:
-    """The changes that make of a ControlNet for SDXL one like diffusers/controlnet-canny-sdxl-1.0-small: no attention."""
+    """The changes that make of a ControlNet one like diffusers/controlnet-canny-sdxl-1.0-small: without attention."""
     return {"down_block_types": ["DownBlock2D"] * levels, "mid_block_type": "UNetMidBlock2D"}
 
 

@@ -10,7 +10,7 @@ from turbochain.runtime.bundle.manifest import Feed
 STATE, FEATURE, SCALE = "t2i_state_", "t2i_feature_", "adapter_conditioning_scale"
 """What the adapter makes, what the UNet reads (that times the scale), and the scale."""
 
-_DEFAULTS = {"in_channels": 3, "downscale_factor": 8, "adapter_type": "full_adapter"}
+_DEFAULTS: dict[str, Any] = {"in_channels": 3, "downscale_factor": 8, "adapter_type": "full_adapter"}
 TYPES = ("full_adapter", "full_adapter_xl", "light_adapter")
 
 Sizes = list[tuple[int, tuple[int, int]]]
@@ -18,7 +18,7 @@ Sizes = list[tuple[int, tuple[int, int]]]
 
 def features(config: Mapping[str, Any], shape: Shape) -> Sizes:
     """Return the width and the size of every feature that an adapter makes."""
-    config = _DEFAULTS | config
+    config = _DEFAULTS | {**config}
     factor, channels = config["downscale_factor"], list(config["channels"])
     size = (shape.height // factor, shape.width // factor)
     halved = [True] * len(channels)
@@ -54,7 +54,7 @@ def _tensors(prefix: str, sizes: Sizes, shape: Shape) -> Inputs:
 
 
 def _specs(family: Family, configs: Configs, control: Control) -> dict[str, GraphSpec]:
-    config = _DEFAULTS | configs[control.component]
+    config = _DEFAULTS | {**configs[control.component]}
     count = len(features(config, Shape(64, 64, 1)))
     states = tuple(f"{STATE}{i}" for i in range(count))
     adapter = GraphSpec(
@@ -79,12 +79,12 @@ def _specs(family: Family, configs: Configs, control: Control) -> dict[str, Grap
 
 
 def _feeds(family: Family, configs: Configs, control: Control) -> dict[str, Feed]:
-    (name,) = picture((_DEFAULTS | configs[control.component])["in_channels"], Shape(8, 8, 1))
+    (name,) = picture((_DEFAULTS | {**configs[control.component]})["in_channels"], Shape(8, 8, 1))
     return {name: Feed("image", "call"), SCALE: Feed("number", "step")}
 
 
 def _problems(configs: Configs, component: str, shape: Shape) -> list[str]:
-    config = _DEFAULTS | configs[component]
+    config = _DEFAULTS | {**configs[component]}
     if (kind := config["adapter_type"]) not in TYPES:
         return [f"its adapter_type is {kind!r}, supported are {', '.join(TYPES)}"]
     if config["in_channels"] not in (1, 3):

@@ -210,4 +210,5 @@ class Slice(nn.Module):
         self.start, self.stop = start, stop
 
     def forward(self, projections: torch.Tensor) -> torch.Tensor:
+        """See the class."""
         return projections[:, self.start : self.stop]

@@ -107,7 +107,7 @@ def _module(wanted: Wanted, model: torch.nn.Module, inputs: Sequence[str]) -> to
     kind = getattr(control if wanted.spec.module in vars(control) else modules, wanted.spec.module)
     module: torch.nn.Module = kind(copy_modules(model), *wanted.spec.arguments(wanted.shape)).eval()
     if {kind.feature for kind in KINDS.values()} & {*wanted.spec.features}:
-        module = control.Controlled(module, inputs)
+        module = control.Controlled(module, inputs).eval()
     if wanted.remedy.precision == "fp32":  # in lower precision a GPU's own GroupNormalization is wanted
         group_norm.replace_group_norms(module)
     return module

@@ -1,0 +1,190 @@
+"""ControlNets and T2I-Adapters: pictures against diffusers' own pipelines."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import control_nets
+import diffusers
+import numpy as np
+import pytest
+from conftest import ON, SIZE, BundleFactory, called
+from here import build_here
+from image_calls import Apart, assert_same, compared, ours, picture, prompts, theirs
+from PIL import Image
+
+from turbochain.runtime import InputError, Pipeline
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Call = dict[str, Any]
+
+PIPELINES = {
+    ("sd", "plain"): "StableDiffusionPipeline",
+    ("sd", "controlnet"): "StableDiffusionControlNetPipeline",
+    ("sd", "controlnet of an image"): "StableDiffusionControlNetImg2ImgPipeline",
+    ("sd", "adapter"): "StableDiffusionAdapterPipeline",
+    ("sdxl", "plain"): "StableDiffusionXLPipeline",
+    ("sdxl", "controlnet"): "StableDiffusionXLControlNetPipeline",
+    ("sdxl", "controlnet of an image"): "StableDiffusionXLControlNetImg2ImgPipeline",
+    ("sdxl", "adapter"): "StableDiffusionXLAdapterPipeline",
+}
+
+
+@dataclass
+class Made:
+    """A bundle's pipeline, and diffusers' own of the same checkpoint."""
+
+    family: str
+    ours: Pipeline
+    checkpoint: Path
+    nets: dict[str, Path]  # name → folder
+    _theirs: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+    def theirs(self, kind: str, net: str = "canny") -> Any:
+        """Diffusers' pipeline with one of the networks."""
+        if (kind, net) not in self._theirs:
+            cls = diffusers.T2IAdapter if kind == "adapter" else diffusers.ControlNetModel
+            given = {kind.split()[0]: cls.from_pretrained(self.nets[net])} if kind != "plain" else {}
+            options = {"safety_checker": None, "requires_safety_checker": False} if self.family == "sd" else {}
+            known = next(iter(self._theirs.values())).components if self._theirs else {}
+            kept = {n: known[n] for n in ("unet", "vae", "text_encoder", "text_encoder_2") if n in known}
+            named = getattr(diffusers, PIPELINES[self.family, kind])
+            made = named.from_pretrained(self.checkpoint, local_files_only=True, **kept, **given, **options)
+            made.set_progress_bar_config(disable=True)
+            self._theirs[kind, net] = made
+        return self._theirs[kind, net]
+
+    def add(self, apart: Apart, call: Call, net: str = "canny") -> None:
+        """Draw a call of a ControlNet with both."""
+        kind = "controlnet of an image" if "image" in call else "controlnet"
+        other = {**call, **({"image": call["control_image"]} if kind == "controlnet" else {})}
+        other = {n: v for n, v in other.items() if n != "controlnet" and (n != "control_image" or "image" in call)}
+        apart.add(ours(self.ours, {**call, "controlnet": net}), theirs(self.theirs(kind, net), other))
+
+
+def make(family: str, checkpoint: Path, folder: Path, **how: Any) -> Made:
+    """Build a bundle with a ControlNet, canny, and a T2I-Adapter, sketch, beside what `how` says."""
+    adapter = {"sd": {}, "sdxl": {"adapter_type": "full_adapter_xl", "downscale_factor": 16, "channels": [32, 64, 64]}}
+    nets = {
+        "canny": control_nets.controlnet(checkpoint, folder / "canny"),
+        "sketch": control_nets.t2i_adapter(checkpoint, folder / "sketch", **adapter[family]),
+    }
+    given: dict[str, Any] = {"precision": "fp32", "size": SIZE, "steps": [2], "quiet": True, **ON, **how}
+    given["controlnet"] = {"canny": str(nets["canny"]), **given.get("controlnet", {})}
+    nets |= {name: Path(place) for name, place in given["controlnet"].items()}
+    build_here(str(checkpoint), folder / "made.bundle", t2i_adapter={"sketch": str(nets["sketch"])}, **given)
+    return Made(family, Pipeline.load(folder / "made.bundle"), checkpoint, nets)
+
+
+@pytest.fixture(scope="module")
+def sd(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    made = make("sd", checkpoints["sd"], tmp_path_factory.mktemp("sd"))
+    with made.ours:
+        yield made
+
+
+CALL: Call = {"prompt": "a cat", "num_inference_steps": 2, "seed": 3}
+
+
+def test_text_to_image_and_image_to_image(sd: Made) -> None:
+    """With and without guidance, in all steps and in some."""
+    calls: list[Call] = [
+        {"controlnet_conditioning_scale": 1.0},
+        {"guidance_scale": 5.0, "negative_prompt": "blurry", "control_guidance_end": 0.5},
+        {"image": picture(4), "strength": 1.0, "guidance_scale": 3.0},
+    ]
+    with compared() as apart:
+        for i, call in enumerate(calls):
+            sd.add(apart, {**CALL, "control_image": picture(i), **call})
+
+
+def test_without_a_control_image_it_is_the_plain_pipeline(sd: Made) -> None:
+    """Before and after a call with one, which leaves its residuals behind; scale 0 is the same picture."""
+    with compared() as apart:
+        reference = theirs(sd.theirs("plain"), {**CALL, "height": SIZE[1], "width": SIZE[0]})
+        apart.add(before := ours(sd.ours, CALL), reference)
+        steered = ours(sd.ours, {**CALL, "control_image": picture(1), "controlnet": "canny"})
+        np.testing.assert_array_equal(ours(sd.ours, CALL), before)
+        none = {"control_image": picture(1), "controlnet": "canny", "controlnet_conditioning_scale": 0}
+        apart.add(ours(sd.ours, {**CALL, **none}), reference)
+    assert np.abs(steered.astype(int) - before).mean() > 5
+
+
+def test_t2i_adapter(sd: Made) -> None:
+    call = {**CALL, "guidance_scale": 2.0}
+    mine = ours(sd.ours, {**call, "control_image": picture(1), "t2i_adapter": "sketch"})
+    assert_same(mine, theirs(sd.theirs("adapter", "sketch"), {**call, "image": picture(1)}))
+    assert np.abs(mine.astype(int) - ours(sd.ours, call)).mean() > 5
+
+
+def test_the_cache_and_the_pass(sd: Made) -> None:
+    """The picture's embedding is made once; a call of several pictures pairs them with prompts as diffusers does."""
+    ran: list[str] = []
+    call = {**CALL, "control_image": picture(21), "controlnet": "canny"}
+    for more in ({}, {"controlnet_conditioning_scale": 0.5}, {"control_guidance_start": 0.4}, {"seed": 9}):
+        ours(sd.ours, {**call, **more, "observe": lambda graph, _: ran.append(graph)})
+    assert ran.count("controlnet_embedding-canny") == 1 and ran.count("controlnet-canny") == 8
+
+
+def test_the_command(sd: Made, tmp_path: Path) -> None:
+    """From a picture of a size that is not built; the network is named, because the bundle has two."""
+    picture(3, (100, 80)).save(tmp_path / "edges.png")
+    options = ("--control-image", tmp_path / "edges.png", "--controlnet", "canny", "-o", tmp_path / "out.png")
+    scale = ("--controlnet-conditioning-scale", 0.5, "--steps", 2, "--seed", 3)
+    done = called("turbochain", "generate", sd.ours.bundle.path, "a cat", *options, *scale)
+    assert done.returncode == 0, done.stderr
+    assert "edges.png: 100x80, drawn as 64x64" in done.stderr
+    given = picture(3, (100, 80)).resize(SIZE, Image.Resampling.LANCZOS)
+    call = {**CALL, "image": given, "controlnet_conditioning_scale": 0.5}
+    assert_same(np.asarray(Image.open(tmp_path / "out.png"))[None], theirs(sd.theirs("controlnet"), call))
+
+
+REFUSED: dict[str, tuple[Call, str]] = {
+    "no name": ({}, "several networks for one; choose controlnet='canny', t2i_adapter='sketch'"),
+    "another name": ({"controlnet": "depth"}, "controlnet='depth': the bundle has 'canny'; choose one"),
+    "two names": ({"controlnet": ["canny", "canny"]}, "a call uses one ControlNet; give its name"),
+    "two networks": ({"controlnet": "canny", "t2i_adapter": "sketch"}, "a call uses one network; give one of the two"),
+    "two scales": ({"controlnet": "canny", "controlnet_conditioning_scale": [1.0, 1.0]}, "give one number"),
+    "no number": ({"controlnet": "canny", "controlnet_conditioning_scale": float("nan")}, "a finite number"),
+    "the end first": ({"controlnet": "canny", "control_guidance_start": 0.5, "control_guidance_end": 0.5}, "the start"),
+    "guess mode": ({"controlnet": "canny", "guess_mode": True}, "a ControlNet is always used with the prompt"),
+    "an adapter's number": ({"controlnet": "canny", "adapter_conditioning_scale": 1.0}, "'canny' is a ControlNet"),
+    "SDXL's number": ({"t2i_adapter": "sketch", "adapter_conditioning_factor": 0.5}, "this model has none; leave it"),
+    "no image": ({"controlnet": "canny", "control_image": None}, "controlnet was given, and no control image; give"),
+    "no picture": ({"controlnet": "canny", "control_image": "edges.png"}, "control_image is of type str"),
+    "too many": (
+        {"controlnet": "canny", "control_image": [picture(0)] * 2},
+        "control_image has 2, and there are 1 prompts: give one, or one for each",
+    ),
+    "an adapter of an image": (
+        {"t2i_adapter": "sketch", "image": picture(0), "control_image": picture(0)},
+        "t2i_adapter='sketch': the bundle has none",
+    ),
+    "two images for one": (
+        {"chain": "text-to-image", "controlnet": "canny", "image": picture(0)},
+        "image was given, and the chain text-to-image reads none; leave it out",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(sd: Made, case: str) -> None:
+    call, sentence = REFUSED[case]
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        ours(sd.ours, {**CALL, "control_image": picture(1), **call})
+
+
+def test_a_bundle_without_a_network(sd: Made, bundle_of: BundleFactory) -> None:
+    with Pipeline.load(bundle_of("sd")) as pipe, pytest.raises(InputError, match="--controlnet NAME=ID"):
+        ours(pipe, {**CALL, "control_image": picture(1)})
+
+
+def test_an_image_of_a_text_to_image_call_is_the_control_image(sd: Made) -> None:
+    """As diffusers' pipeline names it: if a network is named for it, or the chain is."""
+    first = ours(sd.ours, {**CALL, "control_image": picture(5), "controlnet": "canny"})
+    np.testing.assert_array_equal(ours(sd.ours, {**CALL, "image": picture(5), "controlnet": "canny"}), first)
+    started = ours(sd.ours, {**CALL, "image": picture(5), "strength": 1.0})
+    assert (started != first).any()
