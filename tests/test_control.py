@@ -16,6 +16,7 @@ from image_calls import Apart, assert_same, compared, ours, picture, prompts, th
 from PIL import Image
 
 from turbochain.runtime import InputError, Pipeline
+from turbochain.runtime.bundle.manifest import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -188,3 +189,81 @@ def test_an_image_of_a_text_to_image_call_is_the_control_image(sd: Made) -> None
     np.testing.assert_array_equal(ours(sd.ours, {**CALL, "image": picture(5), "controlnet": "canny"}), first)
     started = ours(sd.ours, {**CALL, "image": picture(5), "strength": 1.0})
     assert (started != first).any()
+
+
+SCALES = ({"controlnet_conditioning_scale": scale} for scale in (0.0, 0.5, 1.0))
+PARTS = ({"control_guidance_start": start, "control_guidance_end": end} for start, end in ((0.2, 0.6), (0.25, 1.0)))
+GUIDED: Call = {"guidance_scale": 4.0, "negative_prompt": "blurry"}
+GRID: list[Call] = [*SCALES, *PARTS, GUIDED, {**GUIDED, "control_guidance_end": 0.5}]
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def many(
+    request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Made]:
+    """With a second ControlNet, batches and sizes; SDXL's second one is small, SD's reads blue, green, red."""
+    family, folder = request.param, tmp_path_factory.mktemp(request.param)
+    changes = {"sd": {"controlnet_conditioning_channel_order": "bgr"}, "sdxl": control_nets.small(2)}[family]
+    second = control_nets.controlnet(checkpoints[family], folder / "second", seed=1, **changes)
+    how = {"steps": [1, 2, 4], "batch": [1, 2], "size": [SIZE, (96, 64)], "controlnet": {"second": str(second)}}
+    made = make(family, checkpoints[family], folder, **how)
+    with made.ours:
+        yield made
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("net", ["canny", "second"])
+@pytest.mark.parametrize("started", [False, True], ids=["text-to-image", "image-to-image"])
+def test_the_grid_with_ten_seeds(many: Made, started: bool, net: str) -> None:
+    """Each call with the pictures, prompts and noise of its own."""
+    with compared() as apart:
+        for i, more in enumerate(GRID):
+            for seed in range(10):
+                steps = (1, 2, 4)[(seed + i) % 3]
+                image = {"image": picture(50 + seed), "strength": (1.0, 0.75)[steps == 4]} if started else {}
+                call = {**CALL, "prompt": prompts(seed, 1), "num_inference_steps": steps, "seed": seed}
+                many.add(apart, {**call, **image, "control_image": picture(seed), **more}, net)
+    print(f"\n{many.family}, {net}, {'image' if started else 'text'}-to-image: {apart!r}")
+
+
+@pytest.mark.full
+def test_batches_sizes_and_defaults(many: Made) -> None:
+    """Pictures are paired with prompts, and repeated, as diffusers does it; its defaults of scales are the bundle's."""
+    two, wide = [picture(1), picture(2)], (96, 64)
+    each: list[Call] = [
+        {"prompt": prompts(0, 2), "control_image": two},
+        {"prompt": prompts(0, 2), "control_image": picture(3), "num_images_per_prompt": 2},
+        {"prompt": prompts(0, 2), "control_image": two, "num_images_per_prompt": 2, **GUIDED},
+        {"prompt": prompts(0, 3), "control_image": picture(3), "seed": [4, 5, 6]},
+        {"control_image": picture(4, wide)},
+        {"image": picture(5, wide), "control_image": picture(4, wide), "strength": 0.5},
+        {"image": two[0], "control_image": two, "prompt": prompts(0, 2), "strength": 0.5},
+    ]
+    with compared() as apart:
+        for call in each:
+            many.add(apart, {**CALL, **call})
+    print(f"\n{many.family}: {apart!r}")
+
+
+@pytest.mark.full
+def test_t2i_adapter_in_every_way(many: Made) -> None:
+    factors = {"sd": [{}], "sdxl": [{"adapter_conditioning_factor": f} for f in (0.0, 0.3, 0.5, 1.0)]}[many.family]
+    scales: list[Call] = [{"adapter_conditioning_scale": scale} for scale in (0.0, 0.5, 1.0)]
+    with compared() as apart:
+        for i, more in enumerate([*factors, *scales, GUIDED]):
+            for seed in range(10):
+                call = {**CALL, "seed": seed, "num_inference_steps": (1, 2, 4)[(i + seed) % 3], **more}
+                mine = ours(many.ours, {**call, "control_image": picture(seed), "t2i_adapter": "sketch"})
+                apart.add(mine, theirs(many.theirs("adapter", "sketch"), {**call, "image": picture(seed)}))
+    print(f"\n{many.family}, T2I-Adapter: {apart!r}")
+
+
+@pytest.mark.full
+def test_verification(many: Made) -> None:
+    """Every stage of every ControlNet and T2I-Adapter was compared with what diffusers' own made."""
+    checks = next(found for found in many.ours.bundle.engines().values() if isinstance(found, Engine)).checks
+    wanted = {"controlnet-canny", "controlnet_embedding-canny", "controlnet-second", "controlnet_embedding-second"}
+    for name, of_chain in checks.items():
+        assert wanted <= {check.stage for check in of_chain}, name
+        if name.startswith("text"):
+            assert {"t2i_adapter-sketch", "t2i_scale"} <= {check.stage for check in of_chain}
