@@ -44,10 +44,11 @@ def component(checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, traceabl
         )
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder} cannot be loaded as {cls}: {_reason(error)}") from error
-    if name in checkpoint.replaced and (unexpected := sorted(info["unexpected_keys"])):
+    option = f"--{name.partition('-')[0].replace('_', '-')}"
+    if name in checkpoint.replaced | checkpoint.controls and (unexpected := sorted(info["unexpected_keys"])):
         raise InputError(
             f"the weights in {folder} have no place in its config.json: {', '.join(unexpected[:5])} ({len(unexpected)} "
-            f"in all); another config was expected: give --{name} a folder with these weights and their own config.json"
+            f"in all); another config was expected: give {option} a folder with these weights and their own config.json"
         )
     missing = sorted(k for k in info["missing_keys"] if not k.endswith("position_ids"))
     if missing:

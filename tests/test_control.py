@@ -1,6 +1,8 @@
 """ControlNets and T2I-Adapters: pictures against diffusers' own pipelines."""
 
+import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +12,21 @@ import control_nets
 import diffusers
 import numpy as np
 import pytest
+import torch
 from conftest import ON, SIZE, BundleFactory, called
 from here import build_here
 from image_calls import Apart, assert_same, compared, ours, picture, prompts, theirs
 from PIL import Image
+from test_conformance import KINDS, conform_in_each_way
+from test_tensorrt import check_graph
 
+from turbochain.export import jobs
+from turbochain.export.controls import t2i_adapter
+from turbochain.export.families import Shape
+from turbochain.export.order import ExportOrder
 from turbochain.runtime import InputError, Pipeline
 from turbochain.runtime.bundle.manifest import Engine
+from turbochain.runtime.checks import metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -201,11 +211,15 @@ GRID: list[Call] = [*SCALES, *PARTS, GUIDED, {**GUIDED, "control_guidance_end": 
 def many(
     request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Made]:
-    """With a second ControlNet, batches and sizes; SDXL's second one is small, SD's reads blue, green, red."""
+    """With more ControlNets, batches and sizes; SDXL's second one is small, SD's reads blue, green, red; the third has
+    another number of layers in its attention than the UNet, as diffusers/controlnet-canny-sdxl-1.0-mid."""
     family, folder = request.param, tmp_path_factory.mktemp(request.param)
     changes = {"sd": {"controlnet_conditioning_channel_order": "bgr"}, "sdxl": control_nets.small(2)}[family]
     second = control_nets.controlnet(checkpoints[family], folder / "second", seed=1, **changes)
-    how = {"steps": [1, 2, 4], "batch": [1, 2], "size": [SIZE, (96, 64)], "controlnet": {"second": str(second)}}
+    third = control_nets.controlnet(checkpoints[family], folder / "third", seed=2, transformer_layers_per_block=[1, 1])
+    nets = {"second": str(second), "third": str(third)}
+    tasks = ["text-to-image", "image-to-image", "inpainting", "stream"]
+    how = {"steps": [1, 2, 4], "batch": [1, 2], "size": [SIZE, (96, 64)], "controlnet": nets, "tasks": tasks}
     made = make(family, checkpoints[family], folder, **how)
     with made.ours:
         yield made
@@ -262,8 +276,88 @@ def test_t2i_adapter_in_every_way(many: Made) -> None:
 def test_verification(many: Made) -> None:
     """Every stage of every ControlNet and T2I-Adapter was compared with what diffusers' own made."""
     checks = next(found for found in many.ours.bundle.engines().values() if isinstance(found, Engine)).checks
-    wanted = {"controlnet-canny", "controlnet_embedding-canny", "controlnet-second", "controlnet_embedding-second"}
+    wanted = {
+        f"{role}-{net}" for role in ("controlnet", "controlnet_embedding") for net in ("canny", "second", "third")
+    }
     for name, of_chain in checks.items():
         assert wanted <= {check.stage for check in of_chain}, name
         if name.startswith("text"):
             assert {"t2i_adapter-sketch", "t2i_scale"} <= {check.stage for check in of_chain}
+
+
+def test_one_cuda_graph_with_a_network_and_without(sd: Made) -> None:
+    """Over the stand-in for CUDA: what one call leaves in the buffers is zeros again in the next."""
+    steered = {**CALL, "control_image": picture(1), "controlnet": "canny"}
+    sketched = {**CALL, "control_image": picture(1), "t2i_adapter": "sketch"}
+    calls = [CALL, steered, CALL, {**steered, "guidance_scale": 3.0}, {**CALL, "guidance_scale": 3.0}, sketched, CALL]
+    conform_in_each_way(sd.ours.bundle.path, KINDS, calls)
+
+
+REFUSED_AT_BUILD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    # changes of the config, options, sentence
+    "several kinds": ({"_class_name": "ControlNetUnionModel"}, {}, "is of ControlNetUnionModel (one net for several"),
+    "other widths": ({"block_out_channels": [32, 96]}, {}, "its block_out_channels, layers_per_block are [32, 96] and"),
+    "other text": ({"cross_attention_dim": 32}, {}, "it has cross_attention_dim=32, and the UNet 64; choose one that"),
+    "pooled": ({"global_pool_conditions": True}, {}, "it has global_pool_conditions=True, supported is False"),
+    "other pictures": ({"conditioning_channels": 4}, {}, "it has conditioning_channels=4, supported is 3"),
+    "no task": ({}, {"tasks": ["inpainting"]}, "diffusers draws text-to-image and image-to-image; add one of these to"),
+    "no name": ({}, {"controlnet": ["canny edges=here"]}, "'canny edges': a name of letters, digits, - and _"),
+    "no place": ({}, {"controlnet": ["lllyasviel/canny"]}, "NAME=ID or NAME=FOLDER was expected"),
+    "twice": ({}, {"controlnet": ["a=x", "a=y"]}, "--controlnet a=y: there is one of that name already"),
+    "nowhere": ({}, {"controlnet": ["a=x"]}, "--controlnet x is neither"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_AT_BUILD)
+def test_what_is_refused_at_build(sd: Made, tmp_path: Path, case: str) -> None:
+    """Before any weight is loaded."""
+    changes, options, sentence = REFUSED_AT_BUILD[case]
+    net = shutil.copytree(sd.nets["canny"], tmp_path / "net")
+    config = json.loads((net / "config.json").read_text())
+    (net / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        order = ExportOrder.of(str(sd.checkpoint), {"size": SIZE, "controlnet": [f"canny={net}"], **options})  # type: ignore[typeddict-item]
+        jobs.prepare(print, order=order, recipe=order.recipe("fp32"), folder=tmp_path, force=False)
+
+
+@pytest.mark.full
+def test_inpainting_has_no_network(many: Made) -> None:
+    """Its UNet is the one that reads zeros, and the stream's the plain one."""
+    chains = many.ours.bundle.manifest.chains
+    assert not any("canny" in mode for name in ("inpainting", "stream") for mode in chains[name].modes)
+    call = {**CALL, "image": picture(1), "mask_image": picture(2).convert("L"), "control_image": picture(1)}
+    with pytest.raises(
+        InputError, match=r"the chain inpainting has no ControlNet or T2I-Adapter; choose text-to-image"
+    ):
+        ours(many.ours, {**call, "strength": 1.0})
+
+
+FULL: list[dict[str, Any]] = [
+    {"adapter_type": "full_adapter", "channels": [8, 16, 24, 24], "downscale_factor": 8, "in_channels": 1},
+    {"adapter_type": "full_adapter_xl", "channels": [8, 16, 24, 24], "downscale_factor": 16, "in_channels": 3},
+    {"adapter_type": "light_adapter", "channels": [8, 16, 24], "downscale_factor": 8, "in_channels": 3},
+]
+
+
+@pytest.mark.parametrize("config", FULL, ids=lambda config: str(config["adapter_type"]))
+def test_the_sizes_of_features(config: dict[str, Any]) -> None:
+    """TencentARC's types, at a size that is odd at the third level."""
+    adapter = diffusers.T2IAdapter(**config, num_res_blocks=1)
+    made = adapter(torch.zeros(1, config["in_channels"], 80, 144))
+    shape = Shape(80, 144, 1)
+    assert [(f.shape[1], (f.shape[2], f.shape[3])) for f in made] == t2i_adapter.features(config, shape)
+
+
+@pytest.mark.full
+def test_fp16_and_tensorrt(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """The networks stay in fp16's range, or get a remedy, and TensorRT-RTX builds all graphs."""
+    made = make("sd", checkpoints["sd"], tmp_path, precision="fp16")
+    with made.ours as pipe:
+        graphs = pipe.bundle.manifest.graphs
+        assert {graphs[n].precision for n in ("unet", "controlnet-canny", "t2i_adapter-sketch")} == {"fp16"}
+        call = {**CALL, "control_image": picture(1)}
+        reference = theirs(made.theirs("controlnet"), {**CALL, "image": picture(1)})
+        assert metrics.psnr(ours(pipe, {**call, "controlnet": "canny"}), reference) >= 38
+        for name in ("unet", "controlnet-canny", "controlnet_embedding-canny", "t2i_adapter-sketch", "t2i_scale"):
+            attentions, fused = check_graph(pipe.bundle.path / graphs[name].file, name)
+            assert fused == attentions, name

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from turbochain.export.controls import controlnet, t2i_adapter
 from turbochain.export.controls.kind import Configs, Control, Kind
 from turbochain.export.families import Family, GraphSpec, Inputs, Shape, common
-from turbochain.runtime.bundle.manifest import Feed, Stage
+from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Feed, Stage
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs.embeds import NEGATIVE
 from turbochain.runtime.inputs.guidance import GUIDANCE
@@ -28,7 +28,12 @@ class Controls:
     all: Sequence[Control]  # those of one kind side by side, in the order of `KINDS`
 
     def of(self, task: str) -> list[Control]:
-        """Return those that calls of a task can use."""
+        """Return those that calls of a task can use.
+
+        Of a UNet that reads the guidance scale these are text-to-image alone: diffusers' other pipelines do not give it.
+        """
+        if task != TEXT_TO_IMAGE and self.configs["unet"].get("time_cond_proj_dim") is not None:
+            return []
         return [control for control in self.all if task in self.family.steered[control.kind.name].pipelines]
 
     def graphs(self, specs: Mapping[str, GraphSpec]) -> dict[str, GraphSpec]:
@@ -90,7 +95,7 @@ class Controls:
                 raise InputError(
                     f"{control.option}: diffusers draws {self.family.title} with no {control.kind.title}; leave it out"
                 )
-            if not {*pipelines} & {*tasks}:
+            if not any(control in self.of(task) for task in tasks):
                 raise InputError(
                     f"{control.option}: with a {control.kind.title} diffusers draws {' and '.join(pipelines)}; add one "
                     "of these to --tasks"
