@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import ON, SIZE
 from diffusers import ControlNetModel, T2IAdapter, UNet2DConditionModel
+from here import build_here
 
 from turbochain.export.sources import synthetic
 
@@ -44,3 +46,20 @@ def t2i_adapter(checkpoint: Path, folder: Path, *, seed: int = 0, **changes: Any
     synthetic.draw_weights({"adapter": adapter}, torch.Generator().manual_seed(200 + seed))
     adapter.save_pretrained(folder)
     return folder
+
+
+def build(family: str, checkpoint: Path, folder: Path, **how: Any) -> dict[str, Path]:
+    """Build `made.bundle` with a ControlNet, canny, and a T2I-Adapter, sketch, beside what `how` says.
+
+    Return name → folder of each network.
+    """
+    xl = {"adapter_type": "full_adapter_xl", "downscale_factor": 16, "channels": [32, 64, 64]}
+    nets = {
+        "canny": controlnet(checkpoint, folder / "canny"),
+        "sketch": t2i_adapter(checkpoint, folder / "sketch", **(xl if family == "sdxl" else {})),
+    }
+    given: dict[str, Any] = {"precision": "fp32", "size": SIZE, "steps": [2], "quiet": True, **ON, **how}
+    given["controlnet"] = {"canny": str(nets["canny"]), **given.get("controlnet", {})}
+    nets |= {name: Path(place) for name, place in given["controlnet"].items()}
+    build_here(str(checkpoint), folder / "made.bundle", t2i_adapter={"sketch": str(nets["sketch"])}, **given)
+    return nets

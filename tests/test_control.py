@@ -13,12 +13,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import ON, SIZE, BundleFactory, called
-from here import build_here
+from conftest import SIZE, BundleFactory, called
 from image_calls import Apart, assert_same, compared, ours, picture, prompts, theirs
 from PIL import Image
 from test_conformance import KINDS, conform_in_each_way
-from test_tensorrt import check_graph
 
 from turbochain.export import jobs
 from turbochain.export.controls import t2i_adapter
@@ -77,16 +75,8 @@ class Made:
 
 
 def make(family: str, checkpoint: Path, folder: Path, **how: Any) -> Made:
-    """Build a bundle with a ControlNet, canny, and a T2I-Adapter, sketch, beside what `how` says."""
-    adapter = {"sd": {}, "sdxl": {"adapter_type": "full_adapter_xl", "downscale_factor": 16, "channels": [32, 64, 64]}}
-    nets = {
-        "canny": control_nets.controlnet(checkpoint, folder / "canny"),
-        "sketch": control_nets.t2i_adapter(checkpoint, folder / "sketch", **adapter[family]),
-    }
-    given: dict[str, Any] = {"precision": "fp32", "size": SIZE, "steps": [2], "quiet": True, **ON, **how}
-    given["controlnet"] = {"canny": str(nets["canny"]), **given.get("controlnet", {})}
-    nets |= {name: Path(place) for name, place in given["controlnet"].items()}
-    build_here(str(checkpoint), folder / "made.bundle", t2i_adapter={"sketch": str(nets["sketch"])}, **given)
+    """Build and open a bundle; see `control_nets.build`."""
+    nets = control_nets.build(family, checkpoint, folder, **how)
     return Made(family, Pipeline.load(folder / "made.bundle"), checkpoint, nets)
 
 
@@ -349,8 +339,8 @@ def test_the_sizes_of_features(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.full
-def test_fp16_and_tensorrt(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """The networks stay in fp16's range, or get a remedy, and TensorRT-RTX builds all graphs."""
+def test_fp16(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """The networks stay in fp16's range."""
     made = make("sd", checkpoints["sd"], tmp_path, precision="fp16")
     with made.ours as pipe:
         graphs = pipe.bundle.manifest.graphs
@@ -358,6 +348,3 @@ def test_fp16_and_tensorrt(checkpoints: dict[str, Path], tmp_path: Path) -> None
         call = {**CALL, "control_image": picture(1)}
         reference = theirs(made.theirs("controlnet"), {**CALL, "image": picture(1)})
         assert metrics.psnr(ours(pipe, {**call, "controlnet": "canny"}), reference) >= 38
-        for name in ("unet", "controlnet-canny", "controlnet_embedding-canny", "t2i_adapter-sketch", "t2i_scale"):
-            attentions, fused = check_graph(pipe.bundle.path / graphs[name].file, name)
-            assert fused == attentions, name

@@ -30,7 +30,7 @@ class Controls:
     def of(self, task: str) -> list[Control]:
         """Return those that calls of a task can use.
 
-        Of a UNet that reads the guidance scale these are text-to-image alone: diffusers' other pipelines do not give it.
+        Of a UNet that reads the guidance scale only those of text-to-image: others do not give it that scale.
         """
         if task != TEXT_TO_IMAGE and self.configs["unet"].get("time_cond_proj_dim") is not None:
             return []
