@@ -224,12 +224,15 @@ class Pipeline:
             raise TurbochainError(self._gone)
         return self._executor
 
-    def warmup(self, num_inference_steps: int | None = None, *, chain: str | None = None) -> None:
+    def warmup(
+        self, num_inference_steps: int | None = None, *, chain: str | None = None, controlnet: str | None = None
+    ) -> None:
         """Make a picture and throw it away, so that the next call meets no first-time cost.
 
-        On a GPU a second one: with the prompt known, the chain is another CUDA graph.
+        `controlnet`: the ControlNet or T2I-Adapter that it uses. On a GPU a second one: with the prompt known, the
+        chain is another CUDA graph.
         """
-        draw = drawing(self, Request.sample(self.bundle.open_chain(chain), num_inference_steps))
+        draw = drawing(self, Request.sample(self.bundle.open_chain(chain), num_inference_steps, controlnet=controlnet))
         for _ in range(2 if self.device.kind == "cuda" else 1):
             draw()
 
