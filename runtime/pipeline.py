@@ -162,7 +162,7 @@ class Pipeline:
         count = pictures_of(prompt, prompt_embeds, num_images_per_prompt)
         if chain is None:
             control_image = others.get("control_image")
-            if is_control_image(self.bundle, image, others):
+            if is_control_image(self.bundle, image, mask_image, others):
                 image, control_image = None, image
             chain = chain_of(self.bundle, count, **{**of, "image": image, "control_image": control_image})
         request = Request.make(

@@ -10,7 +10,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
+from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, TEXT_TO_IMAGE
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.chain import wiring
 from turbochain.runtime.chain.opened import OpenChain
@@ -139,18 +139,18 @@ class Steering:
         return [1.0 - float(i / rows < self.start or (i + 1) / rows > self.end) for i in range(rows)]
 
 
-def is_control_image(bundle: Bundle, image: object, others: Mapping[str, object]) -> bool:
+def is_control_image(bundle: Bundle, image: object, mask_image: object, others: Mapping[str, object]) -> bool:
     """Return whether `image` of a call without a chain is a control image: as in diffusers' text-to-image pipelines.
 
-    So it is if a network is named for it, or if no chain starts from an image.
+    So it is if a network is named for it, or if the bundle has no image-to-image. `others`: the further arguments.
     """
-    if image is None or others.get("control_image") is not None:
+    if image is None or mask_image is not None or others.get("control_image") is not None:
         return False
     chains = [bundle.open_chain(name) for name in bundle.manifest.chains]
     if not any(nets(chain) for chain in chains):
         return False
     named = any(others.get(kind.argument) is not None for kind in (CONTROLNET, T2I_ADAPTER))
-    return named or all(chain.chain.task == TEXT_TO_IMAGE for chain in chains)
+    return named or not any(chain.chain.task == IMAGE_TO_IMAGE for chain in chains)
 
 
 def steering(chain: OpenChain, image: object, others: dict[str, object]) -> tuple[object, Steering]:
