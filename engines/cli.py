@@ -13,6 +13,7 @@ from turbochain.engines.build import BuildResult, carry_out
 from turbochain.engines.order import BuildOrder, engine_order
 from turbochain.export import asked, recipes, tasks
 from turbochain.export.api import path_of
+from turbochain.export.controls import KINDS
 from turbochain.export.order import ExportOrder, How, Recipe
 from turbochain.export.sources import original
 from turbochain.runtime.checks.verify import bound_text, value_text
@@ -76,6 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="append",
         help="record diffusers' pictures with this LoRA, for verify --lora; may be repeated",
     )
+    add(
+        "--controlnet",
+        metavar="NAME=ID|FOLDER",
+        action="append",
+        help="a ControlNet that calls can use under this name; may be repeated",
+    )
+    add("--t2i-adapter", metavar="NAME=ID|FOLDER", action="append", help="a T2I-Adapter, likewise; may be repeated")
     add("--scheduler", help="a class, such as LCMScheduler, or JSON of changes of its config (_class_name: the class)")
     add("--timesteps", help="explicit ones instead of --steps, such as 999,749,499,249")
     add("--eta", type=float, help="of DDIMScheduler and TCDScheduler, 0 to 1 (default 0)")
@@ -118,6 +126,7 @@ def _build(arguments: argparse.Namespace) -> None:
     }
     given |= {name: read(given[name]) for name, read in readers.items() if given[name] is not None}
     given |= {name: given[name] and tuple(given[name]) for name in ("lora", "reference_lora")}
+    given |= {kind: asked.named(kind, given[kind]) for kind in KINDS}
     export = recipes.settle(ExportOrder(**{f.name: given[f.name] for f in dataclasses.fields(ExportOrder)}))
     options = backend_options.parse(arguments.O)
     named = ("backend", "device", "target", "timing_cache", "precision", "chains", "engines")

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -51,6 +51,34 @@ def scaled(lora: str, option: str = "--lora") -> tuple[str, float]:
     if not math.isfinite(found):
         raise InputError(f"{option} {lora}: a number was expected after the colon, such as {name}:0.8")
     return name, found
+
+
+def named(option: str, value: str | Mapping[str, str] | Sequence[str] | None) -> dict[str, str] | None:
+    """Return name → place that a mapping, or a list of NAME=PLACE, says; None for None. Raises InputError."""
+    if value is None or isinstance(value, Mapping):
+        return None if value is None else dict(value)
+    found: dict[str, str] = {}
+    for text in [value] if isinstance(value, str) else value:
+        name, equals, place = text.partition("=")
+        if not equals or not place:
+            raise InputError(
+                f"--{option.replace('_', '-')} {text}: NAME=ID or NAME=FOLDER was expected, with the name that calls "
+                f"have for it, such as canny={text}"
+            )
+        if name in found:
+            raise InputError(f"--{option.replace('_', '-')} {text}: there is one of that name already; choose another")
+        found[name] = place
+    return found
+
+
+def control_problems(given: Mapping[str, Mapping[str, str] | None]) -> list[str]:
+    """Return what is wrong with the names of ControlNets and T2I-Adapters, as phrases; `given`: option → name → …"""
+    return [
+        f"{option} {name!r}: a name of letters, digits, - and _ was expected"
+        for option, names in given.items()
+        for name in names or ()
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name)
+    ]
 
 
 def listed(options: Mapping[str, Any]) -> dict[str, Any]:

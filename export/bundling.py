@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from turbochain.export.controls import KINDS
 from turbochain.export.order import ExportOrder, Recipe
 from turbochain.export.phases.phases import SMALL, Phases, now, versions
 from turbochain.export.phases.resume import STATE, Finished, empty, leave_nothing
@@ -76,7 +77,7 @@ def _export(phases: Phases, order: ExportOrder, recipe: Recipe, digests: Digests
     remedies = convert(dict[str, Remedy], state.once("reference", judge, lambda _: recorded))
     _tell(phases, remedies)
     graphs: dict[str, Graph] = {}
-    for component in (*prepared.family.components, ""):
+    for component in (*prepared.checkpoint.components, ""):
         phase = f"export {component or 'sampler'}"
         trace = partial(run, phase, "turbochain.export.jobs:graphs", component=component, remedies=remedies, **common)
         graphs |= convert(dict[str, Graph], state.once(phase, trace, _files))
@@ -121,7 +122,7 @@ def _manifest(
         request=strict_json.plain(vars(recipe)),
         created=now(),
         created_by=versions(*VERSIONS),
-        requires=_requires(prepared),
+        requires=_requires(prepared, graphs),
         tokenizers=prepared.tokenizers,
         graphs=graphs,
         chains=prepared.chains,
@@ -129,7 +130,7 @@ def _manifest(
     )
 
 
-def _requires(prepared: Prepared) -> dict[str, str]:
+def _requires(prepared: Prepared, graphs: dict[str, Graph]) -> dict[str, str]:
     """Return the optional features of the format that a bundle uses → the first turbochain that reads them."""
     chains = prepared.chains.values()
     used = {
@@ -139,6 +140,7 @@ def _requires(prepared: Prepared) -> dict[str, str]:
         "keep": any(chain.keep for chain in chains),
         "stream": any(chain.stream for chain in chains),
         "adapters": any(feed.is_ == "adapter" for chain in chains for feed in chain.feeds.values()),
+        "control": any({kind.feature for kind in KINDS.values()} & {*graph.features} for graph in graphs.values()),
         "wires": any(stage.wires for chain in chains for stage in chain.stages),
     }
     return {name: FIRST_VERSION for name, is_used in used.items() if is_used}

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from turbochain.export.controls import Controls
+from turbochain.export.controls.kind import Control
 from turbochain.export.families import Family, GraphSpec, Shape, common
 from turbochain.export.tasks import Task
 from turbochain.runtime.bundle.manifest import Chain, Feed, Stage, TableEntry
@@ -48,6 +50,7 @@ class Layout:
     clip_skip: int = 0  # how many of the text encoders' last layers a prompt is drawn without
     stream: int = 2  # frames under way in a stream, and the rows of its tables
     ranks: Sequence[int] = ()  # of the slots for adapters, ascending
+    controls: Sequence[Control] = ()  # ControlNets and T2I-Adapters
 
     @property
     def guided(self) -> bool:
@@ -106,7 +109,7 @@ class Layout:
             tables_file=f"tables/{name}.safetensors",
             tables=tables,
             output="image",
-            modes=() if task.streams else (*self._modes, *map(adapters_mode, self.ranks)),
+            modes=() if task.streams else (*self._modes, *map(adapters_mode, self.ranks), *self._control_modes(task)),
             keep=common.kept(self.family) if task.streams else {},
             defaults={**defaults, **({"clip_skip": self.clip_skip} if self.clip_skip else {})},
             stream=self.stream if task.streams else 0,
@@ -118,33 +121,43 @@ class Layout:
         return own | ({NEGATIVE + feed: folder for feed, folder in own.items()} if self.guided else {})
 
     @property
+    def steered(self) -> Controls:
+        """Return what steers the UNet, as part of chains."""
+        return Controls(self.family, self.configs, self.controls)
+
+    @property
     def _modes(self) -> tuple[str, ...]:
         if not self.guided:
             return ()
         return (GUIDANCE, NEGATIVE_PROMPT) if self.zeros else (GUIDANCE,)
 
+    def _control_modes(self, task: Task) -> list[str]:
+        return [control.mode for control in self.steered.of(task.name)]
+
     def _specs(self, shape: Shape) -> dict[str, GraphSpec]:
-        return common.graphs(self.family, shape.K, self.posterior, self.clip_skip, self.ranks)
+        plain = common.graphs(self.family, shape.K, self.posterior, self.clip_skip, self.ranks)
+        return self.steered.graphs(plain)
 
     def _stages(self, task: Task) -> list[Stage]:
         """Return the stages of a chain, with the names that graphs have at the first shape."""
         decoder = Stage("vae_decoder", "end", "picture", _renamed({"next_latents": task.latents}))
-        unet, before = Stage("unet", "step", "prediction"), self._before(task)
+        unet, before = Stage("unet", "step", "prediction"), [*self.steered.before(task.name), *self._before(task)]
         prompt = own_prompt = self._with_wires(self.family.prompt_stages)
         if self.clip_skip:  # of the prompt alone: diffusers encodes a negative prompt with every layer
             skipping = (replace(stage, graph=stage.graph + common.CLIP_SKIP) for stage in self.family.prompt_stages)
             prompt = self._with_wires(skipping)
         if task.streams:
-            return [*prompt, *before, *common.stream_stages(self.family), decoder]
+            return [*prompt, *self._before(task), *common.stream_stages(self.family), decoder]
         if not self.guided:
             steps = [*self._of_ranks(unet), Stage("step", "step", "state")]
             return [*prompt, *before, *steps, *task.after_step, decoder]
         mode = NEGATIVE_PROMPT if self.zeros else GUIDANCE
         specs = self._specs(self.shapes[0])
         negative = [replace(s, wires={**self._negated(specs[s.graph], s), **s.wires}, if_=(mode,)) for s in own_prompt]
-        reads = {name: NEGATIVE + name for name in common.embeds(self.family)}
+        reads = {name: NEGATIVE + name for name in common.embeds(self.family)} | self.steered.negative_reads
         negative_unet = replace(unet, wires={**reads, "prediction": f"{NEGATIVE}prediction"}, if_=(GUIDANCE,))
         steps = [
+            *self.steered.in_step(task.name, self.guided),
             *self._of_ranks(unet),
             *self._of_ranks(negative_unet),
             Stage("step", "step", "state", unless=(GUIDANCE,)),
@@ -199,6 +212,7 @@ class Layout:
             **({"history": Feed("history", "call")} if shape.K > 1 else {}),
             **common.step_feeds(self.family, slots=bool(self.ranks) and not task.streams),
             **{name: Feed("adapter", "held") for name in self._slots(task)},
+            **({} if task.streams else self.steered.feeds(task.name, self.guided)),
         }
 
     def _slots(self, task: Task) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from turbochain.export import estimate
+from turbochain.export.controls import controlnet
 from turbochain.export.families import Family
 from turbochain.export.order import ExportOrder, Recipe
 from turbochain.export.prepared import Prepared
@@ -54,20 +55,26 @@ def prepare(progress: Progress, *, order: ExportOrder, recipe: Recipe, folder: P
 def reference(progress: Progress, *, recipe: Recipe, prepared: Prepared, folder: Path) -> dict[str, Remedy]:
     """Run diffusers' own pipelines, and write the tables and what they produced into `folder`; return graph →
     remedy."""
+    import torch
+
     from turbochain.export import load, tables
     from turbochain.export import reference as recorder
 
     checkpoint, path, layout = prepared.checkpoint, folder / REFERENCE, prepared.layout(recipe)
     of_diffusers = load.pipelines(checkpoint, list(dict.fromkeys(task.pipeline for task in layout.tasks)))
     pipelines = {task.name: of_diffusers[task.pipeline] for task in layout.tasks}
+    nets = {one: load.component(checkpoint, one.component, torch.float32) for one in layout.controls}
+    controlled = load.controlled(checkpoint, nets, of_diffusers)
     made, unet = tables.make(checkpoint, recipe), next(iter(pipelines.values())).unet
     for task, shape in layout.chains:
-        file = prepared.chains[layout.name(task, shape)].tables_file
-        tables.write(made[task.name], checkpoint.family, unet, shape, folder / file)
+        file, of_task = prepared.chains[layout.name(task, shape)].tables_file, layout.steered.of(task.name)
+        own = {one: nets[one] for one in of_task if one.kind is controlnet.KIND}
+        tables.write(made[task.name], checkpoint.family, unet, shape, folder / file, own)
     own = load.defaults(checkpoint, layout.tasks[0].pipeline)["guidance_scale"]
     scale = max(recipe.guidance_scale or 0.0, own)  # of the guided calls: one above 1
     lower = _lower_precisions(recipe)
-    recorder.write(pipelines, checkpoint, layout, prepared.chains, scale, recipe.call, lower, path, progress)
+    sources = recorder.Sources(pipelines, controlled, nets)
+    recorder.write(sources, checkpoint, layout, prepared.chains, scale, recipe.call, lower, path, progress)
     return decide(layout.graphs(), layout.precisions(recipe.precision, recipe.vae_precision), path)
 
 
@@ -84,7 +91,7 @@ def graphs(
     from turbochain.export import tables
     from turbochain.export.tracing import trace
 
-    columns = tables.columns(folder / next(iter(prepared.chains.values())).tables_file)
+    columns = tables.columns(*(folder / chain.tables_file for chain in prepared.chains.values()))
     placed = prepared.layout(recipe).graphs()
     wanted = [
         trace.Wanted(name, graph, remedies[name]) for name, graph in placed.items() if graph.spec.component == component
@@ -101,7 +108,7 @@ def fetch(order: ExportOrder, want: Want, check_room: parts.CheckRoom | None = N
         adapters.require_peft()
     loras = parts.fetch_loras(want, {key: name for key, (name, _) in order.loras.items()})
     fused = tuple((loras[key].weights[0], scale) for key, (_, scale) in order.loras.items())
-    checkpoint = parts.fetch(find(order.source), want, order.parts, check_room)
+    checkpoint = parts.fetch(find(order.source), want, order.parts, check_room, order.controls)
     checkpoint = replace(checkpoint, loras=loras, adapters=fused, scheduler=order.scheduler or {})
     checkpoint = replace(checkpoint, references=tuple(order.references))
     named = {key: source.local or loras[key].weights[0] for key, source in order.sources.items() if key in loras}
@@ -118,8 +125,8 @@ def _lower_precisions(recipe: Recipe) -> list[str]:
 
 def _origin(checkpoint: Checkpoint, folder: Path) -> Origin:
     """Return where the checkpoint came from, its licences copied into `folder`."""
-    weighty, known = {*checkpoint.family.components, *checkpoint.loras}, Digests(folder)
-    foreign = checkpoint.replaced | checkpoint.loras
+    weighty, known = {*checkpoint.components, *checkpoint.loras}, Digests(folder)
+    foreign = checkpoint.replaced | checkpoint.loras | checkpoint.controls
     return Origin(
         source=checkpoint.source,
         pipeline_class=checkpoint.family.pipeline_class,

@@ -4,13 +4,15 @@ import importlib
 import inspect
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from turbochain.export import fuse, sampler
+from turbochain.export.controls.kind import Control
+from turbochain.export.families import Family
 from turbochain.export.sources.adapters import read_all
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
@@ -42,10 +44,11 @@ def component(checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, traceabl
         )
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder} cannot be loaded as {cls}: {_reason(error)}") from error
-    if name in checkpoint.replaced and (unexpected := sorted(info["unexpected_keys"])):
+    option = f"--{name.partition('-')[0].replace('_', '-')}"
+    if name in checkpoint.replaced | checkpoint.controls and (unexpected := sorted(info["unexpected_keys"])):
         raise InputError(
             f"the weights in {folder} have no place in its config.json: {', '.join(unexpected[:5])} ({len(unexpected)} "
-            f"in all); another config was expected: give --{name} a folder with these weights and their own config.json"
+            f"in all); another config was expected: give {option} a folder with these weights and their own config.json"
         )
     missing = sorted(k for k in info["missing_keys"] if not k.endswith("position_ids"))
     if missing:
@@ -63,28 +66,65 @@ def pipeline(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
     return pipelines(checkpoint, [TEXT_TO_IMAGE], dtype)[TEXT_TO_IMAGE]
 
 
+def controlled(
+    checkpoint: Checkpoint, nets: Mapping[Control, Any], plain: Mapping[str, Any]
+) -> dict[tuple[str, str], Any]:
+    """Return (task, mode) → diffusers' own pipeline with a ControlNet or T2I-Adapter, which shares the rest with that
+    of the task alone, its scheduler too. `plain`: task → that."""
+    found: dict[tuple[str, str], Any] = {}
+    for control, net in nets.items():
+        for task, name in checkpoint.family.steered[control.kind.name].pipelines.items():
+            if task not in plain:
+                continue
+            kind, parts = getattr(importlib.import_module("diffusers"), name), {**plain[task].components}
+            known = inspect.signature(kind).parameters.keys()
+            given = {**_settings(checkpoint, kind), **parts, **checkpoint.family.pipeline_options}
+            own = {control.kind.argument: net}
+            made = kind(**{n: value for n, value in given.items() if n in known}, **own)
+            made.scheduler = plain[task].scheduler
+            found[task, control.mode] = made
+    return found
+
+
+def control_defaults(family: Family, task: str, controls: Sequence[Control]) -> dict[str, float]:
+    """Return the defaults of what calls with these give beside the picture, as diffusers' pipelines for them have
+    them."""
+    found: dict[str, float] = {}
+    for control in controls:
+        kind = getattr(importlib.import_module("diffusers"), family.steered[control.kind.name].pipelines[task])
+        parameters = inspect.signature(kind.__call__).parameters
+        found |= {n: float(parameters[n].default) for n in control.kind.defaults if n in parameters}
+    return found
+
+
 def pipelines(checkpoint: Checkpoint, tasks: Sequence[str], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Return diffusers' own pipeline for each task on the CPU, with weights in `dtype`, which all of them share.
 
     They are made as `from_pretrained` makes them, but for the family's `pipeline_options`. LoRA files are fused by
     diffusers and peft, not by this package. Raises InputError as `component`, or if peft is missing.
     """
-    plain, family, index = replace(checkpoint, adapters=()), checkpoint.family, checkpoint.index
+    plain, family = replace(checkpoint, adapters=()), checkpoint.family
     parts: dict[str, Any] = {c: component(plain, c, dtype) for c in family.components}
     parts |= {folder: tokenizer(checkpoint, folder) for folder in family.tokenizers.values()}
     found: dict[str, Any] = {}
     for task in tasks:
         kind = pipeline_class(checkpoint, task)
-        named = inspect.signature(kind).parameters.keys() & index.keys()
-        settings = {n: index[n] for n in named if not isinstance(index[n], list)}  # a list names a part's class
         own = {"scheduler": _own_scheduler(checkpoint, task)}
-        found[task] = kind(**{**settings, **parts, **own, **family.pipeline_options})
+        found[task] = kind(**{**_settings(checkpoint, kind), **parts, **own, **family.pipeline_options})
         found[task].scheduler = scheduler(checkpoint, task)
         if checkpoint.adapters and len(found) == 1:
             fuse.with_diffusers(found[task], read_all(checkpoint))
     for folder in family.tokenizers.values():  # at the end: LoRAs would look for their layers under that name
         _let_skip(parts[folder.replace("tokenizer", "text_encoder")])
     return found
+
+
+def _settings(checkpoint: Checkpoint, kind: Any) -> dict[str, Any]:
+    """Return what the checkpoint's index says of a pipeline class's settings."""
+    named = inspect.signature(kind).parameters.keys() & checkpoint.index.keys()
+    return {
+        n: checkpoint.index[n] for n in named if not isinstance(checkpoint.index[n], list)
+    }  # a list: a part's class
 
 
 def pipeline_class(checkpoint: Checkpoint, task: str) -> Any:

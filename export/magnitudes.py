@@ -1,18 +1,16 @@
 """The largest values that the modules of a pipeline put out: what decides whether fp16 can hold them."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from turbochain.export.sources.checkpoint import Checkpoint
-
 
 @contextlib.contextmanager
-def magnitudes(pipeline: Any, checkpoint: Checkpoint) -> Iterator[dict[str, float]]:
+def magnitudes(models: Mapping[str, torch.nn.Module]) -> Iterator[dict[str, float]]:
     """Yield component/module → the largest absolute value in its output so far; for attention also `….scores`, Q·Kᵀ."""
     largest: dict[str, float] = {}
 
@@ -25,8 +23,8 @@ def magnitudes(pipeline: Any, checkpoint: Checkpoint) -> Iterator[dict[str, floa
             see(key, value)
 
     with contextlib.ExitStack() as stack:
-        for component in checkpoint.family.components:
-            for path, module in getattr(pipeline, component).named_modules():
+        for component, model in models.items():
+            for path, module in model.named_modules():
                 key = f"{component}/{path}" if path else component
                 stack.callback(module.register_forward_hook(partial(see_output, key)).remove)
                 _watch_scores(stack, module, partial(see, f"{key}.scores"))

@@ -53,6 +53,10 @@ class ExportOptions(TypedDict, total=False):
     reference_lora: Sequence[str] | None
     """LoRA files, each FILE or FILE:SCALE, whose pictures by diffusers are recorded, so that `turbochain verify --lora`
     can compare with them."""
+    controlnet: Mapping[str, str] | Sequence[str] | None
+    """ControlNets: the name that calls have for one → a hub id or a folder; or a list of NAME=PLACE."""
+    t2i_adapter: Mapping[str, str] | Sequence[str] | None
+    """T2I-Adapters, likewise."""
     scheduler: str | Mapping[str, Any] | None
     """The name of another class, or changes of its config, in which `_class_name` names a class; it is made as
     `CLASS.from_config(pipe.scheduler.config, …)` makes it."""

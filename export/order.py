@@ -1,12 +1,14 @@
 """What an export is asked for, checked in one place for the command line and for Python."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from turbochain.export import asked, chains, tasks
 from turbochain.export.chains import Layout
+from turbochain.export.controls import KINDS, Controls
+from turbochain.export.controls.kind import Control
 from turbochain.export.families import Family, Shape
 from turbochain.export.options import ExportOptions
 from turbochain.export.sources import Source, find, is_elsewhere, original
@@ -44,6 +46,8 @@ class ExportOrder:
     scheduler: dict[str, Any] | None = None  # changes of the scheduler's config; `_class_name`: another class
     timesteps: tuple[int, ...] | None = None  # explicit ones, descending, instead of steps
     lora: tuple[str, ...] | None = None  # NAME or NAME:SCALE, fused in this order; names as of a UNet
+    controlnet: dict[str, str] | None = None  # name in calls → a hub id or a folder
+    t2i_adapter: dict[str, str] | None = None  # likewise
     eta: float | None = None  # 0 to 1, of the schedulers that have one
     guidance_scale: float | None = None  # of a call that gives none
     guidance_scales: tuple[float, ...] | None = None  # that a UNet with a guidance embedding gets tables for
@@ -77,6 +81,7 @@ class ExportOrder:
         problems += asked.schedule_problems(self.steps, self.timesteps, self.eta)
         problems += asked.stream_problems(self.stream_batch, self.tasks)
         problems += asked.slot_problems(self.lora_ranks)
+        problems += asked.control_problems({kind: getattr(self, kind) for kind in KINDS})
         if problems:
             raise InputError("; ".join(problems))
         tasks.find(self.tasks or ())
@@ -88,6 +93,7 @@ class ExportOrder:
             raise TypeError(f"unknown argument {unknown[0]!r}")
         given = asked.listed(options)
         size, batch, scheduler, rank = (given.pop(n, None) for n in ("size", "batch", "scheduler", "lora_rank"))
+        given |= {kind: asked.named(kind, given[kind]) for kind in KINDS if kind in given}
         return cls(
             source or "",
             sizes=None if size is None else _sizes(size),
@@ -121,14 +127,22 @@ class ExportOrder:
         return [(Path(name).absolute(), scale) for name, scale in found]
 
     @property
+    def controls(self) -> dict[Control, str]:
+        """Return what steers the UNet → where it is read from."""
+        given = ((kind, getattr(self, name) or {}) for name, kind in KINDS.items())
+        return {Control(kind, name): place for kind, of_kind in given for name, place in of_kind.items()}
+
+    @property
     def sources(self) -> dict[str, Source]:
         """Return where parts are read from: "" → the checkpoint's source, component → that of what replaces its own.
 
-        LoRAs are lora, lora-2, …. The tiny VAE's source is not here: the checkpoint decides it. InputError if a name is
-        of no kind.
+        LoRAs are lora, lora-2, …, ControlNets controlnet-NAME. The tiny VAE's source is not here: the
+        checkpoint decides it. InputError if a name is of no kind.
         """
         parts = {c: find(name, c) for c, name in self.parts.items() if name != TINY}
-        return {"": find(self.source)} | parts | {key: find(name, "lora") for key, (name, _) in self.loras.items()}
+        controls = {c.component: find(place, c.kind.name.replace("_", "-")) for c, place in self.controls.items()}
+        loras = {key: find(name, "lora") for key, (name, _) in self.loras.items()}
+        return {"": find(self.source)} | parts | loras | controls
 
     @property
     def online(self) -> bool:
@@ -137,6 +151,7 @@ class ExportOrder:
             return True
         named = [(name, c) for c, name in self.parts.items() if name != TINY]
         named += [(name, "lora") for name, _ in self.loras.values()]
+        named += [(place, control.kind.name.replace("_", "-")) for control, place in self.controls.items()]
         return is_elsewhere(self.source) or any(is_elsewhere(name, c) for name, c in named)
 
     def given(self) -> dict[str, Any]:
@@ -152,11 +167,16 @@ class ExportOrder:
             **{"opset": self.opset, "precision": self.precision, "vae_precision": self.vae_precision, **told},
             **{"config": None if self.config is None else _told_config(self.config)},
             **{"scheduler": self.scheduler, "timesteps": self.timesteps, "lora": loras or None, "eta": self.eta},
+            **{kind: self._told_controls(kind) for kind in KINDS},
             **{"clip_skip": self.clip_skip, "recipe": self.recipe_name, "stream_batch": self.stream_batch},
             **{"lora_ranks": None if self.lora_ranks is None else tuple(sorted(set(self.lora_ranks)))},
             **{"reference_lora": tuple(f"{LOCAL}:{scale:g}" for _, scale in self.references) or None},
         }
         return {name: value for name, value in fields.items() if value is not None}
+
+    def _told_controls(self, kind: str) -> dict[str, str] | None:
+        told = {c.name: _told(self.sources[c.component]) for c in self.controls if c.kind.name == kind}
+        return told or None
 
     def part_files(self) -> dict[str, Path]:
         """Return what an export reads of the parts that lie here: name in the checkpoint → file."""
@@ -249,6 +269,8 @@ class Recipe:
     scheduler: dict[str, Any] | None = None
     timesteps: tuple[int, ...] | None = None
     lora: tuple[str, ...] = ()
+    controlnet: dict[str, str] = field(default_factory=dict)
+    t2i_adapter: dict[str, str] = field(default_factory=dict)
     eta: float | None = None
     guidance_scale: float | None = None
     guidance_scales: tuple[float, ...] = ()
@@ -291,8 +313,19 @@ class Recipe:
         layers = (configs[stage.graph]["num_hidden_layers"] for stage in family.prompt_stages)
         if self.clip_skip > (most := min(layers) - family.skipped_layers):
             raise InputError(f"clip_skip {self.clip_skip}: the text encoders have layers for 0 to {most}; choose one")
-        tasks = self.find_tasks(family)
-        return Layout(family, configs, tasks, shapes, zeros, self.clip_skip, self.stream_batch, self.lora_ranks)
+        controls = [Control(kind, name) for key, kind in KINDS.items() for name in getattr(self, key)]
+        Controls(family, configs, controls).check(shapes, self.tasks)
+        return Layout(
+            family,
+            configs,
+            self.find_tasks(family),
+            shapes,
+            zeros,
+            self.clip_skip,
+            self.stream_batch,
+            self.lora_ranks,
+            controls,
+        )
 
     @property
     def call(self) -> dict[str, Any]:

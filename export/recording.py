@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from turbochain.export import recording_controls as controls
+from turbochain.export.controls.kind import Control
 from turbochain.export.families import Family, common
 from turbochain.export.sampler import Draw, drawing
 from turbochain.export.sources.checkpoint import Checkpoint
@@ -64,10 +66,16 @@ def sample_mask(height: int, width: int) -> np.ndarray:
 
 
 def record_call(
-    pipeline: Any, checkpoint: Checkpoint, chain: Chain, call: Call, more: Mapping[str, Any] = MappingProxyType({})
+    pipeline: Any,
+    checkpoint: Checkpoint,
+    chain: Chain,
+    call: Call,
+    more: Mapping[str, Any] = MappingProxyType({}),
+    control: Control | None = None,
 ) -> dict[str, np.ndarray]:
     """Run the pipeline once, with the arguments `more`; return what its parts read and made, by the chain's names.
 
+    `control`: what steers the UNet in this call.
     Raises PictureError if diffusers makes no picture of this checkpoint.
     """
     guided = GUIDANCE in call.modes
@@ -81,22 +89,27 @@ def record_call(
         family = checkpoint.family
         watched = [name for name in (*family.columns, *family.slot_columns) if name in chain.feeds]
         columns: dict[str, list[torch.Tensor]] = {name: [] for name in watched}
-        for name, rows in columns.items():
-            time.watch(stack, pipeline.unet, name, rows.append)
+        for name, of_column in columns.items():
+            time.watch(stack, pipeline.unet, name, of_column.append)
         stack.enter_context(_watch_steps(pipeline, steps, guided))
         if call.strength is not None:
             stack.enter_context(_watch_start(pipeline, once))
-        image = draw(pipeline, chain, call, {**more, **_watched_latents(chain, steps)})
+        rows: list[dict[str, torch.Tensor]] = []
+        of_control = None if control is None else controls.feed(checkpoint.family, checkpoint.configs, control)
+        if control is not None:
+            rows = controls.watch(stack, _hook, pipeline, checkpoint.family, control, guided, once)
+        image = draw(pipeline, chain, call, {**more, **_watched_latents(chain, steps)}, of_control)
     if not all(torch.isfinite(step["next_latents"]).all() for step in steps) or image.min() == image.max():
         raise PictureError(
             "diffusers' own fp32 picture of this checkpoint is NaN or of one single value, so there is nothing to "
             "check against; the weights are damaged"
         )
     stacked = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}
-    stacked |= {name: torch.stack(rows) for name, rows in columns.items()}
+    stacked |= {name: torch.stack([row[name] for row in rows]) for name in (rows or [{}])[0]}
+    stacked |= {name: torch.stack(of_column) for name, of_column in columns.items()}
     arrays = {k: np.ascontiguousarray(v.numpy()) for k, v in {**once, **stacked}.items()}
     found = {k: v.astype(np.int32) if "input_ids" in k else v for k, v in arrays.items()}
-    found |= _pictures(chain, call)[1] | {"image": image}
+    found |= _pictures(chain, call, of_control)[1] | {"image": image}
     return as_stream(found, checkpoint.family) if chain.stream else found
 
 
@@ -118,9 +131,16 @@ def as_stream(found: Mapping[str, np.ndarray], family: Family) -> dict[str, np.n
     return {**found, **batch, **together, **kept, **entering, **{common.STREAM + n: v for n, v in held.items()}}
 
 
-def draw(pipeline: Any, chain: Chain, call: Call, more: Mapping[str, Any] = MappingProxyType({})) -> np.ndarray:
-    """Return the pictures of a call [B, H, W, 3] uint8; `more`: further arguments of the pipeline."""
-    arguments, _ = _pictures(chain, call)
+def draw(
+    pipeline: Any,
+    chain: Chain,
+    call: Call,
+    more: Mapping[str, Any] = MappingProxyType({}),
+    of_control: str | None = None,
+) -> np.ndarray:
+    """Return the pictures of a call [B, H, W, 3] uint8; `more`: further arguments of the pipeline, `of_control`: the
+    feed of the control image."""
+    arguments, _ = _pictures(chain, call, of_control)
     if NEGATIVE_PROMPT in call.modes:
         arguments["negative_prompt"] = [NEGATIVE_TEXT] * len(call.prompt)
     result = pipeline(
@@ -134,9 +154,16 @@ def draw(pipeline: Any, chain: Chain, call: Call, more: Mapping[str, Any] = Mapp
     return np.stack([np.asarray(picture) for picture in result.images])
 
 
-def _pictures(chain: Chain, call: Call) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _pictures(chain: Chain, call: Call, of_control: str | None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the arguments of size and pictures that the pipeline takes, and what the chain is fed instead."""
     height, width = chain.size
+    if of_control is not None:
+        own, fed = _pictures(chain, call, None)
+        pictures = np.stack([sample_image(height, width, call.seed + 500 + row) for row in range(chain.batch)])
+        pictures = pictures[..., :1] if of_control.startswith("grey") else pictures
+        argument = "image" if call.strength is None else "control_image"
+        given = [Image.fromarray(picture.squeeze()) for picture in pictures]
+        return {**own, argument: given}, {**fed, of_control: pictures}
     size = {"height": height, "width": width}
     if call.strength is None:
         return size, {}

@@ -6,9 +6,10 @@ in and out of its parts.
 
 import contextlib
 import copy
+import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-from turbochain.export import fuse, inversion
+from turbochain.export import fuse, inversion, recording_controls
 from turbochain.export.chains import Layout
+from turbochain.export.controls.kind import Control
 from turbochain.export.magnitudes import magnitudes
 from turbochain.export.recording import Call, draw, record_call
 from turbochain.export.rounded import computing_in
@@ -39,8 +41,30 @@ PROMPTS = (
 """One case per step count; the rows of a batch go on through the list. Added tokens have cases of their own."""
 
 
+@dataclass(frozen=True)
+class Sources:
+    """Diffusers' own pipelines, in fp32, which share their components."""
+
+    plain: Mapping[str, Any]  # task → pipeline
+    controlled: Mapping[tuple[str, str], Any] = field(default_factory=dict)
+    # task, mode of a ControlNet or T2I-Adapter → pipeline
+    nets: Mapping[Control, Any] = field(default_factory=dict)
+
+    def of(self, task: str, modes: Collection[str]) -> tuple[Any, Control | None]:
+        """Return the pipeline of a call, and what steers its UNet."""
+        for control in self.nets:
+            if control.mode in modes:
+                return self.controlled[task, control.mode], control
+        return self.plain[task], None
+
+    def models(self, components: Sequence[str]) -> dict[str, Any]:
+        """Return component → model."""
+        first = next(iter(self.plain.values()))
+        return {c: getattr(first, c) for c in components} | {c.component: net for c, net in self.nets.items()}
+
+
 def write(
-    pipelines: Mapping[str, Any],
+    pipelines: Sources,
     checkpoint: Checkpoint,
     layout: Layout,
     chains: Mapping[str, Chain],
@@ -52,7 +76,7 @@ def write(
 ) -> None:
     """Run the trials of every chain, and the first chain with as many prompts as use every added token; write `path`.
 
-    `pipelines`: task → diffusers' own, in fp32, which share their components. `scale`: the guidance of guided calls.
+    `scale`: the guidance of guided calls.
     `more`: further arguments of every call, such as `timesteps`. `precisions`: those in which calls of many evaluations
     are drawn once more, and the first prediction of the first call from text is made, for the error that diffusers has
     there; the weights are rounded to them for good.
@@ -63,9 +87,9 @@ def write(
     `magnitude/<component>/<attention>.scores` that of Q·Kᵀ as its graph forms it (see `magnitudes`). The metadata
     key `cases` is JSON: a list of `Call`.
     """
-    first = next(iter(pipelines.values()))
+    first, models = next(iter(pipelines.plain.values())), pipelines.models(checkpoint.family.components)
     tokenizers = [getattr(first, folder) for folder in checkpoint.family.tokenizers.values()]
-    calls = list(_calls(layout, chains, scale, inversion.prompts(first, tokenizers)))
+    calls = list(_calls(layout, chains, scale, inversion.prompts(first, tokenizers), _can(pipelines, more)))
     with_loras = list(_with_loras(checkpoint, layout, calls))
     tensors: dict[str, np.ndarray] = {}
     rows = [chains[call.chain].tables[call.table].rows for call in (*calls, *(call for _, call in with_loras))]
@@ -81,31 +105,32 @@ def write(
         progress(min(done, total), total)
 
     with contextlib.ExitStack() as stack, torch.inference_mode():
-        largest = stack.enter_context(magnitudes(first, checkpoint))
+        largest = stack.enter_context(magnitudes(models))
         first.unet.register_forward_hook(advance)
         for i, call in enumerate(calls):
-            pipeline = pipelines[chains[call.chain].task]
+            pipeline, control = pipelines.of(chains[call.chain].task, call.modes)
             pipeline.set_progress_bar_config(disable=True)
-            found = record_call(pipeline, checkpoint, chains[call.chain], call, more)
+            found = record_call(pipeline, checkpoint, chains[call.chain], call, more, control)
             tensors |= {f"{i}/{name}": value for name, value in found.items()}
             advance()
     with torch.inference_mode():
         for adapter, call in with_loras:
-            pipeline = pipelines[chains[call.chain].task]
+            pipeline, _ = pipelines.of(chains[call.chain].task, call.modes)
             with fuse.loaded(pipeline, *adapter):
                 found = record_call(pipeline, checkpoint, chains[call.chain], call, more)
             tensors |= {f"{len(calls)}/{name}": value for name, value in found.items()}
             calls.append(call)
             advance()
     for precision in precisions:
-        with computing_in(first, checkpoint.family.components, precision), torch.inference_mode():
+        with computing_in(models, precision), torch.inference_mode():
             for i in again:
                 chain = chains[calls[i].chain]
-                pipeline = copy.copy(pipelines[chain.task])
+                source, control = pipelines.of(chain.task, calls[i].modes)
+                pipeline = copy.copy(source)
                 pipeline.scheduler = copy.deepcopy(pipeline.scheduler)  # as in `record_call`
                 own: dict[str, float] = {}
                 with _predictions(pipeline.unet, all_of_them=again[i]) as predictions:
-                    image = draw(pipeline, chain, calls[i], more)
+                    image = draw(pipeline, chain, calls[i], more, _feed(checkpoint, control))
                     own |= _error(image, tensors[f"{i}/image"])
                 if chain.task == TEXT_TO_IMAGE:
                     own |= _error_of_prediction(predictions[0], tensors, i)
@@ -116,9 +141,24 @@ def write(
     path.write_bytes(save(tensors, metadata={"cases": json.dumps([asdict(call) for call in calls])}))
 
 
-def _calls(layout: Layout, chains: Mapping[str, Chain], scale: float, of_tokens: Sequence[str]) -> Iterator[Call]:
+def _can(pipelines: Sources, more: Mapping[str, Any]) -> Callable[[str, str], bool]:
+    """Return whether diffusers' pipeline of a task and a mode takes the arguments `more`."""
+
+    def can(task: str, mode: str) -> bool:
+        return more.keys() <= inspect.signature(pipelines.controlled[task, mode].__call__).parameters.keys()
+
+    return can
+
+
+def _calls(
+    layout: Layout,
+    chains: Mapping[str, Chain],
+    scale: float,
+    of_tokens: Sequence[str],
+    can: Callable[[str, str], bool],
+) -> Iterator[Call]:
     """Return the calls that are recorded. A chain of a further size or batch is tried once, as its graphs are those
-    of the first with other shapes."""
+    of the first with other shapes; and once with each ControlNet and T2I-Adapter, if diffusers `can`."""
     asked: list[tuple[str, str, Trial]] = []
     for task, shape in layout.chains:
         name = layout.name(task, shape)
@@ -129,6 +169,12 @@ def _calls(layout: Layout, chains: Mapping[str, Chain], scale: float, of_tokens:
         others = {e.guidance_scale: table for table, e in tables.items() if e.guidance_scale not in known}
         found += [(name, table, Trial(tables[table].steps, trials[0].strength)) for table in others.values()]
         asked += found if shape == layout.shapes[0] else found[:1]
+        modes = [c.mode for c in layout.steered.of(task.name) if can(task.name, c.mode)]
+        asked += [
+            (name, table, replace(trial, mode=m))
+            for m in modes
+            for _, table, trial in found[-1 if task.before else 0 :][:1]
+        ]
     first = next(iter(chains))
     table, trial = next((table, trial) for name, table, trial in asked if name == first)
     prompts = [_rows(PROMPTS, i, chains[name].batch) for i, (name, _, _) in enumerate(asked)]
@@ -140,7 +186,7 @@ def _calls(layout: Layout, chains: Mapping[str, Chain], scale: float, of_tokens:
         yield Call(
             chain=name,
             table=table,
-            modes=_modes(layout) if trial.guided else [],
+            modes=[*(_modes(layout) if trial.guided else []), *filter(None, [trial.mode])],
             prompt=prompt,
             seed=1000 + i,
             num_inference_steps=entry.steps,
@@ -210,6 +256,10 @@ def _error(image: np.ndarray, reference: np.ndarray) -> dict[str, float]:
 
 def _rows(prompts: Sequence[str], start: int, batch: int) -> list[str]:
     return [prompts[(start + row) % len(prompts)] for row in range(batch)]
+
+
+def _feed(checkpoint: Checkpoint, control: Control | None) -> str | None:
+    return None if control is None else recording_controls.feed(checkpoint.family, checkpoint.configs, control)
 
 
 def _modes(layout: Layout) -> list[str]:

@@ -48,7 +48,7 @@ def decide(graphs: Mapping[str, Placed], asked: Mapping[str, str], reference: Pa
     """
     reached = _magnitudes(reference)
     return {
-        name: remedy(spec.role, reached[spec.component]) if asked[name] == "fp16" else Remedy(asked[name])
+        name: remedy(spec.role, reached.get(spec.component, {})) if asked[name] == "fp16" else Remedy(asked[name])
         for name, spec in ((n, graph.spec) for n, graph in graphs.items())
     }
 

@@ -6,7 +6,7 @@ as in fp32, a large one little longer.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,17 +35,16 @@ class _Rounding(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def computing_in(pipeline: Any, components: tuple[str, ...], precision: str) -> Iterator[None]:
-    """Let a pipeline of fp32 compute as its components would in `precision`; the weights are rounded for good.
+def computing_in(models: Mapping[str, Any], precision: str) -> Iterator[None]:
+    """Let pipelines of fp32 compute as their models (by component) would in `precision`; weights are rounded for good.
 
     As in diffusers, the sinusoid of the timestep and the sampler are computed in fp32, and in fp16 a VAE whose config
     has force_upcast.
     """
     dtype = TORCH_DTYPES[precision]
-    upcast = precision == "fp16" and pipeline.vae.config.get("force_upcast")
+    upcast = precision == "fp16" and models["vae"].config.get("force_upcast")
     with contextlib.ExitStack() as stack:
-        for name in components:
-            model = getattr(pipeline, name)
+        for name, model in models.items():
             for parameter in model.parameters():
                 parameter.data.copy_(parameter.data.to(dtype))
             if not (upcast and name == "vae"):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,14 @@ from safetensors.numpy import save
 
 from turbochain.export import inversion, load, sampler, schedule
 from turbochain.export.chains import Layout
+from turbochain.export.controls.controlnet import own
+from turbochain.export.controls.kind import Control
 from turbochain.export.families import Family, Shape
 from turbochain.export.order import Recipe
 from turbochain.export.run import Run
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tasks import Task, strength
-from turbochain.export.tracing import time
+from turbochain.export.tracing import control, time
 from turbochain.runtime.bundle.manifest import Chain, TableEntry, TokenizerFile
 from turbochain.runtime.chain.tables import ARRAYS, Table
 from turbochain.runtime.errors import InputError
@@ -104,7 +107,8 @@ def chains(
             task,
             shape,
             {name: one.entry for name, one in made[task.name].items()},
-            defaults(checkpoint, recipe, task, made[task.name]),
+            defaults(checkpoint, recipe, task, made[task.name])
+            | load.control_defaults(checkpoint.family, task.name, layout.steered.of(task.name)),
         )
         for task, shape in layout.chains
     }
@@ -174,11 +178,18 @@ def defaults(checkpoint: Checkpoint, recipe: Recipe, task: Task, made: Mapping[s
     return found
 
 
-def write(made: Mapping[str, Made], family: Family, unet: Any, shape: Shape, path: Path) -> None:
+def write(
+    made: Mapping[str, Made],
+    family: Family,
+    unet: Any,
+    shape: Shape,
+    path: Path,
+    nets: Mapping[Control, Any] = MappingProxyType({}),
+) -> None:
     """Write the table file of a chain; the columns are computed once for each distinct timestep and guidance scale.
 
-    `unet`: diffusers', fp32. See `runtime.chain.tables` for the file's layout, in which `timesteps` has a timestep once
-    for each of its scales.
+    `unet`: diffusers', fp32; `nets`: the ControlNets of the chain, which have columns of their own. See
+    `runtime.chain.tables` for the file's layout, in which `timesteps` has a timestep once for each of its scales.
     """
     pairs = {n: [(t, one.entry.guidance_scale) for t in one.table.timesteps.tolist()] for n, one in made.items()}
     distinct = list(dict.fromkeys(pair for of_table in pairs.values() for pair in of_table))
@@ -196,18 +207,24 @@ def write(made: Mapping[str, Made], family: Family, unet: Any, shape: Shape, pat
                 arrays[f"columns/{column}"] = values.numpy()
         for name, arguments in family.constants.items():
             arrays[f"constants/{name}"] = time.CONSTANTS[name](unet, *arguments(shape)).numpy()
+        for one, net in nets.items():
+            for name in family.columns:
+                arrays[f"columns/{own(name, one)}"] = control.COLUMNS[name](net, torch.from_numpy(times)).numpy()
+            for name, arguments in family.constants.items():
+                arrays[f"constants/{own(name, one)}"] = time.CONSTANTS[name](net, *arguments(shape)).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(save({name: np.asarray(array, order="C") for name, array in arrays.items()}))
 
 
-def columns(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape that each column of a table file fills."""
+def columns(*paths: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape that each column of the table files fills."""
     from safetensors import safe_open
 
     found = {}
-    with safe_open(path, framework="numpy") as file:
-        for key in file.keys():  # noqa: SIM118 - it is no mapping
-            kind, _, name = key.partition("/")
-            if kind in ("columns", "constants"):
-                found[name] = tuple(file.get_slice(key).get_shape()[kind == "columns" :])
+    for path in paths:
+        with safe_open(path, framework="numpy") as file:
+            for key in file.keys():  # noqa: SIM118 - it is no mapping
+                kind, _, name = key.partition("/")
+                if kind in ("columns", "constants"):
+                    found[name] = tuple(file.get_slice(key).get_shape()[kind == "columns" :])
     return found

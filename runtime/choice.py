@@ -14,19 +14,22 @@ def chain_of(
     *,
     image: object = None,
     mask_image: object = None,
+    control_image: object = None,
     height: int | None = None,
     width: int | None = None,
 ) -> str:
     """Return the chain for a call's arguments: of their task and size, of the fewest pictures per pass that are enough.
 
-    `count`: how many pictures the call makes. Without `height` and `width` an image has its own size if the task is
-    built for it (each side rounded down to a multiple of 8), else that of the task's first chain. Raises InputError if
+    `count`: how many pictures the call makes. Without `height` and `width` an image, or without one the control image,
+    has its own size if the task is built for it (each side rounded down to a multiple of 8), else that of the task's
+    first chain. Raises InputError if
     the bundle has no chain for the task or the size.
     """
     task = task_of(image, mask_image)
     sizes = bundle.sizes(task)
     size = asked_size(sizes[0], height, width)
-    if image is not None and height is None and width is None and (own := wanted_size("image", image)) in sizes:
+    argument, given = ("control_image", control_image) if image is None else ("image", image)
+    if given is not None and height is None and width is None and (own := wanted_size(argument, given)) in sizes:
         size = own
     return bundle.find_chain(task, size, count)
 

@@ -18,6 +18,7 @@ from turbochain.runtime.checks import verify
 from turbochain.runtime.choice import chain_of, pictures_of
 from turbochain.runtime.errors import PictureError, TurbochainError
 from turbochain.runtime.inputs.cache import StageCache
+from turbochain.runtime.inputs.control import is_control_image
 from turbochain.runtime.inputs.feeds import Feeds
 from turbochain.runtime.lora import LoraMethods
 from turbochain.runtime.output import PipelineOutput, as_images, problem
@@ -156,15 +157,21 @@ class Pipeline(LoraMethods):
         reads them, `pooled_prompt_embeds` [prompts, width], fp32: instead of `prompt`; with guidance
         `negative_prompt_embeds` and `negative_pooled_prompt_embeds`, likewise: instead of `negative_prompt`.
         `inputs`, `modes`: arrays for further feeds of the chain, by name, and modes of it that no argument switches on.
-        `others`: diffusers' further arguments, if they change nothing. `observe(graph, seconds)` is called after each
+        `others`: with a ControlNet or a T2I-Adapter those of `inputs.control.ControlOptions`, such as `control_image`;
+        diffusers' further arguments, if they change nothing. `observe(graph, seconds)` is called after each
         launch. `cancel()` is asked between launches; if it returns True, the call ends with Cancelled. Raises
         InputError for a bad argument, TypeError for one that diffusers does not have either, PictureError if the model
         makes no picture.
         """
         of: dict[str, Any] = {"image": image, "mask_image": mask_image, "height": height, "width": width}
         count = pictures_of(prompt, prompt_embeds, num_images_per_prompt)
+        if chain is None:
+            control_image = others.get("control_image")
+            if is_control_image(self.bundle, image, mask_image, others):
+                image, control_image = None, image
+            chain = chain_of(self.bundle, count, **{**of, "image": image, "control_image": control_image})
         request = Request.make(
-            self.bundle.open_chain(chain_of(self.bundle, count, **of) if chain is None else chain),
+            self.bundle.open_chain(chain),
             prompt,
             **of,
             strength=strength,
@@ -224,12 +231,15 @@ class Pipeline(LoraMethods):
             raise TurbochainError(self._gone)
         return self._executor
 
-    def warmup(self, num_inference_steps: int | None = None, *, chain: str | None = None) -> None:
+    def warmup(
+        self, num_inference_steps: int | None = None, *, chain: str | None = None, controlnet: str | None = None
+    ) -> None:
         """Make a picture and throw it away, so that the next call meets no first-time cost.
 
-        On a GPU a second one: with the prompt known, the chain is another CUDA graph.
+        `controlnet`: the ControlNet or T2I-Adapter that it uses. On a GPU a second one: with the prompt known, the
+        chain is another CUDA graph.
         """
-        draw = drawing(self, Request.sample(self.bundle.open_chain(chain), num_inference_steps))
+        draw = drawing(self, Request.sample(self.bundle.open_chain(chain), num_inference_steps, controlnet=controlnet))
         for _ in range(2 if self.device.kind == "cuda" else 1):
             draw()
 

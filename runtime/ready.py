@@ -99,8 +99,8 @@ class ReadyChain:
                 downloads=[*self.chain.chain.carry, *(name for stage in ran for name in self.made(stage))],
                 decode=request.decode,
             )
-            tensors, feeds = plan.tensors(self.chain.graphs), self.chain.chain.feeds
-            held = frozenset(t for name, t in tensors.items() if name in feeds and feeds[name].when == "held")
+            tensors, read = plan.tensors(self.chain.graphs), self.chain.read(request.modes)
+            held = frozenset(t for name, t in tensors.items() if name in read and read[name].when == "held")
             self._plans[key] = Planned(plan, held, frozenset(plan.written(self.chain.graphs)))
         return self._plans[key]
 

@@ -11,7 +11,7 @@ import numpy as np
 from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, Feed
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.errors import InputError
-from turbochain.runtime.inputs import pictures
+from turbochain.runtime.inputs import control, pictures
 from turbochain.runtime.inputs.arrays import Array, check_array
 from turbochain.runtime.inputs.embeds import NEGATIVE, POOLED, check_embeds
 from turbochain.runtime.inputs.generators import seeds_of
@@ -93,10 +93,11 @@ class Request:
         output_type: str = "pil",
         **others: Any,
     ) -> "Request":
-        """Return the request of a call; the arguments are those of `Pipeline.__call__`.
+        """Return the request of a call; the arguments are those of `Pipeline.__call__`, `ControlOptions` among them.
 
         Raises InputError, and TypeError for a name that neither this package nor diffusers has.
         """
+        image, steering = control.steering(chain, image, others)
         repeats = _check_repeats(num_images_per_prompt)
         embeds = check_embeds(chain, prompt_embeds, pooled_prompt_embeds, repeats)
         if embeds and prompt is not None:
@@ -110,10 +111,11 @@ class Request:
         scale = check_scale(chain, guidance_scale)
         table = table_of(chain, num_inference_steps, strength, scale)
         given_negative = negative_prompt is not None or negative_prompt_embeds is not None
-        on = modes_of(chain, scale, given_negative, modes)
+        on = modes_of(chain, scale, given_negative, modes) | steering.modes
         negative = (negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds)
         negative_prompts, negative_embeds = _check_negative(chain, on, negative, others, count, repeats)
         given = dict(inputs or {}) | _pictures(chain, image, mask_image, inputs or {})
+        given |= steering.feeds(chain, table, count // repeats, repeats)
         if GUIDANCE in on:
             given.setdefault("guidance_scale", np.array([scale], np.float32))
         seed = _check_generator(seed, generator)
@@ -129,7 +131,7 @@ class Request:
             output_type=output_type,
             negative_prompts=negative_prompts,
             embeds=(*embeds, *negative_embeds),
-            resized=_resized(chain, image),
+            resized=_resized(chain, steering.image if image is None else image),
         )
 
     @classmethod
@@ -139,16 +141,19 @@ class Request:
         num_inference_steps: int | None = None,
         prompt: str = "",
         strength: float | None = None,
+        controlnet: str | None = None,
     ) -> "Request":
         """Return a request for one batch with all that the chain takes, to measure it or to warm it up: grey images,
-        masks of ones, zeros of anything else. Raises what `make` raises."""
+        masks of ones, zeros of anything else. `controlnet`: the ControlNet or T2I-Adapter that it uses. Raises what
+        `make` raises."""
         scale = check_scale(chain, None)
-        modes = modes_of(chain, scale, False, ())
+        modes = modes_of(chain, scale, False, [] if controlnet is None else [control.find(chain, controlnet).mode])
         rows = chain.chain.tables[table_of(chain, num_inference_steps, strength, scale)].rows
         inputs, fill = {}, {"image": 128, "mask": 1, "number": scale}
         for name, feed in _given(chain, modes).items():
             shape, dtype = chain.tensors[name].shape, chain.tensors[name].dtype
-            inputs[name] = np.full((rows, *shape) if feed.when == "step" else shape, fill.get(feed.is_, 0), dtype)
+            value = 1 if name in control.NUMBERS else fill.get(feed.is_, 0)
+            inputs[name] = np.full((rows, *shape) if feed.when == "step" else shape, value, dtype)
         return cls.make(
             chain,
             [prompt] * chain.batch,

@@ -70,6 +70,7 @@ LONGEST_FIRST = (
     "test_parity.py",
     "test_demo.py",
     "test_openvino.py",
+    "test_control.py",
     "test_verify.py",
     "test_bench.py",
     "test_chains.py",

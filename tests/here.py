@@ -130,7 +130,7 @@ class _Traced:
         return {n: self._described(n, one, shapes) for n, one in placed if one.spec.component == self.component}
 
     def _columns(self) -> dict[str, tuple[int, ...]]:
-        return columns(self.folder / next(iter(self.prepared.chains.values())).tables_file)
+        return columns(*(self.folder / chain.tables_file for chain in self.prepared.chains.values()))
 
     def _described(self, name: str, placed: Placed, columns: dict[str, tuple[int, ...]]) -> str:
         spec, shape = placed.spec, placed.shape

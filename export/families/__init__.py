@@ -6,7 +6,7 @@ A family is data and a few functions, without torch; to add one, add a file. `co
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Stage
@@ -47,11 +47,15 @@ class GraphSpec:
     sized: bool = True  # whether it depends on the size of a picture
     of_rows: bool = False  # whether it makes all rows of a stream at once, and so is for a shape with `rows`
     rank: int = 0  # of its slots for adapters; 0: it has none
+    features: tuple[str, ...] = ()  # what it has beside the plain graph of its role, as the manifest has it
 
-    @property
-    def features(self) -> tuple[str, ...]:
-        """Return what it has beside the plain graph of its role, as the manifest has it."""
-        return ("lora",) if self.rank else ()
+
+@dataclass(frozen=True)
+class Steering:
+    """What a family does with one kind of network that steers the UNet with a picture: see `export.controls`."""
+
+    pipelines: Mapping[str, str]  # task → diffusers' pipeline class
+    module: str = ""  # the class in export.tracing.control that is traced in each step
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Family:
     strength_sets_timesteps: bool = (
         False  # whether the timesteps of image-to-image depend on strength: no step is left out
     )
+    steered: Mapping[str, Steering] = field(default_factory=dict)  # kind of `export.controls` → how
 
     @property
     def pipeline_class(self) -> str:

@@ -15,4 +15,5 @@ FAMILY = replace(
     },
     kin=(),
     strength_sets_timesteps=True,
+    steered={},
 )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from turbochain.export.families import Family, GraphSpec, Inputs, Shape
+from turbochain.export.families import Family, GraphSpec, Inputs, Shape, Steering
 from turbochain.export.families.common import check, ids, tokens, unet_inputs, vae_decoder
 from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, INPAINTING, TEXT_TO_IMAGE, Stage
 
@@ -71,4 +71,14 @@ FAMILY = Family(
     check=_check,
     tiny_vae="madebyollin/taesd",
     latents_scale=0.18215,
+    steered={
+        "controlnet": Steering(
+            {
+                TEXT_TO_IMAGE: "StableDiffusionControlNetPipeline",
+                IMAGE_TO_IMAGE: "StableDiffusionControlNetImg2ImgPipeline",
+            },
+            module="SDControlNet",
+        ),
+        "t2i_adapter": Steering({TEXT_TO_IMAGE: "StableDiffusionAdapterPipeline"}),
+    },
 )

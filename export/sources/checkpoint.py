@@ -77,6 +77,7 @@ class Checkpoint:
     adapters: tuple[tuple[Path, float], ...] = ()  # LoRA files to fuse into the weights, and how strongly (1: fully)
     references: tuple[tuple[Path, float], ...] = ()  # LoRA files to record cases with, and how strongly
     scheduler: dict[str, Any] = field(default_factory=dict)  # changes of its config; `_class_name`: the class
+    controls: dict[str, Part] = field(default_factory=dict)  # controlnet-NAME, … → a ControlNet or T2I-Adapter
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -87,7 +88,8 @@ class Checkpoint:
                 f"{self.folder} has no model_index.json, so it is not a checkpoint in diffusers' format; of a "
                 "checkpoint in one file, give the path of the .safetensors file"
             )
-        classes = {c: read_json(part.folder / "config.json").get("_class_name") for c, part in self.replaced.items()}
+        others = (self.replaced | self.controls).items()
+        classes = {c: read_json(part.folder / "config.json").get("_class_name") for c, part in others}
         return read_json(path) | {c: ["diffusers", name] for c, name in classes.items()}
 
     @property
@@ -97,23 +99,29 @@ class Checkpoint:
 
     @cached_property
     def parts(self) -> dict[str, Part]:
-        """Return every component with weights, then every tokenizer, then the scheduler, then every LoRA."""
+        """Return every component with weights, then every tokenizer, then the scheduler, then every LoRA, then every
+        ControlNet and T2I-Adapter."""
         names = (*self.family.components, *self.family.tokenizers.values(), "scheduler")
         own = {n: Part(self.folder / n, self.folder, self.source, self.revision, self.variant) for n in names}
         if self.scheduler:
             changed = f"{self.source}, changed to {json.dumps(self.scheduler)}"
             own["scheduler"] = replace(own["scheduler"], source=changed)
-        return own | self.replaced | self.loras
+        return own | self.replaced | self.loras | self.controls
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Return every component with weights."""
+        return (*self.family.components, *self.controls)
 
     @cached_property
     def configs(self) -> dict[str, Any]:
         """Return config.json of every component with weights."""
-        return {c: read_json(self.parts[c].folder / "config.json") for c in self.family.components}
+        return {c: read_json(self.parts[c].folder / "config.json") for c in self.components}
 
     @cached_property
     def weights(self) -> dict[str, tuple[Path, ...]]:
         """Return component → its safetensors files."""
-        return {c: self.parts[c].weights for c in self.family.components}
+        return {c: self.parts[c].weights for c in self.components}
 
     def parameters(self, component: str) -> int:
         """Return the number of values in a component's weight files."""
@@ -156,12 +164,15 @@ def open_folder(
     source: str | None = None,
     revision: str | None = None,
     replaced: Mapping[str, Part] | None = None,
+    controls: Mapping[str, Part] | None = None,
 ) -> Checkpoint:
     """Return a checked checkpoint; InputError if something of it is missing, damaged or not supported.
 
     `source`: its name as the bundle tells it (default: the folder's). `replaced`: parts that replace its own.
+    `controls`: ControlNets and T2I-Adapters, by the names of their components.
     """
-    checkpoint = Checkpoint(folder, variant, folder.name if source is None else source, revision, dict(replaced or {}))
+    named = folder.name if source is None else source
+    checkpoint = Checkpoint(folder, variant, named, revision, {**(replaced or {})}, controls={**(controls or {})})
     check_configs(checkpoint)
     own = [checkpoint.parts[c].folder for c in checkpoint.family.components if c not in checkpoint.replaced]
     checkpoint = replace(checkpoint, variant=settled_variant(own, variant))

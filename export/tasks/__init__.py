@@ -19,6 +19,7 @@ class Trial:
     steps: int
     strength: float | None = None
     guided: bool = False
+    mode: str = ""  # of a ControlNet or T2I-Adapter
 
 
 @dataclass(frozen=True)

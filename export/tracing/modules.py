@@ -1,7 +1,7 @@
 """The modules that are traced: each one is all the arithmetic of its graph, so the runtime has none.
 
 At every boundary tensors are fp32 (ids int32, pictures uint8); inside, a graph computes in its own precision. The text
-encoders and the UNets are defined here, the others imported: here `GraphSpec.module` is looked up.
+encoders and the UNets are defined here, the others imported: here, and in `control`, `GraphSpec.module` is looked up.
 """
 
 import copy
@@ -25,6 +25,7 @@ __all__ = [
     "SDXLUNet",
     "SDXLVaeDecoder",
     "SDXLVaeEncoder",
+    "Slice",
     "Start",
     "Step",
     "StreamStep",
@@ -32,6 +33,7 @@ __all__ = [
     "VaeDecoder",
     "VaeEncoder",
     "copy_modules",
+    "pooled_part",
     "pooled_width",
     "timed_resnets",
 ]
@@ -124,7 +126,7 @@ class SDUNet(UNet):
             name, stop = f"{names[resnet]}.time_emb_proj", start + resnet.time_emb_proj.out_features
             self.folded |= {f"{name}.{own}" for own, _ in resnet.time_emb_proj.named_parameters()}
             self.projections[f"{name}.weight"] = stop - start
-            resnet.time_emb_proj, resnet.skip_time_act, start = _Slice(start, stop), True, stop
+            resnet.time_emb_proj, resnet.skip_time_act, start = Slice(start, stop), True, stop
 
     def forward(
         self,
@@ -146,9 +148,8 @@ class SDXLUNet(UNet):
 
     def __init__(self, unet: Any) -> None:
         super().__init__(unet)
-        embedding, first = unet.add_embedding, unet.add_embedding.linear_1
-        pooled = nn.Linear(pooled_width(unet), first.out_features, bias=False, dtype=first.weight.dtype)
-        pooled.weight = nn.Parameter(first.weight[:, : pooled.in_features].clone(), requires_grad=False)
+        embedding = unet.add_embedding
+        pooled = pooled_part(unet)
         embedding.linear_1 = nn.Identity()
         self.folded |= {"add_embedding.linear_1.weight", "add_embedding.linear_1.bias"}
 
@@ -190,6 +191,14 @@ def pooled_width(unet: Any) -> int:
     return int(unet.add_embedding.linear_1.in_features - 6 * unet.config.addition_time_embed_dim)
 
 
+def pooled_part(unet: Any) -> nn.Linear:
+    """Return the part of `add_embedding.linear_1` that reads the pooled embeds; its bias is with the time ids' part."""
+    first = unet.add_embedding.linear_1
+    pooled = nn.Linear(pooled_width(unet), first.out_features, bias=False, dtype=first.weight.dtype)
+    pooled.weight = nn.Parameter(first.weight[:, : pooled.in_features].clone(), requires_grad=False)
+    return pooled
+
+
 class _Given(nn.Module):
     """A time embedding whose input is the embedding already."""
 
@@ -197,7 +206,7 @@ class _Given(nn.Module):
         return embedding
 
 
-class _Slice(nn.Module):
+class Slice(nn.Module):
     """A time projection that takes its part of all of them."""
 
     def __init__(self, start: int, stop: int) -> None:
@@ -205,4 +214,5 @@ class _Slice(nn.Module):
         self.start, self.stop = start, stop
 
     def forward(self, projections: torch.Tensor) -> torch.Tensor:
+        """See the class."""
         return projections[:, self.start : self.stop]

@@ -15,12 +15,13 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from turbochain.export.tracing.modules import SDUNet
-
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 
 ACTIVATED = "activated_time_embedding"
 """The input of a UNet's graph that adapters of its `time_emb_proj` are applied to, if the table has their results."""
+
+PROJECTED = "time_projections"
+"""The input with those results, which stands before `ACTIVATED`."""
 
 DOWN, UP = "lora_down", "lora_up"
 """The inputs with the matrices of all slots."""
@@ -62,20 +63,26 @@ class Slotted(nn.Module):
     `rank·out` values of `lora_up`, read as [rank, out].
     """
 
-    def __init__(self, module: nn.Module, model: nn.Module, rank: int, inputs: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        model: nn.Module,
+        rank: int,
+        inputs: Mapping[str, torch.Tensor],
+        projections: Mapping[str, int],
+    ) -> None:
         """Give slots to those layers of `model` that `module`, which runs it, uses.
 
-        `inputs`: an example of each input of the module. If `ACTIVATED` is the last one, the module is an SDUNet, does
-        not read it, and has slots for the projections of the time, whose results it is given.
+        `inputs`: an example of each input. `projections`: weight → how many values of the input `time_projections` it
+        has made, if these get slots: they read the input `ACTIVATED`, which the module itself does not.
         """
         super().__init__()
         self.module, self.rank, self.names = module, rank, tuple(inputs)
         self.folded = getattr(module, "folded", ())
         self.dtype = next(model.parameters()).dtype
         self.groups: list[Group] = []
-        if ACTIVATED in inputs:
-            assert isinstance(module, SDUNet)
-            of_time = [Member(name, out) for name, out in module.projections.items()]
+        if projections:
+            of_time = [Member(name, out) for name, out in projections.items()]
             self.groups.append(Group(inputs[ACTIVATED].shape[-1], of_time))
         self._call = _Call()
         found = _readers(module, _layers(model), [value for name, value in inputs.items() if name != ACTIVATED])
@@ -103,8 +110,8 @@ class Slotted(nn.Module):
         cut = _cut(up.to(self.dtype))
         call.ups = [[cut(self.rank, member.out) for member in group.members] for group in self.groups]
         call.products = {}
-        if self.names[-1] == ACTIVATED:
-            product, place = own.pop() @ call.downs[0].float(), self.names.index("time_projections")
+        if ACTIVATED in self.names:
+            product, place = own.pop(self.names.index(ACTIVATED)) @ call.downs[0].float(), self.names.index(PROJECTED)
             parts = [product[:, i * self.rank : (i + 1) * self.rank] @ up.float() for i, up in enumerate(call.ups[0])]
             own[place] = own[place] + torch.cat(parts, dim=-1)
         return self.module(*own)

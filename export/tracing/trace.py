@@ -13,15 +13,16 @@ import torch
 
 from turbochain.export import load
 from turbochain.export.chains import Placed
+from turbochain.export.controls import KINDS
 from turbochain.export.families import GraphSpec, Shape
 from turbochain.export.remedies import Remedy
 from turbochain.export.sources.checkpoint import Checkpoint
-from turbochain.export.tracing import attention, group_norm, modules, weights
-from turbochain.export.tracing.modules import TORCH_DTYPES, copy_modules
+from turbochain.export.tracing import attention, control, group_norm, modules, weights
+from turbochain.export.tracing.modules import TORCH_DTYPES, SDUNet, copy_modules
 from turbochain.export.tracing.names import name_map
 from turbochain.export.tracing.rescale import rescale
 from turbochain.export.tracing.simplify import simplify
-from turbochain.export.tracing.slots import Slotted
+from turbochain.export.tracing.slots import ACTIVATED, Slotted
 from turbochain.export.tracing.weights import DataFiles, Parameters
 from turbochain.runtime.bundle.manifest import Graph, Tensor
 from turbochain.runtime.errors import TurbochainError
@@ -109,13 +110,17 @@ def _alike(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
 
 def _module(wanted: Wanted, model: torch.nn.Module, inputs: Ends) -> torch.nn.Module:
     """Return the module that is traced, on the weights of `model`; `inputs`: but for those of its slots."""
-    kind, own = getattr(modules, wanted.spec.module), copy_modules(model)
-    module: torch.nn.Module = kind(own, *wanted.spec.arguments(wanted.shape)).eval()
+    spec, own = wanted.spec, copy_modules(model)
+    traced = getattr(control if spec.module in vars(control) else modules, spec.module)
+    module: torch.nn.Module = traced(own, *spec.arguments(wanted.shape)).eval()
+    projections = module.projections if isinstance(module, SDUNet) and ACTIVATED in inputs else {}
+    if {kind.feature for kind in KINDS.values()} & {*spec.features}:
+        module = control.Controlled(module, [name for name in inputs if name != ACTIVATED]).eval()
     if wanted.remedy.precision == "fp32":  # in lower precision a GPU's own GroupNormalization is wanted
         group_norm.replace_group_norms(module)
-    if wanted.spec.rank:
+    if spec.rank:
         examples = {name: _example(*end) for name, end in inputs.items()}
-        return Slotted(module, own, wanted.spec.rank, examples).eval()
+        return Slotted(module, own, spec.rank, examples, projections).eval()
     return module
 
 

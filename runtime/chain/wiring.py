@@ -37,7 +37,8 @@ def outputs(stage: Stage, graphs: Graphs) -> list[Tensor]:
 
 
 def _renamed(tensor: Tensor, stage: Stage) -> Tensor:
-    return replace(tensor, name=stage.wires.get(tensor.name, tensor.name))
+    name = stage.wires.get(tensor.name)
+    return tensor if name is None else replace(tensor, name=name)
 
 
 def tensors(chain: Chain, graphs: Graphs) -> dict[str, Tensor]:

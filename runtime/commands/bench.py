@@ -53,6 +53,7 @@ class BenchResult:
     end_to_end_cached: Timing  # the prompt's embeddings and the image's latents (not a stream's) are kept
     overhead: Timing  # end to end less what the device worked: tokenising, noise, checks; on a CPU also copies
     uncaptured: str | None  # on a GPU, why the chain is not one CUDA graph; None if it is, and on a CPU
+    controlnet: str | None = None  # the ControlNet or T2I-Adapter that the calls use
     stream: int = 0  # frames under way, if a call is a frame of a stream: it makes a row of each of them
 
     def to_json(self) -> dict[str, Any]:
@@ -68,6 +69,7 @@ def bench(
     warmup: int = 2,
     steps: int | None = None,
     strength: float | None = None,
+    controlnet: str | None = None,
     backend: str | None = None,
     device: str | None = None,
     engine: str | None = None,
@@ -77,8 +79,8 @@ def bench(
 ) -> BenchResult:
     """Time `runs` calls of a chain (None: the first) after `warmup` calls that are not counted.
 
-    `strength`: of a chain that starts from an image. Raises what Pipeline.load raises, InputError for steps or a
-    strength that the chain lacks.
+    `strength`: of a chain that starts from an image. `controlnet`: the name of a ControlNet or T2I-Adapter. Raises what
+    Pipeline.load raises, InputError for steps or a strength that the chain lacks.
     """
     start = time.perf_counter()
     pipe = Pipeline.load(
@@ -94,7 +96,7 @@ def bench(
     loaded = time.perf_counter()
     with pipe:
         opened = pipe.bundle.open_chain(chain)
-        request = Request.sample(opened, steps, PROMPT, strength)
+        request = Request.sample(opened, steps, PROMPT, strength, controlnet)
         draw = drawing(pipe, request)
         draw()
         first = time.perf_counter()
@@ -135,6 +137,7 @@ def bench(
             end_to_end_cached=timing(cached),
             overhead=timing(overhead),
             uncaptured=made.uncaptured,
+            controlnet=controlnet,
             stream=opened.chain.stream,
         )
 

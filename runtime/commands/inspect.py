@@ -73,8 +73,9 @@ def wires(chain: OpenChain) -> list[dict[str, str]]:
     for stage in chain.chain.stages:
         for t in wiring.inputs(stage, graphs):
             feed = feeds.get(t.name)
-            maker = "table" if feed and feed.is_ == "column" else "caller"
-            source = f"{maker}{when[feed.when]}" if feed else made[t.name]
+            makers_of_feeds = {"column": "table", "zeros": "zeros"}
+            source = f"{makers_of_feeds.get(feed.is_, 'caller')}{when[feed.when]}" if feed else ""
+            source = " or ".join(filter(None, [made.get(t.name), source]))
             named = {"if": " and ".join(stage.if_), "unless": " or ".join(stage.unless)}
             mode = ", ".join(f"{word} {modes}" for word, modes in named.items() if modes)
             found.append({"name": t.name, "from": source, "to": stage.graph, "mode": mode})

@@ -40,6 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # `_prompt_last` has taken it out
     generate.add_argument("--image", type=Path, help="picture to start from (image-to-image)")
     generate.add_argument("--mask-image", type=Path, help="mask for inpainting: white is repainted, black is kept")
+    generate.add_argument("--control-image", type=Path, help="picture for a ControlNet or a T2I-Adapter of the bundle")
+    generate.add_argument("--controlnet", metavar="NAME", help="which ControlNet, if the bundle has several")
+    generate.add_argument("--t2i-adapter", metavar="NAME", help="which T2I-Adapter, likewise")
+    for option in NUMBERS_OF_CONTROL:
+        generate.add_argument(f"--{option.replace('_', '-')}", type=float, help="as in diffusers")
     generate.add_argument("--strength", type=float, help="0 to 1; a larger value changes the picture more")
     generate.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw, if there is guidance")
     generate.add_argument("--guidance-scale", type=float, help="above 1: with guidance (default: the bundle's)")
@@ -73,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     timing.add_argument("--warmup", type=int, default=2, help="runs before those (default 2)")
     timing.add_argument("--steps", type=int, help="step count (default: the fewest that the bundle has)")
     timing.add_argument("--strength", type=float, help="of a chain that starts from an image (default: the bundle's)")
+    timing.add_argument("--controlnet", metavar="NAME", help="with this ControlNet or T2I-Adapter (default: none)")
     timing.add_argument("--profile", action="store_true", help="also the slowest operators of each stage (on a CPU)")
     timing.add_argument("--json", action="store_true")
     adapter.add_command(commands)
@@ -82,6 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 SERVE = "Answer over HTTP (OpenAI's and A1111's image APIs) and WebSocket, with a page at /."
 MCP = "draw for a language model: a server of the Model Context Protocol on stdin and stdout"
+NUMBERS_OF_CONTROL = (
+    *("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"),
+    *("adapter_conditioning_scale", "adapter_conditioning_factor"),
+)
 PROMPT = "--prompt"
 DASH = f"a prompt that begins with '-' is given as {PROMPT} TEXT"
 
@@ -149,7 +159,7 @@ def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
 def _generate(arguments: argparse.Namespace) -> None:
     path: Path = arguments.output
     _check_writable(path)
-    pictures = {"image": arguments.image, "mask_image": arguments.mask_image}
+    pictures = {name: getattr(arguments, name) for name in ("image", "mask_image", "control_image")}
     given: dict[str, Any] = {name: open_picture(path) for name, path in pictures.items() if path is not None}
     if arguments.size is not None:
         width, height = console.size_of(arguments.size)
@@ -167,14 +177,14 @@ def _generate(arguments: argparse.Namespace) -> None:
             guidance_scale=arguments.guidance_scale,
             num_inference_steps=arguments.steps,
             seed=arguments.seed,
+            **{name: getattr(arguments, name) for name in ("controlnet", "t2i_adapter", *NUMBERS_OF_CONTROL)},
             **given,
         )
     write_atomically(path, _encoded(path, out.images[0]))
     if out.resized is not None:
         height, width = out.resized
-        print(
-            f"{arguments.image}: {width}x{height}, drawn as {'x'.join(map(str, out.images[0].size))}", file=sys.stderr
-        )
+        file, drawn = arguments.image or arguments.control_image, "x".join(map(str, out.images[0].size))
+        print(f"{file}: {width}x{height}, drawn as {drawn}", file=sys.stderr)
     print(path)
 
 
@@ -249,7 +259,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     if arguments.runs < 1 or arguments.warmup < 0:
         raise InputError("--runs must be at least 1, and --warmup at least 0")
     call = {"steps": arguments.steps, "strength": arguments.strength, **_machine(arguments)}
-    result = bench.bench(arguments.bundle, runs=arguments.runs, warmup=arguments.warmup, **call)
+    more = {"runs": arguments.runs, "warmup": arguments.warmup, "controlnet": arguments.controlnet}
+    result = bench.bench(arguments.bundle, **more, **call)
     operators = {}
     if arguments.profile:
         operators = profile.profile(arguments.bundle, **call)
@@ -271,6 +282,7 @@ def bench_text(result: bench.BenchResult) -> str:
     height, width = result.size
     more = [
         "" if result.evaluations == result.steps else f"{result.evaluations} evaluation(s)",
+        "" if result.controlnet is None else f"with {result.controlnet}",
         "" if result.strength is None else f"strength {result.strength:g}",
         f"one of each of {result.stream} frames in a call" if result.stream else "",
         f"guidance scale {result.guidance_scale:g}" if result.guidance_scale > 1 else "",

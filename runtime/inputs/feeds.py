@@ -9,6 +9,7 @@ import numpy as np
 
 from turbochain.runtime.bundle.manifest import TokenizerFile
 from turbochain.runtime.chain.opened import OpenChain
+from turbochain.runtime.inputs.control import IMAGES
 from turbochain.runtime.inputs.generators import advance
 from turbochain.runtime.inputs.noise import Generator, draw_run
 from turbochain.runtime.inputs.tokenizer import Tokenizer
@@ -45,8 +46,8 @@ class Feeds:
         """Read the tokenizers and the tables; BundleError if one is not what the manifest says."""
         self.chain = chain
         self.tokenizers = tokenizers(chain)
-        zeros = {name: self.zeros(name) for kind in ("history", "zeros") for name in chain.feeds(kind)}
-        self._zeros = zeros
+        zeros = [name for kind in ("history", "zeros") for name in chain.feeds(kind)]
+        self._zeros = {name: self.zeros(name) for name in zeros if chain.chain.feeds[name].when == "call"}
         self._constants: dict[str, dict[str, np.ndarray]] = {}
         self._local = threading.local()
 
@@ -70,7 +71,8 @@ class Feeds:
         chain, inputs = self.chain, dict(request.inputs)
         given = {chain.first_noise: request.latents.value} if chain.first_noise and request.latents else {}
         images, masks = (
-            next((len(inputs[n].value) for n in chain.feeds(kind) if n in inputs), None) for kind in REPEATED
+            next((len(inputs[n].value) for n in chain.feeds(kind) if n in inputs and n not in IMAGES), None)
+            for kind in REPEATED
         )
         table = chain.tables[request.table]
         return draw_run(chain, table, generators, request.count, given=given, images=images, masks=masks)

@@ -63,13 +63,15 @@ def size_of(argument: str, given: object) -> tuple[int, int]:
     return height, width
 
 
-def pixels(argument: str, given: object, size: tuple[int, int]) -> np.ndarray:
+def pixels(argument: str, given: object, size: tuple[int, int], mode: str = "RGB") -> np.ndarray:
     """Return pictures as uint8 levels [n, H, W, 3] of RGB, `size` = (H, W); the array is new.
 
+    In the `mode` "L" they are grey, [n, H, W, 1].
     Raises InputError if one of them is no picture; `argument` names it.
     """
-    pictures = (_converted(argument, picture, "RGB") for picture in _pictures(argument, given))
-    return np.stack([np.asarray(_resized(picture, size)) for picture in pictures])
+    pictures = (_converted(argument, picture, mode) for picture in _pictures(argument, given))
+    levels = np.stack([np.asarray(_resized(picture, size)) for picture in pictures])
+    return levels if levels.ndim == 4 else levels[..., None]
 
 
 def mask(argument: str, given: object, size: tuple[int, int]) -> np.ndarray:

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import control_nets
 import onnx
 import pytest
 from conftest import HALF, BundleFactory, command
@@ -106,6 +107,15 @@ def test_every_graph_is_built_and_every_attention_fused(
     assert counts["vae_decoder"] == counts["vae_encoder"] == (1, 0)  # theirs have one head
     assert {counts[graph] for graph in ARITHMETIC} == {(0, 0)}
     assert all(total == fused > 0 for name, (total, fused) in counts.items() if name.startswith("text"))
+
+
+@pytest.mark.full
+def test_controlnets_and_t2i_adapters_are_built(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    control_nets.build("sd", checkpoints["sd"], tmp_path, precision="fp16", tasks=["text-to-image"])
+    bundle = Bundle.open(tmp_path / "made.bundle")
+    for name in ("unet", "controlnet-canny", "controlnet_embedding-canny", "t2i_adapter-sketch", "t2i_scale"):
+        attentions, fused = check_graph(bundle.path / bundle.manifest.graphs[name].file, name)
+        assert fused == attentions, name
 
 
 def listing(folder: Path) -> dict[str, str]:

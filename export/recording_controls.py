@@ -1,0 +1,67 @@
+"""Record what ControlNets and T2I-Adapters make in a call of a diffusers pipeline, by the names that a chain has."""
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from turbochain.export.controls import controlnet, t2i_adapter
+from turbochain.export.controls.controlnet import EMBEDDING, own
+from turbochain.export.controls.kind import Configs, Control
+from turbochain.export.families import Family
+from turbochain.export.tracing import time
+from turbochain.runtime.inputs.embeds import NEGATIVE
+
+Row = dict[str, torch.Tensor]
+Hook = Callable[[contextlib.ExitStack, torch.nn.Module, Callable[[dict[str, Any], Any], object]], None]
+"""Calls a function after every forward of a module, with its arguments by name and its result."""
+
+
+def feed(family: Family, configs: Configs, control: Control) -> str:
+    """Return the name that a chain has for the control image."""
+    feeds = control.kind.feeds(family, configs, control)
+    return next(name for name, one in feeds.items() if one.is_ == "image")
+
+
+def watch(
+    stack: contextlib.ExitStack, hook: Hook, pipeline: Any, family: Family, control: Control, guided: bool, once: Row
+) -> list[Row]:
+    """Add to `once` what is made once, and return a list that gets what is read and made in each step."""
+    net, rows = getattr(pipeline, control.kind.argument), []
+    if control.kind is controlnet.KIND:
+        columns: Row = {}
+        for name in family.columns:
+            time.watch(stack, net, name, partial(columns.__setitem__, own(name, control)))
+        hook(stack, net.controlnet_cond_embedding, lambda _, made: once.update({EMBEDDING: _half(made, guided)}))
+        hook(stack, net, lambda call, made: rows.append({**columns, **_residuals(call, made, guided)}))
+        return rows
+
+    def read(_: Any, __: Any, call: dict[str, Any]) -> None:
+        given = call["down_intrablock_additional_residuals"]
+        states = [value for name, value in once.items() if name.startswith(t2i_adapter.STATE)]
+        values = [torch.zeros_like(s) for s in states] if given is None else [_half(v, guided).clone() for v in given]
+        row = {f"{t2i_adapter.FEATURE}{i}": value for i, value in enumerate(values)}
+        rows.append({**row, t2i_adapter.SCALE: torch.tensor([0.0 if given is None else 1.0])})
+
+    names = t2i_adapter.STATE
+    hook(stack, net, lambda _, made: once.update({f"{names}{i}": v.clone() for i, v in enumerate(made)}))
+    stack.callback(pipeline.unet.register_forward_pre_hook(read, with_kwargs=True).remove)
+    return rows
+
+
+def _residuals(call: dict[str, Any], made: Any, guided: bool) -> Row:
+    """Return what a ControlNet read and made; with guidance the negative half stands first."""
+    down, middle = made
+    values = {**{f"{controlnet.DOWN}{i}": value for i, value in enumerate(down)}, controlnet.MID: middle}
+    found: Row = {controlnet.SCALE: torch.tensor([float(call["conditioning_scale"])])}
+    for name, value in values.items():
+        if guided:
+            found[NEGATIVE + name] = value.chunk(2)[0]
+        found[name] = _half(value, guided)
+    return found
+
+
+def _half(value: torch.Tensor, guided: bool) -> torch.Tensor:
+    return value.chunk(2)[1] if guided else value
