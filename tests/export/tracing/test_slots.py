@@ -19,6 +19,7 @@ from test_parity import assert_same_picture, load_diffusers
 
 from turbochain.engines import options
 from turbochain.export.families import Shape, common
+from turbochain.export.recording import NEGATIVE_TEXT
 from turbochain.export.remedies import Remedy
 from turbochain.export.sources.checkpoint import open_folder
 from turbochain.runtime import Bundle, selection
@@ -260,7 +261,7 @@ def test_whole_pictures(made: Made, guided: bool) -> None:
         width=SIZE[0],
         output_type="np",
         clip_skip=1,
-        **({"negative_prompt": "low quality, blurry"} if "negative_input_ids" in case.tensors else {}),
+        **({"negative_prompt": [NEGATIVE_TEXT]} if "negative_prompt" in case.modes else {}),
     ).images
     assert_same_picture(image, (theirs * 255).round().astype(np.uint8))
     zeros, _ = picture(made, modes, [])
