@@ -164,20 +164,31 @@ def _multiplies(module: nn.Module) -> TypeGuard[Layer]:
 
 
 def _readers(module: nn.Module, layers: Mapping[str, Layer], inputs: Iterable[torch.Tensor]) -> list[dict[str, Layer]]:
-    """Return the layers that `module` runs, in groups that read the same tensor, all in the order in which they do."""
-    groups: list[tuple[torch.Tensor, dict[str, Layer]]] = []
+    """Return the layers that the results of `module` depend on, in groups that read the same tensor, all in the order
+    in which they do.
 
-    def see(name: str, layer: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+    A text encoder runs all of its layers, and its graph may be without the last ones.
+    """
+    groups: list[tuple[torch.Tensor, list[str]]] = []
+    added: dict[str, torch.Tensor] = {}  # layer → a number that is added to what it makes
+
+    def see(name: str, _: nn.Module, given: tuple[torch.Tensor, ...], made: torch.Tensor) -> torch.Tensor:
         group = next((members for read, members in groups if read is given[0]), None)
         if group is None:
-            groups.append((given[0], group := {}))
-        group[name] = layers[name]
+            groups.append((given[0], group := []))
+        assert name not in added, f"{name} is run twice"
+        group.append(name)
+        added[name] = made.new_zeros((), requires_grad=True)
+        return made + added[name]
 
     with ExitStack() as stack:
         for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(partial(see, name)).remove)
+            stack.callback(layer.register_forward_hook(partial(see, name)).remove)
         fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # what computes nothing
-        module(*(fake.from_tensor(example) for example in inputs))
-    found = [members for _, members in groups]
-    assert len({name for members in found for name in members}) == sum(map(len, found)), "a layer is run twice"
-    return found
+        stack.enter_context(torch.enable_grad())
+        results = module(*(fake.from_tensor(example) for example in inputs))
+        total = torch.stack([r.sum() for r in (results if isinstance(results, tuple) else (results,))]).sum()
+        gradients = torch.autograd.grad(total, list(added.values()), allow_unused=True)
+    used = {name for name, gradient in zip(added, gradients, strict=True) if gradient is not None}
+    found = [{name: layers[name] for name in members if name in used} for _, members in groups]
+    return [members for members in found if members]

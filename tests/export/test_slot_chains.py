@@ -14,15 +14,16 @@ from turbochain.runtime.bundle.manifest import Chain, Feed, Graph, TableEntry, T
 from turbochain.runtime.chain import wiring
 from turbochain.runtime.errors import InputError
 
-PRESETS = ("sd-turbo-mini", "sdxl-turbo-mini")
+PRESETS = ("sd-turbo-mini", "sdxl-turbo-mini", "lcm-sd15-mini")
 SHAPES = (Shape(64, 64, 1), Shape(64, 96, 2))
 
 
 def layout(preset: str, ranks: tuple[int, ...], K: int = 1, **more: Any) -> Layout:
     family = families.of(presets.PRESETS[preset].pipeline)
-    names = [name for name in tasks.load() if K == 1 or name != "stream"]
+    of_family = tasks.find(list(tasks.load()))
+    wanted = [task for task in of_family if task.pipeline in family.pipelines and not (task.streams and K > 1)]
     shapes = [Shape(s.height, s.width, s.batch, K) for s in SHAPES]
-    return Layout(family, configs(preset), tasks.find(names), shapes, ranks=ranks, **more)
+    return Layout(family, configs(preset), wanted, shapes, ranks=ranks, **more)
 
 
 def configs(preset: str) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def test_every_combination_of_modes_has_its_unet(preset: str, zeros: bool, clip_
         assert held == {feed for _, feed in read}
         assert len(read) == 2 * len({graph for graph, _ in read}) == len(held), "a graph's slots have one name"
         columns = {feed for feed, how in chain.feeds.items() if how.is_ == "column"}
-        assert ("activated_time_embedding" in columns) == (preset.startswith("sd-") and not chain.stream)
+        assert ("activated_time_embedding" in columns) == (not preset.startswith("sdxl") and not chain.stream)
 
 
 def test_the_names_are_the_formats() -> None:

@@ -1,5 +1,6 @@
 """Graphs with slots for LoRAs make what diffusers makes with peft, and with zeros what the plain graph makes."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from test_parity import assert_same_picture, load_diffusers
 
 from turbochain.engines import options
 from turbochain.export.families import Shape, common
+from turbochain.export.recording import NEGATIVE_TEXT
 from turbochain.export.remedies import Remedy
 from turbochain.export.sources.checkpoint import open_folder
 from turbochain.runtime import Bundle, selection
@@ -49,7 +51,7 @@ class Made:
     """A bundle with slots, its engine, and two LoRAs of all that they cover, in diffusers' own pipeline."""
 
     def __init__(self, family: str, checkpoint: Path, folder: Path, clip_skip: int) -> None:
-        self.checkpoint = checkpoint
+        self.checkpoint, self.clip_skip = checkpoint, clip_skip
         options: dict[str, Any] = {"size": SIZE, "steps": [2], "tasks": ["text-to-image"], "lora_rank": RANK, **ON}
         # As kohya's resize_lora writes them: diffusers alone would give all attention layers one alpha.
         first = lora_files.draw(checkpoint, ranks=(2, 1), alphas=(1.0, 3.0, 2.0), seed=5, only="attn")
@@ -103,7 +105,12 @@ class Made:
 def made(
     request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Made]:
-    found = Made(request.param, checkpoints[request.param], tmp_path_factory.mktemp("slots"), clip_skip=1)
+    found = Made(
+        request.param,
+        checkpoints[request.param],
+        tmp_path_factory.mktemp("slots"),
+        clip_skip=int(request.param == "sd"),
+    )
     yield found
     found.executor.close()
 
@@ -199,9 +206,12 @@ def test_text_encoders_are_transformers_with_peft(made: Made, adapters: dict[str
     random = np.random.default_rng(0)
     names = [name for name in made.graphs if name.startswith("text_encoder")]
     assert {made.graphs[n].component for n in names} == {*TEXTS[made.bundle.manifest.family]}
-    assert len(names) == 2 * len({made.graphs[n].component for n in names})
+    assert len(names) == (1 + made.clip_skip) * len(TEXTS[made.bundle.manifest.family])
     for name in names:
         graph = made.graphs[name]
+        parameters = slot_packing.parameters(made.bundle.path, graph)
+        stored = json.loads((made.bundle.path / graph.names).read_text())
+        assert {p for p, place in stored.items() if "initializer" in place} >= {*parameters}, "what is run"
         encoder, skipped = getattr(made.pipe, graph.component), int(name.endswith("+clip_skip"))
         ids = random.integers(0, encoder.config.vocab_size, graph.inputs[0].shape).astype(np.int32)
         with torch.inference_mode():
@@ -259,8 +269,8 @@ def test_whole_pictures(made: Made, guided: bool) -> None:
         height=SIZE[1],
         width=SIZE[0],
         output_type="np",
-        clip_skip=1,
-        **({"negative_prompt": "low quality, blurry"} if "negative_input_ids" in case.tensors else {}),
+        clip_skip=made.clip_skip or None,
+        **({"negative_prompt": [NEGATIVE_TEXT]} if "negative_prompt" in case.modes else {}),
     ).images
     assert_same_picture(image, (theirs * 255).round().astype(np.uint8))
     zeros, _ = picture(made, modes, [])
