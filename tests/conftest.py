@@ -343,7 +343,7 @@ def slotted(checkpoints: dict[str, Path], reference_lora: Path, shared: Path) ->
     path = shared / "slotted.bundle"
     with locked(shared / "slotted.lock"):
         if not (path / "engines").exists():
-            how = {"tasks": ["text-to-image", "image-to-image"], "lora_rank": [4, 8], "steps": [1, 2]}
+            how = {"tasks": ["text-to-image"], "lora_rank": [4, 8], "steps": [1, 2]}
             how |= {"reference_lora": [f"{reference_lora}:0.8"]}
             build_here(str(checkpoints["sd"]), path, precision="fp32", size=SIZE, quiet=True, **how, **ON)
     return path

@@ -80,7 +80,6 @@ def test_verify_compares_with_what_was_recorded_with_the_file(
     assert called("turbochain", "adapter", "convert", reference_lora, slotted, "-o", converted).returncode == 0
     for file, on in ((reference_lora, ON[:4]), (converted, ON)):
         found = checks(slotted, "--lora", f"{file}:0.8", on=on)
-        assert len(found) == (2 if on == ON[:4] else 1)
         for chain, of_chain in found.items():
             assert {c["stage"] for c in of_chain} >= {"text_encoder", "unet+lora", "image"}, chain
             assert "unet" not in {c["stage"] for c in of_chain}
