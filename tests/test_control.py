@@ -201,8 +201,8 @@ GRID: list[Call] = [*SCALES, *PARTS, GUIDED, {**GUIDED, "control_guidance_end": 
 def many(
     request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Made]:
-    """With more ControlNets, tasks and sizes, two pictures per pass; SDXL's second one is small, SD's reads blue, green,
-    red; the third has another number of layers in its attention than the UNet, as diffusers' -mid ones for SDXL.
+    """With more ControlNets, tasks and sizes, two pictures per pass; SDXL's second one is small, SD's reads BGR,
+    the third has another number of layers in its attention than the UNet, as diffusers' -mid ones for SDXL.
     """
     family, folder = request.param, tmp_path_factory.mktemp(request.param)
     changes = {"sd": {"controlnet_conditioning_channel_order": "bgr"}, "sdxl": control_nets.small(2)}[family]
