@@ -152,7 +152,7 @@ class Request:
         inputs, fill = {}, {"image": 128, "mask": 1, "number": scale}
         for name, feed in _given(chain, modes).items():
             shape, dtype = chain.tensors[name].shape, chain.tensors[name].dtype
-            value = 1 if name in control.NUMBERS else fill.get(feed.is_, 0)
+            value = 1 if controlnet is not None and name in control.NUMBERS else fill.get(feed.is_, 0)
             inputs[name] = np.full((rows, *shape) if feed.when == "step" else shape, value, dtype)
         return cls.make(
             chain,

@@ -53,7 +53,7 @@ def build(family: str, checkpoint: Path, folder: Path, **how: Any) -> dict[str, 
 
     Return name → folder of each network.
     """
-    xl = {"adapter_type": "full_adapter_xl", "downscale_factor": 16, "channels": [32, 64, 64]}
+    xl = {"adapter_type": "full_adapter_xl", "downscale_factor": 16, "channels": [32, 64]}
     nets = {
         "canny": controlnet(checkpoint, folder / "canny"),
         "sketch": t2i_adapter(checkpoint, folder / "sketch", **(xl if family == "sdxl" else {})),
