@@ -14,7 +14,7 @@ from turbochain.runtime.inputs.noise import check_seed
 from turbochain.runtime.serve.drawings import Drawing, Drawings
 from turbochain.runtime.serve.encoding import Encoding, decode_base64
 from turbochain.runtime.serve.errors import Refused, of_validation
-from turbochain.runtime.serve.infotext import SAMPLER, Used, info
+from turbochain.runtime.serve.infotext import SAMPLER, Used, info, split_loras
 from turbochain.runtime.serve.models import Model
 from turbochain.runtime.serve.service import DECODERS, Service, off_loop, while_connected
 from turbochain.runtime.serve.source import Drawn, Job
@@ -107,7 +107,7 @@ class _Server:
         drawing = Drawing(name, jobs, chain.passes(jobs[0].request.table))
         with self.drawings.listed(drawing):
             drawn = await while_connected(http, drawing.draw(self.service.source))
-        used = [Used.of(model, job.request) for job in jobs]
+        used = [Used.of(model, job.request, body.prompt) for job in jobs]
         ready = [used[i] for i in drawn]
         images = [await off_loop(_file, drawn[i], used[i]) for i in drawn] if body.send_images else []
         if name == "img2img" and not body.include_init_images:
@@ -120,8 +120,10 @@ class _Server:
         if count > most:
             raise Refused(400, f"batch_size x n_iter is {count}: at most {most} were expected", param="batch_size")
         of_all = seeds(None if body.seed < 0 else check_seed(body.seed), count)
-        made = requests(model.bundle, as_built(model.bundle, wanted), of_all)
-        return [Job(model.name, request, client) for request in made]
+        prompt, loras = split_loras(wanted.prompt)
+        adapters = self.service.models.adapters.chosen(loras)
+        made = requests(model.bundle, as_built(model.bundle, replace(wanted, prompt=prompt)), of_all)
+        return [Job(model.name, request, client, adapters) for request in made]
 
 
 def router(service: Service) -> APIRouter:
@@ -162,6 +164,11 @@ def router(service: Service) -> APIRouter:
         unknown = {"hash": None, "sha256": None, "config": None}
         names = service.models.by_name
         return _answer([{"title": name, "model_name": name, "filename": name, **unknown} for name in names])
+
+    @routes.get("/loras")
+    async def loras() -> Response:
+        files = service.models.adapters.by_name.items()
+        return _answer([{"name": name, "alias": name, "path": path.name, "metadata": {}} for name, path in files])
 
     for path, found in _LISTS.items():
         routes.add_api_route(f"/{path}", _list(found))

@@ -56,7 +56,7 @@ def _again(status: int, message: str, more: dict[str, Any]) -> Refused:
 
 _ARGUMENTS = (
     *("prompt", "negative_prompt", "image", "mask_image", "mask", "init_images", "strength", "num_inference_steps"),
-    *("guidance_scale", "seed", "n", "size", "height", "output_format", "response_format"),
+    *("guidance_scale", "seed", "n", "size", "height", "output_format", "response_format", "loras"),
 )
 _PARAMS = {"mask_image": "mask", "height": "size"}
 """What a client calls some of them."""

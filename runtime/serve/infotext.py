@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from turbochain.runtime.chain.opened import OpenChain
+from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs.guidance import GUIDANCE
 from turbochain.runtime.request import Request
 from turbochain.runtime.serve.models import Model
@@ -16,13 +18,15 @@ from turbochain.runtime.serve.models import Model
 SAMPLER = "built-in"
 """A bundle has one sampler: its tables hold the values of the scheduler that it was built with."""
 
+_LORA = re.compile(r"<(?:lora|lyco):([^>]+)>")  # the second is A1111's other name of the first
+
 
 @dataclass(frozen=True)
 class Used:
     """The values of one picture, in A1111's terms."""
 
     model: str
-    prompt: str
+    prompt: str  # as it was sent: it names the adapters
     negative_prompt: str  # "" if none was read
     seed: int
     width: int
@@ -32,14 +36,14 @@ class Used:
     denoising_strength: float | None  # None if no image was given
 
     @classmethod
-    def of(cls, model: Model, request: Request) -> "Used":
-        """Return what a request of one picture is drawn with."""
+    def of(cls, model: Model, request: Request, prompt: str) -> "Used":
+        """Return what a request of one picture is drawn with; `prompt`: as the client has sent it."""
         chain = model.bundle.open_chain(request.chain)
         entry = chain.chain.tables[request.table]
         height, width = chain.size
         return cls(
             model=model.name,
-            prompt=request.prompts[0],
+            prompt=prompt,
             negative_prompt=next(iter(request.negative_prompts), ""),
             seed=request.seeds[0],
             width=width,
@@ -95,6 +99,20 @@ def info(first: Used, ready: Sequence[Used], batch_size: int) -> str:
         "version": version(),
     }
     return json.dumps(found)
+
+
+def split_loras(prompt: str) -> tuple[str, list[tuple[str, float]]]:
+    """Return a prompt without <lora:NAME:SCALE>, and what it names. Raises InputError for another form of these."""
+    found = []
+    for content in _LORA.findall(prompt):
+        name, _, scale = content.partition(":")
+        try:
+            found.append((name, float(scale or 1)))
+        except ValueError:
+            raise InputError(
+                f"prompt: <lora:{content}>: a name and one number were expected, such as <lora:{name}:0.8>"
+            ) from None
+    return _LORA.sub("", prompt), found
 
 
 def timestamp(seconds: float) -> str:

@@ -16,6 +16,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from turbochain.runtime.serve.encoding import QUALITY, Encoding, decode
 from turbochain.runtime.serve.errors import Refused, failed
+from turbochain.runtime.serve.fields import Lora, pairs
 from turbochain.runtime.serve.guard import chosen_protocol
 from turbochain.runtime.serve.service import DECODERS, Service, off_loop
 from turbochain.runtime.serve.settings import BODY
@@ -45,6 +46,7 @@ class Body(BaseModel):
     guidance_scale: Number | None = None
     negative_prompt: str | None = None
     strength: Number | None = None
+    loras: tuple[Lora, ...] = ()
     format: Literal["png", "jpeg", "webp"] = "jpeg"
     quality: Annotated[int, Field(ge=0, le=100)] = QUALITY
 
@@ -170,7 +172,7 @@ class _Session:
         )
         wanted = edited(model.bundle, wanted)
         made = request(model.bundle, wanted, body.seed, strict_size=service.settings.strict_size)
-        return Job(model.name, made, self._client)
+        return Job(model.name, made, self._client, service.models.adapters.chosen(pairs(body.loras)))
 
     def _skip(self) -> None:
         self._skipped += 1

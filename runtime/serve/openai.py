@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
-from pydantic_core import PydanticCustomError, to_json
+from pydantic_core import PydanticCustomError, from_json, to_json
 from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
@@ -19,6 +19,7 @@ from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs.noise import check_seed
 from turbochain.runtime.serve.encoding import QUALITY, Encoding, decode, repainted
 from turbochain.runtime.serve.errors import Refused, of_validation
+from turbochain.runtime.serve.fields import Lora, pairs
 from turbochain.runtime.serve.models import Model
 from turbochain.runtime.serve.service import DECODERS, Service, abandon, off_loop, while_connected
 from turbochain.runtime.serve.source import Drawn, Job
@@ -38,6 +39,11 @@ def _number(value: object) -> object:
     if isinstance(value, bool):
         raise PydanticCustomError("number", "a number was expected, and not {value}", {"value": str(value).lower()})
     return value
+
+
+def _of_form(value: object) -> object:
+    """Return what JSON says that is the text of a form's field."""
+    return from_json(value) if isinstance(value, str) else value
 
 
 Whole = Annotated[int, BeforeValidator(_number)]
@@ -61,6 +67,7 @@ class Body(BaseModel):
     guidance_scale: Real | None = None
     negative_prompt: str | None = None
     strength: Real | None = None
+    loras: Annotated[list[Lora] | None, BeforeValidator(_of_form)] = None
 
     @property
     def encoding(self) -> Encoding:
@@ -99,6 +106,7 @@ class _Drawing:
         self.model: Model = service.models.find(body.model)
         first = None if body.seed is None else check_seed(body.seed)
         self._seeds = seeds(first, body.n or 1)
+        self._adapters = service.models.adapters.chosen(pairs(body.loras))
         if len(self._seeds) > service.settings.queue:
             raise InputError(f"n={body.n}: at most {service.settings.queue} pictures may wait in this server's queue")
         self._jobs = self._of_each_seed(wanted)
@@ -107,7 +115,8 @@ class _Drawing:
     def _of_each_seed(self, wanted: Wanted) -> list[Job]:
         strict = self._service.settings.strict_size
         made = requests(self.model.bundle, wanted, self._seeds, strict_size=strict)
-        return [Job(self.model.name, request, self._http.scope["client_name"]) for request in made]
+        client = self._http.scope["client_name"]
+        return [Job(self.model.name, request, client, self._adapters) for request in made]
 
     def _of_fewer_steps(self, wanted: Wanted) -> list[list[Job]]:
         """Return the pictures of all seeds for each of the smaller step counts that are wanted and have room."""
@@ -183,6 +192,8 @@ class _Drawing:
 
     async def _file(self, made: Drawn, seed: int) -> str:
         text = {"prompt": self._body.prompt, "seed": str(seed), "model": self.model.name}
+        if self._adapters:
+            text["loras"] = ", ".join(f"{name}: {scale:g}" for name, scale in self._adapters)
         return base64.b64encode(await off_loop(self._encoding.encode, made.picture, text)).decode()
 
 
