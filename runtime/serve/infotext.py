@@ -17,6 +17,8 @@ from turbochain.runtime.serve.models import Model
 
 SAMPLER = "built-in"
 """A bundle has one sampler: its tables hold the values of the scheduler that it was built with."""
+UNIT = "ControlNet 0"
+"""A1111's name of the only unit."""
 
 _LORA = re.compile(r"<(?:lora|lyco):([^>]+)>")  # the second is A1111's other name of the first
 
@@ -34,10 +36,11 @@ class Used:
     steps: int
     cfg_scale: float  # 1.0 if there was no guidance: that is what A1111 calls it
     denoising_strength: float | None  # None if no image was given
+    controlnet: str | None  # what its unit says
 
     @classmethod
-    def of(cls, model: Model, request: Request, prompt: str) -> "Used":
-        """Return what a request of one picture is drawn with; `prompt`: as the client has sent it."""
+    def of(cls, model: Model, request: Request, prompt: str, controlnet: str | None) -> "Used":
+        """Return what a request of one picture is drawn with; `prompt`, `controlnet`: as the client has sent them."""
         chain = model.bundle.open_chain(request.chain)
         entry = chain.chain.tables[request.table]
         height, width = chain.size
@@ -51,6 +54,7 @@ class Used:
             steps=entry.steps,
             cfg_scale=_scale(request, entry.guidance_scale),
             denoising_strength=_strength(chain, request.table),
+            controlnet=controlnet,
         )
 
     @property
@@ -64,6 +68,7 @@ class Used:
             "Size": f"{self.width}x{self.height}",
             "Model": self.model,
             "Denoising strength": self.denoising_strength,
+            UNIT: self.controlnet,
             "Version": version(),
         }
         last = ", ".join(f"{name}: {_quoted(value)}" for name, value in values.items() if value is not None)
@@ -91,7 +96,7 @@ def info(first: Used, ready: Sequence[Used], batch_size: int) -> str:
         "batch_size": batch_size,
         "sd_model_name": first.model,
         "denoising_strength": first.denoising_strength,
-        "extra_generation_params": {},
+        "extra_generation_params": {} if first.controlnet is None else {UNIT: first.controlnet},
         "index_of_first_image": 0,
         "infotexts": [used.infotext for used in ready],
         "styles": [],
