@@ -64,6 +64,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--unet", help="a .safetensors file, a hub id, a file of one (owner/name/file) or a folder: this UNet instead")
     add("--lora", metavar="NAME[:SCALE]", action="append", help="fuse this LoRA, named as --unet; may be repeated")
+    add(
+        "--lora-rank",
+        dest="lora_ranks",
+        metavar="R,…",
+        help="give the graphs slots for LoRAs that are changed between two pictures, of this rank together, 1 to 256",
+    )
+    add(
+        "--reference-lora",
+        metavar="FILE[:SCALE]",
+        action="append",
+        help="record diffusers' pictures with this LoRA, for verify --lora; may be repeated",
+    )
     add("--scheduler", help="a class, such as LCMScheduler, or JSON of changes of its config (_class_name: the class)")
     add("--timesteps", help="explicit ones instead of --steps, such as 999,749,499,249")
     add("--eta", type=float, help="of DDIMScheduler and TCDScheduler, 0 to 1 (default 0)")
@@ -102,9 +114,10 @@ def _build(arguments: argparse.Namespace) -> None:
         "scheduler": asked.scheduler_changes,
         "timesteps": _timesteps,
         "chains": lambda value: value.split(","),
+        "lora_ranks": lambda value: _numbers("--lora-rank", value, int),
     }
     given |= {name: read(given[name]) for name, read in readers.items() if given[name] is not None}
-    given["lora"] = arguments.lora and tuple(arguments.lora)
+    given |= {name: given[name] and tuple(given[name]) for name in ("lora", "reference_lora")}
     export = recipes.settle(ExportOrder(**{f.name: given[f.name] for f in dataclasses.fields(ExportOrder)}))
     options = backend_options.parse(arguments.O)
     named = ("backend", "device", "target", "timing_cache", "precision", "chains", "engines")

@@ -60,7 +60,6 @@ def check(
     where = backends.get(backend).device(device)
     executor = backends.get(backend).executor(Opened(bundle, Path(folder), options, where))
     try:
-        executor.load(opened.graphs)
         computed = backends.precisions(backend, options, opened.graphs)
         return [dataclasses.asdict(c) for c in verify.verify(opened, executor, computed, progress)]
     finally:

@@ -13,6 +13,9 @@ from turbochain.runtime.errors import InputError
 STREAM_BATCHES = (2, 3, 4)
 """How many frames may be under way in a stream."""
 
+RANKS = range(1, 257)
+"""What the rank of slots for LoRAs may be."""
+
 
 def scheduler_changes(value: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the changes of a scheduler's config that a class name, a JSON object or a mapping says; None for None.
@@ -36,7 +39,7 @@ def scheduler_changes(value: str | Mapping[str, Any] | None) -> dict[str, Any] |
     return found
 
 
-def scaled(lora: str) -> tuple[str, float]:
+def scaled(lora: str, option: str = "--lora") -> tuple[str, float]:
     """Return the name and the scale that NAME or NAME:SCALE says; InputError if it is not a finite number."""
     name, colon, scale = lora.rpartition(":")
     if not colon:
@@ -46,7 +49,7 @@ def scaled(lora: str) -> tuple[str, float]:
     except ValueError:
         found = math.nan
     if not math.isfinite(found):
-        raise InputError(f"--lora {lora}: a number was expected after the colon, such as {name}:0.8")
+        raise InputError(f"{option} {lora}: a number was expected after the colon, such as {name}:0.8")
     return name, found
 
 
@@ -56,7 +59,7 @@ def listed(options: Mapping[str, Any]) -> dict[str, Any]:
     A text would be taken for a list of letters.
     """
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-    for name in ("tasks", "lora", "steps", "timesteps", "guidance_scales", "strengths"):
+    for name in ("tasks", "lora", "reference_lora", "steps", "timesteps", "guidance_scales", "strengths"):
         if isinstance(value := given.get(name), str | int | float):
             raise InputError(f"{name} {value!r}: a list was expected, such as [{value!r}]")
     if isinstance(size := given.get("size"), str | int):
@@ -99,6 +102,15 @@ def schedule_problems(steps: tuple[int, ...] | None, timesteps: tuple[int, ...] 
     if eta is not None and not 0 <= eta <= 1:
         problems.append(f"eta {eta}: a number from 0 to 1 was expected")
     return problems
+
+
+def slot_problems(ranks: tuple[int, ...] | None, reference: Collection[str] | None) -> list[str]:
+    """Return what is wrong with the slots that are asked for, and with the LoRAs to record, as phrases."""
+    if ranks is None:
+        return ["reference_lora: slots for LoRAs were expected, such as lora_rank 32; add that"] if reference else []
+    if not ranks or not all(1 <= rank <= RANKS[-1] for rank in ranks):
+        return [f"lora_rank {list(ranks)}: ranks from {RANKS[0]} to {RANKS[-1]} were expected, such as 32"]
+    return []
 
 
 def stream_problems(stream_batch: int | None, tasks: Collection[str] | None) -> list[str]:

@@ -66,7 +66,8 @@ def _export(phases: Phases, order: ExportOrder, recipe: Recipe, digests: Digests
     common: dict[str, Any] = {"recipe": recipe, "folder": folder}
     job, where = "turbochain.export.jobs:prepare", {"keep": True, "online": order.online}
     load = partial(phases.run, "load", job, **where, order=order, force=force, **common)
-    place = json.dumps([str(source.local) for source in order.sources.values()])  # what lies elsewhere is loaded again
+    places = [source.local for source in order.sources.values()] + [path for path, _ in order.references]
+    place = json.dumps([str(path) for path in places])  # what lies elsewhere is loaded again
     prepared = convert(Prepared, state.once(f"prepare {place}", load, lambda made: convert(Prepared, made).files))
     common["prepared"] = prepared
     run = partial(phases.run, keep=prepared.weight_bytes <= SMALL)
@@ -88,7 +89,7 @@ def _export(phases: Phases, order: ExportOrder, recipe: Recipe, digests: Digests
 
 def _files(made: Any) -> list[str]:
     """Return the files that were written for graphs."""
-    return [file for graph in convert(dict[str, Graph], made).values() for file in (*graph.files, graph.names)]
+    return [file for graph in convert(dict[str, Graph], made).values() for file in graph.all_files]
 
 
 def _tell(phases: Phases, remedies: dict[str, Remedy]) -> None:
@@ -137,6 +138,7 @@ def _requires(prepared: Prepared) -> dict[str, str]:
         "modes": any(chain.modes for chain in chains),
         "keep": any(chain.keep for chain in chains),
         "stream": any(chain.stream for chain in chains),
+        "adapters": any(feed.is_ == "adapter" for chain in chains for feed in chain.feeds.values()),
         "wires": any(stage.wires for chain in chains for stage in chain.stages),
     }
     return {name: FIRST_VERSION for name, is_used in used.items() if is_used}

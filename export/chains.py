@@ -1,6 +1,6 @@
 """The chains of a bundle: of each task, size and batch, and the graphs that they need. Torch-free."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +47,7 @@ class Layout:
     zeros: bool = False  # whether no negative prompt means zeros, and not the encoding of ""
     clip_skip: int = 0  # how many of the text encoders' last layers a prompt is drawn without
     stream: int = 2  # frames under way in a stream, and the rows of its tables
+    ranks: Sequence[int] = ()  # of the slots for adapters, ascending
 
     @property
     def guided(self) -> bool:
@@ -105,7 +106,7 @@ class Layout:
             tables_file=f"tables/{name}.safetensors",
             tables=tables,
             output="image",
-            modes=() if task.streams else self._modes,
+            modes=() if task.streams else (*self._modes, *map(adapters_mode, self.ranks)),
             keep=common.kept(self.family) if task.streams else {},
             defaults={**defaults, **({"clip_skip": self.clip_skip} if self.clip_skip else {})},
             stream=self.stream if task.streams else 0,
@@ -123,32 +124,55 @@ class Layout:
         return (GUIDANCE, NEGATIVE_PROMPT) if self.zeros else (GUIDANCE,)
 
     def _specs(self, shape: Shape) -> dict[str, GraphSpec]:
-        return common.graphs(self.family, shape.K, self.posterior, self.clip_skip)
+        return common.graphs(self.family, shape.K, self.posterior, self.clip_skip, self.ranks)
 
     def _stages(self, task: Task) -> list[Stage]:
         """Return the stages of a chain, with the names that graphs have at the first shape."""
         decoder = Stage("vae_decoder", "end", "picture", _renamed({"next_latents": task.latents}))
         unet, before = Stage("unet", "step", "prediction"), self._before(task)
-        prompt = self.family.prompt_stages
+        prompt = own_prompt = self._with_wires(self.family.prompt_stages)
         if self.clip_skip:  # of the prompt alone: diffusers encodes a negative prompt with every layer
-            prompt = tuple(replace(stage, graph=stage.graph + common.CLIP_SKIP) for stage in prompt)
+            skipping = (replace(stage, graph=stage.graph + common.CLIP_SKIP) for stage in self.family.prompt_stages)
+            prompt = self._with_wires(skipping)
         if task.streams:
             return [*prompt, *before, *common.stream_stages(self.family), decoder]
         if not self.guided:
-            steps = [unet, Stage("step", "step", "state")]
+            steps = [*self._of_ranks(unet), Stage("step", "step", "state")]
             return [*prompt, *before, *steps, *task.after_step, decoder]
         mode = NEGATIVE_PROMPT if self.zeros else GUIDANCE
         specs = self._specs(self.shapes[0])
-        negative = [replace(s, wires=self._negated(specs[s.graph], s), if_=(mode,)) for s in self.family.prompt_stages]
+        negative = [
+            replace(s, wires={**self._negated(specs[s.graph], s), **s.wires}, if_=(mode,)) for s in own_prompt
+        ]
         reads = {name: NEGATIVE + name for name in common.embeds(self.family)}
         negative_unet = replace(unet, wires={**reads, "prediction": f"{NEGATIVE}prediction"}, if_=(GUIDANCE,))
         steps = [
-            unet,
-            negative_unet,
+            *self._of_ranks(unet),
+            *self._of_ranks(negative_unet),
             Stage("step", "step", "state", unless=(GUIDANCE,)),
             Stage("step+guidance", "step", "state", if_=(GUIDANCE,)),
         ]
         return [*prompt, *negative, *before, *steps, *task.after_step, decoder]
+
+    def _with_wires(self, stages: Iterable[Stage]) -> tuple[Stage, ...]:
+        """Return text encoders' stages with the names of their slots' inputs, if they have slots."""
+        return tuple(replace(s, wires=common.slot_wires(s.graph)) if self.ranks else s for s in stages)
+
+    def _of_ranks(self, unet: Stage) -> list[Stage]:
+        """Return a UNet's stage, and those that run in its place if adapters are loaded: the one of the largest rank
+        that is asked for."""
+        modes = [adapters_mode(rank) for rank in self.ranks]
+        slotted = [
+            replace(
+                unet,
+                graph=graph,
+                wires={**unet.wires, **common.slot_wires(graph)},
+                if_=(*unet.if_, mode),
+                unless=tuple(modes[i + 1 :]),
+            )
+            for i, (graph, mode) in enumerate(zip(common.slotted_unets(self.ranks), modes, strict=True))
+        ]
+        return [replace(unet, unless=tuple(modes)), *slotted]
 
     def _before(self, task: Task) -> list[Stage]:
         """Return the task's stages of the image; if need be, with an encoder of its own."""
@@ -175,8 +199,19 @@ class Layout:
             **feeds,
             **{n: feed for n, feed in task.feeds.items() if self.posterior or n != "posterior_noise"},
             **({"history": Feed("history", "call")} if shape.K > 1 else {}),
-            **common.step_feeds(self.family),
+            **common.step_feeds(self.family, slots=bool(self.ranks) and not task.streams),
+            **{name: Feed("adapter", "held") for name in self._slots(task)},
         }
+
+    def _slots(self, task: Task) -> list[str]:
+        """Return the inputs of the slots of a chain's graphs, by the names that it has for them."""
+        slotted = (s for s in self._stages(task) if self._specs(self.shapes[0])[s.graph].rank)
+        return list(dict.fromkeys(name for s in slotted for name in common.slot_wires(s.graph).values()))
+
+
+def adapters_mode(rank: int) -> str:
+    """Return the mode of calls with adapters whose ranks are this one at most, together."""
+    return f"adapters-{rank}"
 
 
 def _renamed(wires: Mapping[str, str]) -> dict[str, str]:

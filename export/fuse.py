@@ -1,8 +1,8 @@
-"""Fuse LoRA files into the weights of a model, as peft does, and as diffusers does with peft."""
+"""Apply LoRA files: fuse them into the weights of a model, as peft does, and let diffusers do it with peft."""
 
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from turbochain.export.sources.adapters import require_peft
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs.adapter_names import PREFIXES, TEXT
 from turbochain.runtime.inputs.adapters import Adapter, LowRank
+
+_NAME = "reference"  # of a LoRA that is not fused
 
 
 def merge(weight: torch.Tensor, added: LowRank, strength: float) -> torch.Tensor:
@@ -59,18 +61,45 @@ def with_diffusers(pipeline: Any, adapters: Sequence[tuple[Adapter, float]]) -> 
     require_peft()
     components = [c for c in PREFIXES if c in pipeline.components]
     for adapter, strength in adapters:
-        path = adapter.path
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about names of layers, once for each file
-                _load(pipeline, path)
-                _require_all(pipeline, adapter)
-                pipeline.fuse_lora(components=components, lora_scale=strength)
-                pipeline.unload_lora_weights()
-        except InputError:
-            raise
-        except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, OSError) as error:
-            raise InputError(f"{path} cannot be loaded by diffusers: {' '.join(str(error).split())[:400]}") from error
+        with _explained(adapter):
+            _load(pipeline, adapter.path)
+            _require_all(pipeline, adapter)
+            pipeline.fuse_lora(components=components, lora_scale=strength)
+            pipeline.unload_lora_weights()
+
+
+@contextmanager
+def loaded(pipeline: Any, adapter: Adapter, strength: float) -> Iterator[None]:
+    """Let a pipeline of diffusers draw with a LoRA file that is not fused, until the block ends.
+
+    Raises InputError if diffusers cannot load the file, or not all of it.
+    """
+    encoders = [vars(pipeline.components[c]) for c in PREFIXES if c.startswith("text") and c in pipeline.components]
+    aliases = [encoder.pop("text_model", None) for encoder in encoders]  # LoRAs would look for their layers there
+    try:
+        with _explained(adapter):
+            _load(pipeline, adapter.path, _NAME)
+            _require_all(pipeline, adapter)
+            pipeline.set_adapters([_NAME], [strength])
+        for encoder, alias in zip(encoders, aliases, strict=True):
+            encoder |= {} if alias is None else {"text_model": alias}
+        yield
+    finally:
+        pipeline.unload_lora_weights()
+
+
+@contextmanager
+def _explained(adapter: Adapter) -> Iterator[None]:
+    """Let what diffusers raises about a file be an InputError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about names of layers, once for each file
+            yield
+    except InputError:
+        raise
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, OSError) as error:
+        why = " ".join(str(error).split())[:400]
+        raise InputError(f"{adapter.path} cannot be loaded by diffusers: {why}") from error
 
 
 def _require_all(pipeline: Any, adapter: Adapter) -> None:
@@ -88,17 +117,18 @@ def _require_all(pipeline: Any, adapter: Adapter) -> None:
             )
 
 
-def _load(pipeline: Any, path: Path) -> None:
-    """Load one file into a pipeline of diffusers, in the way in which diffusers reads it right."""
+def _load(pipeline: Any, path: Path, name: str | None = None) -> None:
+    """Load one file into a pipeline of diffusers, in the way in which diffusers reads it right; `name`: of the
+    adapter."""
     from safetensors.torch import load_file
 
     tensors = load_file(path)
     if not any(name.startswith(prefix) for name in tensors for names in PREFIXES.values() for prefix in names):
-        pipeline.unet.load_lora_adapter(path.parent, weight_name=path.name, prefix=None)  # of a UNet alone
+        pipeline.unet.load_lora_adapter(path.parent, weight_name=path.name, prefix=None, adapter_name=name)  # of a UNet alone
     elif len(_alphas(tensors)) > 1:
-        pipeline.load_lora_weights(_without_alphas(tensors))
+        pipeline.load_lora_weights(_without_alphas(tensors), adapter_name=name)
     else:
-        pipeline.load_lora_weights(path.parent, weight_name=path.name)
+        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
 
 
 def _alphas(tensors: Mapping[str, torch.Tensor]) -> set[float | None]:

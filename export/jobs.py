@@ -97,14 +97,16 @@ def fetch(order: ExportOrder, want: Want, check_room: parts.CheckRoom | None = N
 
     Raises InputError as `parts.fetch`, and if a LoRA does not fit.
     """
-    if order.loras:
+    if order.loras or order.references:
         adapters.require_peft()
     loras = parts.fetch_loras(want, {key: name for key, (name, _) in order.loras.items()})
     fused = tuple((loras[key].weights[0], scale) for key, (_, scale) in order.loras.items())
     checkpoint = parts.fetch(find(order.source), want, order.parts, check_room)
-    checkpoint = replace(checkpoint, loras=loras, adapters=fused, scheduler=order.scheduler or {})
+    changes = {"adapters": fused, "references": tuple(order.references), "scheduler": order.scheduler or {}}
+    checkpoint = replace(checkpoint, loras=loras, **changes)
     named = {key: source.local or loras[key].weights[0] for key, source in order.sources.items() if key in loras}
     adapters.read_all(replace(checkpoint, adapters=tuple((path, 1.0) for path in named.values())))  # whether they fit
+    adapters.read_references(checkpoint)
     return checkpoint
 
 

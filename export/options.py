@@ -47,6 +47,11 @@ class ExportOptions(TypedDict, total=False):
     no config, the checkpoint's serves."""
     lora: Sequence[str] | None
     """LoRAs that are fused, in this order, each NAME or NAME:SCALE, named as a UNet is."""
+    lora_rank: int | Sequence[int] | None
+    """Give the graphs slots for LoRAs that `Pipeline.load_lora_weights` changes between two pictures: the largest sum
+    of the ranks of those that are loaded together, 1 to 256, or several: a call runs the least that holds them."""
+    reference_lora: Sequence[str] | None
+    """LoRA files, each FILE or FILE:SCALE, whose pictures by diffusers are recorded for `turbochain verify --lora`."""
     scheduler: str | Mapping[str, Any] | None
     """The name of another class, or changes of its config, in which `_class_name` names a class; it is made as
     `CLASS.from_config(pipe.scheduler.config, …)` makes it."""

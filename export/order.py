@@ -50,6 +50,8 @@ class ExportOrder:
     strengths: tuple[float, ...] | None = None  # that LatentConsistencyModelImg2ImgPipeline gets tables for
     clip_skip: int | None = None  # layers of the text encoders that a prompt is drawn without
     stream_batch: int | None = None  # 2 to 4 frames under way in a stream, and the steps that each one makes
+    lora_ranks: tuple[int, ...] | None = None  # of slots for LoRAs, 1 to 256; none: there are no slots
+    reference_lora: tuple[str, ...] | None = None  # FILE or FILE:SCALE, recorded from diffusers
     recipe_name: str | None = None  # of a recipe that was settled with, see `recipes.settle`
 
     def __post_init__(self) -> None:
@@ -74,6 +76,7 @@ class ExportOrder:
             problems.append(f"opset {self.opset}: 18 to 23 was expected")
         problems += asked.schedule_problems(self.steps, self.timesteps, self.eta)
         problems += asked.stream_problems(self.stream_batch, self.tasks)
+        problems += asked.slot_problems(self.lora_ranks, self.reference_lora)
         if problems:
             raise InputError("; ".join(problems))
         tasks.find(self.tasks or ())
@@ -84,11 +87,12 @@ class ExportOrder:
         if unknown := sorted(options.keys() - ExportOptions.__annotations__.keys()):
             raise TypeError(f"unknown argument {unknown[0]!r}")
         given = asked.listed(options)
-        size, batch, scheduler = (given.pop(name, None) for name in ("size", "batch", "scheduler"))
+        size, batch, scheduler, rank = (given.pop(n, None) for n in ("size", "batch", "scheduler", "lora_rank"))
         return cls(
             source or "",
             sizes=None if size is None else _sizes(size),
             batches=(batch,) if isinstance(batch, int) else batch,
+            lora_ranks=(rank,) if isinstance(rank, int) else rank,
             scheduler=asked.scheduler_changes(scheduler),
             recipe_name=given.pop("recipe", None),
             **given,
@@ -104,6 +108,17 @@ class ExportOrder:
     def loras(self) -> dict[str, tuple[str, float]]:
         """Return lora, lora-2, … → the name and the scale of a LoRA; InputError if a scale is not a finite number."""
         return {f"lora-{i}" if i > 1 else "lora": asked.scaled(text) for i, text in enumerate(self.lora or (), 1)}
+
+    @property
+    def references(self) -> list[tuple[Path, float]]:
+        """Return the LoRA files to record, each with its scale; InputError if there is no such file."""
+        found = [asked.scaled(text, "--reference-lora") for text in self.reference_lora or ()]
+        if missing := [name for name, _ in found if not Path(name).is_file()]:
+            raise InputError(
+                f"--reference-lora {missing[0]}: a .safetensors file on this disk was expected, and there is none of "
+                "that name: check the path, or download it"
+            )
+        return [(Path(name).absolute(), scale) for name, scale in found]
 
     @property
     def sources(self) -> dict[str, Source]:
@@ -138,6 +153,8 @@ class ExportOrder:
             **{"config": None if self.config is None else _told_config(self.config)},
             **{"scheduler": self.scheduler, "timesteps": self.timesteps, "lora": loras or None, "eta": self.eta},
             **{"clip_skip": self.clip_skip, "recipe": self.recipe_name, "stream_batch": self.stream_batch},
+            **{"lora_ranks": None if self.lora_ranks is None else tuple(sorted(set(self.lora_ranks)))},
+            **{"reference_lora": tuple(f"{LOCAL}:{scale:g}" for _, scale in self.references) or None},
         }
         return {name: value for name, value in fields.items() if value is not None}
 
@@ -147,7 +164,8 @@ class ExportOrder:
         folders = {component: place for component, place in places.items() if place.is_dir()}
         if folder := next((place for key, place in folders.items() if key in self.loras), None):
             raise InputError(f"--lora {folder} is a folder, and a .safetensors file was expected: name the one in it")
-        return {f"{c}.safetensors": place for c, place in places.items() if c not in folders} | {
+        recorded = {f"reference-lora-{i}.safetensors": path for i, (path, _) in enumerate(self.references, 1)}
+        return recorded | {f"{c}.safetensors": place for c, place in places.items() if c not in folders} | {
             f"{component}/{path.name}": path
             for component, folder in folders.items()
             for path in part_files_read(folder, settled_variant([folder], self.variant))
@@ -233,6 +251,8 @@ class Recipe:
     strengths: tuple[float, ...] = ()
     clip_skip: int = 0
     stream_batch: int = 2
+    lora_ranks: tuple[int, ...] = ()  # ascending
+    reference_lora: tuple[str, ...] = ()
     recipe: str | None = None
 
     def find_tasks(self, family: Family) -> list[Task]:
@@ -267,7 +287,8 @@ class Recipe:
         layers = (configs[stage.graph]["num_hidden_layers"] for stage in family.prompt_stages)
         if self.clip_skip > (most := min(layers) - family.skipped_layers):
             raise InputError(f"clip_skip {self.clip_skip}: the text encoders have layers for 0 to {most}; choose one")
-        return Layout(family, configs, self.find_tasks(family), shapes, zeros, self.clip_skip, self.stream_batch)
+        tasks = self.find_tasks(family)
+        return Layout(family, configs, tasks, shapes, zeros, self.clip_skip, self.stream_batch, self.lora_ranks)
 
     @property
     def call(self) -> dict[str, Any]:

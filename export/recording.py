@@ -43,6 +43,7 @@ class Call:
     num_inference_steps: int
     strength: float | None = None
     guidance_scale: float = 0.0
+    adapters: list[tuple[str, float]] = field(default_factory=list)  # SHA-256 of a LoRA's file, scale
     errors: dict[str, dict[str, float]] = field(default_factory=dict)  # precision → metric → diffusers', against fp32
 
 
@@ -77,7 +78,9 @@ def record_call(
             encoder = getattr(pipeline, folder.replace("tokenizer", "text_encoder"))
             _hook(stack, encoder, partial(_keep_ids, once, name))
         _hook(stack, pipeline.unet, partial(_keep_prediction, checkpoint, once, steps, guided))
-        columns: dict[str, list[torch.Tensor]] = {name: [] for name in checkpoint.family.columns}
+        family = checkpoint.family
+        watched = [name for name in (*family.columns, *family.slot_columns) if name in chain.feeds]
+        columns: dict[str, list[torch.Tensor]] = {name: [] for name in watched}
         for name, rows in columns.items():
             time.watch(stack, pipeline.unet, name, rows.append)
         stack.enter_context(_watch_steps(pipeline, steps, guided))

@@ -8,7 +8,7 @@ import contextlib
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,18 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-from turbochain.export import inversion
+from turbochain.export import fuse, inversion
 from turbochain.export.chains import Layout
 from turbochain.export.magnitudes import magnitudes
 from turbochain.export.recording import Call, draw, record_call
 from turbochain.export.rounded import computing_in
+from turbochain.export.sources.adapters import read_references
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tasks import Trial
+from turbochain.runtime.bundle.hashing import digest
 from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Chain, TableEntry
 from turbochain.runtime.checks import bounds, metrics
+from turbochain.runtime.inputs.adapters import Adapter
 from turbochain.runtime.inputs.guidance import GUIDANCE, NEGATIVE_PROMPT
 
 PROMPTS = (
@@ -63,8 +66,9 @@ def write(
     first = next(iter(pipelines.values()))
     tokenizers = [getattr(first, folder) for folder in checkpoint.family.tokenizers.values()]
     calls = list(_calls(layout, chains, scale, inversion.prompts(first, tokenizers)))
+    with_loras = list(_with_loras(checkpoint, layout, calls))
     tensors: dict[str, np.ndarray] = {}
-    rows = [chains[call.chain].tables[call.table].rows for call in calls]
+    rows = [chains[call.chain].tables[call.table].rows for call in (*calls, *(call for _, call in with_loras))]
     again = _drawn_again(calls, chains)
     done, total = (
         0,
@@ -84,6 +88,14 @@ def write(
             pipeline.set_progress_bar_config(disable=True)
             found = record_call(pipeline, checkpoint, chains[call.chain], call, more)
             tensors |= {f"{i}/{name}": value for name, value in found.items()}
+            advance()
+    with torch.inference_mode():
+        for adapter, call in with_loras:
+            pipeline = pipelines[chains[call.chain].task]
+            with fuse.loaded(pipeline, *adapter):
+                found = record_call(pipeline, checkpoint, chains[call.chain], call, more)
+            tensors |= {f"{len(calls)}/{name}": value for name, value in found.items()}
+            calls.append(call)
             advance()
     for precision in precisions:
         with computing_in(first, checkpoint.family.components, precision), torch.inference_mode():
@@ -135,6 +147,19 @@ def _calls(layout: Layout, chains: Mapping[str, Chain], scale: float, of_tokens:
             strength=trial.strength if entry.strength is None else entry.strength,
             guidance_scale=scale if trial.guided else entry.guidance_scale or 0.0,
         )
+
+
+def _with_loras(
+    checkpoint: Checkpoint, layout: Layout, calls: Sequence[Call]
+) -> Iterator[tuple[tuple[Adapter, float], Call]]:
+    """Return a call with each LoRA of the order for the first chain of each task, but for a stream: the first of those
+    that are recorded without, and its LoRA and strength."""
+    names = [layout.name(task, layout.shapes[0]) for task in layout.tasks if not task.streams]
+    for adapter, strength in read_references(checkpoint):
+        known = digest(adapter.path)
+        for name in names:
+            plain = next(call for call in calls if call.chain == name)
+            yield (adapter, strength), replace(plain, adapters=[(known, strength)], errors={})
 
 
 def _drawn_again(calls: Sequence[Call], chains: Mapping[str, Chain]) -> dict[int, bool]:

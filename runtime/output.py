@@ -17,6 +17,7 @@ class PipelineOutput:
     device_seconds: float  # how long the device worked; the rest of the call's time is the host's
     uncaptured: str | None  # on a GPU, why the chain did not run as one CUDA graph; None if it did, and on a CPU
     resized: tuple[int, int] | None = None  # height, width of the first image, if another size was drawn
+    adapters: tuple[tuple[str, float], ...] = ()  # the active LoRAs, with their weights
 
 
 def as_images(output_type: str, made: np.ndarray) -> Any:

@@ -5,12 +5,14 @@ import threading
 import time
 import weakref
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 
 from turbochain.runtime import selection
+from turbochain.runtime.adapters import AdapterMethods, Adapters
 from turbochain.runtime.backends import forks
 from turbochain.runtime.backends.contract import Cancel, Device, Executor, Observe, Results
 from turbochain.runtime.bundle.opened import Bundle
@@ -33,7 +35,7 @@ FORKED = (
 Arrays = Mapping[str, np.ndarray]
 
 
-class Pipeline:
+class Pipeline(AdapterMethods):
     """A loaded engine. Calls are safe from several threads: one at a time is drawn.
 
     `Pipeline.load` makes one. It is a context manager. Graphs load when a chain first uses them; chains share them.
@@ -48,6 +50,7 @@ class Pipeline:
         *,
         prompt_cache_bytes: int = PROMPT_CACHE_BYTES,
         image_cache_bytes: int = IMAGE_CACHE_BYTES,
+        lora: str | None = None,
     ) -> None:
         """Take an executor over, which this closes; `load` is the usual way."""
         self.bundle = bundle
@@ -56,7 +59,7 @@ class Pipeline:
         self._executor: Executor | None = executor
         self._gone = CLOSED  # why, if there is none
         self._chains: dict[str, ReadyChain] = {}
-        self._held = Held()
+        self._held, self._adapters = Held(), Adapters(bundle, executor, lora)
         self._lock = threading.RLock()
         self.prompt_cache, self.image_cache = StageCache(prompt_cache_bytes), StageCache(image_cache_bytes)
         self._caches = Caches(self.prompt_cache, self.image_cache)
@@ -77,6 +80,7 @@ class Pipeline:
         trust_engines: bool = False,
         prompt_cache_bytes: int = PROMPT_CACHE_BYTES,
         image_cache_bytes: int = IMAGE_CACHE_BYTES,
+        lora: str | None = None,
     ) -> "Pipeline":
         """Open a bundle's best engine for this machine, with every file hashed first, and load the graphs of `chain`.
 
@@ -88,7 +92,8 @@ class Pipeline:
         `keep_all`: keep what a backend copies of the weights for every size and batch that was drawn, and not for the
         last one alone: calls that alternate between sizes load nothing then, and each size takes memory.
         `prompt_cache_bytes`, `image_cache_bytes`: bounds of the prompt embeddings and of the encoded pictures that
-        are kept. Raises BundleError if the bundle is damaged or has no engine that fits, BackendMissing if the backend
+        are kept. `lora`: how adapters are loaded, "slots" or "patch" (ONNX Runtime on a CPU in fp32 alone; None: the slots
+        if the bundle has any). Raises BundleError if the bundle is damaged or has no engine that fits, BackendMissing if the backend
         is not installed, VerificationError if an engine that was built on another machine fails its checks on this one.
         """
         bundle = Bundle.open(path, trust_engines=trust_engines)
@@ -96,11 +101,11 @@ class Pipeline:
         found = selection.select(opened, backend, device, engine, engines)
         executor = selection.open_executor(bundle, found, device=device, threads=threads, keep_all=keep_all)
         caches = {"prompt_cache_bytes": prompt_cache_bytes, "image_cache_bytes": image_cache_bytes}
-        pipe = cls(bundle, found, executor, **caches)
         try:
+            pipe = cls(bundle, found, executor, lora=lora, **caches)
             pipe._ready(opened.name)
         except BaseException:
-            pipe.close()
+            executor.close()
             raise
         return pipe
 
@@ -196,16 +201,18 @@ class Pipeline:
         feeds = ready.feeds.of_request(request)
         ready.feeds.warn_of_truncation(request.prompts)
         batch, pictures = ready.chain.batch, []
-        for first in range(0, count, batch):
-            rows = [min(i, count - 1) for i in range(first, first + batch)]  # short: the last one again
-            picture, results = self._run(ready, request, ready.feeds.rows(feeds, rows), observe, cancel)
-            pictures.append(picture[: count - first])
-            device_seconds += results.seconds
-            uncaptured = results.uncaptured
+        with self._lock:  # for all batches: other threads change adapters between calls
+            for first in range(0, count, batch):
+                rows = [min(i, count - 1) for i in range(first, first + batch)]  # short: the last one again
+                picture, results = self._run(ready, request, ready.feeds.rows(feeds, rows), observe, cancel)
+                pictures.append(picture[: count - first])
+                device_seconds += results.seconds
+                uncaptured = results.uncaptured
+            adapters = self._adapters.told
         made = pictures[0] if len(pictures) == 1 else np.concatenate(pictures)
         images = as_images(request.output_type, made)
         seconds = time.perf_counter() - start
-        return PipelineOutput(images, request.seed, seconds, device_seconds, uncaptured, request.resized)
+        return PipelineOutput(images, request.seed, seconds, device_seconds, uncaptured, request.resized, adapters)
 
     @property
     def device(self) -> Device:
@@ -239,6 +246,7 @@ class Pipeline:
                 self._executor = None
             self._chains.clear()
             self._held.clear()
+            self._adapters.clear()
             self.forget()
 
     def _abandon(self) -> None:
@@ -262,6 +270,7 @@ class Pipeline:
             executor = self._opened()
             if name not in self._chains:
                 chain = self.bundle.open_chain(name)
+                self._adapters.withdraw(executor)  # for a verification
                 found = verify.prepare(chain, self._found, executor)
                 if found is not self._found:  # a verification has left its own values there
                     self._held.lose_all_of(chain)
@@ -276,10 +285,12 @@ class Pipeline:
         fed = {**ready.feeds.constants(request.table), **feeds}
         with self._lock:
             executor = self._opened()
-            given, missing = self._caches.known(ready, request, fed)
+            request = replace(request, modes=request.modes | self._adapters.modes(ready.chain))
+            given, missing = self._caches.known(ready, request, fed, self._adapters)
             planned = ready.plan(request, tuple(given))
+            self._adapters.patch(executor, planned.plan.graphs)
             executor.load(planned.plan.graphs)
-            self._held.begin(executor, ready, planned)
+            self._held.begin(executor, ready, planned, self._adapters)
             try:
                 results = executor.execute(planned.plan, {**fed, **given}, observe=observe, cancel=cancel)
             finally:

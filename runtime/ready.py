@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from turbochain.runtime.adapters import Adapters
 from turbochain.runtime.backends.contract import Executor
 from turbochain.runtime.bundle.manifest import Stage, Tensor
 from turbochain.runtime.chain import wiring
@@ -55,14 +56,18 @@ class ReadyChain:
         """Return the names of what a stage makes, in the order of its graph's outputs."""
         return [t.name for t in wiring.outputs(stage, self.chain.graphs)]
 
-    def keys(self, stage: Stage, fed: Arrays) -> list[Hashable]:
+    def keys(self, stage: Stage, fed: Arrays, adapters: Adapters) -> list[Hashable]:
         """Return for each picture of a batch what an encoder makes something of: equal keys, equal results.
 
         The names of the chain do not count: a prompt and a negative prompt of one text are the same.
         """
         whole, rows = hashlib.blake2b(), []
+        state = adapters.state(self.chain.graphs[stage.graph].component)
         for tensor in wiring.inputs(stage, self.chain.graphs):
-            feed, value = self.chain.chain.feeds[tensor.name], fed[tensor.name]
+            feed = self.chain.chain.feeds[tensor.name]
+            if feed.is_ == "adapter":
+                continue  # `state` says what it holds
+            value = fed[tensor.name]
             if feed.is_ in ("number", "column"):
                 whole.update(value.tobytes())
             else:
@@ -72,7 +77,7 @@ class ReadyChain:
             one = whole.copy()
             for value in rows:
                 one.update(value[row].tobytes())
-            found.append((stage.graph, one.digest()))
+            found.append((stage.graph, state, one.digest()))
         return list(found)
 
     def result(self, request: Request) -> str:
@@ -105,18 +110,23 @@ class Held:
     lock."""
 
     def __init__(self) -> None:
-        self._known: set[Tensor] = set()
+        self._known: dict[Tensor, Hashable] = {}  # buffer → the state of its adapters, () if it has none
         self._stream: Callable[[], object | None] = lambda: None
 
-    def begin(self, executor: Executor, ready: ReadyChain, planned: Planned) -> None:
-        """Let those that a plan reads, and that no plan before has left something in, begin as zeros."""
-        if new := planned.held - self._known:
-            executor.hold(planned.plan, {tensor.name: ready.feeds.zeros(tensor.name) for tensor in new})
-            self._known |= new
+    def begin(self, executor: Executor, ready: ReadyChain, planned: Planned, adapters: Adapters) -> None:
+        """Let those that a plan reads have the active adapters; others, that no plan has left something in, zeros."""
+        states = {tensor: adapters.fed(ready.chain, tensor.name) for tensor in planned.held}
+        for tensor, state in states.items():
+            if self._known.get(tensor) != state:
+                name = tensor.name
+                value = adapters.value(ready.chain, name) if state else ready.feeds.zeros(name)
+                executor.hold(planned.plan, {name: value})
+                self._known[tensor] = state
 
     def lose(self, tensors: Iterable[Tensor]) -> None:
         """Let these start from zeros the next time that a plan reads them: something else is, or will be, in them."""
-        self._known.difference_update(tensors)
+        for tensor in tensors:
+            self._known.pop(tensor, None)
 
     def lose_all_of(self, chain: OpenChain) -> None:
         """Let every buffer that a verification of the chain may have written start from zeros."""
@@ -153,7 +163,9 @@ class Caches:
     prompt: StageCache
     image: StageCache
 
-    def known(self, ready: ReadyChain, request: Request, fed: Arrays) -> tuple[dict[str, np.ndarray], list[Missing]]:
+    def known(
+        self, ready: ReadyChain, request: Request, fed: Arrays, adapters: Adapters
+    ) -> tuple[dict[str, np.ndarray], list[Missing]]:
         """Return what needs no encoder, by its name in the chain, and the encoders that have to run."""
         of_caller = {name for name, _ in request.embeds}  # in some modes these are feeds, of zeros
         given = {n: value for n, value in fed.items() if n in of_caller or n not in ready.chain.chain.feeds}
@@ -162,7 +174,7 @@ class Caches:
             names = ready.made(stage)
             if all(name in given for name in names):
                 continue
-            keys = ready.keys(stage, fed)
+            keys = ready.keys(stage, fed, adapters)
             if (made := self._of(stage).get(keys)) is None:
                 missing.append((stage, keys))
             else:

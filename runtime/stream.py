@@ -74,7 +74,7 @@ class Stream:
     A frame enters with the prompt of that moment and a seed, keeps them, and S − 1 calls later leaves as the picture
     that diffusers' image-to-image pipeline makes of these. `stream.prompt = "a wolf"` is for the frames that enter from
     then on. Other calls of the pipeline may come between two frames; `keep_all=True` of `Pipeline.load` spares them
-    loading graphs again. Safe from several threads. A pipeline has one open stream.
+    loading graphs again. An adapter that is set between two frames changes those under way too. Safe from several threads. A pipeline has one open stream.
     """
 
     def __init__(self, pipe: "Pipeline", request: Request, similar: Similar | None = None) -> None:
@@ -208,7 +208,8 @@ class Stream:
         if not leaving:
             return None
         images, seconds = as_images(request.output_type, made), time.perf_counter() - start
-        self._last = PipelineOutput(images, leaving.seed, seconds, results.seconds, results.uncaptured, leaving.resized)
+        timed = (seconds, results.seconds, results.uncaptured)
+        self._last = PipelineOutput(images, leaving.seed, *timed, leaving.resized, self._pipe._adapters.told)
         return self._last
 
 

@@ -27,6 +27,7 @@ import calls
 import here
 import interrupted as interruption
 import kept
+import lora_files
 import numpy as np
 import outside
 import pytest
@@ -321,6 +322,28 @@ def guided(checkpoints: dict[str, Path], shared: Path) -> Path:
     with locked(shared / "guided.lock"):
         if not (path / "engines").exists():
             how = {"tasks": ["text-to-image", "image-to-image", "inpainting"], "guidance_scale": 5.0, "steps": [2, 4]}
+            build_here(str(checkpoints["sd"]), path, precision="fp32", size=SIZE, quiet=True, **how, **ON)
+    return path
+
+
+@pytest.fixture(scope="session")
+def reference_lora(checkpoints: dict[str, Path], shared: Path) -> Path:
+    """A LoRA of the SD miniature's attention, of rank 4, in peft's format."""
+    path = shared / "reference-lora.safetensors"
+    if not path.exists():
+        lora_files.write(path, lora_files.draw(checkpoints["sd"], seed=1, only="attn"), "peft")
+    return path
+
+
+@pytest.fixture(scope="session")
+def slotted(checkpoints: dict[str, Path], reference_lora: Path, shared: Path) -> Path:
+    """The SD miniature with slots of rank 4 and of rank 8, and a case with `reference_lora` at 0.8. Tests must not
+    change it."""
+    path = shared / "slotted.bundle"
+    with locked(shared / "slotted.lock"):
+        if not (path / "engines").exists():
+            how = {"tasks": ["text-to-image", "image-to-image"], "lora_rank": [4, 8], "steps": [1, 2]}
+            how |= {"reference_lora": [f"{reference_lora}:0.8"]}
             build_here(str(checkpoints["sd"]), path, precision="fp32", size=SIZE, quiet=True, **how, **ON)
     return path
 

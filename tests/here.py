@@ -117,7 +117,7 @@ class _Traced:
 
     def _copy(self, graphs: dict[str, Graph], source: Path, target: Path) -> None:
         (target / "graphs").mkdir(parents=True, exist_ok=True)
-        for file in {file for graph in graphs.values() for file in (*graph.files, graph.names)}:
+        for file in {file for graph in graphs.values() for file in graph.all_files}:
             if (target / file).exists():  # data that graphs share
                 assert (target / file).read_bytes() == (source / file).read_bytes(), file
             else:
@@ -136,7 +136,7 @@ class _Traced:
         spec, shape = placed.spec, placed.shape
         inputs = {k: v or columns[k] for k, v in spec.inputs(self.prepared.checkpoint.configs, shape).items()}
         size = (shape.height, shape.width) if spec.sized else ()
-        said = (spec.role, spec.module, spec.arguments(shape), inputs, spec.outputs, size, shape.batch)
+        said = (spec.role, spec.module, spec.rank, spec.arguments(shape), inputs, spec.outputs, size, shape.batch)
         return repr((*said, self.remedies[name], self.recipe.opset))
 
     def _weights(self) -> str:

@@ -46,6 +46,12 @@ class GraphSpec:
     precision: str | None = None  # this one, whatever is asked for
     sized: bool = True  # whether it depends on the size of a picture
     of_rows: bool = False  # whether it makes all rows of a stream at once, and so is for a shape with `rows`
+    rank: int = 0  # of its slots for adapters; 0: it has none
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Return what it has beside the plain graph of its role, as the manifest has it."""
+        return ("lora",) if self.rank else ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class Family:
     columns: tuple[str, ...]  # what the UNet makes of a timestep: see COLUMNS in export.tracing.time
     constants: Mapping[str, Callable[[Shape], tuple[Any, ...]]]
     # columns that are the same in every row: name → arguments, see CONSTANTS in export.tracing.time
+    slot_columns: tuple[str, ...]  # further columns that the UNet reads if it has slots for adapters
     pipeline_options: Mapping[str, Any]  # further arguments of the diffusers pipelines' constructors
     zeros: Callable[[Mapping[str, Any]], bool]  # model_index.json → whether no negative prompt is zeros, and not ""
     embeds: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]

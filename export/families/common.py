@@ -1,6 +1,6 @@
 """What the families share: the VAE's graphs, those without weights, the text-to-image chain, the checks of configs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -189,14 +189,21 @@ STREAM, ALL = "stream_", "all_"
 """What the names of tensors begin with in a stream: of the frames under way, and of all with the one that enters."""
 
 
-def graphs(family: Family, K: int, posterior: bool, clip_skip: int = 0) -> dict[str, GraphSpec]:
+def graphs(
+    family: Family, K: int, posterior: bool, clip_skip: int = 0, ranks: Sequence[int] = ()
+) -> dict[str, GraphSpec]:
     """Return role → spec, all that a chain of the family may have; those of one component in the order of tracing.
 
     `posterior`: whether the VAE makes a distribution. `clip_skip`: how many layers of the text encoders are left out.
+    `ranks`: of slots for adapters, ascending: a UNet of each, and text encoders of the largest in place of those
+    without.
     """
-    encoders = {stage.graph: family.graphs[stage.graph] for stage in family.prompt_stages if clip_skip}
+    of_text = {stage.graph: replace(family.graphs[stage.graph], rank=max(ranks, default=0)) for stage in family.prompt_stages}
+    encoders = of_text if clip_skip else {}
     return {
         **family.graphs,
+        **of_text,
+        **{name: unet_with_slots(family, rank) for name, rank in slotted_unets(ranks).items()},
         **{
             role + CLIP_SKIP: replace(spec, role=role + CLIP_SKIP, arguments=lambda shape: (clip_skip,))
             for role, spec in encoders.items()
@@ -213,12 +220,34 @@ def graphs(family: Family, K: int, posterior: bool, clip_skip: int = 0) -> dict[
     }
 
 
-def step_feeds(family: Family) -> dict[str, Feed]:
-    """Return the feeds of the UNet and the sampler's step, which every chain has."""
+def slotted_unets(ranks: Sequence[int]) -> dict[str, int]:
+    """Return the UNets' graphs with slots for adapters, by the roles that chains have for them → rank."""
+    return {f"unet+lora-{rank}" if i else "unet+lora": rank for i, rank in enumerate(ranks)}
+
+
+def unet_with_slots(family: Family, rank: int) -> GraphSpec:
+    """Return the UNet with slots of a rank, and the columns that they read."""
+    plain = family.graphs["unet"]
+
+    def inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
+        return {**plain.inputs(configs, shape), **dict.fromkeys(family.slot_columns)}
+
+    return replace(plain, inputs=inputs, rank=rank)
+
+
+def slot_wires(role: str) -> dict[str, str]:
+    """Return what a chain calls the inputs of a graph's slots: unet_lora_down, unet_lora_down_128, …"""
+    name, _, rank = role.replace("+lora", "").replace("+", "_").partition("-")
+    return {end: f"{name}_{end}" + (f"_{rank}" if rank else "") for end in ("lora_down", "lora_up")}
+
+
+def step_feeds(family: Family, slots: bool = False) -> dict[str, Feed]:
+    """Return the feeds of the UNet and the sampler's step, which every chain has; `slots`: of a UNet with slots too."""
+    columns = ("input_scale", *family.columns, *(family.slot_columns if slots else ()), "m", "v", "w")
     return {
         "noise": Feed("noise", "step"),
         **{name: Feed("column", "call") for name in family.constants},
-        **{name: Feed("column", "step") for name in ("input_scale", *family.columns, "m", "v", "w")},
+        **{name: Feed("column", "step") for name in columns},
     }
 
 

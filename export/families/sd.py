@@ -64,6 +64,7 @@ FAMILY = Family(
     prompt_stages=(Stage("text_encoder", "prompt", "text"),),
     columns=("time_projections",),
     constants={},
+    slot_columns=("activated_time_embedding",),
     pipeline_options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     zeros=lambda index: False,
     embeds=lambda configs, call: {"prompt_embeds": call["encoder_hidden_states"]},

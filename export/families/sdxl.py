@@ -96,6 +96,7 @@ FAMILY = Family(
     prompt_stages=(Stage("text_encoder", "prompt", "text"), Stage("text_encoder_2", "prompt", "text")),
     columns=("time_embeds",),
     constants={"time_ids_embeds": _time_ids},
+    slot_columns=(),
     pipeline_options={"add_watermarker": False},
     zeros=lambda index: bool(index.get("force_zeros_for_empty_prompt", True)),
     embeds=_embeds,

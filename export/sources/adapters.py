@@ -1,6 +1,7 @@
 """The LoRA files that are fused into a checkpoint's weights, read and checked without torch."""
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 from turbochain.export.sources.checkpoint import Checkpoint
@@ -12,18 +13,27 @@ from turbochain.runtime.inputs.adapters import Adapter
 
 def read_all(checkpoint: Checkpoint) -> list[tuple[Adapter, float]]:
     """Return the checkpoint's LoRA files, read, each with its strength; InputError if one does not fit the weights."""
-    if not checkpoint.adapters:
+    return _read(checkpoint, checkpoint.adapters)
+
+
+def read_references(checkpoint: Checkpoint) -> list[tuple[Adapter, float]]:
+    """Return the LoRA files to record cases with, as `read_all`."""
+    return _read(checkpoint, checkpoint.references)
+
+
+def _read(checkpoint: Checkpoint, files: Sequence[tuple[Path, float]]) -> list[tuple[Adapter, float]]:
+    if not files:
         return []
     components = [c for c in checkpoint.family.components if c in PREFIXES]
     shapes = {c: _shapes(checkpoint.weights[c]) for c in components}
-    return [(adapters.read(path, shapes), strength) for path, strength in checkpoint.adapters]
+    return [(adapters.read(path, shapes), strength) for path, strength in files]
 
 
 def require_peft() -> None:
-    """Raise InputError if peft is missing, with which diffusers fuses LoRA files for the reference."""
+    """Raise InputError if peft is missing, with which diffusers applies LoRA files for the reference."""
     if importlib.util.find_spec("peft") is None:
         raise InputError(
-            "the package peft is not installed, and diffusers needs it to fuse a LoRA for the reference pictures: "
+            "the package peft is not installed, and diffusers needs it to apply a LoRA for the reference pictures: "
             "pip install peft"
         )
 

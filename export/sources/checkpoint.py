@@ -75,6 +75,7 @@ class Checkpoint:
     replaced: dict[str, Part] = field(default_factory=dict)  # component → another part than its own
     loras: dict[str, Part] = field(default_factory=dict)  # lora, lora-2, … → its file
     adapters: tuple[tuple[Path, float], ...] = ()  # LoRA files to fuse into the weights, and how strongly (1: fully)
+    references: tuple[tuple[Path, float], ...] = ()  # LoRA files to record cases with, and how strongly
     scheduler: dict[str, Any] = field(default_factory=dict)  # changes of its config; `_class_name`: the class
 
     @cached_property

@@ -90,6 +90,8 @@ class UNet(nn.Module):
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
+        self.folded = {f"time_embedding.{name}" for name, _ in unet.time_embedding.named_parameters()}
+        """Parameters of the UNet that are in the table, or of which this module holds a part."""
         unet.get_time_embed = lambda sample, timestep: timestep.to(sample.dtype)
         unet.time_embedding = _Given()
 
@@ -115,9 +117,13 @@ class SDUNet(UNet):
     def __init__(self, unet: Any) -> None:
         super().__init__(unet)
         unet.time_embed_act = None
-        start = 0
+        self.projections: dict[str, int] = {}
+        """Weight of a projection of the time → how many values of `time_projections` it makes; in their order."""
+        names, start = {module: name for name, module in unet.named_modules()}, 0
         for resnet in timed_resnets(unet):
-            stop = start + resnet.time_emb_proj.out_features
+            name, stop = f"{names[resnet]}.time_emb_proj", start + resnet.time_emb_proj.out_features
+            self.folded |= {f"{name}.{own}" for own, _ in resnet.time_emb_proj.named_parameters()}
+            self.projections[f"{name}.weight"] = stop - start
             resnet.time_emb_proj, resnet.skip_time_act, start = _Slice(start, stop), True, stop
 
     def forward(
@@ -138,15 +144,13 @@ class SDXLUNet(UNet):
     nothing of a size is in the weights.
     """
 
-    folded = ("add_embedding.linear_1.weight", "add_embedding.linear_1.bias")
-    """Parameters of the UNet of which this module holds a part."""
-
     def __init__(self, unet: Any) -> None:
         super().__init__(unet)
         embedding, first = unet.add_embedding, unet.add_embedding.linear_1
         pooled = nn.Linear(pooled_width(unet), first.out_features, bias=False, dtype=first.weight.dtype)
         pooled.weight = nn.Parameter(first.weight[:, : pooled.in_features].clone(), requires_grad=False)
         embedding.linear_1 = nn.Identity()
+        self.folded |= {"add_embedding.linear_1.weight", "add_embedding.linear_1.bias"}
 
         def embed(emb: torch.Tensor, encoder_hidden_states: Any, added_cond_kwargs: Any) -> torch.Tensor:
             read = pooled(added_cond_kwargs["text_embeds"].to(emb.dtype))

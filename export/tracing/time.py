@@ -33,14 +33,14 @@ def _guidance_embedding(guidance: torch.Tensor, width: int) -> torch.Tensor:
 def _projections(unet: Any, timesteps: torch.Tensor, guidance: torch.Tensor | None) -> Columns:
     """Return `time_projections` [T, 1, ΣC] fp32: what each ResNet adds of the time, in the order of `timed_resnets`.
 
-    And `activated_time_embedding` [T, D], which those projections read: an adapter that changes a projection needs it.
+    And `activated_time_embedding` [T, 1, D], which those projections read: an adapter that changes a projection needs it.
     """
     act = unet.time_embed_act or nn.Identity()
     embedding = act(_embedding(unet, timesteps, guidance))
     resnets = timed_resnets(unet)
     activated = [embedding if r.skip_time_act else r.nonlinearity(embedding) for r in resnets]
     made = [r.time_emb_proj(a) for r, a in zip(resnets, activated, strict=True)]
-    return {"time_projections": torch.cat(made, dim=-1).unsqueeze(1), "activated_time_embedding": activated[0]}
+    return {"time_projections": torch.cat(made, dim=-1).unsqueeze(1), "activated_time_embedding": activated[0].unsqueeze(1)}
 
 
 def _embeds(unet: Any, timesteps: torch.Tensor, guidance: torch.Tensor | None) -> Columns:
@@ -73,7 +73,12 @@ CONSTANTS: dict[str, Callable[..., torch.Tensor]] = {"time_ids_embeds": _time_id
 
 def watch(stack: ExitStack, unet: Any, column: str, see: Callable[[torch.Tensor], None]) -> None:
     """Call `see` with a column's row [1, …] whenever diffusers' own UNet has computed it, until `stack` is closed."""
-    parts = [r.time_emb_proj for r in timed_resnets(unet)] if column == "time_projections" else [unet.time_embedding]
+    if column == "activated_time_embedding":  # which all projections read
+        first = timed_resnets(unet)[0].time_emb_proj
+        stack.callback(first.register_forward_pre_hook(lambda _, given: see(given[0][:1])).remove)
+        return
+    projections = [_without_adapters(r.time_emb_proj) for r in timed_resnets(unet)]
+    parts = projections if column == "time_projections" else [unet.time_embedding]
     made: dict[int, torch.Tensor] = {}  # by the part's place, for they do not run in the order of the modules
 
     def after(place: int, _: Any, __: Any, output: torch.Tensor) -> None:
@@ -84,3 +89,8 @@ def watch(stack: ExitStack, unet: Any, column: str, see: Callable[[torch.Tensor]
 
     for place, part in enumerate(parts):
         stack.callback(part.register_forward_hook(partial(after, place)).remove)
+
+
+def _without_adapters(layer: nn.Module) -> nn.Module:
+    """Return a layer itself, if peft wraps it: the table has what it makes without adapters."""
+    return dict(layer.named_children()).get("base_layer", layer)

@@ -21,6 +21,7 @@ from turbochain.export.tracing.modules import TORCH_DTYPES, copy_modules
 from turbochain.export.tracing.names import name_map
 from turbochain.export.tracing.rescale import rescale
 from turbochain.export.tracing.simplify import simplify
+from turbochain.export.tracing.slots import Slotted
 from turbochain.export.tracing.weights import DataFiles, Parameters
 from turbochain.runtime.bundle.manifest import Graph, Tensor
 from turbochain.runtime.errors import TurbochainError
@@ -47,6 +48,9 @@ class Wanted:
         """Return the shape that it is made for."""
         return self.graph.shape
 
+
+Ends = dict[str, tuple[str, tuple[int, ...]]]
+"""Input → dtype, shape."""
 
 Columns = Mapping[str, tuple[int, ...]]
 """Column of the table → the shape of the input that it fills."""
@@ -80,7 +84,9 @@ def export_graphs(
                 k: v or ("float32", _column(columns[k], one.shape.rows if k in checkpoint.family.columns else 0))
                 for k, v in one.spec.inputs(checkpoint.configs, one.shape).items()
             }
-            module = _module(one, model)
+            module = _module(one, model, inputs)
+            if isinstance(module, Slotted):
+                inputs |= {name: ("float32", (size,)) for name, size in module.sizes.items()}
             data = files[one.remedy.precision]
             graph = _trace(one, module, inputs, parameters, factors, data, bundle, opset)
             graphs[one.name] = replace(graph, model_class=type(model).__name__ if component else "")
@@ -101,12 +107,15 @@ def _alike(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
     return [members for _, members in groups]
 
 
-def _module(wanted: Wanted, model: torch.nn.Module) -> torch.nn.Module:
-    """Return the module that is traced, on the weights of `model`."""
-    kind = getattr(modules, wanted.spec.module)
-    module: torch.nn.Module = kind(copy_modules(model), *wanted.spec.arguments(wanted.shape)).eval()
+def _module(wanted: Wanted, model: torch.nn.Module, inputs: Ends) -> torch.nn.Module:
+    """Return the module that is traced, on the weights of `model`; `inputs`: but for those of its slots."""
+    kind, own = getattr(modules, wanted.spec.module), copy_modules(model)
+    module: torch.nn.Module = kind(own, *wanted.spec.arguments(wanted.shape)).eval()
     if wanted.remedy.precision == "fp32":  # in lower precision a GPU's own GroupNormalization is wanted
         group_norm.replace_group_norms(module)
+    if wanted.spec.rank:
+        examples = {name: _example(*end) for name, end in inputs.items()}
+        return Slotted(module, own, wanted.spec.rank, examples).eval()
     return module
 
 
@@ -127,7 +136,7 @@ def _load(checkpoint: Checkpoint, component: str, remedy: Remedy) -> tuple[torch
 def _trace(
     wanted: Wanted,
     module: torch.nn.Module,
-    inputs: dict[str, tuple[str, tuple[int, ...]]],
+    inputs: Ends,
     parameters: Parameters,
     factors: Mapping[str, float],
     files: DataFiles,
@@ -159,8 +168,11 @@ def _trace(
     _argmax_of_floats(proto)
     (bundle / file).write_bytes(proto.SerializeToString(deterministic=True))
     onnx.checker.check_model(bundle / file)
-    found = name_map(parameters.fingerprints, written.initializers, getattr(module, "folded", ()), factors)
-    (bundle / names).write_text(json.dumps(found, indent=0, sort_keys=True) + "\n")
+    found = name_map(parameters, written.initializers, getattr(module, "folded", ()), factors)
+    (bundle / names).write_text(_lines(found))
+    slots = f"graphs/{name}.slots.json" if isinstance(module, Slotted) else ""
+    if isinstance(module, Slotted):
+        (bundle / slots).write_text(module.text())
     return Graph(
         role=spec.role,
         component=spec.component,
@@ -174,7 +186,15 @@ def _trace(
         remedy=wanted.remedy.phrase,
         size=(wanted.shape.height, wanted.shape.width) if spec.sized else (),
         batch=wanted.shape.batch,
+        features=spec.features,
+        slots=slots,
     )
+
+
+def _lines(found: Mapping[str, Any]) -> str:
+    """Return JSON with a line for each entry."""
+    lines = (f"{json.dumps(name)}: {json.dumps(found[name])}" for name in sorted(found))
+    return "{\n" + ",\n".join(lines) + "\n}\n" if found else "{}\n"
 
 
 def _column(size: tuple[int, ...], rows: int) -> tuple[int, ...]:

@@ -52,6 +52,8 @@ class Parameters:
         """Hash the parameters of `model`, which must stay as they are for as long as this object is used."""
         self.fingerprints: dict[str, Fingerprint] = {}
         """Parameter → fingerprint."""
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        """Parameter → shape."""
         self._model = model  # keeps the memory at `_known` from being used for something else
         self._known: dict[tuple[int, str, int], Fingerprint] = {}
         for name, parameter in model.named_parameters():

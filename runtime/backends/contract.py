@@ -98,6 +98,15 @@ class Executor(Protocol):
     def hold(self, plan: Plan, values: Mapping[str, np.ndarray]) -> None:
         """Write buffers of a plan that no plan uploads: they keep their values from call to call."""
 
+    def can_patch(self, graph: str) -> bool:
+        """Return whether `patch` can give initializers of a graph other values."""
+
+    def patch(self, graph: str, values: Mapping[str, np.ndarray]) -> None:
+        """Let a graph be loaded with these fp32 values in place of initializers of its file, by name, or with none.
+
+        The arrays are used as they are, not copied. If the graph is loaded it is unloaded, for the next `load`.
+        """
+
     def operators(self, graph: str) -> Iterable[tuple[str, float]]:
         """Return the kind of every operator of a graph, and its mean seconds in one launch; asked for once.
 

@@ -10,6 +10,7 @@ import numpy as np
 from turbochain.runtime.backends.contract import Cancel, Observe, Opened, Results, others_of_same_weights, stop_if
 from turbochain.runtime.bundle.manifest import Tensor
 from turbochain.runtime.chain.plan import Constant, Copy, Download, Plan, Run, Upload, ends
+from turbochain.runtime.errors import InputError
 
 LOADING = 2
 """Graphs that are loaded at once: a load is for the most part one thread that waits for memory."""
@@ -120,6 +121,14 @@ class CpuExecutor(ABC):
         tensors = plan.tensors(self.opened.bundle.manifest.graphs)
         for name, value in values.items():
             np.copyto(self._buffer(tensors[name]), value)
+
+    def can_patch(self, graph: str) -> bool:
+        """See Executor."""
+        return False
+
+    def patch(self, graph: str, values: Arrays) -> None:
+        """See Executor."""
+        raise InputError(f"the weights of {graph} cannot be changed here: onnxruntime does that on a CPU, in fp32")
 
     def operators(self, graph: str) -> Iterable[tuple[str, float]]:
         """See Executor."""

@@ -315,6 +315,14 @@ class GpuExecutor(ABC):
     def _launch(self, launch: Launch, at: Mapping[str, int], stream: Any) -> None:
         self._graphs[launch.graph].enqueue({name: at[buffer] for name, buffer in launch.buffers.items()}, stream)
 
+    def can_patch(self, graph: str) -> bool:
+        """See Executor."""
+        return False
+
+    def patch(self, graph: str, values: Arrays) -> None:
+        """See Executor."""
+        raise InputError(f"the weights of {graph} cannot be changed here: onnxruntime does that on a CPU, in fp32")
+
     def operators(self, graph: str) -> Iterable[tuple[str, float]]:
         """See Executor."""
         raise InputError("operators are profiled on a CPU only: on a GPU, run turbochain bench under nsys")

@@ -72,6 +72,7 @@ class OnnxRuntimeCpu(CpuExecutor):
     def __init__(self, opened: Opened) -> None:
         """Set up what the sessions share."""
         _share_arena()  # before the graphs, which are loaded at once
+        self._patches: dict[str, Arrays] = {}
         super().__init__(opened)
 
     def load_graph(self, graph: str) -> Loaded:
@@ -93,11 +94,24 @@ class OnnxRuntimeCpu(CpuExecutor):
             options.profile_file_prefix = str(Path(tempfile.gettempdir()) / f"turbochain-{os.getpid()}-{graph}")
         without = _keep_mapped(options) if _stays_mapped(entry) else []
         path = bundle.plain(graph) / entry.file
-        return _CpuGraph(graph, entry, sessions.load(str(path), graph, options, sessions.CPU, {}, without))
+        kept = sessions.override(options, self._patches.get(graph, {}))
+        return _CpuGraph(graph, entry, sessions.load(str(path), graph, options, sessions.CPU, {}, without), kept)
 
     def copies_weights(self, graph: str) -> bool:
         """See CpuExecutor."""
         return not _stays_mapped(self.opened.bundle.manifest.graphs[graph])
+
+    def can_patch(self, graph: str) -> bool:
+        """See Executor. In other sessions constants are folded, which reads the file's values and no others."""
+        return _stays_mapped(self.opened.bundle.manifest.graphs[graph])
+
+    def patch(self, graph: str, values: Arrays) -> None:
+        """See Executor."""
+        if not self.can_patch(graph):
+            super().patch(graph, values)
+        self._patches[graph] = values
+        if graph in self.loaded:
+            self.unload(graph)
 
     def close(self) -> None:
         """See Executor; also give back the arena's memory that is free."""
@@ -106,8 +120,9 @@ class OnnxRuntimeCpu(CpuExecutor):
 
 
 class _CpuGraph(Loaded):
-    def __init__(self, name: str, graph: Graph, session: Any) -> None:
-        self.name, self.graph, self.session = name, graph, session
+    def __init__(self, name: str, graph: Graph, session: Any, overrides: Any) -> None:
+        """`overrides`: what the session uses in place of initializers, and does not keep alive."""
+        self.name, self.graph, self.session, self.overrides = name, graph, session, overrides
         sessions.check_ends(graph, session)
 
     def bind(self, arrays: Arrays) -> Launch:

@@ -48,6 +48,17 @@ def default_options() -> Any:
     return options
 
 
+def override(options: Any, values: Mapping[str, np.ndarray]) -> list[Any]:
+    """Let a session with these options have these fp32 arrays as initializers; return what must outlive it.
+
+    Only for sessions that fold no constants: folding reads what is in the file.
+    """
+    kept = [(name, library().OrtValue.ortvalue_from_numpy(value)) for name, value in values.items()]
+    for name, value in kept:
+        options.add_initializer(name, value)
+    return [*kept, *values.values()]
+
+
 def load(
     model: str | bytes,
     graph: str,

@@ -172,16 +172,16 @@ def _fields(data: _Data, start: int, end: int) -> Iterator[tuple[int, int, int]]
     """Yield (field number, first byte, byte after the last) of the length-delimited fields of a message."""
     at = start
     while at < end:
-        tag, at = _varint(data, at, end)
+        tag, at = varint(data, at, end)
         number, wire_type = tag >> 3, tag & 7
         if not 0 < number < 2**29:
             raise _Malformed(f"field number {number} at byte {at}")
         if wire_type == 0:
-            _, at = _varint(data, at, end)
+            _, at = varint(data, at, end)
         elif wire_type == 1:
             at += 8
         elif wire_type == 2:
-            size, at = _varint(data, at, end)
+            size, at = varint(data, at, end)
             if at + size <= end:
                 yield number, at, at + size
             at += size
@@ -193,7 +193,7 @@ def _fields(data: _Data, start: int, end: int) -> Iterator[tuple[int, int, int]]
             raise _Malformed(f"a field ends at byte {at}, after its message's end at {end}")
 
 
-def _varint(data: _Data, at: int, end: int) -> tuple[int, int]:
+def varint(data: _Data, at: int, end: int) -> tuple[int, int]:
     """Return the number at `at` and the place after it."""
     value = 0
     for shift in range(0, 70, 7):

@@ -18,7 +18,7 @@ FORMAT_VERSION = 2
 TEXT_TO_IMAGE, IMAGE_TO_IMAGE, INPAINTING, STREAM = "text-to-image", "image-to-image", "inpainting", "stream"
 """The tasks. The first chain of a bundle is its default."""
 
-FEATURES = ("expansions", "keep", "modes", "multistep", "stream", "wires")
+FEATURES = ("adapters", "expansions", "keep", "modes", "multistep", "stream", "wires")
 """The optional features of the format that this version reads."""
 
 PLACES = ("prompt", "image", "step", "end")
@@ -95,11 +95,17 @@ class Graph:
     features: tuple[str, ...] = ()  # what the graph has beside the plain one of its role: lora, control, …
     size: tuple[int, ...] = ()  # height, width in pixels; () if it is the same for all sizes
     batch: int = 0  # pictures per launch; 0 if it is the same for all batches
+    slots: str = ""  # JSON: what of an adapter goes where in lora_down and lora_up; "" if the graph has no slots
 
     @property
     def files(self) -> tuple[str, ...]:
         """Return every file that a backend reads for this graph."""
         return (self.file, *self.data)
+
+    @property
+    def all_files(self) -> tuple[str, ...]:
+        """Return these, and those that say what is in it."""
+        return (*self.files, self.names, *([self.slots] if self.slots else []))
 
 
 @dataclass(frozen=True)

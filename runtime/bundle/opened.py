@@ -55,7 +55,7 @@ class Bundle:
         problems = [] if m.chains else ["there is no chain"]
         named = {REFERENCE: "the reference"}
         for name, graph in m.graphs.items():
-            named |= dict.fromkeys((*graph.files, graph.names), f"graph {name}")
+            named |= dict.fromkeys(graph.all_files, f"graph {name}")
             for t in (*graph.inputs, *graph.outputs):
                 if t.dtype not in DTYPES or any(size < 1 for size in t.shape):
                     problems.append(f"graph {name}: {t.name} has dtype {t.dtype} and shape {list(t.shape)}")

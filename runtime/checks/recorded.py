@@ -1,6 +1,8 @@
 """What a stage was fed and made in a recorded case, row by row."""
 
+from collections.abc import Mapping
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 
@@ -13,9 +15,13 @@ from turbochain.runtime.checks.reference import Case
 class Recorded:
     """A case beside the chain that it was recorded for."""
 
-    def __init__(self, chain: OpenChain, case: Case) -> None:
-        """Read the case's table."""
-        self.chain, self.case, self.tensors = chain, case, case.tensors
+    def __init__(
+        self, chain: OpenChain, case: Case, mode: str = "", slots: Mapping[str, np.ndarray] = MappingProxyType({})
+    ) -> None:
+        """Read the case's table. `mode`: one that the call has beside those of the case. `slots`: what feeds those of
+        adapters, by name; others are zeros."""
+        self.chain, self.case, self.tensors, self.slots = chain, case, case.tensors, slots
+        self.modes = case.modes | frozenset(filter(None, [mode]))
         self.table: Table = chain.tables[case.table]
         self.columns = chain.columns(case.table)
 
@@ -34,6 +40,8 @@ class Recorded:
         feed = self.chain.chain.feeds.get(name)
         if feed is not None and feed.is_ == "history":
             return self._history(row)
+        if name in self.slots:
+            return self.slots[name]
         if name not in self.tensors:
             tensor = self.chain.tensors[name]
             return np.zeros(tensor.shape, tensor.dtype)
@@ -41,7 +49,7 @@ class Recorded:
 
     def feeds(self, when: str) -> dict[str, np.ndarray]:
         """Return what the case's feeds of a call, of every step [rows, …], or those that are held begin with."""
-        read = self.chain.read(self.case.modes)
+        read = self.chain.read(self.modes)
         names = [name for name, feed in read.items() if feed.when == when]
         rows = range(self.chain.passes(self.case.table))
         return {n: np.array([self.value(n, i) for i in rows]) if when == "step" else self.value(n, 0) for n in names}

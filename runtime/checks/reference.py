@@ -21,6 +21,7 @@ class Case:
     table: str  # of the chain
     modes: frozenset[str]
     tensors: Arrays
+    adapters: tuple[tuple[str, float], ...]  # SHA-256 of a LoRA's file, scale
     errors: dict[str, dict[str, float]]  # precision → metric → diffusers' own error in it; see bounds.of_image
 
 
@@ -32,20 +33,25 @@ def read_errors(bundle: Bundle) -> list[dict[str, dict[str, float]]]:
         return [case.get("errors", {}) for case in json.loads(file.metadata()["cases"])]
 
 
-def read_cases(bundle: Bundle, chain: str) -> list[Case]:
-    """Return the recorded cases of a chain; the file must have been hashed before (`Bundle.check_files`)."""
+def read_cases(bundle: Bundle, chain: str, *, adapters: bool = False) -> list[Case]:
+    """Return the recorded cases of a chain without adapters, or those with; the file must have been hashed before
+    (`Bundle.check_files`).
+
+    Raises BundleError if there is none without.
+    """
     from safetensors import safe_open
 
     cases: list[Case] = []
     with safe_open(bundle.path / REFERENCE, framework="numpy") as file:
         names = list(file.keys())
         for i, case in enumerate(json.loads(file.metadata()["cases"])):
-            if case["chain"] == chain:
+            if case["chain"] == chain and bool(case.get("adapters")) == adapters:
                 mine = [n for n in names if n.startswith(f"{i}/")]
                 tensors = {n.removeprefix(f"{i}/"): file.get_tensor(n) for n in mine}
                 modes = frozenset(case["modes"])
+                applied = tuple((file, scale) for file, scale in case.get("adapters", []))
                 errors = case.get("errors", {})
-                cases.append(Case(case["prompt"], case["seed"], case["table"], modes, tensors, errors))
-    if not cases:
+                cases.append(Case(case["prompt"], case["seed"], case["table"], modes, tensors, applied, errors))
+    if not cases and not adapters:
         raise BundleError(f"{bundle.path / REFERENCE} has no case of the chain {chain} to check against")
     return cases

@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from turbochain.runtime import backends, selection
+from turbochain.runtime.adapters import Adapters
 from turbochain.runtime.backends.contract import Executor
 from turbochain.runtime.bundle import strict_json, writing
 from turbochain.runtime.bundle.manifest import COMPUTED, REFERENCE, Check, Stage
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.chain.plan import graph_plan
+from turbochain.runtime.chain.slots import ChainSlots
 from turbochain.runtime.checks import bounds, metrics
 from turbochain.runtime.checks.bounds import AT_LEAST, Bounds
 from turbochain.runtime.checks.recorded import Recorded
@@ -37,21 +39,35 @@ def verify(
     executor: Executor,
     computed: Mapping[str, str],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    adapters: Adapters | None = None,
 ) -> list[Check]:
-    """Return every figure of a chain, the worst of all cases for each stage and metric; its graphs must be loaded.
+    """Return every figure of a chain, the worst of all cases for each stage and metric; loads the graphs.
 
-    `computed`: graph → the precision that it is computed in, which decides its bounds; see `precisions`.
+    `computed`: graph → the precision that it is computed in, which decides its bounds; see `precisions`. Each case is
+    drawn in each mode of adapters too, with slots of zeros. `adapters`: compare only cases that were recorded with what
+    is active there, which may be none.
     """
-    cases, readers = read_cases(chain.bundle, chain.name), tokenizers(chain)
-    own = bounds.own_of_predictions(read_errors(chain.bundle))
-    worst: dict[tuple[str, str], Check] = {}
-    for i, case in enumerate(cases):
-        progress(i, len(cases))
-        for check in _checks(chain, executor, computed, readers, Recorded(chain, case), own):
-            key = (check.stage, check.metric)
-            if key not in worst or _badness(check) > _badness(worst[key]):
-                worst[key] = check
-    progress(len(cases), len(cases))
+    of = () if adapters is None else adapters.files
+    cases = [c for c in read_cases(chain.bundle, chain.name, adapters=adapters is not None) if c.adapters == of]
+    if not cases:
+        return []
+    readers, own = tokenizers(chain), bounds.own_of_predictions(read_errors(chain.bundle))
+    slots, worst = ChainSlots(chain), dict[tuple[str, str], Check]()
+    modes = ["", *slots.modes] if adapters is None else [next(iter(adapters.modes(chain)), "")]
+    fed = {} if adapters is None else {n: adapters.value(chain, n) for n in slots.feeds if adapters.fed(chain, n)}
+    for i, mode in enumerate(modes):
+        every = [Recorded(chain, case, mode, fed) for case in cases]
+        graphs = {s.graph for s in chain.chain.stages if any(s.runs(one.modes) for one in every)}
+        if adapters is not None:
+            adapters.patch(executor, graphs)
+        executor.load(graphs)  # one UNet at a time
+        for j, recorded in enumerate(every):
+            progress(i * len(cases) + j, len(modes) * len(cases))
+            for check in _checks(chain, executor, computed, readers, recorded, own, new_alone=i > 0):
+                key = (check.stage, check.metric)
+                if key not in worst or _badness(check) > _badness(worst[key]):
+                    worst[key] = check
+    progress(len(modes) * len(cases), len(modes) * len(cases))
     return list(worst.values())
 
 
@@ -65,11 +81,13 @@ def verify_bundle(
     engines: str | Path | None = None,
     threads: int | None = None,
     trust_engines: bool = False,
+    lora: Sequence[tuple[Path, float]] = (),
 ) -> tuple[str, dict[str, list[Check]]]:
     """Hash every file of a bundle again and verify a chain (None: all that the engine runs) with its best engine for
     this machine, or with `engine`.
 
-    Return the engine's name, and chain → checks. This is the Python twin of `turbochain verify`. Raises what
+    `lora`: LoRA files with their weights, to compare the cases that were recorded with these and no others. Return the
+    engine's name, and chain → checks, none if no such case was recorded. This is the Python twin of `turbochain verify`. Raises what
     Pipeline.load raises; `require` raises if a check failed.
     """
     bundle = Bundle.open(path, trust_engines=trust_engines)
@@ -78,17 +96,25 @@ def verify_bundle(
     found = selection.select_for_any(wanted, backend, device, engine, engines)
     executor, checks = selection.open_executor(bundle, found, device=device, threads=threads), {}
     try:
+        adapters = _with(bundle, executor, lora) if lora else None
         for opened in wanted:
             if chain is None and selection.lacks(opened, found.engine):
                 continue
             selection.admit(opened, found)
-            executor.load(opened.graphs)
-            checks[opened.name] = verify(opened, executor, precisions(opened, found))
-            if not _is_verified(opened, found) and all(c.passed for c in checks[opened.name]):
+            checks[opened.name] = verify(opened, executor, precisions(opened, found), adapters=adapters)
+            if adapters is None and not _is_verified(opened, found) and all(c.passed for c in checks[opened.name]):
                 found = _keep(opened, found, checks[opened.name])
     finally:
         executor.close()
     return found.name, checks
+
+
+def _with(bundle: Bundle, executor: Executor, lora: Sequence[tuple[Path, float]]) -> Adapters:
+    adapters = Adapters(bundle, executor)
+    for i, (path, _) in enumerate(lora):
+        adapters.load(path, None, str(i))
+    adapters.set([str(i) for i in range(len(lora))], [weight for _, weight in lora])
+    return adapters
 
 
 def prepare(chain: OpenChain, found: Found, executor: Executor) -> Found:
@@ -101,13 +127,13 @@ def prepare(chain: OpenChain, found: Found, executor: Executor) -> Found:
     if _is_verified(chain, found):
         executor.load(stage.graph for stage in chain.chain.stages if stage.runs(()))  # others when their mode is used
         return found
-    executor.load(chain.graphs)
     log.warning(
         "the engine %s was not verified on this machine yet: it is verified now, which happens once", found.name
     )
     chain.bundle.check_files([REFERENCE])
     checks = verify(chain, executor, precisions(chain, found))
     require(checks)
+    executor.load(stage.graph for stage in chain.chain.stages if stage.runs(()))
     return _keep(chain, found, checks)
 
 
@@ -179,13 +205,16 @@ def _checks(
     readers: Mapping[str, Tokenizer],
     recorded: Recorded,
     own: Bounds,
+    new_alone: bool,
 ) -> Iterator[Check]:
-    for name, tokenizer in readers.items():
-        if not chain.chain.feeds[name].of:  # no other text is recorded
-            yield from _judge("ids", bounds.IDS, tokenizer.encode(recorded.case.prompt), recorded.value(name, 0))
-    yield from _check_schedule(chain, recorded)
+    """Return the figures of a case; `new_alone`: of single stages those that a call with its own modes does not run."""
+    if not new_alone:
+        for name, tokenizer in readers.items():
+            if not chain.chain.feeds[name].of:  # no other text is recorded
+                yield from _judge("ids", bounds.IDS, tokenizer.encode(recorded.case.prompt), recorded.value(name, 0))
+        yield from _check_schedule(chain, recorded)
     for stage in chain.chain.stages:
-        if stage.runs(recorded.case.modes):
+        if stage.runs(recorded.modes) and not (new_alone and stage.runs(recorded.case.modes)):
             yield from _check_stage(chain, executor, stage, computed[stage.graph], recorded, own)
     least = max((computed[g] for g in chain.graphs), key=COMPUTED.index)
     yield from _check_chain(chain, executor, bounds.of_image(least, recorded.case.errors), recorded)
@@ -223,7 +252,7 @@ def _check_chain(chain: OpenChain, executor: Executor, bound: Bounds, recorded: 
     """
     case = recorded.case
     noise = draw_run(chain, recorded.table, [Generator(case.seed)], chain.batch)
-    plan = chain.plan(case.table, modes=case.modes)
+    plan = chain.plan(case.table, modes=recorded.modes)
     held, stream = recorded.feeds("held"), chain.chain.stream
     executor.hold(plan, {name: np.zeros_like(value) for name, value in held.items()} if stream else held)
     fed = {**recorded.feeds("call"), **recorded.feeds("step"), **recorded.columns, **noise}

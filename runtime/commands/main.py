@@ -1,4 +1,4 @@
-"""The command `turbochain`: generate, serve, mcp, verify, inspect, bench."""
+"""The command `turbochain`: generate, serve, mcp, verify, inspect, bench, adapter."""
 
 import argparse
 import dataclasses
@@ -16,7 +16,7 @@ from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.bundle.writing import write_atomically
 from turbochain.runtime.checks import verify
 from turbochain.runtime.choice import chain_of
-from turbochain.runtime.commands import bench, console, profile
+from turbochain.runtime.commands import adapter, bench, console, profile
 from turbochain.runtime.commands.inspect import as_json, as_text
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs.pictures import open_picture
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     generate.add_argument("--size", metavar="WxH", help="in pixels, one that the bundle is built for")
     generate.add_argument("--seed", type=int, default=0, help="0 to 2^64-1 (default 0)")
     generate.add_argument("--steps", type=int, help="step count (default: the fewest that make a step)")
+    adapter.add_lora(generate, "LoRA to draw with, and its weight (default 1); may be given several times")
     generate.add_argument("-o", "--output", type=Path, default=Path("out.png"), help="picture file (default out.png)")
 
     server = commands.add_parser("serve", help="answer over HTTP and WebSocket", description=SERVE)
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = _command(
         commands, "verify", _verify, "compare with what diffusers produced; exit status 1 if it differs", default="all"
     )
+    adapter.add_lora(check, "compare what was recorded with this LoRA and weight (default 1), and with all others given")
     check.add_argument("--json", action="store_true")
 
     inspect = _command(commands, "inspect", _inspect, "show what a bundle holds", machine=False)
@@ -71,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     timing.add_argument("--strength", type=float, help="of a chain that starts from an image (default: the bundle's)")
     timing.add_argument("--profile", action="store_true", help="also the slowest operators of each stage (on a CPU)")
     timing.add_argument("--json", action="store_true")
+    adapter.add_command(commands)
     words = list(sys.argv[1:] if argv is None else argv)
     return console.run(parser, lambda arguments: arguments.command(arguments), _prompt_last(words))
 
@@ -149,9 +152,11 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.size is not None:
         width, height = console.size_of(arguments.size)
         given |= {"width": width, "height": height}
+    loras = [adapter.weighted(text) for text in arguments.lora]
     bundle = Bundle.open(arguments.bundle, trust_engines=arguments.trust_engines)
     chain = chain_of(bundle, **given) if arguments.chain is None else arguments.chain
     with Pipeline.load(arguments.bundle, **{**_machine(arguments), "chain": chain}) as pipe:
+        adapter.load_all(pipe, loras)
         out = pipe(
             arguments.prompt,
             chain=chain,
@@ -200,7 +205,8 @@ def _check_writable(path: Path) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    name, checks = verify.verify_bundle(arguments.bundle, **_machine(arguments))
+    loras = [adapter.weighted(text) for text in arguments.lora]
+    name, checks = verify.verify_bundle(arguments.bundle, lora=loras, **_machine(arguments))
     every = [check for of_chain in checks.values() for check in of_chain]
     if arguments.json:
         plain = {chain: [dataclasses.asdict(c) for c in of_chain] for chain, of_chain in checks.items()}
@@ -209,8 +215,19 @@ def _verify(arguments: argparse.Namespace) -> None:
         values = {"engine": name, "passed": all(c.passed for c in every), "checks": plain}
         print(json.dumps(values, indent=2))
     else:
-        print("\n\n".join(f"chain {chain}\n{checks_table(of_chain)}" for chain, of_chain in checks.items()))
+        print("\n\n".join(f"chain {chain}\n{checks_text(of_chain)}" for chain, of_chain in checks.items()))
     verify.require(every)
+
+
+NOT_COMPARED = (
+    "not compared with diffusers: no call with these LoRA files and weights was recorded; build the bundle again with "
+    "--reference-lora FILE:WEIGHT"
+)
+
+
+def checks_text(checks: Sequence[Check]) -> str:
+    """Return the figures of a verification as text, or that there are none."""
+    return checks_table(checks) if checks else NOT_COMPARED
 
 
 def checks_table(checks: Sequence[Check]) -> str:

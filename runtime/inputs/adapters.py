@@ -32,6 +32,9 @@ _ENDS = {
     ".lora.up.weight": "up",
     ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
+    "/down": "down",  # our own: COMPONENT/PARAMETER/down, see adapter_files
+    "/up": "up",
+    "/scale": "scale",
 }
 """The end of a tensor's name → its role in the layer that the rest of the name says."""
 
@@ -77,13 +80,13 @@ class Adapter:
 def read(path: str | os.PathLike[str], shapes: Shapes) -> Adapter:
     """Return what a LoRA file in safetensors format adds to a checkpoint's parameters of these names and shapes.
 
-    The file's names may be kohya's (with diffusers' or Stability AI's names of the UNet's blocks), peft's or those
-    that diffusers used before. The arrays are views of the mapped file, but for bfloat16, which becomes float32.
+    The file's names may be kohya's (with diffusers' or Stability AI's names of the UNet's blocks), peft's, those that
+    diffusers used before, or our own (see `adapter_files`). The arrays are views of the mapped file, but for bfloat16, which becomes float32.
     Raises InputError if the file cannot be read, is no LoRA, or does not fit the checkpoint.
     """
     path = Path(path)
     tensors, metadata = _open(path)
-    known = adapter_names.spellings(shapes)
+    known = adapter_names.spellings(shapes) | {f"{c}/{name}": (c, name) for c, names in shapes.items() for name in names}
     found: dict[tuple[str, str], dict[str, str]] = {}  # (component, parameter) → down, up, alpha → tensor's name
     for name in tensors:
         module, role = _parse(path, name)
@@ -103,7 +106,7 @@ def read(path: str | os.PathLike[str], shapes: Shapes) -> Adapter:
     for (component, parameter), names in found.items():
         given = {role: _finite(path, name, tensors[name]) for role, name in names.items()}
         down, up = _pair(path, parameter, shapes[component][parameter], given)
-        scale = _scale(path, given.get("alpha"), len(down), metadata, component, parameter)
+        scale = _scale(path, given, len(down), metadata, component, parameter)
         components.setdefault(component, {})[parameter] = LowRank(down, up, scale)
     return Adapter(path, components)
 
@@ -190,19 +193,20 @@ def _pair(
 
 def _scale(
     path: Path,
-    alpha: np.ndarray | None,
+    given: Mapping[str, np.ndarray],
     rank: int,
     metadata: Mapping[str, Any],
     component: str,
     parameter: str,
 ) -> float:
-    """Return a module's scale, from its own alpha or from peft's config in the file's metadata."""
-    if alpha is not None:
-        if alpha.size != 1:
+    """Return a module's scale: its own, of its own alpha, or of peft's config in the file's metadata."""
+    for role in (role for role in ("scale", "alpha") if role in given):
+        if given[role].size != 1:
             raise InputError(
-                f"{path}: the alpha of {parameter} has the shape {list(alpha.shape)}; one number was expected"
+                f"{path}: the {role} of {parameter} has the shape {list(given[role].shape)}; one number was expected"
             )
-        return float(alpha.reshape(())) / rank
+        value = float(given[role].reshape(()))
+        return value if role == "scale" else value / rank
     prefix = f"{component}."
     config = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     if not config:  # of a UNet alone

@@ -1,0 +1,270 @@
+"""LoRA adapters in a bundle with slots: loaded, set and unloaded between two pictures."""
+
+import gc
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lora_files
+import numpy as np
+import psutil
+import pytest
+from lora_files import Layers
+from test_lora_patch import CALL, load, theirs
+from test_parity import assert_same_picture, load_diffusers
+
+from turbochain.runtime import InputError, Pipeline, TurbochainError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def draw(checkpoint: Path, **how: Any) -> Layers:
+    """A random adapter of all that has a slot: linear layers and 1×1 convolutions, but for those in the tables."""
+    drawn = lora_files.draw(checkpoint, **how)
+    small = {place: layer for place, layer in drawn.items() if layer.down.shape[2:] in ((), (1, 1))}
+    return {place: layer for place, layer in small.items() if "time_embedding" not in place[1]}
+
+
+@pytest.fixture(scope="module")
+def files(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Adapters a and b of rank 4 and 3, c of rank 2 and of the UNet alone."""
+    folder = tmp_path_factory.mktemp("loras")
+    drawn = {
+        "a": draw(checkpoints["sd"], seed=1, alphas=(2.0,)),
+        "b": draw(checkpoints["sd"], seed=2, ranks=(3,)),
+        "c": draw(checkpoints["sd"], seed=3, ranks=(2,), only="unet"),
+    }
+    return {n: lora_files.write(folder / f"{n}.safetensors", of, "kohya") for n, of in drawn.items()}
+
+
+@pytest.fixture(scope="module")
+def shared_pipe(slotted: Path) -> Iterator[Pipeline]:
+    with load(slotted) as found:
+        yield found
+
+
+@pytest.fixture
+def pipe(shared_pipe: Pipeline) -> Iterator[Pipeline]:
+    yield shared_pipe
+    shared_pipe.unload_lora_weights()
+
+
+def load_all(pipe: Pipeline, files: dict[str, Path]) -> None:
+    for name, file in files.items():
+        pipe.load_lora_weights(file, adapter_name=name)
+
+
+def test_pictures_are_those_of_diffusers_with_peft(
+    pipe: Pipeline, files: dict[str, Path], checkpoints: dict[str, Path]
+) -> None:
+    """One adapter, two side by side, negative and zero weights, components of their own weights; names as there."""
+    reference = load_diffusers(checkpoints["sd"])
+    of_unet = {name: file for name, file in files.items() if name != "b"}  # transformers loses the text of the first
+    for of in (pipe, reference):
+        assert of.get_active_adapters() == []
+        load_all(of, of_unet)
+    assert_same_picture(pipe(**CALL).images, theirs(reference, CALL))  # a in the text encoder, c in the UNet
+    for names, weights in (
+        (["a", "c"], [0.7, -0.4]),
+        ("a", 0.8),
+        (["c"], None),
+        (["c", "a"], [{"unet": 0.5}, {"unet": 0.3, "text_encoder": 0.0}]),
+    ):
+        for of in (pipe, reference):
+            of.set_adapters(names, weights)
+        assert pipe.get_active_adapters() == reference.get_active_adapters()
+        assert pipe.get_list_adapters() == reference.get_list_adapters()
+        assert_same_picture(pipe(**CALL).images, theirs(reference, CALL))
+    for of in (pipe, reference):
+        of.delete_adapters("c")
+    assert pipe.get_active_adapters() == reference.get_active_adapters() == ["a"]
+
+
+def test_equal_states_give_equal_bits(pipe: Pipeline, slotted: Path, files: dict[str, Path]) -> None:
+    """A, B, both, A, none, in whatever order; without adapters those of a pipeline that never had one."""
+    with load(slotted) as other:
+        untouched = other(**CALL).images
+        assert "unet+lora" not in other._opened().loaded
+    np.testing.assert_array_equal(pipe(**CALL).images, untouched)
+    load_all(pipe, files)
+    made: dict[str, np.ndarray] = {"": untouched}
+    for state in ("a", "b", "ab", "a", "", "bc", "cb", "ba", "c", "b", ""):
+        pipe.set_adapters(list(state), 0.5)
+        out = pipe(**CALL)
+        assert out.adapters == tuple((name, 0.5) for name in state)
+        expected = made.setdefault("".join(sorted(state)), out.images)
+        np.testing.assert_array_equal(out.images, expected, err_msg=state)
+    assert len({images.tobytes() for images in made.values()}) == len(made)
+    pipe.unload_lora_weights()
+    np.testing.assert_array_equal(pipe(**CALL).images, untouched)
+
+
+def test_a_weight_that_changes_is_the_only_thing_that_changes(pipe: Pipeline, files: dict[str, Path]) -> None:
+    """A pipeline that goes from one weight to the next makes what one makes that begins with it."""
+    pipe.load_lora_weights(files["a"], adapter_name="a")
+    made = {}
+    for weight in (1.0, 0.25, -1.0, 0.25):
+        pipe.set_adapters("a", weight)
+        made.setdefault(weight, []).append(pipe(**CALL).images)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(files["a"], adapter_name="x")
+    pipe.set_adapters("x", 0.25)
+    for images in made[0.25]:
+        np.testing.assert_array_equal(pipe(**CALL).images, images)
+
+
+def test_a_kohya_and_a_peft_file_of_one_adapter_give_equal_pictures(
+    pipe: Pipeline, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    layers, made = draw(checkpoints["sd"], seed=5), []
+    for naming in lora_files.NAMINGS:
+        file = lora_files.write(tmp_path / f"{naming}.safetensors", layers, naming)
+        pipe.load_lora_weights(file)
+        made.append(pipe(**CALL).images)
+    assert pipe.get_active_adapters() == ["default_3"]
+    for images in made:
+        np.testing.assert_array_equal(images, made[0])
+
+
+def test_the_mode_is_that_of_the_least_rank_that_holds_all_that_are_loaded(
+    pipe: Pipeline, files: dict[str, Path]
+) -> None:
+    """So that calls with other adapters do not alternate between two graphs."""
+    ran: list[str] = []
+
+    def graphs(*state: str) -> set[str]:
+        pipe.set_adapters(state)
+        ran.clear()
+        pipe(**CALL, observe=lambda graph, seconds: ran.append(graph))
+        return {graph for graph in ran if graph.startswith("unet")}
+
+    pipe.load_lora_weights(files["a"], adapter_name="a")
+    assert graphs("a") == graphs() == {"unet+lora"}
+    pipe.load_lora_weights(files["b"], adapter_name="b")
+    assert graphs("a") == graphs() == graphs("a", "b") == {"unet+lora-8"}
+    pipe.load_lora_weights(files["c"], adapter_name="c")
+    assert graphs("a", "c") == graphs("b") == {"unet+lora-8"}
+    with pytest.raises(InputError, match=r"a, b, c have the rank 9 together in the unet, .* hold 8; .*--lora-rank 9"):
+        pipe.set_adapters(["a", "b", "c"])
+    assert pipe.get_active_adapters() == ["b"]
+    pipe.delete_adapters(["b", "c"])
+    assert pipe.get_active_adapters() == ["a"] and graphs("a") == {"unet+lora"}
+
+
+def test_a_prompt_is_kept_for_each_state_of_the_text_encoder(pipe: Pipeline, files: dict[str, Path]) -> None:
+    ran: list[str] = []
+
+    def encodes(*state: str) -> bool:
+        pipe.set_adapters(state)
+        ran.clear()
+        pipe(**CALL, observe=lambda graph, seconds: ran.append(graph))
+        return "text_encoder" in ran
+
+    pipe.forget()
+    load_all(pipe, files)
+    assert [encodes("a"), encodes("b"), encodes("a"), encodes(), encodes("c"), encodes("b")] == [
+        *(True, True, False, True),
+        *(False, False),  # c changes the UNet alone
+    ]
+
+
+def test_what_does_not_fit_is_refused(
+    pipe: Pipeline, files: dict[str, Path], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    def of(name: str, **how: Any) -> Path:
+        return lora_files.write(tmp_path / f"{name}.safetensors", lora_files.draw(checkpoints["sd"], **how), "kohya")
+
+    convolutions, time, large = of("conv", only="conv1"), of("time", only="time_embedding"), of("large", ranks=(9,), only="to_q")
+    for file in (convolutions, time):
+        with pytest.raises(InputError, match=rf"no slot for it: .* build-engine SOURCE --lora {file}$"):
+            pipe.load_lora_weights(file)
+    with pytest.raises(InputError, match=r"rank 9 in the unet, .* hold 8; build another .*--lora-rank 9"):
+        pipe.load_lora_weights(large)
+    with pytest.raises(InputError, match="one LoRA file was expected in it .*weight_name"):
+        pipe.load_lora_weights(tmp_path)
+    pipe.load_lora_weights(files["a"].parent, weight_name="a.safetensors", adapter_name="a")
+    with pytest.raises(InputError, match="'a': an adapter of this name is loaded"):
+        pipe.load_lora_weights(files["b"], adapter_name="a")
+    for names, weights, message in (
+        ("b", 1.0, "'b' is not loaded; choose from a"),
+        (["a", "a"], 1.0, "there twice"),
+        (["a"], [1.0, 2.0], "has 2, and 1 adapters are named"),
+        (["a"], float("nan"), "nan for 'a'; a finite number"),
+        (["a"], {"unet": "much"}, "'much' for 'a'; a finite number"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pipe.set_adapters(names, weights)
+    with pytest.raises(InputError, match="'b' is not loaded"):
+        pipe.delete_adapters("b")
+    assert (pipe.get_active_adapters(), pipe(**CALL).adapters) == (["a"], (("a", 1.0),))
+
+
+def test_an_adapter_is_refused_where_a_bundle_has_no_place_for_it(slotted: Path, sd: Path) -> None:
+    with pytest.raises(InputError, match="lora='slots': .*no slots for adapters; build another .*--lora-rank"):
+        load(sd, lora="slots")
+    with pytest.raises(InputError, match="lora='both'"):
+        load(slotted, lora="both")
+
+
+def test_slots_can_be_passed_over(
+    slotted: Path, checkpoints: dict[str, Path], pipe: Pipeline, tmp_path: Path
+) -> None:
+    """The same adapter as other weights: the same picture within a level, and no UNet with slots."""
+    layers = {place: layer for place, layer in draw(checkpoints["sd"], seed=6).items() if "time" not in place[1]}
+    file = lora_files.write(tmp_path / "x.safetensors", layers, "kohya")
+    with load(slotted, lora="patch") as patched:
+        for of in (pipe, patched):
+            of.load_lora_weights(file)
+        assert_same_picture(patched(**CALL).images, pipe(**CALL).images)
+        assert "unet+lora" not in patched._opened().loaded
+
+
+@pytest.mark.usefixtures("all_cores")
+def test_another_thread_changes_adapters_between_calls(slotted: Path, files: dict[str, Path]) -> None:
+    """Each call of several batches is drawn with one state, which its output tells."""
+    call = CALL | {"prompt": ["a cat"] * 2, "seed": [1, 2], "num_inference_steps": 1}
+    with load(slotted) as pipe:
+        load_all(pipe, {name: files[name] for name in "ab"})
+        right = {}
+        for name in "ab":
+            pipe.set_adapters(name)
+            right[name] = pipe(**call).images
+        done, stop = [], threading.Event()
+
+        def swap() -> None:
+            while not stop.is_set():
+                for name in "ab":
+                    pipe.set_adapters(name)
+
+        thread = threading.Thread(target=swap)
+        thread.start()
+        try:
+            for _ in range(5):
+                out = pipe(**call)
+                done.append(out.adapters[0][0])
+                np.testing.assert_array_equal(out.images, right[done[-1]])
+        finally:
+            stop.set()
+            thread.join()
+        pipe.close()
+        with pytest.raises(TurbochainError, match="closed"):
+            pipe.set_adapters("a")
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.full)])
+def test_swaps_take_no_memory(pipe: Pipeline, files: dict[str, Path], count: int) -> None:
+    load_all(pipe, files)
+
+    def swap(count: int) -> int:
+        for i in range(count):
+            pipe.set_adapters(("a", "b", ["a", "c"], [])[i % 4], 0.5 + i % 3)
+            pipe(**CALL | {"num_inference_steps": 1, "prompt": f"{i % 2}"})
+            if i % 10 == 0:
+                pipe.load_lora_weights(files["c"], adapter_name="again")
+                pipe.delete_adapters("again")
+        gc.collect()
+        return psutil.Process().memory_info().rss
+
+    before = swap(20)
+    assert swap(count) - before < 2**21
