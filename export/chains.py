@@ -141,9 +141,7 @@ class Layout:
             return [*prompt, *before, *steps, *task.after_step, decoder]
         mode = NEGATIVE_PROMPT if self.zeros else GUIDANCE
         specs = self._specs(self.shapes[0])
-        negative = [
-            replace(s, wires={**self._negated(specs[s.graph], s), **s.wires}, if_=(mode,)) for s in own_prompt
-        ]
+        negative = [replace(s, wires={**self._negated(specs[s.graph], s), **s.wires}, if_=(mode,)) for s in own_prompt]
         reads = {name: NEGATIVE + name for name in common.embeds(self.family)}
         negative_unet = replace(unet, wires={**reads, "prediction": f"{NEGATIVE}prediction"}, if_=(GUIDANCE,))
         steps = [

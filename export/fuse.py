@@ -124,7 +124,9 @@ def _load(pipeline: Any, path: Path, name: str | None = None) -> None:
 
     tensors = load_file(path)
     if not any(name.startswith(prefix) for name in tensors for names in PREFIXES.values() for prefix in names):
-        pipeline.unet.load_lora_adapter(path.parent, weight_name=path.name, prefix=None, adapter_name=name)  # of a UNet alone
+        pipeline.unet.load_lora_adapter(
+            path.parent, weight_name=path.name, prefix=None, adapter_name=name
+        )  # of a UNet alone
     elif len(_alphas(tensors)) > 1:
         pipeline.load_lora_weights(_without_alphas(tensors), adapter_name=name)
     else:

@@ -165,11 +165,15 @@ class ExportOrder:
         if folder := next((place for key, place in folders.items() if key in self.loras), None):
             raise InputError(f"--lora {folder} is a folder, and a .safetensors file was expected: name the one in it")
         recorded = {f"reference-lora-{i}.safetensors": path for i, (path, _) in enumerate(self.references, 1)}
-        return recorded | {f"{c}.safetensors": place for c, place in places.items() if c not in folders} | {
-            f"{component}/{path.name}": path
-            for component, folder in folders.items()
-            for path in part_files_read(folder, settled_variant([folder], self.variant))
-        }
+        return (
+            recorded
+            | {f"{c}.safetensors": place for c, place in places.items() if c not in folders}
+            | {
+                f"{component}/{path.name}": path
+                for component, folder in folders.items()
+                for path in part_files_read(folder, settled_variant([folder], self.variant))
+            }
+        )
 
     def chain_names(self) -> list[str]:
         """Return the names of the chains that the bundle will have."""

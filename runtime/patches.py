@@ -47,7 +47,9 @@ class Patches:
                         return f"{parameter} of the {component}"
         return None
 
-    def apply(self, executor: Executor, graphs: Collection[str], wanted: Mapping[str, tuple[Hashable, Changes]]) -> None:
+    def apply(
+        self, executor: Executor, graphs: Collection[str], wanted: Mapping[str, tuple[Hashable, Changes]]
+    ) -> None:
         """Let these graphs have what is wanted: component → a state, and its changes; equal states, equal changes."""
         for graph in graphs:
             state, changes = wanted.get(self.bundle.manifest.graphs[graph].component, ((), ()))

@@ -51,9 +51,7 @@ def pipe(sd: Path) -> Iterator[Pipeline]:
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "unet"])
-def test_every_matrix_that_is_overridden_takes_effect(
-    sd: Path, checkpoints: dict[str, Path], component: str
-) -> None:
+def test_every_matrix_that_is_overridden_takes_effect(sd: Path, checkpoints: dict[str, Path], component: str) -> None:
     """Not one is read from the file all the same, as constants are that ONNX Runtime folds.
 
     The session uses the very arrays that it was given, so one session is enough.
@@ -99,9 +97,7 @@ def test_the_picture_is_that_of_diffusers_with_peft(
     family: str, checkpoints: dict[str, Path], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """Linear layers, 3×3 convolutions and text encoders, with a weight; two adapters; then the first one alone."""
-    one = lora_files.write(
-        tmp_path / "one.safetensors", draw(checkpoints[family], seed=1, alphas=(2.0,)), "kohya"
-    )
+    one = lora_files.write(tmp_path / "one.safetensors", draw(checkpoints[family], seed=1, alphas=(2.0,)), "kohya")
     two = lora_files.write(tmp_path / "two.safetensors", draw(checkpoints[family], seed=2, only="unet"), "peft")
     call = CALL | {"prompt": [CALL["prompt"]] * (1 if family == "sd" else 3), "seed": 7}
     reference = load_diffusers(checkpoints[family])

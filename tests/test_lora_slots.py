@@ -175,7 +175,11 @@ def test_what_does_not_fit_is_refused(
     def of(name: str, **how: Any) -> Path:
         return lora_files.write(tmp_path / f"{name}.safetensors", lora_files.draw(checkpoints["sd"], **how), "kohya")
 
-    convolutions, time, large = of("conv", only="conv1"), of("time", only="time_embedding"), of("large", ranks=(9,), only="to_q")
+    convolutions, time, large = (
+        of("conv", only="conv1"),
+        of("time", only="time_embedding"),
+        of("large", ranks=(9,), only="to_q"),
+    )
     for file in (convolutions, time):
         with pytest.raises(InputError, match=rf"no slot for it: .* build-engine SOURCE --lora {file}$"):
             pipe.load_lora_weights(file)
@@ -207,9 +211,7 @@ def test_an_adapter_is_refused_where_a_bundle_has_no_place_for_it(slotted: Path,
         load(slotted, lora="both")
 
 
-def test_slots_can_be_passed_over(
-    slotted: Path, checkpoints: dict[str, Path], pipe: Pipeline, tmp_path: Path
-) -> None:
+def test_slots_can_be_passed_over(slotted: Path, checkpoints: dict[str, Path], pipe: Pipeline, tmp_path: Path) -> None:
     """The same adapter as other weights: the same picture within a level, and no UNet with slots."""
     layers = {place: layer for place, layer in draw(checkpoints["sd"], seed=6).items() if "time" not in place[1]}
     file = lora_files.write(tmp_path / "x.safetensors", layers, "kohya")

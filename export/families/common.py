@@ -198,7 +198,9 @@ def graphs(
     `ranks`: of slots for adapters, ascending: a UNet of each, and text encoders of the largest in place of those
     without.
     """
-    of_text = {stage.graph: replace(family.graphs[stage.graph], rank=max(ranks, default=0)) for stage in family.prompt_stages}
+    of_text = {
+        stage.graph: replace(family.graphs[stage.graph], rank=max(ranks, default=0)) for stage in family.prompt_stages
+    }
     encoders = of_text if clip_skip else {}
     return {
         **family.graphs,

@@ -40,7 +40,10 @@ def _projections(unet: Any, timesteps: torch.Tensor, guidance: torch.Tensor | No
     resnets = timed_resnets(unet)
     activated = [embedding if r.skip_time_act else r.nonlinearity(embedding) for r in resnets]
     made = [r.time_emb_proj(a) for r, a in zip(resnets, activated, strict=True)]
-    return {"time_projections": torch.cat(made, dim=-1).unsqueeze(1), "activated_time_embedding": activated[0].unsqueeze(1)}
+    return {
+        "time_projections": torch.cat(made, dim=-1).unsqueeze(1),
+        "activated_time_embedding": activated[0].unsqueeze(1),
+    }
 
 
 def _embeds(unet: Any, timesteps: torch.Tensor, guidance: torch.Tensor | None) -> Columns:

@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = _command(
         commands, "verify", _verify, "compare with what diffusers produced; exit status 1 if it differs", default="all"
     )
-    adapter.add_lora(check, "compare what was recorded with this LoRA and weight (default 1), and with all others given")
+    adapter.add_lora(
+        check, "compare what was recorded with this LoRA and weight (default 1), and with all others given"
+    )
     check.add_argument("--json", action="store_true")
 
     inspect = _command(commands, "inspect", _inspect, "show what a bundle holds", machine=False)

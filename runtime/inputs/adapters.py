@@ -86,7 +86,9 @@ def read(path: str | os.PathLike[str], shapes: Shapes) -> Adapter:
     """
     path = Path(path)
     tensors, metadata = _open(path)
-    known = adapter_names.spellings(shapes) | {f"{c}/{name}": (c, name) for c, names in shapes.items() for name in names}
+    known = adapter_names.spellings(shapes) | {
+        f"{c}/{name}": (c, name) for c, names in shapes.items() for name in names
+    }
     found: dict[tuple[str, str], dict[str, str]] = {}  # (component, parameter) → down, up, alpha → tensor's name
     for name in tensors:
         module, role = _parse(path, name)

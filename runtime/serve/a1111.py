@@ -11,6 +11,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from turbochain.runtime.inputs.noise import check_seed
+from turbochain.runtime.serve.adapters import SUFFIX
 from turbochain.runtime.serve.controlnet import Unit, read_unit
 from turbochain.runtime.serve.drawings import Drawing, Drawings
 from turbochain.runtime.serve.encoding import Encoding, decode_base64
@@ -176,8 +177,8 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/loras")
     async def loras() -> Response:
-        files = service.models.adapters.by_name.items()
-        return _answer([{"name": name, "alias": name, "path": path.name, "metadata": {}} for name, path in files])
+        names = service.models.adapters.by_name
+        return _answer([{"name": name, "alias": name, "path": name + SUFFIX, "metadata": {}} for name in names])
 
     for path, found in _LISTS.items():
         routes.add_api_route(f"/{path}", _list(found))

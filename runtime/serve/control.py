@@ -17,7 +17,7 @@ def nets(bundle: Bundle, task: str | None = None) -> list[str]:
     manifest = bundle.manifest
     stages = [stage for chain in manifest.chains.values() if task in (None, chain.task) for stage in chain.stages]
     graphs = [manifest.graphs[stage.graph] for stage in stages]
-    found = [graph.component.removeprefix("controlnet-") for graph in graphs if graph.role == "controlnet"]
+    found = [graph.component.removeprefix("controlnet-") for graph in graphs if graph.role == "controlnet_embedding"]
     return list(dict.fromkeys(found))
 
 
@@ -27,9 +27,9 @@ class Control:
 
     image: "Image.Image"
     net: str | None = None  # None if there is one alone
-    scale: float = 1.0
-    start: float = 0.0
-    end: float = 1.0
+    scale: float | None = None  # this and the next two: diffusers' defaults for None
+    start: float | None = None
+    end: float | None = None
     canny: tuple[float, float] | None = None  # the thresholds, if the picture's edges are wanted, and not itself
 
     def arguments(self, size: tuple[int, int]) -> Mapping[str, Any]:

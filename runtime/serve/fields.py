@@ -49,9 +49,9 @@ class Controlled(BaseModel):
     """What goes with a control image."""
 
     controlnet: str | None = None
-    controlnet_conditioning_scale: Real = 1.0
-    control_guidance_start: Real = 0.0
-    control_guidance_end: Real = 1.0
+    controlnet_conditioning_scale: Real | None = None
+    control_guidance_start: Real | None = None
+    control_guidance_end: Real | None = None
     canny: Annotated[list[Real], BeforeValidator(_of_form), Field(min_length=2, max_length=2)] | None = None
 
     def control(self, image: "Image.Image | None") -> Control | None:

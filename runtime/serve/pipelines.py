@@ -104,6 +104,10 @@ def machine_bytes() -> int:
 
 
 def _weight(model: Model) -> int:
-    """Return the size of the files of a model's graphs, which is about what it takes if all of them are loaded."""
+    """Return the size of the files of a model's graphs, which is about what it takes if all of them are loaded.
+
+    Not of a UNet with slots for adapters: it is loaded in place of the one without.
+    """
     manifest = model.bundle.manifest
-    return sum(manifest.files[file].size for graph in manifest.graphs.values() for file in graph.files)
+    graphs = [graph for graph in manifest.graphs.values() if not (graph.slots and graph.role == "unet")]
+    return sum(manifest.files[file].size for graph in graphs for file in graph.files)

@@ -206,7 +206,10 @@ def test_both_directions_share_their_weights(checkpoints: dict[str, Path], trace
     (file,) = (checkpoint.folder / "vae").glob("*.safetensors")
     weights = load_file(file)
     names = {name: json.loads((folder / graph.names).read_text()) for name, graph in made.items()}
-    used = {name: {parameter for parameter, place in found.items() if "initializer" in place} for name, found in names.items()}
+    used = {
+        name: {parameter for parameter, place in found.items() if "initializer" in place}
+        for name, found in names.items()
+    }
     assert names["vae_encoder"].keys() == names["vae_decoder"].keys() == weights.keys()
     assert used["vae_encoder"] == {w for w in weights if w.startswith(("encoder.", "quant_conv."))}
     assert used["vae_decoder"] == set(weights) - used["vae_encoder"]
