@@ -55,7 +55,8 @@ class Unit(BaseModel):
         image = decode_base64("control_image", sent) if isinstance(sent, str) else started_from
         if image is None:
             raise InputError("control_image: the ControlNet's unit has no image: one in base64 was expected")
-        return Control(image, self.net, self.weight, self.guidance_start, self.guidance_end, self.canny)
+        start, end = self.guidance_start or None, None if self.guidance_end == 1 else self.guidance_end
+        return Control(image, self.net, self.weight, start, end, self.canny)  # a T2I-Adapter takes no start or end
 
     @property
     def told(self) -> str:

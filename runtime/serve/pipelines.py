@@ -109,5 +109,5 @@ def _weight(model: Model) -> int:
     Not of a UNet with slots for adapters: it is loaded in place of the one without.
     """
     manifest = model.bundle.manifest
-    graphs = [graph for graph in manifest.graphs.values() if not (graph.slots and graph.role == "unet")]
+    graphs = [g for g in manifest.graphs.values() if not ("lora" in g.features and g.role == "unet")]
     return sum(manifest.files[file].size for graph in graphs for file in graph.files)

@@ -61,7 +61,7 @@ def request(bundle: Bundle, wanted: Wanted, seed: int, *, strict_size: bool = Fa
         negative_prompt=wanted.negative_prompt,
         seed=[seed],
         output_type="uint8",
-        **({} if wanted.control is None else wanted.control.arguments(size)),
+        **({} if wanted.control is None else wanted.control.arguments(chain)),
     )
 
 
