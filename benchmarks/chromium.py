@@ -21,7 +21,7 @@ OPTIONS = (
     "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream", "--remote-debugging-port=0",
 )  # fmt: skip
 SECONDS = 20.0
-KEYS = {"Tab": 9, "Enter": 13, "ArrowLeft": 37}
+KEYS = {"Tab": 9, "Enter": 13, " ": 32, "ArrowLeft": 37, "ArrowRight": 39, "ArrowDown": 40}
 
 
 def executable() -> str | None:

@@ -74,6 +74,17 @@ def pixels(argument: str, given: object, size: tuple[int, int], mode: str = "RGB
     return levels if levels.ndim == 4 else levels[..., None]
 
 
+def levels(argument: str, given: object) -> np.ndarray:
+    """Return one picture of its own size as uint8 levels: [H, W] if it is grey, else [H, W, 3] of RGB.
+
+    Raises InputError if it is no picture, or if there are several; `argument` names it.
+    """
+    first, *more = _pictures(argument, given)
+    if more:
+        raise InputError(f"{argument} holds {1 + len(more)} pictures: one was expected; give them one after another")
+    return np.asarray(_converted(argument, first, "L" if first.mode in ("1", "L", "LA", "F", "I") else "RGB"))
+
+
 def mask(argument: str, given: object, size: tuple[int, int]) -> np.ndarray:
     """Return masks as fp32 [n, 1, H/8, W/8], `size` = (H, W): 1.0 where a picture is repainted, 0.0 where it is kept.
 

@@ -11,10 +11,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from turbochain.runtime.inputs.noise import check_seed
+from turbochain.runtime.serve.adapters import SUFFIX
+from turbochain.runtime.serve.controlnet import Unit, read_unit
 from turbochain.runtime.serve.drawings import Drawing, Drawings
 from turbochain.runtime.serve.encoding import Encoding, decode_base64
 from turbochain.runtime.serve.errors import Refused, of_validation
-from turbochain.runtime.serve.infotext import SAMPLER, Used, info
+from turbochain.runtime.serve.infotext import SAMPLER, Used, info, split_loras
 from turbochain.runtime.serve.models import Model
 from turbochain.runtime.serve.service import DECODERS, Service, off_loop, while_connected
 from turbochain.runtime.serve.source import Drawn, Job
@@ -43,6 +45,7 @@ class Body(BaseModel):
     batch_size: Annotated[int, Field(ge=1)] = 1
     n_iter: Annotated[int, Field(ge=1)] = 1
     send_images: bool = True
+    alwayson_scripts: dict[str, Any] = {}  # of which ControlNet alone is read
     # of img2img
     denoising_strength: float = STRENGTH
     init_images: list[str] = []
@@ -61,6 +64,11 @@ class Body(BaseModel):
             num_inference_steps=self.steps,
             guidance_scale=self.cfg_scale,
         )
+
+    def decoded(self, name: str, unit: Unit | None) -> Wanted:
+        """Return the picture that is asked for at a route. Decodes; raises InputError and Refused."""
+        wanted = self.with_images() if name == "img2img" else self.wanted
+        return wanted if unit is None else replace(wanted, control=unit.control(wanted.image))
 
     def with_images(self) -> Wanted:
         """Return the picture that is asked for, with what it starts from. Decodes; raises InputError and Refused."""
@@ -101,13 +109,15 @@ class _Server:
         """Answer txt2img or img2img."""
         sent, model = await _json(http), self.model
         body = _read(sent)
-        wanted = await off_loop(body.with_images, threads=DECODERS) if name == "img2img" else body.wanted
+        unit = read_unit(body.alwayson_scripts)
+        decodes = DECODERS if name == "img2img" or unit else None
+        wanted = await off_loop(body.decoded, name, unit, threads=decodes)
         jobs = await off_loop(self._jobs, http.scope["client_name"], model, body, wanted)
         chain = model.bundle.open_chain(jobs[0].request.chain)
         drawing = Drawing(name, jobs, chain.passes(jobs[0].request.table))
         with self.drawings.listed(drawing):
             drawn = await while_connected(http, drawing.draw(self.service.source))
-        used = [Used.of(model, job.request) for job in jobs]
+        used = [Used.of(model, job.request, body.prompt, unit.told if unit else None) for job in jobs]
         ready = [used[i] for i in drawn]
         images = [await off_loop(_file, drawn[i], used[i]) for i in drawn] if body.send_images else []
         if name == "img2img" and not body.include_init_images:
@@ -120,8 +130,10 @@ class _Server:
         if count > most:
             raise Refused(400, f"batch_size x n_iter is {count}: at most {most} were expected", param="batch_size")
         of_all = seeds(None if body.seed < 0 else check_seed(body.seed), count)
-        made = requests(model.bundle, as_built(model.bundle, wanted), of_all)
-        return [Job(model.name, request, client) for request in made]
+        prompt, loras = split_loras(wanted.prompt)
+        adapters = self.service.models.adapters.chosen(loras)
+        made = requests(model.bundle, as_built(model.bundle, replace(wanted, prompt=prompt)), of_all)
+        return [Job(model.name, request, client, adapters) for request in made]
 
 
 def router(service: Service) -> APIRouter:
@@ -162,6 +174,11 @@ def router(service: Service) -> APIRouter:
         unknown = {"hash": None, "sha256": None, "config": None}
         names = service.models.by_name
         return _answer([{"title": name, "model_name": name, "filename": name, **unknown} for name in names])
+
+    @routes.get("/loras")
+    async def loras() -> Response:
+        names = service.models.adapters.by_name
+        return _answer([{"name": name, "alias": name, "path": name + SUFFIX, "metadata": {}} for name in names])
 
     for path, found in _LISTS.items():
         routes.add_api_route(f"/{path}", _list(found))

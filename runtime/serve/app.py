@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.serve import a1111, live, openai, page
+from turbochain.runtime.serve.control import nets
 from turbochain.runtime.serve.errors import Refused, of_input, of_validation
 from turbochain.runtime.serve.guard import Guard
 from turbochain.runtime.serve.metrics import Metrics
@@ -54,7 +55,8 @@ def make_app(service: Service) -> ASGIApp:
     async def metrics() -> Response:
         return Response(service.metrics.text(service.source.state.waiting), media_type="text/plain; version=0.0.4")
 
-    guarded: ASGIApp = Guard(api, service.settings)
+    takes_control = any(nets(model.bundle) for model in service.models.by_name.values())
+    guarded: ASGIApp = Guard(api, service.settings, takes_control=takes_control)
     if service.settings.allow_origins:
         guarded = CORSMiddleware(
             guarded,

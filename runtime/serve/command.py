@@ -27,6 +27,7 @@ def add_arguments(parser: Any) -> None:
     add("--queue", type=int, default=16, metavar="N", help="how many pictures may wait (default 16)")
     add("--timeout", type=float, default=60.0, metavar="SECONDS", help="for one picture, with waiting (default 60)")
     add("--strict-size", action="store_true", help="refuse a size that is not built, and do not draw the nearest")
+    add("--lora-dir", metavar="DIR", help="LoRA files (*.safetensors) that requests may name, read at the start")
     add("--allow-origin", action="append", default=[], metavar="ORIGIN", help="let pages of this origin call it")
     add(
         "--allow-host", action="append", default=[], metavar="NAME", help="a further name that this server is called by"
@@ -52,6 +53,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         queue=arguments.queue,
         timeout=arguments.timeout,
         strict_size=arguments.strict_size,
+        lora_dir=arguments.lora_dir,
         memory_bytes=None if arguments.memory is None else _bytes(arguments.memory),
         backend=arguments.backend,
         device=arguments.device,

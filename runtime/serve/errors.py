@@ -56,9 +56,10 @@ def _again(status: int, message: str, more: dict[str, Any]) -> Refused:
 
 _ARGUMENTS = (
     *("prompt", "negative_prompt", "image", "mask_image", "mask", "init_images", "strength", "num_inference_steps"),
-    *("guidance_scale", "seed", "n", "size", "height", "output_format", "response_format"),
+    *("guidance_scale", "seed", "n", "size", "height", "output_format", "response_format", "loras", "low", "high"),
+    *("control_image", "controlnet_conditioning_scale", "controlnet", "control_guidance_start", "control_guidance_end"),
 )
-_PARAMS = {"mask_image": "mask", "height": "size"}
+_PARAMS = {"mask_image": "mask", "height": "size", "low": "canny", "high": "canny"}
 """What a client calls some of them."""
 
 

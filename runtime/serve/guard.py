@@ -21,6 +21,9 @@ from turbochain.runtime.serve.settings import BODY, IMAGE_BODY, Settings, is_loo
 OPEN = ("/healthz", "/readyz")
 """The paths that need no key, beside those of the page."""
 WITH_IMAGE = ("/v1/images/edits", "/sdapi/v1/img2img")
+"""The paths whose requests may carry a picture."""
+WITH_CONTROL = ("/v1/images/generations", "/sdapi/v1/txt2img")
+"""Those that may if a bundle has a ControlNet."""
 BODY_SECONDS = 30.0
 """How long a client may take to send its request."""
 SUBPROTOCOL, KEY_PROTOCOL = "turbochain", "key."
@@ -30,9 +33,10 @@ SUBPROTOCOL, KEY_PROTOCOL = "turbochain", "key."
 class Guard:
     """Refuses what is not for this server, and hands the others on with their whole body."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        """Take the application behind it, and who may call it."""
+    def __init__(self, app: ASGIApp, settings: Settings, *, takes_control: bool = False) -> None:
+        """Take the application behind it, who may call it, and whether a bundle has a ControlNet."""
         self._app, self._settings = app, settings
+        self._with_image = {*WITH_IMAGE, *(WITH_CONTROL if takes_control else ())}
         self._hosts = {name.lower() for name in ("localhost", settings.host, *settings.allow_hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,7 +88,7 @@ class Guard:
 
     async def _whole(self, scope: Scope, headers: Mapping[str, str], receive: Receive) -> Receive:
         """Return a `receive` that gives the whole body at once; Refused if it is too large, too slow or untyped."""
-        limit = IMAGE_BODY if scope["path"] in WITH_IMAGE else BODY
+        limit = IMAGE_BODY if scope["path"] in self._with_image else BODY
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > limit:
             raise _too_large(limit)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +10,17 @@ from functools import cache
 from typing import Any
 
 from turbochain.runtime.chain.opened import OpenChain
+from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs.guidance import GUIDANCE
 from turbochain.runtime.request import Request
 from turbochain.runtime.serve.models import Model
 
 SAMPLER = "built-in"
 """A bundle has one sampler: its tables hold the values of the scheduler that it was built with."""
+UNIT = "ControlNet 0"
+"""A1111's name of the only unit."""
+
+_LORA = re.compile(r"<(?:lora|lyco):([^>]+)>")  # the second is A1111's other name of the first
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Used:
     """The values of one picture, in A1111's terms."""
 
     model: str
-    prompt: str
+    prompt: str  # as it was sent: it names the adapters
     negative_prompt: str  # "" if none was read
     seed: int
     width: int
@@ -30,16 +36,17 @@ class Used:
     steps: int
     cfg_scale: float  # 1.0 if there was no guidance: that is what A1111 calls it
     denoising_strength: float | None  # None if no image was given
+    controlnet: str | None  # what its unit says
 
     @classmethod
-    def of(cls, model: Model, request: Request) -> "Used":
-        """Return what a request of one picture is drawn with."""
+    def of(cls, model: Model, request: Request, prompt: str, controlnet: str | None) -> "Used":
+        """Return what a request of one picture is drawn with; `prompt`, `controlnet`: as the client has sent them."""
         chain = model.bundle.open_chain(request.chain)
         entry = chain.chain.tables[request.table]
         height, width = chain.size
         return cls(
             model=model.name,
-            prompt=request.prompts[0],
+            prompt=prompt,
             negative_prompt=next(iter(request.negative_prompts), ""),
             seed=request.seeds[0],
             width=width,
@@ -47,6 +54,7 @@ class Used:
             steps=entry.steps,
             cfg_scale=_scale(request, entry.guidance_scale),
             denoising_strength=_strength(chain, request.table),
+            controlnet=controlnet,
         )
 
     @property
@@ -60,6 +68,7 @@ class Used:
             "Size": f"{self.width}x{self.height}",
             "Model": self.model,
             "Denoising strength": self.denoising_strength,
+            UNIT: self.controlnet,
             "Version": version(),
         }
         last = ", ".join(f"{name}: {_quoted(value)}" for name, value in values.items() if value is not None)
@@ -87,7 +96,7 @@ def info(first: Used, ready: Sequence[Used], batch_size: int) -> str:
         "batch_size": batch_size,
         "sd_model_name": first.model,
         "denoising_strength": first.denoising_strength,
-        "extra_generation_params": {},
+        "extra_generation_params": {} if first.controlnet is None else {UNIT: first.controlnet},
         "index_of_first_image": 0,
         "infotexts": [used.infotext for used in ready],
         "styles": [],
@@ -95,6 +104,20 @@ def info(first: Used, ready: Sequence[Used], batch_size: int) -> str:
         "version": version(),
     }
     return json.dumps(found)
+
+
+def split_loras(prompt: str) -> tuple[str, list[tuple[str, float]]]:
+    """Return a prompt without <lora:NAME:SCALE>, and what it names. Raises InputError for another form of these."""
+    found = []
+    for content in _LORA.findall(prompt):
+        name, _, scale = content.partition(":")
+        try:
+            found.append((name, float(scale or 1)))
+        except ValueError:
+            raise InputError(
+                f"prompt: <lora:{content}>: a name and one number were expected, such as <lora:{name}:0.8>"
+            ) from None
+    return _LORA.sub("", prompt), found
 
 
 def timestamp(seconds: float) -> str:

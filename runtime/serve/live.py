@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal
 
 import pydantic_core
 from fastapi import APIRouter, WebSocket
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from starlette.websockets import WebSocketDisconnect
 
 from turbochain.runtime.serve.encoding import QUALITY, Encoding, decode
 from turbochain.runtime.serve.errors import Refused, failed
+from turbochain.runtime.serve.fields import Controlled, Lora, pairs
 from turbochain.runtime.serve.guard import chosen_protocol
 from turbochain.runtime.serve.service import DECODERS, Service, off_loop
 from turbochain.runtime.serve.settings import BODY
@@ -31,7 +32,7 @@ _LENGTH = struct.Struct("<I")
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class Body(BaseModel):
+class Body(Controlled):
     """The fields of a message; unlike OpenAI's API this is our own, so that an unknown field is an error."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -45,6 +46,8 @@ class Body(BaseModel):
     guidance_scale: Number | None = None
     negative_prompt: str | None = None
     strength: Number | None = None
+    loras: list[Lora] | None = None
+    control_bytes: Annotated[int, Field(ge=1)] | None = None  # the message's last: the file of a control image
     format: Literal["png", "jpeg", "webp"] = "jpeg"
     quality: Annotated[int, Field(ge=0, le=100)] = QUALITY
 
@@ -54,15 +57,22 @@ class _Asked:
     """A message that was read; its picture is decoded when its turn comes."""
 
     body: Body
-    file: bytes | None  # of the picture that it carries
+    image: bytes | None = None  # the file of the picture to start from
+    control: bytes | None = None  # of the control image
+
+    @property
+    def has_picture(self) -> bool:
+        """Return whether it carries a file."""
+        return self.image is not None or self.control is not None
 
     def ends(self, drawn: "_Asked") -> bool:
         """Return whether this message, being newer, ends what is being drawn.
 
-        A camera's next frame does not: with a fast camera no picture would ever be ready.
+        A camera's next frame does not, nor the next stroke of a drawing: no picture would ever be ready.
         """
-        alike = self.body.model_copy(update={"id": drawn.body.id}) == drawn.body
-        return self.file is None or drawn.file is None or not alike
+        others = {"id": drawn.body.id, "control_bytes": drawn.body.control_bytes}
+        alike = self.body.model_copy(update=others) == drawn.body
+        return not (self.has_picture and drawn.has_picture and alike)
 
 
 def router(service: Service) -> APIRouter:
@@ -144,7 +154,7 @@ class _Session:
     async def _draw(self, asked: _Asked) -> Drawn | None:
         """Return the picture; None if a newer message has ended it. Raises Refused."""
         # No newer message ends this, which a thread does: so one picture at a time is decoded, whatever is sent.
-        job = await off_loop(self._job, asked, threads=None if asked.file is None else DECODERS)
+        job = await off_loop(self._job, asked, threads=DECODERS if asked.has_picture else None)
         if self._waiting is not None and self._waiting.ends(asked):
             return None
         self._drawn, self._drawing = asked, asyncio.create_task(self._service.source.draw(job))
@@ -162,7 +172,8 @@ class _Session:
         wanted = Wanted(
             body.prompt,
             negative_prompt=body.negative_prompt,
-            image=None if asked.file is None else decode("image", asked.file),
+            image=None if asked.image is None else decode("image", asked.image),
+            control=body.control(None if asked.control is None else decode("control_image", asked.control)),
             size=parse_size(body.size or "auto"),
             num_inference_steps=body.num_inference_steps,
             guidance_scale=body.guidance_scale,
@@ -170,7 +181,7 @@ class _Session:
         )
         wanted = edited(model.bundle, wanted)
         made = request(model.bundle, wanted, body.seed, strict_size=service.settings.strict_size)
-        return Job(model.name, made, self._client)
+        return Job(model.name, made, self._client, service.models.adapters.chosen(pairs(body.loras)))
 
     def _skip(self) -> None:
         self._skipped += 1
@@ -182,22 +193,33 @@ class _Session:
 
 def _parse(message: Mapping[str, Any]) -> _Asked:
     """Return a message's content. Raises Refused."""
-    text, file = message.get("text"), None
+    text, files = message.get("text"), None
     if text is None:
-        text, file = _split(message["bytes"])
+        text, files = _split(message["bytes"])
     if len(text if isinstance(text, bytes) else text.encode()) > BODY:
         raise Refused(413, f"the message is larger than {BODY >> 20} MiB without a picture", code="too_large")
     try:
-        return _Asked(Body.model_validate_json(text), file)
+        body = Body.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         param = str(first["loc"][0]) if first["loc"] else None
         raise Refused(400, f"{where or 'the message'}: {first['msg']}", param=param) from None
+    if body.control_bytes is None:
+        return _Asked(body, files)
+    if files is None or body.control_bytes > len(files):
+        raise Refused(
+            400,
+            f"control_bytes is {body.control_bytes}, and {len(files or b'')} bytes follow the JSON: the length of the "
+            "control image's file was expected, with which the message ends",
+            param="control_bytes",
+        )
+    end = len(files) - body.control_bytes
+    return _Asked(body, files[:end] or None, files[end:])
 
 
 def _split(message: bytes) -> tuple[bytes, bytes]:
-    """Return the JSON and the picture's file of a binary message. Raises Refused."""
+    """Return the JSON and the files of a binary message. Raises Refused."""
     if len(message) >= _LENGTH.size:
         end = _LENGTH.size + _LENGTH.unpack_from(message)[0]
         if end <= len(message):

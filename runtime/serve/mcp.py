@@ -14,6 +14,7 @@ from turbochain.runtime.errors import BackendMissing, TurbochainError
 from turbochain.runtime.inputs.noise import check_seed
 from turbochain.runtime.pipeline import Pipeline
 from turbochain.runtime.request import Request
+from turbochain.runtime.serve.adapters import Adapters, Chosen, Loaded
 from turbochain.runtime.serve.encoding import Encoding
 from turbochain.runtime.serve.wanted import Wanted, parse_size, request, seeds
 
@@ -29,6 +30,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--backend", help="default: the best engine in the bundle that fits this machine")
     parser.add_argument("--device", help="default: the backend's own choice")
     parser.add_argument("--threads", type=int, help="CPU threads per launch (default: the backend's own choice)")
+    parser.add_argument("--lora-dir", metavar="DIR", help="LoRA files (*.safetensors) that the tool may add")
 
 
 def mcp(arguments: argparse.Namespace) -> None:
@@ -38,7 +40,8 @@ def mcp(arguments: argparse.Namespace) -> None:
     bundle = Bundle.open(arguments.bundle, trust_engines=arguments.trust_engines)
     names = ("backend", "device", "threads", "trust_engines")
     how = {name: getattr(arguments, name) for name in names}
-    tool = Tool(bundle, lambda: Pipeline.load(arguments.bundle, chain=_first(bundle), **how))
+    adapters = Adapters.open(arguments.lora_dir)
+    tool = Tool(bundle, lambda: Pipeline.load(arguments.bundle, chain=_first(bundle), **how), adapters)
     try:
         make_server(tool).run()
     finally:
@@ -48,18 +51,22 @@ def mcp(arguments: argparse.Namespace) -> None:
 class Tool:
     """Draws in a thread of its own, which loads the model first, so that the protocol stays alive."""
 
-    def __init__(self, bundle: Bundle, load: Callable[[], Pipeline]) -> None:
-        """Begin to load: `load()` returns the pipeline."""
+    def __init__(self, bundle: Bundle, load: Callable[[], Pipeline], adapters: Adapters) -> None:
+        """Begin to load: `load()` returns the pipeline; `adapters`: the LoRA files that a call may name."""
         self._bundle, self._thread = bundle, ThreadPoolExecutor(1, "turbochain-mcp")
         self._loaded: Future[Pipeline] = self._thread.submit(load)
+        self._adapting = self._thread.submit(lambda: Loaded(adapters, self._loaded.result()))
+        self.adapters = adapters
 
-    async def draw(self, request: Request) -> bytes:
-        """Return the file of a picture. If the task that awaits this is cancelled, so is the drawing."""
+    async def draw(self, request: Request, chosen: Chosen = ()) -> bytes:
+        """Return the file of a picture with these adapters. If the task that awaits this is cancelled, so is the
+        drawing. Raises InputError if the model cannot draw with them."""
         import asyncio  # every command imports this module, and needs none of it
 
         unwanted = threading.Event()
 
         def made() -> bytes:
+            self._adapting.result().use(chosen)
             (picture,) = self._loaded.result().draw(request, cancel=unwanted.is_set).images
             return JPEG.encode(picture)
 
@@ -81,10 +88,11 @@ class Tool:
 
     @property
     def choices(self) -> str:
-        """Return the sizes and step counts that there are."""
+        """Return the sizes, the step counts and the LoRAs that there are."""
         sizes = ", ".join(f"{width}x{height}" for height, width in self._bundle.sizes(TEXT_TO_IMAGE))
         steps = ", ".join(map(str, self._bundle.open_chain(_first(self._bundle)).steps))
-        return f"Sizes: {sizes}. Step counts: {steps}."
+        loras = f" LoRAs: {', '.join(self.adapters.by_name)}." if self.adapters.by_name else ""
+        return f"Sizes: {sizes}. Step counts: {steps}.{loras}"
 
     def close(self) -> None:
         """Give back the model's memory."""
@@ -110,6 +118,7 @@ def make_server(tool: Tool) -> "MCPServer":
         negative_prompt: Annotated[str | None, Field(description="what not to draw, if there is guidance")] = None,
         guidance_scale: Annotated[float | None, Field(description="above 1: with guidance")] = None,
         size: Annotated[str | None, Field(description="WIDTHxHEIGHT in pixels, or auto")] = None,
+        loras: Annotated[dict[str, float] | None, Field(description="LoRAs to draw with, each with its scale")] = None,
     ) -> list[Image | str]:
         try:
             wanted = Wanted(
@@ -120,7 +129,8 @@ def make_server(tool: Tool) -> "MCPServer":
                 guidance_scale=guidance_scale,
             )
             made = tool.request(wanted, seed)
-            return [Image(data=await tool.draw(made), format=JPEG.format), tool.told(made)]
+            chosen = tool.adapters.chosen((loras or {}).items())
+            return [Image(data=await tool.draw(made, chosen), format=JPEG.format), tool.told(made)]
         except TurbochainError as error:
             raise ToolError(str(error)) from error
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from turbochain.runtime.bundle import hub
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.errors import InputError
+from turbochain.runtime.serve.adapters import Adapters
 from turbochain.runtime.serve.errors import Refused
 from turbochain.runtime.serve.settings import Settings
 
@@ -27,20 +28,24 @@ class Model:
 
 @dataclass(frozen=True)
 class Models:
-    """All that are served; the first is the default."""
+    """All that are served, the first is the default, and the LoRA files that may be added to them."""
 
     by_name: Mapping[str, Model]
+    adapters: Adapters
 
     @classmethod
     def open(cls, settings: Settings) -> "Models":
-        """Read and check the manifest of every bundle; raises BundleError, or InputError if two have one name."""
+        """Read and check the manifest of every bundle, and list the LoRA files.
+
+        Raises BundleError, and InputError if two bundles have one name or the folder of the LoRA files is none.
+        """
         found: dict[str, Model] = {}
         names = settings.model_names or tuple(map(name_of, settings.bundles))
         for name, source in zip(names, settings.bundles, strict=True):
             if name in found:
                 raise InputError(f"two bundles are named {name}: give each its own with --model-name")
             found[name] = Model(name, Bundle.open(source, trust_engines=settings.trust_engines), source)
-        return cls(found)
+        return cls(found, Adapters.open(settings.lora_dir))
 
     @property
     def first(self) -> Model:

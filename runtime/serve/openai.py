@@ -3,22 +3,23 @@
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
-from pydantic_core import PydanticCustomError, to_json
+from pydantic import Field, ValidationError
+from pydantic_core import to_json
 from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs.noise import check_seed
-from turbochain.runtime.serve.encoding import QUALITY, Encoding, decode, repainted
+from turbochain.runtime.serve.encoding import QUALITY, Encoding, decode, decode_base64, repainted
 from turbochain.runtime.serve.errors import Refused, of_validation
+from turbochain.runtime.serve.fields import Controlled, Loras, Real, Whole, pairs
 from turbochain.runtime.serve.models import Model
 from turbochain.runtime.serve.service import DECODERS, Service, abandon, off_loop, while_connected
 from turbochain.runtime.serve.source import Drawn, Job
@@ -33,18 +34,7 @@ USAGE = {
 """OpenAI's clients demand it in the events of a stream."""
 
 
-def _number(value: object) -> object:
-    """Refuse true and false, which are numbers to Python, and would be the seeds 1 and 0."""
-    if isinstance(value, bool):
-        raise PydanticCustomError("number", "a number was expected, and not {value}", {"value": str(value).lower()})
-    return value
-
-
-Whole = Annotated[int, BeforeValidator(_number)]
-Real = Annotated[float, BeforeValidator(_number)]
-
-
-class Body(BaseModel):
+class Body(Controlled):
     """What is read of a request; other fields (quality, style, user, …) have no effect."""
 
     prompt: str
@@ -61,6 +51,8 @@ class Body(BaseModel):
     guidance_scale: Real | None = None
     negative_prompt: str | None = None
     strength: Real | None = None
+    loras: Loras | None = None
+    control_image: str | None = None  # base64; in a form a file
 
     @property
     def encoding(self) -> Encoding:
@@ -99,6 +91,7 @@ class _Drawing:
         self.model: Model = service.models.find(body.model)
         first = None if body.seed is None else check_seed(body.seed)
         self._seeds = seeds(first, body.n or 1)
+        self._adapters = service.models.adapters.chosen(pairs(body.loras))
         if len(self._seeds) > service.settings.queue:
             raise InputError(f"n={body.n}: at most {service.settings.queue} pictures may wait in this server's queue")
         self._jobs = self._of_each_seed(wanted)
@@ -107,7 +100,8 @@ class _Drawing:
     def _of_each_seed(self, wanted: Wanted) -> list[Job]:
         strict = self._service.settings.strict_size
         made = requests(self.model.bundle, wanted, self._seeds, strict_size=strict)
-        return [Job(self.model.name, request, self._http.scope["client_name"]) for request in made]
+        client = self._http.scope["client_name"]
+        return [Job(self.model.name, request, client, self._adapters) for request in made]
 
     def _of_fewer_steps(self, wanted: Wanted) -> list[list[Job]]:
         """Return the pictures of all seeds for each of the smaller step counts that are wanted and have room."""
@@ -183,6 +177,8 @@ class _Drawing:
 
     async def _file(self, made: Drawn, seed: int) -> str:
         text = {"prompt": self._body.prompt, "seed": str(seed), "model": self.model.name}
+        if self._adapters:
+            text["loras"] = ", ".join(f"{name}: {scale:g}" for name, scale in self._adapters)
         return base64.b64encode(await off_loop(self._encoding.encode, made.picture, text)).decode()
 
 
@@ -192,13 +188,17 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/images/generations")
     async def generations(body: Body, http: HttpRequest) -> Response:
-        drawing = _Drawing(service, http, body, replace(body.wanted, strength=None))
+        wanted = replace(body.wanted, strength=None)
+        if body.control_image is None:
+            drawing = _Drawing(service, http, body, wanted)
+        else:
+            drawing = await off_loop(_controlled, service, http, body, wanted, threads=DECODERS)
         return await (drawing.stream() if body.stream else drawing.answer())
 
     @routes.post("/images/edits")
     async def edits(http: HttpRequest) -> Response:
-        body, image, mask = await _form(http)
-        drawing = await off_loop(_edit, service, http, body, image, mask, threads=DECODERS)
+        body, files = await _form(http)
+        drawing = await off_loop(_edit, service, http, body, files, threads=DECODERS)
         return await (drawing.stream() if body.stream else drawing.answer())
 
     @routes.get("/models")
@@ -212,32 +212,44 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def _edit(service: Service, http: HttpRequest, body: Body, image: bytes, mask: bytes | None) -> _Drawing:
+def _controlled(service: Service, http: HttpRequest, body: Body, wanted: Wanted, file: bytes | None = None) -> _Drawing:
+    """Return what is drawn, with a control image if there is one: a file, or the body's.
+
+    Decodes: call it off the event loop. Raises InputError and Refused.
+    """
+    image = None if body.control_image is None else decode_base64("control_image", body.control_image)
+    if file is not None:
+        image = decode("control_image", file)
+    return _Drawing(service, http, body, replace(wanted, control=body.control(image)))
+
+
+def _edit(service: Service, http: HttpRequest, body: Body, files: Mapping[str, bytes]) -> _Drawing:
     """Return what an edit draws. Decodes: call it off the event loop. Raises InputError and Refused."""
-    wanted = replace(body.wanted, image=decode("image", image))
-    if mask is not None:
-        wanted = replace(wanted, mask_image=repainted("mask", decode("mask", mask)))
-    return _Drawing(service, http, body, edited(service.models.find(body.model).bundle, wanted))
+    wanted = replace(body.wanted, image=decode("image", files["image"]))
+    if "mask" in files:
+        wanted = replace(wanted, mask_image=repainted("mask", decode("mask", files["mask"])))
+    wanted = edited(service.models.find(body.model).bundle, wanted)
+    return _controlled(service, http, body, wanted, files.get("control_image"))
 
 
-async def _form(http: HttpRequest) -> tuple[Body, bytes, bytes | None]:
-    """Return the fields, the image and the mask of an edit. Raises Refused."""
+async def _form(http: HttpRequest) -> tuple[Body, dict[str, bytes]]:
+    """Return the fields and the files of an edit: an image, and perhaps a mask and a control image. Raises Refused."""
     texts: dict[str, str] = {}
-    files: dict[str, list[bytes]] = {"image": [], "mask": []}
+    files: dict[str, list[bytes]] = {"image": [], "mask": [], "control_image": []}
     async with http.form(max_files=8, max_fields=64) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
                 files.setdefault(name.removesuffix("[]"), []).append(await value.read())
             elif value:
                 texts[name] = value
-    for name, few in (("image", 1), ("mask", 0)):
+    for name, few in (("image", 1), ("mask", 0), ("control_image", 0)):
         if not few <= len(files[name]) <= 1:
             raise Refused(400, f"{name}: one picture was expected, and {len(files[name])} were sent", param=name)
     try:
         body = Body.model_validate(texts)
     except ValidationError as error:
         raise of_validation(error.errors()) from error
-    return body, files["image"][0], files["mask"][0] if files["mask"] else None
+    return body, {name: found[0] for name, found in files.items() if found}
 
 
 def _described(model: Model) -> dict[str, Any]:

@@ -12,13 +12,15 @@ from starlette.responses import Response
 
 from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, TEXT_TO_IMAGE
 from turbochain.runtime.bundle.opened import Bundle
+from turbochain.runtime.serve.control import nets
 from turbochain.runtime.serve.models import Model
 from turbochain.runtime.serve.service import Service
 from turbochain.runtime.serve.wanted import Wanted, edited
 
 FOLDER = Path(__file__).parent / "page"
 MEDIA = {".html": "text/html", ".mjs": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-PARTS = ("page.mjs", "settings.mjs", "live.mjs", "images.mjs", "gallery.mjs", "style.css", "icon.svg")
+MODULES = ("page", "settings", "live", "images", "gallery", "sketch", "control")
+PARTS = (*(f"{name}.mjs" for name in MODULES), "style.css", "icon.svg")
 FILES = {"/": "index.html", **{f"/page/{name}": name for name in PARTS}}
 """The whole of what is served, by path: no path of a request ever opens a file."""
 HEADERS = {
@@ -67,7 +69,7 @@ def _described(model: Model) -> dict[str, Any]:
 def _task(bundle: Bundle, task: str) -> dict[str, Any]:
     """Return what a task is built for; `strengths` are all that there are, or none if it can be any number.
 
-    `strength` is the default, and None of a task without an image.
+    `strength` is the default, and None of a task without an image. `controlnets`: the names to choose from.
     """
     sizes = bundle.sizes(task)
     chain = bundle.open_chain(bundle.find_chain(task, sizes[0], 1))
@@ -76,6 +78,7 @@ def _task(bundle: Bundle, task: str) -> dict[str, Any]:
         "sizes": [[width, height] for height, width in sizes],
         "steps": chain.steps,
         "strengths": strengths,
+        "controlnets": nets(bundle, task),
         "strength": None
         if task == TEXT_TO_IMAGE
         else edited(bundle, Wanted("", image=Image.new("RGB", (8, 8)))).strength,

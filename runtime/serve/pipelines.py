@@ -6,7 +6,10 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 
+from turbochain.runtime.errors import InputError
 from turbochain.runtime.pipeline import Pipeline
+from turbochain.runtime.serve.adapters import Chosen, Loaded
+from turbochain.runtime.serve.errors import of_input
 from turbochain.runtime.serve.models import Model, Models
 from turbochain.runtime.serve.settings import Settings
 
@@ -25,9 +28,13 @@ class Pipelines:
         """Take what is served, and how much of it may be in memory."""
         self._models, self._settings = models, settings
         self._loaded: OrderedDict[str, Pipeline] = OrderedDict()  # the one used last is the last
+        self._adapters: dict[str, Loaded] = {}
 
-    def get(self, model: Model) -> Pipeline:
-        """Return a model's pipeline, loaded. Raises what `Pipeline.load` raises."""
+    def get(self, model: Model, adapters: Chosen = ()) -> Pipeline:
+        """Return a model's pipeline, loaded, which draws with these adapters and no others.
+
+        Raises what `Pipeline.load` raises, and Refused if it cannot draw with the adapters.
+        """
         if model.name not in self._loaded:
             self._make_room(model)
             settings = self._settings
@@ -40,7 +47,12 @@ class Pipelines:
                 keep_all=_weight(model) <= self._limit,
                 trust_engines=settings.trust_engines,
             )
+            self._adapters[model.name] = Loaded(self._models.adapters, self._loaded[model.name])
         self._loaded.move_to_end(model.name)
+        try:
+            self._adapters[model.name].use(adapters)
+        except InputError as error:
+            raise of_input(error) from error
         return self._loaded[model.name]
 
     def warm_up(self, model: Model) -> float:
@@ -92,6 +104,10 @@ def machine_bytes() -> int:
 
 
 def _weight(model: Model) -> int:
-    """Return the size of the files of a model's graphs, which is about what it takes if all of them are loaded."""
+    """Return the size of the files of a model's graphs, which is about what it takes if all of them are loaded.
+
+    Not of a UNet with slots for adapters: it is loaded in place of the one without.
+    """
     manifest = model.bundle.manifest
-    return sum(manifest.files[file].size for graph in manifest.graphs.values() for file in graph.files)
+    graphs = [g for g in manifest.graphs.values() if not ("lora" in g.features and g.role == "unet")]
+    return sum(manifest.files[file].size for graph in graphs for file in graph.files)

@@ -61,6 +61,7 @@ class Arguments(BaseModel):
     queue: int = 16  # pictures that may wait in the ingress, beside those that Ray has
     timeout: float = 60.0
     strict_size: bool = False
+    lora_dir: str | None = None  # at the same path on every machine
     memory: PositiveFloat | None = None  # GiB, of each replica
     backend: str | None = None
     device: str | None = None
@@ -99,6 +100,7 @@ class Arguments(BaseModel):
             queue=self.queue,
             timeout=self.timeout,
             strict_size=self.strict_size,
+            lora_dir=self.lora_dir,
             memory_bytes=None if self.memory is None else int(self.memory * 2**30),
             backend=self.backend,
             device=self.device,

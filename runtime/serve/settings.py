@@ -27,6 +27,7 @@ class Settings:
     queue: int = 16  # pictures that may wait
     timeout: float = 60.0  # seconds that a picture may take, waiting included
     strict_size: bool = False  # whether a size that is not built is refused
+    lora_dir: str | None = None  # the folder of the LoRA files that requests may name
     memory_bytes: int | None = None  # what the loaded bundles may weigh; None for half of what the device has
     backend: str | None = None
     device: str | None = None

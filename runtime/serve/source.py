@@ -6,6 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from turbochain.runtime.request import Request
+from turbochain.runtime.serve.adapters import Chosen
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Job:
     model: str
     request: Request  # of one picture, with a seed of its own
     client: str  # whose turn it takes
+    adapters: Chosen = ()
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Source(Protocol):
     async def draw(self, job: Job, progress: Progress | None = None) -> Drawn:
         """Draw one picture. If the task that awaits this is cancelled, nobody wants the picture any more.
 
-        Raises Refused: 503 or 429 if there is no room, 503 if it takes too long, 500 if the model makes no picture.
+        Raises Refused: 503 or 429 if there is no room, 503 if it takes too long, 500 if the model makes no picture, 400
+        if an adapter does not fit it.
         """
 
     async def start(self) -> None:

@@ -12,6 +12,7 @@ from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs.guidance import GUIDANCE, check_scale, embeds_guidance
 from turbochain.runtime.inputs.rows import least_strength
 from turbochain.runtime.request import Request
+from turbochain.runtime.serve.control import Control
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,6 +34,7 @@ class Wanted:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     strength: float | None = None
+    control: Control | None = None
 
     @property
     def task(self) -> str:
@@ -59,6 +61,7 @@ def request(bundle: Bundle, wanted: Wanted, seed: int, *, strict_size: bool = Fa
         negative_prompt=wanted.negative_prompt,
         seed=[seed],
         output_type="uint8",
+        **({} if wanted.control is None else wanted.control.arguments(chain)),
     )
 
 

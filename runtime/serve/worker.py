@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from turbochain.runtime.errors import Cancelled, CudaFault
 from turbochain.runtime.serve import batching
-from turbochain.runtime.serve.errors import failed, in_time, unavailable
+from turbochain.runtime.serve.errors import Refused, failed, in_time, unavailable
 from turbochain.runtime.serve.metrics import Metrics
 from turbochain.runtime.serve.models import Models
 from turbochain.runtime.serve.pipelines import Pipelines
@@ -80,7 +80,7 @@ class Worker:
             loop.call_soon_threadsafe(_settle, result, made)
 
         bundle = self._models.exactly(job.model).bundle
-        kind = (job.model, batching.kind(bundle, job.request))
+        kind = (job.model, job.adapters, batching.kind(bundle, job.request))
         waiting = Waiting(job, kind, settle, progress or Progress())
         self._queue.put(waiting)
         try:
@@ -122,6 +122,9 @@ class Worker:
             raise
         except Cancelled:
             return  # nobody awaits them
+        except Refused as refused:  # the adapters, which are those of all
+            for waiting in batch:
+                waiting.settle(refused)
         except Exception as error:
             if len(batch) > 1:  # one of them may be at fault
                 for waiting in batch:
@@ -135,7 +138,7 @@ class Worker:
 
     def _pass(self, batch: Sequence[Waiting]) -> list[Drawn]:
         job = batch[0].job
-        pipe = self._pipelines.get(self._models.exactly(job.model))
+        pipe = self._pipelines.get(self._models.exactly(job.model), job.adapters)
         request = batching.together(pipe.bundle, [waiting.job.request for waiting in batch])
         chain = pipe.bundle.open_chain(request.chain)
         for waiting in batch:

@@ -158,7 +158,7 @@ ODD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one side": ({"width": 4096}, {"width": 64, "height": 64}),
     "a NUL in what is ignored": ({"sampler_name": "\0\ud800"}, {"steps": 4}),
     "another script": ({"prompt": "猫, 🐈", "steps": 1}, {"prompt": "猫, 🐈"}),
-    "mark-up": ({"prompt": "<lora:x:1> (cat:1.2)\nBREAK, [dog]"}, {"prompt": "<lora:x:1> (cat:1.2)\nBREAK, [dog]"}),
+    "mark-up": ({"prompt": "<x:1> (cat:1.2)\nBREAK, [dog]"}, {"prompt": "<x:1> (cat:1.2)\nBREAK, [dog]"}),
 }
 
 

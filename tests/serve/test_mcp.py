@@ -26,7 +26,7 @@ def test_the_tool(sd: Path) -> None:
         async with Client(StdioServerParameters(command=str(program("turbochain")), args=arguments)) as client:
             (tool,) = (await client.list_tools()).tools
             assert tool.name == "generate_image" and "64x64" in (tool.description or "")
-            wanted = ("prompt", "seed", "num_inference_steps", "negative_prompt", "guidance_scale", "size")
+            wanted = ("prompt", "seed", "num_inference_steps", "negative_prompt", "guidance_scale", "size", "loras")
             assert tuple(tool.input_schema["properties"]) == wanted and tool.input_schema["required"] == ["prompt"]
 
             async def call(**arguments: Any) -> Any:

@@ -53,11 +53,12 @@ def test_the_page_names_nothing_of_another_host() -> None:
 
 def test_about_says_what_is_built(server: Serving, sd: Path) -> None:
     (model,) = json.load(get(f"{server.url}/about"))["models"]
+    built = {"sizes": [[64, 64]], "steps": [1, 2, 3, 4], "strengths": [], "controlnets": []}
     assert model == {
         "name": "sd-fp32",
         "tasks": {
-            "text-to-image": {"sizes": [[64, 64]], "steps": [1, 2, 3, 4], "strengths": [], "strength": None},
-            "image-to-image": {"sizes": [[64, 64]], "steps": [1, 2, 3, 4], "strengths": [], "strength": 0.5},
+            "text-to-image": {**built, "strength": None},
+            "image-to-image": {**built, "strength": 0.5},
         },
     }
 

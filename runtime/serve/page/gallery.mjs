@@ -11,9 +11,9 @@ export class Gallery {
     this.show = show;
   }
 
-  // Add a picture: {file, request, image}. One that was drawn from the same settings is not added again.
+  // Add a picture: {file, request, image, control}. One that was drawn from the same settings is not added again.
   add(picture) {
-    const same = JSON.stringify(picture.request) + (picture.image?.url ?? "");
+    const same = JSON.stringify(picture.request) + (picture.image?.url ?? "") + (picture.control?.version ?? "");
     if (this.#entries[0]?.same === same) return;
     const item = document.createElement("li");
     const button = document.createElement("button");

@@ -46,9 +46,10 @@ export class Live extends EventTarget {
     return this.connect();
   }
 
-  // Send a request, {prompt, seed, …}; `image`: the bytes of a picture's file. Returns its id, which grows.
-  send(request, image = null) {
-    this.#unanswered = { id: ++this.#id, request, image };
+  // Send a request, {prompt, seed, …}; `image`, `control`: the bytes of the files of a picture to start from, and of
+  // one to follow. Returns its id, which grows.
+  send(request, image = null, control = null) {
+    this.#unanswered = { id: ++this.#id, request, image, control };
     this.#transmit();
     return this.#id;
   }
@@ -89,10 +90,10 @@ export class Live extends EventTarget {
       this.#again = setTimeout(() => this.#transmit(), 20);
       return;
     }
-    const { id, request, image } = this.#unanswered;
-    const text = JSON.stringify({ id, ...request });
+    const { id, request, image, control } = this.#unanswered;
+    const text = JSON.stringify({ id, ...request, ...(control ? { control_bytes: control.length } : {}) });
     this.#unanswered.sent = performance.now();
-    this.#socket.send(image ? withImage(text, image) : text);
+    this.#socket.send(image || control ? withFiles(text, [image, control].filter(Boolean)) : text);
   }
 
   #drawn(data) {
@@ -130,13 +131,16 @@ export class Live extends EventTarget {
   }
 }
 
-// A binary message: the length of its JSON, the JSON, and the picture's file.
-function withImage(text, image) {
-  const json = new TextEncoder().encode(text);
-  const message = new Uint8Array(4 + json.length + image.length);
-  new DataView(message.buffer).setUint32(0, json.length, true);
-  message.set(json, 4);
-  message.set(image, 4 + json.length);
+// A binary message: the length of its JSON, the JSON, and the pictures' files.
+function withFiles(text, files) {
+  const parts = [new TextEncoder().encode(text), ...files];
+  const message = new Uint8Array(parts.reduce((sum, part) => sum + part.length, 4));
+  new DataView(message.buffer).setUint32(0, parts[0].length, true);
+  let at = 4;
+  for (const part of parts) {
+    message.set(part, at);
+    at += part.length;
+  }
   return message;
 }
 

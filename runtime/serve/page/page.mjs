@@ -6,34 +6,38 @@ import { Live } from "./live.mjs";
 import { $, Settings, inWords } from "./settings.mjs";
 
 const SILENCE = 400; // ms without a change after which the slider's step count is drawn
+const CONTROL = $("control-field");
 const SLOW = 250; // ms after which the page says that it waits
 
 const live = new Live();
 const settings = new Settings();
 const gallery = new Gallery($("gallery"), $("gallery-section"), showAgain);
 
-let last = null; // the newest request: {id, request, image, quick, keep}, and when it is drawn its file
+let last = null; // the newest request: {id, request, image, control, quick, keep}, and when it is drawn its file
 let shown = null; // one of them
 const sent = new Map(); // those that may still be answered, by id
 let turns = 0; // pictures that have come, or were chosen from the gallery
 let shownTurn = 0;
 let silence = 0;
 let slow = 0;
+let stale = false; // whether the drawing to follow has changed since it was read
+let reading = false;
 
 // ---- drawing
 
 // Draw at once with the fewest steps, and after a silence with the slider's; if `settled`, with the slider's at once.
 function changed({ settled = false } = {}) {
   clearTimeout(silence);
-  if (!settings.known || !settings.complete || settings.camera.on) return; // the camera's next frame has it all
+  if (!settings.known || !settings.complete || settings.filming) return; // the camera's next frame has it all
   const quick = !settled && settings.steps !== settings.fewest;
   send(quick ? settings.fewest : settings.steps, { quick });
   silence = setTimeout(rest, settled ? 0 : SILENCE);
 }
 
 function send(steps, more = {}, bytes = settings.image?.bytes) {
-  last = { request: settings.request(steps), image: settings.image, ...more };
-  last.id = live.send(last.request, bytes);
+  const control = settings.control.used ? settings.control.current : null;
+  last = { request: settings.request(steps), image: settings.image, control, ...more };
+  last.id = live.send(last.request, bytes, control?.bytes);
   sent.set(last.id, last);
   clearTimeout(slow);
   slow = setTimeout(() => live.waiting && showWaiting(true), SLOW);
@@ -48,6 +52,7 @@ function rest() {
 
 live.addEventListener("picture", async ({ detail: { id, ms, drawn, file } }) => {
   const made = sent.get(id);
+  if (stale) follow();
   if (!made) return; // older than one that has come
   for (const other of sent.keys()) if (other <= id) sent.delete(other);
   made.file = new Blob([file], { type: "image/jpeg" });
@@ -63,6 +68,7 @@ live.addEventListener("picture", async ({ detail: { id, ms, drawn, file } }) => 
 });
 
 live.addEventListener("error", ({ detail: { id, code, message } }) => {
+  if (stale) follow();
   if (id !== last?.id) return;
   $("problem").textContent = code === "starting" ? "The server is loading its model…" : message;
   if (!live.waiting) showWaiting(false);
@@ -98,8 +104,9 @@ async function showAgain(picture) {
   const turn = ++turns;
   clearTimeout(silence);
   sent.clear();
+  stale = false;
   settings.camera.stop();
-  settings.restore(picture.request, picture.image);
+  await settings.restore(picture.request, picture.image, picture.control);
   show(picture, await createImageBitmap(picture.file), turn);
   showWaiting(false, `${inWords(steps)} · seed ${seed}`);
   $("status").textContent = `Shown again: ${prompt}, seed ${seed}`;
@@ -156,12 +163,16 @@ function startFrom(image) {
   settings.steps = steps;
 }
 
-async function take(file) {
+async function take(file, place) {
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
   } catch {
     $("problem").textContent = "That file is no picture that this browser can read.";
+    return;
+  }
+  if (place === CONTROL) {
+    settings.control.take(bitmap);
     return;
   }
   startFrom({ bitmap, url: URL.createObjectURL(file) });
@@ -175,18 +186,23 @@ async function cut() {
   changed({ settled: true });
 }
 
-function takeFrom({ files }) {
+// Take the picture of a transfer for the place where it was let go, or for the one that there is.
+function takeFrom({ files }, target) {
   const file = [...files].find(({ type }) => type.startsWith("image/"));
-  if (file && settings.known && settings.takesImages) take(file);
-  return Boolean(file);
+  if (!file || !settings.known) return Boolean(file);
+  const follows = !CONTROL.hidden && (CONTROL.contains(target) || !settings.takesImages);
+  if (follows || settings.takesImages) take(file, follows ? CONTROL : $("drop"));
+  return true;
 }
 
-$("choose").addEventListener("click", () => $("file").click());
-$("file").addEventListener("change", () => {
-  takeFrom($("file"));
-  $("file").value = "";
-});
-document.addEventListener("paste", (event) => takeFrom(event.clipboardData) && event.preventDefault());
+for (const [button, input] of [["choose", "file"], ["control-choose", "control-file"]]) {
+  $(button).addEventListener("click", () => $(input).click());
+  $(input).addEventListener("change", () => {
+    takeFrom($(input), $(input));
+    $(input).value = "";
+  });
+}
+document.addEventListener("paste", (event) => takeFrom(event.clipboardData, event.target) && event.preventDefault());
 document.addEventListener("dragover", (event) => {
   if (!event.dataTransfer.types.includes("Files")) return;
   event.preventDefault();
@@ -196,7 +212,7 @@ document.addEventListener("dragleave", (event) => event.relatedTarget || delete 
 document.addEventListener("drop", (event) => {
   delete $("drop").dataset.over;
   if (event.dataTransfer.types.includes("Files")) event.preventDefault(); // the browser would open it
-  takeFrom(event.dataTransfer);
+  takeFrom(event.dataTransfer, event.target);
 });
 $("clear").addEventListener("click", () => {
   startFrom(null);
@@ -204,34 +220,57 @@ $("clear").addEventListener("click", () => {
   changed({ settled: true });
 });
 
-$("camera-button").addEventListener("click", async () => {
-  const { camera } = settings;
-  if (camera.on) {
-    startFrom(settings.image);
-    return;
-  }
+$("camera-button").addEventListener("click", () => film(settings.camera, settings.control.camera));
+$("control-camera-button").addEventListener("click", () => film(settings.control.camera, settings.camera));
+
+// Begin to film, or end it. Of the two places of a camera's frames one is in use at a time.
+async function film(camera, other) {
+  const { steps } = settings;
+  other.stop();
   try {
-    await camera.start();
+    if (camera.on) camera.stop();
+    else await camera.start();
   } catch (error) {
     $("problem").textContent = `The camera cannot be used: ${error.message}`;
-    return;
   }
-  const { steps } = settings;
   settings.arrange();
   settings.steps = steps;
-  frame();
-});
+  frame(camera);
+}
 
 // Send a frame whenever the one before is answered: never more than the server draws.
-async function frame() {
-  const { camera } = settings;
+async function frame(camera) {
   if (!camera.on) return;
-  if (!live.waiting) {
-    const bytes = await jpeg(camera.video, settings.size);
-    if (camera.on) send(settings.steps, {}, bytes);
-  }
-  camera.next(frame);
+  if (!live.waiting) await (camera === settings.camera ? sendFrame(camera) : followFrame(camera));
+  camera.next(() => frame(camera));
 }
+
+async function sendFrame(camera) {
+  const bytes = await jpeg(camera.video, settings.size);
+  if (camera.on) send(settings.steps, {}, bytes);
+}
+
+// ---- a picture to follow
+
+async function followFrame(camera) {
+  const { control } = settings;
+  control.sketch.put(camera.video, { undoable: false });
+  await control.read();
+  if (camera.on) send(settings.steps);
+}
+
+// Draw what the drawing says now; if a picture is on its way, when it has come: never more than the server draws.
+async function follow() {
+  stale = true;
+  if (reading || live.waiting || settings.filming) return;
+  reading = true;
+  stale = false;
+  await settings.control.read();
+  reading = false;
+  changed();
+}
+
+settings.control.addEventListener("change", follow);
 
 // ---- the server
 

@@ -1,5 +1,6 @@
 // What is set on the page: the controls, and what of it the chosen model can do.
 
+import { Control } from "./control.mjs";
 import { Camera } from "./images.mjs";
 
 const USUAL_STEPS = 4; // the slider begins at the most steps up to this
@@ -13,6 +14,7 @@ export const inWords = (steps) => (steps === 1 ? "1 step" : `${steps} steps`);
 export class Settings {
   image = null; // {bitmap, bytes, url} to start from
   camera = new Camera($("camera"));
+  control = new Control();
   #models = null;
 
   get known() {
@@ -30,6 +32,10 @@ export class Settings {
 
   get #tasks() {
     return (this.#models.find(({ name }) => name === $("model").value) ?? this.#models[0]).tasks;
+  }
+
+  get filming() {
+    return this.camera.on || this.control.camera.on;
   }
 
   get #starts() {
@@ -93,11 +99,13 @@ export class Settings {
     if (this.#models.length > 1) made.model = $("model").value;
     if (this.#task.sizes.length > 1) made.size = this.size.join("x");
     if (this.#starts) made.strength = this.#strength;
+    if (this.control.used) Object.assign(made, this.control.request());
     return made;
   }
 
   // Set everything as it was for a request.
-  restore({ prompt, seed, strength, num_inference_steps: steps, model, size }, image) {
+  async restore(request, image, control) {
+    const { prompt, seed, strength, num_inference_steps: steps, model, size } = request;
     if (model) $("model").value = model;
     this.image = image;
     this.useDefaults();
@@ -107,6 +115,7 @@ export class Settings {
     if (strength !== undefined) this.#setStrength(strength);
     this.arrange();
     this.steps = steps;
+    await this.control.restore(request, control);
   }
 
   useDefaults() {
@@ -132,6 +141,7 @@ export class Settings {
     options($("size"), sizes.map((of) => of.join(" × ")));
     $("size-field").hidden = sizes.length < 2;
     $("steps").disabled = this.#counts.length < 2;
+    this.control.arrange(this.#task?.controlnets ?? [], this.size);
     $("frame").style.setProperty("--ratio", this.size[0] / this.size[1]);
     if (image) $("source").src = image.url;
     $("source").hidden = !image || camera.on;
