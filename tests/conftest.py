@@ -27,6 +27,7 @@ import calls
 import here
 import interrupted as interruption
 import kept
+import lowered
 import numpy as np
 import outside
 import pytest
@@ -36,6 +37,7 @@ from _pytest.mark import ParameterSet
 from here import build_here
 from kept import locked
 from torch._export import utils as exported_utils
+from torch.onnx._internal.exporter import _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from turbochain.engines import cli
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
 # Each export lists the exporter's 700 functions anew, which takes as long as the smallest graphs.
 ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
 exported_utils._materialize_cpp_cia_ops = functools.cache(exported_utils._materialize_cpp_cia_ops)  # the same, there
+_fx_passes.decompose_with_registry = lowered.decompose
 torch.fx.config.do_not_emit_stack_traces = True  # no graph's file has one
 
 ROOT = Path(__file__).parents[1]
