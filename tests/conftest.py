@@ -28,6 +28,7 @@ import here
 import interrupted as interruption
 import kept
 import lora_files
+import lowered
 import numpy as np
 import outside
 import pytest
@@ -37,6 +38,7 @@ from _pytest.mark import ParameterSet
 from here import build_here
 from kept import locked
 from torch._export import utils as exported_utils
+from torch.onnx._internal.exporter import _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from turbochain.engines import cli
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 # Each export lists the exporter's 700 functions anew, which takes as long as the smallest graphs.
 ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
 exported_utils._materialize_cpp_cia_ops = functools.cache(exported_utils._materialize_cpp_cia_ops)  # the same, there
+_fx_passes.decompose_with_registry = lowered.decompose
 torch.fx.config.do_not_emit_stack_traces = True  # no graph's file has one
 
 ROOT = Path(__file__).parents[1]
@@ -69,36 +72,36 @@ BundleFactory = Callable[..., Path]
 LONGEST_FIRST = (
     "test_parity.py",
     "test_demo.py",
+    "test_chains.py",
     "test_openvino.py",
     "test_control.py",
     "test_verify.py",
     "test_bench.py",
-    "test_chains.py",
-    "test_remedies.py",
-    "test_build.py",
-    "test_weights.py",
-    "test_guidance.py",
     "test_tensorrt.py",
     "test_bad_input.py",
+    "test_build.py",
     "test_pipeline.py",
-    "test_stream.py",
-    "test_conformance.py",
+    "test_remedies.py",
+    "test_guidance.py",
     "test_tokenizer.py",
-    "test_relatives.py",
+    "test_stream.py",
     "test_backends.py",
-    "test_schedulers.py",
     "test_tampering.py",
-    "test_inpainting.py",
-    "test_image_to_image.py",
+    "test_conformance.py",
     "test_light.py",
     "test_hub_bundles.py",
-    "test_parts.py",
     "test_outside.py",
+    "test_inversion.py",
+    "test_parts.py",
+    "test_schedulers.py",
+    "test_synthetic.py",
+    "test_weights.py",
+    "test_relatives.py",
+    "test_inpainting.py",
+    "test_image_to_image.py",
     "test_diffusers_call.py",
     "test_single_file.py",
-    "test_synthetic.py",
     "test_schedule.py",
-    "test_inversion.py",
     "test_tensorrt_api.py",
     "test_forks.py",
     "test_vae_encoder.py",
