@@ -19,8 +19,11 @@ from PIL import Image
 from test_conformance import KINDS, conform_in_each_way
 
 from turbochain.export import jobs
-from turbochain.export.controls import t2i_adapter
-from turbochain.export.families import Shape
+from turbochain.export.controls import KINDS as KINDS_OF_CONTROL
+from turbochain.export.controls import Controls, t2i_adapter
+from turbochain.export.controls.kind import Control
+from turbochain.export.families import Shape, lcm
+from turbochain.export.families import sd as sd_family
 from turbochain.export.order import ExportOrder
 from turbochain.runtime import InputError, Pipeline
 from turbochain.runtime.bundle.manifest import Engine
@@ -350,3 +353,12 @@ def test_fp16(checkpoints: dict[str, Path], tmp_path: Path) -> None:
         call = {**CALL, "control_image": picture(1)}
         reference = theirs(made.theirs("controlnet"), {**CALL, "image": picture(1)})
         assert metrics.psnr(ours(pipe, {**call, "controlnet": "canny"}), reference) >= 38
+
+
+def test_models_without_a_network() -> None:
+    """LCM_Dreamshaper's pipelines have none; only text-to-image gives a UNet the guidance scale that it reads."""
+    control = Control(KINDS_OF_CONTROL["controlnet"], "canny")
+    with pytest.raises(InputError, match="diffusers draws LCM_Dreamshaper with no ControlNet; leave it out"):
+        Controls(lcm.FAMILY, {"unet": {}}, [control]).check([], ["text-to-image"])
+    reads_scale = Controls(sd_family.FAMILY, {"unet": {"time_cond_proj_dim": 256}}, [control])
+    assert reads_scale.of("text-to-image") == [control] and reads_scale.of("image-to-image") == []
