@@ -46,7 +46,12 @@ class GraphSpec:
     precision: str | None = None  # this one, whatever is asked for
     sized: bool = True  # whether it depends on the size of a picture
     of_rows: bool = False  # whether it makes all rows of a stream at once, and so is for a shape with `rows`
-    features: tuple[str, ...] = ()  # what it has beside the plain graph of its role, as the manifest has it
+    reads: tuple[str, ...] = ()  # the features of the kinds of `export.controls` whose results it reads
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Return what it has beside the plain graph of its role, as the manifest has it."""
+        return self.reads
 
 
 @dataclass(frozen=True)

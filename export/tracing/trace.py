@@ -13,7 +13,6 @@ import torch
 
 from turbochain.export import load
 from turbochain.export.chains import Placed
-from turbochain.export.controls import KINDS
 from turbochain.export.families import GraphSpec, Shape
 from turbochain.export.remedies import Remedy
 from turbochain.export.sources.checkpoint import Checkpoint
@@ -106,7 +105,7 @@ def _module(wanted: Wanted, model: torch.nn.Module, inputs: Sequence[str]) -> to
     """Return the module that is traced, on the weights of `model`; `inputs`: their names, in its order."""
     kind = getattr(control if wanted.spec.module in vars(control) else modules, wanted.spec.module)
     module: torch.nn.Module = kind(copy_modules(model), *wanted.spec.arguments(wanted.shape)).eval()
-    if {kind.feature for kind in KINDS.values()} & {*wanted.spec.features}:
+    if wanted.spec.reads:
         module = control.Controlled(module, inputs).eval()
     if wanted.remedy.precision == "fp32":  # in lower precision a GPU's own GroupNormalization is wanted
         group_norm.replace_group_norms(module)
