@@ -131,5 +131,4 @@ class Controls:
         def inputs(configs: Configs, shape: Shape) -> Inputs:
             return {**unet.inputs(configs, shape), **self.reads(configs, shape)}
 
-        features = tuple(kind.feature for kind in self._kinds)
-        return replace(unet, inputs=inputs, features=(*features, *unet.features))
+        return replace(unet, inputs=inputs, reads=tuple(kind.feature for kind in self._kinds))

@@ -46,8 +46,13 @@ class GraphSpec:
     precision: str | None = None  # this one, whatever is asked for
     sized: bool = True  # whether it depends on the size of a picture
     of_rows: bool = False  # whether it makes all rows of a stream at once, and so is for a shape with `rows`
+    reads: tuple[str, ...] = ()  # the features of the kinds of `export.controls` whose results it reads
     rank: int = 0  # of its slots for adapters; 0: it has none
-    features: tuple[str, ...] = ()  # what it has beside the plain graph of its role, as the manifest has it
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Return what it has beside the plain graph of its role, as the manifest has it."""
+        return (*self.reads, "lora") if self.rank else self.reads
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def graphs(
     without.
     """
     of_text = {
-        stage.graph: _with_slots(family.graphs[stage.graph], max(ranks, default=0)) for stage in family.prompt_stages
+        stage.graph: replace(family.graphs[stage.graph], rank=max(ranks, default=0)) for stage in family.prompt_stages
     }
     encoders = of_text if clip_skip else {}
     return {
@@ -234,12 +234,7 @@ def unet_with_slots(family: Family, rank: int) -> GraphSpec:
     def inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
         return {**plain.inputs(configs, shape), **dict.fromkeys(family.slot_columns)}
 
-    return _with_slots(replace(plain, inputs=inputs), rank)
-
-
-def _with_slots(spec: GraphSpec, rank: int) -> GraphSpec:
-    """Return a graph's specification with slots of a rank; the same if that is 0."""
-    return replace(spec, rank=rank, features=(*spec.features, "lora")) if rank else spec
+    return replace(plain, inputs=inputs, rank=rank)
 
 
 def slot_wires(role: str) -> dict[str, str]:

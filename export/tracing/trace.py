@@ -13,7 +13,6 @@ import torch
 
 from turbochain.export import load
 from turbochain.export.chains import Placed
-from turbochain.export.controls import KINDS
 from turbochain.export.families import GraphSpec, Shape
 from turbochain.export.remedies import Remedy
 from turbochain.export.sources.checkpoint import Checkpoint
@@ -114,7 +113,7 @@ def _module(wanted: Wanted, model: torch.nn.Module, inputs: Ends) -> torch.nn.Mo
     traced = getattr(control if spec.module in vars(control) else modules, spec.module)
     module: torch.nn.Module = traced(own, *spec.arguments(wanted.shape)).eval()
     projections = module.projections if isinstance(module, SDUNet) and ACTIVATED in inputs else {}
-    if {kind.feature for kind in KINDS.values()} & {*spec.features}:
+    if spec.reads:
         module = control.Controlled(module, [name for name in inputs if name != ACTIVATED]).eval()
     if wanted.remedy.precision == "fp32":  # in lower precision a GPU's own GroupNormalization is wanted
         group_norm.replace_group_norms(module)
