@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import control_nets
+import cv2
 import diffusers
 import numpy as np
 import pytest
@@ -133,15 +134,20 @@ def test_the_cache_and_the_pass(sd: Made) -> None:
     assert ran.count("controlnet_embedding-canny") == 1 and ran.count("controlnet-canny") == 8
 
 
-def test_the_command(sd: Made, tmp_path: Path) -> None:
-    """From a picture of a size that is not built; the network is named, because the bundle has two."""
+@pytest.mark.parametrize("edges", [False, True])
+def test_the_command(edges: bool, sd: Made, tmp_path: Path) -> None:
+    """From a picture of a size that is not built, or its edges; the network is named, because the bundle has two."""
     picture(3, (100, 80)).save(tmp_path / "edges.png")
     options = ("--control-image", tmp_path / "edges.png", "--controlnet", "canny", "-o", tmp_path / "out.png")
     scale = ("--controlnet-conditioning-scale", 0.5, "--steps", 2, "--seed", 3)
-    done = called("turbochain", "generate", sd.ours.bundle.path, "a cat", *options, *scale)
+    found = ("--canny", "100,200") if edges else ()
+    done = called("turbochain", "generate", sd.ours.bundle.path, "a cat", *options, *scale, *found)
     assert done.returncode == 0, done.stderr
-    assert "edges.png: 100x80, drawn as 64x64" in done.stderr
     given = picture(3, (100, 80)).resize(SIZE, Image.Resampling.LANCZOS)
+    if edges:
+        given = Image.fromarray(cv2.Canny(np.asarray(given), 100, 200)).convert("RGB")
+    else:
+        assert "edges.png: 100x80, drawn as 64x64" in done.stderr
     call = {**CALL, "image": given, "controlnet_conditioning_scale": 0.5}
     assert_same(np.asarray(Image.open(tmp_path / "out.png"))[None], theirs(sd.theirs("controlnet"), call))
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,12 +19,14 @@ from turbochain.runtime.choice import chain_of
 from turbochain.runtime.commands import adapter, bench, console, profile
 from turbochain.runtime.commands.inspect import as_json, as_text
 from turbochain.runtime.errors import InputError
-from turbochain.runtime.inputs.pictures import open_picture
+from turbochain.runtime.inputs import canny
+from turbochain.runtime.inputs.pictures import open_picture, pixels
 from turbochain.runtime.pipeline import Pipeline
 from turbochain.runtime.serve import command as serve
 from turbochain.runtime.serve import mcp
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
 
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     generate.add_argument("--image", type=Path, help="picture to start from (image-to-image)")
     generate.add_argument("--mask-image", type=Path, help="mask for inpainting: white is repainted, black is kept")
     generate.add_argument("--control-image", type=Path, help="picture for a ControlNet or a T2I-Adapter of the bundle")
+    generate.add_argument("--canny", metavar="LOW,HIGH", help="use the edges of that picture, such as 100,200")
     generate.add_argument("--controlnet", metavar="NAME", help="which ControlNet, if the bundle has several")
     generate.add_argument("--t2i-adapter", metavar="NAME", help="which T2I-Adapter, likewise")
     for option in NUMBERS_OF_CONTROL:
@@ -169,6 +172,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     chain = chain_of(bundle, **given) if arguments.chain is None else arguments.chain
     with Pipeline.load(arguments.bundle, **{**_machine(arguments), "chain": chain}) as pipe:
         adapter.load_all(pipe, loras)
+        if arguments.canny is not None:
+            given["control_image"] = _edges(arguments.canny, given, pipe.bundle.open_chain(chain).size)
         out = pipe(
             arguments.prompt,
             chain=chain,
@@ -186,6 +191,17 @@ def _generate(arguments: argparse.Namespace) -> None:
         file, drawn = arguments.image or arguments.control_image, "x".join(map(str, out.images[0].size))
         print(f"{file}: {width}x{height}, drawn as {drawn}", file=sys.stderr)
     print(path)
+
+
+def _edges(thresholds: str, given: Mapping[str, Any], size: tuple[int, int]) -> "np.ndarray":
+    """Return the edges of the control image at the size that is drawn; InputError for other than two thresholds."""
+    try:
+        low, high = map(float, thresholds.split(","))
+    except ValueError:
+        raise InputError(f"--canny {thresholds!r}: two thresholds were expected, such as 100,200") from None
+    if "control_image" not in given:
+        raise InputError("--canny finds the edges of a control image, and none was given: add --control-image FILE")
+    return canny(pixels("control_image", given["control_image"], size)[0], low, high)
 
 
 def _encoded(path: Path, picture: "Image.Image") -> bytes:
