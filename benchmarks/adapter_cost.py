@@ -21,6 +21,7 @@ import result
 import tables
 from rows import Adapted, Quantiles
 from turbochain.runtime import Cancelled, Pipeline
+from turbochain.runtime.backends import precisions
 from turbochain.runtime.bundle.names import shapes
 from turbochain.runtime.chain.slots import ChainSlots
 from turbochain.runtime.inputs.slots import read_layout
@@ -75,7 +76,7 @@ def host_seconds(pipe: Pipeline, chain: str, steps: int | None) -> float:
 def measure(pipe: Pipeline, chain: str, rank: int | None, rounds: int, swaps: int, steps: int | None) -> Adapted:
     """Draw with slots and without by turns; then swap."""
     opened = pipe.bundle.open_chain(chain)
-    slots = ChainSlots(opened)
+    slots, made = ChainSlots(opened), pipe.bundle.engines()[pipe.engine_name]
     first = slots.graphs(slots.modes[0])["unet"]
     rank = rank or read_layout(pipe.bundle, first).rank
     plain, slotted, loads, unchanged, changed = ([] for _ in range(5))
@@ -109,7 +110,7 @@ def measure(pipe: Pipeline, chain: str, rank: int | None, rounds: int, swaps: in
     return Adapted(
         engine=pipe.engine_name,
         graph=first,
-        precision=opened.graphs[first].precision,
+        precision=precisions(made.key.backend, made.options, opened.graphs)[first],
         rank=rank,
         matrices=sum(len(group.members) for group in read_layout(pipe.bundle, first).groups),
         plain_seconds=tuple(plain),
@@ -139,6 +140,7 @@ def main() -> None:
     parser.add_argument("bundle", help="one that was built with --lora-rank")
     parser.add_argument("--chain", default="text-to-image", help="default text-to-image")
     parser.add_argument("--backend", help="default: the best engine that the bundle has for this machine")
+    parser.add_argument("--engine", help="the one of this folder name")
     parser.add_argument("--device", help="default: the backend's own choice")
     parser.add_argument("--rank", type=int, help="of the adapters (default: that of the smallest slots)")
     parser.add_argument("--steps", type=int, help="step count (default: the fewest)")
@@ -147,7 +149,7 @@ def main() -> None:
     parser.add_argument("--commit", help="if git cannot say it")
     parser.add_argument("--results", type=Path, default=result.FOLDER, help="folder of the results file")
     given = parser.parse_args()
-    where = {"backend": given.backend, "device": given.device, "chain": given.chain}
+    where = {name: getattr(given, name) for name in ("backend", "engine", "device", "chain")}
     with Pipeline.load(given.bundle, keep_all=True, **where) as pipe:
         device = pipe.device.kind
         run = machine.run(device, known_commit=given.commit)
