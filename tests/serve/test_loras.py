@@ -117,6 +117,7 @@ def test_the_socket_takes_them(served: Serving, pipe: Pipeline) -> None:
 
 
 def test_a_prompt_of_a1111_names_them(client: Client, pipe: Pipeline) -> None:
+    assert client.get("/about").json["loras"] == ["a", "b", "b2", "wide"]  # the page
     listed = client.get("/sdapi/v1/loras").json
     assert [(one["name"], one["path"]) for one in listed] == [(n, f"{n}.safetensors") for n in ("a", "b", "b2", "wide")]
     for prompt, drawn, chosen in (
