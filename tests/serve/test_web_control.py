@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(executable() is None, reason="no Chromium is installed: Debian's package is chromium"),
 ]
 
-SKETCH = "(r => [r.x, r.y, r.width, r.height])(document.querySelector('#sketch').getBoundingClientRect())"
+FRAME, SKETCH = "document.querySelector('#frame')", "document.querySelector('#sketch')"
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,8 @@ def page(browser: Page, served: Serving) -> Iterator[Page]:
 
 def drag(page: Page, *places: tuple[float, float], touch: bool = False) -> None:
     """Draw a line through places, in shares of the canvas."""
-    page.run("document.querySelector('#sketch').scrollIntoView({block: 'center'})")
-    x, y, width, height = page.run(SKETCH)
+    page.run(f"{SKETCH}.scrollIntoView({{block: 'center'}})")
+    x, y, width, height = page.run(f"(r => [r.x, r.y, r.width, r.height])({SKETCH}.getBoundingClientRect())")
     points = [(x + width * across, y + height * down) for across, down in places]
     if touch:
         for kind, (left, top) in [("touchStart", points[0]), *(("touchMove", point) for point in points[1:])]:
@@ -113,9 +113,9 @@ def test_a_picture_follows_what_is_drawn(page: Page, pipe: Pipeline) -> None:
 
 
 def test_keys_draw_too(page: Page, pipe: Pipeline) -> None:
-    page.run("document.querySelector('#sketch').focus()")
+    page.run(f"{SKETCH}.focus()")
     page.press("Tab")  # so that the focus is a keyboard's
-    page.run("document.querySelector('#sketch').focus()")
+    page.run(f"{SKETCH}.focus()")
     for key in (" ", *["ArrowRight"] * 20, " ", *["ArrowDown"] * 8):
         page.press(key)
     _, drawing = settled(page, 2)
@@ -189,5 +189,9 @@ def test_its_controls_have_names_and_a_phone_needs_no_scrolling_aside(page: Page
     page.view(360, 740, touch=True)
     try:
         assert page.run("document.documentElement.scrollWidth") <= 360
+        page.run(f"{SKETCH}.scrollIntoView({{block: 'center'}})")
+        places = [page.run(f"(r => [r.top, r.bottom])({of}.getBoundingClientRect())") for of in (FRAME, SKETCH)]
+        (top, bottom), (sketch_top, sketch_bottom) = places
+        assert 0 <= top < bottom <= sketch_top < sketch_bottom <= 740  # who draws sees the picture, too
     finally:
         page.view(1200, 1400)

@@ -63,4 +63,5 @@ function label(slider) {
   const text = weight ? weight.toFixed(2) : "off";
   slider.labels[0].querySelector("output").value = text;
   slider.setAttribute("aria-valuetext", text);
+  slider.toggleAttribute("data-off", !weight);
 }
