@@ -216,9 +216,7 @@ def test_too_many_are_told_when_to_come_again(two: Cluster) -> None:
         assert int(headers["retry-after"]) >= 1
 
 
-def test_a_replica_draws_with_loras(
-    cluster: Cluster, slotted: Path, reference_lora: Path, tmp_path: Path
-) -> None:
+def test_a_replica_draws_with_loras(cluster: Cluster, slotted: Path, reference_lora: Path, tmp_path: Path) -> None:
     shutil.copy(reference_lora, tmp_path / "ink.safetensors")
     cluster.run("turbochain.runtime.serve.ray:app", f"bundle={slotted}", f"lora_dir={tmp_path}")
     with Pipeline.load(slotted, threads=1) as pipe:

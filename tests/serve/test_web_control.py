@@ -54,18 +54,21 @@ def page(browser: Page, served: Serving) -> Iterator[Page]:
 
 
 def drag(page: Page, *places: tuple[float, float], touch: bool = False) -> None:
-    """Draw a line through places, in shares of the canvas."""
+    """Draw a line through places, in shares of the canvas, without a pause, after which a picture would be kept."""
     page.run(f"{SKETCH}.scrollIntoView({{block: 'center'}})")
     x, y, width, height = page.run(f"(r => [r.x, r.y, r.width, r.height])({SKETCH}.getBoundingClientRect())")
     points = [(x + width * across, y + height * down) for across, down in places]
     if touch:
-        for kind, (left, top) in [("touchStart", points[0]), *(("touchMove", point) for point in points[1:])]:
-            page.call("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": left, "y": top}])
-        page.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+        touches = [("touchStart", points[:1]), *(("touchMove", [point]) for point in points[1:]), ("touchEnd", [])]
+        each = [{"type": kind, "touchPoints": [{"x": x, "y": y} for x, y in at]} for kind, at in touches]
+        page.calls("Input.dispatchTouchEvent", *each)
         return
-    kinds = ["mousePressed", *["mouseMoved"] * (len(points) - 1)]
-    for kind, (left, top) in [*zip(kinds, points, strict=True), ("mouseReleased", points[-1])]:
-        page.call("Input.dispatchMouseEvent", type=kind, x=left, y=top, button="left", buttons=1, clickCount=1)
+    kinds = ["mousePressed", *["mouseMoved"] * (len(points) - 1), "mouseReleased"]
+    held = {"button": "left", "buttons": 1, "clickCount": 1}
+    page.calls(
+        "Input.dispatchMouseEvent",
+        *({"type": kind, "x": x, "y": y, **held} for kind, (x, y) in zip(kinds, [*points, points[-1]], strict=True)),
+    )
 
 
 def put(page: Page, selector: str, value: str) -> None:

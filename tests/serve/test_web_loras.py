@@ -8,7 +8,7 @@ from pathlib import Path
 import lora_files
 import numpy as np
 import pytest
-from serving import Serving, serving
+from serving import serving
 from test_lora_slots import draw
 from test_web import KEPT, as_jpeg, opened, problems, sent, shown
 
