@@ -40,14 +40,25 @@ class Page:
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Call a method of the protocol, and return its result. Raises RuntimeError for what Chromium refuses."""
-        self._count += 1
-        message = {"id": self._count, "method": method, "params": parameters}
-        self.socket.send(json.dumps(message | ({"sessionId": self.session} if self.session else {})))
-        while (answer := self._receive()).get("id") != self._count:
-            pass
-        if "error" in answer:
-            raise RuntimeError(f"{method}: {answer['error']['message']}")
-        return answer["result"]
+        (result,) = self.calls(method, parameters)
+        return result
+
+    def calls(self, method: str, *each: dict[str, Any]) -> list[dict[str, Any]]:
+        """Call a method with each of these parameters, without waiting in between, and return the results."""
+        first = self._count + 1
+        for parameters in each:
+            self._count += 1
+            message = {"id": self._count, "method": method, "params": parameters}
+            self.socket.send(json.dumps(message | ({"sessionId": self.session} if self.session else {})))
+        answers: dict[int, dict[str, Any]] = {}
+        while len(answers) < len(each):
+            answer = self._receive()
+            if answer.get("id", 0) >= first:
+                answers[answer["id"]] = answer
+        refused = next((answer["error"]["message"] for answer in answers.values() if "error" in answer), None)
+        if refused is not None:
+            raise RuntimeError(f"{method}: {refused}")
+        return [answers[number]["result"] for number in sorted(answers)]
 
     def _receive(self) -> dict[str, Any]:
         message = json.loads(self.socket.recv(60))

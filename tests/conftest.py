@@ -21,7 +21,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import calls
 import here
@@ -354,22 +354,17 @@ def slotted(checkpoints: dict[str, Path], reference_lora: Path, shared: Path) ->
 
 @pytest.fixture(scope="session")
 def controlled(checkpoints: dict[str, Path], shared: Path) -> Path:
-    """The SD miniature with the ControlNet canny and the T2I-Adapter sketch, 1 and 2 steps. Tests must not change
-    it."""
-    path = shared / "controlled.bundle"
+    """The SD miniature with the ControlNet canny and the T2I-Adapter sketch, which lie beside it; 1 and 2 steps.
+
+    Tests must not change it.
+    """
+    folder = shared / "controlled"
     with locked(shared / "controlled.lock"):
-        if not (path / "engines").exists():
+        if not (folder / "made.bundle/engines").exists():
             import control_nets  # it imports diffusers, which few sessions of one file need
 
-            of = checkpoints["sd"]
-            how: dict[str, Any] = {
-                "controlnet": {"canny": str(control_nets.controlnet(of, shared / "controlled-canny"))},
-                "t2i_adapter": {"sketch": str(control_nets.t2i_adapter(of, shared / "controlled-sketch"))},
-                "tasks": ["text-to-image", "image-to-image"],
-                "steps": [1, 2],
-            }
-            build_here(str(of), path, precision="fp32", size=SIZE, quiet=True, **how, **ON)
-    return path
+            control_nets.build("sd", checkpoints["sd"], folder, steps=[1, 2])
+    return folder / "made.bundle"
 
 
 @pytest.fixture(scope="session")

@@ -85,10 +85,10 @@ def make(family: str, checkpoint: Path, folder: Path, **how: Any) -> Made:
 
 
 @pytest.fixture(scope="module")
-def sd(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
-    made = make("sd", checkpoints["sd"], tmp_path_factory.mktemp("sd"))
-    with made.ours:
-        yield made
+def sd(checkpoints: dict[str, Path], controlled: Path) -> Iterator[Made]:
+    nets = {name: controlled.with_name(name) for name in ("canny", "sketch")}
+    with Pipeline.load(controlled) as pipe:
+        yield Made("sd", pipe, checkpoints["sd"], nets)
 
 
 CALL: Call = {"prompt": "a cat", "num_inference_steps": 2, "seed": 3}

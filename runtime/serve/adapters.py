@@ -84,7 +84,10 @@ class Loaded:
             if name not in self._bytes:
                 log.info("loading the LoRA %s", name)
                 path = self._adapters.by_name[name]
-                self._pipe.load_lora_weights(path, adapter_name=name)
+                try:
+                    self._pipe.load_lora_weights(path, adapter_name=name)
+                except InputError as error:  # a client need not learn where the server's files lie
+                    raise InputError(str(error).replace(str(path), f"{name}{SUFFIX}")) from error
                 self._bytes[name] = path.stat().st_size
             self._bytes.move_to_end(name)
         while len(self._bytes) > len(chosen) and sum(self._bytes.values()) > LOADED_BYTES:

@@ -19,7 +19,7 @@ from turbochain.runtime.serve.wanted import Wanted, edited
 
 FOLDER = Path(__file__).parent / "page"
 MEDIA = {".html": "text/html", ".mjs": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-MODULES = ("page", "settings", "live", "images", "gallery", "sketch", "control")
+MODULES = ("page", "settings", "live", "images", "gallery", "sketch", "control", "loras")
 PARTS = (*(f"{name}.mjs" for name in MODULES), "style.css", "icon.svg")
 FILES = {"/": "index.html", **{f"/page/{name}": name for name in PARTS}}
 """The whole of what is served, by path: no path of a request ever opens a file."""
@@ -41,7 +41,11 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/about")
     async def about() -> dict[str, Any]:
-        return {"models": [_described(model) for model in service.models.by_name.values()]}
+        models = service.models
+        return {
+            "models": [_described(model) for model in models.by_name.values()],
+            "loras": list(models.adapters.by_name),
+        }
 
     return routes
 

@@ -44,7 +44,7 @@ def served(slotted: Path, folder: Path) -> Iterator[Serving]:
         yield found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def client(served: Serving) -> Iterator[Client]:
     client = Client(served.url)
     yield client
@@ -86,21 +86,32 @@ def test_pictures_have_the_adapters_that_their_request_names(client: Client, pip
     np.testing.assert_array_equal(picture, right(pipe, [("b", 1.0)]))
 
 
-def test_an_edits_form_has_them_as_json(client: Client, pipe: Pipeline) -> None:
+def test_an_edits_form_has_them_as_json(sd: Path, reference_lora: Path, folder: Path, tmp_path: Path) -> None:
+    """The bundle has no slots, so that the adapter is added to the weights."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     file = io.BytesIO()
     image.save(file, "PNG")
-    fields = {"prompt": "a cat", "seed": "7", "strength": "0.5", "loras": json.dumps(sent([("a", 2.0)]))}
+    fields = {"prompt": "a cat", "seed": "7", "strength": "0.5", "loras": json.dumps(sent([("ink", 2.0)]))}
     parts = [
         f'--x\r\nContent-Disposition: form-data; name="{n}"\r\n\r\n{value}\r\n'.encode() for n, value in fields.items()
     ]
     last = b'--x\r\nContent-Disposition: form-data; name="image"; filename="i.png"\r\nContent-Type: image/png\r\n\r\n'
     body = b"".join(parts) + last + file.getvalue() + b"\r\n--x--\r\n"
-    answer = client.ask("POST", "/v1/images/edits", body, Content_Type="multipart/form-data; boundary=x")
+    shutil.copy(reference_lora, tmp_path / "ink.safetensors")
+    shutil.copy(folder / "a.safetensors", tmp_path / "of_tables.safetensors")
+    with serving(sd, lora_dir=str(tmp_path), backend="onnxruntime") as served:
+        client = Client(served.url)
+        answer = client.ask("POST", "/v1/images/edits", body, Content_Type="multipart/form-data; boundary=x")
+        refused = client.draw("a cat", loras=[{"name": "of_tables"}])
+        client.close()
+    assert refused.status == 400 and refused.error["message"].startswith("of_tables.safetensors changes "), refused.body
+    assert str(tmp_path) not in refused.error["message"]  # clients do not learn where the files lie
     (picture,) = answer.pictures
-    expected = right(pipe, [("a", 2.0)], image=image, strength=0.5, num_inference_steps=2)
+    with Pipeline.load(sd, threads=1, backend="onnxruntime") as pipe:
+        pipe.load_lora_weights(reference_lora, adapter_name="ink")
+        expected = right(pipe, [("ink", 2.0)], image=image, strength=0.5, num_inference_steps=2)
     np.testing.assert_array_equal(picture, expected)
-    assert Image.open(io.BytesIO(base64.b64decode(answer.json["data"][0]["b64_json"]))).info["loras"] == "a: 2"
+    assert Image.open(io.BytesIO(base64.b64decode(answer.json["data"][0]["b64_json"]))).info["loras"] == "ink: 2"
 
 
 def test_the_socket_takes_them(served: Serving, pipe: Pipeline) -> None:
@@ -117,6 +128,7 @@ def test_the_socket_takes_them(served: Serving, pipe: Pipeline) -> None:
 
 
 def test_a_prompt_of_a1111_names_them(client: Client, pipe: Pipeline) -> None:
+    assert client.get("/about").json["loras"] == ["a", "b", "b2", "wide"]  # the page
     listed = client.get("/sdapi/v1/loras").json
     assert [(one["name"], one["path"]) for one in listed] == [(n, f"{n}.safetensors") for n in ("a", "b", "b2", "wide")]
     for prompt, drawn, chosen in (
@@ -157,8 +169,8 @@ def test_one_pass_has_one_set_of_adapters(small: Path, folder: Path) -> None:
         pipe.set_adapters = lambda names, scales: told.append((names, scales))
         with Gate(served) as gate:
             a, b = sent([("a", 1.0)]), sent([("b", 0.5)])
-            for loras in (a, b, [], a, []):  # the second is drawn alone
-                gate.ask_in_turn([f"{loras}"], loras=loras)
+            for i, loras in enumerate((a, b, [], a, [])):  # the second is drawn alone
+                gate.ask_in_turn([f"{loras}"], loras=loras, address=f"127.0.0.{4 + i}")
             asked = len(gate.passes)
             gate.open()
             until(lambda: len(gate.passes) == asked + 3)

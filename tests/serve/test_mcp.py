@@ -3,13 +3,16 @@
 import asyncio
 import base64
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import command, program
 
-from turbochain.runtime import Pipeline
+from turbochain.runtime import Bundle, Pipeline
+from turbochain.runtime.serve.adapters import Adapters
+from turbochain.runtime.serve.mcp import Tool, make_server
 
 
 @pytest.mark.full  # a process of its own
@@ -57,6 +60,36 @@ def test_the_tool(sd: Path) -> None:
                 assert answer.is_error and why in answer.content[0].text
 
     asyncio.run(calls())
+
+
+def test_a_call_names_loras(slotted: Path, reference_lora: Path, tmp_path: Path) -> None:
+    from mcp import Client
+
+    shutil.copy(reference_lora, tmp_path / "ink.safetensors")
+
+    def load() -> Pipeline:
+        return Pipeline.load(slotted, threads=1, backend="onnxruntime")
+
+    async def calls(tool: Tool) -> list[Any]:
+        async with Client(make_server(tool)) as client:
+            assert "LoRAs: ink." in (await client.list_tools()).tools[0].description  # type: ignore[operator]
+            given: tuple[dict[str, float] | None, ...] = ({"ink": 0.8}, None, {"ink": -0.5}, {"oil": 1.0})
+            arguments = {"prompt": "a cat", "seed": 7}
+            return [await client.call_tool("generate_image", {**arguments, "loras": loras}) for loras in given]
+
+    tool = Tool(Bundle.open(slotted), load, Adapters.open(str(tmp_path)))
+    try:
+        *answers, refused = asyncio.run(calls(tool))
+    finally:
+        tool.close()
+    assert refused.is_error and "there is no LoRA 'oil': choose from ink" in refused.content[0].text
+    with load() as pipe:
+        pipe.load_lora_weights(reference_lora, adapter_name="ink")
+        for answer, weight in zip(answers, (0.8, 0.0, -0.5), strict=True):
+            pipe.set_adapters(["ink"], [weight])
+            expected = io.BytesIO()
+            pipe("a cat", seed=7).images[0].save(expected, "JPEG", quality=90)
+            assert base64.b64decode(answer.content[0].data) == expected.getvalue()
 
 
 @pytest.mark.full

@@ -52,7 +52,9 @@ def test_the_page_names_nothing_of_another_host() -> None:
 
 
 def test_about_says_what_is_built(server: Serving, sd: Path) -> None:
-    (model,) = json.load(get(f"{server.url}/about"))["models"]
+    about = json.load(get(f"{server.url}/about"))
+    (model,) = about["models"]
+    assert about["loras"] == []
     built = {"sizes": [[64, 64]], "steps": [1, 2, 3, 4], "strengths": [], "controlnets": []}
     assert model == {
         "name": "sd-fp32",

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -213,6 +214,21 @@ def test_too_many_are_told_when_to_come_again(two: Cluster) -> None:
     for headers, answer in refused:
         assert answer["error"]["code"] == "overloaded"
         assert int(headers["retry-after"]) >= 1
+
+
+def test_a_replica_draws_with_loras(cluster: Cluster, slotted: Path, reference_lora: Path, tmp_path: Path) -> None:
+    shutil.copy(reference_lora, tmp_path / "ink.safetensors")
+    cluster.run("turbochain.runtime.serve.ray:app", f"bundle={slotted}", f"lora_dir={tmp_path}")
+    with Pipeline.load(slotted, threads=1) as pipe:
+        pipe.load_lora_weights(reference_lora, adapter_name="ink")
+        for weight in (0.8, 0.0, -0.5):
+            pipe.set_adapters(["ink"], [weight])
+            right = pipe(PROMPT, seed=[7], output_type="uint8").images[0]
+            status, _, answer = cluster.draw(seed=7, loras=[{"name": "ink", "scale": weight}])
+            assert status == 200, answer
+            np.testing.assert_array_equal(picture(answer), right)
+    status, _, answer = cluster.draw(loras=[{"name": "oil"}])
+    assert status == 400 and "there is no LoRA 'oil': choose from ink" in answer["error"]["message"]
 
 
 def test_replicas_come_with_load_and_go_without(cluster: Cluster, sd: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(executable() is None, reason="no Chromium is installed: Debian's package is chromium"),
 ]
 
-SKETCH = "(r => [r.x, r.y, r.width, r.height])(document.querySelector('#sketch').getBoundingClientRect())"
+FRAME, SKETCH = "document.querySelector('#frame')", "document.querySelector('#sketch')"
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +54,21 @@ def page(browser: Page, served: Serving) -> Iterator[Page]:
 
 
 def drag(page: Page, *places: tuple[float, float], touch: bool = False) -> None:
-    """Draw a line through places, in shares of the canvas."""
-    page.run("document.querySelector('#sketch').scrollIntoView({block: 'center'})")
-    x, y, width, height = page.run(SKETCH)
+    """Draw a line through places, in shares of the canvas, without a pause, after which a picture would be kept."""
+    page.run(f"{SKETCH}.scrollIntoView({{block: 'center'}})")
+    x, y, width, height = page.run(f"(r => [r.x, r.y, r.width, r.height])({SKETCH}.getBoundingClientRect())")
     points = [(x + width * across, y + height * down) for across, down in places]
     if touch:
-        for kind, (left, top) in [("touchStart", points[0]), *(("touchMove", point) for point in points[1:])]:
-            page.call("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": left, "y": top}])
-        page.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+        touches = [("touchStart", points[:1]), *(("touchMove", [point]) for point in points[1:]), ("touchEnd", [])]
+        each = [{"type": kind, "touchPoints": [{"x": x, "y": y} for x, y in at]} for kind, at in touches]
+        page.calls("Input.dispatchTouchEvent", *each)
         return
-    kinds = ["mousePressed", *["mouseMoved"] * (len(points) - 1)]
-    for kind, (left, top) in [*zip(kinds, points, strict=True), ("mouseReleased", points[-1])]:
-        page.call("Input.dispatchMouseEvent", type=kind, x=left, y=top, button="left", buttons=1, clickCount=1)
+    kinds = ["mousePressed", *["mouseMoved"] * (len(points) - 1), "mouseReleased"]
+    held = {"button": "left", "buttons": 1, "clickCount": 1}
+    page.calls(
+        "Input.dispatchMouseEvent",
+        *({"type": kind, "x": x, "y": y, **held} for kind, (x, y) in zip(kinds, [*points, points[-1]], strict=True)),
+    )
 
 
 def put(page: Page, selector: str, value: str) -> None:
@@ -113,9 +116,9 @@ def test_a_picture_follows_what_is_drawn(page: Page, pipe: Pipeline) -> None:
 
 
 def test_keys_draw_too(page: Page, pipe: Pipeline) -> None:
-    page.run("document.querySelector('#sketch').focus()")
+    page.run(f"{SKETCH}.focus()")
     page.press("Tab")  # so that the focus is a keyboard's
-    page.run("document.querySelector('#sketch').focus()")
+    page.run(f"{SKETCH}.focus()")
     for key in (" ", *["ArrowRight"] * 20, " ", *["ArrowDown"] * 8):
         page.press(key)
     _, drawing = settled(page, 2)
@@ -189,5 +192,9 @@ def test_its_controls_have_names_and_a_phone_needs_no_scrolling_aside(page: Page
     page.view(360, 740, touch=True)
     try:
         assert page.run("document.documentElement.scrollWidth") <= 360
+        page.run(f"{SKETCH}.scrollIntoView({{block: 'center'}})")
+        places = [page.run(f"(r => [r.top, r.bottom])({of}.getBoundingClientRect())") for of in (FRAME, SKETCH)]
+        (top, bottom), (sketch_top, sketch_bottom) = places
+        assert 0 <= top < bottom <= sketch_top < sketch_bottom <= 740  # who draws sees the picture, too
     finally:
         page.view(1200, 1400)

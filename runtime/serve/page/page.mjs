@@ -136,6 +136,7 @@ $("strength").addEventListener("input", () => {
   settings.steps = steps;
   changed();
 });
+settings.loras.addEventListener("change", () => changed());
 $("model").addEventListener("change", () => {
   settings.useDefaults();
   cut();

@@ -2,6 +2,7 @@
 
 import { Control } from "./control.mjs";
 import { Camera } from "./images.mjs";
+import { Loras } from "./loras.mjs";
 
 const USUAL_STEPS = 4; // the slider begins at the most steps up to this
 const MOST_SEED = 2 ** 32 - 1;
@@ -15,6 +16,7 @@ export class Settings {
   image = null; // {bitmap, bytes, url} to start from
   camera = new Camera($("camera"));
   control = new Control();
+  loras = new Loras($("loras"));
   #models = null;
 
   get known() {
@@ -22,10 +24,11 @@ export class Settings {
   }
 
   // Take what the server says about its models; what is set already stays.
-  learn({ models }) {
+  learn({ models, loras }) {
     const first = !this.known;
     this.#models = models;
     options($("model"), models.map(({ name }) => name));
+    this.loras.learn(loras);
     if (first) this.useDefaults();
     else this.arrange();
   }
@@ -100,12 +103,14 @@ export class Settings {
     if (this.#task.sizes.length > 1) made.size = this.size.join("x");
     if (this.#starts) made.strength = this.#strength;
     if (this.control.used) Object.assign(made, this.control.request());
+    const loras = this.loras.request();
+    if (loras.length) made.loras = loras;
     return made;
   }
 
   // Set everything as it was for a request.
   async restore(request, image, control) {
-    const { prompt, seed, strength, num_inference_steps: steps, model, size } = request;
+    const { prompt, seed, strength, num_inference_steps: steps, model, size, loras } = request;
     if (model) $("model").value = model;
     this.image = image;
     this.useDefaults();
@@ -115,6 +120,7 @@ export class Settings {
     if (strength !== undefined) this.#setStrength(strength);
     this.arrange();
     this.steps = steps;
+    this.loras.restore(loras ?? []);
     await this.control.restore(request, control);
   }
 
@@ -142,6 +148,7 @@ export class Settings {
     $("size-field").hidden = sizes.length < 2;
     $("steps").disabled = this.#counts.length < 2;
     this.control.arrange(this.#task?.controlnets ?? [], this.size);
+    $("loras-field").hidden = !this.loras.known;
     $("frame").style.setProperty("--ratio", this.size[0] / this.size[1]);
     if (image) $("source").src = image.url;
     $("source").hidden = !image || camera.on;
