@@ -34,7 +34,7 @@ from turbochain.runtime.checks.reference import read_cases
 from turbochain.runtime.commands import inspect
 from turbochain.runtime.inputs.noise import Generator, draw_run
 
-RANK = 6
+RANK = 8
 TEXTS = {"sd": ["text_encoder"], "sdxl": ["text_encoder", "text_encoder_2"]}
 WEIGHTS = {"style": 0.7, "sharp": -0.4}
 
@@ -47,18 +47,21 @@ def drawn(checkpoint: Path, covered: set[tuple[str, str]], seed: int, rank: int)
     }
 
 
+def drawn_for_case(family: str, checkpoint: Path) -> Layers:
+    """The LoRA of the case that the build records, of the attention alone."""
+    if family == "sd":
+        return lora_files.draw(checkpoint, seed=1, only="attn")  # `reference_lora`
+    # As kohya's resize_lora writes them: diffusers alone would give all attention layers one alpha.
+    return lora_files.draw(checkpoint, ranks=(2, 1), alphas=(1.0, 3.0, 2.0), seed=5, only="attn")
+
+
 class Made:
     """A bundle with slots, its engine, and two LoRAs of all that they cover, in diffusers' own pipeline."""
 
-    def __init__(self, family: str, checkpoint: Path, folder: Path, clip_skip: int) -> None:
-        self.checkpoint, self.clip_skip = checkpoint, clip_skip
-        options: dict[str, Any] = {"size": SIZE, "steps": [2], "tasks": ["text-to-image"], "lora_rank": RANK, **ON}
-        # As kohya's resize_lora writes them: diffusers alone would give all attention layers one alpha.
-        first = lora_files.draw(checkpoint, ranks=(2, 1), alphas=(1.0, 3.0, 2.0), seed=5, only="attn")
-        self.recorded = lora_files.write(folder / "recorded.safetensors", first, "kohya"), first
-        reference = [f"{self.recorded[0]}:0.8"]
-        build_here(str(checkpoint), folder / "b", **options, clip_skip=clip_skip, reference_lora=reference, quiet=True)
-        self.bundle = Bundle.open(folder / "b")
+    def __init__(self, checkpoint: Path, bundle: Path, recorded: Path, folder: Path) -> None:
+        self.checkpoint, self.recorded = checkpoint, recorded
+        self.bundle = Bundle.open(bundle)
+        self.clip_skip = int(any(name.endswith("+clip_skip") for name in self.bundle.manifest.graphs))
         self.chain = self.bundle.open_chain()
         self.graphs = {n: g for n, g in self.bundle.manifest.graphs.items() if g.slots}
         covered = {
@@ -67,7 +70,7 @@ class Made:
             for p in slot_packing.parameters(self.bundle.path, g)
         }
         # Of kohya's files diffusers reads add_embedding in the names that kohya's program gives SDXL's UNet.
-        ranks, namings = (4, 2), ("kohya" if family == "sd" else lora_files.LDM, "peft")
+        ranks, namings = (4, 2), (lora_files.LDM if self.clip_skip else "kohya", "peft")
         self.loras = {
             name: drawn(checkpoint, covered, seed, rank)
             for seed, (name, rank) in enumerate(zip(WEIGHTS, ranks, strict=True))
@@ -76,8 +79,6 @@ class Made:
         for (name, layers), naming in zip(self.loras.items(), namings, strict=True):
             path = lora_files.write(folder / f"{name}.safetensors", layers, naming)
             self.pipe.load_lora_weights(folder, weight_name=path.name, adapter_name=name)
-        if family == "sd":  # diffusers' clip_skip looks for it, and transformers 5 does not have it
-            vars(self.pipe.text_encoder)["text_model"] = self.pipe.text_encoder
         found = selection.select(self.chain)
         self.executor: Executor = selection.open_executor(self.bundle, found)
         self.executor.load(self.chain.graphs)
@@ -105,12 +106,17 @@ class Made:
 def made(
     request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Made]:
-    found = Made(
-        request.param,
-        checkpoints[request.param],
-        tmp_path_factory.mktemp("slots"),
-        clip_skip=int(request.param == "sd"),
-    )
+    """The shared bundle, and one of SDXL with clip_skip."""
+    family, folder = request.param, tmp_path_factory.mktemp("slots")
+    if family == "sd":
+        bundle, recorded = request.getfixturevalue("slotted"), request.getfixturevalue("reference_lora")
+    else:
+        bundle, recorded = folder / "b", folder / "recorded.safetensors"
+        lora_files.write(recorded, drawn_for_case(family, checkpoints[family]), "kohya")
+        how: dict[str, Any] = {"steps": [2], "tasks": ["text-to-image"], "lora_rank": RANK, "clip_skip": 1}
+        how |= {"size": SIZE, "reference_lora": [f"{recorded}:0.8"]}
+        build_here(str(checkpoints[family]), bundle, **how, quiet=True, **ON)
+    found = Made(checkpoints[family], bundle, recorded, folder)
     yield found
     found.executor.close()
 
@@ -249,9 +255,9 @@ def picture(made: Made, modes: set[str], loras: list[tuple[Layers, float]], adap
 
 
 def test_the_recorded_picture_is_the_files(made: Made) -> None:
-    path, layers = made.recorded
+    layers = drawn_for_case(made.bundle.manifest.family, made.checkpoint)
     image, case = picture(made, {f"adapters-{RANK}"}, [(layers, 0.8)], adapters=True)
-    assert case.adapters == ((digest(path), 0.8),)
+    assert case.adapters == ((digest(made.recorded), 0.8),)
     assert_same_picture(image, case.tensors["image"])
     without, plain = picture(made, set(), [])
     assert case.prompt == plain.prompt and case.seed == plain.seed
