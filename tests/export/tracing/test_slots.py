@@ -178,6 +178,7 @@ def test_the_unet_is_diffusers_with_peft(made: Made, adapters: dict[str, float],
     assert relative_l2(result, expected) < 1e-5
 
 
+@pytest.mark.full
 def test_every_layer_with_a_slot_changes_what_peft_changes(made: Made) -> None:
     """Of one LoRA all layers but one are switched off, in turn."""
     made.set_adapters(style=1.0)
