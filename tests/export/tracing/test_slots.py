@@ -237,11 +237,9 @@ def test_text_encoders_are_transformers_with_peft(made: Made, adapters: dict[str
 def picture(made: Made, modes: set[str], loras: list[tuple[Layers, float]], adapters: bool = False) -> tuple[Any, Any]:
     """A recorded case, with other modes and LoRAs, drawn by the whole chain; the case too."""
     chain = made.chain
-    case = next(
-        c
-        for c in read_cases(made.bundle, chain.name, adapters=adapters)
-        if ("guidance" in c.modes) == ("guidance" in modes)
-    )
+    cases = read_cases(made.bundle, chain.name, adapters=adapters)
+    alike = [c for c in cases if ("guidance" in c.modes) == ("guidance" in modes)]
+    case = max(alike, key=lambda c: chain.chain.tables[c.table].steps)
     recorded, plan = Recorded(chain, case), chain.plan(case.table, modes=case.modes | modes)
     held = {}
     for stage in chain.chain.stages:
@@ -272,7 +270,7 @@ def test_whole_pictures(made: Made, guided: bool) -> None:
     made.set_adapters(**WEIGHTS)
     theirs = made.pipe(
         case.prompt,
-        num_inference_steps=2,
+        num_inference_steps=made.chain.chain.tables[case.table].steps,
         guidance_scale=float(case.tensors["guidance_scale"][0]) if guided else 0.0,
         generator=torch.Generator().manual_seed(case.seed),
         height=SIZE[1],
