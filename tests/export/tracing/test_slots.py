@@ -258,8 +258,7 @@ def test_the_recorded_picture_is_the_files(made: Made) -> None:
     image, case = picture(made, {f"adapters-{RANK}"}, [(layers, 0.8)], adapters=True)
     assert case.adapters == ((digest(made.recorded), 0.8),)
     assert_same_picture(image, case.tensors["image"])
-    without, plain = picture(made, set(), [])
-    assert case.prompt == plain.prompt and case.seed == plain.seed
+    without, _ = picture(made, {f"adapters-{RANK}"}, [], adapters=True)
     assert np.abs(without.astype(int) - image).max() > 3
 
 
