@@ -47,18 +47,10 @@ def drawn(checkpoint: Path, covered: set[tuple[str, str]], seed: int, rank: int)
     }
 
 
-def drawn_for_case(family: str, checkpoint: Path) -> Layers:
-    """The LoRA of the case that the build records, of the attention alone."""
-    if family == "sd":
-        return lora_files.draw(checkpoint, seed=1, only="attn")  # `reference_lora`
-    # As kohya's resize_lora writes them: diffusers alone would give all attention layers one alpha.
-    return lora_files.draw(checkpoint, ranks=(2, 1), alphas=(1.0, 3.0, 2.0), seed=5, only="attn")
-
-
 class Made:
     """A bundle with slots, its engine, and two LoRAs of all that they cover, in diffusers' own pipeline."""
 
-    def __init__(self, checkpoint: Path, bundle: Path, recorded: Path, folder: Path) -> None:
+    def __init__(self, checkpoint: Path, bundle: Path, recorded: tuple[Path, Layers], folder: Path) -> None:
         self.checkpoint, self.recorded = checkpoint, recorded
         self.bundle = Bundle.open(bundle)
         self.clip_skip = int(any(name.endswith("+clip_skip") for name in self.bundle.manifest.graphs))
@@ -70,7 +62,7 @@ class Made:
             for p in slot_packing.parameters(self.bundle.path, g)
         }
         # Of kohya's files diffusers reads add_embedding in the names that kohya's program gives SDXL's UNet.
-        ranks, namings = (4, 2), (lora_files.LDM if self.clip_skip else "kohya", "peft")
+        ranks, namings = (4, 2), ("kohya" if self.bundle.manifest.family == "sd" else lora_files.LDM, "peft")
         self.loras = {
             name: drawn(checkpoint, covered, seed, rank)
             for seed, (name, rank) in enumerate(zip(WEIGHTS, ranks, strict=True))
@@ -79,6 +71,8 @@ class Made:
         for (name, layers), naming in zip(self.loras.items(), namings, strict=True):
             path = lora_files.write(folder / f"{name}.safetensors", layers, naming)
             self.pipe.load_lora_weights(folder, weight_name=path.name, adapter_name=name)
+        if self.clip_skip:  # diffusers' looks for it, and transformers 5 does not have it
+            vars(self.pipe.text_encoder)["text_model"] = self.pipe.text_encoder
         found = selection.select(self.chain)
         self.executor: Executor = selection.open_executor(self.bundle, found)
         self.executor.load(self.chain.graphs)
@@ -102,21 +96,31 @@ class Made:
             self.pipe.disable_lora()
 
 
-@pytest.fixture(scope="module", params=["sd", pytest.param("sdxl", marks=pytest.mark.full)])
+@pytest.fixture(
+    scope="module", params=["sd", *(pytest.param(of, marks=pytest.mark.full) for of in ("sdxl", "sd+clip_skip"))]
+)
 def made(
     request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Made]:
-    """The shared bundle, and one of SDXL with clip_skip."""
-    family, folder = request.param, tmp_path_factory.mktemp("slots")
-    if family == "sd":
+    """The shared bundle, one of SDXL, and one with clip_skip."""
+    (family, _, more), folder = request.param.partition("+"), tmp_path_factory.mktemp("slots")
+    if request.param == "sd":
         bundle, recorded = request.getfixturevalue("slotted"), request.getfixturevalue("reference_lora")
+        layers = lora_files.draw(checkpoints["sd"], seed=1, only="attn")  # as `reference_lora` has them
     else:
         bundle, recorded = folder / "b", folder / "recorded.safetensors"
-        lora_files.write(recorded, drawn_for_case(family, checkpoints[family]), "kohya")
-        how: dict[str, Any] = {"steps": [2], "tasks": ["text-to-image"], "lora_rank": RANK, "clip_skip": 1}
+        # As kohya's resize_lora writes them: diffusers alone would give all attention layers one alpha.
+        layers = lora_files.draw(checkpoints[family], ranks=(2, 1), alphas=(1.0, 3.0, 2.0), seed=5, only="attn")
+        lora_files.write(recorded, layers, "kohya")
+        how: dict[str, Any] = {
+            "steps": [2],
+            "tasks": ["text-to-image"],
+            "lora_rank": RANK,
+            "clip_skip": int(more == "clip_skip"),
+        }
         how |= {"size": SIZE, "reference_lora": [f"{recorded}:0.8"]}
         build_here(str(checkpoints[family]), bundle, **how, quiet=True, **ON)
-    found = Made(checkpoints[family], bundle, recorded, folder)
+    found = Made(checkpoints[family], bundle, (recorded, layers), folder)
     yield found
     found.executor.close()
 
@@ -254,9 +258,9 @@ def picture(made: Made, modes: set[str], loras: list[tuple[Layers, float]], adap
 
 
 def test_the_recorded_picture_is_the_files(made: Made) -> None:
-    layers = drawn_for_case(made.bundle.manifest.family, made.checkpoint)
+    path, layers = made.recorded
     image, case = picture(made, {f"adapters-{RANK}"}, [(layers, 0.8)], adapters=True)
-    assert case.adapters == ((digest(made.recorded), 0.8),)
+    assert case.adapters == ((digest(path), 0.8),)
     assert_same_picture(image, case.tensors["image"])
     without, _ = picture(made, {f"adapters-{RANK}"}, [], adapters=True)
     assert np.abs(without.astype(int) - image).max() > 3
