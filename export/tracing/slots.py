@@ -127,8 +127,10 @@ class Slotted(nn.Module):
 
         def to_convolution(_: nn.Module, given: tuple[torch.Tensor, ...], made: torch.Tensor) -> torch.Tensor:
             if group not in call.products:
-                call.products[group] = call.downs[group].T @ given[0].flatten(2)
-            return made + (call.ups[group][place].T @ call.products[group][:, columns]).reshape(made.shape)
+                vectors = given[0].reshape(*given[0].shape[:2], -1)
+                call.products[group] = call.downs[group].transpose(0, 1) @ vectors
+            up = call.ups[group][place].transpose(0, 1)
+            return made + (up @ call.products[group][:, columns]).reshape(made.shape)
 
         return to_linear if linear else to_convolution
 

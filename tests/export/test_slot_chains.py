@@ -62,8 +62,7 @@ def ran(chain: Chain, made: dict[str, Graph], modes: tuple[str, ...], component:
 
 
 @pytest.mark.parametrize("K", [1, 3])
-@pytest.mark.parametrize("clip_skip", [0, 1])
-@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("zeros", "clip_skip"), [(False, 0), (True, 1)])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_combination_of_modes_has_its_unet(preset: str, zeros: bool, clip_skip: int, K: int) -> None:
     made_of = layout(preset, (8, 32), K, zeros=zeros, clip_skip=clip_skip)
