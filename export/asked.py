@@ -9,11 +9,12 @@ from typing import Any
 
 from turbochain.runtime.bundle.manifest import STREAM
 from turbochain.runtime.errors import InputError
+from turbochain.runtime.slots import MOST_RANK
 
 STREAM_BATCHES = (2, 3, 4)
 """How many frames may be under way in a stream."""
 
-RANKS = range(1, 257)
+RANKS = range(1, MOST_RANK + 1)
 """What the rank of slots for LoRAs may be."""
 
 

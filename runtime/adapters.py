@@ -15,8 +15,9 @@ from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs import adapter_files, adapters
+from turbochain.runtime.inputs.adapter_names import PREFIXES
 from turbochain.runtime.inputs.adapters import Adapter
-from turbochain.runtime.inputs.numbers import is_number
+from turbochain.runtime.inputs.numbers import LARGEST, is_number
 from turbochain.runtime.inputs.slots import Matrices
 from turbochain.runtime.patches import Patches
 from turbochain.runtime.slots import Slots, fuse
@@ -60,10 +61,11 @@ class Adapters:
         networks = [name for name, graph in graphs.items() if graph.role == "unet"]
         has_slots = any(graphs[name].slots for name in networks)
         self._how = how or (SLOTS if has_slots else PATCH)
+        patched = [name for name, graph in graphs.items() if graph.component in PREFIXES]
         self._why_not = None
         if self._how == SLOTS and not has_slots:
             self._why_not = "it has no slots for adapters"
-        if self._how == PATCH and not all(map(executor.can_patch, networks)):
+        if self._how == PATCH and not all(map(executor.can_patch, patched)):
             self._why_not = (
                 "it has no slots for adapters, and without these only onnxruntime takes one, on a CPU and in fp32"
                 if how is None
@@ -86,7 +88,7 @@ class Adapters:
             raise InputError(f"adapter_name={adapter_name!r}: a name was expected; leave it out for one that is free")
         if name in self._loaded:
             raise InputError(f"adapter_name={name!r}: an adapter of this name is loaded; choose another name")
-        adapter = _copied(adapters.read(file, shapes(self.bundle)))
+        adapter = adapters.read(file, shapes(self.bundle))
         key, matrices = next(_SERIALS), {}
         if self._how == SLOTS:
             adapter = self._slots.fitting(adapter)
@@ -95,6 +97,8 @@ class Adapters:
             raise InputError(
                 f"{file} changes {lacking}, which this bundle holds in its tables or in other values; {fuse(file)}"
             )
+        else:
+            adapter = _copied(adapter)
         self._loaded[name] = Loaded(adapter, matrices, key)
         self._weights[name] = dict.fromkeys(adapter.components, 1.0)
         self._active |= dict.fromkeys(adapter.components, (name,))  # others keep theirs, as in diffusers
@@ -148,8 +152,9 @@ class Adapters:
 
     @property
     def told(self) -> tuple[tuple[str, float], ...]:
-        """Return the active adapters with their weights; of different ones that of the first component."""
-        return tuple((name, next(iter(self._weights[name].values()), 1.0)) for name in self.active)
+        """Return the active adapters with their weights; of different ones that of the UNet, if it is changed."""
+        weights = ((name, self._weights[name]) for name in self.active)
+        return tuple((name, of.get("unet", next(iter(of.values()), 1.0))) for name, of in weights)
 
     @property
     def files(self) -> tuple[tuple[str, float], ...]:
@@ -158,6 +163,8 @@ class Adapters:
 
     def _known(self, names: str | Sequence[str]) -> tuple[str, ...]:
         wanted = (names,) if isinstance(names, str) else tuple(names)
+        if wrong := [name for name in wanted if not isinstance(name, str)]:
+            raise InputError(f"adapter_names: {wrong[0]!r} is no name; one name or a list of names was expected")
         if unknown := [name for name in wanted if name not in self._loaded]:
             loaded = ", ".join(self._loaded) or "none"
             raise InputError(
@@ -168,9 +175,11 @@ class Adapters:
     def _weight(self, name: str, weight: Weight) -> dict[str, float]:
         """Return component → weight. What a mapping leaves out is 1, as in diffusers."""
         of = weight if isinstance(weight, Mapping) else dict.fromkeys(self._loaded[name].components, weight)
+        if unknown := [c for c in of if c not in PREFIXES]:
+            raise InputError(f"adapter_weights: {unknown[0]!r} is no component; choose from {', '.join(PREFIXES)}")
         found = {c: 1.0 if (value := of.get(c)) is None else value for c in self._loaded[name].components}
         for value in found.values():
-            if not is_number(value) or not abs(value) <= np.finfo(np.float32).max:
+            if not is_number(value) or not abs(value) <= LARGEST:
                 raise InputError(
                     f"adapter_weights: {value!r} for {name!r}; a finite number was expected, or a mapping of unet, "
                     "text_encoder and text_encoder_2 to numbers"
@@ -193,6 +202,11 @@ class Adapters:
     def state(self, component: str) -> Hashable:
         """Return what a component's graphs have now, () if nothing: equal states, equal results."""
         return tuple((one.key, weight) for one, weight in self._of(component))
+
+    @property
+    def states(self) -> Hashable:
+        """Return the same for all components that adapters change."""
+        return tuple((component, self.state(component)) for component in self.listed)
 
     def _of(self, component: str) -> list[tuple[Loaded, float]]:
         """Return what changes a component, in the order of loading, whatever the order in which it was set."""
@@ -237,10 +251,10 @@ _BUILD = "build another one with build-engine SOURCE --lora-rank 32, or with the
 def _file(path: str | os.PathLike[str], weight_name: str | None) -> Path:
     """Return the file that a path and a name in it mean."""
     found = Path(path)
-    if weight_name is not None:
-        return found / weight_name
     if not found.is_dir():
         return found
+    if weight_name is not None:
+        return found / weight_name
     files = sorted(found.glob("*.safetensors"))
     if len(files) != 1:
         held = ", ".join(file.name for file in files) or "none"

@@ -82,6 +82,7 @@ class Stream:
         """Take the request that all frames are made of, whose image is not drawn; `open_stream` is the usual way."""
         self._pipe, self._request, self._similar = pipe, request, similar
         self._chain, self._closed = pipe.bundle.open_chain(request.chain), False
+        self._adapters = pipe._adapters.states  # those with which the last frame entered
         self._per_row = next(n for n in self._chain.feeds("noise") if self._chain.chain.feeds[n].when == "step")
         with pipe._lock:
             pipe._held.take(self)
@@ -132,6 +133,8 @@ class Stream:
         own = self._request.seeds[0] if seed is None else check_seed(seed)
         with self._pipe._lock:
             self._check_open()
+            if self._similar and self._adapters != self._pipe._adapters.states:
+                self._similar.forget()
             if self._similar and self._last and self._similar.skips(pixels):
                 return self._last
             fed = self._fed if own == self._request.seeds[0] else {**self._fed, **self._noise(own)}
@@ -139,6 +142,7 @@ class Stream:
             made = self._launch(start, entering, {**fed, IMAGE: pixels}, observe, cancel)
             if self._similar:
                 self._similar.entered(pixels)
+                self._adapters = self._pipe._adapters.states
             return made
 
     def flush(self) -> Iterator[PipelineOutput]:

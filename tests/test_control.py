@@ -159,6 +159,7 @@ REFUSED: dict[str, tuple[Call, str]] = {
     "two networks": ({"controlnet": "canny", "t2i_adapter": "sketch"}, "a call uses one network; give one of the two"),
     "two scales": ({"controlnet": "canny", "controlnet_conditioning_scale": [1.0, 1.0]}, "give one number"),
     "no number": ({"controlnet": "canny", "controlnet_conditioning_scale": float("nan")}, "a finite number"),
+    "too large": ({"controlnet": "canny", "controlnet_conditioning_scale": 1e39}, "scale=1e+39: a finite number"),
     "the end first": ({"controlnet": "canny", "control_guidance_start": 0.5, "control_guidance_end": 0.5}, "the start"),
     "guess mode": ({"controlnet": "canny", "guess_mode": True}, "a ControlNet is always used with the prompt"),
     "an adapter's number": ({"controlnet": "canny", "adapter_conditioning_scale": 1.0}, "'canny' is a ControlNet"),
@@ -167,11 +168,11 @@ REFUSED: dict[str, tuple[Call, str]] = {
     "no picture": ({"controlnet": "canny", "control_image": "edges.png"}, "control_image is of type str"),
     "too many": (
         {"controlnet": "canny", "control_image": [picture(0)] * 2},
-        "control_image has 2, and there are 1 prompts: give one, or one for each",
+        "control_image holds 2 pictures, and the call has 1 prompts: give one picture, or one for each prompt",
     ),
     "an adapter of an image": (
         {"t2i_adapter": "sketch", "image": picture(0), "control_image": picture(0)},
-        "t2i_adapter='sketch': the bundle has none",
+        "t2i_adapter='sketch' was given, and the chain image-to-image has no T2I-Adapter; choose text-to-image",
     ),
     "two images for one": (
         {"chain": "text-to-image", "controlnet": "canny", "image": picture(0)},

@@ -254,6 +254,8 @@ def test_what_does_not_fit_is_refused(
         (["a"], [1.0, 2.0], "has 2, and 1 adapters are named"),
         (["a"], float("nan"), "nan for 'a'; a finite number"),
         (["a"], {"unet": "much"}, "'much' for 'a'; a finite number"),
+        (["a"], {"vae": 0.5}, "'vae' is no component; choose from unet, text_encoder"),
+        ([["a"]], 1.0, "is no name; one name or a list"),
     ):
         with pytest.raises(InputError, match=message):
             pipe.set_adapters(names, weights)
@@ -266,6 +268,8 @@ def test_what_does_not_fit_is_refused(
     assert pipe.get_active_adapters() == ["b"]
     pipe.delete_adapters(["b", "c"])
     assert (pipe.get_active_adapters(), pipe(**CALL).adapters) == (["a"], (("a", 1.0),))
+    pipe.set_adapters("a", {"unet": 0.5})
+    assert pipe(**CALL).adapters == (("a", 0.5),)  # that of the UNet
 
 
 def test_an_adapter_is_refused_where_a_bundle_has_no_place_for_it(slotted: Path, sd: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import diffusers
 import image_graphs
+import lora_files
 import numpy as np
 import pytest
 from conftest import ON, SIZE, BundleFactory, reseal
@@ -256,6 +257,22 @@ def test_similar_frames_are_skipped(pipe: Pipeline, right: list[np.ndarray]) -> 
         last = stream(picture(1))
         stream.prompt = "a dog"
         assert stream(picture(1)) is not last  # a new prompt is drawn at once
+
+
+def test_a_new_adapter_is_drawn_at_once(pipe: Pipeline, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    layers = lora_files.draw(checkpoints["sd"], only="attn1.to_q")
+    file = lora_files.write(tmp_path / "lora.safetensors", layers, "peft")
+    with pipe.stream("a cat", **CALL, similar_image_threshold=0.98) as stream:
+        made = [stream(picture(0)) for _ in range(4)]
+        assert made[3] is made[2]
+        pipe.load_lora_weights(file)
+        try:
+            one = stream(picture(0))
+            assert one and one is not made[3] and one.adapters and stream(picture(0)) is one
+        finally:
+            pipe.unload_lora_weights()
+        two = stream(picture(0))
+        assert two and two is not one and not two.adapters
 
 
 def test_the_more_alike_frames_are_the_more_are_skipped() -> None:

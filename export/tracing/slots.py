@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+from turbochain.runtime.chain.slots import DOWN, UP
+
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 
 ACTIVATED = "activated_time_embedding"
@@ -22,9 +24,6 @@ ACTIVATED = "activated_time_embedding"
 
 PROJECTED = "time_projections"
 """The input with those results, which stands before `ACTIVATED`."""
-
-DOWN, UP = "lora_down", "lora_up"
-"""The inputs with the matrices of all slots."""
 
 
 @dataclass(frozen=True)

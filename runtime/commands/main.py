@@ -241,6 +241,8 @@ def _verify(arguments: argparse.Namespace) -> None:
         for check in (check for of_chain in plain.values() for check in of_chain):
             check["value"] = check["value"] if math.isfinite(check["value"]) else None  # JSON has no NaN
         values = {"engine": name, "passed": all(c.passed for c in every), "checks": plain}
+        if not all(checks.values()):
+            values["note"] = NOT_COMPARED
         print(json.dumps(values, indent=2))
     else:
         print("\n\n".join(f"chain {chain}\n{checks_text(of_chain)}" for chain, of_chain in checks.items()))

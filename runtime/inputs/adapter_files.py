@@ -6,7 +6,7 @@ scale` (alpha / rank) as float64. The metadata `turbochain_adapter` is JSON: an 
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,8 @@ class Origin:
 
 
 def write(adapter: Adapter, target: Path, base: str, license: str | None) -> None:
-    """Write an adapter that was read from a LoRA file. Raises InputError if the file cannot be written."""
+    """Write an adapter that was read from a LoRA file; of one in our own form, where it first came from is kept, and
+    its licence if `license` is None. Raises InputError if the file cannot be written."""
     from safetensors.numpy import save
 
     tensors: dict[str, np.ndarray] = {}
@@ -39,8 +40,9 @@ def write(adapter: Adapter, target: Path, base: str, license: str | None) -> Non
         for parameter, one in added.items():
             name = f"{component}/{parameter}"
             tensors |= {f"{name}/down": one.down, f"{name}/up": one.up, f"{name}/scale": np.array([one.scale])}
-    origin = Origin(adapter.path.name, digest(adapter.path), base, license)
-    data = save({n: np.ascontiguousarray(t) for n, t in tensors.items()}, {_METADATA: json.dumps(asdict(origin))})
+    first = origin(adapter.path) or Origin(adapter.path.name, hashing.digest(adapter.path), base)
+    told = replace(first, base=base, license=license or first.license)
+    data = save({n: np.ascontiguousarray(t) for n, t in tensors.items()}, {_METADATA: json.dumps(asdict(told))})
     write_atomically(target, data)
 
 

@@ -118,6 +118,10 @@ def _open(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
     """Return the tensors of a file, mapped, and peft's configs as diffusers writes them into its metadata."""
     from safetensors import SafetensorError, safe_open
 
+    if not path.exists():
+        raise InputError(f"{path} is missing; a LoRA file was expected there: check the path")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, and a LoRA file was expected; name the one in it")
     if path.suffix != ".safetensors":
         raise InputError(
             f"{path} is no safetensors file, and others are refused because loading a pickle runs code; load it where "
@@ -130,8 +134,6 @@ def _open(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
         size = int.from_bytes(raw[:8].tobytes(), "little")
         header = json.loads(raw[8 : 8 + size].tobytes())
         config = json.loads(metadata.get(_METADATA) or "{}")
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; a LoRA file was expected there: check the path") from None
     except (OSError, SafetensorError, ValueError) as error:
         if lfs.is_pointer(path):
             raise InputError(f"{path} is a Git LFS pointer, not the file itself. {lfs.remedy(path.parent)}") from None

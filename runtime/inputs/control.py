@@ -3,7 +3,6 @@
 A network has the name that the bundle was built with, and is a mode of the chains that can use it.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypedDict
@@ -16,7 +15,7 @@ from turbochain.runtime.chain import wiring
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs import pictures
-from turbochain.runtime.inputs.numbers import is_number
+from turbochain.runtime.inputs.numbers import LARGEST, is_number
 
 
 class ControlOptions(TypedDict, total=False):
@@ -122,7 +121,8 @@ class Steering:
         images = pictures.pixels("control_image", self.image, chain.size, IMAGES[self.net.image])
         if len(images) not in (1, prompts):
             raise InputError(
-                f"control_image has {len(images)}, and there are {prompts} prompts: give one, or one for each"
+                f"control_image holds {len(images)} pictures, and the call has {prompts} prompts: give one picture, or "
+                "one for each prompt"
             )
         if len(images) > 1 and self.net.kind is CONTROLNET:
             images = np.repeat(images, repeats, axis=0)  # diffusers repeats a T2I-Adapter's features as a whole
@@ -172,7 +172,7 @@ def steering(chain: OpenChain, image: object, others: dict[str, object]) -> tupl
         raise InputError(_no_net(chain, next(iter(given), "control_image")))
     if picture is None:
         raise InputError(f"{next(iter(given))} was given, and no control image; give control_image, or leave it out")
-    net = _chosen(found, given)
+    net = _chosen(chain, found, given)
     for name in given:
         if name not in (net.kind.scale, *net.kind.others):
             raise InputError(f"{name} was given, and {net.name!r} is a {net.kind.title}; leave it out")
@@ -184,12 +184,11 @@ def find(chain: OpenChain, name: str) -> Net:
     for net in nets(chain):
         if net.name == name:
             return net
-    raise InputError(
-        _unknown("controlnet", name, nets(chain)) if nets(chain) else _no_net(chain, f"controlnet={name!r}")
-    )
+    found = nets(chain)
+    raise InputError(_unknown(chain, CONTROLNET, name, found) if found else _no_net(chain, f"controlnet={name!r}"))
 
 
-def _chosen(found: list[Net], given: dict[str, object]) -> Net:
+def _chosen(chain: OpenChain, found: list[Net], given: dict[str, object]) -> Net:
     """Take the names out of what was given, and return the network that they choose."""
     named = {kind: given.pop(kind.argument) for kind in (CONTROLNET, T2I_ADAPTER) if kind.argument in given}
     if len(named) > 1:
@@ -200,7 +199,7 @@ def _chosen(found: list[Net], given: dict[str, object]) -> Net:
         of_kind = [net for net in found if net.kind is kind]
         if match := [net for net in of_kind if net.name == name]:
             return match[0]
-        raise InputError(_unknown(kind.argument, name, of_kind))
+        raise InputError(_unknown(chain, kind, name, of_kind))
     if len(found) > 1:
         told = ", ".join(f"{net.kind.argument}={net.name!r}" for net in found)
         raise InputError(f"a control image was given, and the bundle has several networks for one; choose {told}")
@@ -212,7 +211,7 @@ def _numbers(chain: OpenChain, kind: Kind, given: Mapping[str, object]) -> dict[
     for name, value in given.items():
         if isinstance(value, list | tuple):
             raise InputError(f"{name}={value!r}: a call uses one {kind.title}; give one number")
-        if not is_number(value) or not math.isfinite(value):
+        if not is_number(value) or not abs(value) <= LARGEST:
             raise InputError(f"{name}={value!r}: a finite number was expected")
     numbers = {name: float(value) for name, value in given.items() if is_number(value)}
     scale = numbers.get(kind.scale, chain.chain.defaults.get(kind.scale, 1.0))
@@ -231,15 +230,20 @@ def _numbers(chain: OpenChain, kind: Kind, given: Mapping[str, object]) -> dict[
     return {"scale": scale, "start": start, "end": end}
 
 
-def _unknown(argument: str, name: object, found: list[Net]) -> str:
-    has = ", ".join(repr(net.name) for net in found) or "none"
-    return f"{argument}={name!r}: the bundle has {has}; choose one, or build another with build-engine SOURCE"
+def _unknown(chain: OpenChain, kind: Kind, name: object, found: list[Net]) -> str:
+    """Return that none of `found` has the name; if it is empty, that the chain has none of the kind."""
+    told = f"{kind.argument}={name!r}"
+    if not found:
+        return _no_net(chain, told, kind)
+    option = f"--{kind.argument.replace('_', '-')} {name}=ID"
+    has = ", ".join(repr(net.name) for net in found)
+    return f"{told}: the bundle has {has}; choose one, or build another with build-engine SOURCE {option}"
 
 
-def _no_net(chain: OpenChain, argument: str) -> str:
-    bundle = chain.bundle
-    able = [name for name in bundle.manifest.chains if nets(bundle.open_chain(name))]
-    mend = (
-        f"choose {' or '.join(able)}" if able else "build another bundle with build-engine SOURCE --controlnet NAME=ID"
-    )
-    return f"{argument} was given, and the chain {chain.name} has no ControlNet or T2I-Adapter; {mend}"
+def _no_net(chain: OpenChain, argument: str, kind: Kind | None = None) -> str:
+    """Return that the chain has no network, or none of a kind, that what was given could be for."""
+    bundle, kinds = chain.bundle, (CONTROLNET, T2I_ADAPTER) if kind is None else (kind,)
+    able = [name for name in bundle.manifest.chains if any(n.kind in kinds for n in nets(bundle.open_chain(name)))]
+    option = f"--{kinds[0].argument.replace('_', '-')} NAME=ID"
+    mend = f"choose {' or '.join(able)}" if able else f"build another bundle with build-engine SOURCE {option}"
+    return f"{argument} was given, and the chain {chain.name} has no {' or '.join(k.title for k in kinds)}; {mend}"

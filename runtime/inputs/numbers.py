@@ -4,6 +4,9 @@ from typing import TypeGuard
 
 import numpy as np
 
+LARGEST = float(np.finfo(np.float32).max)
+"""The largest number that graphs can be fed."""
+
 
 def is_number(value: object) -> TypeGuard[float]:
     """Return whether a value is an integer or a float."""

@@ -97,9 +97,9 @@ class Matrices:
 
     @classmethod
     def of(cls, key: Hashable, added: Mapping[str, LowRank]) -> "Matrices":
-        """Return the matrices of linear layers and of 1×1 convolutions."""
-        down = {n: np.ascontiguousarray(a.down.reshape(a.rank, -1).T, np.float32) for n, a in added.items()}
-        up = {n: np.ascontiguousarray(a.up.reshape(-1, a.rank).T, np.float32) for n, a in added.items()}
+        """Return copies of the matrices of linear layers and of 1×1 convolutions."""
+        down = {n: np.array(a.down.reshape(a.rank, -1).T, np.float32, order="C") for n, a in added.items()}
+        up = {n: np.array(a.up.reshape(-1, a.rank).T, np.float32, order="C") for n, a in added.items()}
         return cls(key, down, up, {n: a.scale for n, a in added.items()})
 
 

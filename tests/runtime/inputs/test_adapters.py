@@ -170,6 +170,8 @@ def test_metadata_that_is_no_config_is_refused(
         ("lora.safetensors", b"", "no readable safetensors file"),
         ("lora.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
         ("lora.safetensors", None, "is missing"),
+        ("owner/of-the-hub", None, "is missing"),
+        ("", None, "is a folder, and a LoRA file was expected"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused(name: str, content: bytes | None, reason: str, tmp_path: Path) -> None:
