@@ -107,7 +107,8 @@ def decompose(program: ExportedProgram, registry: ONNXRegistry) -> ExportedProgr
         made[node] = graph.create_node("call_function", target, *map_arg(tuple(given), made.__getitem__), name)
         made[node].meta = dict(node.meta)
     graph.eliminate_dead_code()
-    if not all(_kept(node, registry) for node in graph.nodes):
+    renamed = any(new.name != node.name for node, new in made.items() if node.op == "placeholder")  # "input", say
+    if renamed or not all(_kept(node, registry) for node in graph.nodes):
         return traced_again(program, registry)
     _rename_outputs(program, made)
     program.graph_module.graph = graph
