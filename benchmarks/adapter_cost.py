@@ -3,7 +3,7 @@
     build-engine synthetic:sd-turbo -o x.bundle --lora-rank 32
     python benchmarks/adapter_cost.py x.bundle
 
-Two random adapters that fill every slot are loaded by turns with none. A swap is timed up to the first launch.
+Rounds with and without two random adapters, which fill every slot, are interleaved. A swap ends at the first launch.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def host_seconds(pipe: Pipeline, chain: str, steps: int | None) -> float:
 
 
 def measure(pipe: Pipeline, chain: str, rank: int | None, rounds: int, swaps: int, steps: int | None) -> Adapted:
-    """Draw with slots and without by turns; then swap."""
+    """Measure calls with and without slots, interleaved; then swaps."""
     opened = pipe.bundle.open_chain(chain)
     slots, made = ChainSlots(opened), pipe.bundle.engines()[pipe.engine_name]
     first = slots.graphs(slots.modes[0])["unet"]

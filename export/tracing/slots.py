@@ -7,7 +7,7 @@ of the graph, and all `up` matrices another. Layers that read the same tensor ar
 import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias, TypeGuard
 
@@ -15,7 +15,9 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+from turbochain.runtime.bundle import strict_json
 from turbochain.runtime.chain.slots import DOWN, UP
+from turbochain.runtime.inputs.slots import Group, Member
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 
@@ -24,26 +26,6 @@ ACTIVATED = "activated_time_embedding"
 
 PROJECTED = "time_projections"
 """The input with those results, which stands before `ACTIVATED`."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """A layer with a slot."""
-
-    parameter: str  # its weight, in the component
-    out: int
-
-
-@dataclass(frozen=True)
-class Group:
-    """The layers that read one tensor, in the order in which they do."""
-
-    width: int  # of what they read
-    members: list[Member]
-
-    def plain(self) -> dict[str, Any]:
-        """Return the group as the slots' file has it."""
-        return {"in": self.width, "members": [asdict(member) for member in self.members]}
 
 
 @dataclass
@@ -81,31 +63,31 @@ class Slotted(nn.Module):
         self.dtype = next(model.parameters()).dtype
         self.groups: list[Group] = []
         if projections:
-            of_time = [Member(name, out) for name, out in projections.items()]
+            of_time = tuple(Member(name, out) for name, out in projections.items())
             self.groups.append(Group(inputs[ACTIVATED].shape[-1], of_time))
         self._call = _Call()
         found = _readers(module, _layers(model), [value for name, value in inputs.items() if name != ACTIVATED])
         for group, layers in enumerate(found, len(self.groups)):
             for place, layer in enumerate(layers.values()):
                 layer.register_forward_hook(self._hook(group, place, isinstance(layer, nn.Linear)))
-            members = [Member(name, layer.weight.shape[0]) for name, layer in layers.items()]
+            members = tuple(Member(name, layer.weight.shape[0]) for name, layer in layers.items())
             self.groups.append(Group(next(iter(layers.values())).weight.shape[1], members))
 
     @property
     def sizes(self) -> dict[str, int]:
         """Return how many values `lora_down` and `lora_up` have."""
-        down = sum(group.width * len(group.members) for group in self.groups)
+        down = sum(group.in_ * len(group.members) for group in self.groups)
         return {DOWN: self.rank * down, UP: self.rank * sum(m.out for group in self.groups for m in group.members)}
 
     def text(self) -> str:
         """Return the slots' file: JSON with a line for each group."""
-        return "[\n" + ",\n".join(json.dumps(group.plain()) for group in self.groups) + "\n]\n"
+        return "[\n" + ",\n".join(json.dumps(strict_json.plain(group)) for group in self.groups) + "\n]\n"
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         """See the class."""
         *own, down, up = inputs
         call, cut = self._call, _cut(down.to(self.dtype))
-        call.downs = [cut(group.width, self.rank * len(group.members)) for group in self.groups]
+        call.downs = [cut(group.in_, self.rank * len(group.members)) for group in self.groups]
         cut = _cut(up.to(self.dtype))
         call.ups = [[cut(self.rank, member.out) for member in group.members] for group in self.groups]
         call.products = {}

@@ -18,7 +18,7 @@ class ChainSlots:
 
     @cached_property
     def modes(self) -> list[str]:
-        """Return the modes that put graphs with slots in the place of graphs without, the least rank first."""
+        """Return the modes in which a graph with slots replaces the plain one, the least rank first."""
         plain = {self._graph(s).role for s in self._running("") if not self._graph(s).slots}
         sizes = {}
         for mode in self.chain.chain.modes:

@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands, "verify", _verify, "compare with what diffusers produced; exit status 1 if it differs", default="all"
     )
     adapter.add_lora(
-        check, "compare what was recorded with this LoRA and weight (default 1), and with all others given"
+        check,
+        "compare the calls that were recorded with this LoRA (weight: default 1), or with all that are given together",
     )
     check.add_argument("--json", action="store_true")
 

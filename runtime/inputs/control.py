@@ -189,7 +189,7 @@ def find(chain: OpenChain, name: str) -> Net:
 
 
 def _chosen(chain: OpenChain, found: list[Net], given: dict[str, object]) -> Net:
-    """Take the names out of what was given, and return the network that they choose."""
+    """Remove the names of networks from the arguments, and return the network that they choose."""
     named = {kind: given.pop(kind.argument) for kind in (CONTROLNET, T2I_ADAPTER) if kind.argument in given}
     if len(named) > 1:
         raise InputError("controlnet and t2i_adapter were given, and a call uses one network; give one of the two")
@@ -241,7 +241,7 @@ def _unknown(chain: OpenChain, kind: Kind, name: object, found: list[Net]) -> st
 
 
 def _no_net(chain: OpenChain, argument: str, kind: Kind | None = None) -> str:
-    """Return that the chain has no network, or none of a kind, that what was given could be for."""
+    """Return the error for arguments of a network that the chain does not have."""
     bundle, kinds = chain.bundle, (CONTROLNET, T2I_ADAPTER) if kind is None else (kind,)
     able = [name for name in bundle.manifest.chains if any(n.kind in kinds for n in nets(bundle.open_chain(name)))]
     option = f"--{kinds[0].argument.replace('_', '-')} NAME=ID"

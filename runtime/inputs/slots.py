@@ -28,7 +28,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Matrices that read the same tensor."""
+    """Matrices that read the same tensor, in the order in which the graph reads it."""
 
     in_: int  # columns of each
     members: tuple[Member, ...]
