@@ -14,7 +14,8 @@ from turbochain.engines.order import BuildOrder, engine_order
 from turbochain.export import asked, recipes, tasks
 from turbochain.export.api import path_of
 from turbochain.export.controls import KINDS
-from turbochain.export.order import ExportOrder, How, Recipe
+from turbochain.export.order import ExportOrder, How
+from turbochain.export.requested import Recipe
 from turbochain.export.sources import original
 from turbochain.runtime.checks.verify import bound_text, value_text
 from turbochain.runtime.commands import console

@@ -12,9 +12,10 @@ from typing import Unpack
 
 from turbochain.export import bundling, recipes
 from turbochain.export.options import ExportOptions
-from turbochain.export.order import ExportOrder, How, Recipe
+from turbochain.export.order import ExportOrder, How
 from turbochain.export.phases.bar import Phase
 from turbochain.export.phases.phases import LOG, SMALL, PhaseReport, Phases
+from turbochain.export.requested import Recipe
 from turbochain.export.sources.digests import Digests
 from turbochain.runtime.bundle.lock import lock_directory
 from turbochain.runtime.bundle.opened import Bundle

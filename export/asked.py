@@ -40,20 +40,6 @@ def scheduler_changes(value: str | Mapping[str, Any] | None) -> dict[str, Any] |
     return found
 
 
-def scaled(lora: str, option: str = "--lora") -> tuple[str, float]:
-    """Return the name and the scale that NAME or NAME:SCALE says; InputError if it is not a finite number."""
-    name, colon, scale = lora.rpartition(":")
-    if not colon:
-        return lora, 1.0
-    try:
-        found = float(scale)
-    except ValueError:
-        found = math.nan
-    if not math.isfinite(found):
-        raise InputError(f"{option} {lora}: a number was expected after the colon, such as {name}:0.8")
-    return name, found
-
-
 def named(option: str, value: str | Mapping[str, str] | Sequence[str] | None) -> dict[str, str] | None:
     """Return name → place that a mapping, or a list of NAME=PLACE, says; None for None. Raises InputError."""
     if value is None or isinstance(value, Mapping):

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from turbochain.export.controls import KINDS
-from turbochain.export.order import ExportOrder, Recipe
+from turbochain.export.order import ExportOrder
 from turbochain.export.phases.phases import SMALL, Phases, now, versions
 from turbochain.export.phases.resume import STATE, Finished, empty, leave_nothing
 from turbochain.export.prepared import Prepared
 from turbochain.export.remedies import Remedy
+from turbochain.export.requested import Recipe
 from turbochain.export.sources.digests import MEMORY, Digests
 from turbochain.runtime.bundle import hashing, strict_json, writing
 from turbochain.runtime.bundle.manifest import FORMAT_VERSION, REFERENCE, Graph, Manifest

@@ -9,9 +9,10 @@ from typing import Any
 from turbochain.export import estimate
 from turbochain.export.controls import controlnet
 from turbochain.export.families import Family
-from turbochain.export.order import ExportOrder, Recipe
+from turbochain.export.order import ExportOrder
 from turbochain.export.prepared import Prepared
 from turbochain.export.remedies import Remedy, decide
+from turbochain.export.requested import Recipe
 from turbochain.export.sources import Want, adapters, find, parts
 from turbochain.export.sources.checkpoint import Checkpoint, Part
 from turbochain.export.sources.digests import Digests

@@ -1,29 +1,25 @@
 """What an export is asked for, checked in one place for the command line and for Python."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from turbochain.export import asked, chains, tasks
-from turbochain.export.chains import Layout
-from turbochain.export.controls import KINDS, Controls
+from turbochain.export.controls import KINDS
 from turbochain.export.controls.kind import Control
-from turbochain.export.families import Family, Shape
+from turbochain.export.families import Shape
 from turbochain.export.options import ExportOptions
+from turbochain.export.requested import LOCAL, Recipe
 from turbochain.export.sources import Source, find, is_elsewhere, original
 from turbochain.export.sources.checkpoint import files_read, part_files_read, settled_variant
 from turbochain.export.sources.digests import Digests
 from turbochain.export.sources.parts import TINY
 from turbochain.export.sources.presets import PRESETS
-from turbochain.export.tasks import Task
-from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, TEXT_TO_IMAGE
 from turbochain.runtime.errors import InputError
+from turbochain.runtime.inputs.numbers import weighted
 
 PRECISIONS = ("fp32", "fp16")
 VAE_PRECISIONS = ("fp32", "bf16")
-LOCAL = "a folder"
-"""The source in a recipe for a local folder or file, which its files identify, and not its name."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +109,12 @@ class ExportOrder:
     @property
     def loras(self) -> dict[str, tuple[str, float]]:
         """Return lora, lora-2, … → the name and the scale of a LoRA; InputError if a scale is not a finite number."""
-        return {f"lora-{i}" if i > 1 else "lora": asked.scaled(text) for i, text in enumerate(self.lora or (), 1)}
+        return {f"lora-{i}" if i > 1 else "lora": weighted("--lora", text) for i, text in enumerate(self.lora or (), 1)}
 
     @property
     def references(self) -> list[tuple[Path, float]]:
         """Return the LoRA files to record, each with its scale; InputError if there is no such file."""
-        found = [asked.scaled(text, "--reference-lora") for text in self.reference_lora or ()]
+        found = [weighted("--reference-lora", text) for text in self.reference_lora or ()]
         if missing := [name for name, _ in found if not Path(name).is_file()]:
             raise InputError(
                 f"--reference-lora {missing[0]}: a .safetensors file on this disk was expected, and there is none of "
@@ -246,99 +242,6 @@ class ExportOrder:
         config = self.settled_config()
         settled = self.given() | ({} if config is None else {"config": _told_config(config)})
         return Recipe(_told(find(self.source)), files, **{"precision": precision, **settled})
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a bundle is made from and for, as the bundle tells it: `request` in bundle.json."""
-
-    source: str  # its name, or LOCAL
-    files: dict[str, str]  # what is read of the sources that lie here: name in the checkpoint → digest
-    precision: str
-    revision: str | None = None
-    variant: str | None = None
-    tasks: tuple[str, ...] = (TEXT_TO_IMAGE, IMAGE_TO_IMAGE)
-    sizes: tuple[tuple[int, int], ...] = ((512, 512),)  # width, height in pixels
-    batches: tuple[int, ...] = (1,)
-    steps: tuple[int, ...] = (1, 2, 3, 4)
-    opset: int = 21
-    vae_precision: str | None = None
-    vae: str | None = None
-    config: str | None = None  # of a source that is a file: a preset's name, or LOCAL
-    unet: str | None = None
-    scheduler: dict[str, Any] | None = None
-    timesteps: tuple[int, ...] | None = None
-    lora: tuple[str, ...] = ()
-    controlnet: dict[str, str] = field(default_factory=dict)
-    t2i_adapter: dict[str, str] = field(default_factory=dict)
-    eta: float | None = None
-    guidance_scale: float | None = None
-    guidance_scales: tuple[float, ...] = ()
-    strengths: tuple[float, ...] = ()
-    clip_skip: int = 0
-    stream_batch: int = 2
-    lora_ranks: tuple[int, ...] = ()  # ascending
-    reference_lora: tuple[str, ...] = ()
-    recipe: str | None = None
-
-    def find_tasks(self, family: Family) -> list[Task]:
-        """Return the tasks; InputError if diffusers has no pipeline of this family for one, or if a stream makes more
-        steps than there are."""
-        found = tasks.find(self.tasks)
-        if unknown := [task.name for task in found if task.pipeline not in family.pipelines]:
-            raise InputError(
-                f"{family.pipeline_class} has no pipeline for {unknown[0]}: leave it out of --tasks, and choose from "
-                f"{', '.join(family.pipelines)}"
-            )
-        if any(task.streams for task in found):
-            asked.require_steps(self.stream_batch, self.steps)
-        return found
-
-    def layout(self, family: Family, configs: Mapping[str, Any], K: int = 1, zeros: bool = False) -> Layout:
-        """Return what decides the chains and graphs; K and `zeros` as in `Shape` and `Layout`.
-
-        Raises InputError if these models have no such task, or an option that they do not read is given.
-        """
-        shapes = [Shape(height, width, batch, K) for width, height in self.sizes for batch in self.batches]
-        if self.guidance_scales and configs["unet"].get("time_cond_proj_dim") is None:
-            raise InputError(
-                "guidance_scales: a UNet that reads the guidance scale was expected, such as an LCM's, and with this"
-                " one calls can give any: leave it out, or give the default of calls as guidance_scale"
-            )
-        if self.strengths and not (family.strength_sets_timesteps and IMAGE_TO_IMAGE in self.tasks):
-            raise InputError(
-                "strengths: image-to-image of LatentConsistencyModelImg2ImgPipeline was expected among the tasks, and "
-                "without it there is no strength, or calls can give any: leave it out"
-            )
-        layers = (configs[stage.graph]["num_hidden_layers"] for stage in family.prompt_stages)
-        if self.clip_skip > (most := min(layers) - family.skipped_layers):
-            raise InputError(f"clip_skip {self.clip_skip}: the text encoders have layers for 0 to {most}; choose one")
-        if self.lora_ranks and self.clip_skip == most:
-            raise InputError(
-                f"clip_skip {self.clip_skip}: with slots for LoRAs at most {most - 1} was expected, for no layer "
-                "of a text encoder would be left that has one; choose a smaller one, or leave lora_rank out"
-            )
-        controls = [Control(kind, name) for key, kind in KINDS.items() for name in getattr(self, key)]
-        Controls(family, configs, controls).check(shapes, self.tasks)
-        return Layout(
-            family,
-            configs,
-            self.find_tasks(family),
-            shapes,
-            zeros,
-            self.clip_skip,
-            self.stream_batch,
-            self.lora_ranks,
-            controls,
-        )
-
-    @property
-    def call(self) -> dict[str, Any]:
-        """Return the further arguments of diffusers' pipeline: explicit timesteps, eta and clip_skip, if they were
-        asked for."""
-        given: dict[str, Any] = {"timesteps": self.timesteps and list(self.timesteps), "eta": self.eta}
-        given["clip_skip"] = self.clip_skip or None
-        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from turbochain.export import families
 from turbochain.export.chains import Layout
 from turbochain.export.families import Family
-from turbochain.export.order import Recipe
+from turbochain.export.requested import Recipe
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime.bundle.manifest import Chain, Origin, TokenizerFile
 

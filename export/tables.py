@@ -15,7 +15,7 @@ from turbochain.export.chains import Layout
 from turbochain.export.controls.controlnet import own
 from turbochain.export.controls.kind import Control
 from turbochain.export.families import Family, Shape
-from turbochain.export.order import Recipe
+from turbochain.export.requested import Recipe
 from turbochain.export.run import Run
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tasks import Task, strength

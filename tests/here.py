@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from turbochain.engines import BuildResult, build
 from turbochain.export import api
 from turbochain.export.chains import Placed
-from turbochain.export.order import Recipe
 from turbochain.export.phases.phases import PhaseReport, Phases
 from turbochain.export.prepared import Prepared
 from turbochain.export.remedies import Remedy
+from turbochain.export.requested import Recipe
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tables import columns
 from turbochain.export.tracing import trace

@@ -23,7 +23,8 @@ from standin import StandIn, pipeline, standing_in
 from turbochain.engines import options
 from turbochain.engines.backends import tensorrt
 from turbochain.export import tables
-from turbochain.export.order import ExportOrder, Recipe
+from turbochain.export.order import ExportOrder
+from turbochain.export.requested import Recipe
 from turbochain.runtime import (
     Bundle,
     BundleError,

@@ -12,7 +12,7 @@ import torch
 from turbochain.export import tables
 from turbochain.export.chains import Layout
 from turbochain.export.families import Shape
-from turbochain.export.order import Recipe
+from turbochain.export.requested import Recipe
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime import Bundle
 from turbochain.runtime.bundle import hashing, strict_json

@@ -11,7 +11,7 @@ from torch import nn
 
 from turbochain.export.controls.controlnet import DOWN, MID
 from turbochain.export.controls.t2i_adapter import FEATURE
-from turbochain.export.tracing.modules import Slice, pooled_part, timed_resnets
+from turbochain.export.tracing.modules import POOLED, Slice, pooled_part, timed_resnets
 
 
 class ControlNetEmbedding(nn.Module):
@@ -85,7 +85,7 @@ class SDControlNet(ControlNet):
 class SDXLControlNet(ControlNet):
     """`ControlNet` with `time_embeds` [1, D], `time_ids_embeds` [1, D], two text encoders' states and pooled embeds."""
 
-    folded = ("add_embedding.linear_1.weight", "add_embedding.linear_1.bias")
+    folded = POOLED
     """Parameters of which this module holds a part."""
 
     def __init__(self, net: Any) -> None:

@@ -15,6 +15,7 @@ from turbochain.export.tracing.sampler_steps import Blend, Enter, GuidedStep, St
 from turbochain.export.tracing.vae import SDXLVaeDecoder, SDXLVaeEncoder, VaeDecoder, VaeEncoder
 
 __all__ = [
+    "POOLED",
     "TORCH_DTYPES",
     "Blend",
     "Enter",
@@ -151,7 +152,7 @@ class SDXLUNet(UNet):
         embedding = unet.add_embedding
         pooled = pooled_part(unet)
         embedding.linear_1 = nn.Identity()
-        self.folded |= {"add_embedding.linear_1.weight", "add_embedding.linear_1.bias"}
+        self.folded |= POOLED
 
         def embed(emb: torch.Tensor, encoder_hidden_states: Any, added_cond_kwargs: Any) -> torch.Tensor:
             read = pooled(added_cond_kwargs["text_embeds"].to(emb.dtype))
@@ -189,6 +190,10 @@ def timed_resnets(unet: nn.Module) -> list[Any]:
 def pooled_width(unet: Any) -> int:
     """Return how many columns of `add_embedding.linear_1` read the pooled embeds; the rest reads the six time ids."""
     return int(unet.add_embedding.linear_1.in_features - 6 * unet.config.addition_time_embed_dim)
+
+
+POOLED = frozenset({"add_embedding.linear_1.weight", "add_embedding.linear_1.bias"})
+"""The parameters of which `pooled_part` is a part."""
 
 
 def pooled_part(unet: Any) -> nn.Linear:

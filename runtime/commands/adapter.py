@@ -1,7 +1,6 @@
 """`turbochain adapter convert`, and LoRA files on a command line."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.commands import console
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs import adapter_files, adapters
+from turbochain.runtime.inputs.numbers import weighted
 from turbochain.runtime.pipeline import Pipeline
 
 
@@ -34,18 +34,9 @@ def add_lora(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help=help)
 
 
-def weighted(text: str) -> tuple[Path, float]:
-    """Return the file and the weight of FILE[:WEIGHT]; InputError if the weight is no finite number."""
-    file, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        value = float(weight)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise InputError(f"--lora {text}: a number was expected after the colon, such as {file}:0.8")
-    return Path(file), value
+def chosen(texts: Sequence[str]) -> list[tuple[Path, float]]:
+    """Return the files and weights of all `--lora` options; InputError if a weight is no finite number."""
+    return [(Path(file), weight) for file, weight in (weighted("--lora", text) for text in texts)]
 
 
 def load_all(pipe: Pipeline, loras: Sequence[tuple[Path, float]]) -> None:

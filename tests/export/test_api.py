@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from turbochain.export import export
-from turbochain.export.order import ExportOrder, Recipe
+from turbochain.export.order import ExportOrder
+from turbochain.export.requested import Recipe
 from turbochain.runtime import Bundle, InputError
 from turbochain.runtime.bundle.strict_json import convert
 

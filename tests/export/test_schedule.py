@@ -20,8 +20,8 @@ from diffusers.schedulers import scheduling_euler_ancestral_discrete as euler_an
 from turbochain.export import load, schedule, tables, tasks
 from turbochain.export.chains import Layout
 from turbochain.export.families import Shape
-from turbochain.export.order import Recipe
 from turbochain.export.recording import Call, record_call
+from turbochain.export.requested import Recipe
 from turbochain.export.run import Run
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime import InputError
