@@ -48,7 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--strength", type=float, help="of image-to-image")
     add("--steps", type=int, nargs="+", help="step counts of the pairs (default 1; on a GPU 1 2 4)")
     add("--batch", type=int, nargs="+", help="batches of the pairs (default 1; on a GPU 1 4)")
-    add("--runs", type=int, help="rounds of a pair that count (default 5; on a GPU 50)")
+    add("--runs", type=int, help="rounds of a pair that count (default 7; on a GPU 50)")
+    add(
+        "--most-runs",
+        type=int,
+        help="make more until the interval of the ratio's median is within 5 percent of it, up to so many (default: "
+        "what --runs says, or 21 on a CPU)",
+    )
     add("--warmup", type=int, help="rounds before them (default 0; on a GPU 5)")
     add("--pairs", nargs="*", metavar="OURS:PEER", help="the pairs (default: see benchmarks/README.md)")
     add("--cold", nargs="*", metavar="OURS:PEER", help="pairs of cold starts (default: see benchmarks/README.md)")
@@ -85,7 +91,9 @@ def _bench(arguments: argparse.Namespace) -> None:
     end = time.monotonic() + arguments.budget_seconds
     check_device(arguments.device)
     defaults = contenders.defaults(arguments.device)
-    for name in ("pairs", "cold", "steps", "batch", "batches", "runs", "warmup", "turns"):
+    if arguments.most_runs is None and arguments.runs is not None:
+        arguments.most_runs = arguments.runs
+    for name in ("pairs", "cold", "steps", "batch", "batches", "runs", "most_runs", "warmup", "turns"):
         if getattr(arguments, name) is None:
             setattr(arguments, name, getattr(defaults, name))
     for pair in (*arguments.pairs, *arguments.cold):
@@ -102,6 +110,7 @@ def _bench(arguments: argparse.Namespace) -> None:
             size=arguments.size,
             steps=tuple(arguments.steps),
             runs=arguments.runs,
+            most=arguments.most_runs,
             warmup=arguments.warmup,
             turns=arguments.turns,
             end=end,

@@ -12,10 +12,10 @@ class Contender:
     """One way of making a picture; it runs in a process of its own."""
 
     name: str
-    kind: str  # "ours", "eager", "compiled", "graphed", "optimum.onnxruntime" or "optimum.intel"
+    kind: str  # "ours", "eager", "compiled", "graphed", "optimum.onnxruntime", "optimum.intel" or "openvino.genai"
     precision: str  # what it computes in
     backend: str = ""  # ours
-    options: Mapping[str, Any] = field(default_factory=dict)  # of our engine, or OpenVINO's of optimum.intel
+    options: Mapping[str, Any] = field(default_factory=dict)  # of our engine, or OpenVINO's of its peers
     channels_last: bool = False
     tuned: bool = False  # with what diffusers' guide and PyTorch offer besides: see peers.py
     compiled: bool = False  # graphed: the modules are compiled by Inductor
@@ -61,6 +61,13 @@ def _optimum_intel(precision: str, hint: str) -> Contender:
     return Contender(name, kind, precision, options=options, environment="optimum-intel")
 
 
+def _genai(precision: str, hint: str) -> Contender:
+    options = {"INFERENCE_PRECISION_HINT": hint, "CACHE_DIR": ""}
+    return Contender(
+        f"openvino-genai-{precision}", "openvino.genai", precision, options=options, environment="optimum-intel"
+    )
+
+
 CONTENDERS = {
     contender.name: contender
     for contender in (
@@ -85,6 +92,8 @@ CONTENDERS = {
         Contender("optimum-onnx", "optimum.onnxruntime", "fp32", environment="optimum-onnx"),
         _optimum_intel("fp32", "f32"),
         _optimum_intel("bf16", "bf16"),
+        _genai("fp32", "f32"),
+        _genai("bf16", "bf16"),
     )
 }
 REFERENCE = CONTENDERS["eager-fp32"]
@@ -124,6 +133,7 @@ class Defaults:
     batch: tuple[int, ...]
     batches: tuple[int, ...]
     runs: int
+    most_runs: int
     warmup: int
     turns: int | None  # None: both of a pair are in memory at once
     floors: tuple[str, ...]  # the precisions that floors are measured in, if a contender computes in them
@@ -139,6 +149,8 @@ CPU = Defaults(
         "openvino-fp32-vae-int8:eager-fp32",
         "openvino-bf16:optimum-intel-bf16",
         "openvino-fp32:optimum-intel-fp32",
+        "openvino-bf16:openvino-genai-bf16",
+        "openvino-fp32:openvino-genai-fp32",
         "openvino-fp32:optimum-onnx",
         "onnxruntime-fp32:optimum-onnx",
         "openvino-bf16:compiled-bf16",
@@ -152,7 +164,8 @@ CPU = Defaults(
     steps=(1,),
     batch=(1,),
     batches=(2, 4, 8),
-    runs=5,
+    runs=7,
+    most_runs=21,
     warmup=0,
     turns=None,
     floors=("bf16", "fp32"),
@@ -180,6 +193,7 @@ GPU = Defaults(
     batch=(1, 4),
     batches=(),
     runs=50,
+    most_runs=50,
     warmup=5,
     turns=2,
     floors=("fp16",),

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import comb
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,10 @@ from turbochain.runtime.checks import metrics
 from turbochain.runtime.checks.bounds import AT_LEAST, BOUNDS
 
 FEWEST_FOR_P99 = 20  # rounds
+PROBABILITY = 0.9
+"""That the interval of a median holds it."""
+WIDTH = 0.05
+"""How far the ends of the interval may be from the median, as a share of it, for it to be settled."""
 
 
 @dataclass
@@ -53,8 +58,36 @@ class Samples:
 
 
 def spread(ratios: Sequence[float] | np.ndarray) -> Spread:
-    """Return the median and the extremes."""
-    return Spread(float(np.median(ratios)), float(np.min(ratios)), float(np.max(ratios)), len(ratios))
+    """Return the median, the extremes, and the interval of the median."""
+    low, high = interval(ratios) or (None, None)
+    return Spread(float(np.median(ratios)), float(np.min(ratios)), float(np.max(ratios)), len(ratios), low, high)
+
+
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float] | None:
+    """Return the narrowest interval between two values, as many from the one end as from the other, that holds the
+    median with `PROBABILITY`; None if there are too few values.
+
+    The number of values below the median is binomial: Conover, Practical Nonparametric Statistics, 3.2.
+    """
+    ordered, n = np.sort(values), len(values)
+    outside, found = 0.0, None
+    for k in range(n // 2):
+        outside += 2 * comb(n, k) / 2**n
+        if 1 - outside < PROBABILITY:
+            break
+        found = float(ordered[k]), float(ordered[n - 1 - k])
+    return found
+
+
+def is_narrow(found: Spread) -> bool:
+    """Return whether the interval of the median is known, and within `WIDTH` of the median on both sides."""
+    return found.low is not None and found.high is not None and width(found) <= WIDTH
+
+
+def width(found: Spread) -> float:
+    """Return the farther end of the interval's distance from the median, as a share of it."""
+    assert found.low is not None and found.high is not None
+    return max(found.median - found.low, found.high - found.median) / found.median
 
 
 def check(pictures: np.ndarray, references: np.ndarray, precision: str) -> Check:

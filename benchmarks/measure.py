@@ -15,12 +15,13 @@ import contenders
 import figures
 import floor
 import machine
+import noise
 import product
 from call import PLAIN, Call
 from contenders import Contender
 from figures import Samples, spread
 from process import Process, job
-from rows import Batches, Cold, ColdStart, Floor, Growth, Pair
+from rows import Batches, Cold, ColdStart, Floor, Growth, Noise, Pair
 from turbochain.runtime.errors import TurbochainError
 
 FAILURES = (RuntimeError, TurbochainError)
@@ -39,6 +40,7 @@ class Settings:
     size: tuple[int, int]  # width, height
     steps: tuple[int, ...]
     runs: int  # rounds that count
+    most: int = 0  # further rounds are made up to so many, until the ratio's interval is narrow; 0: none
     warmup: int = 0  # rounds before them
     turns: int | None = None  # load the two contenders of a pair in turn, that often each; None: both at once
     end: float = float("inf")  # time.monotonic() after which nothing is begun
@@ -76,17 +78,18 @@ class Measure:
                 self._reference(contender, batch, self.settings.steps[0])
             measure = self._together if self.settings.turns is None else self._by_turns
             before = machine.clocks(self.settings.device)
-            for row, samples in zip(rows, measure(names, batch), strict=True):
+            for row, (samples, meanwhile) in zip(rows, measure(names, batch), strict=True):
                 after = machine.clocks(self.settings.device)
                 clocks = {"before": before, "after": after} if after else {}
-                yield replace(self._row(row, names, samples), clocks=clocks)
+                yield replace(self._row(row, names, samples), clocks=clocks, noise=meanwhile)
                 done, before = done + 1, after
         except FAILURES as error:
             say(f"  {error}")
             yield from (replace(row, reason=str(error)) for row in rows[done:])
 
-    def _together(self, pair: Sequence[Contender], batch: int) -> Iterator[list[Samples]]:
-        """Load both, then draw by one and the other; yields their samples for each step count."""
+    def _together(self, pair: Sequence[Contender], batch: int) -> Iterator[tuple[list[Samples], Noise | None]]:
+        """Load both, then draw by one and the other; yields for each step count their samples, and on a CPU what else
+        the machine did."""
         counts = self.settings.steps
         with contextlib.ExitStack() as stack:
             processes, firsts = [], []
@@ -101,14 +104,23 @@ class Measure:
                         self._next(first, process, contender, batch, steps)
                         for process, contender, first in zip(processes, pair, firsts, strict=True)
                     ]
-                for i in range(-self.settings.warmup, self.settings.runs):
+                for process in self.settings.warmup * processes:
+                    process.draw(steps)
+                before = noise.read() if self.settings.device == "cpu" else None
+                while not self._settled(samples):
                     for process, of in zip(processes, samples, strict=True):
-                        drawn = process.draw(steps)
-                        if i >= 0:
-                            of.drawn.append(drawn)
-                yield samples
+                        of.drawn.append(process.draw(steps))
+                busy = sum(drawn["cpu_seconds"] for of in samples for drawn in of.drawn)
+                yield samples, noise.between(before, noise.read(), busy) if before else None
 
-    def _by_turns(self, pair: Sequence[Contender], batch: int) -> Iterator[list[Samples]]:
+    def _settled(self, samples: Sequence[Samples]) -> bool:
+        """Return whether there are enough rounds, and either no more are allowed or the ratio is known well."""
+        ours, peer = samples
+        if len(peer.drawn) < self.settings.runs:
+            return False
+        return len(peer.drawn) >= self.settings.most or figures.is_narrow(spread(peer.seconds / ours.seconds))
+
+    def _by_turns(self, pair: Sequence[Contender], batch: int) -> Iterator[tuple[list[Samples], None]]:
         """Load one, draw its share of the rounds, end it, then the other, and again; yields as `_together`."""
         counts, turns = self.settings.steps, self.settings.turns or 1
         shares = [self.settings.runs * (i + 1) // turns - self.settings.runs * i // turns for i in range(turns)]
@@ -125,7 +137,7 @@ class Measure:
                         drawn = [process.draw(steps) for _ in range(share)]
                         found.setdefault((contender.name, steps), of).drawn.extend(drawn)
         for steps in counts:
-            yield [found[contender.name, steps] for contender in pair]
+            yield [found[contender.name, steps] for contender in pair], None
 
     def _next(self, first: Samples, process: Process, contender: Contender, batch: int, steps: int) -> Samples:
         """Return the samples of a further step count, after its first picture."""

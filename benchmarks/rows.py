@@ -43,12 +43,23 @@ class Run:
 
 @dataclass(frozen=True)
 class Spread:
-    """Ratios, one of each round."""
+    """Ratios, one of each round, and the interval in which their median lies with a probability of 90%."""
 
     median: float
     least: float
     most: float
     n: int
+    low: float | None = None  # None: of too few rounds, or not recorded by an earlier program
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What else the machine did while contenders drew, as shares of its CPU time, and its clock."""
+
+    steal: float  # the hypervisor gave it to other guests
+    others: float  # processes that are no contenders
+    mhz: tuple[float, float] | None  # the mean of the cores, before and after; None: the system does not say it
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,7 @@ class Pair(Row):
     our_figures: Figures | None = None
     peer_figures: Figures | None = None
     clocks: dict[str, dict[str, str]] = field(default_factory=dict)  # "before", "after" → nvidia-smi's values
+    noise: Noise | None = None  # on a CPU, with both contenders in memory
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from statistics import median
 
 import contenders
+import figures
 from call import TEXT_TO_IMAGE, Call
 from result import Result
-from rows import Build, Cold, Figures, Floor, Pair, Run, Spread, Tried
+from rows import Build, Cold, Figures, Floor, Noise, Pair, Run, Spread, Tried
 
 GiB = 2**30
 FEWEST_FOR_BOLD = 5  # rounds
 EQUAL = 120.0  # dB
+DISTURBED = 0.02  # of the machine's CPU time
 SWAP_MS = 50
 """The most that a change between two adapters may take, in ms."""
 OWN_MS = 5
@@ -60,9 +62,17 @@ def libraries(run: Run) -> str:
 
 
 def ratio(found: Spread) -> str:
-    """Return a ratio with its extremes; bold if it is of enough rounds."""
+    """Return a ratio with its extremes; bold if it is of enough rounds.
+
+    The width of its median's interval is told if that is not settled, and it is not separable if rounds contradict
+    each other on which contender is faster.
+    """
     bold = "**" if found.n >= FEWEST_FOR_BOLD else ""
-    return f"{bold}{found.median:.2f}×{bold} ({found.least:.2f} to {found.most:.2f}, n {found.n})"
+    rounds = f"{found.least:.2f} to {found.most:.2f}, n {found.n}"
+    if found.low is not None and not figures.is_narrow(found):
+        rounds += f", ±{100 * figures.width(found):.0f}%"
+    verdict = "; not separable" if found.least < 1 < found.most else ""
+    return f"{bold}{found.median:.2f}×{bold} ({rounds}{verdict})"
 
 
 def _pairs(result: Result) -> str:
@@ -120,7 +130,15 @@ def remarks(result: Result, pair: Pair) -> str:
     both = ((pair.ours, pair.our_figures), (pair.peer, pair.peer_figures))
     of_contenders = [f"{name}: {of.remark}" for name, of in both if of and of.remark]
     run = made(result.runs[pair.run]) if len(result.runs) > 1 else None
-    return "; ".join(filter(None, (pair.differs, apart, *of_contenders, pair.reason, run)))
+    meanwhile = disturbed(pair.noise) if pair.noise else None
+    return "; ".join(filter(None, (pair.differs, apart, *of_contenders, pair.reason, meanwhile, run)))
+
+
+def disturbed(noise: Noise) -> str | None:
+    """Return what took more than `DISTURBED` of the machine beside the contenders; None if nothing did."""
+    shares = {"stolen by the hypervisor": noise.steal, "other processes": noise.others}
+    told = [f"{100 * share:.0f}% of the time {who}" for who, share in shares.items() if share > DISTURBED]
+    return ", ".join(told) or None
 
 
 def stages(result: Result) -> list[tuple[str, str, float, float]]:
