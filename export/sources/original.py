@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbochain.export.sources.checkpoint import PICKLES, config_files_read, refuse_pointers
+from turbochain.export.sources.checkpoint import PICKLES, config_files_read, refuse_lora, refuse_pointers
 from turbochain.export.sources.presets import PRESETS
 from turbochain.runtime.errors import InputError
 
@@ -111,7 +111,17 @@ def refuse_others(path: Path) -> None:
 
 
 def read(path: Path) -> Original:
-    """Return what a file's header says. Raises InputError if it is damaged, or quantised with scales."""
+    """Return what the header of a file with weights says.
+
+    Raises InputError if it is damaged, quantised with scales, a LoRA, or has one that is not fused.
+    """
+    original = read_any(path)
+    refuse_lora(path, original.tensors)
+    return original
+
+
+def read_any(path: Path) -> Original:
+    """Return what the header of a file says, which may be a LoRA. Raises InputError otherwise as `read`."""
     from safetensors import SafetensorError, safe_open
 
     refuse_others(path)
