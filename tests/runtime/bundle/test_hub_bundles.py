@@ -90,7 +90,8 @@ def test_an_id_is_a_bundle(sd: Path, snapshot: Path, tmp_path: Path, home: Path)
     build_here(str(snapshot), **ON, chains=["text-to-image"], quiet=True)
     shutil.rmtree(snapshot / "engines")
     assert generated(f"{NAME}@{COMMIT}", picture).returncode == 0
-    code = "import sys; from turbochain.runtime import Pipeline; Pipeline.load(sys.argv[1]).close()"
+    code = "import sys; from turbochain.runtime import Pipeline; Pipeline.load(sys.argv[1]).close()\n"
+    code += "from huggingface_hub import constants; assert constants.HF_HUB_DISABLE_TELEMETRY"
     done = subprocess.run([sys.executable, "-c", code, f"{NAME}@main"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done
     inspected = command("turbochain", "inspect", NAME)
