@@ -20,9 +20,9 @@ def locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
 def key(root: Path, packages: tuple[str, ...]) -> str:
     """Return a hash of all that a bundle of the tests depends on.
 
-    That is every file of the packages, `pyproject.toml`, `tests/conftest.py` and the modules beside it that are no tests,
-    which have the arguments, the version of each installed distribution, and the kind of CPU, because PyTorch's random
-    weights differ between them in the last bits.
+    That is every file of the packages, `pyproject.toml`, `tests/conftest.py` and the modules beside it that are no
+    tests, which have the arguments, the version of each installed distribution, and the kind of CPU, because PyTorch's
+    random weights differ between them in the last bits.
     """
     files = [path for name in packages for path in (root / name).rglob("*") if "__pycache__" not in path.parts]
     files += [path for path in (root / "tests").glob("*.py") if not path.name.startswith("test_")]

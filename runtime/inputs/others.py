@@ -39,7 +39,7 @@ _OTHERS: Mapping[str, _Other] = {
     "ip_adapter_image_embeds": _IMAGE,
     "return_dict": _Other("a call returns a PipelineOutput; leave it out, and read .images of that", (True,)),
     "cross_attention_kwargs": _Other(
-        "the scale of adapters is set between calls; leave it out, and give pipe.set_adapters(names, weights) that scale",
+        "adapters are scaled between calls; leave it out, and give the scale to pipe.set_adapters(names, weights)",
         (None, {}, {"scale": 1.0}),
     ),
     "original_size": _Other(_SIZE),  # also that of the bundle
