@@ -15,7 +15,7 @@ from turbochain.export import asked, recipes, tasks
 from turbochain.export.api import path_of
 from turbochain.export.controls import KINDS
 from turbochain.export.order import ExportOrder, How
-from turbochain.export.requested import Recipe
+from turbochain.export.requested import Requested
 from turbochain.export.sources import original
 from turbochain.runtime.checks.verify import bound_text, value_text
 from turbochain.runtime.commands import console
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--precision", help="fp32 or fp16 (default: fp32 for a CPU backend, fp16 for a GPU backend)")
     add("--vae-precision", help="fp32 or bf16, for the VAE instead of --precision")
     add("--vae", help="tiny (TAESD or TAESDXL), a hub id or a folder: this VAE instead of the checkpoint's own")
-    add("--tasks", metavar="NAME,…", help=f"of {', '.join(tasks.load())} (default {','.join(Recipe.tasks)})")
+    add("--tasks", metavar="NAME,…", help=f"of {', '.join(tasks.load())} (default {','.join(Requested.tasks)})")
     add(
         "--size",
         dest="sizes",

@@ -27,7 +27,7 @@ PREFIXES: dict[str, tuple[str, ...]] = {
 """Component → how the names of its tensors may begin in the file of a whole checkpoint."""
 
 CHECKPOINT = "checkpoint.safetensors"
-"""The name in a recipe for the file of a whole checkpoint, whatever its own."""
+"""The name among the files requested for that of a whole checkpoint, whatever its own."""
 
 CONFIGS = ("sd15", "sd21", "sd21-base", "sd-turbo", "sdxl", "sdxl-turbo")
 """The presets that are published in one file, too."""

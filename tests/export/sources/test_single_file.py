@@ -164,10 +164,10 @@ def test_a_folder_of_configs_is_part_of_the_source(
     path, config = file(whole["sd1"]), tmp_path / "config"
     shutil.copytree(folders["sd1"], config, ignore=shutil.ignore_patterns("*.safetensors"))
     order = ExportOrder(str(path), config=str(config))
-    before = order.recipe("fp32")
+    before = order.requested("fp32")
     assert before.config == "a folder" and before.source == "a folder" and str(tmp_path) not in str(before)
     (config / "scheduler/scheduler_config.json").open("a").write("\n")
-    after = order.recipe("fp32").files
+    after = order.requested("fp32").files
     assert {n for n in after if after[n] != before.files[n]} == {"scheduler/scheduler_config.json"}
     assert components(fetched(path, config)) == components(folders["sd1"])
 
@@ -206,7 +206,7 @@ def test_a_guess_is_said_and_kept(
     monkeypatch.setitem(presets.PRESETS, "sd15", presets.PRESETS["sd-turbo-mini"])
     monkeypatch.setattr(original, "_TOLD", {(64, "cond_stage_model.model."): "sd15"})
     path = file(whole["sd2"] | {"model_ema.decay": torch.zeros(())})
-    assert ExportOrder(str(path)).recipe("fp32") == ExportOrder(str(path), config="sd15").recipe("fp32")
+    assert ExportOrder(str(path)).requested("fp32") == ExportOrder(str(path), config="sd15").requested("fp32")
     fetched(path, None)
     assert "x.safetensors: --config sd15 is assumed" in caplog.messages[0]
     assert "its EMA weights are not used" in caplog.messages[1]
