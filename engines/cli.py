@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--timing-cache", metavar="FOLDER", help="where TensorRT's timings are kept (default: beside the bundle)")
     add("--chains", metavar="NAME,…", help="compile only the graphs of these chains (default: all of the bundle's)")
     add("--engines", metavar="FOLDER", help="keep engines there (default: in the bundle, or the cache if read-only)")
-    add("--force", action="store_true", help="build even where memory or disk look too small")
+    add("--force", action="store_true", help="build even if memory or disk look too small")
     add("--json", action="store_true", help="print the result as JSON")
     add("-v", "--verbose", action="store_true", help="show what the exporter and the libraries print")
 

@@ -561,7 +561,7 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "negative prompt number": (
         {"negative_prompt": 3, "guidance_scale": 2.0},
-        "The negative_prompt is of type int: expected a str",
+        "the negative_prompt is of type int: expected a str",
     ),
     "no negative prompt": ({"negative_prompt": [], "guidance_scale": 2.0}, "negative_prompt=[]: at least one prompt"),
     "strength": ({"strength": 0.5}, "strength was given, and the chain text-to-image starts from no image; leave it"),

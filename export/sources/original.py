@@ -100,7 +100,7 @@ def refuse_others(path: Path) -> None:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if path.suffix in PICKLES or (start.startswith((b"PK", b"\x80")) and start[8:] != b"{"):
         raise InputError(
-            f"{path} is a pickle, and a .safetensors file was expected because loading a pickle runs code: where you "
+            f"{path} is a pickle, and a .safetensors file was expected because loading a pickle runs code: if you "
             "trust it, load it with torch.load(..., weights_only=True) and write it with safetensors.torch.save_file"
         )
     if path.suffix != ".safetensors":
