@@ -86,21 +86,21 @@ def seconds(work: Work, ceilings: Ceilings) -> float:
     return max(work.flops / ceilings.matrix, work.bytes / ceilings.copy)
 
 
-def of(stages: Sequence[Launches], ceilings: Ceilings, *, precision: str, batch: int, steps: int) -> Floor:
-    """Return the floor of a call: each stage's, the sum over the launches, and that sum without the text encoders."""
+def of(graphs: Sequence[Launches], ceilings: Ceilings, *, precision: str, batch: int, steps: int) -> Floor:
+    """Return the floor of a call: each graph's, the sum over the launches, and that sum without the text encoders."""
     floors = {}
-    for stage in stages:
-        work = count(stage.file)
+    for one in graphs:
+        work = count(one.file)
         by_matrix = work.flops / ceilings.matrix > work.bytes / ceilings.copy
-        floors[stage.name] = StageFloor(
+        floors[one.name] = StageFloor(
             flops=work.flops,
             bytes=work.bytes,
-            launches=stage.launches,
+            launches=one.launches,
             ms=1e3 * seconds(work, ceilings),
             limit="matrix rate" if by_matrix else "copy bandwidth",
         )
-    ms = {stage.name: stage.launches * floors[stage.name].ms for stage in stages}
-    cached = sum(ms[stage.name] for stage in stages if not stage.of_prompt)
+    ms = {one.name: one.launches * floors[one.name].ms for one in graphs}
+    cached = sum(ms[one.name] for one in graphs if not one.of_prompt)
     return Floor(
         precision=precision, batch=batch, steps=steps, ceilings=ceilings, stages=floors, ms=sum(ms.values()),
         cached_ms=cached,
@@ -175,7 +175,7 @@ def _seconds(run: Callable[[], Any], device: str, at_least: float) -> float:
 
 def table(bundle: Path) -> str:
     """Return a bundle's counts as text."""
-    counted = {stage.name: count(stage.file) for stage in product.stages(bundle, 1)}
+    counted = {one.name: count(one.file) for one in product.stages(bundle, 1)}
     rows = [[name, f"{work.flops / 1e9:.2f}", f"{work.bytes / 1e6:.1f}"] for name, work in counted.items()]
     return console.table([["graph", "GFLOP", "MB"], *rows])
 

@@ -1,8 +1,8 @@
-"""Show how TensorRT compiled each stage, for developers: `make inspect-engines BUNDLE=sd-turbo.bundle`.
+"""Show how TensorRT compiled each graph, for developers: `make inspect-engines BUNDLE=sd-turbo.bundle`.
 
-If the bundle has a TensorRT engine that fits this machine, polygraphy runs each stage's serialized engine and the same
-graph on ONNX Runtime's CPU provider, both with ONNX Runtime's results of the stages before, and the layers are those of
-the serialized engine. Otherwise TensorRT-RTX builds each stage again, without installing it: as it is in the bundle,
+If the bundle has a TensorRT engine that fits this machine, polygraphy runs each graph's serialized engine and the graph
+itself on ONNX Runtime's CPU provider, both with ONNX Runtime's results of the stages before, and the layers are those
+of the serialized engine. Otherwise TensorRT-RTX builds each graph again, without installing it: as it is in the bundle,
 and in the form that build-engine gives it; the layers are those that its builder logs. `--layers` lists them all, not
 only the counts; `--results FOLDER` keeps the counts.
 """
@@ -50,11 +50,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Engine:
-    """What TensorRT compiled of a stage."""
+    """What TensorRT compiled of a graph."""
 
     layers: tuple[Layer, ...]
     size: int  # bytes
-    ends: frozenset[str]  # the stage's outputs
+    ends: frozenset[str]  # the graph's outputs
 
     def counted(self) -> Counted:
         """Count what matters in it."""
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("inspect_engines", description=__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--target", default="sm89", help="if no engine fits: build for these GPUs (default sm89)")
-    parser.add_argument("--stage", action="append", help="only this one; may be repeated")
+    parser.add_argument("--graph", action="append", help="only this one; may be repeated")
     parser.add_argument("--layers", action="store_true", help="list every layer")
     parser.add_argument("--results", type=Path, help="if no engine fits: write the counts into this folder")
     return console.run(parser, _inspect, argv)
@@ -83,34 +83,34 @@ def _inspect(arguments: argparse.Namespace) -> None:
     bundle = Bundle.open(arguments.bundle)
     bundle.check_files()
     graphs = bundle.manifest.graphs
-    if unknown := set(arguments.stage or ()) - set(graphs):
-        raise InputError(f"there is no stage {', '.join(unknown)}: choose from {', '.join(graphs)}")
-    stages = [g for g in graphs if g in (arguments.stage or graphs)]
+    if unknown := set(arguments.graph or ()) - set(graphs):
+        raise InputError(f"there is no graph {', '.join(unknown)}: choose from {', '.join(graphs)}")
+    names = [g for g in graphs if g in (arguments.graph or graphs)]
     try:
         found = selection.select(bundle.open_chain(), "tensorrt")
     except InputError as reason:
         print(f"nothing is compared: {reason}", file=sys.stderr)
-        plain = {stage: built(bundle, stage, arguments.target, rewrite=False) for stage in stages}
-        engines = {stage: built(bundle, stage, arguments.target) for stage in stages}
+        plain = {name: built(bundle, name, arguments.target, rewrite=False) for name in names}
+        engines = {name: built(bundle, name, arguments.target) for name in names}
         if arguments.results:
             _keep(bundle, arguments.target, plain, engines, arguments.results)
     else:
-        files = {stage: found.folder / engine_file(stage) for stage in found.engine.graphs}
+        files = {name: found.folder / engine_file(name) for name in found.engine.graphs}
         chains = [c for c in map(bundle.open_chain, bundle.manifest.chains) if not selection.lacks(c, found.engine)]
-        print(console.table(comparison(chains, lambda stage: engine_runner(files[stage]))) + "\n")
-        plain, engines = {}, {stage: loaded(bundle, stage, files[stage]) for stage in stages if stage in files}
+        print(console.table(comparison(chains, lambda name: engine_runner(files[name]))) + "\n")
+        plain, engines = {}, {name: loaded(bundle, name, files[name]) for name in names if name in files}
     print(console.table(summary(plain, engines)))
     if arguments.layers:
-        for stage, engine in engines.items():
+        for name, engine in engines.items():
             found = [[layer.name, layer.kind, ", ".join(layer.writes.values())] for layer in engine.layers]
-            print("\n" + console.table([[stage, "type", "writes"], *found], left=3))
+            print("\n" + console.table([[name, "type", "writes"], *found], left=3))
 
 
 def summary(plain: Mapping[str, Engine], engines: Mapping[str, Engine]) -> list[list[str]]:
-    """Return a row per stage: the counts of layers, fused attentions, tensors in fp32, and each type of layer."""
-    rows = [["stage", "layers", "fused attentions", "fp32 inside", "types"]]
-    for stage, engine in engines.items():
-        for name, of in ((stage, engine), (f"{stage}, as in the bundle", plain.get(stage))):
+    """Return a row per graph: the counts of layers, fused attentions, tensors in fp32, and each type of layer."""
+    rows = [["graph", "layers", "fused attentions", "fp32 inside", "types"]]
+    for graph, engine in engines.items():
+        for name, of in ((graph, engine), (f"{graph}, as in the bundle", plain.get(graph))):
             if of:
                 counted = of.counted()
                 kinds = ", ".join(f"{count} {kind}" for kind, count in counted.kinds.items())
@@ -118,22 +118,22 @@ def summary(plain: Mapping[str, Engine], engines: Mapping[str, Engine]) -> list[
     return rows
 
 
-def built(bundle: Bundle, stage: str, architecture: str, *, rewrite: bool = True) -> Engine:
-    """Build a stage with TensorRT-RTX for an architecture such as "sm89", and return what its builder logs."""
+def built(bundle: Bundle, name: str, architecture: str, *, rewrite: bool = True) -> Engine:
+    """Build a graph with TensorRT-RTX for an architecture such as "sm89", and return what its builder logs."""
     said: list[str] = []
-    graph = bundle.manifest.graphs[stage]
-    path, chosen = bundle.plain(stage) / graph.file, options.resolve("tensorrt", {"rewrite": rewrite})
-    with Phase(f"build {stage}" + ("" if rewrite else ", as it is")) as phase:
+    graph = bundle.manifest.graphs[name]
+    path, chosen = bundle.plain(name) / graph.file, options.resolve("tensorrt", {"rewrite": rewrite})
+    with Phase(f"build {name}" + ("" if rewrite else ", as it is")) as phase:
         serialized = tensorrt.serialize(
-            path, stage, chosen, target(architecture), path.parent, phase, lambda _, text: said.append(text)
+            path, name, chosen, target(architecture), path.parent, phase, lambda _, text: said.append(text)
         )
     found = re.findall(r"^Name: ([^,]+), LayerType: (\w+), .*?Outputs: \[(.*?)\], TacticName", "\n".join(said), re.M)
     written = re.compile(r"\{ Name: ([^,]+),.*?Datatype: (\w+)")
-    layers = tuple(Layer(name, kind, dict(written.findall(outputs))) for name, kind, outputs in found)
+    layers = tuple(Layer(layer, kind, dict(written.findall(outputs))) for layer, kind, outputs in found)
     return Engine(layers, serialized.nbytes, frozenset(t.name for t in graph.outputs))
 
 
-def loaded(bundle: Bundle, stage: str, path: Path) -> Engine:
+def loaded(bundle: Bundle, name: str, path: Path) -> Engine:
     """Return a serialized engine for this machine's GPU."""
     engine = trt.Runtime(logger()).deserialize_cuda_engine(path.read_bytes())
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
@@ -145,27 +145,27 @@ def loaded(bundle: Bundle, stage: str, path: Path) -> Engine:
         )
         for layer in json.loads(text)["Layers"]
     ]
-    return Engine(tuple(layers), path.stat().st_size, frozenset(t.name for t in bundle.manifest.graphs[stage].outputs))
+    return Engine(tuple(layers), path.stat().st_size, frozenset(t.name for t in bundle.manifest.graphs[name].outputs))
 
 
 def _keep(
     bundle: Bundle, architecture: str, plain: Mapping[str, Engine], engines: Mapping[str, Engine], folder: Path
 ) -> None:
-    """Write the counts of both forms of each stage into a results file, in place of older ones of the same stage."""
+    """Write the counts of both forms of each graph into a results file, in place of older ones of the same graph."""
     chain, source = bundle.open_chain().chain, bundle.manifest.checkpoint.source
     height, width = chain.size
     path = folder / machine.file_name(source, width, height, what=f"engines {architecture}")
     rows = tuple(
         Compiled(
-            graph=stage,
-            precision=bundle.manifest.graphs[stage].precision,
+            graph=name,
+            precision=bundle.manifest.graphs[name].precision,
             architecture=architecture,
-            as_in_bundle=plain[stage].counted(),
+            as_in_bundle=plain[name].counted(),
             rewritten=engine.counted(),
         )
-        for stage, engine in engines.items()
+        for name, engine in engines.items()
     )
-    named = (word for stage in engines for word in ("--stage", stage))
+    named = (word for name in engines for word in ("--graph", name))
     command = shlex.join(
         ["python", "benchmarks/inspect_engines.py", bundle.path.name, "--target", architecture, *named]
     )
@@ -180,10 +180,10 @@ def comparison(chains: Sequence[OpenChain], runner: Callable[[str], Any]) -> lis
 
     Each graph is compared once, in the first recorded case that runs it.
     """
-    rows, seen = [["stage", "output", "relative L2", "largest difference", "largest value"]], set[str]()
+    rows, seen = [["graph", "output", "relative L2", "largest difference", "largest value"]], set[str]()
     for chain in chains:
         for case in reference.read_cases(chain.bundle, chain.name):
-            if {place.graph for place in chain.chain.stages if place.runs(case.modes)} - seen:
+            if {stage.graph for stage in chain.chain.stages if stage.runs(case.modes)} - seen:
                 rows += _compared(Recorded(chain, case), runner, seen)
     return rows
 
@@ -196,20 +196,20 @@ def _compared(recorded: Recorded, runner: Callable[[str], Any], seen: set[str]) 
 
     G_LOGGER.module_severity = G_LOGGER.WARNING
     chain, known = recorded.chain, Feed()
-    for place in (place for place in chain.chain.stages if place.runs(recorded.case.modes)):
-        stage, graph = place.graph, chain.graphs[place.graph]
+    for stage in (stage for stage in chain.chain.stages if stage.runs(recorded.case.modes)):
+        graph = chain.graphs[stage.graph]
         path = str(chain.bundle.path / graph.file)
         runners = [OnnxrtRunner(SessionFromOnnx(path, providers=["CPUExecutionProvider"]), name="onnxruntime")]
-        runners += [] if stage in seen else [runner(stage)]
-        seen.add(stage)
-        names = {t.name: place.wires.get(t.name, t.name) for t in (*graph.inputs, *graph.outputs)}
+        runners += [] if stage.graph in seen else [runner(stage.graph)]
+        seen.add(stage.graph)
+        names = {t.name: stage.wires.get(t.name, t.name) for t in (*graph.inputs, *graph.outputs)}
         feed = {t.name: known.get(names[t.name], recorded.value(names[t.name], 0)) for t in graph.inputs}
         (_, (right,)), *others = Comparator.run(runners, data_loader=[feed])
         for t in graph.outputs:
             want = known[names[t.name]] = np.array(right[t.name])
             for got in (np.array(found[t.name]) for _, (found,) in others):
                 error, most = metrics.relative_l2(got, want), metrics.max_abs(got, want)
-                yield [stage, t.name, f"{error:.3g}", f"{most:.3g}", f"{np.abs(want).max():.3g}"]
+                yield [stage.graph, t.name, f"{error:.3g}", f"{most:.3g}", f"{np.abs(want).max():.3g}"]
 
 
 def engine_runner(path: Path) -> Any:

@@ -24,7 +24,7 @@ from figures import spread
 from measure import say
 from rows import Tried
 from turbochain.engines.backends import openvino as builder
-from turbochain.engines.backends.contract import Task
+from turbochain.engines.backends.contract import Compilation
 from turbochain.runtime import Bundle
 from turbochain.runtime.backends import openvino, openvino_model
 from turbochain.runtime.backends.contract import Opened
@@ -77,7 +77,7 @@ class Loaded(openvino.OpenVino):
         precision = "fp32" if variant.exact else own_precision()
         options = {"inference_precision": precision, "vae_int8": variant.int8}
         device = openvino.device(None)
-        builder.compile(Task(bundle, graph, folder, options, device, folder, lambda done, total: None))
+        builder.compile(Compilation(bundle, graph, folder, options, device, folder, lambda done, total: None))
         super().__init__(Opened(bundle, folder, options, device))
         start = time.perf_counter()
         loaded = self.load_graph(graph)

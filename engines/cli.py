@@ -15,7 +15,7 @@ from turbochain.export import asked, recipes, tasks
 from turbochain.export.api import path_of
 from turbochain.export.controls import KINDS
 from turbochain.export.order import ExportOrder, How
-from turbochain.export.requested import Recipe
+from turbochain.export.requested import Requested
 from turbochain.export.sources import original
 from turbochain.runtime.checks.verify import bound_text, value_text
 from turbochain.runtime.commands import console
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--precision", help="fp32 or fp16 (default: fp32 for a CPU backend, fp16 for a GPU backend)")
     add("--vae-precision", help="fp32 or bf16, for the VAE instead of --precision")
     add("--vae", help="tiny (TAESD or TAESDXL), a hub id or a folder: this VAE instead of the checkpoint's own")
-    add("--tasks", metavar="NAME,…", help=f"of {', '.join(tasks.load())} (default {','.join(Recipe.tasks)})")
+    add("--tasks", metavar="NAME,…", help=f"of {', '.join(tasks.load())} (default {','.join(Requested.tasks)})")
     add(
         "--size",
         dest="sizes",
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--timing-cache", metavar="FOLDER", help="where TensorRT's timings are kept (default: beside the bundle)")
     add("--chains", metavar="NAME,…", help="compile only the graphs of these chains (default: all of the bundle's)")
     add("--engines", metavar="FOLDER", help="keep engines there (default: in the bundle, or the cache if read-only)")
-    add("--force", action="store_true", help="build even where memory or disk look too small")
+    add("--force", action="store_true", help="build even if memory or disk look too small")
     add("--json", action="store_true", help="print the result as JSON")
     add("-v", "--verbose", action="store_true", help="show what the exporter and the libraries print")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from turbochain.engines import backends as builders
 from turbochain.engines import installed
-from turbochain.engines.backends.contract import Progress, Task
+from turbochain.engines.backends.contract import Compilation, Progress
 from turbochain.runtime import backends
 from turbochain.runtime.backends.contract import Opened
 from turbochain.runtime.bundle.manifest import REFERENCE
@@ -33,7 +33,7 @@ def compile(
     bundle, builder = Bundle.open(path), builders.get(backend)
     bundle.check_files(bundle.manifest.graphs[name].files)
     where = installed.device(backend, device, target)
-    written = builder.compile(Task(bundle, name, Path(folder), options, where, Path(cache), progress))
+    written = builder.compile(Compilation(bundle, name, Path(folder), options, where, Path(cache), progress))
     if builder.reads_graphs:
         executor = backends.get(backend).executor(Opened(bundle, Path(folder), options, where))
         try:

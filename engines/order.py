@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from turbochain.engines import backends as builders
 from turbochain.engines import options as backend_options
 from turbochain.export.order import ExportOrder, How
 from turbochain.runtime import backends
@@ -49,9 +50,9 @@ def engine_order(
     The other arguments are those of `build`. InputError if the backend, an option or a path cannot be.
     """
     chosen, reason = _choose(backend, device, target)
-    given = dict(options or {})
-    if precision == "fp32" and "inference_precision" in backend_options.of(chosen):
-        given.setdefault("inference_precision", precision)  # who asks for fp32 wants all of it in fp32
+    given: Mapping[str, object] = dict(options or {})
+    if precision is not None:
+        given = {**builders.get(chosen).of_precision(precision), **given}
     cache = None if timing_cache is None else Path(timing_cache)
     if cache and cache.exists() and not cache.is_dir():
         raise InputError(f"timing cache {cache}: a folder was expected, with one file per GPU and library version")

@@ -15,7 +15,7 @@ from turbochain.export.options import ExportOptions
 from turbochain.export.order import ExportOrder, How
 from turbochain.export.phases.bar import Phase
 from turbochain.export.phases.phases import LOG, SMALL, PhaseReport, Phases
-from turbochain.export.requested import Recipe
+from turbochain.export.requested import Requested
 from turbochain.export.sources.digests import Digests
 from turbochain.runtime.bundle.lock import lock_directory
 from turbochain.runtime.bundle.opened import Bundle
@@ -65,26 +65,27 @@ def make(order: ExportOrder, how: How, precision: str, reports: list[PhaseReport
         raise InputError(f"{output} exists and is not a bundle: choose another path with -o")
     partial = output.with_name(output.name + ".partial")
     digests = Digests(output, partial)
-    recipe = None if is_bundle(order.source) else _recipe(order, how, precision, digests)
+    requested = None if is_bundle(order.source) else _requested(order, how, precision, digests)
     if not is_bundle(output):
         with locked(partial, how.quiet) as lock:
             if not is_bundle(output):
-                if recipe is None:
+                if requested is None:
                     bundling.copy(Bundle.open(order.source), partial, output)
                 else:
                     phases = Phases(lock, None if how.verbose else partial / LOG, how.quiet, reports)
-                    bundling.export(phases, order, recipe, digests, partial, output, how.force)
-                    recipe = order.recipe(precision, digests)  # a file that was too young to be remembered is not now
+                    bundling.export(phases, order, requested, digests, partial, output, how.force)
+                    # Again, for a file that was too young to be remembered is not now.
+                    requested = order.requested(precision, digests)
                 # The folder was renamed, so its lock is the bundle's now.
-                yield _checked(output, order, recipe, digests)
+                yield _checked(output, order, requested, digests)
                 return
             partial.rmdir()  # the owner of the lock that we waited for made the bundle
     with locked(output, how.quiet):
-        yield _checked(output, order, recipe, digests)
+        yield _checked(output, order, requested, digests)
 
 
-def _recipe(order: ExportOrder, how: How, precision: str, digests: Digests) -> Recipe:
-    """Return the order's recipe, with a bar if that means reading much."""
+def _requested(order: ExportOrder, how: How, precision: str, digests: Digests) -> Requested:
+    """Return what the order requests, with a bar if that means reading much."""
     files = order.files().values()
     if (total := digests.unread(files)) > SMALL:
         with Phase("hash the source", quiet=how.quiet) as phase:
@@ -97,7 +98,7 @@ def _recipe(order: ExportOrder, how: How, precision: str, digests: Digests) -> R
 
             for path in files:
                 digests.record(path, progress)
-    return order.recipe(precision, digests)
+    return order.requested(precision, digests)
 
 
 def is_bundle(path: str | Path) -> bool:
@@ -135,13 +136,13 @@ def locked(path: Path, quiet: bool) -> Iterator[int]:
         yield lock
 
 
-def _checked(path: Path, order: ExportOrder, recipe: Recipe | None, digests: Digests) -> Bundle:
-    """Return the bundle at `path`; InputError if it is not what is ordered (`recipe` None: a bundle as the source).
+def _checked(path: Path, order: ExportOrder, requested: Requested | None, digests: Digests) -> Bundle:
+    """Return the bundle at `path`; InputError if it is not what is ordered (`requested` None: a bundle as the source).
 
     What is known of the source's files is left with the bundle.
     """
     bundle, given = Bundle.open(path), order.given()
-    have, wanted = bundle.manifest.request, plain(given if recipe is None else vars(recipe))
+    have, wanted = bundle.manifest.request, plain(given if requested is None else vars(requested))
     wanted.pop("files", None)
     left = {"precision", "vae_precision"} - set(given)  # by default the bundle's own
     other = [
@@ -149,10 +150,10 @@ def _checked(path: Path, order: ExportOrder, recipe: Recipe | None, digests: Dig
         for name, value in wanted.items()
         if name not in left and have.get(name) != value
     ]
-    if changed := _changed(have.get("files") or {}, order, recipe, digests):
+    if changed := _changed(have.get("files") or {}, order, requested, digests):
         several = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         other.append(f"files of the source have changed: {', '.join(changed[:3])}{several}")
-    if recipe is None and Bundle.open(order.source).manifest.files != bundle.manifest.files:
+    if requested is None and Bundle.open(order.source).manifest.files != bundle.manifest.files:
         other = [f"its files are not those of {order.source}"]
     if other:
         raise InputError(f"{path} holds another build ({'; '.join(other)}): choose another path with -o")
@@ -160,10 +161,10 @@ def _checked(path: Path, order: ExportOrder, recipe: Recipe | None, digests: Dig
     return bundle
 
 
-def _changed(before: dict[str, str], order: ExportOrder, recipe: Recipe | None, digests: Digests) -> list[str]:
+def _changed(before: dict[str, str], order: ExportOrder, requested: Requested | None, digests: Digests) -> list[str]:
     """Return which of the files of the order's folders are not those that a bundle was made from, `before`."""
-    if recipe is not None:
-        now = recipe.files
+    if requested is not None:
+        now = requested.files
     else:  # the bundle is the source; only parts that are named beside it are compared
         now = {name: digests.record(path).sha256 for name, path in order.part_files().items()}
         parts = {name.partition("/")[0] for name in now}

@@ -69,7 +69,8 @@ def control_problems(given: Mapping[str, Mapping[str, str] | None]) -> list[str]
 
 
 def listed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that are given, with tuples for lists. Raises InputError for one value where several can be.
+    """Return the options that are given, with tuples for lists. Raises InputError for a single value of one that takes
+    several.
 
     A text would be taken for a list of letters.
     """

@@ -14,7 +14,7 @@ from turbochain.export.phases.phases import SMALL, Phases, now, versions
 from turbochain.export.phases.resume import STATE, Finished, empty, leave_nothing
 from turbochain.export.prepared import Prepared
 from turbochain.export.remedies import Remedy
-from turbochain.export.requested import Recipe
+from turbochain.export.requested import Requested
 from turbochain.export.sources.digests import MEMORY, Digests
 from turbochain.runtime.bundle import hashing, strict_json, writing
 from turbochain.runtime.bundle.manifest import FORMAT_VERSION, REFERENCE, Graph, Manifest
@@ -43,15 +43,15 @@ def copy(source: Bundle, folder: Path, output: Path) -> None:
 
 
 def export(
-    phases: Phases, order: ExportOrder, recipe: Recipe, digests: Digests, folder: Path, output: Path, force: bool
+    phases: Phases, order: ExportOrder, requested: Requested, digests: Digests, folder: Path, output: Path, force: bool
 ) -> None:
-    """Make the bundle `output` of an order and its recipe, in the locked `folder`.
+    """Make the bundle `output` of an order and what it requests, in the locked `folder`.
 
     `digests`: what is known of the source's files, left in the folder. If the checkpoint cannot be exported, the
     folder is removed. If the disk is full, or a phase fails or is killed, finished phases stay for the next export.
     """
     try:
-        _export(phases, order, recipe, digests, folder, force)
+        _export(phases, order, requested, digests, folder, force)
     except (InputError, PictureError) as error:
         if not isinstance(error, NoSpace) or not (folder / STATE).exists():
             leave_nothing(folder)
@@ -61,11 +61,13 @@ def export(
     writing.install_directory(folder, output)
 
 
-def _export(phases: Phases, order: ExportOrder, recipe: Recipe, digests: Digests, folder: Path, force: bool) -> None:
+def _export(
+    phases: Phases, order: ExportOrder, requested: Requested, digests: Digests, folder: Path, force: bool
+) -> None:
     _require_export()
-    state = Finished(folder, strict_json.plain(recipe))
+    state = Finished(folder, strict_json.plain(requested))
     digests.save(folder)
-    common: dict[str, Any] = {"recipe": recipe, "folder": folder}
+    common: dict[str, Any] = {"requested": requested, "folder": folder}
     job, where = "turbochain.export.jobs:prepare", {"keep": True, "online": order.online}
     load = partial(phases.run, "load", job, **where, order=order, force=force, **common)
     places = [source.local for source in order.sources.values()] + [path for path, _ in order.references]
@@ -82,7 +84,7 @@ def _export(phases: Phases, order: ExportOrder, recipe: Recipe, digests: Digests
         phase = f"export {component or 'sampler'}"
         trace = partial(run, phase, "turbochain.export.jobs:graphs", component=component, remedies=remedies, **common)
         graphs |= convert(dict[str, Graph], state.once(phase, trace, _files))
-    text = strict_json.write(_manifest(recipe, prepared, graphs, state.records()))
+    text = strict_json.write(_manifest(requested, prepared, graphs, state.records()))
     keep = {*state.records(), "bundle.json", MEMORY}
     writing.write_atomically(folder / "bundle.json", text)
     Bundle.open(folder)
@@ -114,13 +116,13 @@ def _require_export() -> None:
 
 
 def _manifest(
-    recipe: Recipe, prepared: Prepared, graphs: dict[str, Graph], records: dict[str, hashing.FileRecord]
+    requested: Requested, prepared: Prepared, graphs: dict[str, Graph], records: dict[str, hashing.FileRecord]
 ) -> Manifest:
     return Manifest(
         format_version=FORMAT_VERSION,
         family=prepared.family.name,
         checkpoint=prepared.origin,
-        request=strict_json.plain(vars(recipe)),
+        request=strict_json.plain(vars(requested)),
         created=now(),
         created_by=versions(*VERSIONS),
         requires=_requires(prepared, graphs),

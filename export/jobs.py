@@ -12,7 +12,7 @@ from turbochain.export.families import Family
 from turbochain.export.order import ExportOrder
 from turbochain.export.prepared import Prepared
 from turbochain.export.remedies import Remedy, decide
-from turbochain.export.requested import Recipe
+from turbochain.export.requested import Requested
 from turbochain.export.sources import Want, adapters, find, parts
 from turbochain.export.sources.checkpoint import Checkpoint, Part
 from turbochain.export.sources.digests import Digests
@@ -21,7 +21,7 @@ from turbochain.runtime.bundle.manifest import REFERENCE, Graph, Origin, PartOri
 Progress = Callable[[int, int], None]
 
 
-def prepare(progress: Progress, *, order: ExportOrder, recipe: Recipe, folder: Path, force: bool) -> Prepared:
+def prepare(progress: Progress, *, order: ExportOrder, requested: Requested, folder: Path, force: bool) -> Prepared:
     """Get the checkpoint onto this disk, and write into `folder` everything of it that needs no tracing.
 
     Returns what the later jobs and the manifest need. What can be refused without loading weights is refused
@@ -29,8 +29,8 @@ def prepare(progress: Progress, *, order: ExportOrder, recipe: Recipe, folder: P
     """
 
     def check_room(family: Family, configs: Mapping[str, Any], counts: Mapping[str, int], fetched: int) -> None:
-        layout = recipe.layout(family, configs)
-        precisions = layout.precisions(recipe.precision, recipe.vae_precision)
+        layout = requested.layout(family, configs)
+        precisions = layout.precisions(requested.precision, requested.vae_precision)
         estimate.require(estimate.needs(layout.graphs(), configs, counts, precisions, fetched), folder, force)
 
     if name := (order.scheduler or {}).get("_class_name"):
@@ -42,18 +42,18 @@ def prepare(progress: Progress, *, order: ExportOrder, recipe: Recipe, folder: P
 
     from turbochain.export import tables
 
-    made = tables.make(checkpoint, recipe)
-    layout = tables.layout(checkpoint, recipe, made)
+    made = tables.make(checkpoint, requested)
+    layout = tables.layout(checkpoint, requested, made)
     return Prepared(
         checkpoint=checkpoint,
         origin=_origin(checkpoint, folder),
         zeros=layout.zeros,
-        chains=tables.chains(checkpoint, recipe, layout, made),
+        chains=tables.chains(checkpoint, requested, layout, made),
         tokenizers=tables.tokenizers(checkpoint, layout.tokenizers(), folder),
     )
 
 
-def reference(progress: Progress, *, recipe: Recipe, prepared: Prepared, folder: Path) -> dict[str, Remedy]:
+def reference(progress: Progress, *, requested: Requested, prepared: Prepared, folder: Path) -> dict[str, Remedy]:
     """Run diffusers' own pipelines, and write the tables and what they produced into `folder`; return graph →
     remedy."""
     import torch
@@ -61,28 +61,28 @@ def reference(progress: Progress, *, recipe: Recipe, prepared: Prepared, folder:
     from turbochain.export import load, tables
     from turbochain.export import reference as recorder
 
-    checkpoint, path, layout = prepared.checkpoint, folder / REFERENCE, prepared.layout(recipe)
+    checkpoint, path, layout = prepared.checkpoint, folder / REFERENCE, prepared.layout(requested)
     of_diffusers = load.pipelines(checkpoint, list(dict.fromkeys(task.pipeline for task in layout.tasks)))
     pipelines = {task.name: of_diffusers[task.pipeline] for task in layout.tasks}
     nets = {one: load.component(checkpoint, one.component, torch.float32) for one in layout.controls}
     controlled = load.controlled(checkpoint, nets, of_diffusers)
-    made, unet = tables.make(checkpoint, recipe), next(iter(pipelines.values())).unet
+    made, unet = tables.make(checkpoint, requested), next(iter(pipelines.values())).unet
     for task, shape in layout.chains:
         file, of_task = prepared.chains[layout.name(task, shape)].tables_file, layout.steered.of(task.name)
         own = {one: nets[one] for one in of_task if one.kind is controlnet.KIND}
         tables.write(made[task.name], checkpoint.family, unet, shape, folder / file, own)
-    own = load.defaults(checkpoint, layout.tasks[0].pipeline)["guidance_scale"]
-    scale = max(recipe.guidance_scale or 0.0, own)  # of the guided calls: one above 1
-    lower = _lower_precisions(recipe)
+    of_diffusers_call = load.defaults(checkpoint, layout.tasks[0].pipeline)
+    scale = max(requested.guidance_scale or 0.0, of_diffusers_call.guidance_scale)  # of the guided calls: one above 1
+    lower = _lower_precisions(requested)
     sources = recorder.Sources(pipelines, controlled, nets)
-    recorder.write(sources, checkpoint, layout, prepared.chains, scale, recipe.call, lower, path, progress)
-    return decide(layout.graphs(), layout.precisions(recipe.precision, recipe.vae_precision), path)
+    recorder.write(sources, checkpoint, layout, prepared.chains, scale, requested.call, lower, path, progress)
+    return decide(layout.graphs(), layout.precisions(requested.precision, requested.vae_precision), path)
 
 
 def graphs(
     progress: Progress,
     *,
-    recipe: Recipe,
+    requested: Requested,
     prepared: Prepared,
     folder: Path,
     component: str,
@@ -93,11 +93,11 @@ def graphs(
     from turbochain.export.tracing import trace
 
     columns = tables.columns(*(folder / chain.tables_file for chain in prepared.chains.values()))
-    placed = prepared.layout(recipe).graphs()
+    placed = prepared.layout(requested).graphs()
     wanted = [
         trace.Wanted(name, graph, remedies[name]) for name, graph in placed.items() if graph.spec.component == component
     ]
-    return trace.export_graphs(prepared.checkpoint, component, wanted, columns, folder, recipe.opset)
+    return trace.export_graphs(prepared.checkpoint, component, wanted, columns, folder, requested.opset)
 
 
 def fetch(order: ExportOrder, want: Want, check_room: parts.CheckRoom | None = None) -> Checkpoint:
@@ -118,9 +118,9 @@ def fetch(order: ExportOrder, want: Want, check_room: parts.CheckRoom | None = N
     return checkpoint
 
 
-def _lower_precisions(recipe: Recipe) -> list[str]:
+def _lower_precisions(requested: Requested) -> list[str]:
     """Return what the graphs may be computed in besides fp32, the more precise first: those of fp32 also in bf16."""
-    asked = {"bf16" if recipe.precision == "fp32" else recipe.precision, recipe.vae_precision}
+    asked = {"bf16" if requested.precision == "fp32" else requested.precision, requested.vae_precision}
     return [precision for precision in ("fp16", "bf16") if precision in asked]
 
 

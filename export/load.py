@@ -5,7 +5,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -132,10 +132,19 @@ def pipeline_class(checkpoint: Checkpoint, task: str) -> Any:
     return getattr(importlib.import_module("diffusers"), checkpoint.family.pipelines[task])
 
 
-def defaults(checkpoint: Checkpoint, task: str) -> dict[str, Any]:
-    """Return the defaults of the arguments of a pipeline's call, by name."""
-    parameters = inspect.signature(pipeline_class(checkpoint, task).__call__).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+@dataclass(frozen=True)
+class Defaults:
+    """What diffusers' call of a task's pipeline takes for arguments that are not given."""
+
+    guidance_scale: float
+    strength: float = 1.0  # 1 if the call has no strength: it makes every step
+
+
+def defaults(checkpoint: Checkpoint, task: str) -> Defaults:
+    """Return the defaults of the call of a task's pipeline."""
+    parameters = inspect.signature(pipeline_class(checkpoint, task).__call__).parameters
+    known = (field.name for field in fields(Defaults))
+    return Defaults(**{name: float(parameters[name].default) for name in known if name in parameters})
 
 
 def tokenizer(checkpoint: Checkpoint, folder: str) -> Any:

@@ -9,7 +9,7 @@ from turbochain.export.controls import KINDS
 from turbochain.export.controls.kind import Control
 from turbochain.export.families import Shape
 from turbochain.export.options import ExportOptions
-from turbochain.export.requested import LOCAL, Recipe
+from turbochain.export.requested import LOCAL, Requested
 from turbochain.export.sources import Source, find, is_elsewhere, original
 from turbochain.export.sources.checkpoint import files_read, part_files_read, settled_variant
 from turbochain.export.sources.digests import Digests
@@ -151,7 +151,7 @@ class ExportOrder:
         return is_elsewhere(self.source) or any(is_elsewhere(name, c) for name, c in named)
 
     def given(self) -> dict[str, Any]:
-        """Return the fields of the recipe that were asked for explicitly."""
+        """Return the fields of `Requested` that were asked for explicitly."""
         told = {c: name if name == TINY else _told(find(name, c)) for c, name in self.parts.items()}
         loras = tuple(f"{_told(find(name, 'lora'))}:{scale:g}" for name, scale in self.loras.values())
         steps = (len(self.timesteps),) if self.timesteps else self.steps
@@ -193,9 +193,9 @@ class ExportOrder:
 
     def chain_names(self) -> list[str]:
         """Return the names of the chains that the bundle will have."""
-        sizes, batches = self.sizes or Recipe.sizes, self.batches or Recipe.batches
+        sizes, batches = self.sizes or Requested.sizes, self.batches or Requested.batches
         shapes = [Shape(height, width, batch) for width, height in sizes for batch in batches]
-        found = chains.of(tasks.find(self.tasks or Recipe.tasks), shapes)
+        found = chains.of(tasks.find(self.tasks or Requested.tasks), shapes)
         return [chains.name(task, shape, shapes[0]) for task, shape in found]
 
     def settled_config(self) -> str | None:
@@ -232,7 +232,7 @@ class ExportOrder:
                 own.append(folder / component / "config.json")
         return {str(path.relative_to(folder)): path for path in own} | parts
 
-    def recipe(self, precision: str, digests: Digests | None = None) -> "Recipe":
+    def requested(self, precision: str, digests: Digests | None = None) -> "Requested":
         """Return the order with every default, `precision` among them.
 
         `digests`: what is known of the files already. Raises InputError as `files`.
@@ -241,7 +241,7 @@ class ExportOrder:
         files = {name: known.record(path).sha256 for name, path in self.files().items()}
         config = self.settled_config()
         settled = self.given() | ({} if config is None else {"config": _told_config(config)})
-        return Recipe(_told(find(self.source)), files, **{"precision": precision, **settled})
+        return Requested(_told(find(self.source)), files, **{"precision": precision, **settled})
 
 
 @dataclass(frozen=True)

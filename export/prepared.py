@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from turbochain.export import families
 from turbochain.export.chains import Layout
 from turbochain.export.families import Family
-from turbochain.export.requested import Recipe
+from turbochain.export.requested import Requested
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime.bundle.manifest import Chain, Origin, TokenizerFile
 
@@ -25,10 +25,10 @@ class Prepared:
         """Return the checkpoint's family, without a look at its files."""
         return families.of(self.origin.pipeline_class)
 
-    def layout(self, recipe: Recipe) -> Layout:
+    def layout(self, requested: Requested) -> Layout:
         """Return what decides the chains and graphs."""
         K = next(iter(self.chains.values())).K
-        return recipe.layout(self.family, self.checkpoint.configs, K, self.zeros)
+        return requested.layout(self.family, self.checkpoint.configs, K, self.zeros)
 
     @property
     def weight_bytes(self) -> int:

@@ -14,11 +14,11 @@ from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, TEXT_TO_IMAGE
 from turbochain.runtime.errors import InputError
 
 LOCAL = "a folder"
-"""The source in a recipe for a local folder or file, which its files identify, and not its name."""
+"""How a bundle tells a local folder or file, which its files identify, and not its name."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Requested:
     """What a bundle is made from and for, as the bundle tells it: `request` in bundle.json."""
 
     source: str  # its name, or LOCAL

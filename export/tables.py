@@ -15,7 +15,7 @@ from turbochain.export.chains import Layout
 from turbochain.export.controls.controlnet import own
 from turbochain.export.controls.kind import Control
 from turbochain.export.families import Family, Shape
-from turbochain.export.requested import Recipe
+from turbochain.export.requested import Requested
 from turbochain.export.run import Run
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tasks import Task, strength
@@ -74,11 +74,11 @@ class Made:
     table: Table
 
 
-def make(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, dict[str, Made]]:
+def make(checkpoint: Checkpoint, requested: Requested) -> dict[str, dict[str, Made]]:
     """Return the tables of every task: task → name → table. All of them have one K; InputError if it is above 1 and one
     of the tasks is a stream."""
-    tasks = recipe.find_tasks(checkpoint.family)
-    made = {task.name: dict(_of_task(checkpoint, recipe, task)) for task in tasks}
+    tasks = requested.find_tasks(checkpoint.family)
+    made = {task.name: dict(_of_task(checkpoint, requested, task)) for task in tasks}
     K = max(one.table.K for tables in made.values() for one in tables.values())
     if K > 1 and any(task.streams for task in tasks):
         raise InputError(
@@ -92,14 +92,14 @@ def make(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, dict[str, Made]]:
     }
 
 
-def layout(checkpoint: Checkpoint, recipe: Recipe, made: Mapping[str, Mapping[str, Made]]) -> Layout:
+def layout(checkpoint: Checkpoint, requested: Requested, made: Mapping[str, Mapping[str, Made]]) -> Layout:
     """Return what decides the chains and graphs, with the K of the tables of `make`."""
     K = next(one.table.K for tables in made.values() for one in tables.values())
-    return recipe.layout(checkpoint.family, checkpoint.configs, K, checkpoint.family.zeros(checkpoint.index))
+    return requested.layout(checkpoint.family, checkpoint.configs, K, checkpoint.family.zeros(checkpoint.index))
 
 
 def chains(
-    checkpoint: Checkpoint, recipe: Recipe, layout: Layout, made: Mapping[str, Mapping[str, Made]]
+    checkpoint: Checkpoint, requested: Requested, layout: Layout, made: Mapping[str, Mapping[str, Made]]
 ) -> dict[str, Chain]:
     """Return every chain by its name, with the tables of `make`."""
     return {
@@ -107,19 +107,19 @@ def chains(
             task,
             shape,
             {name: one.entry for name, one in made[task.name].items()},
-            defaults(checkpoint, recipe, task, made[task.name])
+            defaults(checkpoint, requested, task, made[task.name])
             | load.control_defaults(checkpoint.family, task.name, layout.steered.of(task.name)),
         )
         for task, shape in layout.chains
     }
 
 
-def _of_task(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> Iterator[tuple[str, Made]]:
+def _of_task(checkpoint: Checkpoint, requested: Requested, task: Task) -> Iterator[tuple[str, Made]]:
     """Yield a task's tables by name: for every step count, row to begin at, strength and guidance scale."""
-    scheduler, scales = load.scheduler(checkpoint, task.pipeline), _scales(checkpoint, recipe, task)
+    scheduler, scales = load.scheduler(checkpoint, task.pipeline), _scales(checkpoint, requested, task)
     if checkpoint.family.strength_sets_timesteps:
         sampler.require_original_steps(scheduler)
-    for run in _runs(checkpoint, recipe, task):
+    for run in _runs(checkpoint, requested, task):
         table = schedule.tabulate(scheduler, run)
         if task.whole_is_noise and not run.begin:
             start = np.array([[0, table.init_noise_sigma], *table.start[1:]], np.float32)
@@ -130,51 +130,51 @@ def _of_task(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> Iterator[tup
             yield " ".join([str(run.steps), *(f"{n} {v:g}" for n, v in said.items() if v)]), Made(entry, table)
 
 
-def _runs(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> Iterator[Run]:
+def _runs(checkpoint: Checkpoint, requested: Requested, task: Task) -> Iterator[Run]:
     """Yield how the task's pipeline may call its scheduler."""
-    for steps in recipe.steps:
-        given: dict[str, Any] = {"steps": steps, "timesteps": recipe.timesteps, "eta": recipe.eta or 0.0}
+    for steps in requested.steps:
+        given: dict[str, Any] = {"steps": steps, "timesteps": requested.timesteps, "eta": requested.eta or 0.0}
         if not task.starts_late:
             yield Run(**given)
-        elif task.streams and steps != recipe.stream_batch and checkpoint.family.strength_sets_timesteps:
+        elif task.streams and steps != requested.stream_batch and checkpoint.family.strength_sets_timesteps:
             continue  # every step is made, at any strength
         elif checkpoint.family.strength_sets_timesteps:
-            own = load.defaults(checkpoint, task.pipeline)["strength"]
-            yield from (Run(**given, strength=strength) for strength in recipe.strengths or (own,))
+            strengths = requested.strengths or (load.defaults(checkpoint, task.pipeline).strength,)
+            yield from (Run(**given, strength=strength) for strength in strengths)
         else:
-            begins = range(steps) if not task.streams else [b for b in range(steps) if steps - b == recipe.stream_batch]
+            begins = [b for b in range(steps) if not task.streams or steps - b == requested.stream_batch]
             yield from (Run(**given, begin=begin) for begin in begins)
 
 
-def _scales(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> Sequence[float | None]:
+def _scales(checkpoint: Checkpoint, requested: Requested, task: Task) -> Sequence[float | None]:
     """Return the guidance scales that there is a table for: of a UNet that reads the scale itself."""
     if checkpoint.configs["unet"].get("time_cond_proj_dim") is None:
         return (None,)
-    own = load.defaults(checkpoint, task.pipeline)["guidance_scale"]
-    first = own if recipe.guidance_scale is None else recipe.guidance_scale
-    return recipe.guidance_scales or (first,)
+    own = load.defaults(checkpoint, task.pipeline).guidance_scale
+    first = own if requested.guidance_scale is None else requested.guidance_scale
+    return requested.guidance_scales or (first,)
 
 
-def defaults(checkpoint: Checkpoint, recipe: Recipe, task: Task, made: Mapping[str, Made]) -> dict[str, float]:
+def defaults(checkpoint: Checkpoint, requested: Requested, task: Task, made: Mapping[str, Made]) -> dict[str, float]:
     """Return the defaults of a chain's calls: the order's guidance scale or none, diffusers' strength, its eta.
 
     If tables are made for some values alone, the default is diffusers' if it is one of these, and else the first.
     """
     own, entries = load.defaults(checkpoint, task.pipeline), [one.entry for one in made.values()]
     scales = list(dict.fromkeys(entry.guidance_scale for entry in entries))
-    wanted = own["guidance_scale"] if recipe.guidance_scale is None else recipe.guidance_scale
+    wanted = own.guidance_scale if requested.guidance_scale is None else requested.guidance_scale
     of_tables = wanted if wanted in scales else scales[0]
-    without = 0.0 if task.streams else recipe.guidance_scale or 0.0  # a stream has no guidance
+    without = 0.0 if task.streams else requested.guidance_scale or 0.0  # a stream has no guidance
     found = {"guidance_scale": float(without if of_tables is None else of_tables)}
     if task.starts_late:
         strengths = list(dict.fromkeys(entry.strength for entry in entries))
-        found["strength"] = own["strength"] if {None, own["strength"]} & {*strengths} else float(strengths[0] or 0.0)
+        found["strength"] = own.strength if {None, own.strength} & {*strengths} else float(strengths[0] or 0.0)
     if task.streams and strengths == [None]:
         counts = [entry.steps for entry in entries]
-        if not any(int(n * own["strength"]) == recipe.stream_batch for n in counts):
-            found["strength"] = strength(max(counts), recipe.stream_batch)
-    if recipe.eta:
-        found["eta"] = recipe.eta
+        if not any(int(n * own.strength) == requested.stream_batch for n in counts):
+            found["strength"] = strength(max(counts), requested.stream_batch)
+    if requested.eta:
+        found["eta"] = requested.eta
     return found
 
 

@@ -40,7 +40,7 @@ def task_of(image: object, mask_image: object) -> str:
 
 
 def asked_size(first: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int]:
-    """Return the height and width that a call asks for, `first` where it gives none. Raises InputError."""
+    """Return the height and width that a call asks for, those of `first` if it gives none. Raises InputError."""
     return side("height", height, first[0]), side("width", width, first[1])
 
 

@@ -153,7 +153,7 @@ class Pipeline(LoraMethods):
         that make a step). `guidance_scale`: above 1 the negative prompt is drawn too (None: the bundle's default).
         `output_type`: "pil", "uint8", "np" (the 8-bit levels divided by 255), or "latent" (fp32, not decoded).
         `generator`: a CPU `torch.Generator` that nothing has been drawn from, a list of N, or their seeds, instead of
-        `seed`; a call leaves it after what was drawn. `prompt_embeds` [prompts, tokens, width] and, where the model
+        `seed`; a call leaves it after what was drawn. `prompt_embeds` [prompts, tokens, width] and, if the model
         reads them, `pooled_prompt_embeds` [prompts, width], fp32: instead of `prompt`; with guidance
         `negative_prompt_embeds` and `negative_pooled_prompt_embeds`, likewise: instead of `negative_prompt`.
         `inputs`, `modes`: arrays for further feeds of the chain, by name, and modes of it that no argument switches on.

@@ -197,8 +197,7 @@ def open_executor(
     """Return an executor for an engine, with nothing loaded; `admit` comes before a chain's graphs are loaded.
 
     `threads` None: the backend's own choice, or what a container's quota allows. `profile`, `keep_all`: see `Opened`.
-    Raises InputError for a number that
-    is more than this process may use.
+    Raises InputError for a number that is more than this process may use.
     """
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads={threads!r}: a whole number of at least 1 was expected")

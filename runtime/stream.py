@@ -188,7 +188,7 @@ class Stream:
         observe: Observe | None = None,
         cancel: Cancel | None = None,
     ) -> PipelineOutput | None:
-        """Make one row of every frame; return the picture of the one that leaves. Where none is, nobody looks.
+        """Make one row of every frame; return the picture of the one that leaves. If none does, nobody looks.
 
         `start`: when the call began.
         """

@@ -25,7 +25,7 @@ from turbochain.export.chains import Placed
 from turbochain.export.phases.phases import PhaseReport, Phases
 from turbochain.export.prepared import Prepared
 from turbochain.export.remedies import Remedy
-from turbochain.export.requested import Recipe
+from turbochain.export.requested import Requested
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tables import columns
 from turbochain.export.tracing import trace
@@ -76,7 +76,7 @@ WHOLE = ("unet", "")
 class _Traced:
     """The arguments of `export.jobs.graphs`."""
 
-    recipe: Recipe
+    requested: Requested
     prepared: Prepared
     folder: Path
     component: str
@@ -108,9 +108,9 @@ class _Traced:
     def _trace(self, names: Sequence[str]) -> dict[str, Graph]:
         if not names:
             return {}
-        placed = self.prepared.layout(self.recipe).graphs()
+        placed = self.prepared.layout(self.requested).graphs()
         wanted = [trace.Wanted(name, placed[name], self.remedies[name]) for name in names]
-        checkpoint, opset = self.prepared.checkpoint, self.recipe.opset
+        checkpoint, opset = self.prepared.checkpoint, self.requested.opset
         made = trace.export_graphs(checkpoint, self.component, wanted, self._columns(), self.folder, opset)
         _keep_the_exporter()
         return made
@@ -126,7 +126,7 @@ class _Traced:
     def _wanted(self) -> dict[str, str]:
         """Return graph → all that is traced, but for the weights."""
         shapes = self._columns()
-        placed = self.prepared.layout(self.recipe).graphs().items()
+        placed = self.prepared.layout(self.requested).graphs().items()
         return {n: self._described(n, one, shapes) for n, one in placed if one.spec.component == self.component}
 
     def _columns(self) -> dict[str, tuple[int, ...]]:
@@ -137,7 +137,7 @@ class _Traced:
         inputs = {k: v or columns[k] for k, v in spec.inputs(self.prepared.checkpoint.configs, shape).items()}
         size = (shape.height, shape.width) if spec.sized else ()
         said = (spec.role, spec.module, spec.rank, spec.arguments(shape), inputs, spec.outputs, size, shape.batch)
-        return repr((*said, self.remedies[name], self.recipe.opset))
+        return repr((*said, self.remedies[name], self.requested.opset))
 
     def _weights(self) -> str:
         """Return a hash of the component: its files, its config, and what is fused into it."""

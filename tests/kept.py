@@ -20,11 +20,14 @@ def locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
 def key(root: Path, packages: tuple[str, ...]) -> str:
     """Return a hash of all that a bundle of the tests depends on.
 
-    That is every file of the packages and `tests/conftest.py`, which has the arguments, the version of each installed
-    distribution, and the kind of CPU, because PyTorch's random weights differ between them in the last bits.
+    That is every file of the packages, `pyproject.toml`, `tests/conftest.py` and the modules beside it that are no
+    tests, which have the arguments, the version of each installed distribution, and the kind of CPU, because PyTorch's
+    random weights differ between them in the last bits.
     """
     files = [path for name in packages for path in (root / name).rglob("*") if "__pycache__" not in path.parts]
-    files = sorted(path for path in [*files, root / "tests/conftest.py"] if path.is_file())
+    files += [path for path in (root / "tests").glob("*.py") if not path.name.startswith("test_")]
+    files.append(root / "pyproject.toml")
+    files = sorted(path for path in files if path.is_file())
     found = [f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
     found += sorted({f"{distribution.name} {distribution.version}" for distribution in metadata.distributions()})
     with contextlib.suppress(OSError):

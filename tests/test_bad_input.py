@@ -459,7 +459,7 @@ COMMANDS = {
     "threads many": (["generate", "{sd}", "x", "--threads", "1000"], "threads=1000: at most "),
     "prompt long": (["generate", "{sd}", "x" * 32769], "32,769 bytes long as UTF-8: expected at most 32,768"),
     "prompt not UTF-8": (["generate", "{sd}", b"caf\xe9"], "lone surrogate U+DCE9 at position 3"),
-    "runs": (["bench", "{sd}", "--runs", "0"], "--runs must be at least 1"),
+    "runs": (["bench", "{sd}", "--runs", "0"], "--runs 0: at least 1 was expected"),
     "bench steps": (["bench", "{sd}", "--steps", "0"], "built for these step counts: 1, 2, 3, 4; build another"),
 }
 
@@ -561,7 +561,7 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "negative prompt number": (
         {"negative_prompt": 3, "guidance_scale": 2.0},
-        "The negative_prompt is of type int: expected a str",
+        "the negative_prompt is of type int: expected a str",
     ),
     "no negative prompt": ({"negative_prompt": [], "guidance_scale": 2.0}, "negative_prompt=[]: at least one prompt"),
     "strength": ({"strength": 0.5}, "strength was given, and the chain text-to-image starts from no image; leave it"),

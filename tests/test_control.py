@@ -319,7 +319,7 @@ def test_what_is_refused_at_build(sd: Made, tmp_path: Path, case: str) -> None:
     (net / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(InputError, match=re.escape(sentence)):
         order = ExportOrder.of(str(sd.checkpoint), {"size": SIZE, "controlnet": [f"canny={net}"], **options})  # type: ignore[typeddict-item]
-        jobs.prepare(print, order=order, recipe=order.recipe("fp32"), folder=tmp_path, force=False)
+        jobs.prepare(print, order=order, requested=order.requested("fp32"), folder=tmp_path, force=False)
 
 
 @pytest.mark.full

@@ -40,7 +40,7 @@ def test_full_size(source: str, precision: str, tmp_path: Path) -> None:
 
 def check_tensorrt(bundle: Path) -> None:
     """TensorRT-RTX builds the largest stages for another machine, with every attention of the UNet fused."""
-    line = [sys.executable, ROOT / "benchmarks/inspect_engines.py", bundle, "--stage", "unet", "--stage", "vae_decoder"]
+    line = [sys.executable, ROOT / "benchmarks/inspect_engines.py", bundle, "--graph", "unet", "--graph", "vae_decoder"]
     done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr
     rows = {row[0]: row for row in map(str.split, done.stdout.splitlines())}

@@ -83,7 +83,7 @@ def export_with(steps: tuple[int, ...], checkpoint: Path, donor: Bundle, batch: 
     order = ExportOrder(str(checkpoint), "fp32", tasks=(TEXT_TO_IMAGE,), sizes=(SIZE,), batches=(batch,), steps=steps)
     folder = output.with_name("partial")
     folder.mkdir()
-    bundling.export(Here(0, None, True, []), order, order.recipe("fp32"), Digests(), folder, output, True)
+    bundling.export(Here(0, None, True, []), order, order.requested("fp32"), Digests(), folder, output, True)
     made = Bundle.open(output)
     (engine,) = (e for e in donor.engines().values() if not isinstance(e, Exception))
     graphs = {name: vars(engine.graphs[name]) | {"digest": made.graph_digest(name)} for name in made.manifest.graphs}
@@ -201,11 +201,11 @@ def test_an_export_goes_on_from_a_copy_of_its_source(
     order = ExportOrder(str(first), "fp32", tasks=(TEXT_TO_IMAGE,), sizes=(SIZE,), steps=(1,))
     folder.mkdir()
     with pytest.raises(PhaseDied):
-        bundling.export(Dying(0, None, True, []), order, order.recipe("fp32"), Digests(), folder, output, True)
+        bundling.export(Dying(0, None, True, []), order, order.requested("fp32"), Digests(), folder, output, True)
     recorded = (folder / "reference.safetensors").stat()
     second = first.rename(tmp_path / "second")
     order = ExportOrder(str(second), "fp32", tasks=(TEXT_TO_IMAGE,), sizes=(SIZE,), steps=(1,))
-    bundling.export(Here(0, None, True, []), order, order.recipe("fp32"), Digests(), folder, output, True)
+    bundling.export(Here(0, None, True, []), order, order.requested("fp32"), Digests(), folder, output, True)
     made = Bundle.open(output)
     made.check_files(full=True)
     assert made.manifest.checkpoint.source == "second" and "first" not in (output / "bundle.json").read_text()

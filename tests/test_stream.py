@@ -24,7 +24,7 @@ from turbochain.engines import options
 from turbochain.engines.backends import tensorrt
 from turbochain.export import tables
 from turbochain.export.order import ExportOrder
-from turbochain.export.requested import Recipe
+from turbochain.export.requested import Requested
 from turbochain.runtime import (
     Bundle,
     BundleError,
@@ -333,12 +333,12 @@ def test_orders_that_are_refused(checkpoints: dict[str, Path]) -> None:
         with pytest.raises(InputError, match=match):
             ExportOrder("demo", **given)  # type: ignore[arg-type]
     checkpoint = image_graphs.checkpoint(checkpoints["sd"])
-    recipe = Recipe("x", {}, "fp32", tasks=("text-to-image", "stream"))
+    requested = Requested("x", {}, "fp32", tasks=("text-to-image", "stream"))
     with pytest.raises(InputError, match="a frame of the stream makes 4 steps, and the bundle is to make at most 2"):
-        tables.make(checkpoint, dataclasses.replace(recipe, stream_batch=4, steps=(1, 2)))
+        tables.make(checkpoint, dataclasses.replace(requested, stream_batch=4, steps=(1, 2)))
     multistep = dataclasses.replace(checkpoint, scheduler={"_class_name": "DPMSolverMultistepScheduler"})
     with pytest.raises(InputError, match=r"DPMSolverMultistepScheduler reads what it kept .* choose another"):
-        tables.make(multistep, recipe)
+        tables.make(multistep, requested)
 
 
 def test_the_pipeline_is_closed_or_forked(ancestral: Made) -> None:
@@ -430,8 +430,10 @@ def test_tensorrt_builds_its_graphs(ancestral: Made, graph: str) -> None:
 
 def test_names_of_several_sizes_and_batches(checkpoints: dict[str, Path]) -> None:
     opened = image_graphs.checkpoint(checkpoints["sd"])
-    recipe = Recipe("x", {}, "fp32", tasks=("stream",), sizes=((64, 64), (96, 64)), batches=(4, 1), stream_batch=3)
-    layout = recipe.layout(opened.family, opened.configs)
+    requested = Requested(
+        "x", {}, "fp32", tasks=("stream",), sizes=((64, 64), (96, 64)), batches=(4, 1), stream_batch=3
+    )
+    layout = requested.layout(opened.family, opened.configs)
     assert [layout.name(task, shape) for task, shape in layout.chains] == ["stream", "stream@96x64"]
     graphs = layout.graphs()
     assert {"text_encoder-b1", "unet+stream", "unet+stream@96x64", "vae_decoder@96x64-b1"} <= graphs.keys()

@@ -12,7 +12,7 @@ import torch
 from turbochain.export import tables
 from turbochain.export.chains import Layout
 from turbochain.export.families import Shape
-from turbochain.export.requested import Recipe
+from turbochain.export.requested import Requested
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime import Bundle
 from turbochain.runtime.bundle import hashing, strict_json
@@ -45,10 +45,10 @@ def of_models(checkpoint: Path, parts: Mapping[str, torch.nn.Module], shape: Sha
     """
     folder.mkdir(parents=True, exist_ok=True)
     given, size = Checkpoint(checkpoint), (shape.width, shape.height)
-    recipe = Recipe(checkpoint.name, {}, "fp32", tasks=(TEXT_TO_IMAGE,), sizes=(size,), batches=(shape.batch,))
-    family, made = given.family, tables.make(given, recipe)
-    layout = tables.layout(given, recipe, made)
-    ((name, chain),) = tables.chains(given, recipe, layout, made).items()
+    requested = Requested(checkpoint.name, {}, "fp32", tasks=(TEXT_TO_IMAGE,), sizes=(size,), batches=(shape.batch,))
+    family, made = given.family, tables.make(given, requested)
+    layout = tables.layout(given, requested, made)
+    ((name, chain),) = tables.chains(given, requested, layout, made).items()
     unet = _reading_time(parts["unet"])
     tables.write(made[TEXT_TO_IMAGE], family, unet, layout.shapes[0], folder / chain.tables_file)
     return _sealed(

@@ -49,7 +49,7 @@ def _refuse(value: object) -> Any:
 
 
 @dataclass(frozen=True)
-class Task:
+class Compilation:
     """One graph to compile."""
 
     bundle: Bundle
@@ -61,7 +61,7 @@ class Task:
     progress: Progress
 
 
-def write_nothing(task: Task) -> list[str]:
+def write_nothing(compilation: Compilation) -> list[str]:
     """Compile nothing, for a backend that compiles a graph in memory when it is loaded."""
     return []
 
@@ -69,6 +69,11 @@ def write_nothing(task: Task) -> list[str]:
 def unchanged(options: Options) -> dict[str, Any]:
     """Return the options as they are, for a backend of which the machine decides none."""
     return dict(options)
+
+
+def none_implied(precision: str) -> dict[str, Any]:
+    """Return no option, for a backend that computes in what the graphs are in."""
+    return {}
 
 
 def only_one(options: Options) -> list[dict[str, Any]]:
@@ -83,10 +88,12 @@ class Builder:
     name: str  # of the backend, as in turbochain.runtime.backends
     reads_graphs: bool  # whether its engines read the bundle's graphs; each is then loaded once when it is compiled
     options: Mapping[str, Option]  # by name: part of an engine's key
-    compile: Callable[[Task], list[str]] = write_nothing
+    compile: Callable[[Compilation], list[str]] = write_nothing
     # Write what an engine needs for a graph and return the files' names. They must be the same for every candidate.
     settle: Callable[[Options], dict[str, Any]] = unchanged
     # Return the options with those that this machine decides; InputError if it lacks what they ask for.
     candidates: Callable[[Options], list[dict[str, Any]]] = only_one
     # Return what the options that the verification decides may be, best first; the first that passes is taken.
+    of_precision: Callable[[str], dict[str, Any]] = none_implied
+    # Return the options, unless they are given, of a build that is ordered in this precision.
     left: str = ""  # pattern of the files that loading leaves beside an engine's own: they may stay, and may be missing

@@ -1,21 +1,21 @@
 """ONNX Runtime: on a CPU nothing is written, and a graph is loaded from the bundle; for CUDA its form is written."""
 
-from turbochain.engines.backends.contract import Builder, Option, Task
+from turbochain.engines.backends.contract import Builder, Compilation, Option
 from turbochain.runtime.backends.onnxruntime import form_file
 from turbochain.runtime.bundle import writing
 
 
-def compile(task: Task) -> list[str]:
+def compile(compilation: Compilation) -> list[str]:
     """Write the form of a graph that the CUDA provider runs whole, and nothing for a CPU; returns the file's name."""
-    if task.device.kind == "cpu":
+    if compilation.device.kind == "cpu":
         return []
     from turbochain.engines.forms import form  # it imports onnx
     from turbochain.engines.forms.bf16 import widen
     from turbochain.engines.forms.group_norm import expand_group_norms
 
-    path = task.bundle.plain(task.graph) / task.bundle.manifest.graphs[task.graph].file
-    name = form_file(task.graph)
-    writing.write_atomically(task.folder / name, form(path, [expand_group_norms, widen]))
+    path = compilation.bundle.plain(compilation.graph) / compilation.bundle.manifest.graphs[compilation.graph].file
+    name = form_file(compilation.graph)
+    writing.write_atomically(compilation.folder / name, form(path, [expand_group_norms, widen]))
     return [name]
 
 

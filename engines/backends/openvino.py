@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from turbochain.engines.backends.contract import Builder, Option, Options, Progress, Task
+from turbochain.engines.backends.contract import Builder, Compilation, Option, Options, Progress
 from turbochain.runtime.backends import openvino, openvino_model
 from turbochain.runtime.bundle import writing
 from turbochain.runtime.bundle.manifest import REFERENCE
@@ -49,18 +49,29 @@ def candidates(options: Options) -> list[dict[str, Any]]:
     return [{"inference_precision": p} for p in (FASTEST_FIRST if chosen == AUTO else (chosen,))]
 
 
-def compile(task: Task) -> list[str]:
+def of_precision(precision: str) -> dict[str, Any]:
+    """Return the options of a build in this precision: who asks for fp32 wants all of it in fp32."""
+    return {"inference_precision": precision} if precision == "fp32" else {}
+
+
+def compile(compilation: Compilation) -> list[str]:
     """Write the ranges of a graph in int8, and nothing for another; returns the file's name, if it is one."""
-    if not openvino.in_int8(task.bundle.manifest.graphs[task.graph], task.options):
+    if not openvino.in_int8(compilation.bundle.manifest.graphs[compilation.graph], compilation.options):
         return []
-    file = openvino.ranges_file(task.graph)
-    ranges = measure_ranges(task.bundle, task.graph, task.progress)
-    writing.write_atomically(task.folder / file, json.dumps(ranges, indent=0) + "\n")
+    file = openvino.ranges_file(compilation.graph)
+    ranges = measure_ranges(compilation.bundle, compilation.graph, compilation.progress)
+    writing.write_atomically(compilation.folder / file, json.dumps(ranges, indent=0) + "\n")
     return [file]
 
 
 BUILDER = Builder(
-    name="openvino", reads_graphs=True, options=OPTIONS, compile=compile, settle=settle, candidates=candidates
+    name="openvino",
+    reads_graphs=True,
+    options=OPTIONS,
+    compile=compile,
+    settle=settle,
+    candidates=candidates,
+    of_precision=of_precision,
 )
 
 

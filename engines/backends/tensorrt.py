@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from turbochain.engines.backends.contract import Builder, Option, Options, Progress, Task
+from turbochain.engines.backends.contract import Builder, Compilation, Option, Options, Progress
 from turbochain.engines.backends.fractions import Fractions
 from turbochain.runtime import backends
 from turbochain.runtime.backends import cuda
@@ -73,16 +73,17 @@ def check_refit(options: Options, library: str, version: str) -> None:
         )
 
 
-def compile(task: Task) -> list[str]:
+def compile(compilation: Compilation) -> list[str]:
     """Build the graph's engine and write it, serialized; returns the file's name.
 
     Raises TurbochainError, with every reason that TensorRT gives, if it cannot build the graph; InputError for an
     option that this library does not have. An exception from `progress` stops the build.
     """
-    path = task.bundle.plain(task.graph) / task.bundle.manifest.graphs[task.graph].file
-    serialized = serialize(path, task.graph, task.options, task.device, task.cache, task.progress, _show)
-    name = engine_file(task.graph)
-    with writing.atomic_write(task.folder / name, size=serialized.nbytes) as file:
+    bundle, graph = compilation.bundle, compilation.graph
+    path, how = bundle.plain(graph) / bundle.manifest.graphs[graph].file, (compilation.options, compilation.device)
+    serialized = serialize(path, graph, *how, compilation.cache, compilation.progress, _show)
+    name = engine_file(graph)
+    with writing.atomic_write(compilation.folder / name, size=serialized.nbytes) as file:
         file.write(serialized)
     return [name]
 

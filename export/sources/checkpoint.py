@@ -306,13 +306,24 @@ def _values(path: Path) -> int:
     except (OSError, SafetensorError) as error:
         refuse_pointers(path)
         raise InputError(f"{path} is damaged ({error}); download it again") from None
-    if unfused := [name for name in names if _OF_LORA.search(name)]:
+    refuse_lora(path, names)
+    return count
+
+
+def refuse_lora(path: Path, names: Collection[str]) -> None:
+    """Raise InputError if tensors of these names are a LoRA, or weights into which one is not fused."""
+    found = [name for name in names if _OF_LORA.search(name)]
+    if found and len(found) == len(names) and not any(".base_layer." in name for name in found):
         raise InputError(
-            f"{path} was saved with a LoRA that is not fused into the weights ({unfused[0]}; {len(unfused)} such in "
+            f"{path} is a LoRA ({found[0]}; {len(found)} tensors), and weights of a model were expected: give the "
+            "checkpoint that it is for, and --lora with this file"
+        )
+    if found:
+        raise InputError(
+            f"{path} was saved with a LoRA that is not fused into the weights ({found[0]}; {len(found)} such in "
             "all): load the model and the LoRA as before, call pipe.fuse_lora(), pipe.unload_lora_weights() and "
             "pipe.save_pretrained(FOLDER), and build from that folder"
         )
-    return count
 
 
 def read_json(path: Path) -> dict[str, Any]:

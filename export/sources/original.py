@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbochain.export.sources.checkpoint import PICKLES, config_files_read, refuse_pointers
+from turbochain.export.sources.checkpoint import PICKLES, config_files_read, refuse_lora, refuse_pointers
 from turbochain.export.sources.presets import PRESETS
 from turbochain.runtime.errors import InputError
 
@@ -27,7 +27,7 @@ PREFIXES: dict[str, tuple[str, ...]] = {
 """Component → how the names of its tensors may begin in the file of a whole checkpoint."""
 
 CHECKPOINT = "checkpoint.safetensors"
-"""The name in a recipe for the file of a whole checkpoint, whatever its own."""
+"""The name among the files requested for that of a whole checkpoint, whatever its own."""
 
 CONFIGS = ("sd15", "sd21", "sd21-base", "sd-turbo", "sdxl", "sdxl-turbo")
 """The presets that are published in one file, too."""
@@ -100,7 +100,7 @@ def refuse_others(path: Path) -> None:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if path.suffix in PICKLES or (start.startswith((b"PK", b"\x80")) and start[8:] != b"{"):
         raise InputError(
-            f"{path} is a pickle, and a .safetensors file was expected because loading a pickle runs code: where you "
+            f"{path} is a pickle, and a .safetensors file was expected because loading a pickle runs code: if you "
             "trust it, load it with torch.load(..., weights_only=True) and write it with safetensors.torch.save_file"
         )
     if path.suffix != ".safetensors":
@@ -111,7 +111,17 @@ def refuse_others(path: Path) -> None:
 
 
 def read(path: Path) -> Original:
-    """Return what a file's header says. Raises InputError if it is damaged, or quantised with scales."""
+    """Return what the header of a file with weights says.
+
+    Raises InputError if it is damaged, quantised with scales, a LoRA, or has one that is not fused.
+    """
+    original = read_any(path)
+    refuse_lora(path, original.tensors)
+    return original
+
+
+def read_any(path: Path) -> Original:
+    """Return what the header of a file says, which may be a LoRA. Raises InputError otherwise as `read`."""
     from safetensors import SafetensorError, safe_open
 
     refuse_others(path)

@@ -11,10 +11,11 @@ from torch import nn
 
 from turbochain.export.controls.controlnet import DOWN, MID
 from turbochain.export.controls.t2i_adapter import FEATURE
-from turbochain.export.tracing.modules import POOLED, Slice, pooled_part, timed_resnets
+from turbochain.export.tracing.modules import POOLED, Slice, UNet, pooled_part, timed_resnets
+from turbochain.export.tracing.traced import Traced
 
 
-class ControlNetEmbedding(nn.Module):
+class ControlNetEmbedding(Traced):
     """picture [B, H, W, 3] uint8 → what a ControlNet adds to its first convolution's result, [B, C, H/8, W/8] fp32."""
 
     def __init__(self, net: Any) -> None:
@@ -29,7 +30,7 @@ class ControlNetEmbedding(nn.Module):
         return self.embedding(image.to(self.dtype)).float()
 
 
-class ControlNet(nn.Module):
+class ControlNet(Traced):
     """latents, their scale, the columns of the time, the prompt, the picture's embedding, [1] → residuals, all fp32.
 
     The last input is what every residual is multiplied by. The columns are as those of the UNet.
@@ -86,7 +87,6 @@ class SDXLControlNet(ControlNet):
     """`ControlNet` with `time_embeds` [1, D], `time_ids_embeds` [1, D], two text encoders' states and pooled embeds."""
 
     folded = POOLED
-    """Parameters of which this module holds a part."""
 
     def __init__(self, net: Any) -> None:
         super().__init__(net)
@@ -108,7 +108,7 @@ class SDXLControlNet(ControlNet):
         return self.run(latents, input_scale, time_embeds.to(dtype) + added, states, embedding, scale)
 
 
-class T2IAdapter(nn.Module):
+class T2IAdapter(Traced):
     """picture [B, H, W, 3 or 1] uint8 → features at the sizes of the UNet's levels, fp32."""
 
     def __init__(self, adapter: Any) -> None:
@@ -121,7 +121,7 @@ class T2IAdapter(nn.Module):
         return tuple(feature.float() for feature in self.adapter(image.to(self.adapter.dtype)))
 
 
-class T2IScale(nn.Module):
+class T2IScale(Traced):
     """features, [1] → the features times that, fp32."""
 
     def __init__(self, nothing: nn.Module) -> None:
@@ -133,10 +133,10 @@ class T2IScale(nn.Module):
         return tuple(feature * scale for feature in made)
 
 
-class Controlled(nn.Module):
+class Controlled(Traced):
     """A UNet as it is traced that also reads what ControlNets and T2I-Adapters make, after its other inputs."""
 
-    def __init__(self, module: Any, names: Sequence[str]) -> None:
+    def __init__(self, module: UNet, names: Sequence[str]) -> None:
         """Take the module, and the names of all inputs: its own, and those that are told by theirs."""
         super().__init__()
         self.module, self.names = module, tuple(names)

@@ -12,6 +12,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from turbochain.export.tracing.sampler_steps import Blend, Enter, GuidedStep, Start, Step, StreamStep
+from turbochain.export.tracing.traced import Traced
 from turbochain.export.tracing.vae import SDXLVaeDecoder, SDXLVaeEncoder, VaeDecoder, VaeEncoder
 
 __all__ = [
@@ -42,7 +43,7 @@ __all__ = [
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Traced):
     """ids [B, 77] int32 → last hidden state after the final norm [B, 77, D] fp32 (diffusers' SD pipeline).
 
     `clip_skip`: how many of the last layers are left out; the final norm is applied to what the one before them makes.
@@ -82,7 +83,7 @@ class PooledTextEncoder(TextEncoder):
         return output.hidden_states[-(self.clip_skip + 2)].float(), output.text_embeds.float()
 
 
-class UNet(nn.Module):
+class UNet(Traced):
     """latents [B, 4, H/8, W/8] fp32, scaled here, the columns of the time, and the prompt → prediction, same shape
     fp32.
 
@@ -93,8 +94,7 @@ class UNet(nn.Module):
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
-        self.folded = {f"time_embedding.{name}" for name, _ in unet.time_embedding.named_parameters()}
-        """Parameters of the UNet that are in the table, or of which this module holds a part."""
+        self.folded = frozenset(f"time_embedding.{name}" for name, _ in unet.time_embedding.named_parameters())
         unet.get_time_embed = lambda sample, timestep: timestep.to(sample.dtype)
         unet.time_embedding = _Given()
 

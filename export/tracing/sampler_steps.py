@@ -3,8 +3,10 @@
 import torch
 from torch import nn
 
+from turbochain.export.tracing.traced import Traced
 
-class _Arithmetic(nn.Module):
+
+class _Arithmetic(Traced):
     """A module without weights."""
 
     def __init__(self, component: nn.Module, K: int = 1) -> None:
@@ -93,8 +95,9 @@ class Enter(_Arithmetic):
 
 
 class StreamStep(_Arithmetic):
-    """A row for each frame of a stream, `m·latents + v·prediction + w·noise` [S, 4, h, w], m, v, w [S, 1, 1, 1] → the
-    last frame's latents [1, 4, h, w], which are finished, and those of the others, each of which is at its next row.
+    """A stream's batch, a row for each frame: `m·latents + v·prediction + w·noise` [S, 4, h, w]; m, v, w [S, 1, 1, 1].
+
+    First come the last frame's latents [1, 4, h, w], which are finished, then the others', each at its next row.
     """
 
     def forward(

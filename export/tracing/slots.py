@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+from turbochain.export.tracing.traced import Traced
 from turbochain.runtime.bundle import strict_json
 from turbochain.runtime.chain.slots import DOWN, UP
 from turbochain.runtime.inputs.slots import Group, Member
@@ -37,7 +38,7 @@ class _Call:
     products: dict[int, torch.Tensor] = field(default_factory=dict)  # group → what its members make their parts of
 
 
-class Slotted(nn.Module):
+class Slotted(Traced):
     """A module with slots of a rank: it reads the inputs of the module, then `lora_down` and `lora_up`, 1-D fp32.
 
     A group with n members takes `in·n·rank` values of `lora_down`, read as [in, n·rank], and each of its members
@@ -46,7 +47,7 @@ class Slotted(nn.Module):
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Traced,
         model: nn.Module,
         rank: int,
         inputs: Mapping[str, torch.Tensor],
@@ -59,7 +60,7 @@ class Slotted(nn.Module):
         """
         super().__init__()
         self.module, self.rank, self.names = module, rank, tuple(inputs)
-        self.folded = getattr(module, "folded", ())
+        self.folded = module.folded
         self.dtype = next(model.parameters()).dtype
         self.groups: list[Group] = []
         if projections:

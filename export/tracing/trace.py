@@ -22,6 +22,7 @@ from turbochain.export.tracing.names import name_map
 from turbochain.export.tracing.rescale import rescale
 from turbochain.export.tracing.simplify import simplify
 from turbochain.export.tracing.slots import ACTIVATED, Slotted
+from turbochain.export.tracing.traced import Traced
 from turbochain.export.tracing.weights import DataFiles, Parameters
 from turbochain.runtime.bundle.manifest import Graph, Tensor
 from turbochain.runtime.errors import TurbochainError
@@ -107,13 +108,14 @@ def _alike(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
     return [members for _, members in groups]
 
 
-def _module(wanted: Wanted, model: torch.nn.Module, inputs: Ends) -> torch.nn.Module:
+def _module(wanted: Wanted, model: torch.nn.Module, inputs: Ends) -> Traced:
     """Return the module that is traced, on the weights of `model`; `inputs`: but for those of its slots."""
     spec, own = wanted.spec, copy_modules(model)
     traced = getattr(control if spec.module in vars(control) else modules, spec.module)
-    module: torch.nn.Module = traced(own, *spec.arguments(wanted.shape)).eval()
+    module: Traced = traced(own, *spec.arguments(wanted.shape)).eval()
     projections = module.projections if isinstance(module, SDUNet) and ACTIVATED in inputs else {}
     if spec.reads:
+        assert isinstance(module, modules.UNet)
         module = control.Controlled(module, [name for name in inputs if name != ACTIVATED]).eval()
     if wanted.remedy.precision == "fp32":  # in lower precision a GPU's own GroupNormalization is wanted
         group_norm.replace_group_norms(module)
@@ -139,7 +141,7 @@ def _load(checkpoint: Checkpoint, component: str, remedy: Remedy) -> tuple[torch
 
 def _trace(
     wanted: Wanted,
-    module: torch.nn.Module,
+    module: Traced,
     inputs: Ends,
     parameters: Parameters,
     factors: Mapping[str, float],
@@ -172,7 +174,7 @@ def _trace(
     _argmax_of_floats(proto)
     (bundle / file).write_bytes(proto.SerializeToString(deterministic=True))
     onnx.checker.check_model(bundle / file)
-    found = name_map(parameters, written.initializers, getattr(module, "folded", ()), factors)
+    found = name_map(parameters, written.initializers, module.folded, factors)
     (bundle / names).write_text(_lines(found))
     slots = f"graphs/{name}.slots.json" if isinstance(module, Slotted) else ""
     if isinstance(module, Slotted):

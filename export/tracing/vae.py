@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from torch import nn
+
+from turbochain.export.tracing.traced import Traced
 
 
-class _Scaled(nn.Module):
+class _Scaled(Traced):
     """A VAE and the scale of its latents: of the config this reads `scaling_factor` alone, as diffusers' SD pipelines
     do."""
 

@@ -94,7 +94,7 @@ def _has(provider: str, settings: Mapping[str, str]) -> bool:
 
 @cache
 def _preload() -> tuple[str, ...]:
-    """Load the libraries of CUDA and cuDNN, where pip has installed them or the system has; return those that fail."""
+    """Load the libraries of CUDA and cuDNN that pip or the system has installed; return those that fail."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):  # which is for results
         library().preload_dlls()

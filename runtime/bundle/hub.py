@@ -47,6 +47,7 @@ def id_of(text: str) -> str | None:
 
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read at the import
     import huggingface_hub as hub
 
     try:

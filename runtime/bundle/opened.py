@@ -133,7 +133,7 @@ class Bundle:
         """Return the folder in which a graph's files, already hashed, are no symbolic links; for a library to read.
 
         It is the bundle's. Of a bundle in the hub's cache, where libraries refuse data that lies in another folder than
-        the .onnx file, it is one in the user's cache, with hard links, or copies where the file system has none.
+        the .onnx file, it is one in the user's cache, with hard links, or copies if the file system has none.
         Raises InputError if that cannot be written.
         """
         if blobs(self.path) is None:

@@ -21,7 +21,7 @@ def atomic_write(path: AnyPath, *, size: int | None = None) -> Iterator[BinaryIO
 
     Otherwise the old file is intact and the new one removed; a process killed meanwhile leaves a
     `.turbochain-*.tmp` beside it. A library that writes to a path can be given `file.name`. `size`, the bytes
-    needed where known, is for the message. Raises InputError when the file cannot be written; exceptions
+    needed if they are known, is for the message. Raises InputError when the file cannot be written; exceptions
     about other files, raised in the block, pass unchanged.
     """
     folder = os.path.dirname(os.fspath(path)) or "."

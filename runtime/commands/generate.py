@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-PROMPT = "--prompt"
+PROMPT, NEGATIVE_PROMPT = "--prompt", "--negative-prompt"
 NUMBERS_OF_CONTROL = (
     *("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"),
     *("adapter_conditioning_scale", "adapter_conditioning_factor"),
@@ -43,7 +43,7 @@ def add_arguments(parser: Any) -> None:
     for option in NUMBERS_OF_CONTROL:
         parser.add_argument(f"--{option.replace('_', '-')}", type=float, help="as in diffusers")
     parser.add_argument("--strength", type=float, help="0 to 1; a larger value changes the picture more")
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw, if there is guidance")
+    parser.add_argument(NEGATIVE_PROMPT, metavar="TEXT", help="what not to draw, if there is guidance")
     parser.add_argument("--guidance-scale", type=float, help="above 1: with guidance (default: the bundle's)")
     parser.add_argument("--size", metavar="WxH", help="in pixels, one that the bundle is built for")
     parser.add_argument("--seed", type=int, default=0, help="0 to 2^64-1 (default 0)")

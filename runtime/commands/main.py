@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from turbochain.runtime.bundle.manifest import Check
 from turbochain.runtime.bundle.opened import Bundle
@@ -16,9 +16,6 @@ from turbochain.runtime.commands.inspect import as_json, as_text
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.serve import command as serve
 from turbochain.runtime.serve import mcp
-
-if TYPE_CHECKING:
-    pass
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,21 +62,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 SERVE = "Answer over HTTP (OpenAI's and A1111's image APIs) and WebSocket, with a page at /."
 MCP = "draw for a language model: a server of the Model Context Protocol on stdin and stdout"
 DASH = f"a prompt that begins with '-' is given as {generate.PROMPT} TEXT"
+NEGATIVE_DASH = f"a text that begins with '-' is given as {generate.NEGATIVE_PROMPT}=TEXT"
 
 
 class _Parser(argparse.ArgumentParser):
     """A parser that takes an unknown option for what it may be: the prompt."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as the base class does; where a prompt is expected, an unknown option is an error here."""
+        """Parse as the base class does; if a prompt is expected, an unknown option is an error here."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown and "prompt" in found:
             self.error(f"unrecognized arguments: {' '.join(unknown)} ({DASH})")
         return found, unknown
 
     def error(self, message: str) -> NoReturn:
-        """End as the base class does; a missing prompt may be an unknown option."""
-        super().error(f"{message} ({DASH})" if message.endswith(" PROMPT") else message)
+        """End as the base class does; a prompt that is missing may have been taken for an option."""
+        if message.endswith(" PROMPT"):
+            message += f" ({DASH})"
+        elif message.startswith(f"argument {generate.NEGATIVE_PROMPT}:"):
+            message += f" ({NEGATIVE_DASH})"
+        super().error(message)
 
 
 def _prompt_last(words: list[str]) -> list[str]:
@@ -173,8 +175,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    if arguments.runs < 1 or arguments.warmup < 0:
-        raise InputError("--runs must be at least 1, and --warmup at least 0")
+    for name, least in (("runs", 1), ("warmup", 0)):
+        if (given := getattr(arguments, name)) < least:
+            raise InputError(f"--{name} {given}: at least {least} was expected; give a larger number")
     call = {"steps": arguments.steps, "strength": arguments.strength, **_machine(arguments)}
     more = {"runs": arguments.runs, "warmup": arguments.warmup, "controlnet": arguments.controlnet}
     result = bench.bench(arguments.bundle, **more, **call)

@@ -130,6 +130,8 @@ def _open(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
     try:
         with safe_open(path, framework="numpy") as file:
             names, metadata = set(file.keys()), file.metadata() or {}
+        # The library has checked the header. For numpy it copies each tensor, and cannot make one of bfloat16, so the
+        # arrays are views of the mapped file that is read here.
         raw = np.memmap(path, np.uint8, "r")
         size = int.from_bytes(raw[:8].tobytes(), "little")
         header = json.loads(raw[8 : 8 + size].tobytes())

@@ -157,4 +157,4 @@ def check_seed(seed: object) -> int:
     """Return `seed` as an int in 0 … 2**64-1; raises InputError for anything else."""
     if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool) and 0 <= seed < 1 << 64:
         return int(seed)
-    raise InputError(f"The seed is {reprlib.repr(seed)}: expected an integer from 0 to 2**64-1 ({2**64 - 1}).")
+    raise InputError(f"the seed is {reprlib.repr(seed)}: expected an integer from 0 to 2**64-1 ({2**64 - 1})")

@@ -1,4 +1,4 @@
-"""Which values count as a number of a caller's: Python's and numpy's alike, and no bool."""
+"""Numbers that callers give: as values, which may be Python's or numpy's but no bool, or in a text, NAME:NUMBER."""
 
 import math
 import os

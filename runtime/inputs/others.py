@@ -38,7 +38,10 @@ _OTHERS: Mapping[str, _Other] = {
     "ip_adapter_image": _IMAGE,
     "ip_adapter_image_embeds": _IMAGE,
     "return_dict": _Other("a call returns a PipelineOutput; leave it out, and read .images of that", (True,)),
-    "cross_attention_kwargs": _Other("adapters cannot be scaled; merge them into the checkpoint", (None, {})),
+    "cross_attention_kwargs": _Other(
+        "adapters are scaled between calls; leave it out, and give the scale to pipe.set_adapters(names, weights)",
+        (None, {}, {"scale": 1.0}),
+    ),
     "original_size": _Other(_SIZE),  # also that of the bundle
     "target_size": _Other(_SIZE),  # likewise
     "crops_coords_top_left": _Other(_SIZE, ((0, 0),)),

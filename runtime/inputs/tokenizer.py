@@ -42,7 +42,7 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare `Exception`
             raise BundleError(
-                f"The tokenizer {path} cannot be read ({error}): build the bundle again with `build-engine`."
+                f"the tokenizer {path} cannot be read ({error}): build the bundle again with build-engine"
             ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -50,8 +50,8 @@ class Tokenizer:
         found = self._tokenizer.token_to_id(pad_token)
         if found != pad_id:
             raise BundleError(
-                f"The tokenizer {path} gives the padding token {pad_token!r} the id {found}, but the bundle "
-                f"says {pad_id}: build the bundle again with `build-engine`."
+                f"the tokenizer {path} gives the padding token {pad_token!r} the id {found}, but the bundle "
+                f"says {pad_id}: build the bundle again with build-engine"
             )
         self.max_length = max_length
         self._pad_id = pad_id
@@ -59,8 +59,8 @@ class Tokenizer:
         for part in (part for found in parts.values() for part in found):
             if self._tokenizer.token_to_id(part) is None:
                 raise BundleError(
-                    f"The tokenizer {path} has no token {part!r}, of which the bundle says that it is a part of a "
-                    "textual inversion: build the bundle again with `build-engine`."
+                    f"the tokenizer {path} has no token {part!r}, of which the bundle says that it is a part of a "
+                    "textual inversion: build the bundle again with build-engine"
                 )
         self._expansions = {token: " ".join(found) for token, found in parts.items()}
         self._encoding = functools.lru_cache(16)(self._encode)  # of one prompt several things are asked
@@ -115,19 +115,19 @@ def check_prompt(prompt: object, *, argument: str = "prompt") -> str:
     32 KiB as UTF-8.
     """
     if not isinstance(prompt, str):
-        raise InputError(f"The {argument} is of type {type(prompt).__name__}: expected a str.")
+        raise InputError(f"the {argument} is of type {type(prompt).__name__}: expected a str")
     nul = prompt.find("\0")
     if nul >= 0:
-        raise InputError(f"The {argument} holds a NUL character at position {nul}: expected text without any.")
+        raise InputError(f"the {argument} holds a NUL character at position {nul}: expected text without any")
     try:
         size = len(prompt.encode())
     except UnicodeEncodeError as error:
         raise InputError(
-            f"The {argument} holds the lone surrogate U+{ord(prompt[error.start]):04X} at position "
-            f"{error.start}: expected text that can be written as UTF-8."
+            f"the {argument} holds the lone surrogate U+{ord(prompt[error.start]):04X} at position "
+            f"{error.start}: expected text that can be written as UTF-8"
         ) from None
     if size > MAX_PROMPT_BYTES:
         raise InputError(
-            f"The {argument} is {size:,} bytes long as UTF-8: expected at most {MAX_PROMPT_BYTES:,} (32 KiB)."
+            f"the {argument} is {size:,} bytes long as UTF-8: expected at most {MAX_PROMPT_BYTES:,} (32 KiB)"
         )
     return prompt

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 CANNY = (100.0, 200.0)
-"""The thresholds of A1111, where a client sends none, or numbers below 0."""
+"""The thresholds of A1111, if a client sends none, or numbers below 0."""
 
 
 class Unit(BaseModel):

@@ -140,7 +140,7 @@ def _scale(request: Request, embedded: float | None) -> float:
 
 
 def _strength(chain: OpenChain, table: str) -> float | None:
-    """Return the strength that a table follows; where it is a share of the steps, the least of equal effect."""
+    """Return the strength that a table follows; if it is a share of the steps, the least of equal effect."""
     entry = chain.chain.tables[table]
     if "strength" not in chain.chain.defaults:
         return None

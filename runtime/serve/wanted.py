@@ -24,7 +24,7 @@ MOST_PICTURES = 10
 
 @dataclass(frozen=True)
 class Wanted:
-    """A picture as a client asks for it; None where it leaves the choice to the server."""
+    """A picture as a client asks for it; a field is None if the server may choose."""
 
     prompt: str
     negative_prompt: str | None = None

@@ -7,7 +7,7 @@ import pytest
 
 from turbochain.export import export
 from turbochain.export.order import ExportOrder
-from turbochain.export.requested import Recipe
+from turbochain.export.requested import Requested
 from turbochain.runtime import Bundle, InputError
 from turbochain.runtime.bundle.strict_json import convert
 
@@ -25,13 +25,13 @@ def test_a_bundle_without_an_engine(bundle: Path) -> None:
     found = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file()}
     assert found == {*opened.manifest.files, "bundle.json", "source.json"}
     order = ExportOrder("demo", sizes=((512, 512),), batches=(1,), steps=(1, 2, 4), tasks=("text-to-image",))
-    assert convert(Recipe, opened.manifest.request) == order.recipe("fp32")
+    assert convert(Requested, opened.manifest.request) == order.requested("fp32")
 
 
 def test_the_steps_and_the_tasks_if_none_are_given(sd: Path) -> None:
     opened = Bundle.open(sd)
-    recipe = convert(Recipe, opened.manifest.request)
-    assert recipe.steps == (1, 2, 3, 4) and recipe.tasks == ("text-to-image", "image-to-image")
+    requested = convert(Requested, opened.manifest.request)
+    assert requested.steps == (1, 2, 3, 4) and requested.tasks == ("text-to-image", "image-to-image")
     assert [*opened.manifest.chains] == ["text-to-image", "image-to-image"]
 
 

@@ -17,6 +17,7 @@ from test_parity import load_diffusers
 
 from turbochain.export import families, load
 from turbochain.export.sources.checkpoint import open_folder
+from turbochain.export.sources.synthetic import write_checkpoint
 from turbochain.runtime import InputError
 
 ODD: dict[str, dict[str, Any]] = {
@@ -47,17 +48,20 @@ def settings(pipe: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"{name}.{key}", value) for key, value in plain.items() if key != "_name_or_path")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "lcm"])
 def test_it_has_every_setting_of_the_constructed_pipeline(
     family: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    folder = copied(checkpoints[family], tmp_path / "checkpoint", ODD)
+    if (source := checkpoints.get(family)) is None:
+        write_checkpoint("lcm-sd15-mini", source := tmp_path / "lcm")
+    folder = copied(source, tmp_path / "checkpoint", ODD)
     checkpoint = open_folder(folder)
+    assert checkpoint.family.name == family
     ours, theirs = dict(settings(load.pipeline(checkpoint))), dict(settings(load_diffusers(folder)))
     left = {f"pipeline.{name}" for name in checkpoint.family.pipeline_options}
     different = {k: (ours.get(k), theirs.get(k)) for k in {*ours, *theirs} - left if ours.get(k) != theirs.get(k)}
     assert not different
-    if family == "sd":
+    if family != "sdxl":
         assert ours["scheduler.steps_offset"] == 1, "the constructor was to change the file's value"
         assert ours["unet.sample_size"] == 64
     else:

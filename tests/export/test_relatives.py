@@ -241,9 +241,9 @@ def test_a_recipe_is_what_the_models_page_says(
     assert type(ours) is type(theirs) and ours.config == theirs.config
     theirs.set_timesteps(**card.call)
     steps = len(theirs.timesteps)
-    recipe = order.recipe("fp32")
-    made = tables.make(checkpoint, recipe)["text-to-image"]
-    assert tables.defaults(checkpoint, recipe, TASK, made).get("eta", 0) == card.step.get("eta", 0)
+    requested = order.requested("fp32")
+    made = tables.make(checkpoint, requested)["text-to-image"]
+    assert tables.defaults(checkpoint, requested, TASK, made).get("eta", 0) == card.step.get("eta", 0)
     table = next(one.table for one in made.values() if one.entry.steps == steps)
     assert table.timesteps[table.index].tolist() == theirs.timesteps.tolist()
     x, predictions = torch.randn(1, 4, 4, 4), torch.randn(steps, 1, 4, 4, 4)

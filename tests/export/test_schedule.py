@@ -21,7 +21,7 @@ from turbochain.export import load, schedule, tables, tasks
 from turbochain.export.chains import Layout
 from turbochain.export.families import Shape
 from turbochain.export.recording import Call, record_call
-from turbochain.export.requested import Recipe
+from turbochain.export.requested import Requested
 from turbochain.export.run import Run
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime import InputError
@@ -304,7 +304,7 @@ def test_one_K_for_several_step_counts_and_tasks(checkpoints: dict[str, Path]) -
     """One step of a multistep solver needs no history, nor does the last one alone."""
     name = "DPMSolverMultistepScheduler"
     checkpoint = Checkpoint(checkpoints["sd"], None, scheduler={"_class_name": name})
-    made = tables.make(checkpoint, Recipe("", {}, "fp32", steps=(1, 2, 8)))
+    made = tables.make(checkpoint, Requested("", {}, "fp32", steps=(1, 2, 8)))
     entries = {task: [(one.entry.steps, one.entry.begin) for one in of.values()] for task, of in made.items()}
     assert entries == {
         "text-to-image": [(1, 0), (2, 0), (8, 0)],

@@ -109,7 +109,7 @@ def test_without_ranks_nothing_changes() -> None:
 def test_what_is_asked_for() -> None:
     given = ExportOrder.of("demo", {"lora_rank": 32}).given()
     assert given["lora_ranks"] == ExportOrder.of("demo", {"lora_rank": [32, 32]}).given()["lora_ranks"] == (32,)
-    assert ExportOrder.of("demo", {"lora_rank": [128, 32]}).recipe("fp32").lora_ranks == (32, 128)
+    assert ExportOrder.of("demo", {"lora_rank": [128, 32]}).requested("fp32").lora_ranks == (32, 128)
     for rank in (0, 257, [8, 300], []):
         with pytest.raises(InputError, match=r"lora_rank \[.*\]: ranks from 1 to 256 were expected, such as 32"):
             ExportOrder.of("demo", {"lora_rank": rank})

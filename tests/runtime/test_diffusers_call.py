@@ -96,6 +96,7 @@ WITHOUT_EFFECT = {
     "target_size": {"target_size": SIZE[::-1], "crops_coords_top_left": (0, 0)},
     "clip_skip": {"clip_skip": 0},
     "cross_attention_kwargs": {"cross_attention_kwargs": {}},
+    "a scale of 1": {"cross_attention_kwargs": {"scale": 1.0}},
     "inputs of a callback": {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]},
     "return_dict": {"return_dict": True},
 }

@@ -1,4 +1,5 @@
-"""Chains of several sizes in one pipeline: which graphs are in memory, and the same pictures whatever was before."""
+"""Chains of several sizes in one pipeline: which graphs are in memory, and the same pictures whatever was before; and
+a size that does not halve evenly."""
 
 import contextlib
 import json
@@ -13,7 +14,9 @@ import small_bundle
 from calls import assert_nothing_left, of_chains, output
 from conftest import ON
 from here import build_here
+from interrupted import SIZE
 from standin import Runtime, StandIn, pipeline, standing_in
+from test_parity import assert_same_picture, load_diffusers, theirs
 
 from turbochain.engines import build
 from turbochain.runtime import Bundle, Pipeline
@@ -109,6 +112,18 @@ def test_sizes_in_any_order(checkpoints: dict[str, Path], tmp_path: Path) -> Non
         if backend == "onnxruntime":  # whose graphs the stand-in runs
             with on_the_stand_in(path) as (pipe, _):
                 check_in_a_random_order(pipe, calls, right)
+
+
+@pytest.mark.full
+def test_latents_that_do_not_halve_evenly(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    order: dict[str, Any] = {"size": SIZE, "tasks": ["text-to-image"], "precision": "fp32", "quiet": True}
+    path = build_here(str(checkpoints["sd"]), tmp_path / "x.bundle", **order, **ON).bundle
+    build_here(str(path), backend="openvino", options={"inference_precision": "fp32"}, quiet=True)
+    call = {"prompt": "a cat", "seed": 3, "num_inference_steps": 2}
+    expected = theirs(load_diffusers(checkpoints["sd"]), call, SIZE)
+    for backend in ("onnxruntime", "openvino"):
+        with Pipeline.load(path, backend=backend) as pipe:
+            assert_same_picture(pipe(**call, output_type="uint8").images, expected)
 
 
 def check_in_a_random_order(pipe: Pipeline, calls: list[dict[str, Any]], right: list[Any]) -> None:

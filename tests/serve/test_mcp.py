@@ -53,7 +53,7 @@ def test_the_tool(sd: Path) -> None:
                 ({"prompt": "a cat", "num_inference_steps": 9}, "built for these step counts: 1, 2, 3, 4"),
                 ({"prompt": "a cat", "size": "large"}, "WIDTHxHEIGHT in pixels was expected"),
                 ({"prompt": "a\0"}, "NUL"),
-                ({"prompt": "a cat", "seed": -1}, "The seed is -1"),
+                ({"prompt": "a cat", "seed": -1}, "the seed is -1"),
                 ({"seed": 1}, "prompt"),
             ):
                 answer = await call(**wrong)

@@ -38,11 +38,13 @@ class SingleFile:
         A LoRA is copied as it is. EMA weights beside the others are not used. Raises InputError for what is no such
         file, or of another configuration than the one that is wanted.
         """
-        original, part = originals.read(self.path), want.part
+        part = want.part
         if part is not None and part.startswith(LORA):
+            originals.read_any(self.path)  # refuses what is damaged
             return Fetched(written_once(want.root / f"{self.path.stem}-{part}", self._copy))
         from turbochain.export.sources import conversion
 
+        original = originals.read(self.path)
         if part is not None:
             folder = want.root / f"{self.path.stem}-{part}"
             return Fetched(written_once(folder, lambda to: conversion.write_part(original, part, want.part_config, to)))

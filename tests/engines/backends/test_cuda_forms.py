@@ -6,7 +6,7 @@ import onnx
 import pytest
 from conftest import HALF, BundleFactory
 
-from turbochain.engines.backends.contract import Task
+from turbochain.engines.backends.contract import Compilation
 from turbochain.engines.backends.onnxruntime import BUILDER
 from turbochain.runtime import Bundle, BundleError
 from turbochain.runtime.backends import onnxruntime
@@ -25,7 +25,8 @@ def compiled(bundle: Bundle, folder: Path, device: Device) -> list[str]:
     """Compile every graph of the bundle into the folder; the files that the builder names."""
     folder.mkdir()
     made = [
-        BUILDER.compile(Task(bundle, g, folder, {}, device, folder, lambda *_: None)) for g in bundle.manifest.graphs
+        BUILDER.compile(Compilation(bundle, g, folder, {}, device, folder, lambda *_: None))
+        for g in bundle.manifest.graphs
     ]
     return [file for files in made for file in files]
 

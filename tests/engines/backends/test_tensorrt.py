@@ -492,14 +492,14 @@ def test_the_inspector_lists_layers_and_fusions(
     inspector: dict[str, Any], bundle_of: BundleFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = bundle_of("sd", "fp16")
-    assert inspector["main"]([str(bundle), "--stage", "text_encoder", "--layers"]) == 0
+    assert inspector["main"]([str(bundle), "--graph", "text_encoder", "--layers"]) == 0
     shown = capsys.readouterr()
     assert f"nothing is compared: {NO_DRIVER}" in shown.err
     stage, layers, fused, wide, *types = shown.out.splitlines()[2].split()
     assert (stage, fused, wide) == ("text_encoder", "3", "0") and shown.out.count("_mha_") == 3
     assert int(layers) == sum(int(n) for n in types[::2]) == len(shown.out.split("\n\n")[1].splitlines()) - 2
-    assert inspector["main"]([str(bundle), "--stage", "tower"]) == 2
-    assert "there is no stage tower: choose from " in capsys.readouterr().err
+    assert inspector["main"]([str(bundle), "--graph", "tower"]) == 2
+    assert "there is no graph tower: choose from " in capsys.readouterr().err
 
 
 def test_the_rewritten_graphs_have_fewer_layers(
@@ -509,7 +509,7 @@ def test_the_rewritten_graphs_have_fewer_layers(
     import result
 
     for stage in ("text_encoder", "vae_decoder"):  # the file gets the rows of both
-        assert inspector["main"]([str(bundle_of("sd", "fp16")), "--stage", stage, "--results", str(tmp_path)]) == 0
+        assert inspector["main"]([str(bundle_of("sd", "fp16")), "--graph", stage, "--results", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
     text, vae = result.read(path).compiled
     assert (text.graph, vae.graph) == ("text_encoder", "vae_decoder")

@@ -61,7 +61,7 @@ def source(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def files(source: Path, vae: Path | None = None) -> dict[str, str]:
-    return ExportOrder(str(source), vae=None if vae is None else str(vae)).recipe("fp32").files
+    return ExportOrder(str(source), vae=None if vae is None else str(vae)).requested("fp32").files
 
 
 @pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.full)])
@@ -89,7 +89,7 @@ def test_shards_a_variant_and_another_vae(source: Path, tmp_path: Path) -> None:
         model.save_pretrained(source / component, variant="fp16", max_shard_size="100KB")
         assert weights.exists() and len(list((source / component).glob("*fp16-0*"))) > 1
     order = ExportOrder(str(source), variant="fp16", vae=str(vae))
-    told = order.recipe("fp32").files
+    told = order.requested("fp32").files
     with opened(source) as names, opened(vae) as of_vae:
         read_all(source, tmp_path, {"vae": str(vae)}, "fp16")
     named = names | {f"vae/{name}" for name in of_vae}
@@ -133,13 +133,13 @@ def test_weights_of_equal_size_and_time_are_another_source(source: Path, tmp_pat
     digests = Digests()
     path = source / "unet/diffusion_pytorch_model.safetensors"
     before, status, order = digests.record(path), path.stat(), ExportOrder(str(source))
-    first = order.recipe("fp32", digests).files
+    first = order.requested("fp32", digests).files
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.size, status.st_mtime_ns)
-    second = order.recipe("fp32", digests).files
+    second = order.requested("fp32", digests).files
     assert {n for n in first if first[n] != second[n]} == {"unet/diffusion_pytorch_model.safetensors"}
 
 
@@ -150,11 +150,11 @@ def test_a_copy_under_another_name_is_the_same_source(checkpoints: dict[str, Pat
     (source / "README.md").write_text("x")
     (source / "in.bundle.partial/unet").mkdir(parents=True)
     (source / "in.bundle.partial/unet/config.json").write_text("{}")
-    whole = [ExportOrder(str(path)).recipe("fp32") for path in (checkpoints["sd"], source)]
+    whole = [ExportOrder(str(path)).requested("fp32") for path in (checkpoints["sd"], source)]
     assert whole[0] == whole[1] and str(source.parent) not in json.dumps(vars(whole[1]))
-    vaes = [ExportOrder("owner/name", vae=str(path / "vae")).recipe("fp32") for path in (checkpoints["sd"], source)]
+    vaes = [ExportOrder("owner/name", vae=str(path / "vae")).requested("fp32") for path in (checkpoints["sd"], source)]
     assert vaes[0] == vaes[1] and {name.split("/")[0] for name in vaes[0].files} == {"vae"}
-    assert ExportOrder("owner/name", vae="tiny").recipe("fp32").files == {}
+    assert ExportOrder("owner/name", vae="tiny").requested("fp32").files == {}
 
 
 # --- what is remembered

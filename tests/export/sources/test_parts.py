@@ -91,7 +91,7 @@ def test_it_is_diffusers_picture_with_that_vae(
 
 def test_a_synthetic_checkpoint_has_a_tiny_one(tmp_path: Path) -> None:
     order = ExportOrder("synthetic:sdxl-turbo-mini", vae="tiny", sizes=(SIZE,), steps=(1,))
-    prepared = jobs.prepare(print, order=order, recipe=order.recipe("fp32"), folder=tmp_path, force=False)
+    prepared = jobs.prepare(print, order=order, requested=order.requested("fp32"), folder=tmp_path, force=False)
     vae = AutoencoderTiny.from_pretrained(prepared.checkpoint.parts["vae"].folder)
     with torch.inference_mode():
         picture = vae.decode(torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))).sample

@@ -164,10 +164,10 @@ def test_a_folder_of_configs_is_part_of_the_source(
     path, config = file(whole["sd1"]), tmp_path / "config"
     shutil.copytree(folders["sd1"], config, ignore=shutil.ignore_patterns("*.safetensors"))
     order = ExportOrder(str(path), config=str(config))
-    before = order.recipe("fp32")
+    before = order.requested("fp32")
     assert before.config == "a folder" and before.source == "a folder" and str(tmp_path) not in str(before)
     (config / "scheduler/scheduler_config.json").open("a").write("\n")
-    after = order.recipe("fp32").files
+    after = order.requested("fp32").files
     assert {n for n in after if after[n] != before.files[n]} == {"scheduler/scheduler_config.json"}
     assert components(fetched(path, config)) == components(folders["sd1"])
 
@@ -206,7 +206,7 @@ def test_a_guess_is_said_and_kept(
     monkeypatch.setitem(presets.PRESETS, "sd15", presets.PRESETS["sd-turbo-mini"])
     monkeypatch.setattr(original, "_TOLD", {(64, "cond_stage_model.model."): "sd15"})
     path = file(whole["sd2"] | {"model_ema.decay": torch.zeros(())})
-    assert ExportOrder(str(path)).recipe("fp32") == ExportOrder(str(path), config="sd15").recipe("fp32")
+    assert ExportOrder(str(path)).requested("fp32") == ExportOrder(str(path), config="sd15").requested("fp32")
     fetched(path, None)
     assert "x.safetensors: --config sd15 is assumed" in caplog.messages[0]
     assert "its EMA weights are not used" in caplog.messages[1]
@@ -248,6 +248,14 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         r"has no text_encoder in the original names, .*--config .*sd-turbo-mini",
     ),
     "a UNet alone": (without("^(cond|first)"), r"has no text_encoder and no vae in the original names, .*with --unet"),
+    "a LoRA that is not fused": (
+        lambda own: own | {f"{SCALED}.{name}.weight": torch.ones(4) for name in ("base_layer", "lora_A", "lora_B")},
+        r"with a LoRA that is not fused .*proj_in\.base_layer.*; 3 such in all\): .*pipe\.fuse_lora\(\)",
+    ),
+    "a LoRA alone": (
+        lambda own: {f"lora_unet_mid_block_to_k.lora_{end}.weight": torch.ones(4) for end in ("down", "up")},
+        r"is a LoRA \(lora_unet_mid_block_to_k\.lora_\w+\.weight; 2 tensors\), .*--lora with this file",
+    ),
     "diffusers' names": (
         lambda own: {"down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)},
         r"has no text_encoder and no unet and no vae",
@@ -317,6 +325,13 @@ def test_a_part_of_another_model(
         InputError, match=r"in another shape .*: give --unet one with the shapes of the checkpoint's own"
     ):
         find(str(path), "unet").fetch(Want(path.parent, part="unet", part_config=config))
+
+
+def test_a_unet_with_a_lora_that_is_not_fused(file: Callable[[Tensors], Path]) -> None:
+    names = ("base_layer.weight", "lora_A.default.weight", "lora_B.default.weight")
+    path = file({f"mid_block.to_k.{name}": torch.ones(4) for name in names})
+    with pytest.raises(InputError, match=r"with a LoRA that is not fused .*; 3 such in all"):
+        find(str(path), "unet").fetch(Want(path.parent, part="unet", part_config={}))
 
 
 def test_a_part_that_is_not_in_the_file(file: Callable[[Tensors], Path], whole: dict[str, Tensors]) -> None:

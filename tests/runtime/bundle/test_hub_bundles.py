@@ -15,7 +15,7 @@ from hub_cache import COMMIT, NAME, put
 from PIL import Image
 
 from turbochain.engines.backends import onnxruntime as onnxruntime_builder
-from turbochain.engines.backends.contract import Task
+from turbochain.engines.backends.contract import Compilation
 from turbochain.runtime import Bundle, BundleError, Pipeline
 from turbochain.runtime.backends import onnxruntime
 from turbochain.runtime.backends import onnxruntime_sessions as sessions
@@ -72,7 +72,7 @@ def test_a_snapshot_is_a_bundle(backend: str, sd: Path, snapshot: Path, home: Pa
 
 def test_an_engines_own_form_of_a_graph_finds_its_data(snapshot: Path, tmp_path: Path) -> None:
     bundle, gpu = Bundle.open(snapshot), Device("cuda", 0, Gpu("NVIDIA L4", "8.9", 24 * 2**30))
-    onnxruntime_builder.compile(Task(bundle, "unet", tmp_path, {}, gpu, tmp_path, lambda *_: None))
+    onnxruntime_builder.compile(Compilation(bundle, "unet", tmp_path, {}, gpu, tmp_path, lambda *_: None))
     options = sessions.default_options()
     form = onnxruntime.read_form(Opened(bundle, tmp_path, {}, gpu), "unet", options)
     session = sessions.load(form, "unet", options, sessions.CPU, {})
@@ -90,7 +90,8 @@ def test_an_id_is_a_bundle(sd: Path, snapshot: Path, tmp_path: Path, home: Path)
     build_here(str(snapshot), **ON, chains=["text-to-image"], quiet=True)
     shutil.rmtree(snapshot / "engines")
     assert generated(f"{NAME}@{COMMIT}", picture).returncode == 0
-    code = "import sys; from turbochain.runtime import Pipeline; Pipeline.load(sys.argv[1]).close()"
+    code = "import sys; from turbochain.runtime import Pipeline; Pipeline.load(sys.argv[1]).close()\n"
+    code += "from huggingface_hub import constants; assert constants.HF_HUB_DISABLE_TELEMETRY"
     done = subprocess.run([sys.executable, "-c", code, f"{NAME}@main"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done
     inspected = command("turbochain", "inspect", NAME)

@@ -56,6 +56,10 @@ def test_options_may_stand_before_the_prompt(sd: Path, tmp_path: Path) -> None:
         (("-cold",), "required: PROMPT (a prompt that begins with '-' is given as --prompt TEXT)"),
         (("a cat", "--prompt", "a dog"), "unrecognized arguments: a dog"),
         (("--prompt",), "argument --prompt: expected one argument"),
+        (
+            ("a cat", "--negative-prompt", "-cold"),
+            "expected one argument (a text that begins with '-' is given as --negative-prompt=TEXT)",
+        ),
     ],
 )
 def test_one_prompt_is_expected(tmp_path: Path, line: tuple[str, ...], said: str) -> None:

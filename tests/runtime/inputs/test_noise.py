@@ -140,8 +140,8 @@ def test_bad_seeds(seed, shown):
     with pytest.raises(InputError) as caught:
         Generator(seed)
     message = str(caught.value)
-    assert message.startswith("The seed is ") and shown in message.split(": expected")[0]
-    assert message.endswith("expected an integer from 0 to 2**64-1 (18446744073709551615).")
+    assert message.startswith("the seed is ") and shown in message.split(": expected")[0]
+    assert message.endswith("expected an integer from 0 to 2**64-1 (18446744073709551615)")
 
 
 def test_the_message_for_a_huge_seed_is_short():

@@ -267,8 +267,8 @@ def test_unreadable_files(tmp_path, content):
     with pytest.raises(BundleError) as caught:
         Tokenizer(path, max_length=LENGTH, pad_token="!", pad_id=0)
     message = str(caught.value)
-    assert message.startswith(f"The tokenizer {path} cannot be read (")
-    assert message.endswith("): build the bundle again with `build-engine`.")
+    assert message.startswith(f"the tokenizer {path} cannot be read (")
+    assert message.endswith("): build the bundle again with build-engine")
 
 
 def test_a_contradictory_padding_token(tmp_path):
@@ -278,8 +278,8 @@ def test_a_contradictory_padding_token(tmp_path):
     with pytest.raises(BundleError) as caught:
         Tokenizer(path, max_length=LENGTH, pad_token="<|endoftext|>", pad_id=0)
     assert str(caught.value) == (
-        f"The tokenizer {path} gives the padding token '<|endoftext|>' the id 49407, but the bundle says 0: "
-        "build the bundle again with `build-engine`."
+        f"the tokenizer {path} gives the padding token '<|endoftext|>' the id 49407, but the bundle says 0: "
+        "build the bundle again with build-engine"
     )
 
 
@@ -309,17 +309,17 @@ def test_good_prompts_come_back(prompt):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        (None, "The prompt is of type NoneType: expected a str."),
-        (b"a cat", "The prompt is of type bytes: expected a str."),
-        (["a cat"], "The prompt is of type list: expected a str."),
-        ("\0", "The prompt holds a NUL character at position 0: expected text without any."),
-        ("a\0cat", "The prompt holds a NUL character at position 1: expected text without any."),
+        (None, "the prompt is of type NoneType: expected a str"),
+        (b"a cat", "the prompt is of type bytes: expected a str"),
+        (["a cat"], "the prompt is of type list: expected a str"),
+        ("\0", "the prompt holds a NUL character at position 0: expected text without any"),
+        ("a\0cat", "the prompt holds a NUL character at position 1: expected text without any"),
         (
             "cat \ud83d!",
-            "The prompt holds the lone surrogate U+D83D at position 4: expected text that can be written as UTF-8.",
+            "the prompt holds the lone surrogate U+D83D at position 4: expected text that can be written as UTF-8",
         ),
-        ("x" * 32769, "The prompt is 32,769 bytes long as UTF-8: expected at most 32,768 (32 KiB)."),
-        ("é" * 16385, "The prompt is 32,770 bytes long as UTF-8: expected at most 32,768 (32 KiB)."),
+        ("x" * 32769, "the prompt is 32,769 bytes long as UTF-8: expected at most 32,768 (32 KiB)"),
+        ("é" * 16385, "the prompt is 32,770 bytes long as UTF-8: expected at most 32,768 (32 KiB)"),
     ],
 )
 def test_bad_prompts(prompt, message):
@@ -328,4 +328,4 @@ def test_bad_prompts(prompt, message):
     assert str(caught.value) == message
     with pytest.raises(InputError) as caught:
         check_prompt(prompt, argument="negative_prompt")
-    assert str(caught.value) == message.replace("The prompt", "The negative_prompt")
+    assert str(caught.value) == message.replace("the prompt", "the negative_prompt")
