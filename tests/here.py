@@ -66,7 +66,7 @@ def _keep_the_exporter() -> None:
 
 
 FOLDER: list[Path] = []
-"""Where traced graphs are kept; conftest says so."""
+"""Where traced graphs are kept; a fixture says so."""
 
 WHOLE = ("unet", "")
 """The components of which each graph has all weights, so that it does not matter which of them are traced together."""

@@ -20,11 +20,12 @@ def locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
 def key(root: Path, packages: tuple[str, ...]) -> str:
     """Return a hash of all that a bundle of the tests depends on.
 
-    That is every file of the packages and `tests/conftest.py`, which has the arguments, the version of each installed
+    That is every file of the packages, the tests' modules that have the arguments, the version of each installed
     distribution, and the kind of CPU, because PyTorch's random weights differ between them in the last bits.
     """
     files = [path for name in packages for path in (root / name).rglob("*") if "__pycache__" not in path.parts]
-    files = sorted(path for path in [*files, root / "tests/conftest.py"] if path.is_file())
+    own = [root / "tests" / name for name in ("conftest.py", "fixtures.py")]
+    files = sorted(path for path in [*files, *own] if path.is_file())
     found = [f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
     found += sorted({f"{distribution.name} {distribution.version}" for distribution in metadata.distributions()})
     with contextlib.suppress(OSError):
