@@ -19,7 +19,7 @@ import torch
 from kept import locked
 from safetensors.torch import load_file
 
-from turbochain.engines import BuildResult, build
+from turbochain.engines import BuildResult, build, jobs
 from turbochain.export import api
 from turbochain.export.chains import Placed
 from turbochain.export.order import Recipe
@@ -48,6 +48,10 @@ class Here(Phases):
         result = self.trace(**arguments) if job.endswith("export.jobs:graphs") else self._do(job, arguments)
         self.reports.append(PhaseReport(name, time.perf_counter() - start, 0))
         return strict_json.plain(result)
+
+    def release(self) -> None:
+        """End what a process would end with."""
+        jobs.close()
 
     def trace(self, **arguments: Any) -> dict[str, Graph]:
         """Trace the graphs of a component, or copy what another build has traced."""
