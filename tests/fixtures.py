@@ -27,12 +27,13 @@ import pytest
 import torch
 import torch.fx.config
 from conftest import BATCH, FAMILIES, ON, ON_ARGUMENTS, PACKAGES, ROOT, SIZE, BundleFactory
-from here import build_here
+from here import build_here, phases_here
 from kept import locked
 from torch._export import utils as exported_utils
 from torch.onnx._internal.exporter import _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from turbochain.export import export
 from turbochain.export.sources import synthetic
 from turbochain.runtime import Bundle
 from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
@@ -111,43 +112,31 @@ def bundle_of(checkpoints: dict[str, Path], shared: Path) -> BundleFactory:
 
 
 @pytest.fixture(scope="session")
-def interrupted(checkpoints: dict[str, Path], shared: Path) -> Path:
+def interrupted(checkpoints: dict[str, Path], shared: Path, wheel: Path) -> Path:
     """A checkpoint with `x.bundle` in it, whose build was interrupted, and what was said; see `interrupted.build`.
 
-    SDXL, one picture of 72×88 per pass, with 1 to 4 steps. Tests must not change it.
+    SDXL, one picture of 72×88 per pass, with 1 to 4 steps. An installed wheel built it, with no network, and
+    `interrupted-home` as its home. Tests must not change it.
     """
-    folder = shared / "interrupted"
+    folder, home = shared / "interrupted", shared / "interrupted-home"
     with locked(shared / "interrupted.lock"):
         if not (folder / "x.bundle").exists():
             interruption.write_source(checkpoints["sdxl"], folder)
-            interruption.build(folder, *ON_ARGUMENTS)
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(outside.installed(home))
+            interruption.build(folder, home, *ON_ARGUMENTS)
     return folder
 
 
-EXPORTED = """
-import sys
-print(export("demo", sys.argv[1], steps=(1, 2, 4), tasks=sys.argv[2:], quiet=True))
-print(sys.modules["turbochain.export"].__file__)
-assert not {"torch", "diffusers", "transformers", "onnx"} & set(sys.modules)
-"""
-
-
 @pytest.fixture(scope="session")
-def exported(shared: Path, wheel: Path) -> Path:
-    """The demo model's bundle for text-to-image in 1, 2 and 4 steps without an engine, made by an installed wheel.
-
-    The process that asked for it printed nothing of its own, and loaded none of the exporter's libraries. It had no
-    network, and `exported-home` as its home. Tests must not change it.
-    """
-    path, home = shared / "exported" / "demo.bundle", shared / "exported-home"
+def exported(shared: Path) -> Path:
+    """The demo model's bundle for text-to-image in 1, 2 and 4 steps without an engine. Tests must not change it."""
+    path = shared / "exported" / "demo.bundle"
     with locked(shared / "exported.lock"):
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(outside.installed(home))
-            done = outside.run(sys.executable, "-c", EXPORTED, path, TEXT_TO_IMAGE, home=home, cwd=path.parent)
-            own = outside.installed(home) / "turbochain/export/__init__.py"
-            assert (done.stdout, done.stderr, done.returncode) == (f"{path}\n{own}\n", "", 0), done
+            with phases_here():
+                assert export("demo", path, steps=(1, 2, 4), tasks=[TEXT_TO_IMAGE], quiet=True) == path
     return path
 
 

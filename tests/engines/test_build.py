@@ -153,12 +153,13 @@ def test_the_result_as_json(sd: Path) -> None:
     assert all(c["passed"] for c in result["checks"][CHAIN]) and result["folder"] == f"{sd}/engines/{result['engine']}"
 
 
-def test_peaks_are_those_of_the_phase(sd: Path, copy_of) -> None:
-    """Not of the process that started it: this one has torch in it."""
+def test_peaks_are_those_of_the_phase(sd: Path, copy_of, capfd: pytest.CaptureFixture[str]) -> None:
+    """Not of the process that started it: this one has torch in it. A quiet build says nothing."""
     bundle, ballast = copy_of(sd), b"turbochain" * 60_000_000
     shutil.rmtree(bundle / "engines")
     peaks = [phase.peak_bytes for phase in build(str(bundle), chains=[CHAIN], quiet=True, **ON).phases]
     assert len(ballast) == 600e6 and all(20e6 < peak < 500e6 for peak in peaks), peaks
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_default_name(tmp_path: Path, sd: Path, copy_of) -> None:
@@ -248,6 +249,8 @@ def test_a_full_disk_a_kill_and_two_at_once(interrupted: Path) -> None:
     assert said.startswith("build-engine: error: ") and "no space left" in said and "Traceback" not in full
     assert sorted([phases(first), phases(second)]) == [[], whole[3:]], (first, second)
     assert (first + second).count("waiting: another build of disk/x.bundle.partial is running") == 1
+    known = (" s", " …"), ("backend ", "waiting: ")
+    assert all(line.endswith(known[0]) or line.startswith(known[1]) for line in (first + second).splitlines()), first
     told = sorted((interrupted / f"{name}.out").read_text() for name in ("first", "second"))
     assert all("disk/x.bundle: " in text for text in told)
     assert sum("nothing to do: it is built and verified already" in text for text in told) == 1
