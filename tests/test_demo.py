@@ -15,7 +15,7 @@ import pytest
 import scenes
 import score
 import torch
-from conftest import ON, ON_ARGUMENTS, called, command
+from conftest import ON, ON_ARGUMENTS, called
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from here import build_here
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -207,7 +207,7 @@ def test_demo_is_the_models_name_wherever_it_is_called(bundle: Path, tmp_path: P
     """Also where a folder has that name: `./demo` is the folder."""
     (tmp_path / "demo").mkdir()
     asked = ("--tasks", TEXT_TO_IMAGE, "--steps", "1,2,4", *ON_ARGUMENTS)
-    again = command("build-engine", "demo", "-o", bundle, *asked, cwd=tmp_path)
+    again = called("build-engine", "demo", "-o", bundle, *asked, cwd=tmp_path)
     assert again.stdout.count("nothing to do") == 1
     said = called("build-engine", "./demo", "-o", "x.bundle", cwd=tmp_path)
     assert said.returncode == 2 and "has no model_index.json" in said.stderr
