@@ -132,9 +132,11 @@ class _Build:
             "device": self.order.device,
         }
 
-    def _is_small(self) -> bool:
+    def _keeps(self) -> bool:
+        """Return whether the process that compiled a graph goes on: what it has loaded is what is verified next."""
         files = {file for chain in self.wanted for graph in chain.graphs.values() for file in graph.data}
-        return sum(self.bundle.manifest.files[file].size for file in files) <= SMALL
+        small = sum(self.bundle.manifest.files[file].size for file in files) <= SMALL
+        return small or builders.get(self.key.backend).reads_graphs
 
     def _compile(self, name: str, chosen: dict[str, Any]) -> EngineGraph:
         """Compile a graph, unless a build that was interrupted did."""
@@ -144,7 +146,7 @@ class _Build:
         def compile() -> dict[str, Any]:
             more = {"target": self.order.target, "cache": str(self._cache()), "name": name}
             how = self._arguments(chosen) | more
-            written = self.phases.run(f"compile {name}", f"{JOBS}:compile", keep=self._is_small(), **how)
+            written = self.phases.run(f"compile {name}", f"{JOBS}:compile", keep=self._keeps(), **how)
             report = self.phases.reports[-1]
             return {"files": written, "seconds": report.seconds, "peak_bytes": report.peak_bytes}
 
