@@ -20,6 +20,7 @@ from turbochain.runtime.errors import InputError, NoSpace, PhaseDied, Turbochain
 from turbochain.runtime.selection import Found
 
 Checks = dict[str, tuple[Check, ...]]
+JOBS = "turbochain.engines.jobs"
 
 
 def install(phases: Phases, bundle: Bundle, order: EngineOrder, folder: Path) -> Found:
@@ -131,10 +132,11 @@ class _Build:
             "device": self.order.device,
         }
 
-    def _run(self, phase: str, job: str, **arguments: Any) -> Any:
+    def _keeps(self) -> bool:
+        """Return whether the process that compiled a graph goes on: what it has loaded is what is verified next."""
         files = {file for chain in self.wanted for graph in chain.graphs.values() for file in graph.data}
         small = sum(self.bundle.manifest.files[file].size for file in files) <= SMALL
-        return self.phases.run(phase, f"turbochain.engines.jobs:{job}", keep=small, **arguments)
+        return small or builders.get(self.key.backend).reads_graphs
 
     def _compile(self, name: str, chosen: dict[str, Any]) -> EngineGraph:
         """Compile a graph, unless a build that was interrupted did."""
@@ -143,7 +145,8 @@ class _Build:
 
         def compile() -> dict[str, Any]:
             more = {"target": self.order.target, "cache": str(self._cache()), "name": name}
-            written = self._run(f"compile {name}", "compile", **more, **self._arguments(chosen))
+            how = self._arguments(chosen) | more
+            written = self.phases.run(f"compile {name}", f"{JOBS}:compile", keep=self._keeps(), **how)
             report = self.phases.reports[-1]
             return {"files": written, "seconds": report.seconds, "peak_bytes": report.peak_bytes}
 
@@ -177,7 +180,8 @@ class _Build:
 
     def _check(self, chain: str, candidate: dict[str, Any]) -> tuple[Check, ...]:
         """Verify a chain; return its checks, or raise VerificationError."""
-        found = self._run(f"verify {chain}", "check", chain=chain, **self._arguments({**self.key.options, **candidate}))
+        how = self._arguments({**self.key.options, **candidate}) | {"chain": chain}
+        found = self.phases.run(f"verify {chain}", f"{JOBS}:check", keep=True, **how)  # chains have graphs in common
         checks = tuple(Check(**c) for c in found)
         try:
             verify.require(checks)

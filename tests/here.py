@@ -19,7 +19,7 @@ import torch
 from kept import locked
 from safetensors.torch import load_file
 
-from turbochain.engines import BuildResult, build
+from turbochain.engines import BuildResult, build, jobs
 from turbochain.export import api
 from turbochain.export.chains import Placed
 from turbochain.export.phases.phases import PhaseReport, Phases
@@ -49,6 +49,10 @@ class Here(Phases):
         self.reports.append(PhaseReport(name, time.perf_counter() - start, 0))
         return strict_json.plain(result)
 
+    def release(self) -> None:
+        """End what a process would end with."""
+        jobs.close()
+
     def trace(self, **arguments: Any) -> dict[str, Graph]:
         """Trace the graphs of a component, or copy what another build has traced."""
         return _Traced(**arguments).graphs()
@@ -66,7 +70,7 @@ def _keep_the_exporter() -> None:
 
 
 FOLDER: list[Path] = []
-"""Where traced graphs are kept; conftest says so."""
+"""Where traced graphs are kept; a fixture says so."""
 
 WHOLE = ("unet", "")
 """The components of which each graph has all weights, so that it does not matter which of them are traced together."""

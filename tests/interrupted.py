@@ -2,13 +2,21 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import outside
 from safetensors.torch import load_file, save_file
 
-BUILD = Path(sys.executable).with_name("build-engine")
+BUILD = """
+import os, sys
+from pathlib import Path
+from turbochain.engines import cli
+status = cli.main()
+assert Path(cli.__file__).is_relative_to(os.environ["PYTHONPATH"]), cli.__file__
+assert not {"torch", "diffusers", "transformers", "onnx"} & set(sys.modules)
+sys.exit(status)
+"""
 SIZE = (72, 88)  # latents of 9×11, which do not halve evenly: diffusers gives the UNet's upsamplers their sizes
 STORY = """
 mount -t tmpfs -o size=200m none disk
@@ -50,15 +58,15 @@ def _change(path: Path, key: str, before: object, after: object) -> None:
     path.write_text(json.dumps(config | {key: after}))
 
 
-def build(folder: Path, *machine: str) -> None:
+def build(folder: Path, home: Path, *machine: str) -> None:
     """Build `x.bundle` of the checkpoint `folder`, in it, and leave there what each command said.
 
-    On a small file system in a mount namespace of its own, which needs no privilege.
+    On a small file system in a mount namespace of its own, which needs no privilege, with no network, and by what is
+    installed in `home` (see `outside`); the commands load none of the exporter's libraries.
     """
     (folder / "disk").mkdir()
-    own = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", STORY, "sh"]
+    own = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", STORY, "sh")
     shape = ("--precision", "fp32", "--size", "x".join(map(str, SIZE)), "--steps", "1-4")
-    tasks = ("--tasks", "text-to-image")
-    line = [*own, str(BUILD), ".", "-o", "disk/x.bundle", *shape, *tasks, *machine]
-    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=500)
-    assert done.stdout.split() == TOLD.split(), done
+    line = (*own, sys.executable, "-c", BUILD, ".", "-o", "disk/x.bundle", *shape, "--tasks", "text-to-image", *machine)
+    done = outside.run(*line, home=home, cwd=folder)
+    assert (done.stdout.split(), done.returncode) == (TOLD.split(), 0), done

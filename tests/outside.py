@@ -32,7 +32,7 @@ def run(*arguments: object, home: Path, **options: object) -> subprocess.Complet
     own = {"HOME": str(home), "TMPDIR": str(home / "tmp"), "PYTHONPATH": str(installed(home))}
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_", "ORT_"))}
     line = [sys.executable, __file__, *map(str, arguments)]
-    more = {"env": {**kept, **own, "PYTHONDONTWRITEBYTECODE": "1"}, "timeout": 600, **options}
+    more = {"env": {**kept, **own}, "timeout": 600, **options}
     return subprocess.run(line, capture_output=True, text=True, **more)  # type: ignore[call-overload, no-any-return]
 
 

@@ -273,7 +273,8 @@ def test_a_source_that_is_not_there(tmp_path: Path, case: str) -> None:
 
 def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "sd.safetensors").write_bytes(b"x")
-    said = refused(command("build-engine", "sd.safetensors", cwd=tmp_path))
+    with phases_here():
+        said = refused(called("build-engine", "sd.safetensors", cwd=tmp_path))
     assert "sd.safetensors is damaged" in said and "download it again" in said
     assert [p.name for p in tmp_path.iterdir()] == ["sd.safetensors"]
 
@@ -326,12 +327,19 @@ def test_usage(tmp_path: Path, options: list[str]) -> None:
     assert done.returncode == 2 and "usage: build-engine" in done.stderr and "build-engine: error: " in done.stderr
 
 
-def test_too_little_memory_is_told_before_the_work(tmp_path: Path) -> None:
-    def weights_have_no_room() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**23, 2**23))
+@pytest.fixture
+def no_room_for_weights() -> Iterator[None]:
+    """Let no file grow over eight megabytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**23, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    order = ("build-engine", "synthetic:sdxl-turbo", "--size", "8192x8192")
-    said = refused(command(*order, cwd=tmp_path, preexec_fn=weights_have_no_room))
+
+@pytest.mark.usefixtures("no_room_for_weights")
+def test_too_little_memory_is_told_before_the_work(tmp_path: Path) -> None:
+    with phases_here():
+        said = refused(called("build-engine", "synthetic:sdxl-turbo", "--size", "8192x8192", cwd=tmp_path))
     assert "too little room: the phase" in said and "of memory" in said and "--force tries all the same" in said
     assert not list(tmp_path.iterdir())
 

@@ -53,7 +53,7 @@ def without_torch(code: str, *arguments: object) -> subprocess.CompletedProcess[
 def test_a_second_build_does_nothing(sd: Path, checkpoints: dict[str, Path]) -> None:
     before = sizes(sd)
     for source in (checkpoints["sd"], sd):
-        done = command("build-engine", source, "-o", sd, "--size", "64x64", "--steps", "1-4", *ON_ARGUMENTS)
+        done = called("build-engine", source, "-o", sd, "--size", "64x64", "--steps", "1-4", *ON_ARGUMENTS)
         assert done.returncode == 0 and "nothing to do: it is built and verified already" in done.stdout, done
         assert phases(done.stderr) == []
     assert sizes(sd) == before
@@ -79,7 +79,7 @@ def test_a_new_engine_imports_no_torch(sd: Path, copy_of) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{ENGINE}\n" and phases(done.stderr) == ENGINE
     assert [p.name for p in bundle.glob("engines/*")] == [p.name for p in sd.glob("engines/*")]
-    assert command("turbochain", "verify", bundle).returncode == 0
+    assert called("turbochain", "verify", bundle).returncode == 0
 
 
 @pytest.mark.parametrize("damage", ["{", pytest.param('{"format_version": 2}', marks=pytest.mark.full)])
@@ -87,7 +87,7 @@ def test_a_damaged_engine_is_built_again(sd: Path, copy_of, damage: str) -> None
     bundle = copy_of(sd)
     (engine,) = bundle.glob("engines/*/engine.json")
     engine.write_text(damage)
-    done = command("build-engine", bundle, "--chains", CHAIN, *ON_ARGUMENTS)
+    done = called("build-engine", bundle, "--chains", CHAIN, *ON_ARGUMENTS)
     assert done.returncode == 0 and phases(done.stderr) == TEXT, done
     assert [p.name for p in bundle.glob("engines/*/*")] == ["engine.json"]
     with Pipeline.load(bundle) as pipe:
@@ -115,7 +115,7 @@ def test_an_engine_that_fails_is_not_installed(sd: Path, copy_of, case: str) -> 
     shutil.rmtree(bundle / "engines")
     edit_tables(bundle, mutate)
     before = sizes(bundle)
-    done = command("build-engine", bundle, *ON_ARGUMENTS)
+    done = called("build-engine", bundle, *ON_ARGUMENTS)
     assert (done.returncode, done.stdout) == (1, ""), done
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"build-engine: error: chain {CHAIN}: the result differs from what diffusers produced: ")
@@ -146,19 +146,20 @@ def test_the_summary_and_the_phases(sd: Path, copy_of) -> None:
 
 
 def test_the_result_as_json(sd: Path) -> None:
-    done = command("build-engine", sd, "--json", *ON_ARGUMENTS)
+    done = called("build-engine", sd, "--json", *ON_ARGUMENTS)
     result = json.loads(done.stdout)
     assert result["bundle"] == str(sd) and result["phases"] == [] and result["backend"] == "onnxruntime"
     assert result["precision"] == dict.fromkeys(GRAPHS, "fp32") and result["checks"][CHAIN]
     assert all(c["passed"] for c in result["checks"][CHAIN]) and result["folder"] == f"{sd}/engines/{result['engine']}"
 
 
-def test_peaks_are_those_of_the_phase(sd: Path, copy_of) -> None:
-    """Not of the process that started it: this one has torch in it."""
+def test_peaks_are_those_of_the_phase(sd: Path, copy_of, capfd: pytest.CaptureFixture[str]) -> None:
+    """Not of the process that started it: this one has torch in it. A quiet build says nothing."""
     bundle, ballast = copy_of(sd), b"turbochain" * 60_000_000
     shutil.rmtree(bundle / "engines")
     peaks = [phase.peak_bytes for phase in build(str(bundle), chains=[CHAIN], quiet=True, **ON).phases]
     assert len(ballast) == 600e6 and all(20e6 < peak < 500e6 for peak in peaks), peaks
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_default_name(tmp_path: Path, sd: Path, copy_of) -> None:
@@ -172,10 +173,10 @@ def test_the_default_name(tmp_path: Path, sd: Path, copy_of) -> None:
         "x.y": "x.y",
     }.items():
         (tmp_path / f"{name}.bundle").mkdir(exist_ok=True)
-        done = command("build-engine", source, cwd=tmp_path)
+        done = called("build-engine", source, cwd=tmp_path)
         assert f"error: {name}.bundle exists and is not a bundle" in done.stderr
     bundle = copy_of(sd)
-    done = command("build-engine", bundle, *ON_ARGUMENTS, cwd=tmp_path / "hub")
+    done = called("build-engine", bundle, *ON_ARGUMENTS, cwd=tmp_path / "hub")
     assert done.stdout.count(f"{bundle}: nothing to do") == 1
 
 
@@ -196,7 +197,7 @@ def test_a_bundle_is_copied_without_torch(sd: Path, tmp_path: Path) -> None:
 def test_a_damaged_bundle_is_not_copied(sd: Path, copy_of, tmp_path: Path) -> None:
     bundle = copy_of(sd)
     (bundle / "graphs/unet.fp32-0.data").unlink()
-    done = command("build-engine", bundle, "-o", tmp_path / "copy.bundle", *ON_ARGUMENTS)
+    done = called("build-engine", bundle, "-o", tmp_path / "copy.bundle", *ON_ARGUMENTS)
     assert (
         done.returncode == 2
         and "'graphs/unet.fp32-0.data' is missing" in done.stderr
@@ -248,6 +249,8 @@ def test_a_full_disk_a_kill_and_two_at_once(interrupted: Path) -> None:
     assert said.startswith("build-engine: error: ") and "no space left" in said and "Traceback" not in full
     assert sorted([phases(first), phases(second)]) == [[], whole[3:]], (first, second)
     assert (first + second).count("waiting: another build of disk/x.bundle.partial is running") == 1
+    known = (" s", " …"), ("backend ", "waiting: ")
+    assert all(line.endswith(known[0]) or line.startswith(known[1]) for line in (first + second).splitlines()), first
     told = sorted((interrupted / f"{name}.out").read_text() for name in ("first", "second"))
     assert all("disk/x.bundle: " in text for text in told)
     assert sum("nothing to do: it is built and verified already" in text for text in told) == 1

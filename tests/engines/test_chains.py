@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ON, ON_ARGUMENTS, command
+from conftest import ON, ON_ARGUMENTS, called, command
 from here import build_here
 from second_chain import FIRST, GRAPH, SECOND, add_second_chain, edit_json, record
 
@@ -85,10 +85,10 @@ def test_the_chains_that_are_asked_for(bundle: Path) -> None:
     done = command("build-engine", bundle, "--chains", SECOND, *ON_ARGUMENTS)
     assert done.returncode == 0 and "compile unet" not in done.stderr and f"compile {GRAPH}" in done.stderr, done
     assert f"chain {FIRST}\nstage " in done.stdout and f"chain {SECOND}\nstage " in done.stdout
-    again = command("build-engine", bundle, "--chains", f"{FIRST},{SECOND}", *ON_ARGUMENTS)
+    again = called("build-engine", bundle, "--chains", f"{FIRST},{SECOND}", *ON_ARGUMENTS)
     assert "nothing to do: it is built and verified already" in again.stdout
     for wrong in ("third", f"{FIRST},third"):
-        refused = command("build-engine", bundle, "--chains", wrong, *ON_ARGUMENTS)
+        refused = called("build-engine", bundle, "--chains", wrong, *ON_ARGUMENTS)
         assert refused.returncode == 2 and f"no chain third in {bundle}: choose --chains from " in refused.stderr
         assert f"{FIRST}, {SECOND}" in refused.stderr
     for wrong_type in ([], FIRST):
@@ -177,7 +177,7 @@ def test_a_chain_for_which_bf16_will_not_do(bundle: Path) -> None:
 
 def test_engines_are_kept_elsewhere(bundle: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "some" / "where"
-    done = command("build-engine", bundle, "--engines", elsewhere, "--json", *ON_ARGUMENTS)
+    done = called("build-engine", bundle, "--engines", elsewhere, "--json", *ON_ARGUMENTS)
     result = json.loads(done.stdout)
     assert result["folder"] == str(elsewhere / result["engine"]) and not (bundle / "engines").exists()
     assert [p.name for p in elsewhere.iterdir()] == [result["engine"]]

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import diffusers
 import pytest
-from test_schedule import BOUND, LINEAR, check_table, follow, largest_error, sampler
+from samplers import BOUND, sampler
+from test_schedule import LINEAR, check_table, follow, largest_error
 
 from turbochain.export import schedule
 from turbochain.export.run import Run

@@ -3,8 +3,6 @@
 import copy
 import dataclasses
 import inspect
-import json
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +13,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as image_to_image
-from diffusers.schedulers import scheduling_euler_ancestral_discrete as euler_ancestral
+from samplers import BETAS, BOUND, OF_EULER, sampler, write
 
-from turbochain.export import load, schedule, tables, tasks
-from turbochain.export.chains import Layout
-from turbochain.export.families import Shape
-from turbochain.export.recording import Call, record_call
+from turbochain.export import load, schedule, tables
 from turbochain.export.requested import Requested
 from turbochain.export.run import Run
 from turbochain.export.sources.checkpoint import Checkpoint
@@ -32,10 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 SHAPE = (2, 4, 3, 5)
-BOUND = 1e-4  # relative L2; schedulers cancel in fp32: up to 2.6e-5 was measured, a clipped one is off by 0.26 or more
-OF_EULER = {key: value for key, value in BETAS.items() if key != "clip_sample"}
 CLASSES = sorted(
     name for name in dir(diffusers) if name.endswith("Scheduler") and inspect.isclass(getattr(diffusers, name))
 )
@@ -61,18 +53,6 @@ VARIATIONS: tuple[dict[str, Any], ...] = (
     {"clip_denoised": False},
     {"predictor_order": 3, "corrector_order": 3},
 )
-
-
-def write(folder: Path, name: str, pipeline: str, **options: Any) -> Checkpoint:
-    """As much of a checkpoint as says which scheduler it has."""
-    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-    (folder / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": name, **options}))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline, "scheduler": ["diffusers", name]}))
-    return Checkpoint(folder, None)
-
-
-def sampler(name: str, **options: Any) -> Any:
-    return getattr(diffusers, name).from_config({**BETAS, **options})
 
 
 @dataclasses.dataclass
@@ -321,107 +301,6 @@ def test_one_K_for_several_step_counts_and_tasks(checkpoints: dict[str, Path]) -
             assert largest_error(wide, follow(scheduler, Run(steps), replaced)[1], replaced) <= BOUND
 
 
-@pytest.mark.parametrize("limit", [0.5, 10.0, 1000.0])
-def test_a_sampler_that_clips_is_refused(limit: float) -> None:
-    clipping = sampler("DDIMScheduler", clip_sample=True, clip_sample_range=limit)
-    with pytest.raises(InputError, match=r"DDIMScheduler has clip_sample=True in its config.*set clip_sample to false"):
-        schedule.tabulate(clipping, Run(4))
-
-
-def test_thresholding_is_named_if_it_is_the_reason() -> None:
-    with pytest.raises(InputError, match=r"DPMSolverMultistepScheduler has thresholding=True in its config"):
-        schedule.tabulate(sampler("DPMSolverMultistepScheduler", thresholding=True), Run(2))
-    with pytest.raises(InputError, match=r"has clip_sample=True and thresholding=True .*set clip_sample and thres"):
-        schedule.tabulate(sampler("DDPMScheduler", thresholding=True, clip_sample=True), Run(2))
-    with pytest.raises(InputError, match="has no rows after 2 of 2 steps"):  # not the reason
-        schedule.tabulate(sampler("DDIMScheduler", clip_sample=True), Run(2, begin=2))
-
-
-class NoiseOfItsOwn(diffusers.EulerDiscreteScheduler):
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().step(*args, **kwargs)
-        return (result[0] + torch.randn(result[0].shape, generator=torch.Generator().manual_seed(3)),)
-
-
-class Squaring(diffusers.EulerDiscreteScheduler):
-    def step(self, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
-        return super().step(model_output * model_output, timestep, sample, **kwargs)
-
-
-class BentAtFirst(diffusers.EulerDiscreteScheduler):
-    """By a thousandth, in the first step alone."""
-
-    def step(self, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
-        bend = 0 if self.step_index else 1e-3
-        return super().step(model_output + bend * model_output.abs(), timestep, sample, **kwargs)
-
-
-class Rounding(diffusers.EulerDiscreteScheduler):
-    def step(self, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
-        return super().step((model_output * 10).round() / 10, timestep, sample, **kwargs)
-
-
-class KeepingNear(diffusers.EulerDiscreteScheduler):
-    """It draws a sample that is far from its own last result towards that, which inpainting would notice."""
-
-    last: Any = None
-
-    def step(self, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
-        if self.last is not None:
-            sample = self.last + (sample - self.last).clamp(-300, 300)
-        (self.last, *_) = result = super().step(model_output, timestep, sample, **kwargs)
-        return result
-
-
-class DrawingTwice(diffusers.EulerAncestralDiscreteScheduler):
-    def step(self, model_output: Any, timestep: Any, sample: Any, generator: Any = None, **kwargs: Any) -> Any:
-        euler_ancestral.randn_tensor(sample.shape, generator=generator)
-        return super().step(model_output, timestep, sample, generator, **kwargs)
-
-
-class Shifting(diffusers.EulerDiscreteScheduler):
-    def scale_model_input(self, sample: Any, timestep: Any) -> Any:
-        return super().scale_model_input(sample, timestep).roll(1, -1)
-
-
-class NotANumberWhenLarge(diffusers.EulerDiscreteScheduler):
-    def step(self, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
-        return super().step(model_output.where(model_output.abs() < 100, torch.nan), timestep, sample, **kwargs)
-
-
-class MixingPictures(diffusers.EulerDiscreteScheduler):
-    def step(self, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
-        mixed = model_output.mean(0, keepdim=True).expand_as(model_output)
-        return super().step(mixed, timestep, sample, **kwargs)
-
-
-class Masked(diffusers.EulerDiscreteScheduler):
-    def step(self, model_output: Any, timestep: Any, sample: Any, mask: Any, **kwargs: Any) -> Any:  # type: ignore
-        return super().step(model_output * mask, timestep, sample, **kwargs)
-
-
-@pytest.mark.parametrize(
-    ("cls", "reason"),
-    [
-        (NoiseOfItsOwn, "adds noise that is not the generator's"),
-        (Squaring, "computes something that is not linear"),
-        (BentAtFirst, "computes something that is not linear"),
-        (Rounding, "computes something that is not linear"),
-        (KeepingNear, "computes something that is not linear"),
-        (DrawingTwice, "draws noise 2 times in one step"),
-        (Shifting, "does not scale the latents by one number"),
-        (NotANumberWhenLarge, "computes something that is not linear"),
-        (MixingPictures, "computes something that is not linear"),
-        (Masked, "needs mask in every step, which the diffusers pipelines do not give"),
-        (diffusers.FlowMatchEulerDiscreteScheduler, "has no .*add_noise.*, which the diffusers pipelines use"),
-        (diffusers.RePaintScheduler, "needs original_image, mask in every step"),
-    ],
-)
-def test_why_a_scheduler_is_refused(cls: Any, reason: str) -> None:
-    with pytest.raises(InputError, match=f"the scheduler {cls.__name__} {reason}.*name another class .Euler"):
-        schedule.tabulate(cls(), Run(2))
-
-
 def test_a_class_of_the_checkpoints_author_has_the_table_of_its_parent() -> None:
     """It stands in another module than the code that draws."""
 
@@ -433,17 +312,6 @@ def test_a_class_of_the_checkpoints_author_has_the_table_of_its_parent() -> None
     assert np.array_equal(table.w, expected.w) and table.w.any()
 
 
-def test_steps_that_the_scheduler_itself_refuses() -> None:
-    with pytest.raises(InputError, match=r"LCMScheduler cannot be used .* set_timesteps\(51\): .*original_steps"):
-        schedule.tabulate(sampler("LCMScheduler"), Run(51))
-
-
-def test_a_package_that_a_scheduler_needs_and_that_is_missing(tmp_path: Path) -> None:
-    checkpoint = write(tmp_path, "DPMSolverSDEScheduler", "StableDiffusionPipeline", **BETAS)
-    with pytest.raises(InputError, match=r"DPMSolverSDEScheduler (cannot be loaded .*torchsde|adds noise).*another"):
-        schedule.tabulate(load.scheduler(checkpoint), Run(2))
-
-
 def test_a_table_leaves_the_scheduler_as_it_was() -> None:
     scheduler = sampler("EulerAncestralDiscreteScheduler", timestep_spacing="trailing")
     scheduler.set_timesteps(10)
@@ -453,99 +321,3 @@ def test_a_table_leaves_the_scheduler_as_it_was() -> None:
         np.array_equal(getattr(first, field.name), getattr(second, field.name)) for field in dataclasses.fields(first)
     )
     assert torch.equal(scheduler.timesteps, before) and dict(scheduler.config) == config
-
-
-def test_the_module_draws_as_before_after_a_refusal() -> None:
-    before = euler_ancestral.randn_tensor
-    schedule.tabulate(sampler("EulerAncestralDiscreteScheduler"), Run(2))
-    with pytest.raises(InputError):
-        schedule.tabulate(sampler("EulerAncestralDiscreteScheduler", prediction_type="sample"), Run(2))
-    assert euler_ancestral.randn_tensor is before
-
-
-@pytest.fixture(scope="module")
-def pipeline(checkpoints: dict[str, Path]) -> Any:
-    pipeline = load.pipeline(Checkpoint(checkpoints["sd"], None))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def check_recording(pipeline: Any, checkpoint: Checkpoint, table: Table, steps: int) -> None:
-    """Run diffusers' pipeline: the table must make each recorded result of what was recorded before it."""
-    family, shape = checkpoint.family, Shape(64, 64, 1, table.K)
-    layout = Layout(family, checkpoint.configs, tasks.find(["text-to-image"]), [shape])
-    chain = layout.chain(layout.tasks[0], shape, {}, {})
-    call = Call("text-to-image", str(steps), [], ["a"], 5, steps)
-    timesteps: list[float] = []
-    hook = pipeline.unet.time_proj.register_forward_hook(lambda _, args, __: timesteps.append(float(args[0][0])))
-    with torch.inference_mode():
-        got = record_call(pipeline, checkpoint, chain, call)
-    hook.remove()
-    assert table.timesteps[table.index].tolist() == timesteps and len(got["latents"]) == table.rows
-    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5)).numpy()
-    np.testing.assert_allclose(got["latents"][0], table.init_noise_sigma * start, rtol=1e-6)
-    assert (table.draws_noise <= got["noise"].any(axis=(1, 2, 3, 4))).all()
-    state = np.zeros((table.K, *got["latents"][0].shape))
-    for i in range(table.rows):
-        state[0] = got["latents"][i]
-        state = np.einsum("jk,k...->j...", table.m[i], state)
-        state += np.einsum("j,...->j...", table.v[i], got["prediction"][i])
-        state += np.einsum("j,...->j...", table.w[i], got["noise"][i])
-        wanted = got["next_latents"][i]
-        assert np.linalg.norm(state[0] - wanted) <= BOUND * np.linalg.norm(wanted)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("DDIMScheduler", "TCDScheduler", "KDPM2AncestralDiscreteScheduler", "SASolverScheduler"),  # eta, generator
-        *("HeunDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),  # neither
-    ],
-)
-def test_the_pipeline_is_recorded_with_any_scheduler(name: str, pipeline: Any, checkpoints: dict[str, Path]) -> None:
-    pipeline.scheduler = sampler(name, skip_prk_steps=True, steps_offset=1)
-    table = schedule.tabulate(pipeline.scheduler, Run(3))
-    check_recording(pipeline, Checkpoint(checkpoints["sd"], None), table, 3)
-    assert "step" not in vars(pipeline.scheduler)
-
-
-def test_a_call_that_changes_the_scheduler_does_not_change_the_next(
-    pipeline: Any, checkpoints: dict[str, Path]
-) -> None:
-    """DPMSolverSinglestepScheduler sets `lower_order_final` for an odd number of steps, and leaves it so."""
-    pipeline.scheduler = sampler("DPMSolverSinglestepScheduler", final_sigmas_type="sigma_min")
-    checkpoint = Checkpoint(checkpoints["sd"], None)
-    made = {steps: schedule.tabulate(pipeline.scheduler, Run(steps)) for steps in (3, 2)}
-    for steps, table in made.items():
-        check_recording(pipeline, checkpoint, table, steps)
-    assert not pipeline.scheduler.config.lower_order_final
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("EulerDiscreteScheduler", {"steps_offset": 0, "timestep_spacing": "leading"}),
-        ("DDIMScheduler", {"steps_offset": 0, "clip_sample": True}),
-        ("PNDMScheduler", {"steps_offset": 0, "skip_prk_steps": True}),
-    ],
-)
-def test_the_scheduler_is_the_one_that_the_pipeline_ends_up_with(
-    name: str, options: dict[str, Any], pipeline: Any, checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
-    """An outdated config is drawn by StableDiffusionPipeline as if it were a newer one."""
-    found = load.scheduler(write(tmp_path, name, "StableDiffusionPipeline", **{**BETAS, **options}))
-    parts = {**pipeline.components, "scheduler": sampler(name, **options)}
-    theirs = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    theirs.set_progress_bar_config(disable=True)
-    check_recording(theirs, Checkpoint(checkpoints["sd"], None), schedule.tabulate(found, Run(2)), 2)
-    assert dict(found.config) == {**theirs.scheduler.config, "_use_default_values": found.config._use_default_values}
-
-
-def test_the_pipeline_of_sdxl_leaves_its_scheduler(tmp_path: Path) -> None:
-    options = {**BETAS, "steps_offset": 0, "clip_sample": True}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)
-        found = load.scheduler(write(tmp_path, "DDIMScheduler", "StableDiffusionXLPipeline", **options))
-    assert (found.config.steps_offset, found.config.clip_sample) == (0, True)
-    with pytest.raises(InputError, match="clip_sample=True"):
-        schedule.tabulate(found, Run(1))

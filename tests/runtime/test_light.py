@@ -107,7 +107,8 @@ def test_the_wheel_has_every_module_and_what_goes_with_it(wheel: Path) -> None:
 NEEDED = ("numpy", "onnxruntime", "tokenizers", "safetensors", "pillow")
 PRESENT = """
 import importlib.util, json, sys
-print(json.dumps([name for name in sys.argv[1:] if importlib.util.find_spec(name)]))
+from turbochain.export.sources import find
+print(json.dumps([str(find("demo").local), *(name for name in sys.argv[1:] if importlib.util.find_spec(name))]))
 """
 
 
@@ -126,7 +127,9 @@ def test_an_empty_environment_makes_the_same_picture(wheel: Path, sd: Path, tmp_
     pip = (sys.executable, "-m", "pip", "--python", programs / "python")
     run(*pip, "install", "-q", "--no-compile", "-c", constraints, f"{wheel}[cpu]")
     heavy = [name for name in HEAVY if "." not in name]
-    assert json.loads(run(programs / "python", "-c", PRESENT, "onnxruntime", *heavy)) == ["onnxruntime"]
+    model, *present = json.loads(run(programs / "python", "-c", PRESENT, "onnxruntime", *heavy))
+    assert Path(model).is_relative_to(tmp_path) and (Path(model) / "model_index.json").exists()
+    assert present == ["onnxruntime"]
     run(programs / "turbochain", "generate", sd, "a red fox 🦊", "--seed", 7, "--steps", 3, "-o", "fox.png")
     with Pipeline.load(sd) as pipe:
         expected = pipe("a red fox 🦊", seed=7, num_inference_steps=3, output_type="uint8").images[0]

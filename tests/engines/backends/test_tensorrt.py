@@ -6,9 +6,7 @@ import hashlib
 import json
 import os
 import pty
-import random
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -21,14 +19,13 @@ from typing import Any
 import control_nets
 import onnx
 import pytest
-from conftest import HALF, BundleFactory, command
+from conftest import HALF, BundleFactory, called, command
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
-from turbochain.engines import build, cli, options
+from turbochain.engines import build, options
 from turbochain.engines.backends import tensorrt
-from turbochain.engines.backends.fractions import Fractions
-from turbochain.runtime import BackendMissing, Bundle, InputError, TurbochainError
+from turbochain.runtime import BackendMissing, Bundle, TurbochainError
 from turbochain.runtime.backends.contract import Device
 from turbochain.runtime.backends.tensorrt import (
     keep_kernels,
@@ -169,11 +166,11 @@ def test_a_second_build_does_nothing(ahead: Path) -> None:
 
 
 def test_it_says_that_it_is_unverified_and_why_it_does_not_fit(ahead: Path) -> None:
-    shown = command("turbochain", "inspect", ahead).stdout
+    shown = called("turbochain", "inspect", ahead).stdout
     assert f"does not fit: {NO_DRIVER}" in shown and "unverified: " in shown and "sm89" in shown
     assert "builder_optimization_level=1, max_aux_streams=0" in shown and "one that fits" not in shown
     for line in (("generate", ahead, "a cat"), ("verify", ahead)):
-        done = command("turbochain", *line)
+        done = called("turbochain", *line)
         assert done.returncode == 2 and NO_DRIVER in done.stderr and "Traceback" not in done.stderr
 
 
@@ -220,7 +217,7 @@ def test_operators_that_it_lacks_are_all_named(ahead: Path, copy_of: Any, tmp_pa
     bundle = copy_of(ahead)
     nodes = retype(bundle, "text_encoder", {"Gelu": "Bernoulli", "Softmax": "Det"})
     before = listing(tmp_path)
-    done = command("build-engine", bundle, *AHEAD)
+    done = called("build-engine", bundle, *AHEAD)
     told = "; ".join(f"{node}: unsupported node" for node in nodes)
     expected = f"build-engine: error: TensorRT cannot read the graph text_encoder: {told}"
     assert len(nodes) == 6 and (done.returncode, done.stderr.splitlines()[-1]) == (1, expected)
@@ -235,7 +232,7 @@ def test_what_it_cannot_build_is_said_in_its_words(ahead: Path, copy_of: Any, tm
         "version_compatible=true": r"TensorRT cannot build text_encoder: .*libnvinfer_lean",
         "hardware_compatibility=ampere_plus": r"hardware_compatibility: TensorRT-RTX has none; build with --target",
     }.items():
-        done = command("build-engine", bundle, *AHEAD, "-O", option)
+        done = called("build-engine", bundle, *AHEAD, "-O", option)
         assert done.returncode in (1, 2) and re.search(expected, done.stderr.splitlines()[-1]), done
         assert listing(tmp_path) == before
 
@@ -308,28 +305,6 @@ def test_what_an_echo_raises_does_not_reach_tensorrt() -> None:
     assert str(said) == "a complaint"
 
 
-@pytest.mark.parametrize(
-    ("given", "library", "version", "refused"),
-    [
-        ({"refit": True}, "tensorrt-cu13", "11.3.0.99", True),
-        ({"refit": True}, "tensorrt", "11.3.1", True),
-        ({"refit": True}, "tensorrt", "11.4.0.106", False),
-        ({"refit": True}, "tensorrt", "10.16.1.11", False),
-        ({"refit": True}, "tensorrt-rtx-cu13", "11.3.0", False),  # another library, with numbers of its own
-        ({"strip_plan": True}, "tensorrt", "11.3.0.99", False),  # refitted with the same weights
-    ],
-)
-def test_refit_is_refused_where_its_results_are_wrong(
-    given: dict[str, bool], library: str, version: str, refused: bool
-) -> None:
-    chosen = options.resolve("tensorrt", given)
-    if refused:
-        with pytest.raises(InputError, match=rf"option refit: {library} {version} computes wrong .* '{library}!=11.3"):
-            tensorrt.check_refit(chosen, library, version)
-    else:
-        tensorrt.check_refit(chosen, library, version)
-
-
 def test_compiled_kernels_are_kept_for_one_gpu_library_and_graph(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -354,65 +329,6 @@ def test_compiled_kernels_are_kept_for_one_gpu_library_and_graph(
     caplog.clear()
     keep_kernels(Path("/proc/none/x.kernels"), memoryview(b"compiled"), "this")
     assert caplog.messages[0].startswith("TensorRT compiles kernels at each load: cannot write /proc/none/x.kernels")
-
-
-WRONG = {
-    "another name": ({"speed": 9}, r"tensorrt has no option 'speed': its options are builder_optimization_level, til"),
-    "a word for a number": ({"workspace_gib": "much"}, r"option workspace_gib=much: 0 to 1024 was expected"),
-    "too much": ({"builder_optimization_level": 6}, r"option builder_optimization_level=6: 0 to 5 was expected"),
-    "too little": ({"max_aux_streams": -2}, r"option max_aux_streams=-2: -1 to 16 was expected"),
-    "a flag for a number": ({"max_aux_streams": True}, r"option max_aux_streams=True: -1 to 16 was expected"),
-    "a fraction": ({"workspace_gib": 0.5}, r"option workspace_gib=0.5: 0 to 1024 was expected"),
-    "another choice": (
-        {"tiling_optimization_level": "most"},
-        r"option tiling_optimization_level=most: none, fast, moderate, full was expected",
-    ),
-    "no flag": ({"refit": "perhaps"}, r"option refit=perhaps: true or false was expected"),
-    "several": ({"refit": 2, "speed": 9}, r"option refit=2: .*; tensorrt has no option 'speed'"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_options_that_are_none(sd: Path, case: str) -> None:
-    given, expected = WRONG[case]
-    with pytest.raises(InputError, match=expected):
-        build(str(sd), backend="tensorrt", target="sm89", options=given, quiet=True)
-
-
-def test_arguments_that_are_wrong(sd: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for given, expected in (
-        (
-            {"backend": "onnxruntime", "options": {"speed": 1}},
-            r"onnxruntime has no option 'speed': its options are prefer_nhwc",
-        ),
-        ({"backend": "onnxruntime", "target": "sm89"}, r"builds only for the machine that it runs on"),
-        ({"target": "sm90"}, r"target 'sm90': tensorrt-rtx-cu13 \S+ builds for sm75, .*sm89"),
-        ({"timing_cache": tmp_path / "file"}, r"timing cache .*file: a folder was expected"),
-        ({"opset": 17}, r"opset 17: 18 to 23 was expected"),
-        ({"opset": 18}, r"holds another build \(opset is 21 there and 18 here\): choose another path"),
-    ):
-        with pytest.raises(InputError, match=expected):
-            build(str(sd), quiet=True, **given)  # type: ignore[arg-type]
-    done = command("build-engine", sd, "-O", "refit")
-    assert done.returncode == 2 and "-O refit: NAME=VALUE was expected" in done.stderr
-
-
-def test_options_are_read_as_text_too() -> None:
-    given = {"refit": "True", "workspace_gib": "8", "tiling_optimization_level": "FULL"}
-    assert options.changed("tensorrt", options.resolve("tensorrt", given)) == {
-        "refit": True,
-        "workspace_gib": 8,
-        "tiling_optimization_level": "full",
-    }
-
-
-def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["--help"])
-    told = capsys.readouterr().out
-    for name, option in tensorrt.OPTIONS.items():
-        assert f"  {name}: {option.help} (" in told
 
 
 def config() -> tuple[Any, Any]:
@@ -444,95 +360,3 @@ def test_the_timing_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     tensorrt.save_timings(second, Path("/proc/none/x.timings"))
     unread, unkept = caplog.messages
     assert f"{tmp_path} cannot be read (Is a directory)" in unread and "are not kept: " in unkept and owner
-
-
-def test_fractions_never_go_back() -> None:
-    """Phases that nest, repeat, run at once, skip steps and end early."""
-    for seed in range(50):
-        draw, told, values, running = random.Random(seed), Fractions(), [0.0], []
-        told.start("whole", None, 10)
-        for i in range(300):
-            if draw.random() < 0.4:
-                name = f"phase {i % 7}"
-                if name not in running:
-                    told.start(name, draw.choice(["whole", None, *running]) if running else "whole", draw.randint(0, 5))
-                    running.append(name)
-            elif running and draw.random() < 0.5:
-                told.step(draw.choice(running), draw.randint(0, 6))
-            elif running:
-                told.finish(running.pop(draw.randrange(len(running))))
-            elif draw.random() < 0.1:
-                told.step("whole", draw.randint(0, 9))
-            values.append(told.value)
-        told.finish("whole")
-        values.append(told.value)
-        assert values == sorted(values) and values[-1] == 1 and all(0 <= value <= 1 for value in values)
-
-
-def test_a_fraction_counts_steps_and_what_is_inside_them() -> None:
-    told = Fractions()
-    told.start("whole", None, 4)
-    told.step("whole", 0)
-    assert told.value == 1 / 4
-    told.start("part", "whole", 2)
-    told.step("part", 0)
-    assert 1 / 4 < told.value < 2 / 4
-    told.finish("part")
-    assert told.value < 2 / 4
-    told.step("whole", 1)
-    assert told.value == 2 / 4
-
-
-@pytest.fixture(scope="module")
-def inspector() -> dict[str, Any]:
-    return runpy.run_path(str(Path(__file__).parents[3] / "benchmarks/inspect_engines.py"))
-
-
-def test_the_inspector_lists_layers_and_fusions(
-    inspector: dict[str, Any], bundle_of: BundleFactory, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bundle = bundle_of("sd", "fp16")
-    assert inspector["main"]([str(bundle), "--graph", "text_encoder", "--layers"]) == 0
-    shown = capsys.readouterr()
-    assert f"nothing is compared: {NO_DRIVER}" in shown.err
-    stage, layers, fused, wide, *types = shown.out.splitlines()[2].split()
-    assert (stage, fused, wide) == ("text_encoder", "3", "0") and shown.out.count("_mha_") == 3
-    assert int(layers) == sum(int(n) for n in types[::2]) == len(shown.out.split("\n\n")[1].splitlines()) - 2
-    assert inspector["main"]([str(bundle), "--graph", "tower"]) == 2
-    assert "there is no graph tower: choose from " in capsys.readouterr().err
-
-
-def test_the_rewritten_graphs_have_fewer_layers(
-    inspector: dict[str, Any], bundle_of: BundleFactory, tmp_path: Path
-) -> None:
-    """Three copies of an attention's Q, K and V are one, and each doubling goes with the convolution after it."""
-    import result
-
-    for stage in ("text_encoder", "vae_decoder"):  # the file gets the rows of both
-        assert inspector["main"]([str(bundle_of("sd", "fp16")), "--graph", stage, "--results", str(tmp_path)]) == 0
-    (path,) = tmp_path.iterdir()
-    text, vae = result.read(path).compiled
-    assert (text.graph, vae.graph) == ("text_encoder", "vae_decoder")
-    assert text.as_in_bundle.fused_attentions == text.rewritten.fused_attentions == 3
-    assert text.rewritten.layers == text.as_in_bundle.layers - 2 * 3
-    before, after = vae.as_in_bundle, vae.rewritten
-    assert "deconv" not in before.kinds and after.kinds["deconv"] == 3
-    assert after.kinds["correlation"] == before.kinds["correlation"] - 3 and after.layers <= before.layers - 3
-    assert after.fp32_inside <= before.fp32_inside
-
-
-def test_the_inspector_compares_stage_by_stage(inspector: dict[str, Any], bundle_of: BundleFactory) -> None:
-    """With the fp32 graphs as engines, over every chain: each errs as fp16 does, and less than the next stages would
-    inherit."""
-    from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
-
-    half, single = (Bundle.open(bundle_of("sd", precision)) for precision in ("fp16", "fp32"))
-
-    def runner(stage: str) -> OnnxrtRunner:
-        return OnnxrtRunner(SessionFromOnnx(str(single.path / single.manifest.graphs[stage].file)), name="fp32")
-
-    _, *rows = inspector["comparison"]([half.open_chain(name) for name in half.manifest.chains], runner)
-    assert sorted(row[0] for row in rows if row[1] != "guided_prediction") == sorted(half.manifest.graphs)
-    errors = {stage: float(error) for stage, _, error, _, _ in rows}
-    assert [errors.pop(stage) for stage in ("step", "step+guidance", "start")] == [0, 0, 0]  # fp32 in both bundles
-    assert all(1e-5 < error < 1e-2 for error in errors.values()), errors

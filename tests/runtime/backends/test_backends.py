@@ -1,34 +1,25 @@
-"""One conformance test over every backend that is installed, and the plans that they carry out."""
+"""One conformance test over every backend that is installed."""
 
 import hashlib
-import importlib
-import inspect
 import json
-import pkgutil
 import shutil
-from collections import abc
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import onnx
 import pytest
-from conftest import FAMILIES, SIZE, BundleFactory
+from conftest import FAMILIES, BundleFactory
 from here import build_here
 from onnx.reference import ReferenceEvaluator
 
-from turbochain.engines import backends as builders
-from turbochain.engines.backends.contract import Builder
 from turbochain.runtime import Bundle, Cancelled, InputError, Pipeline, backends, selection
 from turbochain.runtime.backends import openvino
-from turbochain.runtime.backends.contract import Backend, Executor
-from turbochain.runtime.backends.cpu import CpuExecutor
-from turbochain.runtime.backends.gpu import GpuExecutor
+from turbochain.runtime.backends.contract import Executor
 from turbochain.runtime.bundle.manifest import PRECISIONS, Tensor
 from turbochain.runtime.chain.opened import OpenChain
-from turbochain.runtime.chain.plan import Constant, Copy, Download, Plan, Run, Upload, graph_plan, plan
+from turbochain.runtime.chain.plan import Copy, Download, Plan, Run, Upload, graph_plan
 from turbochain.runtime.selection import Found
 
 
@@ -299,61 +290,6 @@ def test_a_graph_that_was_unloaded_is_gone_until_it_is_loaded_again(
     executor.close()
 
 
-MODULES = [
-    name
-    for package in (backends, builders)
-    for _, name, _ in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
-]
-METHODS = [name for name, member in vars(Executor).items() if inspect.isfunction(member) and not name.startswith("_")]
-
-
-def test_every_constant_of_a_backend_is_of_its_type() -> None:
-    """Each backend has a runtime's half and a builder's half, of the same name as their modules."""
-    found: dict[str, dict[str, Any]] = {"BACKEND": {}, "BUILDER": {}}
-    for name in MODULES:
-        module = importlib.import_module(name)
-        for constant, members in found.items():
-            if constant in vars(module):
-                members[name.rpartition(".")[2]] = vars(module)[constant]
-    assert all(type(backend) is Backend for backend in found["BACKEND"].values())
-    assert all(type(builder) is Builder for builder in found["BUILDER"].values())
-    assert found["BACKEND"].keys() == found["BUILDER"].keys() == {*backends.names()}
-    for members in found.values():
-        assert {module: member.name for module, member in members.items()} == {n: n for n in members}
-
-
-def _parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
-    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", [CpuExecutor, GpuExecutor])
-def test_an_executor_has_all_of_the_protocol(kind: type, method: str) -> None:
-    """So whoever is given one need not ask: the same parameters, and of the base classes' subclasses too."""
-    found = {kind, *kind.__subclasses__()}
-    assert len(found) >= 3  # two backends on each kind of device
-    for executor in found:
-        assert _parameters(getattr(executor, method)) == _parameters(getattr(Executor, method)), executor
-    assert isinstance(inspect.getattr_static(kind, "loaded"), property)
-
-
-def _arity(function: Callable[..., Any]) -> list[Any]:
-    return [p.kind for p in inspect.signature(function).parameters.values() if p.default is inspect.Parameter.empty]
-
-
-@pytest.mark.parametrize("kind", [Backend, Builder])
-def test_the_functions_of_a_backend_take_what_the_type_says(kind: type) -> None:
-    everyone = [backends.get(n) if kind is Backend else builders.get(n) for n in backends.names()]
-    for field, hint in get_type_hints(kind).items():
-        wanted = next((h for h in (hint, *get_args(hint)) if get_origin(h) is abc.Callable), None)
-        for one in everyone if wanted else ():
-            function = getattr(one, field)
-            if function is not None:
-                assert len(_arity(function)) == len(get_args(wanted)[0]), (one.name, field)
-            else:
-                assert type(None) in get_args(hint), (one.name, field)
-
-
 def test_every_backend_says_what_it_needs(where: tuple[str, str, str]) -> None:
     name, device, _ = where
     backend = backends.get(name)
@@ -386,76 +322,3 @@ def test_the_best_backend_is_installed_and_ranks_highest() -> None:
 def test_an_unknown_backend_is_refused_with_the_known_ones(name: str, sd: Path) -> None:
     with pytest.raises(InputError, match="onnxruntime"):
         selection.select(Bundle.open(sd).open_chain(), name)
-
-
-def _row(row: int, steps: int, time: str = "time_embeds") -> list[Upload | Constant | Run]:
-    columns = ("input_scale", time, "m", "v", "w")
-    table = f"text-to-image/{steps}"
-    return [Upload("noise", row), *(Constant(name, table, row) for name in columns), Run("unet"), Run("step")]
-
-
-def test_plan_of_one_step(sd: Path) -> None:
-    assert Bundle.open(sd).open_chain().plan("1").operations == (
-        Upload("input_ids"),
-        Upload("latents"),
-        Run("text_encoder"),
-        *_row(0, 1, "time_projections"),
-        Run("vae_decoder"),
-        Download("image"),
-    )
-
-
-def test_plan_of_three_steps_with_two_text_encoders(sdxl: Path) -> None:
-    assert Bundle.open(sdxl).open_chain().plan("3", downloads=["next_latents"]).operations == (
-        Upload("input_ids"),
-        Upload("input_ids_2"),
-        Upload("latents"),
-        Constant("time_ids_embeds", "text-to-image/3", 0),
-        Run("text_encoder"),
-        Run("text_encoder_2"),
-        *_row(0, 3),
-        Copy("next_latents", "latents"),
-        *_row(1, 3),
-        Copy("next_latents", "latents"),
-        *_row(2, 3),
-        Run("vae_decoder"),
-        Download("next_latents"),
-        Download("image"),
-    )
-
-
-def test_plan_with_given_embeds_runs_no_text_encoder(sdxl: Path) -> None:
-    given = ["prompt_embeds", "prompt_embeds_2", "pooled_prompt_embeds"]
-    assert Bundle.open(sdxl).open_chain().plan("1", given=given).operations == (
-        Upload("latents"),
-        *(Upload(name) for name in given),
-        Constant("time_ids_embeds", "text-to-image/1", 0),
-        *_row(0, 1),
-        Run("vae_decoder"),
-        Download("image"),
-    )
-
-
-def test_plan_with_one_encoders_embeds_runs_the_other(sdxl: Path) -> None:
-    operations = Bundle.open(sdxl).open_chain().plan("1", given=["prompt_embeds"]).operations
-    runs = [o for o in operations if isinstance(o, Run)]
-    assert runs == [Run("text_encoder_2"), Run("unet"), Run("step"), Run("vae_decoder")]
-    assert [o for o in operations if isinstance(o, Upload) and o.row is None] == [
-        Upload("input_ids_2"),
-        Upload("latents"),
-        Upload("prompt_embeds"),
-    ]
-
-
-def test_equal_plans_are_one(sd: Path) -> None:
-    one, other = (Bundle.open(sd).open_chain().plan("2") for _ in range(2))
-    assert one is not other and one == other and hash(one) == hash(other)
-    assert one.graphs == ("text_encoder", "unet", "step", "vae_decoder")
-    assert plan(Bundle.open(sd).open_chain().chain, Bundle.open(sd).manifest.graphs, 2, table="another") != one
-
-
-def test_buffers_are_the_names_on_the_graphs(sd: Path) -> None:
-    tensors = Bundle.open(sd).open_chain().tensors
-    assert tensors["image"] == Tensor("image", "uint8", (1, SIZE[1], SIZE[0], 3))
-    assert tensors["latents"].shape == tensors["noise"].shape == tensors["next_latents"].shape
-    assert all(tensor.name == name for name, tensor in tensors.items())

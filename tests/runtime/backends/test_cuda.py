@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import command
+from conftest import called
 
 from turbochain.runtime import Bundle, InputError, NoGpu, Pipeline, backends, selection
 from turbochain.runtime.backends import cuda
@@ -114,7 +114,7 @@ def test_the_commands_say_it_in_one_line(sd: Path) -> None:
         ("build-engine", sd, "--backend", "tensorrt"),
         ("build-engine", sd, "--backend", "tensorrt", "--device", "cuda:1"),
     ):
-        done = command(*line)
+        done = called(*line)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.strip().endswith(NO_DRIVER)
         assert "Traceback" not in done.stderr

@@ -1,9 +1,11 @@
 """The tokenizer against transformers' own CLIPTokenizer, over the real CLIP vocabulary."""
 
+import functools
 import gzip
 import json
 import random
 import unicodedata
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -86,11 +88,19 @@ def byte_letters() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-@pytest.fixture(scope="module", params=PADS, ids=["pad-!", "pad-endoftext"])
-def pair(request, tmp_path_factory) -> tuple[Tokenizer, CLIPTokenizer]:
-    """Our tokenizer and transformers', which it was saved from."""
+@pytest.fixture(scope="module")
+def theirs_with() -> Callable[[str], CLIPTokenizer]:
+    """Padding token → transformers' tokenizer, which is made once."""
     vocab, merges = clip_vocabulary()
-    theirs = CLIPTokenizer(vocab=vocab, merges=merges, pad_token=request.param, model_max_length=LENGTH)
+    return functools.cache(
+        lambda pad: CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad, model_max_length=LENGTH)
+    )
+
+
+@pytest.fixture(scope="module", params=PADS, ids=["pad-!", "pad-endoftext"])
+def pair(request, theirs_with, tmp_path_factory) -> tuple[Tokenizer, CLIPTokenizer]:
+    """Our tokenizer and transformers', which it was saved from."""
+    theirs = theirs_with(request.param)
     assert theirs.pad_token_id == PADS[request.param]
     folder = tmp_path_factory.mktemp("tokenizer")
     theirs.save_pretrained(folder)
@@ -165,9 +175,8 @@ def test_the_last_place(pair, tokens):
 
 
 @pytest.mark.parametrize("pad_token", PADS)
-def test_leftover_truncation_and_padding_are_ignored(tmp_path, pad_token):
-    vocab, merges = clip_vocabulary()
-    theirs = CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=LENGTH)
+def test_leftover_truncation_and_padding_are_ignored(tmp_path, theirs_with, pad_token):
+    theirs = theirs_with(pad_token)
     prompts = generated(100, seed=3)
     expected = expected_ids(theirs, prompts)
     long = " ".join(["cat"] * 80)
@@ -271,9 +280,8 @@ def test_unreadable_files(tmp_path, content):
     assert message.endswith("): build the bundle again with build-engine")
 
 
-def test_a_contradictory_padding_token(tmp_path):
-    vocab, merges = clip_vocabulary()
-    CLIPTokenizer(vocab=vocab, merges=merges).save_pretrained(tmp_path)
+def test_a_contradictory_padding_token(tmp_path, theirs_with):
+    theirs_with("<|endoftext|>").save_pretrained(tmp_path)
     path = tmp_path / "tokenizer.json"
     with pytest.raises(BundleError) as caught:
         Tokenizer(path, max_length=LENGTH, pad_token="<|endoftext|>", pad_id=0)
