@@ -27,6 +27,9 @@ READING = 10
 HEAD_SECONDS = 10.0
 """How long a connection may take to send the head of a request; the guard sees to its body."""
 
+TRIM_SECONDS = 20.0
+"""How often free memory is given back, which takes milliseconds."""
+
 FAILED = 5
 """For how many seconds after a fault of the GPU it says so, before it ends and can be started again."""
 
@@ -36,7 +39,7 @@ def run(settings: Settings) -> None:
 
     Raises InputError if a bundle cannot be opened or the address is taken, and what has ended the worker.
     """
-    _give_back_memory()
+    _one_arena()
     models = Models.open(settings)
     with listening(settings) as sock:
         host, port = sock.getsockname()[:2]
@@ -45,23 +48,33 @@ def run(settings: Settings) -> None:
         asyncio.run(_serve(settings, models, sock))
 
 
-def _give_back_memory() -> None:
-    """Let glibc have one arena, and return what is free above 64 KiB: with one for each thread, pictures of many sizes
-    leave holes in all of them, and the process grows for hours. Other C libraries have no such setting."""
-    arena_max, trim_threshold = -8, -1  # M_ARENA_MAX and M_TRIM_THRESHOLD of malloc.h
+def _one_arena() -> None:
+    """Let glibc have one arena, and map what is large by itself: with an arena for each thread, pictures of many sizes
+    leave holes in all of them, and the process grows for hours. Other C libraries have no such settings."""
+    arena_max, trim_threshold = -8, -1  # M_ARENA_MAX and M_TRIM_THRESHOLD of malloc.h; the latter fixes M_MMAP_THRESHOLD
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         library.mallopt(arena_max, 1)
         library.mallopt(trim_threshold, 1 << 16)
 
 
+async def _give_back_memory() -> None:
+    """Return to the system, again and again, what is free in the arena, the holes below its end too."""
+    with suppress(OSError, AttributeError):
+        trim = ctypes.CDLL(None).malloc_trim
+        while True:
+            await asyncio.sleep(TRIM_SECONDS)
+            await asyncio.to_thread(trim, 0)
+
+
 async def _serve(settings: Settings, models: Models, sock: socket.socket) -> None:
     metrics = Metrics()
     worker = Worker(models, settings, metrics)
     server = _Server(config(make_app(Service(models, worker, settings, metrics))), worker)
-    failing = asyncio.create_task(server.end_with_the_worker())
+    beside = [asyncio.create_task(task) for task in (server.end_with_the_worker(), _give_back_memory())]
     await server.serve([sock])
-    failing.cancel()
+    for task in beside:
+        task.cancel()
     if worker.problem is not None:
         raise worker.problem
 
