@@ -1,5 +1,5 @@
-// Draw pictures from a bundle, in a browser (ONNX Runtime Web) or in Node (onnxruntime-node). FORMAT.md says what is in a
-// bundle. One module without a build step; the packages that it needs are imported by name when they are needed.
+// Draw pictures from a bundle (see FORMAT.md), in a browser with ONNX Runtime Web or in Node with onnxruntime-node.
+// One module without a build step; the packages that it needs are imported by name when they are needed.
 //
 //     const pipe = await Pipeline.load("bundle/");
 //     const { data, width, height } = await pipe("a cat", { seed: 7 });
@@ -25,9 +25,9 @@
  * @typedef {{ loaded: number, total: number, file: string, cached: boolean }} Progress in bytes, of all files to load
  * @typedef {{ width: number, height: number, data: Uint8Array | Uint8ClampedArray }} Pixels RGB or RGBA
  * @typedef {Pixels | Blob | ImageBitmap | HTMLImageElement | HTMLCanvasElement | OffscreenCanvas} Source
- * @typedef {{ stage: string, row: number | null, rows: number }} Observed a graph that has run; `row` if it is in the loop
- * @typedef {{ width: number, height: number, data: Uint8ClampedArray, seed: number | bigint, resized: boolean }} Picture
- *   an ImageData in browsers; `seed`: the one that was used; `resized`: whether the image had another size
+ * @typedef {{ stage: string, row: number | null, rows: number }} Observed a graph that has run; `row`: of the loop
+ * @typedef {{ width: number, height: number, data: Uint8ClampedArray, seed: number | bigint, resized: boolean
+ *   }} Picture an ImageData in browsers; `seed`: the one that was used; `resized`: whether the image had another size
  *
  * @typedef {object} LoadOptions
  * @property {Backend} [backend] left out: the best that there is here; "cpu" in Node
@@ -39,7 +39,7 @@
  * @property {number | bigint} [seed] 0 to 2^64 - 1
  * @property {number} [numInferenceSteps] left out: the fewest that make a step
  * @property {Source | null} [image] to start from
- * @property {number} [strength] 0 to 1, how much of the image changes: `floor(numInferenceSteps * strength)` steps are made
+ * @property {number} [strength] 0 to 1: how much of the image changes, by `floor(numInferenceSteps * strength)` steps
  * @property {number} [guidanceScale] above 1 the negative prompt is drawn too
  * @property {string} [negativePrompt]
  * @property {number} [height] in pixels
@@ -113,7 +113,7 @@ export class Generator {
   }
 }
 
-/** Turn 16 uniform values into normal ones, in place; every operation is rounded to float32. @param {Float32Array} block */
+/** Make 16 uniform values normal ones, in place; every operation is rounded to float32. @param {Float32Array} block */
 function boxMuller(block) {
   const { fround } = Math;
   for (let i = 0; i < 8; i++) {
@@ -165,7 +165,7 @@ export class Tokenizer {
     }
   }
 
-  /** Read the bytes of a tokenizer.json, which have been hashed. @param {Uint8Array} bytes @param {TokenizerFile} entry */
+  /** Read a tokenizer.json, which has been hashed. @param {Uint8Array} bytes @param {TokenizerFile} entry */
   static async read(bytes, entry) {
     const library = await imported("@huggingface/tokenizers", import("@huggingface/tokenizers"));
     const file = asInRust(JSON.parse(new TextDecoder().decode(bytes)));
@@ -191,14 +191,14 @@ export class Tokenizer {
   }
 }
 
-/** Return a tokenizer.json that gives here what it gives in the Rust crate: there each character is lower-cased alone, so
- *  that a sigma at a word's end is no ς; "<|ENDOFTEXT|>" is no marker; and U+FEFF is no white space. @param {any} file */
+/** Return a tokenizer.json that gives here what it gives in the Rust crate: there each character is lower-cased alone,
+ *  so a sigma at a word's end is no ς; "<|ENDOFTEXT|>" is no marker; U+FEFF is no white space. @param {any} file */
 function asInRust(file) {
-  const white = String.raw`'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`; // ByteLevel's own
+  const bytes = String.raw`'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`; // of ByteLevel
   const sigma = { type: "Replace", pattern: { String: "Σ" }, content: "σ" };
   const text = String.raw`(?<![^\s\p{L}\p{N}])<\|(start|end)oftext\|>`; // lower-cased, not the marker itself
   const marker = { type: "Replace", pattern: { Regex: text }, content: "<| $1oftext |> " };
-  const split = { type: "Split", pattern: { Regex: white }, behavior: "Isolated", invert: false };
+  const split = { type: "Split", pattern: { Regex: bytes }, behavior: "Isolated", invert: false };
   const mend = (/** @type {any} */ step) => {
     const steps = step?.normalizers ?? step?.pretokenizers;
     if (steps) return [{ ...step, normalizers: steps.flatMap(mend), pretokenizers: steps.flatMap(mend) }];
@@ -226,7 +226,7 @@ function checkPrompt(argument, prompt) {
 
 const CHUNK = 64 * 2 ** 20; // bytes that are hashed as one
 const FEATURES = ["expansions", "modes", "multistep", "wires"];
-const FEEDS = ["column", "history", "ids", "image", "noise", "number", "zeros"];
+const FEEDS = ["column", "history", "ids", "image", "noise", "guidance_scale", "zeros"]; // kinds, and the one number
 const [FROM_TEXT, FROM_IMAGE] = ["text-to-image", "image-to-image"];
 const node = typeof process !== "undefined" && process.versions?.node ? process : null;
 
@@ -242,10 +242,10 @@ export class Bundle {
     const unknown = Object.keys(manifest.requires ?? {}).filter((feature) => !FEATURES.includes(feature));
     if (manifest.format_version !== 2) unknown.unshift(`format_version ${manifest.format_version}`);
     /** The chains that can be drawn with. @type {Chain[]} */
-    this.chains = Object.values(manifest.chains ?? {}).filter((chain) => isKnown(chain, manifest.graphs));
+    this.chains = Object.values(manifest.chains ?? {}).filter(isKnown);
     if (unknown.length || !this.chains.length) {
       const what = unknown.length ? `has ${unknown.join(", ")}` : "has no chain that makes one picture";
-      throw new InputError(`${base} ${what}, which is not for browsers; make a site of it: turbochain export-web BUNDLE`);
+      throw new InputError(`${base} ${what}, and cannot be read here; make a site: turbochain export-web BUNDLE`);
     }
     this.tasks = [...new Set(this.chains.map(({ task }) => task))];
   }
@@ -255,7 +255,7 @@ export class Bundle {
     if (!globalThis.crypto?.subtle) throw new InputError("browsers hash no files for http: use https or localhost");
     const text = String(url).replace(/\/?$/, "/");
     const isPath = node && !/^[a-z]{2,}:/i.test(text);
-    const here = node ? undefined : globalThis.document?.baseURI ?? location.href;
+    const here = node ? undefined : (globalThis.document?.baseURI ?? location.href);
     const base = isPath ? node.getBuiltinModule("node:url").pathToFileURL(text) : new URL(text, here);
     const parts = [];
     for await (const part of arriving(new URL("bundle.json", base), "no-cache")) parts.push(part);
@@ -264,7 +264,7 @@ export class Bundle {
       return new Bundle(base, manifest, cache ? await keptIn(base, manifest) : null);
     } catch (error) {
       if (!(error instanceof SyntaxError)) throw error;
-      throw new InputError(`${base}bundle.json is no JSON (${error.message}): check the address, or copy the bundle again`);
+      throw new InputError(`${base}bundle.json is no JSON (${error.message}): check the address, or copy it again`);
     }
   }
 
@@ -310,17 +310,17 @@ export class Bundle {
    *  (none: any number), and `strength` is the least that makes a step. @param {string} task */
   about(task) {
     const chain = this.find(task);
-    const sizes = this.chains.filter((other) => other.task === task).map(({ size: [height, width] }) => [width, height]);
+    const sizes = this.chains.filter((other) => other.task === task).map(({ size }) => [size[1], size[0]]);
     const [steps, strengths] = [stepsOf(chain), valuesOf(chain, "strength")];
     const usual = strengths[0] ?? leastStrength(steps.find((n) => n > 1) ?? steps[0]);
     return { sizes, steps, strengths, strength: task === FROM_TEXT ? null : usual };
   }
 }
 
-/** Return whether a chain makes one picture of what can be fed here. @param {Chain} chain @param {Record<string, Graph>} graphs */
-function isKnown({ task, batch, stages, feeds }, graphs) {
-  const fed = Object.entries(feeds).every(([name, { is }]) => FEEDS.includes(is) && (is !== "number" || name === "guidance_scale"));
-  return [FROM_TEXT, FROM_IMAGE].includes(task) && batch === 1 && fed && stages.every(({ graph }) => graph in graphs);
+/** Return whether a chain makes one picture of what can be fed here. @param {Chain} chain */
+function isKnown({ task, batch, feeds }) {
+  const known = Object.entries(feeds).every(([name, { is }]) => FEEDS.includes(is === "number" ? name : is));
+  return [FROM_TEXT, FROM_IMAGE].includes(task) && batch === 1 && known;
 }
 
 /** Return the ends of a stage's graph, by their names in the chain.
@@ -377,7 +377,8 @@ function streamed(bytes) {
  *  @param {string} file @param {{ size: number, sha256: string }} record @param {AsyncIterable<Uint8Array>} parts
  *  @param {(loaded: number) => void} told */
 async function checked(file, { size, sha256 }, parts, told) {
-  const damaged = (/** @type {string} */ what) => new InputError(`${file} ${what}, by bundle.json; copy the bundle again`);
+  const damaged = (/** @type {string} */ what) =>
+    new InputError(`${file} ${what} as bundle.json says; copy the bundle again`);
   const bytes = new Uint8Array(size);
   /** @type {Promise<ArrayBuffer>[]} */
   const digests = [];
@@ -385,18 +386,18 @@ async function checked(file, { size, sha256 }, parts, told) {
     digests.push(crypto.subtle.digest("SHA-256", bytes.subarray(digests.length * CHUNK, end)));
   let loaded = 0;
   for await (const part of parts) {
-    if (loaded + part.length > size) throw damaged(`is too long: it has more than ${size} bytes`);
+    if (loaded + part.length > size) throw damaged(`has more bytes than ${size},`);
     bytes.set(part, loaded);
     loaded += part.length;
     while ((digests.length + 1) * CHUNK <= loaded) hash((digests.length + 1) * CHUNK);
     told(loaded);
   }
-  if (loaded < size) throw damaged(`is truncated: it has ${loaded} of ${size} bytes`);
+  if (loaded < size) throw damaged(`has ${loaded} bytes, and not ${size},`);
   if (digests.length * CHUNK < size || !size) hash(size);
   const made = await Promise.all(digests);
   const whole = made.length > 1 ? await crypto.subtle.digest("SHA-256", await new Blob(made).arrayBuffer()) : made[0];
   const hex = Array.from(new Uint8Array(whole), (byte) => byte.toString(16).padStart(2, "0")).join("");
-  if (hex !== sha256) throw damaged(`is damaged: its SHA-256 is ${hex}, and not ${sha256}`);
+  if (hex !== sha256) throw damaged(`is damaged: it has the SHA-256 ${hex}, and not ${sha256},`);
   return bytes;
 }
 
@@ -404,18 +405,15 @@ async function checked(file, { size, sha256 }, parts, told) {
 
 /** @typedef {{ shape: number[], data: Float32Array | Int32Array | Uint8Array }} Values */
 
-/** Return the arrays of a safetensors file, which has been hashed. @param {Uint8Array} bytes @returns {Map<string, Values>} */
+/** Return the arrays of a safetensors file. @param {Uint8Array} bytes @returns {Map<string, Values>} */
 function arraysOf(bytes) {
   const start = 8 + Number(new DataView(bytes.buffer).getBigUint64(0, true));
   const { __metadata__, ...header } = JSON.parse(new TextDecoder().decode(bytes.subarray(8, start)));
   /** @type {Record<string, new (buffer: ArrayBuffer) => Values["data"]>} */
   const kinds = { F32: Float32Array, I32: Int32Array, BOOL: Uint8Array };
-  return new Map(
-    Object.entries(header).map(([name, { dtype, shape, data_offsets: [from, to] }]) => [
-      name,
-      { shape, data: new kinds[dtype](bytes.slice(start + from, start + to).buffer) },
-    ]),
-  );
+  const read = (/** @type {any} */ { dtype, shape, data_offsets: [from, to] }) =>
+    ({ shape, data: new kinds[dtype](bytes.slice(start + from, start + to).buffer) });
+  return new Map(Object.entries(header).map(([name, entry]) => [name, read(entry)]));
 }
 
 /** @typedef {ReturnType<typeof tableOf>} Table */
@@ -451,11 +449,14 @@ function tableOf(chain, name, arrays) {
 
 // ---- what a call asks for
 
-/** Return how many steps are made: diffusers' product of floats, rounded down. @param {number} steps @param {number} strength */
+/** Return how many steps are made, a product of floats as in diffusers. @param {number} steps @param {number} strength */
 const madeOf = (steps, strength) => Math.min(Math.trunc(steps * strength), steps);
 
 /** Return the least strength at which one of `steps` is made. @param {number} steps */
-const leastStrength = (steps) => (madeOf(steps, 1 / steps) ? 1 / steps : 1 / steps + 2 ** -53 / steps); // 49 · (1/49) < 1
+function leastStrength(steps) {
+  const strength = 1 / steps;
+  return madeOf(steps, strength) ? strength : strength + strength * 2 ** -53; // the next one: 49 · (1/49) is below 1
+}
 
 /** @param {Chain} chain */
 const stepsOf = (chain) => [...new Set(Object.values(chain.tables).map(({ steps }) => steps))].sort((a, b) => a - b);
@@ -503,7 +504,7 @@ function chosenTable(chain, steps, strength, scale) {
   const made = madeOf(count, wanted);
   if (made) return made === count ? whole : find(count, count - made);
   const least = leastStrength(count);
-  throw new InputError(`numInferenceSteps=${count} at strength=${wanted} makes no step: give more steps, or ${least} or more`);
+  throw new InputError(`numInferenceSteps=${count} at strength=${wanted} makes no step: give more, or ${least}`);
 }
 
 /** Return the guidance scale of a call. @param {Chain} chain @param {number | undefined} given */
@@ -531,7 +532,8 @@ function modesOf({ modes = [] }, scale, negativePrompt) {
 /** @type {ImageBitmapOptions} */
 const AS_STORED = { premultiplyAlpha: "none", colorSpaceConversion: "none" }; // as PIL reads a file
 
-/** Return a picture that is decoded, and turned as its file says. @param {Source} image @returns {Promise<Pixels | ImageBitmap>} */
+/** Return a picture that is decoded, and turned as its file says.
+ *  @param {Source} image @returns {Promise<Pixels | ImageBitmap>} */
 async function decoded(image) {
   if (image && "data" in image && image.width > 0 && image.height > 0) return image;
   const expected = "pixels {data, width, height} were expected, or in a browser an image, a canvas or a file; give one";
@@ -548,9 +550,11 @@ async function levelsOf(image, width, height) {
   const { data } = fits && "data" in image ? image : await redrawn(image, width, height);
   const [levels, channels] = [new Uint8Array(3 * width * height), data.length / (width * height)];
   if (channels !== 3 && channels !== 4) {
-    throw new InputError(`image.data has ${data.length} values: RGB or RGBA of ${width}x${height} was expected; give all`);
+    throw new InputError(`image.data has ${data.length} values: RGB or RGBA of ${width}x${height} was expected`);
   }
-  for (let i = 0; i < levels.length; i += 3) levels.set(data.subarray((i / 3) * channels, (i / 3) * channels + 3), i);
+  for (let i = 0, j = 0; i < levels.length; j += channels) {
+    for (let k = 0; k < 3; k++) levels[i++] = data[j + k];
+  }
   return levels;
 }
 
@@ -560,18 +564,21 @@ async function redrawn(image, width, height) {
     const size = `${image.width}x${image.height}`;
     throw new InputError(`image is ${size}: ${width}x${height} was expected; resize it, as there is no canvas in Node`);
   }
-  const context = /** @type {OffscreenCanvasRenderingContext2D} */ (new OffscreenCanvas(width, height).getContext("2d"));
+  const canvas = new OffscreenCanvas(width, height);
+  const context = /** @type {OffscreenCanvasRenderingContext2D} */ (canvas.getContext("2d"));
   context.imageSmoothingQuality = "high";
   const bitmap = "data" in image ? await createImageBitmap(/** @type {ImageData} */ (image), AS_STORED) : image;
   context.drawImage(bitmap, 0, 0, width, height);
   return context.getImageData(0, 0, width, height);
 }
 
-/** Return RGB levels as a picture; Error if it is of one single value. @param {Uint8Array} levels @param {number[]} size */
+/** Return levels as a picture; throws Error if all are equal. @param {Uint8Array} levels @param {number[]} size */
 function pictureOf(levels, [height, width]) {
   if (levels.every((level) => level === levels[0])) throw new Error("the model made a picture of one single value");
   const data = new Uint8ClampedArray(4 * height * width).fill(255);
-  for (let i = 0; i < height * width; i++) data.set(levels.subarray(3 * i, 3 * i + 3), 4 * i);
+  for (let i = 0, j = 0; i < levels.length; j += 4) {
+    for (let k = 0; k < 3; k++) data[j + k] = levels[i++];
+  }
   return globalThis.ImageData ? new ImageData(data, width, height) : { data, width, height };
 }
 
@@ -594,16 +601,17 @@ async function chosen({ chains, manifest }, asked) {
   if (node) return "cpu";
   const names = new Set(chains.flatMap(({ stages }) => stages.map(({ graph }) => graph)));
   const graphs = [...names].map((name) => manifest.graphs[name]);
-  const weights = new Map(graphs.flatMap(({ data, precision }) => data.map((file) => [file, precision === "fp32" ? 1 : 2])));
-  const bytes = [...weights].reduce((sum, [file, times]) => sum + times * manifest.files[file].size, 0); // as float32
+  const times = new Map(graphs.flatMap(({ data, precision }) => data.map((file) => [file, precision === "fp32" ? 1 : 2])));
+  const bytes = [...times].reduce((sum, [file, n]) => sum + n * manifest.files[file].size, 0); // in float32, as WASM has it
   const has = await support();
   const halves = graphs.some(({ precision }) => precision === "fp16");
   const lacks = has.webgpu ? (halves && !has.f16 ? "WebGPU with shader-f16" : "") : "WebGPU";
   if (asked !== "wasm" && !lacks) return "webgpu";
   if (asked !== "webgpu" && bytes < 2 ** 31) return "wasm";
-  const size = `${(bytes / 2 ** 30).toFixed(1)} GiB of weights, and WASM has room for 2`;
-  const reason = asked === "wasm" ? `the model has ${size}` : `this browser has no ${lacks}` + (asked ? "" : `; the model has ${size}`);
-  throw new InputError(`${reason}: use ${asked === "wasm" ? "WebGPU" : "a browser and a GPU that have it"}`);
+  const large = `the model has ${(bytes / 2 ** 30).toFixed(1)} GiB of weights, and WASM has room for 2`;
+  if (asked === "wasm") throw new InputError(`${large}: use WebGPU`);
+  const mend = asked && bytes < 2 ** 31 ? "use WASM" : "use a browser and a GPU that have it";
+  throw new InputError(`this browser has no ${lacks}${asked ? "" : `, and ${large}`}: ${mend}`);
 }
 
 /** Return a package's module. @template T @param {string} name @param {Promise<T>} module @returns {Promise<T>} */
@@ -618,7 +626,8 @@ async function imported(name, module) {
 
 /** @param {Backend} backend @returns {Promise<Ort>} */
 function runtimeOf(backend) {
-  if (backend === "cpu") return imported("onnxruntime-node", import(/* webpackIgnore: true */ /* @vite-ignore */ "onnxruntime-node"));
+  const forNode = () => import(/* webpackIgnore: true */ /* @vite-ignore */ "onnxruntime-node"); // bundlers lack it
+  if (backend === "cpu") return imported("onnxruntime-node", forNode());
   if (backend === "wasm") return imported("onnxruntime-web", import("onnxruntime-web/wasm"));
   return imported("onnxruntime-web", import("onnxruntime-web/webgpu"));
 }
@@ -661,7 +670,7 @@ export class Pipeline extends Callable {
     this.backend = backend;
   }
 
-  /** Load a bundle from its address, in Node also from its folder. Throws InputError if it is damaged or cannot run here.
+  /** Load a bundle from its address, in Node also its folder. Throws InputError if it is damaged or cannot run here.
    *  @param {string | URL} url @param {LoadOptions} options @returns {Promise<Pipeline & Call>} */
   static async load(url, { backend, tasks, progress, cache } = {}) {
     const bundle = await Bundle.open(url, cache);
@@ -699,17 +708,19 @@ export class Pipeline extends Callable {
 
   /** @type {Call} */
   async #draw(prompt, options = {}) {
-    const { seed = crypto.getRandomValues(new Uint32Array(1))[0], numInferenceSteps, strength, guidanceScale, ...more } = options;
-    const { negativePrompt, image: given = null, height, width, signal, observe = () => {}, ...others } = more;
-    for (const name of Object.keys(others)) throw new InputError(`a call has no option ${name}: see CallOptions`);
+    const { seed = crypto.getRandomValues(new Uint32Array(1))[0], numInferenceSteps, strength, ...more } = options;
+    const { guidanceScale, negativePrompt, image: given = null, height, width, ...rest } = more;
+    const { signal, observe = () => {}, ...others } = rest;
+    for (const name of Object.keys(others)) throw new InputError(`${name} is no option of a call; see CallOptions`);
     const image = given === null ? null : await decoded(given);
     const chain = this.#bundle.find(image ? FROM_IMAGE : FROM_TEXT, height, width, image);
     const [tall, wide] = chain.size;
     const scale = scaleOf(chain, guidanceScale);
     const name = chosenTable(chain, numInferenceSteps, strength, scale);
     const modes = modesOf(chain, scale, negativePrompt);
+    const negative = checkPrompt("negativePrompt", negativePrompt ?? "");
     /** @type {Record<string, string>} */
-    const texts = { prompt: checkPrompt("prompt", prompt), negative_prompt: checkPrompt("negativePrompt", negativePrompt ?? "") };
+    const texts = { prompt: checkPrompt("prompt", prompt), negative_prompt: negative };
     const levels = image && (await levelsOf(image, wide, tall));
     const generator = new Generator(seed);
     const resized = image !== null && (image.width !== wide || image.height !== tall);
@@ -746,8 +757,9 @@ export class Pipeline extends Callable {
   }
 
   /** Run the stages of a call, and return its picture.
-   *  @param {Chain} chain @param {string[]} modes @param {number} rows @param {(name: string, row?: number) => Value} feed
-   *  @param {AbortSignal | undefined} signal @param {(observed: Observed) => void} observe */
+   *  @param {Chain} chain @param {string[]} modes @param {number} rows
+   *  @param {(name: string, row?: number) => Value} feed @param {AbortSignal | undefined} signal
+   *  @param {(observed: Observed) => void} observe */
   async #run(chain, modes, rows, feed, signal, observe) {
     const { graphs } = this.#bundle.manifest;
     const has = (/** @type {string} */ mode) => modes.includes(mode);
@@ -755,7 +767,8 @@ export class Pipeline extends Callable {
     const names = (/** @type {"inputs" | "outputs"} */ ends) =>
       new Set(stages.flatMap((stage) => wired(stage, graphs[stage.graph][ends]).map(([name]) => name)));
     const [read, made] = [names("inputs"), names("outputs")];
-    const feeds = Object.entries(chain.feeds).filter(([name, { is }]) => read.has(name) && (is !== "zeros" || !made.has(name)));
+    const fed = Object.entries(chain.feeds).filter(([name]) => read.has(name));
+    const feeds = fed.filter(([name, { is }]) => is !== "zeros" || !made.has(name)); // zeros are for the other modes
     /** @type {Map<string, Value>} */
     const values = new Map();
     /** @type {Value[]} */
@@ -771,7 +784,7 @@ export class Pipeline extends Callable {
         for (const [name, { name: own }] of wired(stage, outputs)) values.set(name, found[own]);
         results.push(...Object.values(found));
         observe({ stage: stage.graph, row, rows });
-        if (this.backend === "wasm") await new Promise((resolve) => setTimeout(resolve)); // else no abort would be heard
+        if (this.backend === "wasm") await new Promise((resolve) => setTimeout(resolve)); // so that aborts are heard
       }
     };
     try {
