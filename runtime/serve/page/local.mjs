@@ -10,16 +10,16 @@ export class Local extends EventTarget {
   // missing}; `missing`: a sentence, or empty) and "row" ({row, rows}: how far a picture is).
 
   format = "image/png"; // of the pictures that it is sent: nothing is lost, and nothing is sent far
-  #bundle;
+  #address;
   #worker = null;
   #ready = false;
   #id = 0;
   #unanswered = null; // the newest request
   #drawn = null; // the one that the worker draws
 
-  constructor(bundle) {
+  constructor(address) {
     super();
-    this.#bundle = new URL(bundle, document.baseURI).href;
+    this.#address = new URL(address, document.baseURI).href;
   }
 
   // Load the model; a large download begins if it was `agreed`.
@@ -30,12 +30,13 @@ export class Local extends EventTarget {
     this.#worker.onmessage = ({ data: [type, detail] }) => this.#heard[type](detail);
     this.#worker.onerror = (event) => {
       event.preventDefault();
-      this.#heard.failed({ message: "The model's worker has failed: it may have run out of memory. Try again." });
+      this.#heard.failed("The model's worker has failed: it may have run out of memory. Load the page again.");
     };
-    // Import maps are the document's: a worker is told where the packages are.
-    const packages = Object.fromEntries(PACKAGES.map((name) => [name, import.meta.resolve(name)]));
+    // The import map is the document's alone: the worker is told where the packages are.
+    const addresses = Object.fromEntries(PACKAGES.map((name) => [name, import.meta.resolve(name)]));
     const backend = new URLSearchParams(location.search).get("backend") ?? undefined;
-    this.#worker.postMessage(["load", { bundle: this.#bundle, packages, backend, most: agreed ? Infinity : MUCH }]);
+    const most = agreed ? Infinity : MUCH;
+    this.#worker.postMessage(["load", { address: this.#address, addresses, backend, most }]);
   }
 
   // Draw a request, {prompt, seed, …}; `image`: the bytes of the file of a picture to start from. Returns its id, which
@@ -74,7 +75,7 @@ export class Local extends EventTarget {
       this.#tell("state", { state: "open", text: NAMES[backend] });
       this.#next();
     },
-    failed: ({ message }) => {
+    failed: (message) => {
       this.#end();
       this.#tell("state", { state: "lost", text: "Not loaded" });
       this.#tell("error", { id: null, code: "failed", message });
