@@ -133,7 +133,7 @@ function noiseOf({ draws, feeds }, table, tensors, generator) {
   for (const { name, discarded } of draws) {
     const { when = "call", scale = "" } = feeds[name] ?? {};
     const rows = Array.from({ length: when === "step" ? table.rows : 1 }, (_, row) =>
-      when === "step" && !table.draws(row) ? zerosOf(tensors[name]) : generator.randn(sizeOf(tensors[name])),
+      when === "step" && !table.draws(row) ? zerosOf(tensors[name]) : generator.randn(zerosOf(tensors[name]).length),
     );
     if (!discarded) noise[name] = scale ? rows.map((values) => values.map((x) => x * table.sigma)) : rows;
   }
@@ -156,7 +156,8 @@ export class Tokenizer {
     const names = (/** @type {string} */ token, /** @type {number} */ count) =>
       Array.from({ length: count }, (_, i) => (i ? `${token}_${i}` : token));
     const parts = Object.entries(entry.expansions ?? {}).map(([token, count]) => names(token, count));
-    this.#expansions = new Map(parts.map((tokens) => [tokens[0], tokens.join(" ")]));
+    const found = parts.filter(([token]) => token === token.toLowerCase()); // others are not found, as in diffusers
+    this.#expansions = new Map(found.map((tokens) => [tokens[0], tokens.join(" ")]));
     const lacks = [entry.pad_token, ...parts.flat()].find((token) => tokenizer.token_to_id(token) === undefined);
     if (lacks !== undefined || tokenizer.token_to_id(entry.pad_token) !== entry.pad_id) {
       const what = lacks === undefined ? `has not the padding token ${entry.pad_id}` : `has no token ${lacks}`;
@@ -166,8 +167,8 @@ export class Tokenizer {
 
   /** Read the bytes of a tokenizer.json, which have been hashed. @param {Uint8Array} bytes @param {TokenizerFile} entry */
   static async read(bytes, entry) {
-    const library = await imported("@huggingface/tokenizers", () => import("@huggingface/tokenizers"));
-    const file = JSON.parse(new TextDecoder().decode(bytes));
+    const library = await imported("@huggingface/tokenizers", import("@huggingface/tokenizers"));
+    const file = asInRust(JSON.parse(new TextDecoder().decode(bytes)));
     return new Tokenizer(new library.Tokenizer(file, {}), entry);
   }
 
@@ -183,12 +184,28 @@ export class Tokenizer {
   /** Return a prompt with every token of several vectors written out. @param {string} prompt */
   #expanded(prompt) {
     if (!this.#expansions.size) return prompt;
-    for (const id of new Set(this.#tokenizer.encode(prompt, { add_special_tokens: false }).ids)) {
-      const token = this.#tokenizer.id_to_token(id) ?? "";
+    for (const token of new Set(this.#tokenizer.tokenize(prompt))) {
       prompt = prompt.replaceAll(token, () => this.#expansions.get(token) ?? token);
     }
     return prompt;
   }
+}
+
+/** Return a tokenizer.json that gives here what it gives in the Rust crate: there each character is lower-cased alone, so
+ *  that a sigma at a word's end is no ς; "<|ENDOFTEXT|>" is no marker; and U+FEFF is no white space. @param {any} file */
+function asInRust(file) {
+  const white = String.raw`'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`; // ByteLevel's own
+  const sigma = { type: "Replace", pattern: { String: "Σ" }, content: "σ" };
+  const text = String.raw`(?<![^\s\p{L}\p{N}])<\|(start|end)oftext\|>`; // lower-cased, not the marker itself
+  const marker = { type: "Replace", pattern: { Regex: text }, content: "<| $1oftext |> " };
+  const split = { type: "Split", pattern: { Regex: white }, behavior: "Isolated", invert: false };
+  const mend = (/** @type {any} */ step) => {
+    const steps = step?.normalizers ?? step?.pretokenizers;
+    if (steps) return [{ ...step, normalizers: steps.flatMap(mend), pretokenizers: steps.flatMap(mend) }];
+    if (step?.type === "Lowercase") return [sigma, step, marker];
+    return step?.type === "ByteLevel" && step.use_regex !== false ? [split, { ...step, use_regex: false }] : [step];
+  };
+  return { ...file, normalizer: mend(file.normalizer)[0], pre_tokenizer: mend(file.pre_tokenizer)[0] };
 }
 
 /** Return a prompt that can be written as UTF-8. @param {string} argument @param {unknown} prompt */
@@ -215,33 +232,35 @@ const node = typeof process !== "undefined" && process.versions?.node ? process 
 
 /** A bundle at an address. No file is parsed before its hash is right. */
 export class Bundle {
+  #cache;
+
   /** @param {URL} base @param {Manifest} manifest @param {Cache | null} cache */
   constructor(base, manifest, cache = null) {
     this.base = base;
     this.manifest = manifest;
-    this.cache = cache;
+    this.#cache = cache;
     const unknown = Object.keys(manifest.requires ?? {}).filter((feature) => !FEATURES.includes(feature));
     if (manifest.format_version !== 2) unknown.unshift(`format_version ${manifest.format_version}`);
-    const chains = Object.entries(manifest.chains ?? {}).filter(([, chain]) => isKnown(chain, manifest.graphs));
-    if (unknown.length || !chains.length) {
+    /** The chains that can be drawn with. @type {Chain[]} */
+    this.chains = Object.values(manifest.chains ?? {}).filter((chain) => isKnown(chain, manifest.graphs));
+    if (unknown.length || !this.chains.length) {
       const what = unknown.length ? `has ${unknown.join(", ")}` : "has no chain that makes one picture";
-      throw new InputError(`${base} ${what}, and cannot be read here; make a site of it: turbochain export-web BUNDLE`);
+      throw new InputError(`${base} ${what}, which is not for browsers; make a site of it: turbochain export-web BUNDLE`);
     }
-    /** The chains that can be drawn with, by name. @type {Map<string, Chain>} */
-    this.chains = new Map(chains);
-    /** @type {string[]} */
-    this.tasks = [...new Set(chains.map(([, { task }]) => task))];
+    this.tasks = [...new Set(this.chains.map(({ task }) => task))];
   }
 
-  /** Open a bundle by its address, in Node also by its folder. @param {string | URL} url @param {{ cache?: boolean }} options */
-  static async open(url, { cache = true } = {}) {
-    if (!globalThis.crypto?.subtle) throw new InputError("this page came over plain http: serve it by https or localhost");
-    const base = baseOf(url);
+  /** Open a bundle by its address, in Node also by its folder. @param {string | URL} url @param {boolean} cache */
+  static async open(url, cache = true) {
+    if (!globalThis.crypto?.subtle) throw new InputError("browsers hash no files for http: use https or localhost");
+    const text = String(url).replace(/\/?$/, "/");
+    const isPath = node && !/^[a-z]{2,}:/i.test(text);
+    const here = node ? undefined : globalThis.document?.baseURI ?? location.href;
+    const base = isPath ? node.getBuiltinModule("node:url").pathToFileURL(text) : new URL(text, here);
     const parts = [];
     for await (const part of arriving(new URL("bundle.json", base), "no-cache")) parts.push(part);
-    const text = await new Blob(parts).text();
     try {
-      const manifest = /** @type {Manifest} */ (JSON.parse(text));
+      const manifest = JSON.parse(await new Blob(parts).text());
       return new Bundle(base, manifest, cache ? await keptIn(base, manifest) : null);
     } catch (error) {
       if (!(error instanceof SyntaxError)) throw error;
@@ -256,41 +275,21 @@ export class Bundle {
     const url = new URL(file, this.base);
     if (!record || !url.href.startsWith(this.base.href)) throw new InputError(`bundle.json has no record of ${file}`);
     const key = keyOf(this.base, record.sha256);
-    const kept = await this.cache?.match(key);
+    const kept = await this.#cache?.match(key);
     if (kept?.body) {
       const bytes = await checked(file, record, chunks(kept.body), (loaded) => told(loaded, true)).catch(() => null);
       if (bytes) return bytes;
     }
     const bytes = await checked(file, record, arriving(url, "no-store"), (loaded) => told(loaded, false));
-    await this.cache?.put(key, new Response(streamed(bytes))).catch(() => {}); // without room: downloaded each time
+    await this.#cache?.put(key, new Response(streamed(bytes))).catch(() => {}); // without room: downloaded each time
     return bytes;
   }
 
-  /** Return how many bytes are not kept in the browser yet. */
-  async missing() {
-    const kept = new Set((await this.cache?.keys())?.map(({ url }) => url));
-    const missing = Object.values(this.manifest.files).filter(({ sha256 }) => !kept.has(keyOf(this.base, sha256)));
-    return missing.reduce((sum, { size }) => sum + size, 0);
-  }
-
-  /** Return a function that reads files, and tells of the bytes of all of them.
-   *  @param {string[]} files @param {(progress: Progress) => void} progress */
-  reader(files, progress) {
-    const total = [...new Set(files)].reduce((sum, file) => sum + (this.manifest.files[file]?.size ?? 0), 0);
-    let before = 0;
-    return async (/** @type {string} */ file) => {
-      const told = (/** @type {number} */ loaded, /** @type {boolean} */ cached) =>
-        progress({ loaded: before + loaded, total, file, cached });
-      const bytes = await this.read(file, told);
-      before += bytes.length;
-      return bytes;
-    };
-  }
-
-  /** Return the chain of a task and a size: those of the image, or the first ones, if none is asked for.
-   *  @param {string} task @param {{ height?: number, width?: number }} size @param {{ height: number, width: number } | null} image */
-  find(task, { height, width } = {}, image = null) {
-    const built = [...this.chains.values()].filter((chain) => chain.task === task);
+  /** Return the chain of a task: of this height and width or, without any, of the image's, or the first one.
+   *  @param {string} task @param {number} [height] @param {number} [width]
+   *  @param {{ height: number, width: number } | null} image */
+  find(task, height, width, image = null) {
+    const built = this.chains.filter((chain) => chain.task === task);
     if (!built.length) {
       const mend = `build another with build-engine SOURCE --tasks ${task}`;
       throw new InputError(`this bundle was built for ${this.tasks.join(", ")}, and not for ${task}; ${mend}`);
@@ -301,27 +300,20 @@ export class Bundle {
       return (image && of(image.height & ~7, image.width & ~7)) || built[0];
     }
     const [tall, wide] = [height ?? built[0].size[0], width ?? built[0].size[1]];
-    const sizes = built.map(({ size }) => `${size[1]}x${size[0]}`).join(", ");
     const found = of(tall, wide);
-    if (!found) throw new InputError(`height=${tall}, width=${wide}: this bundle is built for ${sizes}; choose one of these`);
-    return found;
+    if (found) return found;
+    const sizes = built.map(({ size }) => `${size[1]}x${size[0]}`).join(", ");
+    throw new InputError(`height=${tall}, width=${wide}: this bundle is built for ${sizes}; choose one of these`);
   }
 
-  /** Return what a task is built for, as the server's /about does: sizes are [width, height], `strengths` all that there
-   *  are (none: any number), and `strength` the least that makes a step. @param {string} task */
+  /** Return what a task is built for, as the server's /about: sizes are [width, height], `strengths` all that there are
+   *  (none: any number), and `strength` is the least that makes a step. @param {string} task */
   about(task) {
     const chain = this.find(task);
-    const sizes = [...this.chains.values()].filter((other) => other.task === task).map(({ size: [h, w] }) => [w, h]);
+    const sizes = this.chains.filter((other) => other.task === task).map(({ size: [height, width] }) => [width, height]);
     const [steps, strengths] = [stepsOf(chain), valuesOf(chain, "strength")];
     const usual = strengths[0] ?? leastStrength(steps.find((n) => n > 1) ?? steps[0]);
     return { sizes, steps, strengths, strength: task === FROM_TEXT ? null : usual };
-  }
-
-  /** Return the tensors of a chain by their names there. @param {Chain} chain @returns {Record<string, Tensor>} */
-  tensors({ stages }) {
-    const ends = (/** @type {Stage} */ stage) =>
-      ["inputs", "outputs"].flatMap((end) => namedIn(stage, this.manifest.graphs[stage.graph][/** @type {"inputs"} */ (end)]));
-    return Object.fromEntries(stages.flatMap(ends));
   }
 }
 
@@ -331,22 +323,12 @@ function isKnown({ task, batch, stages, feeds }, graphs) {
   return [FROM_TEXT, FROM_IMAGE].includes(task) && batch === 1 && fed && stages.every(({ graph }) => graph in graphs);
 }
 
-/** Return tensors of a graph by the names that a stage gives them. @param {Stage} stage @param {Tensor[]} tensors
- *  @returns {[string, Tensor][]} */
-const namedIn = (stage, tensors) => tensors.map((tensor) => [stage.wires?.[tensor.name] ?? tensor.name, tensor]);
+/** Return the ends of a stage's graph, by their names in the chain.
+ *  @param {Stage} stage @param {Tensor[]} tensors @returns {[string, Tensor][]} */
+const wired = (stage, tensors) => tensors.map((tensor) => [stage.wires?.[tensor.name] ?? tensor.name, tensor]);
 
 /** @param {Tensor} tensor */
-const sizeOf = ({ shape }) => shape.reduce((size, n) => size * n, 1);
-
-/** @param {Tensor} tensor */
-const zerosOf = (tensor) => new Float32Array(sizeOf(tensor));
-
-/** Return the address of a bundle's folder. @param {string | URL} url */
-function baseOf(url) {
-  const text = String(url).replace(/\/?$/, "/");
-  if (!node) return new URL(text, globalThis.document?.baseURI ?? location.href);
-  return /^[a-z]{2,}:/i.test(text) ? new URL(text) : node.getBuiltinModule("node:url").pathToFileURL(text);
-}
+const zerosOf = ({ shape }) => new Float32Array(shape.reduce((size, n) => size * n, 1));
 
 /** Return where a browser keeps the files of a bundle, without those of an older bundle; null if it keeps none.
  *  @param {URL} base @param {Manifest} manifest */
@@ -436,41 +418,35 @@ function arraysOf(bytes) {
   );
 }
 
-/** One table of a chain: what the sampler does in every row, as numbers. */
-class Table {
-  /** @param {Chain} chain @param {string} name @param {Map<string, Values>} arrays */
-  constructor(chain, name, arrays) {
-    this.chain = chain;
-    this.rows = chain.tables[name].rows;
-    this.name = name;
-    this.arrays = arrays;
-  }
+/** @typedef {ReturnType<typeof tableOf>} Table */
 
-  /** Return a row of an array, or all of it. @param {string} array @param {number} [row] */
-  #values(array, row) {
-    const found = this.arrays.get(array);
-    if (!found) throw new InputError(`${this.chain.tables_file} lacks ${array}; build the bundle again with build-engine`);
-    const size = found.data.length / found.shape[0];
-    return row === undefined ? found.data : found.data.subarray(row * size, (row + 1) * size);
-  }
-
-  /** What unit noise is multiplied by. */
-  get sigma() {
-    return this.#values(`${this.name}/init_noise_sigma`)[0];
-  }
-
-  /** Return whether a row draws noise. @param {number} row */
-  draws(row) {
-    return this.#values(`${this.name}/draws_noise`)[row] !== 0;
-  }
-
-  /** Return what a column feeds in a row. @param {string} column @param {number} row */
-  values(column, row) {
-    if (column === "p" || column === "q") return this.#values(`${this.name}/start`, 0).subarray(+(column === "q")).slice(0, 1);
-    if (["m", "v", "w", "input_scale"].includes(column)) return this.#values(`${this.name}/${column}`, row);
-    if (this.chain.feeds[column].when === "call") return this.#values(`constants/${column}`);
-    return this.#values(`columns/${column}`, this.#values(`${this.name}/index`)[row]);
-  }
+/** Return one table of a chain: what the sampler does in every row.
+ *  @param {Chain} chain @param {string} name @param {Map<string, Values>} arrays */
+function tableOf(chain, name, arrays) {
+  const array = (/** @type {string} */ key) => {
+    const found = arrays.get(key);
+    if (found) return found;
+    throw new InputError(`${chain.tables_file} lacks ${key}, which the chain reads; build the bundle again`);
+  };
+  const rowOf = (/** @type {string} */ key, /** @type {number} */ row) => {
+    const { shape, data } = array(key);
+    const size = data.length / shape[0];
+    return data.subarray(row * size, (row + 1) * size);
+  };
+  return {
+    rows: chain.tables[name].rows,
+    sigma: array(`${name}/init_noise_sigma`).data[0],
+    /** Return whether a row draws noise. @param {number} row */
+    draws: (row) => array(`${name}/draws_noise`).data[row] !== 0,
+    /** Return what a column feeds in a row. @param {string} column @param {number} row */
+    column(column, row) {
+      if (column === "p") return rowOf(`${name}/start`, 0).subarray(0, 1);
+      if (column === "q") return rowOf(`${name}/start`, 0).subarray(1);
+      if (["m", "v", "w", "input_scale"].includes(column)) return rowOf(`${name}/${column}`, row);
+      if (chain.feeds[column].when === "call") return array(`constants/${column}`).data;
+      return rowOf(`columns/${column}`, array(`${name}/index`).data[row]);
+    },
+  };
 }
 
 // ---- what a call asks for
@@ -501,7 +477,7 @@ function oneOf(chain, argument, value) {
 
 /** Return the name of the table that a call follows.
  *  @param {Chain} chain @param {number | undefined} steps @param {number | undefined} strength @param {number} scale */
-function tableOf(chain, steps, strength, scale) {
+function chosenTable(chain, steps, strength, scale) {
   const [built, guidance, usual] = [stepsOf(chain), oneOf(chain, "guidance_scale", scale), chain.defaults?.strength];
   const find = (/** @type {number} */ wanted, begin = 0, /** @type {number | null} */ of = null) => {
     const found = Object.entries(chain.tables).find(
@@ -616,7 +592,7 @@ async function chosen({ chains, manifest }, asked) {
   const known = node ? ["cpu"] : ["webgpu", "wasm"];
   if (asked && !known.includes(asked)) throw new InputError(`backend=${asked}: choose from ${known.join(", ")}`);
   if (node) return "cpu";
-  const names = new Set([...chains.values()].flatMap(({ stages }) => stages.map(({ graph }) => graph)));
+  const names = new Set(chains.flatMap(({ stages }) => stages.map(({ graph }) => graph)));
   const graphs = [...names].map((name) => manifest.graphs[name]);
   const weights = new Map(graphs.flatMap(({ data, precision }) => data.map((file) => [file, precision === "fp32" ? 1 : 2])));
   const bytes = [...weights].reduce((sum, [file, times]) => sum + times * manifest.files[file].size, 0); // as float32
@@ -630,14 +606,10 @@ async function chosen({ chains, manifest }, asked) {
   throw new InputError(`${reason}: use ${asked === "wasm" ? "WebGPU" : "a browser and a GPU that have it"}`);
 }
 
-/** Where a package is, by its name, if that alone does not say it: no import map applies in a worker.
- *  @type {Record<string, string>} */
-export const packages = {};
-
-/** Return a package's module. @param {string} name @param {() => Promise<any>} usual as a bundler understands it */
-async function imported(name, usual) {
+/** Return a package's module. @template T @param {string} name @param {Promise<T>} module @returns {Promise<T>} */
+async function imported(name, module) {
   try {
-    const found = await (packages[name] ? import(/* webpackIgnore: true */ /* @vite-ignore */ packages[name]) : usual());
+    const found = /** @type {any} */ (await module);
     return found.default?.InferenceSession ? found.default : found; // onnxruntime-node is a CommonJS package
   } catch (error) {
     throw new InputError(`${name} cannot be imported (${error}): install it with npm, or name it in the import map`);
@@ -646,10 +618,9 @@ async function imported(name, usual) {
 
 /** @param {Backend} backend @returns {Promise<Ort>} */
 function runtimeOf(backend) {
-  if (backend === "wasm") return imported("onnxruntime-web/wasm", () => import("onnxruntime-web/wasm"));
-  if (backend === "webgpu") return imported("onnxruntime-web/webgpu", () => import("onnxruntime-web/webgpu"));
-  const name = "onnxruntime-node";
-  return imported(name, () => import(/* webpackIgnore: true */ /* @vite-ignore */ name));
+  if (backend === "cpu") return imported("onnxruntime-node", import(/* webpackIgnore: true */ /* @vite-ignore */ "onnxruntime-node"));
+  if (backend === "wasm") return imported("onnxruntime-web", import("onnxruntime-web/wasm"));
+  return imported("onnxruntime-web", import("onnxruntime-web/webgpu"));
 }
 
 // ---- the pipeline
@@ -691,23 +662,18 @@ export class Pipeline extends Callable {
   }
 
   /** Load a bundle from its address, in Node also from its folder. Throws InputError if it is damaged or cannot run here.
-   *  @param {string | URL | Bundle} source @param {LoadOptions} options @returns {Promise<Pipeline & Call>} */
-  static async load(source, { backend, tasks, progress, cache } = {}) {
-    const bundle = source instanceof Bundle ? source : await Bundle.open(source, { cache });
+   *  @param {string | URL} url @param {LoadOptions} options @returns {Promise<Pipeline & Call>} */
+  static async load(url, { backend, tasks, progress, cache } = {}) {
+    const bundle = await Bundle.open(url, cache);
     const found = await chosen(bundle, backend);
     const pipe = /** @type {Pipeline & Call} */ (new Pipeline(bundle, found, await runtimeOf(found), progress));
     try {
-      await pipe.prepare(tasks);
+      await pipe.#load((tasks ?? bundle.tasks.slice(0, 1)).map((task) => bundle.find(task)));
     } catch (error) {
       await pipe.close();
       throw error;
     }
     return pipe;
-  }
-
-  /** Load the graphs of tasks now, and not when they are first used; left out: the first task's. @param {string[]} tasks */
-  prepare(tasks = this.#bundle.tasks.slice(0, 1)) {
-    return this.#alone(() => this.#load(tasks.map((task) => this.#bundle.find(task))));
   }
 
   /** What each task is built for; see `Bundle.about`. */
@@ -737,36 +703,39 @@ export class Pipeline extends Callable {
     const { negativePrompt, image: given = null, height, width, signal, observe = () => {}, ...others } = more;
     for (const name of Object.keys(others)) throw new InputError(`a call has no option ${name}: see CallOptions`);
     const image = given === null ? null : await decoded(given);
-    const chain = this.#bundle.find(image ? FROM_IMAGE : FROM_TEXT, { height, width }, image);
+    const chain = this.#bundle.find(image ? FROM_IMAGE : FROM_TEXT, height, width, image);
     const [tall, wide] = chain.size;
     const scale = scaleOf(chain, guidanceScale);
-    const name = tableOf(chain, numInferenceSteps, strength, scale);
+    const name = chosenTable(chain, numInferenceSteps, strength, scale);
     const modes = modesOf(chain, scale, negativePrompt);
     /** @type {Record<string, string>} */
     const texts = { prompt: checkPrompt("prompt", prompt), negative_prompt: checkPrompt("negativePrompt", negativePrompt ?? "") };
     const levels = image && (await levelsOf(image, wide, tall));
     const generator = new Generator(seed);
+    const resized = image !== null && (image.width !== wide || image.height !== tall);
     return this.#alone(async () => {
       signal?.throwIfAborted();
       await this.#load([chain]);
-      const tensors = this.#bundle.tensors(chain);
-      const table = new Table(chain, name, /** @type {Map<string, Values>} */ (this.#tables.get(chain.tables_file)));
+      const table = tableOf(chain, name, /** @type {Map<string, Values>} */ (this.#tables.get(chain.tables_file)));
+      const { graphs } = this.#bundle.manifest;
+      /** @type {Record<string, Tensor>} */
+      const tensors = Object.fromEntries(
+        chain.stages.flatMap((stage) => wired(stage, [...graphs[stage.graph].inputs, ...graphs[stage.graph].outputs])),
+      );
       const noise = noiseOf(chain, table, tensors, generator);
       /** @type {Record<string, (feed: string, row: number) => Value["data"]>} */
-      const make = {
+      const kinds = {
         ids: (feed) => this.#ids(feed, texts[chain.feeds[feed].of || "prompt"]),
         noise: (feed, row) => noise[feed][row],
-        column: (feed, row) => table.values(feed, row),
+        column: (feed, row) => table.column(feed, row),
         number: () => Float32Array.of(scale),
         image: () => /** @type {Uint8Array} */ (levels),
         history: (feed) => zerosOf(tensors[feed]),
         zeros: (feed) => zerosOf(tensors[feed]),
       };
-      const feed = (/** @type {string} */ name, row = 0) =>
-        new this.#ort.Tensor(tensors[name].dtype, make[chain.feeds[name].is](name, row), tensors[name].shape);
-      const picture = await this.#run(chain, modes, table.rows, feed, signal, observe);
-      const resized = image !== null && (image.width !== wide || image.height !== tall);
-      return Object.assign(picture, { seed, resized });
+      const feed = (/** @type {string} */ of, row = 0) =>
+        new this.#ort.Tensor(tensors[of].dtype, kinds[chain.feeds[of].is](of, row), tensors[of].shape);
+      return Object.assign(await this.#run(chain, modes, table.rows, feed, signal, observe), { seed, resized });
     });
   }
 
@@ -783,9 +752,10 @@ export class Pipeline extends Callable {
     const { graphs } = this.#bundle.manifest;
     const has = (/** @type {string} */ mode) => modes.includes(mode);
     const stages = chain.stages.filter((stage) => (stage.if ?? []).every(has) && !(stage.unless ?? []).some(has));
-    const read = new Set(stages.flatMap((stage) => namedIn(stage, graphs[stage.graph].inputs).map(([name]) => name)));
-    const made = new Set(stages.flatMap((stage) => namedIn(stage, graphs[stage.graph].outputs).map(([name]) => name)));
-    const feeds = Object.entries(chain.feeds).filter(([name, { is }]) => read.has(name) && !(is === "zeros" && made.has(name)));
+    const names = (/** @type {"inputs" | "outputs"} */ ends) =>
+      new Set(stages.flatMap((stage) => wired(stage, graphs[stage.graph][ends]).map(([name]) => name)));
+    const [read, made] = [names("inputs"), names("outputs")];
+    const feeds = Object.entries(chain.feeds).filter(([name, { is }]) => read.has(name) && (is !== "zeros" || !made.has(name)));
     /** @type {Map<string, Value>} */
     const values = new Map();
     /** @type {Value[]} */
@@ -796,9 +766,9 @@ export class Pipeline extends Callable {
         signal?.throwIfAborted();
         const { inputs, outputs } = graphs[stage.graph];
         const session = /** @type {Session} */ (this.#sessions.get(stage.graph));
-        const given = namedIn(stage, inputs).map(([name, { name: own }]) => [own, value(name)]);
+        const given = wired(stage, inputs).map(([name, { name: own }]) => [own, value(name)]);
         const found = await session.run(Object.fromEntries(given));
-        for (const [name, { name: own }] of namedIn(stage, outputs)) values.set(name, found[own]);
+        for (const [name, { name: own }] of wired(stage, outputs)) values.set(name, found[own]);
         results.push(...Object.values(found));
         observe({ stage: stage.graph, row, rows });
         if (this.backend === "wasm") await new Promise((resolve) => setTimeout(resolve)); // else no abort would be heard
@@ -835,12 +805,15 @@ export class Pipeline extends Callable {
     const missing = unique(chains.flatMap(({ stages }) => stages.map(({ graph }) => graph)), this.#sessions);
     const filesOf = (/** @type {string} */ name) => [graphs[name].file, ...graphs[name].data];
     const all = [...tables, ...entries.map((entry) => JSON.parse(entry).file), ...missing.flatMap(filesOf)];
-    const read = this.#bundle.reader(all, this.#progress);
+    const total = [...new Set(all)].reduce((sum, file) => sum + (this.#bundle.manifest.files[file]?.size ?? 0), 0);
+    let before = 0;
     /** @type {Map<string, Uint8Array>} */
     const bytes = new Map(); // graphs may share a file of weights, and tokenizers a vocabulary
-
     const get = async (/** @type {string} */ file) => {
-      const found = bytes.get(file) ?? (await read(file));
+      const told = (/** @type {number} */ loaded, /** @type {boolean} */ cached) =>
+        this.#progress({ loaded: before + loaded, total, file, cached });
+      const found = bytes.get(file) ?? (await this.#bundle.read(file, told));
+      if (!bytes.has(file)) before += found.length;
       bytes.set(file, found);
       return found;
     };
