@@ -167,7 +167,7 @@ export class Tokenizer {
 
   /** Read the bytes of a tokenizer.json, which have been hashed. @param {Uint8Array} bytes @param {TokenizerFile} entry */
   static async read(bytes, entry) {
-    const library = await imported("@huggingface/tokenizers", import("@huggingface/tokenizers"));
+    const library = await imported("@huggingface/tokenizers", () => import("@huggingface/tokenizers"));
     const file = asInRust(JSON.parse(new TextDecoder().decode(bytes)));
     return new Tokenizer(new library.Tokenizer(file, {}), entry);
   }
@@ -283,6 +283,13 @@ export class Bundle {
     const bytes = await checked(file, record, arriving(url, "no-store"), (loaded) => told(loaded, false));
     await this.#cache?.put(key, new Response(streamed(bytes))).catch(() => {}); // without room: downloaded each time
     return bytes;
+  }
+
+  /** Return how many bytes are not kept in the browser yet. */
+  async missing() {
+    const kept = new Set((await this.#cache?.keys())?.map(({ url }) => url));
+    const missing = Object.values(this.manifest.files).filter(({ sha256 }) => !kept.has(keyOf(this.base, sha256)));
+    return missing.reduce((sum, { size }) => sum + size, 0);
   }
 
   /** Return the chain of a task: of this height and width or, without any, of the image's, or the first one.
@@ -606,10 +613,14 @@ async function chosen({ chains, manifest }, asked) {
   throw new InputError(`${reason}: use ${asked === "wasm" ? "WebGPU" : "a browser and a GPU that have it"}`);
 }
 
-/** Return a package's module. @template T @param {string} name @param {Promise<T>} module @returns {Promise<T>} */
-async function imported(name, module) {
+/** Where a package is, by its name, if that alone does not say it: no import map applies in a worker.
+ *  @type {Record<string, string>} */
+export const packages = {};
+
+/** Return a package's module. @param {string} name @param {() => Promise<any>} usual as a bundler understands it */
+async function imported(name, usual) {
   try {
-    const found = /** @type {any} */ (await module);
+    const found = await (packages[name] ? import(/* webpackIgnore: true */ /* @vite-ignore */ packages[name]) : usual());
     return found.default?.InferenceSession ? found.default : found; // onnxruntime-node is a CommonJS package
   } catch (error) {
     throw new InputError(`${name} cannot be imported (${error}): install it with npm, or name it in the import map`);
@@ -618,9 +629,10 @@ async function imported(name, module) {
 
 /** @param {Backend} backend @returns {Promise<Ort>} */
 function runtimeOf(backend) {
-  if (backend === "cpu") return imported("onnxruntime-node", import(/* webpackIgnore: true */ /* @vite-ignore */ "onnxruntime-node"));
-  if (backend === "wasm") return imported("onnxruntime-web", import("onnxruntime-web/wasm"));
-  return imported("onnxruntime-web", import("onnxruntime-web/webgpu"));
+  if (backend === "wasm") return imported("onnxruntime-web/wasm", () => import("onnxruntime-web/wasm"));
+  if (backend === "webgpu") return imported("onnxruntime-web/webgpu", () => import("onnxruntime-web/webgpu"));
+  const name = "onnxruntime-node";
+  return imported(name, () => import(/* webpackIgnore: true */ /* @vite-ignore */ name));
 }
 
 // ---- the pipeline
@@ -662,18 +674,23 @@ export class Pipeline extends Callable {
   }
 
   /** Load a bundle from its address, in Node also from its folder. Throws InputError if it is damaged or cannot run here.
-   *  @param {string | URL} url @param {LoadOptions} options @returns {Promise<Pipeline & Call>} */
-  static async load(url, { backend, tasks, progress, cache } = {}) {
-    const bundle = await Bundle.open(url, cache);
+   *  @param {string | URL | Bundle} source @param {LoadOptions} options @returns {Promise<Pipeline & Call>} */
+  static async load(source, { backend, tasks, progress, cache } = {}) {
+    const bundle = source instanceof Bundle ? source : await Bundle.open(source, cache);
     const found = await chosen(bundle, backend);
     const pipe = /** @type {Pipeline & Call} */ (new Pipeline(bundle, found, await runtimeOf(found), progress));
     try {
-      await pipe.#load((tasks ?? bundle.tasks.slice(0, 1)).map((task) => bundle.find(task)));
+      await pipe.prepare(tasks);
     } catch (error) {
       await pipe.close();
       throw error;
     }
     return pipe;
+  }
+
+  /** Load the graphs of tasks now, and not when they are first used; left out: the first task's. @param {string[]} tasks */
+  prepare(tasks = this.#bundle.tasks.slice(0, 1)) {
+    return this.#alone(() => this.#load(tasks.map((task) => this.#bundle.find(task))));
   }
 
   /** What each task is built for; see `Bundle.about`. */
