@@ -24,6 +24,7 @@ export function showArrival(source) {
     $("arrival-button").textContent = bytes ? `Load the model (${amount(bytes)})` : "Try again";
   });
   $("arrival-button").addEventListener("click", () => {
+    $("problem").textContent = "";
     show({});
     source.connect({ agreed: true });
   });

@@ -7,7 +7,7 @@ const PACKAGES = ["onnxruntime-web/webgpu", "onnxruntime-web/wasm", "@huggingfac
 export class Local extends EventTarget {
   // Events: those of live.mjs, without "key", and "download" ({loaded, total} in bytes; null when all is here), "offer"
   // (it goes on with `connect`; detail: the bytes that it would download, or null after a failure), "backend" ({name,
-  // missing}; `missing`: a sentence, or empty) and "row" ({row, rows}: how far a picture is).
+  // missing}; `missing`: a sentence, or empty) and "row" ({row, rows}: the steps that are made).
 
   format = "image/png"; // of the pictures that it is sent: nothing is lost, and nothing is sent far
   #address;

@@ -45,7 +45,7 @@ function send(steps, more = {}, bytes = settings.image?.bytes) {
   last.id = live.send(last.request, bytes, control?.bytes);
   sent.set(last.id, last);
   clearTimeout(slow);
-  slow = setTimeout(() => live.waiting && showWaiting(true, "Drawing…"), SLOW);
+  slow = setTimeout(showDrawing, SLOW);
 }
 
 // Nothing was changed for a while: what is set now is worth keeping.
@@ -73,7 +73,7 @@ live.addEventListener("picture", async ({ detail: { id, ms, drawn, file } }) => 
 });
 
 live.addEventListener("row", ({ detail: { row, rows } }) => {
-  if (rows > 1 && "drawing" in $("frame").dataset) showWaiting(true, `Drawing… step ${row} of ${rows}`);
+  if (rows > 1 && "drawing" in $("frame").dataset) showWaiting(true, `Drawing… ${row} of ${inWords(rows)}`);
 });
 
 live.addEventListener("error", ({ detail: { id, code, message } }) => {
@@ -82,6 +82,10 @@ live.addEventListener("error", ({ detail: { id, code, message } }) => {
   $("problem").textContent = code === "starting" ? "The server is loading its model…" : message;
   if (!live.waiting) showWaiting(false);
 });
+
+function showDrawing() {
+  if (live.waiting && $("connection").dataset.state === "open") showWaiting(true, "Drawing…");
+}
 
 function showWaiting(waiting, text = "\u00a0") {
   clearTimeout(slow);
@@ -274,6 +278,7 @@ live.addEventListener("about", ({ detail }) => {
 live.addEventListener("state", ({ detail }) => {
   $("connection").dataset.state = detail.state;
   $("connection-text").textContent = detail.text;
+  showDrawing();
 });
 
 live.addEventListener("key", ({ detail: refused }) => {
