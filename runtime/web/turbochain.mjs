@@ -1,0 +1,843 @@
+// Draw pictures from a bundle, in a browser (ONNX Runtime Web) or in Node (onnxruntime-node). FORMAT.md says what is in a
+// bundle. One module without a build step; the packages that it needs are imported by name when they are needed.
+//
+//     const pipe = await Pipeline.load("bundle/");
+//     const { data, width, height } = await pipe("a cat", { seed: 7 });
+
+/**
+ * @typedef {{ name: string, dtype: "float32" | "int32" | "uint8", shape: number[] }} Tensor
+ * @typedef {{ file: string, data: string[], precision: string, inputs: Tensor[], outputs: Tensor[] }} Graph
+ * @typedef {{ graph: string, when: "prompt" | "image" | "step" | "end", wires?: Record<string, string>, if?: string[],
+ *   unless?: string[] }} Stage
+ * @typedef {{ is: string, when: "call" | "step" | "held", scale?: string, of?: string }} Feed
+ * @typedef {{ steps: number, rows: number, begin?: number, guidance_scale?: number | null, strength?: number | null
+ *   }} TableEntry
+ * @typedef {{ task: string, size: number[], batch: number, stages: Stage[], feeds: Record<string, Feed>,
+ *   draws: { name: string, discarded?: boolean }[], carry: Record<string, string>, tables_file: string,
+ *   tables: Record<string, TableEntry>, output: string, modes?: string[], defaults?: Record<string, number> }} Chain
+ * @typedef {{ file: string, max_length: number, pad_token: string, pad_id: number, expansions?: Record<string, number>
+ *   }} TokenizerFile
+ * @typedef {{ format_version: number, requires: Record<string, string>, tokenizers: Record<string, TokenizerFile>,
+ *   graphs: Record<string, Graph>, chains: Record<string, Chain>,
+ *   files: Record<string, { size: number, sha256: string }> }} Manifest
+ *
+ * @typedef {"webgpu" | "wasm" | "cpu"} Backend
+ * @typedef {{ loaded: number, total: number, file: string, cached: boolean }} Progress in bytes, of all files to load
+ * @typedef {{ width: number, height: number, data: Uint8Array | Uint8ClampedArray }} Pixels RGB or RGBA
+ * @typedef {Pixels | Blob | ImageBitmap | HTMLImageElement | HTMLCanvasElement | OffscreenCanvas} Source
+ * @typedef {{ stage: string, row: number | null, rows: number }} Observed a graph that has run; `row` if it is in the loop
+ * @typedef {{ width: number, height: number, data: Uint8ClampedArray, seed: number | bigint, resized: boolean }} Picture
+ *   an ImageData in browsers; `seed`: the one that was used; `resized`: whether the image had another size
+ *
+ * @typedef {object} LoadOptions
+ * @property {Backend} [backend] left out: the best that there is here; "cpu" in Node
+ * @property {string[]} [tasks] whose graphs are loaded now (left out: the first one's); others are when they are used
+ * @property {(progress: Progress) => void} [progress]
+ * @property {boolean} [cache] whether a browser keeps the files for the next visit; left out: true
+ *
+ * @typedef {object} CallOptions
+ * @property {number | bigint} [seed] 0 to 2^64 - 1
+ * @property {number} [numInferenceSteps] left out: the fewest that make a step
+ * @property {Source | null} [image] to start from
+ * @property {number} [strength] 0 to 1, how much of the image changes: `floor(numInferenceSteps * strength)` steps are made
+ * @property {number} [guidanceScale] above 1 the negative prompt is drawn too
+ * @property {string} [negativePrompt]
+ * @property {number} [height] in pixels
+ * @property {number} [width] in pixels
+ * @property {AbortSignal} [signal] ends the call between two graphs
+ * @property {(observed: Observed) => void} [observe] is told of each graph
+ */
+
+/** A bad argument, a damaged bundle, or something that this machine lacks; one sentence that says what to do. */
+export class InputError extends Error {
+  name = "InputError";
+}
+
+// ---- noise
+
+/** The values of `torch.Generator("cpu").manual_seed(seed)`, each within 1e-6 of PyTorch's. */
+export class Generator {
+  #words = new Uint32Array(624);
+  #used = 624;
+  #waiting = NaN; // the second of a pair, for the next draw of fewer than 16
+
+  /** @param {number | bigint} seed 0 to 2^64 - 1, of which the low 32 bits count, as in PyTorch */
+  constructor(seed) {
+    const isNumber = Number.isSafeInteger(seed) || typeof seed === "bigint";
+    if (!isNumber || seed < 0 || seed >= 2n ** 64n) {
+      throw new InputError(`seed=${seed}: an integer from 0 to 2^64 - 1 was expected; give one above 2^53 as a BigInt`);
+    }
+    const words = this.#words;
+    words[0] = Number(BigInt(seed) % 2n ** 32n);
+    for (let i = 1; i < 624; i++) words[i] = Math.imul(1812433253, words[i - 1] ^ (words[i - 1] >>> 30)) + i;
+  }
+
+  /** Return the next standard normal values, as `torch.randn(count)` does. @param {number} count */
+  randn(count) {
+    const values = new Float32Array(count);
+    if (count < 16) return values.map(() => this.#one());
+    const uniform = () => (this.#next() & 0xffffff) * 2 ** -24;
+    for (let i = 0; i < count; i++) values[i] = uniform();
+    for (let i = 0; i + 16 <= count; i += 16) boxMuller(values.subarray(i, i + 16));
+    if (count % 16) values.set(boxMuller(new Float32Array(16).map(uniform)), count - 16);
+    return values;
+  }
+
+  /** Return a value of a draw of fewer than 16: these are made in pairs, in float64. */
+  #one() {
+    const value = this.#waiting;
+    this.#waiting = NaN;
+    if (!Number.isNaN(value)) return value;
+    const uniform = () => ((this.#next() & 0x1fffff) * 2 ** 32 + this.#next()) * 2 ** -53; // the high word comes first
+    const angle = 2 * Math.PI * uniform();
+    const radius = Math.sqrt(-2 * Math.log1p(-uniform()));
+    this.#waiting = radius * Math.sin(angle);
+    return radius * Math.cos(angle);
+  }
+
+  /** Return the next 32 bits of the Mersenne Twister. */
+  #next() {
+    const words = this.#words;
+    if (this.#used === 624) {
+      for (let i = 0; i < 624; i++) {
+        const x = (words[i] & 0x80000000) | (words[(i + 1) % 624] & 0x7fffffff);
+        words[i] = words[(i + 397) % 624] ^ (x >>> 1) ^ (x & 1 ? 0x9908b0df : 0);
+      }
+      this.#used = 0;
+    }
+    let x = words[this.#used++];
+    x ^= x >>> 11;
+    x ^= (x << 7) & 0x9d2c5680;
+    x ^= (x << 15) & 0xefc60000;
+    return (x ^ (x >>> 18)) >>> 0;
+  }
+}
+
+/** Turn 16 uniform values into normal ones, in place; every operation is rounded to float32. @param {Float32Array} block */
+function boxMuller(block) {
+  const { fround } = Math;
+  for (let i = 0; i < 8; i++) {
+    const radius = fround(Math.sqrt(-2 * fround(Math.log(1 - block[i]))));
+    const angle = fround(fround(2 * Math.PI) * block[i + 8]);
+    block[i] = radius * fround(Math.cos(angle));
+    block[i + 8] = radius * fround(Math.sin(angle));
+  }
+  return block;
+}
+
+/** Return the noise of a call by feed, for each row; the draws are the chain's, in its order.
+ *  @param {Chain} chain @param {Table} table @param {Record<string, Tensor>} tensors @param {Generator} generator */
+function noiseOf({ draws, feeds }, table, tensors, generator) {
+  /** @type {Record<string, Float32Array[]>} */
+  const noise = {};
+  for (const { name, discarded } of draws) {
+    const { when = "call", scale = "" } = feeds[name] ?? {};
+    const rows = Array.from({ length: when === "step" ? table.rows : 1 }, (_, row) =>
+      when === "step" && !table.draws(row) ? zerosOf(tensors[name]) : generator.randn(zerosOf(tensors[name]).length),
+    );
+    if (!discarded) noise[name] = scale ? rows.map((values) => values.map((x) => x * table.sigma)) : rows;
+  }
+  return noise;
+}
+
+// ---- token ids
+
+/** A tokenizer.json with one fixed length, whose ids are those of transformers' CLIPTokenizer. */
+export class Tokenizer {
+  #tokenizer;
+  #entry;
+  /** @type {Map<string, string>} */
+  #expansions;
+
+  /** @param {import("@huggingface/tokenizers").Tokenizer} tokenizer @param {TokenizerFile} entry */
+  constructor(tokenizer, entry) {
+    this.#tokenizer = tokenizer;
+    this.#entry = entry;
+    const names = (/** @type {string} */ token, /** @type {number} */ count) =>
+      Array.from({ length: count }, (_, i) => (i ? `${token}_${i}` : token));
+    const parts = Object.entries(entry.expansions ?? {}).map(([token, count]) => names(token, count));
+    const found = parts.filter(([token]) => token === token.toLowerCase()); // others are not found, as in diffusers
+    this.#expansions = new Map(found.map((tokens) => [tokens[0], tokens.join(" ")]));
+    const lacks = [entry.pad_token, ...parts.flat()].find((token) => tokenizer.token_to_id(token) === undefined);
+    if (lacks !== undefined || tokenizer.token_to_id(entry.pad_token) !== entry.pad_id) {
+      const what = lacks === undefined ? `has not the padding token ${entry.pad_id}` : `has no token ${lacks}`;
+      throw new InputError(`${entry.file} ${what}, as bundle.json says; build the bundle again with build-engine`);
+    }
+  }
+
+  /** Read the bytes of a tokenizer.json, which have been hashed. @param {Uint8Array} bytes @param {TokenizerFile} entry */
+  static async read(bytes, entry) {
+    const library = await imported("@huggingface/tokenizers", import("@huggingface/tokenizers"));
+    const file = asInRust(JSON.parse(new TextDecoder().decode(bytes)));
+    return new Tokenizer(new library.Tokenizer(file, {}), entry);
+  }
+
+  /** Return the ids of a prompt; of a long one the first ones, and the end marker. @param {string} prompt */
+  encode(prompt) {
+    const { max_length, pad_id } = this.#entry;
+    const { ids } = this.#tokenizer.encode(this.#expanded(prompt));
+    const dropped = ids.splice(max_length - 1, Math.max(0, ids.length - max_length));
+    if (dropped.length) console.warn(`the prompt is ${dropped.length} tokens too long: its end was dropped`);
+    return Int32Array.from({ length: max_length }, (_, i) => ids[i] ?? pad_id);
+  }
+
+  /** Return a prompt with every token of several vectors written out. @param {string} prompt */
+  #expanded(prompt) {
+    if (!this.#expansions.size) return prompt;
+    for (const token of new Set(this.#tokenizer.tokenize(prompt))) {
+      prompt = prompt.replaceAll(token, () => this.#expansions.get(token) ?? token);
+    }
+    return prompt;
+  }
+}
+
+/** Return a tokenizer.json that gives here what it gives in the Rust crate: there each character is lower-cased alone, so
+ *  that a sigma at a word's end is no ς; "<|ENDOFTEXT|>" is no marker; and U+FEFF is no white space. @param {any} file */
+function asInRust(file) {
+  const white = String.raw`'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`; // ByteLevel's own
+  const sigma = { type: "Replace", pattern: { String: "Σ" }, content: "σ" };
+  const text = String.raw`(?<![^\s\p{L}\p{N}])<\|(start|end)oftext\|>`; // lower-cased, not the marker itself
+  const marker = { type: "Replace", pattern: { Regex: text }, content: "<| $1oftext |> " };
+  const split = { type: "Split", pattern: { Regex: white }, behavior: "Isolated", invert: false };
+  const mend = (/** @type {any} */ step) => {
+    const steps = step?.normalizers ?? step?.pretokenizers;
+    if (steps) return [{ ...step, normalizers: steps.flatMap(mend), pretokenizers: steps.flatMap(mend) }];
+    if (step?.type === "Lowercase") return [sigma, step, marker];
+    return step?.type === "ByteLevel" && step.use_regex !== false ? [split, { ...step, use_regex: false }] : [step];
+  };
+  return { ...file, normalizer: mend(file.normalizer)[0], pre_tokenizer: mend(file.pre_tokenizer)[0] };
+}
+
+/** Return a prompt that can be written as UTF-8. @param {string} argument @param {unknown} prompt */
+function checkPrompt(argument, prompt) {
+  if (typeof prompt !== "string") throw new InputError(`${argument} is no string: a text was expected; give ""`);
+  const wrong = /\0|\p{Surrogate}/u.exec(prompt);
+  if (wrong) {
+    const code = wrong[0].charCodeAt(0).toString(16).toUpperCase().padStart(4, "0");
+    const position = [...prompt.slice(0, wrong.index)].length;
+    throw new InputError(`${argument} holds U+${code} at position ${position}, which is no text; remove it`);
+  }
+  const size = new TextEncoder().encode(prompt).length;
+  if (size > 2 ** 15) throw new InputError(`${argument} has ${size} bytes: at most 32 KiB were expected; shorten it`);
+  return prompt;
+}
+
+// ---- files
+
+const CHUNK = 64 * 2 ** 20; // bytes that are hashed as one
+const FEATURES = ["expansions", "modes", "multistep", "wires"];
+const FEEDS = ["column", "history", "ids", "image", "noise", "number", "zeros"];
+const [FROM_TEXT, FROM_IMAGE] = ["text-to-image", "image-to-image"];
+const node = typeof process !== "undefined" && process.versions?.node ? process : null;
+
+/** A bundle at an address. No file is parsed before its hash is right. */
+export class Bundle {
+  #cache;
+
+  /** @param {URL} base @param {Manifest} manifest @param {Cache | null} cache */
+  constructor(base, manifest, cache = null) {
+    this.base = base;
+    this.manifest = manifest;
+    this.#cache = cache;
+    const unknown = Object.keys(manifest.requires ?? {}).filter((feature) => !FEATURES.includes(feature));
+    if (manifest.format_version !== 2) unknown.unshift(`format_version ${manifest.format_version}`);
+    /** The chains that can be drawn with. @type {Chain[]} */
+    this.chains = Object.values(manifest.chains ?? {}).filter((chain) => isKnown(chain, manifest.graphs));
+    if (unknown.length || !this.chains.length) {
+      const what = unknown.length ? `has ${unknown.join(", ")}` : "has no chain that makes one picture";
+      throw new InputError(`${base} ${what}, which is not for browsers; make a site of it: turbochain export-web BUNDLE`);
+    }
+    this.tasks = [...new Set(this.chains.map(({ task }) => task))];
+  }
+
+  /** Open a bundle by its address, in Node also by its folder. @param {string | URL} url @param {boolean} cache */
+  static async open(url, cache = true) {
+    if (!globalThis.crypto?.subtle) throw new InputError("browsers hash no files for http: use https or localhost");
+    const text = String(url).replace(/\/?$/, "/");
+    const isPath = node && !/^[a-z]{2,}:/i.test(text);
+    const here = node ? undefined : globalThis.document?.baseURI ?? location.href;
+    const base = isPath ? node.getBuiltinModule("node:url").pathToFileURL(text) : new URL(text, here);
+    const parts = [];
+    for await (const part of arriving(new URL("bundle.json", base), "no-cache")) parts.push(part);
+    try {
+      const manifest = JSON.parse(await new Blob(parts).text());
+      return new Bundle(base, manifest, cache ? await keptIn(base, manifest) : null);
+    } catch (error) {
+      if (!(error instanceof SyntaxError)) throw error;
+      throw new InputError(`${base}bundle.json is no JSON (${error.message}): check the address, or copy the bundle again`);
+    }
+  }
+
+  /** Return a file's bytes, from the cache if they are right there, else from where the bundle is.
+   *  @param {string} file @param {(loaded: number, cached: boolean) => void} told */
+  async read(file, told = () => {}) {
+    const record = this.manifest.files[file];
+    const url = new URL(file, this.base);
+    if (!record || !url.href.startsWith(this.base.href)) throw new InputError(`bundle.json has no record of ${file}`);
+    const key = keyOf(this.base, record.sha256);
+    const kept = await this.#cache?.match(key);
+    if (kept?.body) {
+      const bytes = await checked(file, record, chunks(kept.body), (loaded) => told(loaded, true)).catch(() => null);
+      if (bytes) return bytes;
+    }
+    const bytes = await checked(file, record, arriving(url, "no-store"), (loaded) => told(loaded, false));
+    await this.#cache?.put(key, new Response(streamed(bytes))).catch(() => {}); // without room: downloaded each time
+    return bytes;
+  }
+
+  /** Return the chain of a task: of this height and width or, without any, of the image's, or the first one.
+   *  @param {string} task @param {number} [height] @param {number} [width]
+   *  @param {{ height: number, width: number } | null} image */
+  find(task, height, width, image = null) {
+    const built = this.chains.filter((chain) => chain.task === task);
+    if (!built.length) {
+      const mend = `build another with build-engine SOURCE --tasks ${task}`;
+      throw new InputError(`this bundle was built for ${this.tasks.join(", ")}, and not for ${task}; ${mend}`);
+    }
+    const of = (/** @type {number} */ tall, /** @type {number} */ wide) =>
+      built.find(({ size }) => size[0] === tall && size[1] === wide);
+    if (height === undefined && width === undefined) {
+      return (image && of(image.height & ~7, image.width & ~7)) || built[0];
+    }
+    const [tall, wide] = [height ?? built[0].size[0], width ?? built[0].size[1]];
+    const found = of(tall, wide);
+    if (found) return found;
+    const sizes = built.map(({ size }) => `${size[1]}x${size[0]}`).join(", ");
+    throw new InputError(`height=${tall}, width=${wide}: this bundle is built for ${sizes}; choose one of these`);
+  }
+
+  /** Return what a task is built for, as the server's /about: sizes are [width, height], `strengths` all that there are
+   *  (none: any number), and `strength` is the least that makes a step. @param {string} task */
+  about(task) {
+    const chain = this.find(task);
+    const sizes = this.chains.filter((other) => other.task === task).map(({ size: [height, width] }) => [width, height]);
+    const [steps, strengths] = [stepsOf(chain), valuesOf(chain, "strength")];
+    const usual = strengths[0] ?? leastStrength(steps.find((n) => n > 1) ?? steps[0]);
+    return { sizes, steps, strengths, strength: task === FROM_TEXT ? null : usual };
+  }
+}
+
+/** Return whether a chain makes one picture of what can be fed here. @param {Chain} chain @param {Record<string, Graph>} graphs */
+function isKnown({ task, batch, stages, feeds }, graphs) {
+  const fed = Object.entries(feeds).every(([name, { is }]) => FEEDS.includes(is) && (is !== "number" || name === "guidance_scale"));
+  return [FROM_TEXT, FROM_IMAGE].includes(task) && batch === 1 && fed && stages.every(({ graph }) => graph in graphs);
+}
+
+/** Return the ends of a stage's graph, by their names in the chain.
+ *  @param {Stage} stage @param {Tensor[]} tensors @returns {[string, Tensor][]} */
+const wired = (stage, tensors) => tensors.map((tensor) => [stage.wires?.[tensor.name] ?? tensor.name, tensor]);
+
+/** @param {Tensor} tensor */
+const zerosOf = ({ shape }) => new Float32Array(shape.reduce((size, n) => size * n, 1));
+
+/** Return where a browser keeps the files of a bundle, without those of an older bundle; null if it keeps none.
+ *  @param {URL} base @param {Manifest} manifest */
+async function keptIn(base, manifest) {
+  try {
+    const cache = await caches.open(`turbochain ${base}`);
+    const wanted = new Set(Object.values(manifest.files).map(({ sha256 }) => keyOf(base, sha256)));
+    for (const request of await cache.keys()) if (!wanted.has(request.url)) await cache.delete(request);
+    return cache;
+  } catch {
+    return null; // in Node, or if the user lets pages keep nothing
+  }
+}
+
+/** @param {URL} base @param {string} sha256 */
+const keyOf = (base, sha256) => new URL(`?sha256=${sha256}`, base).href;
+
+/** Yield the bytes of an address as they come: browsers fail to read above 2 GB at once.
+ *  @param {URL} url @param {RequestCache} cache @returns {AsyncGenerator<Uint8Array<ArrayBuffer>>} */
+async function* arriving(url, cache) {
+  try {
+    if (node && url.protocol === "file:") return yield* node.getBuiltinModule("node:fs").createReadStream(url);
+    const answer = await fetch(url, { cache });
+    if (!answer.ok || !answer.body) throw new Error(`${answer.status} ${answer.statusText}`);
+    yield* chunks(answer.body);
+  } catch (error) {
+    throw new InputError(`${url} cannot be read (${error}): a file of a bundle was expected; check the address`);
+  }
+}
+
+/** @param {ReadableStream<Uint8Array<ArrayBuffer>>} body */
+async function* chunks(body) {
+  const reader = body.getReader(); // Safari's streams cannot be iterated
+  for (let part = await reader.read(); !part.done; part = await reader.read()) yield part.value;
+}
+
+/** Return bytes as a stream: a cache would copy an array as a whole. @param {Uint8Array} bytes */
+function streamed(bytes) {
+  let at = 0;
+  return new ReadableStream({
+    pull: (to) => (at < bytes.length ? to.enqueue(bytes.subarray(at, (at += 2 ** 20))) : to.close()),
+  });
+}
+
+/** Return a file's bytes when all have come and their hash is right; 64 MiB are hashed while the next ones come.
+ *  @param {string} file @param {{ size: number, sha256: string }} record @param {AsyncIterable<Uint8Array>} parts
+ *  @param {(loaded: number) => void} told */
+async function checked(file, { size, sha256 }, parts, told) {
+  const damaged = (/** @type {string} */ what) => new InputError(`${file} ${what}, by bundle.json; copy the bundle again`);
+  const bytes = new Uint8Array(size);
+  /** @type {Promise<ArrayBuffer>[]} */
+  const digests = [];
+  const hash = (/** @type {number} */ end) =>
+    digests.push(crypto.subtle.digest("SHA-256", bytes.subarray(digests.length * CHUNK, end)));
+  let loaded = 0;
+  for await (const part of parts) {
+    if (loaded + part.length > size) throw damaged(`is too long: it has more than ${size} bytes`);
+    bytes.set(part, loaded);
+    loaded += part.length;
+    while ((digests.length + 1) * CHUNK <= loaded) hash((digests.length + 1) * CHUNK);
+    told(loaded);
+  }
+  if (loaded < size) throw damaged(`is truncated: it has ${loaded} of ${size} bytes`);
+  if (digests.length * CHUNK < size || !size) hash(size);
+  const made = await Promise.all(digests);
+  const whole = made.length > 1 ? await crypto.subtle.digest("SHA-256", await new Blob(made).arrayBuffer()) : made[0];
+  const hex = Array.from(new Uint8Array(whole), (byte) => byte.toString(16).padStart(2, "0")).join("");
+  if (hex !== sha256) throw damaged(`is damaged: its SHA-256 is ${hex}, and not ${sha256}`);
+  return bytes;
+}
+
+// ---- tables
+
+/** @typedef {{ shape: number[], data: Float32Array | Int32Array | Uint8Array }} Values */
+
+/** Return the arrays of a safetensors file, which has been hashed. @param {Uint8Array} bytes @returns {Map<string, Values>} */
+function arraysOf(bytes) {
+  const start = 8 + Number(new DataView(bytes.buffer).getBigUint64(0, true));
+  const { __metadata__, ...header } = JSON.parse(new TextDecoder().decode(bytes.subarray(8, start)));
+  /** @type {Record<string, new (buffer: ArrayBuffer) => Values["data"]>} */
+  const kinds = { F32: Float32Array, I32: Int32Array, BOOL: Uint8Array };
+  return new Map(
+    Object.entries(header).map(([name, { dtype, shape, data_offsets: [from, to] }]) => [
+      name,
+      { shape, data: new kinds[dtype](bytes.slice(start + from, start + to).buffer) },
+    ]),
+  );
+}
+
+/** @typedef {ReturnType<typeof tableOf>} Table */
+
+/** Return one table of a chain: what the sampler does in every row.
+ *  @param {Chain} chain @param {string} name @param {Map<string, Values>} arrays */
+function tableOf(chain, name, arrays) {
+  const array = (/** @type {string} */ key) => {
+    const found = arrays.get(key);
+    if (found) return found;
+    throw new InputError(`${chain.tables_file} lacks ${key}, which the chain reads; build the bundle again`);
+  };
+  const rowOf = (/** @type {string} */ key, /** @type {number} */ row) => {
+    const { shape, data } = array(key);
+    const size = data.length / shape[0];
+    return data.subarray(row * size, (row + 1) * size);
+  };
+  return {
+    rows: chain.tables[name].rows,
+    sigma: array(`${name}/init_noise_sigma`).data[0],
+    /** Return whether a row draws noise. @param {number} row */
+    draws: (row) => array(`${name}/draws_noise`).data[row] !== 0,
+    /** Return what a column feeds in a row. @param {string} column @param {number} row */
+    column(column, row) {
+      if (column === "p") return rowOf(`${name}/start`, 0).subarray(0, 1);
+      if (column === "q") return rowOf(`${name}/start`, 0).subarray(1);
+      if (["m", "v", "w", "input_scale"].includes(column)) return rowOf(`${name}/${column}`, row);
+      if (chain.feeds[column].when === "call") return array(`constants/${column}`).data;
+      return rowOf(`columns/${column}`, array(`${name}/index`).data[row]);
+    },
+  };
+}
+
+// ---- what a call asks for
+
+/** Return how many steps are made: diffusers' product of floats, rounded down. @param {number} steps @param {number} strength */
+const madeOf = (steps, strength) => Math.min(Math.trunc(steps * strength), steps);
+
+/** Return the least strength at which one of `steps` is made. @param {number} steps */
+const leastStrength = (steps) => (madeOf(steps, 1 / steps) ? 1 / steps : 1 / steps + 2 ** -53 / steps); // 49 · (1/49) < 1
+
+/** @param {Chain} chain */
+const stepsOf = (chain) => [...new Set(Object.values(chain.tables).map(({ steps }) => steps))].sort((a, b) => a - b);
+
+/** Return the values that a chain has tables for; none if its tables do not depend on it.
+ *  @param {Chain} chain @param {"guidance_scale" | "strength"} argument */
+function valuesOf(chain, argument) {
+  const values = Object.values(chain.tables).flatMap((table) => table[argument] ?? []);
+  return [...new Set(values)].sort((a, b) => a - b);
+}
+
+/** Return a value that there are tables for; null if they do not depend on it.
+ *  @param {Chain} chain @param {"guidance_scale" | "strength"} argument @param {number} value */
+function oneOf(chain, argument, value) {
+  const known = valuesOf(chain, argument);
+  if (!known.length || known.includes(value)) return known.length ? value : null;
+  throw new InputError(`${argument} is ${value}: there are tables for ${known.join(", ")}; choose one of these`);
+}
+
+/** Return the name of the table that a call follows.
+ *  @param {Chain} chain @param {number | undefined} steps @param {number | undefined} strength @param {number} scale */
+function chosenTable(chain, steps, strength, scale) {
+  const [built, guidance, usual] = [stepsOf(chain), oneOf(chain, "guidance_scale", scale), chain.defaults?.strength];
+  const find = (/** @type {number} */ wanted, begin = 0, /** @type {number | null} */ of = null) => {
+    const found = Object.entries(chain.tables).find(
+      ([, { steps, begin: skipped = 0, guidance_scale = null, strength = null }]) =>
+        steps === wanted && skipped === begin && guidance_scale === guidance && strength === of,
+    );
+    if (found) return found[0];
+    const expected = `this bundle was built for ${built.join(", ")}; choose one of these, or build another`;
+    throw new InputError(`numInferenceSteps=${wanted}: ${expected} with build-engine SOURCE --steps`);
+  };
+  if (usual === undefined) {
+    if (strength === undefined) return find(steps ?? built[0]);
+    throw new InputError("strength was given without an image to start from; leave it out, or give an image");
+  }
+  const wanted = strength ?? usual;
+  if (!(typeof wanted === "number" && wanted >= 0 && wanted <= 1)) {
+    throw new InputError(`strength=${wanted}: a number from 0 to 1 was expected`);
+  }
+  const fixed = oneOf(chain, "strength", wanted);
+  if (fixed !== null) return find(steps ?? built[0], 0, fixed);
+  const count = steps ?? built.find((n) => madeOf(n, wanted)) ?? built[0];
+  const whole = find(count); // if the bundle lacks these steps, that is what has to be said
+  const made = madeOf(count, wanted);
+  if (made) return made === count ? whole : find(count, count - made);
+  const least = leastStrength(count);
+  throw new InputError(`numInferenceSteps=${count} at strength=${wanted} makes no step: give more steps, or ${least} or more`);
+}
+
+/** Return the guidance scale of a call. @param {Chain} chain @param {number | undefined} given */
+function scaleOf(chain, given) {
+  const scale = given ?? chain.defaults?.guidance_scale ?? 0;
+  if (typeof scale !== "number" || !Number.isFinite(Math.fround(scale))) {
+    throw new InputError(`guidanceScale=${given}: a finite number was expected; leave it out for the bundle's`);
+  }
+  if (scale > 1 && !chain.modes?.includes("guidance") && !valuesOf(chain, "guidance_scale").length) {
+    throw new InputError(`guidanceScale=${given}: this bundle has no guidance; leave it out, or give 0`);
+  }
+  return scale;
+}
+
+/** Return the modes of a call. @param {Chain} chain @param {number} scale @param {string | undefined} negativePrompt */
+function modesOf({ modes = [] }, scale, negativePrompt) {
+  const guided = scale > 1 && modes.includes("guidance");
+  if (negativePrompt !== undefined && !guided) console.warn("negativePrompt has no effect without guidance");
+  const on = { guidance: guided, negative_prompt: guided && negativePrompt !== undefined };
+  return modes.filter((mode) => on[/** @type {keyof typeof on} */ (mode)]);
+}
+
+// ---- pictures
+
+/** @type {ImageBitmapOptions} */
+const AS_STORED = { premultiplyAlpha: "none", colorSpaceConversion: "none" }; // as PIL reads a file
+
+/** Return a picture that is decoded, and turned as its file says. @param {Source} image @returns {Promise<Pixels | ImageBitmap>} */
+async function decoded(image) {
+  if (image && "data" in image && image.width > 0 && image.height > 0) return image;
+  const expected = "pixels {data, width, height} were expected, or in a browser an image, a canvas or a file; give one";
+  if (!globalThis.createImageBitmap) throw new InputError(`image is no decoded picture: ${expected}`);
+  return createImageBitmap(/** @type {ImageBitmapSource} */ (image), AS_STORED).catch((error) => {
+    throw new InputError(`image is no picture that can be decoded (${error}): ${expected}`);
+  });
+}
+
+/** Return the levels of a picture, RGB [height, width, 3]. Alpha is dropped; one of another size is drawn on a canvas.
+ *  @param {Pixels | ImageBitmap} image @param {number} width @param {number} height */
+async function levelsOf(image, width, height) {
+  const fits = image.width === width && image.height === height;
+  const { data } = fits && "data" in image ? image : await redrawn(image, width, height);
+  const [levels, channels] = [new Uint8Array(3 * width * height), data.length / (width * height)];
+  if (channels !== 3 && channels !== 4) {
+    throw new InputError(`image.data has ${data.length} values: RGB or RGBA of ${width}x${height} was expected; give all`);
+  }
+  for (let i = 0; i < levels.length; i += 3) levels.set(data.subarray((i / 3) * channels, (i / 3) * channels + 3), i);
+  return levels;
+}
+
+/** @param {Pixels | ImageBitmap} image @param {number} width @param {number} height */
+async function redrawn(image, width, height) {
+  if (!globalThis.OffscreenCanvas) {
+    const size = `${image.width}x${image.height}`;
+    throw new InputError(`image is ${size}: ${width}x${height} was expected; resize it, as there is no canvas in Node`);
+  }
+  const context = /** @type {OffscreenCanvasRenderingContext2D} */ (new OffscreenCanvas(width, height).getContext("2d"));
+  context.imageSmoothingQuality = "high";
+  const bitmap = "data" in image ? await createImageBitmap(/** @type {ImageData} */ (image), AS_STORED) : image;
+  context.drawImage(bitmap, 0, 0, width, height);
+  return context.getImageData(0, 0, width, height);
+}
+
+/** Return RGB levels as a picture; Error if it is of one single value. @param {Uint8Array} levels @param {number[]} size */
+function pictureOf(levels, [height, width]) {
+  if (levels.every((level) => level === levels[0])) throw new Error("the model made a picture of one single value");
+  const data = new Uint8ClampedArray(4 * height * width).fill(255);
+  for (let i = 0; i < height * width; i++) data.set(levels.subarray(3 * i, 3 * i + 3), 4 * i);
+  return globalThis.ImageData ? new ImageData(data, width, height) : { data, width, height };
+}
+
+// ---- backends
+
+/** @typedef {typeof import("onnxruntime-common")} Ort */
+
+/** Return what this browser has for WebGPU; `f16`: 16-bit numbers, which a graph of that precision needs. */
+export async function support() {
+  const gpu = /** @type {any} */ (globalThis.navigator)?.gpu;
+  const adapter = await gpu?.requestAdapter().catch(() => null);
+  return { webgpu: Boolean(adapter), f16: Boolean(adapter?.features.has("shader-f16")) };
+}
+
+/** Return the backend to run a bundle on: the one that is asked for, or the best that there is.
+ *  @param {Bundle} bundle @param {Backend} [asked] @returns {Promise<Backend>} */
+async function chosen({ chains, manifest }, asked) {
+  const known = node ? ["cpu"] : ["webgpu", "wasm"];
+  if (asked && !known.includes(asked)) throw new InputError(`backend=${asked}: choose from ${known.join(", ")}`);
+  if (node) return "cpu";
+  const names = new Set(chains.flatMap(({ stages }) => stages.map(({ graph }) => graph)));
+  const graphs = [...names].map((name) => manifest.graphs[name]);
+  const weights = new Map(graphs.flatMap(({ data, precision }) => data.map((file) => [file, precision === "fp32" ? 1 : 2])));
+  const bytes = [...weights].reduce((sum, [file, times]) => sum + times * manifest.files[file].size, 0); // as float32
+  const has = await support();
+  const halves = graphs.some(({ precision }) => precision === "fp16");
+  const lacks = has.webgpu ? (halves && !has.f16 ? "WebGPU with shader-f16" : "") : "WebGPU";
+  if (asked !== "wasm" && !lacks) return "webgpu";
+  if (asked !== "webgpu" && bytes < 2 ** 31) return "wasm";
+  const size = `${(bytes / 2 ** 30).toFixed(1)} GiB of weights, and WASM has room for 2`;
+  const reason = asked === "wasm" ? `the model has ${size}` : `this browser has no ${lacks}` + (asked ? "" : `; the model has ${size}`);
+  throw new InputError(`${reason}: use ${asked === "wasm" ? "WebGPU" : "a browser and a GPU that have it"}`);
+}
+
+/** Return a package's module. @template T @param {string} name @param {Promise<T>} module @returns {Promise<T>} */
+async function imported(name, module) {
+  try {
+    const found = /** @type {any} */ (await module);
+    return found.default?.InferenceSession ? found.default : found; // onnxruntime-node is a CommonJS package
+  } catch (error) {
+    throw new InputError(`${name} cannot be imported (${error}): install it with npm, or name it in the import map`);
+  }
+}
+
+/** @param {Backend} backend @returns {Promise<Ort>} */
+function runtimeOf(backend) {
+  if (backend === "cpu") return imported("onnxruntime-node", import(/* webpackIgnore: true */ /* @vite-ignore */ "onnxruntime-node"));
+  if (backend === "wasm") return imported("onnxruntime-web", import("onnxruntime-web/wasm"));
+  return imported("onnxruntime-web", import("onnxruntime-web/webgpu"));
+}
+
+// ---- the pipeline
+
+/** @typedef {import("onnxruntime-common").Tensor} Value */
+/** @typedef {import("onnxruntime-common").InferenceSession} Session */
+/** @typedef {(prompt: string, options?: CallOptions) => Promise<Picture>} Call */
+
+/** A function that has the methods of its class. */
+class Callable {
+  /** @param {Call} call */
+  constructor(call) {
+    return Object.setPrototypeOf(call, new.target.prototype);
+  }
+}
+
+/** A loaded bundle, which is called with a prompt; `load` makes one. One call at a time is drawn, the others wait. */
+export class Pipeline extends Callable {
+  #bundle;
+  #ort;
+  #progress;
+  /** @type {Map<string, Session>} */
+  #sessions = new Map();
+  /** @type {Map<string, Tokenizer>} */
+  #tokenizers = new Map();
+  /** @type {Map<string, Map<string, Values>>} */
+  #tables = new Map();
+  /** @type {Promise<unknown>} */
+  #turn = Promise.resolve();
+  #closed = false;
+
+  /** @param {Bundle} bundle @param {Backend} backend @param {Ort} ort @param {(progress: Progress) => void} progress */
+  constructor(bundle, backend, ort, progress = () => {}) {
+    super((prompt, options) => this.#draw(prompt, options));
+    this.#bundle = bundle;
+    this.#ort = ort;
+    this.#progress = progress;
+    this.backend = backend;
+  }
+
+  /** Load a bundle from its address, in Node also from its folder. Throws InputError if it is damaged or cannot run here.
+   *  @param {string | URL} url @param {LoadOptions} options @returns {Promise<Pipeline & Call>} */
+  static async load(url, { backend, tasks, progress, cache } = {}) {
+    const bundle = await Bundle.open(url, cache);
+    const found = await chosen(bundle, backend);
+    const pipe = /** @type {Pipeline & Call} */ (new Pipeline(bundle, found, await runtimeOf(found), progress));
+    try {
+      await pipe.#load((tasks ?? bundle.tasks.slice(0, 1)).map((task) => bundle.find(task)));
+    } catch (error) {
+      await pipe.close();
+      throw error;
+    }
+    return pipe;
+  }
+
+  /** What each task is built for; see `Bundle.about`. */
+  get tasks() {
+    return Object.fromEntries(this.#bundle.tasks.map((task) => [task, this.#bundle.about(task)]));
+  }
+
+  /** Give back the memory of the graphs, when the calls that wait have ended. */
+  close() {
+    return this.#alone(async () => {
+      this.#closed = true;
+      for (const session of this.#sessions.values()) await session.release();
+      this.#sessions.clear();
+    });
+  }
+
+  /** Do some work after all that was begun earlier. @template T @param {() => Promise<T>} work @returns {Promise<T>} */
+  #alone(work) {
+    const done = this.#turn.then(work);
+    this.#turn = done.catch(() => {});
+    return done;
+  }
+
+  /** @type {Call} */
+  async #draw(prompt, options = {}) {
+    const { seed = crypto.getRandomValues(new Uint32Array(1))[0], numInferenceSteps, strength, guidanceScale, ...more } = options;
+    const { negativePrompt, image: given = null, height, width, signal, observe = () => {}, ...others } = more;
+    for (const name of Object.keys(others)) throw new InputError(`a call has no option ${name}: see CallOptions`);
+    const image = given === null ? null : await decoded(given);
+    const chain = this.#bundle.find(image ? FROM_IMAGE : FROM_TEXT, height, width, image);
+    const [tall, wide] = chain.size;
+    const scale = scaleOf(chain, guidanceScale);
+    const name = chosenTable(chain, numInferenceSteps, strength, scale);
+    const modes = modesOf(chain, scale, negativePrompt);
+    /** @type {Record<string, string>} */
+    const texts = { prompt: checkPrompt("prompt", prompt), negative_prompt: checkPrompt("negativePrompt", negativePrompt ?? "") };
+    const levels = image && (await levelsOf(image, wide, tall));
+    const generator = new Generator(seed);
+    const resized = image !== null && (image.width !== wide || image.height !== tall);
+    return this.#alone(async () => {
+      signal?.throwIfAborted();
+      await this.#load([chain]);
+      const table = tableOf(chain, name, /** @type {Map<string, Values>} */ (this.#tables.get(chain.tables_file)));
+      const { graphs } = this.#bundle.manifest;
+      /** @type {Record<string, Tensor>} */
+      const tensors = Object.fromEntries(
+        chain.stages.flatMap((stage) => wired(stage, [...graphs[stage.graph].inputs, ...graphs[stage.graph].outputs])),
+      );
+      const noise = noiseOf(chain, table, tensors, generator);
+      /** @type {Record<string, (feed: string, row: number) => Value["data"]>} */
+      const kinds = {
+        ids: (feed) => this.#ids(feed, texts[chain.feeds[feed].of || "prompt"]),
+        noise: (feed, row) => noise[feed][row],
+        column: (feed, row) => table.column(feed, row),
+        number: () => Float32Array.of(scale),
+        image: () => /** @type {Uint8Array} */ (levels),
+        history: (feed) => zerosOf(tensors[feed]),
+        zeros: (feed) => zerosOf(tensors[feed]),
+      };
+      const feed = (/** @type {string} */ of, row = 0) =>
+        new this.#ort.Tensor(tensors[of].dtype, kinds[chain.feeds[of].is](of, row), tensors[of].shape);
+      return Object.assign(await this.#run(chain, modes, table.rows, feed, signal, observe), { seed, resized });
+    });
+  }
+
+  /** @param {string} feed @param {string} text */
+  #ids(feed, text) {
+    const tokenizer = this.#tokenizers.get(JSON.stringify(this.#bundle.manifest.tokenizers[feed]));
+    return /** @type {Tokenizer} */ (tokenizer).encode(text);
+  }
+
+  /** Run the stages of a call, and return its picture.
+   *  @param {Chain} chain @param {string[]} modes @param {number} rows @param {(name: string, row?: number) => Value} feed
+   *  @param {AbortSignal | undefined} signal @param {(observed: Observed) => void} observe */
+  async #run(chain, modes, rows, feed, signal, observe) {
+    const { graphs } = this.#bundle.manifest;
+    const has = (/** @type {string} */ mode) => modes.includes(mode);
+    const stages = chain.stages.filter((stage) => (stage.if ?? []).every(has) && !(stage.unless ?? []).some(has));
+    const names = (/** @type {"inputs" | "outputs"} */ ends) =>
+      new Set(stages.flatMap((stage) => wired(stage, graphs[stage.graph][ends]).map(([name]) => name)));
+    const [read, made] = [names("inputs"), names("outputs")];
+    const feeds = Object.entries(chain.feeds).filter(([name, { is }]) => read.has(name) && (is !== "zeros" || !made.has(name)));
+    /** @type {Map<string, Value>} */
+    const values = new Map();
+    /** @type {Value[]} */
+    const results = [];
+    const value = (/** @type {string} */ name) => /** @type {Value} */ (values.get(name));
+    const run = async (/** @type {string[]} */ places, /** @type {number | null} */ row = null) => {
+      for (const stage of stages.filter(({ when }) => places.includes(when))) {
+        signal?.throwIfAborted();
+        const { inputs, outputs } = graphs[stage.graph];
+        const session = /** @type {Session} */ (this.#sessions.get(stage.graph));
+        const given = wired(stage, inputs).map(([name, { name: own }]) => [own, value(name)]);
+        const found = await session.run(Object.fromEntries(given));
+        for (const [name, { name: own }] of wired(stage, outputs)) values.set(name, found[own]);
+        results.push(...Object.values(found));
+        observe({ stage: stage.graph, row, rows });
+        if (this.backend === "wasm") await new Promise((resolve) => setTimeout(resolve)); // else no abort would be heard
+      }
+    };
+    try {
+      for (const [name, { when }] of feeds) if (when !== "step") values.set(name, feed(name));
+      await run(["prompt", "image"]);
+      for (let row = 0; row < rows; row++) {
+        if (row) for (const [source, target] of Object.entries(chain.carry)) values.set(target, value(source));
+        for (const [name, { when }] of feeds) if (when === "step") values.set(name, feed(name, row));
+        await run(["step"], row);
+      }
+      await run(["end"]);
+      for (const name of Object.keys(chain.carry)) {
+        const state = /** @type {Float32Array} */ (await value(name).getData());
+        if (!state.every(Number.isFinite)) throw new Error("the model made NaN or infinite latents");
+      }
+      return pictureOf(/** @type {Uint8Array} */ (await value(chain.output).getData()), chain.size);
+    } finally {
+      for (const result of results) if (result.location === "gpu-buffer") result.dispose();
+    }
+  }
+
+  /** Load what chains read and none before has read: tables, tokenizers, graphs. @param {Chain[]} chains */
+  async #load(chains) {
+    if (this.#closed) throw new InputError("the pipeline is closed; load it again");
+    const { graphs, tokenizers } = this.#bundle.manifest;
+    const unique = (/** @type {string[]} */ names, /** @type {Map<string, unknown>} */ known) =>
+      [...new Set(names)].filter((name) => !known.has(name));
+    const tables = unique(chains.map(({ tables_file }) => tables_file), this.#tables);
+    const ids = chains.flatMap(({ feeds }) => Object.keys(feeds).filter((name) => feeds[name].is === "ids"));
+    const entries = unique(ids.map((feed) => JSON.stringify(tokenizers[feed])), this.#tokenizers);
+    const missing = unique(chains.flatMap(({ stages }) => stages.map(({ graph }) => graph)), this.#sessions);
+    const filesOf = (/** @type {string} */ name) => [graphs[name].file, ...graphs[name].data];
+    const all = [...tables, ...entries.map((entry) => JSON.parse(entry).file), ...missing.flatMap(filesOf)];
+    const total = [...new Set(all)].reduce((sum, file) => sum + (this.#bundle.manifest.files[file]?.size ?? 0), 0);
+    let before = 0;
+    /** @type {Map<string, Uint8Array>} */
+    const bytes = new Map(); // graphs may share a file of weights, and tokenizers a vocabulary
+    const get = async (/** @type {string} */ file) => {
+      const told = (/** @type {number} */ loaded, /** @type {boolean} */ cached) =>
+        this.#progress({ loaded: before + loaded, total, file, cached });
+      const found = bytes.get(file) ?? (await this.#bundle.read(file, told));
+      if (!bytes.has(file)) before += found.length;
+      bytes.set(file, found);
+      return found;
+    };
+    for (const file of tables) this.#tables.set(file, arraysOf(await get(file)));
+    for (const entry of entries) {
+      this.#tokenizers.set(entry, await Tokenizer.read(await get(JSON.parse(entry).file), JSON.parse(entry)));
+    }
+    for (const [i, name] of missing.entries()) {
+      this.#sessions.set(name, await this.#session(graphs[name], get));
+      const later = new Set(missing.slice(i + 1).flatMap(filesOf));
+      for (const file of bytes.keys()) if (!later.has(file)) bytes.delete(file);
+    }
+  }
+
+  /** @param {Graph} graph @param {(file: string) => Promise<Uint8Array>} get */
+  async #session({ file, data, outputs }, get) {
+    const externalData = [];
+    for (const part of data) externalData.push({ path: part.slice(part.lastIndexOf("/") + 1), data: await get(part) });
+    const places = outputs.map(({ name, dtype }) => [name, dtype === "uint8" ? "cpu" : "gpu-buffer"]);
+    return this.#ort.InferenceSession.create(await get(file), {
+      executionProviders: [this.backend],
+      externalData,
+      preferredOutputLocation: this.backend === "webgpu" ? Object.fromEntries(places) : "cpu",
+      logSeverityLevel: 3,
+    });
+  }
+}
