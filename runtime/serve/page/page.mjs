@@ -66,8 +66,8 @@ live.addEventListener("picture", async ({ detail: { id, ms, drawn, file } }) => 
   if (turn < shownTurn) return;
   show(made, bitmap, turn);
   if (!live.waiting) {
-    const took = ms === null ? "" : `${Math.round(ms)} ms · `;
-    showWaiting(false, `${took}${Math.round(drawn)} ms drawing · ${inWords(made.request.num_inference_steps)}`);
+    const took = ms === null ? "" : `${lasting(ms)} · `;
+    showWaiting(false, `${took}${lasting(drawn)} drawing · ${inWords(made.request.num_inference_steps)}`);
   }
   if (made.keep) keep();
 });
@@ -82,6 +82,10 @@ live.addEventListener("error", ({ detail: { id, code, message } }) => {
   $("problem").textContent = code === "starting" ? "The server is loading its model…" : message;
   if (!live.waiting) showWaiting(false);
 });
+
+function lasting(ms) {
+  return ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`;
+}
 
 function showDrawing() {
   if (live.waiting && $("connection").dataset.state === "open") showWaiting(true, "Drawing…");
