@@ -167,7 +167,7 @@ export class Tokenizer {
 
   /** Read a tokenizer.json, which has been hashed. @param {Uint8Array} bytes @param {TokenizerFile} entry */
   static async read(bytes, entry) {
-    const library = await imported("@huggingface/tokenizers", import("@huggingface/tokenizers"));
+    const library = await imported("@huggingface/tokenizers", () => import("@huggingface/tokenizers"));
     const file = asInRust(JSON.parse(new TextDecoder().decode(bytes)));
     return new Tokenizer(new library.Tokenizer(file, {}), entry);
   }
@@ -283,6 +283,13 @@ export class Bundle {
     const bytes = await checked(file, record, arriving(url, "no-store"), (loaded) => told(loaded, false));
     await this.#cache?.put(key, new Response(streamed(bytes))).catch(() => {}); // without room: downloaded each time
     return bytes;
+  }
+
+  /** Return how many bytes are not kept in the browser yet. */
+  async missing() {
+    const kept = new Set((await this.#cache?.keys())?.map(({ url }) => url));
+    const missing = Object.values(this.manifest.files).filter(({ sha256 }) => !kept.has(keyOf(this.base, sha256)));
+    return missing.reduce((sum, { size }) => sum + size, 0);
   }
 
   /** Return the chain of a task: of this height and width or, without any, of the image's, or the first one.
@@ -449,7 +456,7 @@ function tableOf(chain, name, arrays) {
 
 // ---- what a call asks for
 
-/** Return how many steps are made, a product of floats as in diffusers. @param {number} steps @param {number} strength */
+/** Return how many steps are made, a product of floats as diffusers'. @param {number} steps @param {number} strength */
 const madeOf = (steps, strength) => Math.min(Math.trunc(steps * strength), steps);
 
 /** Return the least strength at which one of `steps` is made. @param {number} steps */
@@ -601,8 +608,10 @@ async function chosen({ chains, manifest }, asked) {
   if (node) return "cpu";
   const names = new Set(chains.flatMap(({ stages }) => stages.map(({ graph }) => graph)));
   const graphs = [...names].map((name) => manifest.graphs[name]);
-  const times = new Map(graphs.flatMap(({ data, precision }) => data.map((file) => [file, precision === "fp32" ? 1 : 2])));
-  const bytes = [...times].reduce((sum, [file, n]) => sum + n * manifest.files[file].size, 0); // in float32, as WASM has it
+  const sizes = graphs.flatMap(({ data, precision }) =>
+    data.map((file) => [file, manifest.files[file].size * (precision === "fp32" ? 1 : 2)]),
+  );
+  const bytes = [...new Map(sizes).values()].reduce((sum, size) => sum + size, 0); // in float32, as WASM has them
   const has = await support();
   const halves = graphs.some(({ precision }) => precision === "fp16");
   const lacks = has.webgpu ? (halves && !has.f16 ? "WebGPU with shader-f16" : "") : "WebGPU";
@@ -614,23 +623,27 @@ async function chosen({ chains, manifest }, asked) {
   throw new InputError(`this browser has no ${lacks}${asked ? "" : `, and ${large}`}: ${mend}`);
 }
 
-/** Return a package's module. @template T @param {string} name @param {Promise<T>} module @returns {Promise<T>} */
-async function imported(name, module) {
+/** Where a package is, by its name, if that alone does not say it: no import map applies in a worker.
+ *  @type {Record<string, string>} */
+export const packages = {};
+
+/** Return a package's module. @param {string} name @param {() => Promise<any>} usual as a bundler understands it */
+async function imported(name, usual) {
   try {
-    const found = /** @type {any} */ (await module);
+    const address = packages[name];
+    const found = await (address ? import(/* webpackIgnore: true */ /* @vite-ignore */ address) : usual());
     return found.default?.InferenceSession ? found.default : found; // onnxruntime-node is a CommonJS package
   } catch (error) {
     throw new InputError(`${name} cannot be imported (${error}): install it with npm, or name it in the import map`);
   }
 }
 
-/** @param {Backend} backend @returns {Promise<Ort>} */
-function runtimeOf(backend) {
-  const forNode = () => import(/* webpackIgnore: true */ /* @vite-ignore */ "onnxruntime-node"); // bundlers lack it
-  if (backend === "cpu") return imported("onnxruntime-node", forNode());
-  if (backend === "wasm") return imported("onnxruntime-web", import("onnxruntime-web/wasm"));
-  return imported("onnxruntime-web", import("onnxruntime-web/webgpu"));
-}
+/** The package of each backend. @type {Record<Backend, [string, () => Promise<any>]>} */
+const RUNTIMES = {
+  webgpu: ["onnxruntime-web/webgpu", () => import("onnxruntime-web/webgpu")],
+  wasm: ["onnxruntime-web/wasm", () => import("onnxruntime-web/wasm")],
+  cpu: ["onnxruntime-node", () => import(/* webpackIgnore: true */ /* @vite-ignore */ "onnxruntime-node")],
+};
 
 // ---- the pipeline
 
@@ -671,18 +684,24 @@ export class Pipeline extends Callable {
   }
 
   /** Load a bundle from its address, in Node also its folder. Throws InputError if it is damaged or cannot run here.
-   *  @param {string | URL} url @param {LoadOptions} options @returns {Promise<Pipeline & Call>} */
-  static async load(url, { backend, tasks, progress, cache } = {}) {
-    const bundle = await Bundle.open(url, cache);
+   *  @param {string | URL | Bundle} source @param {LoadOptions} options @returns {Promise<Pipeline & Call>} */
+  static async load(source, { backend, tasks, progress, cache } = {}) {
+    const bundle = source instanceof Bundle ? source : await Bundle.open(source, cache);
     const found = await chosen(bundle, backend);
-    const pipe = /** @type {Pipeline & Call} */ (new Pipeline(bundle, found, await runtimeOf(found), progress));
+    const ort = await imported(...RUNTIMES[found]);
+    const pipe = /** @type {Pipeline & Call} */ (new Pipeline(bundle, found, ort, progress));
     try {
-      await pipe.#load((tasks ?? bundle.tasks.slice(0, 1)).map((task) => bundle.find(task)));
+      await pipe.prepare(tasks);
     } catch (error) {
       await pipe.close();
       throw error;
     }
     return pipe;
+  }
+
+  /** Load the graphs of tasks (left out: the first one's) now, and not when they are used. @param {string[]} tasks */
+  prepare(tasks = this.#bundle.tasks.slice(0, 1)) {
+    return this.#alone(() => this.#load(tasks.map((task) => this.#bundle.find(task))));
   }
 
   /** What each task is built for; see `Bundle.about`. */

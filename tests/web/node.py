@@ -27,7 +27,8 @@ def lacks() -> str:
     version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout.strip().removeprefix("v")
     if tuple(map(int, version.split(".")[:2])) < LEAST:
         return f"node is {version}, and {'.'.join(map(str, LEAST))} is needed"
-    wanted = json.loads((WEB / "package.json").read_text())["dependencies"]
+    package = json.loads((WEB / "package.json").read_text())
+    wanted = package["dependencies"] | package["devDependencies"]
     missing = [name for name in wanted if not (PACKAGES / name / "package.json").is_file()]
     return f"{PACKAGES} lacks {', '.join(missing)}: make setup installs them if npm is there" if missing else ""
 
