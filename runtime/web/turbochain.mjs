@@ -606,15 +606,12 @@ async function chosen({ chains, manifest }, asked) {
   const known = node ? ["cpu"] : ["webgpu", "wasm"];
   if (asked && !known.includes(asked)) throw new InputError(`backend=${asked}: choose from ${known.join(", ")}`);
   if (node) return "cpu";
-  const names = new Set(chains.flatMap(({ stages }) => stages.map(({ graph }) => graph)));
-  const graphs = [...names].map((name) => manifest.graphs[name]);
-  const sizes = graphs.flatMap(({ data, precision }) =>
-    data.map((file) => [file, manifest.files[file].size * (precision === "fp32" ? 1 : 2)]),
-  );
-  const bytes = [...new Map(sizes).values()].reduce((sum, size) => sum + size, 0); // in float32, as WASM has them
+  const graphs = chains.flatMap(({ stages }) => stages.map(({ graph }) => manifest.graphs[graph]));
+  const halves = graphs.filter(({ precision }) => precision === "fp16");
+  const weights = [...new Set(graphs.flatMap(({ data }) => data)), ...new Set(halves.flatMap(({ data }) => data))];
+  const bytes = weights.reduce((sum, file) => sum + manifest.files[file].size, 0); // WASM has them in float32
   const has = await support();
-  const halves = graphs.some(({ precision }) => precision === "fp16");
-  const lacks = has.webgpu ? (halves && !has.f16 ? "WebGPU with shader-f16" : "") : "WebGPU";
+  const lacks = has.webgpu ? (halves.length && !has.f16 ? "WebGPU with shader-f16" : "") : "WebGPU";
   if (asked !== "wasm" && !lacks) return "webgpu";
   if (asked !== "webgpu" && bytes < 2 ** 31) return "wasm";
   const large = `the model has ${(bytes / 2 ** 30).toFixed(1)} GiB of weights, and WASM has room for 2`;
@@ -727,11 +724,12 @@ export class Pipeline extends Callable {
 
   /** @type {Call} */
   async #draw(prompt, options = {}) {
-    const { seed = crypto.getRandomValues(new Uint32Array(1))[0], numInferenceSteps, strength, ...more } = options;
-    const { guidanceScale, negativePrompt, image: given = null, height, width, ...rest } = more;
-    const { signal, observe = () => {}, ...others } = rest;
+    /** @type {CallOptions} */
+    const given = Object.fromEntries(Object.entries(options).filter(([, value]) => value !== null));
+    const { seed = crypto.getRandomValues(new Uint32Array(1))[0], numInferenceSteps, strength, ...more } = given;
+    const { guidanceScale, negativePrompt, height, width, signal, observe = () => {}, image: source, ...others } = more;
     for (const name of Object.keys(others)) throw new InputError(`${name} is no option of a call; see CallOptions`);
-    const image = given === null ? null : await decoded(given);
+    const image = source ? await decoded(source) : null;
     const chain = this.#bundle.find(image ? FROM_IMAGE : FROM_TEXT, height, width, image);
     const [tall, wide] = chain.size;
     const scale = scaleOf(chain, guidanceScale);
@@ -803,7 +801,7 @@ export class Pipeline extends Callable {
         for (const [name, { name: own }] of wired(stage, outputs)) values.set(name, found[own]);
         results.push(...Object.values(found));
         observe({ stage: stage.graph, row, rows });
-        if (this.backend === "wasm") await new Promise((resolve) => setTimeout(resolve)); // so that aborts are heard
+        if (!node) await new Promise((resolve) => setTimeout(resolve)); // else a worker hears of no abort
       }
     };
     try {
