@@ -125,7 +125,7 @@ function boxMuller(block) {
   return block;
 }
 
-/** Return the noise of a call by feed, for each row; the draws are the chain's, in its order.
+/** Return the noise of a call, feed → its values in each row; what is drawn, and in which order, the chain says.
  *  @param {Chain} chain @param {Table} table @param {Record<string, Tensor>} tensors @param {Generator} generator */
 function noiseOf({ draws, feeds }, table, tensors, generator) {
   /** @type {Record<string, Float32Array[]>} */
@@ -153,11 +153,11 @@ export class Tokenizer {
   constructor(tokenizer, entry) {
     this.#tokenizer = tokenizer;
     this.#entry = entry;
-    const names = (/** @type {string} */ token, /** @type {number} */ count) =>
-      Array.from({ length: count }, (_, i) => (i ? `${token}_${i}` : token));
-    const parts = Object.entries(entry.expansions ?? {}).map(([token, count]) => names(token, count));
-    const found = parts.filter(([token]) => token === token.toLowerCase()); // others are not found, as in diffusers
-    this.#expansions = new Map(found.map((tokens) => [tokens[0], tokens.join(" ")]));
+    const parts = Object.entries(entry.expansions ?? {}).map(([token, count]) =>
+      Array.from({ length: count }, (_, i) => (i ? `${token}_${i}` : token)),
+    );
+    const lower = parts.filter(([token]) => token === token.toLowerCase()); // Python finds no others in a prompt
+    this.#expansions = new Map(lower.map((tokens) => [tokens[0], tokens.join(" ")]));
     const lacks = [entry.pad_token, ...parts.flat()].find((token) => tokenizer.token_to_id(token) === undefined);
     if (lacks !== undefined || tokenizer.token_to_id(entry.pad_token) !== entry.pad_id) {
       const what = lacks === undefined ? `has not the padding token ${entry.pad_id}` : `has no token ${lacks}`;
@@ -172,12 +172,13 @@ export class Tokenizer {
     return new Tokenizer(new library.Tokenizer(file, {}), entry);
   }
 
-  /** Return the ids of a prompt; of a long one the first ones, and the end marker. @param {string} prompt */
+  /** Return the `max_length` ids of a prompt; of a long one the last ones, but for the marker, are dropped.
+   *  @param {string} prompt */
   encode(prompt) {
     const { max_length, pad_id } = this.#entry;
     const { ids } = this.#tokenizer.encode(this.#expanded(prompt));
     const dropped = ids.splice(max_length - 1, Math.max(0, ids.length - max_length));
-    if (dropped.length) console.warn(`the prompt is ${dropped.length} tokens too long: its end was dropped`);
+    if (dropped.length) console.warn(`the prompt has ${dropped.length} tokens too many: its end was dropped`);
     return Int32Array.from({ length: max_length }, (_, i) => ids[i] ?? pad_id);
   }
 
@@ -191,14 +192,16 @@ export class Tokenizer {
   }
 }
 
-/** Return a tokenizer.json that gives here what it gives in the Rust crate: there each character is lower-cased alone,
- *  so a sigma at a word's end is no ς; "<|ENDOFTEXT|>" is no marker; U+FEFF is no white space. @param {any} file */
+/** Return a tokenizer.json of which the library makes what the Rust crate makes of `file`. @param {any} file */
 function asInRust(file) {
-  const bytes = String.raw`'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`; // of ByteLevel
+  // JavaScript writes a sigma at a word's end as ς; the crate lower-cases each character alone.
   const sigma = { type: "Replace", pattern: { String: "Σ" }, content: "σ" };
-  const text = String.raw`(?<![^\s\p{L}\p{N}])<\|(start|end)oftext\|>`; // lower-cased, not the marker itself
-  const marker = { type: "Replace", pattern: { Regex: text }, content: "<| $1oftext |> " };
-  const split = { type: "Split", pattern: { Regex: bytes }, behavior: "Isolated", invert: false };
+  // A text that is only lower-cased to a marker is none; it is split here as the crate splits it.
+  const marked = String.raw`(?<![^\s\p{L}\p{N}])<\|(start|end)oftext\|>`;
+  const marker = { type: "Replace", pattern: { Regex: marked }, content: "<| $1oftext |> " };
+  // ByteLevel's own expression would take U+FEFF for white space; in a Split the library rewrites it.
+  const words = String.raw`'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`;
+  const split = { type: "Split", pattern: { Regex: words }, behavior: "Isolated", invert: false };
   const mend = (/** @type {any} */ step) => {
     const steps = step?.normalizers ?? step?.pretokenizers;
     if (steps) return [{ ...step, normalizers: steps.flatMap(mend), pretokenizers: steps.flatMap(mend) }];
@@ -226,7 +229,7 @@ function checkPrompt(argument, prompt) {
 
 const CHUNK = 64 * 2 ** 20; // bytes that are hashed as one
 const FEATURES = ["expansions", "modes", "multistep", "wires"];
-const FEEDS = ["column", "history", "ids", "image", "noise", "guidance_scale", "zeros"]; // kinds, and the one number
+const FEEDS = ["column", "history", "ids", "image", "noise", "zeros", "guidance_scale"]; // the last is the only number
 const [FROM_TEXT, FROM_IMAGE] = ["text-to-image", "image-to-image"];
 const node = typeof process !== "undefined" && process.versions?.node ? process : null;
 
@@ -536,16 +539,16 @@ function modesOf({ modes = [] }, scale, negativePrompt) {
 
 // ---- pictures
 
-/** @type {ImageBitmapOptions} */
-const AS_STORED = { premultiplyAlpha: "none", colorSpaceConversion: "none" }; // as PIL reads a file
+/** @param {Source} image @returns {image is Pixels} */
+const isPixels = (image) => typeof image === "object" && "data" in image && image.width > 0 && image.height > 0;
 
-/** Return a picture that is decoded, and turned as its file says.
- *  @param {Source} image @returns {Promise<Pixels | ImageBitmap>} */
-async function decoded(image) {
-  if (image && "data" in image && image.width > 0 && image.height > 0) return image;
+/** Return a picture as a bitmap: turned as its file says, with the colours that are stored there, as PIL reads it.
+ *  @param {Source} image @returns {Promise<ImageBitmap>} */
+async function bitmapOf(image) {
   const expected = "pixels {data, width, height} were expected, or in a browser an image, a canvas or a file; give one";
   if (!globalThis.createImageBitmap) throw new InputError(`image is no decoded picture: ${expected}`);
-  return createImageBitmap(/** @type {ImageBitmapSource} */ (image), AS_STORED).catch((error) => {
+  const source = /** @type {ImageBitmapSource} */ (image);
+  return createImageBitmap(source, { premultiplyAlpha: "none", colorSpaceConversion: "none" }).catch((error) => {
     throw new InputError(`image is no picture that can be decoded (${error}): ${expected}`);
   });
 }
@@ -574,8 +577,7 @@ async function redrawn(image, width, height) {
   const canvas = new OffscreenCanvas(width, height);
   const context = /** @type {OffscreenCanvasRenderingContext2D} */ (canvas.getContext("2d"));
   context.imageSmoothingQuality = "high";
-  const bitmap = "data" in image ? await createImageBitmap(/** @type {ImageData} */ (image), AS_STORED) : image;
-  context.drawImage(bitmap, 0, 0, width, height);
+  context.drawImage("data" in image ? await bitmapOf(image) : image, 0, 0, width, height);
   return context.getImageData(0, 0, width, height);
 }
 
@@ -729,7 +731,7 @@ export class Pipeline extends Callable {
     const { seed = crypto.getRandomValues(new Uint32Array(1))[0], numInferenceSteps, strength, ...more } = given;
     const { guidanceScale, negativePrompt, height, width, signal, observe = () => {}, image: source, ...others } = more;
     for (const name of Object.keys(others)) throw new InputError(`${name} is no option of a call; see CallOptions`);
-    const image = source ? await decoded(source) : null;
+    const image = source === undefined || source === null ? null : isPixels(source) ? source : await bitmapOf(source);
     const chain = this.#bundle.find(image ? FROM_IMAGE : FROM_TEXT, height, width, image);
     const [tall, wide] = chain.size;
     const scale = scaleOf(chain, guidanceScale);

@@ -190,6 +190,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("a", {"seed": 2**64}),
     ("a", {"seed": 0.5}),
     ("a", {"strength": 0.5}),
+    ("a", {"image": "fox.png"}),
     ("a", {"image": IMAGE, "strength": 1.5}),
     ("a", {"image": IMAGE, "strength": 0.2, "num_inference_steps": 4}),
     ("a", {"image": IMAGE, "strength": 0.0}),
@@ -207,9 +208,10 @@ BAD: list[tuple[str, dict[str, Any]]] = [
 def test_what_python_refuses_is_refused(js: Node, python: Pipeline, prompt: str, arguments: dict[str, Any]) -> None:
     with pytest.raises((InputError, TypeError)):
         python(prompt, output_type="uint8", **arguments)
-    given = dict(arguments)
+    options = camel(arguments)
+    image = options.pop("image") if isinstance(options.get("image"), np.ndarray) else None
     with pytest.raises(Refused) as refused:
-        js.picture("sd", prompt, given.pop("image", None), options=camel(given))
+        js.picture("sd", prompt, image, options=options)
     assert refused.value.name == "InputError", refused.value
 
 
@@ -264,7 +266,7 @@ def test_a_damaged_file_is_refused_before_it_is_parsed(js: Node, tmp_path: Path,
     assert refused.value.name == "InputError"
 
 
-@pytest.mark.parametrize("more", [-1, 0, 5])
+@pytest.mark.parametrize("more", [0, 5])
 def test_a_large_file_is_hashed_in_chunks(js: Node, tmp_path: Path, more: int) -> None:
     path, size = tmp_path / "large.data", hashing.CHUNK + more
     with path.open("wb") as file:
@@ -281,7 +283,7 @@ def test_a_bundle_comes_over_http_with_progress(js: Node) -> None:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=GOLDEN)) as server:
-        threading.Thread(target=server.serve_forever).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,)).start()
         try:
             url = f"http://127.0.0.1:{server.server_port}"
             told = js.ask("load", pipe="http", url=url, tasks=["image-to-image"])["told"]
