@@ -30,7 +30,7 @@ def static(folder: Path) -> Iterator[Static]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         found = Static(f"http://127.0.0.1:{server.server_port}")
-        thread = threading.Thread(target=server.serve_forever, name="static")
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), name="static")
         thread.start()
         try:
             yield found

@@ -1,12 +1,9 @@
 """turbochain.mjs in Node: its pictures, noise and ids are Python's, and it refuses what Python refuses."""
 
-import functools
-import http.server
 import json
 import random
 import re
 import shutil
-import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +16,7 @@ import torch
 from conftest import ROOT, SIZE
 from node import Node, Refused, values
 from safetensors import safe_open
+from static import static
 
 from turbochain.export.sources.vocabulary import BEGIN, END, clip_vocabulary
 from turbochain.runtime import Bundle, InputError, Pipeline
@@ -278,19 +276,10 @@ def test_a_large_file_is_hashed_in_chunks(js: Node, tmp_path: Path, more: int) -
 
 
 def test_a_bundle_comes_over_http_with_progress(js: Node) -> None:
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=GOLDEN)) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,)).start()
-        try:
-            url = f"http://127.0.0.1:{server.server_port}"
-            told = js.ask("load", pipe="http", url=url, tasks=["image-to-image"])["told"]
-            with pytest.raises(Refused, match=r"none/bundle\.json cannot be read .*404"):
-                js.ask("load", pipe="none", url=f"{url}/none")
-        finally:
-            server.shutdown()
+    with static(GOLDEN) as server:
+        told = js.ask("load", pipe="http", url=server.url, tasks=["image-to-image"])["told"]
+        with pytest.raises(Refused, match=r"none/bundle\.json cannot be read .*404"):
+            js.ask("load", pipe="none", url=f"{server.url}/none")
     bundle = Bundle.open(GOLDEN)
     files = set(bundle.open_chain("image-to-image").files)
     total = sum(bundle.manifest.files[file].size for file in files)
