@@ -53,6 +53,11 @@ export class InputError extends Error {
   name = "InputError";
 }
 
+/** @type {(message: string) => never} */
+const fail = (message) => {
+  throw new InputError(message);
+};
+
 // ---- noise
 
 /** The values of `torch.Generator("cpu").manual_seed(seed)`, each within 1e-6 of PyTorch's. */
@@ -63,10 +68,9 @@ export class Generator {
 
   /** @param {number | bigint} seed 0 to 2^64 - 1, of which the low 32 bits count, as in PyTorch */
   constructor(seed) {
-    const isNumber = Number.isSafeInteger(seed) || typeof seed === "bigint";
-    if (!isNumber || seed < 0 || seed >= 2n ** 64n) {
-      throw new InputError(`seed=${seed}: an integer from 0 to 2^64 - 1 was expected; give one above 2^53 as a BigInt`);
-    }
+    const isInteger = Number.isSafeInteger(seed) || typeof seed === "bigint";
+    const expected = "an integer from 0 to 2^64 - 1 was expected; give one above 2^53 as a BigInt";
+    if (!isInteger || seed < 0 || seed >= 2n ** 64n) fail(`seed=${seed}: ${expected}`);
     const words = this.#words;
     words[0] = Number(BigInt(seed) % 2n ** 32n);
     for (let i = 1; i < 624; i++) words[i] = Math.imul(1812433253, words[i - 1] ^ (words[i - 1] >>> 30)) + i;
@@ -158,11 +162,11 @@ export class Tokenizer {
     );
     const lower = parts.filter(([token]) => token === token.toLowerCase()); // Python finds no others in a prompt
     this.#expansions = new Map(lower.map((tokens) => [tokens[0], tokens.join(" ")]));
-    const lacks = [entry.pad_token, ...parts.flat()].find((token) => tokenizer.token_to_id(token) === undefined);
-    if (lacks !== undefined || tokenizer.token_to_id(entry.pad_token) !== entry.pad_id) {
-      const what = lacks === undefined ? `has not the padding token ${entry.pad_id}` : `has no token ${lacks}`;
-      throw new InputError(`${entry.file} ${what}, as bundle.json says; build the bundle again with build-engine`);
-    }
+    const says = "and bundle.json says it does; build the bundle again with build-engine";
+    const lacks = parts.flat().find((token) => tokenizer.token_to_id(token) === undefined);
+    if (lacks !== undefined) fail(`${entry.file} has no token ${lacks}, ${says}`);
+    const { pad_token, pad_id } = entry;
+    if (tokenizer.token_to_id(pad_token) !== pad_id) fail(`${entry.file} does not pad with ${pad_token}, ${says}`);
   }
 
   /** Read a tokenizer.json, which has been hashed. @param {Uint8Array} bytes @param {TokenizerFile} entry */
@@ -213,15 +217,12 @@ function asInRust(file) {
 
 /** Return a prompt that can be written as UTF-8. @param {string} argument @param {unknown} prompt */
 function checkPrompt(argument, prompt) {
-  if (typeof prompt !== "string") throw new InputError(`${argument} is no string: a text was expected; give ""`);
+  if (typeof prompt !== "string") fail(`${argument} is no string: a text was expected; give ""`);
   const wrong = /\0|\p{Surrogate}/u.exec(prompt);
-  if (wrong) {
-    const code = wrong[0].charCodeAt(0).toString(16).toUpperCase().padStart(4, "0");
-    const position = [...prompt.slice(0, wrong.index)].length;
-    throw new InputError(`${argument} holds U+${code} at position ${position}, which is no text; remove it`);
-  }
+  const code = wrong?.[0].charCodeAt(0).toString(16).toUpperCase().padStart(4, "0");
+  if (wrong) fail(`${argument} holds U+${code} after ${[...prompt.slice(0, wrong.index)].length} characters; remove it`);
   const size = new TextEncoder().encode(prompt).length;
-  if (size > 2 ** 15) throw new InputError(`${argument} has ${size} bytes: at most 32 KiB were expected; shorten it`);
+  if (size > 2 ** 15) fail(`${argument} has ${size} bytes: at most 32 KiB were expected; shorten it`);
   return prompt;
 }
 
@@ -246,16 +247,15 @@ export class Bundle {
     if (manifest.format_version !== 2) unknown.unshift(`format_version ${manifest.format_version}`);
     /** The chains that can be drawn with. @type {Chain[]} */
     this.chains = Object.values(manifest.chains ?? {}).filter(isKnown);
-    if (unknown.length || !this.chains.length) {
-      const what = unknown.length ? `has ${unknown.join(", ")}` : "has no chain that makes one picture";
-      throw new InputError(`${base} ${what}, and cannot be read here; make a site: turbochain export-web BUNDLE`);
-    }
+    const mend = "make a site of it with turbochain export-web BUNDLE";
+    if (unknown.length) fail(`${base} has ${unknown.join(", ")}, and cannot be read here; ${mend}`);
+    if (!this.chains.length) fail(`${base} has no chain that makes one picture; ${mend}`);
     this.tasks = [...new Set(this.chains.map(({ task }) => task))];
   }
 
   /** Open a bundle by its address, in Node also by its folder. @param {string | URL} url @param {boolean} cache */
   static async open(url, cache = true) {
-    if (!globalThis.crypto?.subtle) throw new InputError("browsers hash no files for http: use https or localhost");
+    if (!globalThis.crypto?.subtle) fail("browsers hash no files for http: use https or localhost");
     const text = String(url).replace(/\/?$/, "/");
     const isPath = node && !/^[a-z]{2,}:/i.test(text);
     const here = node ? undefined : (globalThis.document?.baseURI ?? location.href);
@@ -267,7 +267,7 @@ export class Bundle {
       return new Bundle(base, manifest, cache ? await keptIn(base, manifest) : null);
     } catch (error) {
       if (!(error instanceof SyntaxError)) throw error;
-      throw new InputError(`${base}bundle.json is no JSON (${error.message}): check the address, or copy it again`);
+      return fail(`${base}bundle.json is no JSON (${error.message}): check the address, or copy it again`);
     }
   }
 
@@ -276,7 +276,7 @@ export class Bundle {
   async read(file, told = () => {}) {
     const record = this.manifest.files[file];
     const url = new URL(file, this.base);
-    if (!record || !url.href.startsWith(this.base.href)) throw new InputError(`bundle.json has no record of ${file}`);
+    if (!record || !url.href.startsWith(this.base.href)) fail(`bundle.json has no record of ${file}; copy it again`);
     const key = keyOf(this.base, record.sha256);
     const kept = await this.#cache?.match(key);
     if (kept?.body) {
@@ -300,20 +300,16 @@ export class Bundle {
    *  @param {{ height: number, width: number } | null} image */
   find(task, height, width, image = null) {
     const built = this.chains.filter((chain) => chain.task === task);
-    if (!built.length) {
-      const mend = `build another with build-engine SOURCE --tasks ${task}`;
-      throw new InputError(`this bundle was built for ${this.tasks.join(", ")}, and not for ${task}; ${mend}`);
-    }
+    const mend = `build another with build-engine SOURCE --tasks ${task}`;
+    if (!built.length) fail(`this bundle was built for ${this.tasks.join(", ")}, and not for ${task}; ${mend}`);
     const of = (/** @type {number} */ tall, /** @type {number} */ wide) =>
       built.find(({ size }) => size[0] === tall && size[1] === wide);
     if (height === undefined && width === undefined) {
       return (image && of(image.height & ~7, image.width & ~7)) || built[0];
     }
     const [tall, wide] = [height ?? built[0].size[0], width ?? built[0].size[1]];
-    const found = of(tall, wide);
-    if (found) return found;
     const sizes = built.map(({ size }) => `${size[1]}x${size[0]}`).join(", ");
-    throw new InputError(`height=${tall}, width=${wide}: this bundle is built for ${sizes}; choose one of these`);
+    return of(tall, wide) ?? fail(`height=${tall}, width=${wide}: this bundle is built for ${sizes}; choose of these`);
   }
 
   /** Return what a task is built for, as the server's /about: sizes are [width, height], `strengths` all that there are
@@ -365,7 +361,7 @@ async function* arriving(url, cache) {
     if (!answer.ok || !answer.body) throw new Error(`${answer.status} ${answer.statusText}`);
     yield* chunks(answer.body);
   } catch (error) {
-    throw new InputError(`${url} cannot be read (${error}): a file of a bundle was expected; check the address`);
+    fail(`${url} cannot be read (${error}): a file of a bundle was expected; check the address`);
   }
 }
 
@@ -387,8 +383,7 @@ function streamed(bytes) {
  *  @param {string} file @param {{ size: number, sha256: string }} record @param {AsyncIterable<Uint8Array>} parts
  *  @param {(loaded: number) => void} told */
 async function checked(file, { size, sha256 }, parts, told) {
-  const damaged = (/** @type {string} */ what) =>
-    new InputError(`${file} ${what} as bundle.json says; copy the bundle again`);
+  const damaged = (/** @type {string} */ what) => fail(`${file} ${what} as bundle.json says; copy the bundle again`);
   const bytes = new Uint8Array(size);
   /** @type {Promise<ArrayBuffer>[]} */
   const digests = [];
@@ -396,18 +391,18 @@ async function checked(file, { size, sha256 }, parts, told) {
     digests.push(crypto.subtle.digest("SHA-256", bytes.subarray(digests.length * CHUNK, end)));
   let loaded = 0;
   for await (const part of parts) {
-    if (loaded + part.length > size) throw damaged(`has more bytes than ${size},`);
+    if (loaded + part.length > size) damaged(`has more bytes than ${size},`);
     bytes.set(part, loaded);
     loaded += part.length;
     while ((digests.length + 1) * CHUNK <= loaded) hash((digests.length + 1) * CHUNK);
     told(loaded);
   }
-  if (loaded < size) throw damaged(`has ${loaded} bytes, and not ${size},`);
+  if (loaded < size) damaged(`has ${loaded} bytes, and not ${size},`);
   if (digests.length * CHUNK < size || !size) hash(size);
   const made = await Promise.all(digests);
   const whole = made.length > 1 ? await crypto.subtle.digest("SHA-256", await new Blob(made).arrayBuffer()) : made[0];
   const hex = Array.from(new Uint8Array(whole), (byte) => byte.toString(16).padStart(2, "0")).join("");
-  if (hex !== sha256) throw damaged(`is damaged: it has the SHA-256 ${hex}, and not ${sha256},`);
+  if (hex !== sha256) damaged(`is damaged: it has the SHA-256 ${hex}, and not ${sha256},`);
   return bytes;
 }
 
@@ -431,11 +426,8 @@ function arraysOf(bytes) {
 /** Return one table of a chain: what the sampler does in every row.
  *  @param {Chain} chain @param {string} name @param {Map<string, Values>} arrays */
 function tableOf(chain, name, arrays) {
-  const array = (/** @type {string} */ key) => {
-    const found = arrays.get(key);
-    if (found) return found;
-    throw new InputError(`${chain.tables_file} lacks ${key}, which the chain reads; build the bundle again`);
-  };
+  const array = (/** @type {string} */ key) =>
+    arrays.get(key) ?? fail(`${chain.tables_file} lacks ${key}, which the chain reads; build the bundle again`);
   const rowOf = (/** @type {string} */ key, /** @type {number} */ row) => {
     const { shape, data } = array(key);
     const size = data.length / shape[0];
@@ -482,31 +474,27 @@ function valuesOf(chain, argument) {
  *  @param {Chain} chain @param {"guidance_scale" | "strength"} argument @param {number} value */
 function oneOf(chain, argument, value) {
   const known = valuesOf(chain, argument);
-  if (!known.length || known.includes(value)) return known.length ? value : null;
-  throw new InputError(`${argument} is ${value}: there are tables for ${known.join(", ")}; choose one of these`);
+  if (!known.length) return null;
+  if (known.includes(value)) return value;
+  return fail(`${argument} is ${value}: there are tables for ${known.join(", ")}; choose one of these`);
 }
 
 /** Return the name of the table that a call follows.
  *  @param {Chain} chain @param {number | undefined} steps @param {number | undefined} strength @param {number} scale */
 function chosenTable(chain, steps, strength, scale) {
   const [built, guidance, usual] = [stepsOf(chain), oneOf(chain, "guidance_scale", scale), chain.defaults?.strength];
-  const find = (/** @type {number} */ wanted, begin = 0, /** @type {number | null} */ of = null) => {
-    const found = Object.entries(chain.tables).find(
+  const find = (/** @type {number} */ count, begin = 0, /** @type {number | null} */ of = null) => {
+    const [name] = Object.entries(chain.tables).find(
       ([, { steps, begin: skipped = 0, guidance_scale = null, strength = null }]) =>
-        steps === wanted && skipped === begin && guidance_scale === guidance && strength === of,
-    );
-    if (found) return found[0];
-    const expected = `this bundle was built for ${built.join(", ")}; choose one of these, or build another`;
-    throw new InputError(`numInferenceSteps=${wanted}: ${expected} with build-engine SOURCE --steps`);
+        steps === count && skipped === begin && guidance_scale === guidance && strength === of,
+    ) ?? [""];
+    const mend = "choose one of these, or build another with build-engine SOURCE --steps";
+    return name || fail(`numInferenceSteps=${count}: this bundle was built for ${built.join(", ")}; ${mend}`);
   };
-  if (usual === undefined) {
-    if (strength === undefined) return find(steps ?? built[0]);
-    throw new InputError("strength was given without an image to start from; leave it out, or give an image");
-  }
+  if (usual === undefined && strength !== undefined) fail("strength was given, and no image; leave it out");
+  if (usual === undefined) return find(steps ?? built[0]);
   const wanted = strength ?? usual;
-  if (!(typeof wanted === "number" && wanted >= 0 && wanted <= 1)) {
-    throw new InputError(`strength=${wanted}: a number from 0 to 1 was expected`);
-  }
+  if (!(typeof wanted === "number" && wanted >= 0 && wanted <= 1)) fail(`strength=${wanted}: 0 to 1 was expected`);
   const fixed = oneOf(chain, "strength", wanted);
   if (fixed !== null) return find(steps ?? built[0], 0, fixed);
   const count = steps ?? built.find((n) => madeOf(n, wanted)) ?? built[0];
@@ -514,18 +502,16 @@ function chosenTable(chain, steps, strength, scale) {
   const made = madeOf(count, wanted);
   if (made) return made === count ? whole : find(count, count - made);
   const least = leastStrength(count);
-  throw new InputError(`numInferenceSteps=${count} at strength=${wanted} makes no step: give more, or ${least}`);
+  return fail(`numInferenceSteps=${count} at strength=${wanted} makes no step: give more, or a strength of ${least}`);
 }
 
 /** Return the guidance scale of a call. @param {Chain} chain @param {number | undefined} given */
 function scaleOf(chain, given) {
   const scale = given ?? chain.defaults?.guidance_scale ?? 0;
-  if (typeof scale !== "number" || !Number.isFinite(Math.fround(scale))) {
-    throw new InputError(`guidanceScale=${given}: a finite number was expected; leave it out for the bundle's`);
-  }
-  if (scale > 1 && !chain.modes?.includes("guidance") && !valuesOf(chain, "guidance_scale").length) {
-    throw new InputError(`guidanceScale=${given}: this bundle has no guidance; leave it out, or give 0`);
-  }
+  const isFinite = typeof scale === "number" && Number.isFinite(Math.fround(scale));
+  if (!isFinite) fail(`guidanceScale=${given}: a finite number was expected; leave it out for the bundle's`);
+  const guides = chain.modes?.includes("guidance") || valuesOf(chain, "guidance_scale").length > 0;
+  if (scale > 1 && !guides) fail(`guidanceScale=${given}: this bundle has no guidance; leave it out, or give 0`);
   return scale;
 }
 
@@ -546,11 +532,11 @@ const isPixels = (image) => typeof image === "object" && "data" in image && imag
  *  @param {Source} image @returns {Promise<ImageBitmap>} */
 async function bitmapOf(image) {
   const expected = "pixels {data, width, height} were expected, or in a browser an image, a canvas or a file; give one";
-  if (!globalThis.createImageBitmap) throw new InputError(`image is no decoded picture: ${expected}`);
+  if (!globalThis.createImageBitmap) fail(`image is no decoded picture: ${expected}`);
   const source = /** @type {ImageBitmapSource} */ (image);
-  return createImageBitmap(source, { premultiplyAlpha: "none", colorSpaceConversion: "none" }).catch((error) => {
-    throw new InputError(`image is no picture that can be decoded (${error}): ${expected}`);
-  });
+  return createImageBitmap(source, { premultiplyAlpha: "none", colorSpaceConversion: "none" }).catch((error) =>
+    fail(`image is no picture that can be decoded (${error}): ${expected}`),
+  );
 }
 
 /** Return the levels of a picture, RGB [height, width, 3]. Alpha is dropped; one of another size is drawn on a canvas.
@@ -559,9 +545,8 @@ async function levelsOf(image, width, height) {
   const fits = image.width === width && image.height === height;
   const { data } = fits && "data" in image ? image : await redrawn(image, width, height);
   const [levels, channels] = [new Uint8Array(3 * width * height), data.length / (width * height)];
-  if (channels !== 3 && channels !== 4) {
-    throw new InputError(`image.data has ${data.length} values: RGB or RGBA of ${width}x${height} was expected`);
-  }
+  const isWhole = channels === 3 || channels === 4;
+  if (!isWhole) fail(`image.data has ${data.length} values: RGB or RGBA of ${width}x${height} was expected`);
   for (let i = 0, j = 0; i < levels.length; j += channels) {
     for (let k = 0; k < 3; k++) levels[i++] = data[j + k];
   }
@@ -570,10 +555,8 @@ async function levelsOf(image, width, height) {
 
 /** @param {Pixels | ImageBitmap} image @param {number} width @param {number} height */
 async function redrawn(image, width, height) {
-  if (!globalThis.OffscreenCanvas) {
-    const size = `${image.width}x${image.height}`;
-    throw new InputError(`image is ${size}: ${width}x${height} was expected; resize it, as there is no canvas in Node`);
-  }
+  const expected = `${width}x${height} was expected; resize it, as there is no canvas in Node`;
+  if (!globalThis.OffscreenCanvas) fail(`image is ${image.width}x${image.height}: ${expected}`);
   const canvas = new OffscreenCanvas(width, height);
   const context = /** @type {OffscreenCanvasRenderingContext2D} */ (canvas.getContext("2d"));
   context.imageSmoothingQuality = "high";
@@ -606,7 +589,7 @@ export async function support() {
  *  @param {Bundle} bundle @param {Backend} [asked] @returns {Promise<Backend>} */
 async function chosen({ chains, manifest }, asked) {
   const known = node ? ["cpu"] : ["webgpu", "wasm"];
-  if (asked && !known.includes(asked)) throw new InputError(`backend=${asked}: choose from ${known.join(", ")}`);
+  if (asked && !known.includes(asked)) fail(`backend=${asked}: choose from ${known.join(", ")}`);
   if (node) return "cpu";
   const graphs = chains.flatMap(({ stages }) => stages.map(({ graph }) => manifest.graphs[graph]));
   const halves = graphs.filter(({ precision }) => precision === "fp16");
@@ -617,9 +600,9 @@ async function chosen({ chains, manifest }, asked) {
   if (asked !== "wasm" && !lacks) return "webgpu";
   if (asked !== "webgpu" && bytes < 2 ** 31) return "wasm";
   const large = `the model has ${(bytes / 2 ** 30).toFixed(1)} GiB of weights, and WASM has room for 2`;
-  if (asked === "wasm") throw new InputError(`${large}: use WebGPU`);
+  if (asked === "wasm") fail(`${large}: use WebGPU`);
   const mend = asked && bytes < 2 ** 31 ? "use WASM" : "use a browser and a GPU that have it";
-  throw new InputError(`this browser has no ${lacks}${asked ? "" : `, and ${large}`}: ${mend}`);
+  return fail(`this browser has no ${lacks}${asked ? "" : `, and ${large}`}: ${mend}`);
 }
 
 /** Where a package is, by its name, if that alone does not say it: no import map applies in a worker.
@@ -633,7 +616,7 @@ async function imported(name, usual) {
     const found = await (address ? import(/* webpackIgnore: true */ /* @vite-ignore */ address) : usual());
     return found.default?.InferenceSession ? found.default : found; // onnxruntime-node is a CommonJS package
   } catch (error) {
-    throw new InputError(`${name} cannot be imported (${error}): install it with npm, or name it in the import map`);
+    return fail(`${name} cannot be imported (${error}): install it with npm, or name it in the import map`);
   }
 }
 
@@ -730,7 +713,7 @@ export class Pipeline extends Callable {
     const given = Object.fromEntries(Object.entries(options).filter(([, value]) => value !== null));
     const { seed = crypto.getRandomValues(new Uint32Array(1))[0], numInferenceSteps, strength, ...more } = given;
     const { guidanceScale, negativePrompt, height, width, signal, observe = () => {}, image: source, ...others } = more;
-    for (const name of Object.keys(others)) throw new InputError(`${name} is no option of a call; see CallOptions`);
+    for (const name of Object.keys(others)) fail(`${name} is no option of a call; CallOptions has all of them`);
     const image = source === undefined || source === null ? null : isPixels(source) ? source : await bitmapOf(source);
     const chain = this.#bundle.find(image ? FROM_IMAGE : FROM_TEXT, height, width, image);
     const [tall, wide] = chain.size;
@@ -827,7 +810,7 @@ export class Pipeline extends Callable {
 
   /** Load what chains read and none before has read: tables, tokenizers, graphs. @param {Chain[]} chains */
   async #load(chains) {
-    if (this.#closed) throw new InputError("the pipeline is closed; load it again");
+    if (this.#closed) fail("the pipeline is closed; load it again");
     const { graphs, tokenizers } = this.#bundle.manifest;
     const unique = (/** @type {string[]} */ names, /** @type {Map<string, unknown>} */ known) =>
       [...new Set(names)].filter((name) => !known.has(name));

@@ -177,7 +177,7 @@ def test_a_token_of_several_vectors_is_written_out(js: Node, tmp_path: Path) -> 
     expected = Tokenizer(path, **entry).encode(prompts)
     found = js.ask("ids", file=str(path), entry={"file": "", **entry}, prompts=prompts)
     assert [values(text, np.int32).tolist() for text in found] == expected.tolist()
-    with pytest.raises(Refused, match=r"no token <cat>_3, as bundle\.json says"):
+    with pytest.raises(Refused, match=r"no token <cat>_3, and bundle\.json says it does"):
         js.ask("ids", file=str(path), entry={"file": "", **entry, "expansions": {"<cat>": 4}}, prompts=[])
 
 
