@@ -595,9 +595,9 @@ async function chosen({ chains, manifest }, asked) {
   const halves = graphs.filter(({ precision }) => precision === "fp16");
   const weights = [...new Set(graphs.flatMap(({ data }) => data)), ...new Set(halves.flatMap(({ data }) => data))];
   const bytes = weights.reduce((sum, file) => sum + manifest.files[file].size, 0); // WASM has them in float32
-  const has = await support();
+  const has = asked === "wasm" ? { webgpu: false, f16: false } : await support(); // not asked, Chromium does not warn
   const lacks = has.webgpu ? (halves.length && !has.f16 ? "WebGPU with shader-f16" : "") : "WebGPU";
-  if (asked !== "wasm" && !lacks) return "webgpu";
+  if (!lacks) return "webgpu";
   if (asked !== "webgpu" && bytes < 2 ** 31) return "wasm";
   const large = `the model has ${(bytes / 2 ** 30).toFixed(1)} GiB of weights, and WASM has room for 2`;
   if (asked === "wasm") fail(`${large}: use WebGPU`);
