@@ -80,4 +80,4 @@ def _file(path: Path, headers: dict[str, str]) -> Callable[[HttpRequest], Respon
 
 
 async def _to_the_site(_: HttpRequest) -> Response:
-    return RedirectResponse(PREFIX)
+    return RedirectResponse(PREFIX.lstrip("/"))  # relative, as behind a proxy there may be more before it

@@ -66,9 +66,9 @@ def reduce(bundle: Bundle, engines: str | Path | None = None) -> Reduced:
     whole += [*(t.file for t in tokenizers.values()), *terms]
     parts = {file: Part(resolve_inside(bundle.path, file), m.files[file]) for file in whole}
     for name, graph in graphs.items():
-        form = found.folder / form_file(name)
+        form = resolve_inside(found.folder, form_file(name))
         bundle.check_form(name, form.read_bytes())
-        parts[graph.file] = Part(form, found.engine.graphs[name].files[form.name])
+        parts[graph.file] = Part(form, found.engine.graphs[name].files[form_file(name)])
     manifest = {
         "format_version": m.format_version,
         "id": bundle.id,
