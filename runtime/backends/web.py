@@ -40,5 +40,5 @@ BACKEND = Backend(
     device=device,
     misfit=misfit,
     executor=WebOnCpu,
-    is_export=True,
+    elsewhere="turbochain export-web BUNDLE -o SITE",
 )

@@ -1,5 +1,6 @@
 """What of a bundle a site has: the chains that its page draws, and the files that they read."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,9 +66,9 @@ def reduce(bundle: Bundle, engines: str | Path | None = None) -> Reduced:
     whole += [*(t.file for t in tokenizers.values()), *terms]
     parts = {file: Part(resolve_inside(bundle.path, file), m.files[file]) for file in whole}
     for name, graph in graphs.items():
-        form = found.folder / form_file(name)
+        form = resolve_inside(found.folder, form_file(name))
         bundle.check_form(name, form.read_bytes())
-        parts[graph.file] = Part(form, found.engine.graphs[name].files[form.name])
+        parts[graph.file] = Part(form, found.engine.graphs[name].files[form_file(name)])
     manifest = {
         "format_version": m.format_version,
         "id": bundle.id,
@@ -96,21 +97,24 @@ def _drawn(bundle: Bundle) -> list[OpenChain]:
 
 
 def _engine(bundle: Bundle, chains: list[OpenChain], engines: str | Path | None) -> tuple[list[OpenChain], Found]:
-    """Return the newest engine for browsers that has one of the chains, and those that it has."""
+    """Return the newest engine for browsers that was verified with one of the chains as it is now, and these chains."""
     found = [
         Found(folder / name, made)
         for folder in folders(bundle, engines)
         for name, made in bundle.engines(folder).items()
         if not isinstance(made, InputError) and made.key.backend == BACKEND
     ]
-    usable = {one.folder: [chain for chain in chains if lacks(chain, one.engine) is None] for one in found}
+    usable = {
+        one.folder: [c for c in chains if not lacks(c, one.engine) and one.engine.verified.get(c.name) == c.digest]
+        for one in found
+    }
     best = max((one for one in found if usable[one.folder]), key=lambda one: one.engine.created, default=None)
     if best is None:
-        why = "is of other graphs" if found else "is missing"
-        kept = "" if engines is None else f" --engines {engines}"
+        why = "is of another bundle than it is now" if found else "is missing"
+        kept = "" if engines is None else f" --engines {shlex.quote(str(engines))}"
         raise InputError(
             f"{bundle.path}: the engine for browsers {why}, and a site is made of its files; build it: "
-            f"build-engine {bundle.path} --backend {BACKEND}{kept}"
+            f"build-engine {shlex.quote(str(bundle.path))} --backend {BACKEND}{kept}"
         )
     return usable[best.folder], best
 

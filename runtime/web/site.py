@@ -69,7 +69,7 @@ def is_site(folder: Path) -> bool:
 
 def _check_output(folder: Path, force: bool) -> None:
     """Refuse before anything is fetched."""
-    writing.recover_directories(folder.parent)
+    writing.recover_directories(folder.parent, folder.name)
     if not folder.parent.is_dir():
         raise InputError(f"cannot write {folder}: there is no folder {folder.parent}; make it, or choose another")
     if folder.exists() or folder.is_symlink():

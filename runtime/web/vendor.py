@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from turbochain.runtime.bundle import writing
 from turbochain.runtime.errors import InputError
 
 HERE = Path(__file__).parent
@@ -82,8 +81,8 @@ def copy(target: Path, node_modules: Path | None = None) -> None:
         _check_version(package, source)
         folder.mkdir(parents=True)
         for file in (*package.modules.values(), *package.others):
-            writing.link(source / "dist" / file, folder / file)
-        writing.link(package.license or source / "LICENSE", folder / "LICENSE")
+            shutil.copyfile(source / "dist" / file, folder / file)
+        shutil.copyfile(package.license or source / "LICENSE", folder / "LICENSE")
 
 
 def _check_version(package: Package, source: Path) -> None:
