@@ -24,7 +24,7 @@ PROMPT ?= a large red circle left of a small blue square on a yellow background
 
 .PHONY: setup demo test check check-full check-gpu check-ray check-web bench bench-smoke bench-setup bench-variants bench-build bench-serve bench-adapters bench-gpu inspect-engines train-demo clean
 
-setup: $(VENV)/.installed
+setup: $(VENV)/.installed .node/.installed
 
 # torch first and by its exact version: a range may bring a build with gigabytes of CUDA libraries.
 define INSTALL
@@ -42,6 +42,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 .venv-ray/.installed: pyproject.toml constraints.txt
 	$(call INSTALL,$(value RAY_EXTRAS),cuda-bindings)
+
+# What the tests of runtime/web need, which are skipped without it. The packages' scripts would download CUDA.
+.node/.installed: runtime/web/package.json runtime/web/package-lock.json
+	mkdir -p $(@D)
+	cp $^ $(@D)
+	if command -v npm > /dev/null; then \
+	  cd $(@D) && ONNXRUNTIME_NODE_INSTALL=skip npm ci --ignore-scripts --no-audit --no-fund && touch .installed; \
+	fi
 
 demo: setup
 	$(BIN)/build-engine demo -o demo.bundle --precision fp32
@@ -116,4 +124,4 @@ train-demo: setup
 	$(BIN)/python tests/demo_model/grade.py
 
 clean:
-	rm -rf $(VENV) .venv-gpu .venv-ray demo.bundle demo.bundle.partial demo.png picture.png build dist *.egg-info .test-bundles .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-gpu .venv-ray .node demo.bundle demo.bundle.partial demo.png picture.png build dist *.egg-info .test-bundles .pytest_cache .mypy_cache .ruff_cache

@@ -107,8 +107,9 @@ def select(
 ) -> Found:
     """Return the best engine that fits; of several of the same rank the one that was built last.
 
-    `engine`: only the one with this folder name. `engines`: the folder that holds them (see `folders`). Raises
-    BundleError, which says why no engine fits, InputError if there is no engine of that name.
+    One that runs elsewhere is returned only if the backend or the engine is named. `engine`: only the one with this
+    folder name. `engines`: the folder that holds them (see `folders`). Raises BundleError, which says why no engine
+    fits, InputError if there is no engine of that name.
     """
     bundle = chain.bundle
     if backend is not None:
@@ -128,6 +129,8 @@ def select(
             reasons.append(f"{path.name}: it is for the backend {made.key.backend}")
         elif reason := misfit(chain, made, device):
             reasons.append(f"{path.name}: {reason}")
+        elif backend is engine is None and (command := backends.get(made.key.backend).elsewhere):
+            reasons.append(f"{path.name}: it is for {command}, and draws here only with --engine {path.name}")
         else:
             fitting.append(Found(path, made))
     if fitting:

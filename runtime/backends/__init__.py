@@ -85,7 +85,7 @@ def exact(key: EngineKey, library: tuple[str, str], device: Device) -> str | Non
 def best(device: str | None = None) -> tuple[str, str]:
     """Return the best backend for a device here (None: any) and the reason; BackendMissing if there is none."""
     usable, reasons = [], []
-    for name in names():
+    for name in (name for name, backend in known().items() if not backend.elsewhere):
         try:
             require(name)
             usable.append((preference(name, get(name).device(device)), name))

@@ -149,6 +149,7 @@ class Backend:
     executor: Callable[[Opened], Executor]
     precision: Callable[[Graph, Options], str] = own_precision  # what an engine with these options computes a graph in
     target: Callable[[str], Device] | None = None  # GPUs of another machine, by an architecture such as "sm89"
+    elsewhere: str = ""  # the command that takes its engines to where they run; here they do only if one is asked for
 
 
 def stop_if(cancel: Cancel | None) -> None:

@@ -77,8 +77,7 @@ class OnnxRuntimeCpu(CpuExecutor):
 
     def load_graph(self, graph: str) -> Loaded:
         """Create the graph's session; TurbochainError if ONNX Runtime cannot."""
-        bundle, threads = self.opened.bundle, self.opened.threads
-        entry = bundle.manifest.graphs[graph]
+        threads, entry = self.opened.threads, self.opened.bundle.manifest.graphs[graph]
         backends.require_precision("onnxruntime", self.device, entry.precision)
         options = sessions.default_options()
         options.add_session_config_entry("session.use_env_allocators", "1")
@@ -93,9 +92,13 @@ class OnnxRuntimeCpu(CpuExecutor):
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(tempfile.gettempdir()) / f"turbochain-{os.getpid()}-{graph}")
         without = _keep_mapped(options) if _stays_mapped(entry) else []
-        path = bundle.plain(graph) / entry.file
         kept = sessions.override(options, self._patches.get(graph, {}))
-        return _CpuGraph(graph, entry, sessions.load(str(path), graph, options, sessions.CPU, {}, without), kept)
+        model = self.model(graph, options)
+        return _CpuGraph(graph, entry, sessions.load(model, graph, options, sessions.CPU, {}, without), kept)
+
+    def model(self, graph: str, options: Any) -> str | bytes:
+        """Return what a session with these options is made of: the path of an ONNX file, or its bytes."""
+        return str(self.opened.bundle.plain(graph) / self.opened.bundle.manifest.graphs[graph].file)
 
     def copies_weights(self, graph: str) -> bool:
         """See CpuExecutor."""
@@ -149,7 +152,7 @@ of the time projections, is given its sizes in page-locked memory, in every run 
 
 
 def form_file(graph: str) -> str:
-    """Return the name of the engine's file with the form of a graph that the CUDA provider runs."""
+    """Return the name of the engine's file with its form of a graph."""
     return f"{graph}.onnx"
 
 

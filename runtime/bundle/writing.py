@@ -1,6 +1,7 @@
 """Write files whole or not at all."""
 
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -102,9 +103,12 @@ def replace_directory(temporary: AnyPath, final: AnyPath) -> None:
         raise _cannot_write(final, error) from error
 
 
-def recover_directories(parent: AnyPath) -> None:
-    """Finish what a killed `replace_directory` left in a folder: the old one returns unless the new one is there."""
-    for aside in Path(parent).glob(f".*{_ASIDE}"):
+def recover_directories(parent: AnyPath, name: str | None = None) -> None:
+    """Finish what a killed `replace_directory` left in a folder: the old one returns unless the new one is there.
+
+    `name`: of the directory; None: of any.
+    """
+    for aside in Path(parent).glob(f".{'*' if name is None else glob.escape(name)}{_ASIDE}"):
         final = aside.with_name(aside.name.removeprefix(".").removesuffix(_ASIDE))
         try:
             shutil.rmtree(aside) if final.exists() else os.rename(aside, final)

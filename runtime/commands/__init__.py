@@ -1,1 +1,1 @@
-"""The command `turbochain`: generate, verify, inspect, bench."""
+"""The command `turbochain`: generate, verify, inspect, bench, export-web."""

@@ -4,6 +4,7 @@ import dataclasses
 from collections import defaultdict
 from typing import Any
 
+from turbochain.runtime import backends
 from turbochain.runtime.bundle import strict_json
 from turbochain.runtime.bundle.manifest import Engine, Gpu, Origin
 from turbochain.runtime.bundle.opened import Bundle
@@ -203,6 +204,8 @@ def _engine_text(name: str, engine: dict[str, Any]) -> str:
 def _fit(engine: dict[str, Any]) -> str:
     """Return which chains an engine runs on this machine, why it does not run the others, and what mends that."""
     reason, mend = engine["reason"], engine["rebuild"]
+    if not reason and (command := backends.get(engine["key"]["backend"]).elsewhere):
+        return f"for {command}; it draws here only if it is named"
     if not reason:
         return "fits this machine"
     if engine["fits"]:

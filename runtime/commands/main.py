@@ -1,4 +1,4 @@
-"""The command `turbochain`: generate, serve, mcp, verify, inspect, bench, adapter."""
+"""The command `turbochain`: generate, serve, mcp, verify, inspect, bench, export-web, adapter."""
 
 import argparse
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from turbochain.runtime.bundle.manifest import Check
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.checks import verify
-from turbochain.runtime.commands import adapter, bench, console, generate, profile
+from turbochain.runtime.commands import adapter, bench, console, generate, profile, web
 from turbochain.runtime.commands.inspect import as_json, as_text
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.serve import command as serve
@@ -54,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     timing.add_argument("--controlnet", metavar="NAME", help="with this ControlNet or T2I-Adapter (default: none)")
     timing.add_argument("--profile", action="store_true", help="also the slowest operators of each stage (on a CPU)")
     timing.add_argument("--json", action="store_true")
+
+    site = _command(commands, "export-web", web.export, web.HELP, machine=False)
+    web.add_arguments(site)
+
     adapter.add_command(commands)
     words = list(sys.argv[1:] if argv is None else argv)
     return console.run(parser, lambda arguments: arguments.command(arguments), _prompt_last(words))

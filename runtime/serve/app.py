@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
+from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -13,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turbochain.runtime.errors import InputError
-from turbochain.runtime.serve import a1111, live, openai, page
+from turbochain.runtime.serve import a1111, live, openai, page, web
 from turbochain.runtime.serve.control import nets
 from turbochain.runtime.serve.errors import Refused, of_input, of_validation
 from turbochain.runtime.serve.guard import Guard
@@ -33,6 +34,8 @@ def make_app(service: Service) -> ASGIApp:
     api = FastAPI(title="turbochain", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     for routes in (openai, a1111, live, page):
         api.include_router(routes.router(service))
+    if service.settings.web is not None:
+        api.include_router(web.router(Path(service.settings.web)))
     api.add_exception_handler(Refused, _refused)
     api.add_exception_handler(InputError, _input_error)
     api.add_exception_handler(RequestValidationError, _invalid)

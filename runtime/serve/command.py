@@ -32,6 +32,7 @@ def add_arguments(parser: Any) -> None:
     add(
         "--allow-host", action="append", default=[], metavar="NAME", help="a further name that this server is called by"
     )
+    add("--web", metavar="SITE", help="also serve what export-web wrote, at /web/; like the page it needs no key")
     add("--memory", type=float, metavar="GIB", help="what loaded bundles may weigh (default: half of the memory)")
     add("--backend", help="default: the best engine in the bundle that fits this machine")
     add("--device", help="default: the backend's own choice")
@@ -59,6 +60,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         device=arguments.device,
         threads=arguments.threads,
         trust_engines=arguments.trust_engines,
+        web=arguments.web,
     )
 
 

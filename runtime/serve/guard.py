@@ -175,8 +175,10 @@ def _is_address(name: str) -> bool:
 
 
 def _is_page(scope: Scope) -> bool:
-    path = scope["path"]
-    return scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and (path == "/" or path.startswith("/page/"))
+    """Return whether a request opens a page, for which a browser sends no key: the server's, or that of a site."""
+    path, of_pages = scope["path"], ("/page/", "/web/")
+    opens = path in ("/", "/web") or path.startswith(of_pages)
+    return scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and opens
 
 
 def _key(headers: Mapping[str, str]) -> str:

@@ -51,7 +51,7 @@ def run(settings: Settings) -> None:
 def _one_arena() -> None:
     """Let glibc have one arena, and map what is large by itself: with an arena for each thread, pictures of many sizes
     leave holes in all of them, and the process grows for hours. Other C libraries have no such settings."""
-    arena_max, trim_threshold = -8, -1  # M_ARENA_MAX and M_TRIM_THRESHOLD of malloc.h; the latter fixes M_MMAP_THRESHOLD
+    arena_max, trim_threshold = -8, -1  # M_ARENA_MAX, M_TRIM_THRESHOLD of malloc.h; that fixes M_MMAP_THRESHOLD too
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         library.mallopt(arena_max, 1)

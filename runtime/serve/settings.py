@@ -3,8 +3,10 @@
 import ipaddress
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from turbochain.runtime.errors import InputError
+from turbochain.runtime.web.site import is_site
 
 IMAGE_BODY = 20 * 2**20
 """The most bytes of a request, or of a socket's message, that carries a picture."""
@@ -33,9 +35,10 @@ class Settings:
     device: str | None = None
     threads: int | None = None
     trust_engines: bool = False
+    web: str | None = None  # the folder of a site that is served at /web/, to everyone who may call this server
 
     def __post_init__(self) -> None:
-        """Raise InputError if the options contradict each other, or would open the server to everyone."""
+        """Raise InputError if the options contradict each other, would open the server to everyone, or name no site."""
         if not is_loopback(self.host) and not self.api_keys and not self.insecure:
             raise InputError(
                 f"--host {self.host} can be reached from other machines, and there is no key: give --api-key KEY "
@@ -53,6 +56,8 @@ class Settings:
                     f"--allow-origin {origin}: what browsers call a page's server was expected, such as "
                     "https://page.example or http://localhost:3000, or * for any"
                 )
+        if self.web is not None and not is_site(Path(self.web)):
+            raise InputError(f"--web {self.web} is no site: turbochain export-web BUNDLE -o {self.web} writes one")
         if self.queue < 1:
             raise InputError(f"--queue {self.queue}: at least 1 was expected")
         if not self.timeout > 0:

@@ -92,8 +92,8 @@ def test_packages_are_the_folders_with_code() -> None:
 def test_the_wheel_has_every_module_and_what_goes_with_it(wheel: Path) -> None:
     files = {p.relative_to(ROOT).as_posix() for n in PACKAGES for p in (ROOT / n).rglob("*.py")}
     files |= {"runtime/FORMAT.md", "runtime/py.typed"}
-    folders = ("export/demo", "export/clip", "runtime/serve/deploy", "runtime/serve/page")
-    carried = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file()]
+    folders = ("export/demo", "export/clip", "runtime/serve/deploy", "runtime/serve/page", "runtime/web")
+    carried = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix != ".pyc"]
     files |= {p.relative_to(ROOT).as_posix() for p in carried}
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
