@@ -31,7 +31,7 @@ def executable() -> str | None:
 
 @dataclass
 class Page:
-    """A tab. Events that came meanwhile are in `events`, as (method, parameters)."""
+    """A tab. Events of it and of its workers that came meanwhile are in `events`, as (method, parameters)."""
 
     socket: ClientConnection
     session: str | None = None
@@ -45,25 +45,38 @@ class Page:
 
     def calls(self, method: str, *each: dict[str, Any]) -> list[dict[str, Any]]:
         """Call a method with each of these parameters, without waiting in between, and return the results."""
-        first = self._count + 1
-        for parameters in each:
-            self._count += 1
-            message = {"id": self._count, "method": method, "params": parameters}
-            self.socket.send(json.dumps(message | ({"sessionId": self.session} if self.session else {})))
+        numbers = [self._send(self.session, method, parameters) for parameters in each]
         answers: dict[int, dict[str, Any]] = {}
         while len(answers) < len(each):
             answer = self._receive()
-            if answer.get("id", 0) >= first:
+            if answer.get("id") in numbers:
                 answers[answer["id"]] = answer
         refused = next((answer["error"]["message"] for answer in answers.values() if "error" in answer), None)
         if refused is not None:
             raise RuntimeError(f"{method}: {refused}")
-        return [answers[number]["result"] for number in sorted(answers)]
+        return [answers[number]["result"] for number in numbers]
+
+    def watch(self, session: str | None) -> None:
+        """Let a session tell its events, and those of the workers that it starts, which wait until this is done."""
+        attach = {"autoAttach": True, "waitForDebuggerOnStart": True, "flatten": True}
+        for domain in ("Runtime", "Log", "Network"):
+            self._send(session, f"{domain}.enable", {})
+        self._send(session, "Target.setAutoAttach", attach)
+        self._send(session, "Runtime.runIfWaitingForDebugger", {})
+
+    def _send(self, session: str | None, method: str, parameters: dict[str, Any]) -> int:
+        """Send a call, and return its number."""
+        self._count += 1
+        message = {"id": self._count, "method": method, "params": parameters}
+        self.socket.send(json.dumps(message | ({"sessionId": session} if session else {})))
+        return self._count
 
     def _receive(self) -> dict[str, Any]:
         message = json.loads(self.socket.recv(60))
         if "method" in message:
             self.events.append((message["method"], message["params"]))
+        if message.get("method") == "Target.attachedToTarget" and message.get("sessionId"):
+            self.watch(message["params"]["sessionId"])
         return message
 
     def open(self, url: str) -> None:
@@ -125,13 +138,16 @@ class Page:
 
 
 @contextlib.contextmanager
-def chromium(downloads: Path | None = None) -> Iterator[Page]:
-    """Start Chromium, give an empty tab, and end it; files that pages save go to `downloads`."""
+def chromium(downloads: Path | None = None, *flags: str) -> Iterator[Page]:
+    """Start Chromium with these flags beside its own, give an empty tab, and end it.
+
+    Files that pages save go to `downloads`.
+    """
     path = executable()
     if path is None:
         raise FileNotFoundError("no Chromium is installed: Debian's package is chromium")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        line = [path, *OPTIONS, f"--user-data-dir={profile}", "about:blank"]
+        line = [path, *OPTIONS, *flags, f"--user-data-dir={profile}", "about:blank"]
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             with connect(_address(Path(profile), process), max_size=None, compression=None) as socket:
@@ -155,8 +171,9 @@ def _tab(socket: ClientConnection, downloads: Path | None) -> Page:
     page = Page(socket)
     target = page.call("Target.createTarget", url="about:blank")["targetId"]
     page.session = page.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-    for domain in ("Page", "Runtime", "Log", "Network", "DOM"):
+    for domain in ("Page", "DOM"):
         page.call(f"{domain}.enable")
+    page.watch(page.session)
     if downloads is not None:
         page.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(downloads))
     return page

@@ -19,7 +19,10 @@ from turbochain.runtime.serve.wanted import Wanted, edited
 
 FOLDER = Path(__file__).parent / "page"
 MEDIA = {".html": "text/html", ".mjs": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-MODULES = ("page", "settings", "live", "images", "gallery", "sketch", "control", "loras")
+MODULES = (
+    *("page", "settings", "live", "images", "transfers", "gallery", "sketch", "control", "loras"),
+    *("local", "arrival", "drawing"),  # the pipeline in the browser, `export-web`
+)
 PARTS = (*(f"{name}.mjs" for name in MODULES), "style.css", "icon.svg")
 FILES = {"/": "index.html", **{f"/page/{name}": name for name in PARTS}}
 """The whole of what is served, by path: no path of a request ever opens a file."""

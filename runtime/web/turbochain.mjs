@@ -1,5 +1,5 @@
-// Draw pictures from a bundle, in a browser (ONNX Runtime Web) or in Node (onnxruntime-node). FORMAT.md says what is in a
-// bundle. One module without a build step; the packages that it needs are imported by name when they are needed.
+// Draw pictures from a bundle (see FORMAT.md), in a browser with ONNX Runtime Web or in Node with onnxruntime-node.
+// One module without a build step; the packages that it needs are imported by name when they are needed.
 //
 //     const pipe = await Pipeline.load("bundle/");
 //     const { data, width, height } = await pipe("a cat", { seed: 7 });
@@ -25,9 +25,9 @@
  * @typedef {{ loaded: number, total: number, file: string, cached: boolean }} Progress in bytes, of all files to load
  * @typedef {{ width: number, height: number, data: Uint8Array | Uint8ClampedArray }} Pixels RGB or RGBA
  * @typedef {Pixels | Blob | ImageBitmap | HTMLImageElement | HTMLCanvasElement | OffscreenCanvas} Source
- * @typedef {{ stage: string, row: number | null, rows: number }} Observed a graph that has run; `row` if it is in the loop
- * @typedef {{ width: number, height: number, data: Uint8ClampedArray, seed: number | bigint, resized: boolean }} Picture
- *   an ImageData in browsers; `seed`: the one that was used; `resized`: whether the image had another size
+ * @typedef {{ stage: string, row: number | null, rows: number }} Observed a graph that has run; `row`: of the loop
+ * @typedef {{ width: number, height: number, data: Uint8ClampedArray, seed: number | bigint, resized: boolean
+ *   }} Picture an ImageData in browsers; `seed`: the one that was used; `resized`: whether the image had another size
  *
  * @typedef {object} LoadOptions
  * @property {Backend} [backend] left out: the best that there is here; "cpu" in Node
@@ -39,7 +39,7 @@
  * @property {number | bigint} [seed] 0 to 2^64 - 1
  * @property {number} [numInferenceSteps] left out: the fewest that make a step
  * @property {Source | null} [image] to start from
- * @property {number} [strength] 0 to 1, how much of the image changes: `floor(numInferenceSteps * strength)` steps are made
+ * @property {number} [strength] 0 to 1: how much of the image changes, by `floor(numInferenceSteps * strength)` steps
  * @property {number} [guidanceScale] above 1 the negative prompt is drawn too
  * @property {string} [negativePrompt]
  * @property {number} [height] in pixels
@@ -53,6 +53,11 @@ export class InputError extends Error {
   name = "InputError";
 }
 
+/** @type {(message: string) => never} */
+const fail = (message) => {
+  throw new InputError(message);
+};
+
 // ---- noise
 
 /** The values of `torch.Generator("cpu").manual_seed(seed)`, each within 1e-6 of PyTorch's. */
@@ -63,10 +68,9 @@ export class Generator {
 
   /** @param {number | bigint} seed 0 to 2^64 - 1, of which the low 32 bits count, as in PyTorch */
   constructor(seed) {
-    const isNumber = Number.isSafeInteger(seed) || typeof seed === "bigint";
-    if (!isNumber || seed < 0 || seed >= 2n ** 64n) {
-      throw new InputError(`seed=${seed}: an integer from 0 to 2^64 - 1 was expected; give one above 2^53 as a BigInt`);
-    }
+    const isInteger = Number.isSafeInteger(seed) || typeof seed === "bigint";
+    const expected = "an integer from 0 to 2^64 - 1 was expected; give one above 2^53 as a BigInt";
+    if (!isInteger || seed < 0 || seed >= 2n ** 64n) fail(`seed=${seed}: ${expected}`);
     const words = this.#words;
     words[0] = Number(BigInt(seed) % 2n ** 32n);
     for (let i = 1; i < 624; i++) words[i] = Math.imul(1812433253, words[i - 1] ^ (words[i - 1] >>> 30)) + i;
@@ -113,7 +117,7 @@ export class Generator {
   }
 }
 
-/** Turn 16 uniform values into normal ones, in place; every operation is rounded to float32. @param {Float32Array} block */
+/** Make 16 uniform values normal ones, in place; every operation is rounded to float32. @param {Float32Array} block */
 function boxMuller(block) {
   const { fround } = Math;
   for (let i = 0; i < 8; i++) {
@@ -125,7 +129,7 @@ function boxMuller(block) {
   return block;
 }
 
-/** Return the noise of a call by feed, for each row; the draws are the chain's, in its order.
+/** Return the noise of a call, feed → its values in each row; what is drawn, and in which order, the chain says.
  *  @param {Chain} chain @param {Table} table @param {Record<string, Tensor>} tensors @param {Generator} generator */
 function noiseOf({ draws, feeds }, table, tensors, generator) {
   /** @type {Record<string, Float32Array[]>} */
@@ -153,31 +157,32 @@ export class Tokenizer {
   constructor(tokenizer, entry) {
     this.#tokenizer = tokenizer;
     this.#entry = entry;
-    const names = (/** @type {string} */ token, /** @type {number} */ count) =>
-      Array.from({ length: count }, (_, i) => (i ? `${token}_${i}` : token));
-    const parts = Object.entries(entry.expansions ?? {}).map(([token, count]) => names(token, count));
-    const found = parts.filter(([token]) => token === token.toLowerCase()); // others are not found, as in diffusers
-    this.#expansions = new Map(found.map((tokens) => [tokens[0], tokens.join(" ")]));
-    const lacks = [entry.pad_token, ...parts.flat()].find((token) => tokenizer.token_to_id(token) === undefined);
-    if (lacks !== undefined || tokenizer.token_to_id(entry.pad_token) !== entry.pad_id) {
-      const what = lacks === undefined ? `has not the padding token ${entry.pad_id}` : `has no token ${lacks}`;
-      throw new InputError(`${entry.file} ${what}, as bundle.json says; build the bundle again with build-engine`);
-    }
+    const parts = Object.entries(entry.expansions ?? {}).map(([token, count]) =>
+      Array.from({ length: count }, (_, i) => (i ? `${token}_${i}` : token)),
+    );
+    const lower = parts.filter(([token]) => token === token.toLowerCase()); // Python finds no others in a prompt
+    this.#expansions = new Map(lower.map((tokens) => [tokens[0], tokens.join(" ")]));
+    const says = "and bundle.json says it does; build the bundle again with build-engine";
+    const lacks = parts.flat().find((token) => tokenizer.token_to_id(token) === undefined);
+    if (lacks !== undefined) fail(`${entry.file} has no token ${lacks}, ${says}`);
+    const { pad_token, pad_id } = entry;
+    if (tokenizer.token_to_id(pad_token) !== pad_id) fail(`${entry.file} does not pad with ${pad_token}, ${says}`);
   }
 
-  /** Read the bytes of a tokenizer.json, which have been hashed. @param {Uint8Array} bytes @param {TokenizerFile} entry */
+  /** Read a tokenizer.json, which has been hashed. @param {Uint8Array} bytes @param {TokenizerFile} entry */
   static async read(bytes, entry) {
-    const library = await imported("@huggingface/tokenizers", import("@huggingface/tokenizers"));
+    const library = await imported("@huggingface/tokenizers", () => import("@huggingface/tokenizers"));
     const file = asInRust(JSON.parse(new TextDecoder().decode(bytes)));
     return new Tokenizer(new library.Tokenizer(file, {}), entry);
   }
 
-  /** Return the ids of a prompt; of a long one the first ones, and the end marker. @param {string} prompt */
+  /** Return the `max_length` ids of a prompt; of a long one the last ones, but for the marker, are dropped.
+   *  @param {string} prompt */
   encode(prompt) {
     const { max_length, pad_id } = this.#entry;
     const { ids } = this.#tokenizer.encode(this.#expanded(prompt));
     const dropped = ids.splice(max_length - 1, Math.max(0, ids.length - max_length));
-    if (dropped.length) console.warn(`the prompt is ${dropped.length} tokens too long: its end was dropped`);
+    if (dropped.length) console.warn(`the prompt has ${dropped.length} tokens too many: its end was dropped`);
     return Int32Array.from({ length: max_length }, (_, i) => ids[i] ?? pad_id);
   }
 
@@ -191,14 +196,16 @@ export class Tokenizer {
   }
 }
 
-/** Return a tokenizer.json that gives here what it gives in the Rust crate: there each character is lower-cased alone, so
- *  that a sigma at a word's end is no ς; "<|ENDOFTEXT|>" is no marker; and U+FEFF is no white space. @param {any} file */
+/** Return a tokenizer.json of which the library makes what the Rust crate makes of `file`. @param {any} file */
 function asInRust(file) {
-  const white = String.raw`'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`; // ByteLevel's own
+  // JavaScript writes a sigma at a word's end as ς; the crate lower-cases each character alone.
   const sigma = { type: "Replace", pattern: { String: "Σ" }, content: "σ" };
-  const text = String.raw`(?<![^\s\p{L}\p{N}])<\|(start|end)oftext\|>`; // lower-cased, not the marker itself
-  const marker = { type: "Replace", pattern: { Regex: text }, content: "<| $1oftext |> " };
-  const split = { type: "Split", pattern: { Regex: white }, behavior: "Isolated", invert: false };
+  // A text that is only lower-cased to a marker is none; it is split here as the crate splits it.
+  const marked = String.raw`(?<![^\s\p{L}\p{N}])<\|(start|end)oftext\|>`;
+  const marker = { type: "Replace", pattern: { Regex: marked }, content: "<| $1oftext |> " };
+  // ByteLevel's own expression would take U+FEFF for white space; in a Split the library rewrites it.
+  const words = String.raw`'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`;
+  const split = { type: "Split", pattern: { Regex: words }, behavior: "Isolated", invert: false };
   const mend = (/** @type {any} */ step) => {
     const steps = step?.normalizers ?? step?.pretokenizers;
     if (steps) return [{ ...step, normalizers: steps.flatMap(mend), pretokenizers: steps.flatMap(mend) }];
@@ -210,15 +217,12 @@ function asInRust(file) {
 
 /** Return a prompt that can be written as UTF-8. @param {string} argument @param {unknown} prompt */
 function checkPrompt(argument, prompt) {
-  if (typeof prompt !== "string") throw new InputError(`${argument} is no string: a text was expected; give ""`);
+  if (typeof prompt !== "string") fail(`${argument} is no string: a text was expected; give ""`);
   const wrong = /\0|\p{Surrogate}/u.exec(prompt);
-  if (wrong) {
-    const code = wrong[0].charCodeAt(0).toString(16).toUpperCase().padStart(4, "0");
-    const position = [...prompt.slice(0, wrong.index)].length;
-    throw new InputError(`${argument} holds U+${code} at position ${position}, which is no text; remove it`);
-  }
+  const code = wrong?.[0].charCodeAt(0).toString(16).toUpperCase().padStart(4, "0");
+  if (wrong) fail(`${argument} holds U+${code} after ${[...prompt.slice(0, wrong.index)].length} characters; remove it`);
   const size = new TextEncoder().encode(prompt).length;
-  if (size > 2 ** 15) throw new InputError(`${argument} has ${size} bytes: at most 32 KiB were expected; shorten it`);
+  if (size > 2 ** 15) fail(`${argument} has ${size} bytes: at most 32 KiB were expected; shorten it`);
   return prompt;
 }
 
@@ -226,7 +230,7 @@ function checkPrompt(argument, prompt) {
 
 const CHUNK = 64 * 2 ** 20; // bytes that are hashed as one
 const FEATURES = ["expansions", "modes", "multistep", "wires"];
-const FEEDS = ["column", "history", "ids", "image", "noise", "number", "zeros"];
+const FEEDS = ["column", "history", "ids", "image", "noise", "zeros", "guidance_scale"]; // the last is the only number
 const [FROM_TEXT, FROM_IMAGE] = ["text-to-image", "image-to-image"];
 const node = typeof process !== "undefined" && process.versions?.node ? process : null;
 
@@ -242,20 +246,19 @@ export class Bundle {
     const unknown = Object.keys(manifest.requires ?? {}).filter((feature) => !FEATURES.includes(feature));
     if (manifest.format_version !== 2) unknown.unshift(`format_version ${manifest.format_version}`);
     /** The chains that can be drawn with. @type {Chain[]} */
-    this.chains = Object.values(manifest.chains ?? {}).filter((chain) => isKnown(chain, manifest.graphs));
-    if (unknown.length || !this.chains.length) {
-      const what = unknown.length ? `has ${unknown.join(", ")}` : "has no chain that makes one picture";
-      throw new InputError(`${base} ${what}, which is not for browsers; make a site of it: turbochain export-web BUNDLE`);
-    }
+    this.chains = Object.values(manifest.chains ?? {}).filter(isKnown);
+    const mend = "make a site of it with turbochain export-web BUNDLE";
+    if (unknown.length) fail(`${base} has ${unknown.join(", ")}, and cannot be read here; ${mend}`);
+    if (!this.chains.length) fail(`${base} has no chain that makes one picture; ${mend}`);
     this.tasks = [...new Set(this.chains.map(({ task }) => task))];
   }
 
   /** Open a bundle by its address, in Node also by its folder. @param {string | URL} url @param {boolean} cache */
   static async open(url, cache = true) {
-    if (!globalThis.crypto?.subtle) throw new InputError("browsers hash no files for http: use https or localhost");
+    if (!globalThis.crypto?.subtle) fail("browsers hash no files for http: use https or localhost");
     const text = String(url).replace(/\/?$/, "/");
     const isPath = node && !/^[a-z]{2,}:/i.test(text);
-    const here = node ? undefined : globalThis.document?.baseURI ?? location.href;
+    const here = node ? undefined : (globalThis.document?.baseURI ?? location.href);
     const base = isPath ? node.getBuiltinModule("node:url").pathToFileURL(text) : new URL(text, here);
     const parts = [];
     for await (const part of arriving(new URL("bundle.json", base), "no-cache")) parts.push(part);
@@ -264,7 +267,7 @@ export class Bundle {
       return new Bundle(base, manifest, cache ? await keptIn(base, manifest) : null);
     } catch (error) {
       if (!(error instanceof SyntaxError)) throw error;
-      throw new InputError(`${base}bundle.json is no JSON (${error.message}): check the address, or copy the bundle again`);
+      return fail(`${base}bundle.json is no JSON (${error.message}): check the address, or copy it again`);
     }
   }
 
@@ -273,7 +276,7 @@ export class Bundle {
   async read(file, told = () => {}) {
     const record = this.manifest.files[file];
     const url = new URL(file, this.base);
-    if (!record || !url.href.startsWith(this.base.href)) throw new InputError(`bundle.json has no record of ${file}`);
+    if (!record || !url.href.startsWith(this.base.href)) fail(`bundle.json has no record of ${file}; copy it again`);
     const key = keyOf(this.base, record.sha256);
     const kept = await this.#cache?.match(key);
     if (kept?.body) {
@@ -285,42 +288,45 @@ export class Bundle {
     return bytes;
   }
 
+  /** Return how many bytes are not kept in the browser yet. */
+  async missing() {
+    const kept = new Set((await this.#cache?.keys())?.map(({ url }) => url));
+    const missing = Object.values(this.manifest.files).filter(({ sha256 }) => !kept.has(keyOf(this.base, sha256)));
+    return missing.reduce((sum, { size }) => sum + size, 0);
+  }
+
   /** Return the chain of a task: of this height and width or, without any, of the image's, or the first one.
    *  @param {string} task @param {number} [height] @param {number} [width]
    *  @param {{ height: number, width: number } | null} image */
   find(task, height, width, image = null) {
     const built = this.chains.filter((chain) => chain.task === task);
-    if (!built.length) {
-      const mend = `build another with build-engine SOURCE --tasks ${task}`;
-      throw new InputError(`this bundle was built for ${this.tasks.join(", ")}, and not for ${task}; ${mend}`);
-    }
+    const mend = `build another with build-engine SOURCE --tasks ${task}`;
+    if (!built.length) fail(`this bundle was built for ${this.tasks.join(", ")}, and not for ${task}; ${mend}`);
     const of = (/** @type {number} */ tall, /** @type {number} */ wide) =>
       built.find(({ size }) => size[0] === tall && size[1] === wide);
     if (height === undefined && width === undefined) {
       return (image && of(image.height & ~7, image.width & ~7)) || built[0];
     }
     const [tall, wide] = [height ?? built[0].size[0], width ?? built[0].size[1]];
-    const found = of(tall, wide);
-    if (found) return found;
     const sizes = built.map(({ size }) => `${size[1]}x${size[0]}`).join(", ");
-    throw new InputError(`height=${tall}, width=${wide}: this bundle is built for ${sizes}; choose one of these`);
+    return of(tall, wide) ?? fail(`height=${tall}, width=${wide}: this bundle is built for ${sizes}; choose of these`);
   }
 
   /** Return what a task is built for, as the server's /about: sizes are [width, height], `strengths` all that there are
    *  (none: any number), and `strength` is the least that makes a step. @param {string} task */
   about(task) {
     const chain = this.find(task);
-    const sizes = this.chains.filter((other) => other.task === task).map(({ size: [height, width] }) => [width, height]);
+    const sizes = this.chains.filter((other) => other.task === task).map(({ size }) => [size[1], size[0]]);
     const [steps, strengths] = [stepsOf(chain), valuesOf(chain, "strength")];
     const usual = strengths[0] ?? leastStrength(steps.find((n) => n > 1) ?? steps[0]);
     return { sizes, steps, strengths, strength: task === FROM_TEXT ? null : usual };
   }
 }
 
-/** Return whether a chain makes one picture of what can be fed here. @param {Chain} chain @param {Record<string, Graph>} graphs */
-function isKnown({ task, batch, stages, feeds }, graphs) {
-  const fed = Object.entries(feeds).every(([name, { is }]) => FEEDS.includes(is) && (is !== "number" || name === "guidance_scale"));
-  return [FROM_TEXT, FROM_IMAGE].includes(task) && batch === 1 && fed && stages.every(({ graph }) => graph in graphs);
+/** Return whether a chain makes one picture of what can be fed here. @param {Chain} chain */
+function isKnown({ task, batch, feeds }) {
+  const known = Object.entries(feeds).every(([name, { is }]) => FEEDS.includes(is === "number" ? name : is));
+  return [FROM_TEXT, FROM_IMAGE].includes(task) && batch === 1 && known;
 }
 
 /** Return the ends of a stage's graph, by their names in the chain.
@@ -355,7 +361,7 @@ async function* arriving(url, cache) {
     if (!answer.ok || !answer.body) throw new Error(`${answer.status} ${answer.statusText}`);
     yield* chunks(answer.body);
   } catch (error) {
-    throw new InputError(`${url} cannot be read (${error}): a file of a bundle was expected; check the address`);
+    fail(`${url} cannot be read (${error}): a file of a bundle was expected; check the address`);
   }
 }
 
@@ -377,7 +383,7 @@ function streamed(bytes) {
  *  @param {string} file @param {{ size: number, sha256: string }} record @param {AsyncIterable<Uint8Array>} parts
  *  @param {(loaded: number) => void} told */
 async function checked(file, { size, sha256 }, parts, told) {
-  const damaged = (/** @type {string} */ what) => new InputError(`${file} ${what}, by bundle.json; copy the bundle again`);
+  const damaged = (/** @type {string} */ what) => fail(`${file} ${what} as bundle.json says; copy the bundle again`);
   const bytes = new Uint8Array(size);
   /** @type {Promise<ArrayBuffer>[]} */
   const digests = [];
@@ -385,18 +391,18 @@ async function checked(file, { size, sha256 }, parts, told) {
     digests.push(crypto.subtle.digest("SHA-256", bytes.subarray(digests.length * CHUNK, end)));
   let loaded = 0;
   for await (const part of parts) {
-    if (loaded + part.length > size) throw damaged(`is too long: it has more than ${size} bytes`);
+    if (loaded + part.length > size) damaged(`has more bytes than ${size},`);
     bytes.set(part, loaded);
     loaded += part.length;
     while ((digests.length + 1) * CHUNK <= loaded) hash((digests.length + 1) * CHUNK);
     told(loaded);
   }
-  if (loaded < size) throw damaged(`is truncated: it has ${loaded} of ${size} bytes`);
+  if (loaded < size) damaged(`has ${loaded} bytes, and not ${size},`);
   if (digests.length * CHUNK < size || !size) hash(size);
   const made = await Promise.all(digests);
   const whole = made.length > 1 ? await crypto.subtle.digest("SHA-256", await new Blob(made).arrayBuffer()) : made[0];
   const hex = Array.from(new Uint8Array(whole), (byte) => byte.toString(16).padStart(2, "0")).join("");
-  if (hex !== sha256) throw damaged(`is damaged: its SHA-256 is ${hex}, and not ${sha256}`);
+  if (hex !== sha256) damaged(`is damaged: it has the SHA-256 ${hex}, and not ${sha256},`);
   return bytes;
 }
 
@@ -404,18 +410,15 @@ async function checked(file, { size, sha256 }, parts, told) {
 
 /** @typedef {{ shape: number[], data: Float32Array | Int32Array | Uint8Array }} Values */
 
-/** Return the arrays of a safetensors file, which has been hashed. @param {Uint8Array} bytes @returns {Map<string, Values>} */
+/** Return the arrays of a safetensors file. @param {Uint8Array} bytes @returns {Map<string, Values>} */
 function arraysOf(bytes) {
   const start = 8 + Number(new DataView(bytes.buffer).getBigUint64(0, true));
   const { __metadata__, ...header } = JSON.parse(new TextDecoder().decode(bytes.subarray(8, start)));
   /** @type {Record<string, new (buffer: ArrayBuffer) => Values["data"]>} */
   const kinds = { F32: Float32Array, I32: Int32Array, BOOL: Uint8Array };
-  return new Map(
-    Object.entries(header).map(([name, { dtype, shape, data_offsets: [from, to] }]) => [
-      name,
-      { shape, data: new kinds[dtype](bytes.slice(start + from, start + to).buffer) },
-    ]),
-  );
+  const read = (/** @type {any} */ { dtype, shape, data_offsets: [from, to] }) =>
+    ({ shape, data: new kinds[dtype](bytes.slice(start + from, start + to).buffer) });
+  return new Map(Object.entries(header).map(([name, entry]) => [name, read(entry)]));
 }
 
 /** @typedef {ReturnType<typeof tableOf>} Table */
@@ -423,11 +426,8 @@ function arraysOf(bytes) {
 /** Return one table of a chain: what the sampler does in every row.
  *  @param {Chain} chain @param {string} name @param {Map<string, Values>} arrays */
 function tableOf(chain, name, arrays) {
-  const array = (/** @type {string} */ key) => {
-    const found = arrays.get(key);
-    if (found) return found;
-    throw new InputError(`${chain.tables_file} lacks ${key}, which the chain reads; build the bundle again`);
-  };
+  const array = (/** @type {string} */ key) =>
+    arrays.get(key) ?? fail(`${chain.tables_file} lacks ${key}, which the chain reads; build the bundle again`);
   const rowOf = (/** @type {string} */ key, /** @type {number} */ row) => {
     const { shape, data } = array(key);
     const size = data.length / shape[0];
@@ -451,11 +451,14 @@ function tableOf(chain, name, arrays) {
 
 // ---- what a call asks for
 
-/** Return how many steps are made: diffusers' product of floats, rounded down. @param {number} steps @param {number} strength */
+/** Return how many steps are made, a product of floats as diffusers'. @param {number} steps @param {number} strength */
 const madeOf = (steps, strength) => Math.min(Math.trunc(steps * strength), steps);
 
 /** Return the least strength at which one of `steps` is made. @param {number} steps */
-const leastStrength = (steps) => (madeOf(steps, 1 / steps) ? 1 / steps : 1 / steps + 2 ** -53 / steps); // 49 · (1/49) < 1
+function leastStrength(steps) {
+  const strength = 1 / steps;
+  return madeOf(steps, strength) ? strength : strength + strength * 2 ** -53; // the next one: 49 · (1/49) is below 1
+}
 
 /** @param {Chain} chain */
 const stepsOf = (chain) => [...new Set(Object.values(chain.tables).map(({ steps }) => steps))].sort((a, b) => a - b);
@@ -471,31 +474,27 @@ function valuesOf(chain, argument) {
  *  @param {Chain} chain @param {"guidance_scale" | "strength"} argument @param {number} value */
 function oneOf(chain, argument, value) {
   const known = valuesOf(chain, argument);
-  if (!known.length || known.includes(value)) return known.length ? value : null;
-  throw new InputError(`${argument} is ${value}: there are tables for ${known.join(", ")}; choose one of these`);
+  if (!known.length) return null;
+  if (known.includes(value)) return value;
+  return fail(`${argument} is ${value}: there are tables for ${known.join(", ")}; choose one of these`);
 }
 
 /** Return the name of the table that a call follows.
  *  @param {Chain} chain @param {number | undefined} steps @param {number | undefined} strength @param {number} scale */
 function chosenTable(chain, steps, strength, scale) {
   const [built, guidance, usual] = [stepsOf(chain), oneOf(chain, "guidance_scale", scale), chain.defaults?.strength];
-  const find = (/** @type {number} */ wanted, begin = 0, /** @type {number | null} */ of = null) => {
-    const found = Object.entries(chain.tables).find(
+  const find = (/** @type {number} */ count, begin = 0, /** @type {number | null} */ of = null) => {
+    const [name] = Object.entries(chain.tables).find(
       ([, { steps, begin: skipped = 0, guidance_scale = null, strength = null }]) =>
-        steps === wanted && skipped === begin && guidance_scale === guidance && strength === of,
-    );
-    if (found) return found[0];
-    const expected = `this bundle was built for ${built.join(", ")}; choose one of these, or build another`;
-    throw new InputError(`numInferenceSteps=${wanted}: ${expected} with build-engine SOURCE --steps`);
+        steps === count && skipped === begin && guidance_scale === guidance && strength === of,
+    ) ?? [""];
+    const mend = "choose one of these, or build another with build-engine SOURCE --steps";
+    return name || fail(`numInferenceSteps=${count}: this bundle was built for ${built.join(", ")}; ${mend}`);
   };
-  if (usual === undefined) {
-    if (strength === undefined) return find(steps ?? built[0]);
-    throw new InputError("strength was given without an image to start from; leave it out, or give an image");
-  }
+  if (usual === undefined && strength !== undefined) fail("strength was given, and no image; leave it out");
+  if (usual === undefined) return find(steps ?? built[0]);
   const wanted = strength ?? usual;
-  if (!(typeof wanted === "number" && wanted >= 0 && wanted <= 1)) {
-    throw new InputError(`strength=${wanted}: a number from 0 to 1 was expected`);
-  }
+  if (!(typeof wanted === "number" && wanted >= 0 && wanted <= 1)) fail(`strength=${wanted}: 0 to 1 was expected`);
   const fixed = oneOf(chain, "strength", wanted);
   if (fixed !== null) return find(steps ?? built[0], 0, fixed);
   const count = steps ?? built.find((n) => madeOf(n, wanted)) ?? built[0];
@@ -503,18 +502,16 @@ function chosenTable(chain, steps, strength, scale) {
   const made = madeOf(count, wanted);
   if (made) return made === count ? whole : find(count, count - made);
   const least = leastStrength(count);
-  throw new InputError(`numInferenceSteps=${count} at strength=${wanted} makes no step: give more steps, or ${least} or more`);
+  return fail(`numInferenceSteps=${count} at strength=${wanted} makes no step: give more, or a strength of ${least}`);
 }
 
 /** Return the guidance scale of a call. @param {Chain} chain @param {number | undefined} given */
 function scaleOf(chain, given) {
   const scale = given ?? chain.defaults?.guidance_scale ?? 0;
-  if (typeof scale !== "number" || !Number.isFinite(Math.fround(scale))) {
-    throw new InputError(`guidanceScale=${given}: a finite number was expected; leave it out for the bundle's`);
-  }
-  if (scale > 1 && !chain.modes?.includes("guidance") && !valuesOf(chain, "guidance_scale").length) {
-    throw new InputError(`guidanceScale=${given}: this bundle has no guidance; leave it out, or give 0`);
-  }
+  const isFinite = typeof scale === "number" && Number.isFinite(Math.fround(scale));
+  if (!isFinite) fail(`guidanceScale=${given}: a finite number was expected; leave it out for the bundle's`);
+  const guides = chain.modes?.includes("guidance") || valuesOf(chain, "guidance_scale").length > 0;
+  if (scale > 1 && !guides) fail(`guidanceScale=${given}: this bundle has no guidance; leave it out, or give 0`);
   return scale;
 }
 
@@ -528,17 +525,18 @@ function modesOf({ modes = [] }, scale, negativePrompt) {
 
 // ---- pictures
 
-/** @type {ImageBitmapOptions} */
-const AS_STORED = { premultiplyAlpha: "none", colorSpaceConversion: "none" }; // as PIL reads a file
+/** @param {Source} image @returns {image is Pixels} */
+const isPixels = (image) => typeof image === "object" && "data" in image && image.width > 0 && image.height > 0;
 
-/** Return a picture that is decoded, and turned as its file says. @param {Source} image @returns {Promise<Pixels | ImageBitmap>} */
-async function decoded(image) {
-  if (image && "data" in image && image.width > 0 && image.height > 0) return image;
+/** Return a picture as a bitmap: turned as its file says, with the colours that are stored there, as PIL reads it.
+ *  @param {Source} image @returns {Promise<ImageBitmap>} */
+async function bitmapOf(image) {
   const expected = "pixels {data, width, height} were expected, or in a browser an image, a canvas or a file; give one";
-  if (!globalThis.createImageBitmap) throw new InputError(`image is no decoded picture: ${expected}`);
-  return createImageBitmap(/** @type {ImageBitmapSource} */ (image), AS_STORED).catch((error) => {
-    throw new InputError(`image is no picture that can be decoded (${error}): ${expected}`);
-  });
+  if (!globalThis.createImageBitmap) fail(`image is no decoded picture: ${expected}`);
+  const source = /** @type {ImageBitmapSource} */ (image);
+  return createImageBitmap(source, { premultiplyAlpha: "none", colorSpaceConversion: "none" }).catch((error) =>
+    fail(`image is no picture that can be decoded (${error}): ${expected}`),
+  );
 }
 
 /** Return the levels of a picture, RGB [height, width, 3]. Alpha is dropped; one of another size is drawn on a canvas.
@@ -547,31 +545,32 @@ async function levelsOf(image, width, height) {
   const fits = image.width === width && image.height === height;
   const { data } = fits && "data" in image ? image : await redrawn(image, width, height);
   const [levels, channels] = [new Uint8Array(3 * width * height), data.length / (width * height)];
-  if (channels !== 3 && channels !== 4) {
-    throw new InputError(`image.data has ${data.length} values: RGB or RGBA of ${width}x${height} was expected; give all`);
+  const isWhole = channels === 3 || channels === 4;
+  if (!isWhole) fail(`image.data has ${data.length} values: RGB or RGBA of ${width}x${height} was expected`);
+  for (let i = 0, j = 0; i < levels.length; j += channels) {
+    for (let k = 0; k < 3; k++) levels[i++] = data[j + k];
   }
-  for (let i = 0; i < levels.length; i += 3) levels.set(data.subarray((i / 3) * channels, (i / 3) * channels + 3), i);
   return levels;
 }
 
 /** @param {Pixels | ImageBitmap} image @param {number} width @param {number} height */
 async function redrawn(image, width, height) {
-  if (!globalThis.OffscreenCanvas) {
-    const size = `${image.width}x${image.height}`;
-    throw new InputError(`image is ${size}: ${width}x${height} was expected; resize it, as there is no canvas in Node`);
-  }
-  const context = /** @type {OffscreenCanvasRenderingContext2D} */ (new OffscreenCanvas(width, height).getContext("2d"));
+  const expected = `${width}x${height} was expected; resize it, as there is no canvas in Node`;
+  if (!globalThis.OffscreenCanvas) fail(`image is ${image.width}x${image.height}: ${expected}`);
+  const canvas = new OffscreenCanvas(width, height);
+  const context = /** @type {OffscreenCanvasRenderingContext2D} */ (canvas.getContext("2d"));
   context.imageSmoothingQuality = "high";
-  const bitmap = "data" in image ? await createImageBitmap(/** @type {ImageData} */ (image), AS_STORED) : image;
-  context.drawImage(bitmap, 0, 0, width, height);
+  context.drawImage("data" in image ? await bitmapOf(image) : image, 0, 0, width, height);
   return context.getImageData(0, 0, width, height);
 }
 
-/** Return RGB levels as a picture; Error if it is of one single value. @param {Uint8Array} levels @param {number[]} size */
+/** Return levels as a picture; throws Error if all are equal. @param {Uint8Array} levels @param {number[]} size */
 function pictureOf(levels, [height, width]) {
   if (levels.every((level) => level === levels[0])) throw new Error("the model made a picture of one single value");
   const data = new Uint8ClampedArray(4 * height * width).fill(255);
-  for (let i = 0; i < height * width; i++) data.set(levels.subarray(3 * i, 3 * i + 3), 4 * i);
+  for (let i = 0, j = 0; i < levels.length; j += 4) {
+    for (let k = 0; k < 3; k++) data[j + k] = levels[i++];
+  }
   return globalThis.ImageData ? new ImageData(data, width, height) : { data, width, height };
 }
 
@@ -590,38 +589,43 @@ export async function support() {
  *  @param {Bundle} bundle @param {Backend} [asked] @returns {Promise<Backend>} */
 async function chosen({ chains, manifest }, asked) {
   const known = node ? ["cpu"] : ["webgpu", "wasm"];
-  if (asked && !known.includes(asked)) throw new InputError(`backend=${asked}: choose from ${known.join(", ")}`);
+  if (asked && !known.includes(asked)) fail(`backend=${asked}: choose from ${known.join(", ")}`);
   if (node) return "cpu";
-  const names = new Set(chains.flatMap(({ stages }) => stages.map(({ graph }) => graph)));
-  const graphs = [...names].map((name) => manifest.graphs[name]);
-  const weights = new Map(graphs.flatMap(({ data, precision }) => data.map((file) => [file, precision === "fp32" ? 1 : 2])));
-  const bytes = [...weights].reduce((sum, [file, times]) => sum + times * manifest.files[file].size, 0); // as float32
+  const graphs = chains.flatMap(({ stages }) => stages.map(({ graph }) => manifest.graphs[graph]));
+  const halves = graphs.filter(({ precision }) => precision === "fp16");
+  const weights = [...new Set(graphs.flatMap(({ data }) => data)), ...new Set(halves.flatMap(({ data }) => data))];
+  const bytes = weights.reduce((sum, file) => sum + manifest.files[file].size, 0); // WASM has them in float32
   const has = await support();
-  const halves = graphs.some(({ precision }) => precision === "fp16");
-  const lacks = has.webgpu ? (halves && !has.f16 ? "WebGPU with shader-f16" : "") : "WebGPU";
+  const lacks = has.webgpu ? (halves.length && !has.f16 ? "WebGPU with shader-f16" : "") : "WebGPU";
   if (asked !== "wasm" && !lacks) return "webgpu";
   if (asked !== "webgpu" && bytes < 2 ** 31) return "wasm";
-  const size = `${(bytes / 2 ** 30).toFixed(1)} GiB of weights, and WASM has room for 2`;
-  const reason = asked === "wasm" ? `the model has ${size}` : `this browser has no ${lacks}` + (asked ? "" : `; the model has ${size}`);
-  throw new InputError(`${reason}: use ${asked === "wasm" ? "WebGPU" : "a browser and a GPU that have it"}`);
+  const large = `the model has ${(bytes / 2 ** 30).toFixed(1)} GiB of weights, and WASM has room for 2`;
+  if (asked === "wasm") fail(`${large}: use WebGPU`);
+  const mend = asked && bytes < 2 ** 31 ? "use WASM" : "use a browser and a GPU that have it";
+  return fail(`this browser has no ${lacks}${asked ? "" : `, and ${large}`}: ${mend}`);
 }
 
-/** Return a package's module. @template T @param {string} name @param {Promise<T>} module @returns {Promise<T>} */
-async function imported(name, module) {
+/** Where a package is, by its name, if that alone does not say it: no import map applies in a worker.
+ *  @type {Record<string, string>} */
+export const packages = {};
+
+/** Return a package's module. @param {string} name @param {() => Promise<any>} usual as a bundler understands it */
+async function imported(name, usual) {
   try {
-    const found = /** @type {any} */ (await module);
+    const address = packages[name];
+    const found = await (address ? import(/* webpackIgnore: true */ /* @vite-ignore */ address) : usual());
     return found.default?.InferenceSession ? found.default : found; // onnxruntime-node is a CommonJS package
   } catch (error) {
-    throw new InputError(`${name} cannot be imported (${error}): install it with npm, or name it in the import map`);
+    return fail(`${name} cannot be imported (${error}): install it with npm, or name it in the import map`);
   }
 }
 
-/** @param {Backend} backend @returns {Promise<Ort>} */
-function runtimeOf(backend) {
-  if (backend === "cpu") return imported("onnxruntime-node", import(/* webpackIgnore: true */ /* @vite-ignore */ "onnxruntime-node"));
-  if (backend === "wasm") return imported("onnxruntime-web", import("onnxruntime-web/wasm"));
-  return imported("onnxruntime-web", import("onnxruntime-web/webgpu"));
-}
+/** The package of each backend. @type {Record<Backend, [string, () => Promise<any>]>} */
+const RUNTIMES = {
+  webgpu: ["onnxruntime-web/webgpu", () => import("onnxruntime-web/webgpu")],
+  wasm: ["onnxruntime-web/wasm", () => import("onnxruntime-web/wasm")],
+  cpu: ["onnxruntime-node", () => import(/* webpackIgnore: true */ /* @vite-ignore */ "onnxruntime-node")],
+};
 
 // ---- the pipeline
 
@@ -661,19 +665,25 @@ export class Pipeline extends Callable {
     this.backend = backend;
   }
 
-  /** Load a bundle from its address, in Node also from its folder. Throws InputError if it is damaged or cannot run here.
-   *  @param {string | URL} url @param {LoadOptions} options @returns {Promise<Pipeline & Call>} */
-  static async load(url, { backend, tasks, progress, cache } = {}) {
-    const bundle = await Bundle.open(url, cache);
+  /** Load a bundle from its address, in Node also its folder. Throws InputError if it is damaged or cannot run here.
+   *  @param {string | URL | Bundle} source @param {LoadOptions} options @returns {Promise<Pipeline & Call>} */
+  static async load(source, { backend, tasks, progress, cache } = {}) {
+    const bundle = source instanceof Bundle ? source : await Bundle.open(source, cache);
     const found = await chosen(bundle, backend);
-    const pipe = /** @type {Pipeline & Call} */ (new Pipeline(bundle, found, await runtimeOf(found), progress));
+    const ort = await imported(...RUNTIMES[found]);
+    const pipe = /** @type {Pipeline & Call} */ (new Pipeline(bundle, found, ort, progress));
     try {
-      await pipe.#load((tasks ?? bundle.tasks.slice(0, 1)).map((task) => bundle.find(task)));
+      await pipe.prepare(tasks);
     } catch (error) {
       await pipe.close();
       throw error;
     }
     return pipe;
+  }
+
+  /** Load the graphs of tasks (left out: the first one's) now, and not when they are used. @param {string[]} tasks */
+  prepare(tasks = this.#bundle.tasks.slice(0, 1)) {
+    return this.#alone(() => this.#load(tasks.map((task) => this.#bundle.find(task))));
   }
 
   /** What each task is built for; see `Bundle.about`. */
@@ -699,17 +709,20 @@ export class Pipeline extends Callable {
 
   /** @type {Call} */
   async #draw(prompt, options = {}) {
-    const { seed = crypto.getRandomValues(new Uint32Array(1))[0], numInferenceSteps, strength, guidanceScale, ...more } = options;
-    const { negativePrompt, image: given = null, height, width, signal, observe = () => {}, ...others } = more;
-    for (const name of Object.keys(others)) throw new InputError(`a call has no option ${name}: see CallOptions`);
-    const image = given === null ? null : await decoded(given);
+    /** @type {CallOptions} */
+    const given = Object.fromEntries(Object.entries(options).filter(([, value]) => value !== null));
+    const { seed = crypto.getRandomValues(new Uint32Array(1))[0], numInferenceSteps, strength, ...more } = given;
+    const { guidanceScale, negativePrompt, height, width, signal, observe = () => {}, image: source, ...others } = more;
+    for (const name of Object.keys(others)) fail(`${name} is no option of a call; CallOptions has all of them`);
+    const image = source === undefined || source === null ? null : isPixels(source) ? source : await bitmapOf(source);
     const chain = this.#bundle.find(image ? FROM_IMAGE : FROM_TEXT, height, width, image);
     const [tall, wide] = chain.size;
     const scale = scaleOf(chain, guidanceScale);
     const name = chosenTable(chain, numInferenceSteps, strength, scale);
     const modes = modesOf(chain, scale, negativePrompt);
+    const negative = checkPrompt("negativePrompt", negativePrompt ?? "");
     /** @type {Record<string, string>} */
-    const texts = { prompt: checkPrompt("prompt", prompt), negative_prompt: checkPrompt("negativePrompt", negativePrompt ?? "") };
+    const texts = { prompt: checkPrompt("prompt", prompt), negative_prompt: negative };
     const levels = image && (await levelsOf(image, wide, tall));
     const generator = new Generator(seed);
     const resized = image !== null && (image.width !== wide || image.height !== tall);
@@ -746,8 +759,9 @@ export class Pipeline extends Callable {
   }
 
   /** Run the stages of a call, and return its picture.
-   *  @param {Chain} chain @param {string[]} modes @param {number} rows @param {(name: string, row?: number) => Value} feed
-   *  @param {AbortSignal | undefined} signal @param {(observed: Observed) => void} observe */
+   *  @param {Chain} chain @param {string[]} modes @param {number} rows
+   *  @param {(name: string, row?: number) => Value} feed @param {AbortSignal | undefined} signal
+   *  @param {(observed: Observed) => void} observe */
   async #run(chain, modes, rows, feed, signal, observe) {
     const { graphs } = this.#bundle.manifest;
     const has = (/** @type {string} */ mode) => modes.includes(mode);
@@ -755,7 +769,8 @@ export class Pipeline extends Callable {
     const names = (/** @type {"inputs" | "outputs"} */ ends) =>
       new Set(stages.flatMap((stage) => wired(stage, graphs[stage.graph][ends]).map(([name]) => name)));
     const [read, made] = [names("inputs"), names("outputs")];
-    const feeds = Object.entries(chain.feeds).filter(([name, { is }]) => read.has(name) && (is !== "zeros" || !made.has(name)));
+    const fed = Object.entries(chain.feeds).filter(([name]) => read.has(name));
+    const feeds = fed.filter(([name, { is }]) => is !== "zeros" || !made.has(name)); // zeros are for the other modes
     /** @type {Map<string, Value>} */
     const values = new Map();
     /** @type {Value[]} */
@@ -771,7 +786,7 @@ export class Pipeline extends Callable {
         for (const [name, { name: own }] of wired(stage, outputs)) values.set(name, found[own]);
         results.push(...Object.values(found));
         observe({ stage: stage.graph, row, rows });
-        if (this.backend === "wasm") await new Promise((resolve) => setTimeout(resolve)); // else no abort would be heard
+        if (!node) await new Promise((resolve) => setTimeout(resolve)); // else a worker hears of no abort
       }
     };
     try {
@@ -795,7 +810,7 @@ export class Pipeline extends Callable {
 
   /** Load what chains read and none before has read: tables, tokenizers, graphs. @param {Chain[]} chains */
   async #load(chains) {
-    if (this.#closed) throw new InputError("the pipeline is closed; load it again");
+    if (this.#closed) fail("the pipeline is closed; load it again");
     const { graphs, tokenizers } = this.#bundle.manifest;
     const unique = (/** @type {string[]} */ names, /** @type {Map<string, unknown>} */ known) =>
       [...new Set(names)].filter((name) => !known.has(name));

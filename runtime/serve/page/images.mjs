@@ -2,8 +2,8 @@
 
 const QUALITY = 0.92;
 
-// Return the JPEG of a picture or a video's frame, cut to [width, height] from its middle, as bytes.
-export async function jpeg(source, [width, height]) {
+// Return a picture or a video's frame, cut to [width, height] from its middle: a file's bytes, of this media type.
+export async function still(source, [width, height], type) {
   const own = [source.videoWidth || source.width, source.videoHeight || source.height];
   const scale = Math.max(width / own[0], height / own[1]);
   const size = own.map((side) => side * scale);
@@ -13,7 +13,7 @@ export async function jpeg(source, [width, height]) {
   context.fillStyle = "white"; // behind what is transparent
   context.fillRect(0, 0, width, height);
   context.drawImage(source, (width - size[0]) / 2, (height - size[1]) / 2, ...size);
-  const blob = await canvas.convertToBlob({ type: "image/jpeg", quality: QUALITY });
+  const blob = await canvas.convertToBlob({ type, quality: QUALITY });
   return new Uint8Array(await blob.arrayBuffer());
 }
 

@@ -9,9 +9,11 @@ const FULL = 2 ** 20; // bytes that a slow line has still to carry; a newer requ
 const HEAD = 16; // bytes before a picture's file
 
 export class Live extends EventTarget {
-  // Events: "about" (what the server is), "state" (connecting, open or lost), "key" (a key is wanted; detail: whether
-  // one was refused), "picture" ({id, ms, skipped, drawn, encoded, file}) and "error" ({id, code, message}).
+  // Events: "about" (what the server is), "state" ({state: connecting, open or lost, text}), "key" (a key is wanted;
+  // detail: whether one was refused), "picture" ({id, ms, skipped, drawn, encoded, file}) and "error" ({id, code,
+  // message}).
 
+  format = "image/jpeg"; // of the pictures to start from
   #socket = null;
   #pause = FIRST_PAUSE;
   #id = 0;
@@ -23,11 +25,11 @@ export class Live extends EventTarget {
   }
 
   async connect() {
-    this.#tell("state", "connecting");
+    this.#state("connecting", "Connecting");
     let answer;
     try {
       const headers = this.key ? { Authorization: `Bearer ${this.key}` } : {};
-      answer = await fetch("/about", { headers, cache: "no-store" });
+      answer = await fetch(new URL("about", document.baseURI), { headers, cache: "no-store" });
       if (answer.status === 401) {
         this.#tell("key", Boolean(this.key));
         return;
@@ -59,7 +61,7 @@ export class Live extends EventTarget {
   }
 
   #open() {
-    const address = new URL("/ws", location.href);
+    const address = new URL("ws", document.baseURI);
     address.protocol = address.protocol.replace("http", "ws");
     const protocols = this.key ? ["turbochain", `key.${base64url(this.key)}`] : ["turbochain"];
     const socket = new WebSocket(address, protocols);
@@ -67,7 +69,7 @@ export class Live extends EventTarget {
     socket.onopen = () => {
       this.#socket = socket;
       this.#pause = FIRST_PAUSE;
-      this.#tell("state", "open");
+      this.#state("open", "Connected");
       this.#transmit();
     };
     socket.onclose = () => {
@@ -78,7 +80,7 @@ export class Live extends EventTarget {
   }
 
   #later() {
-    this.#tell("state", "lost");
+    this.#state("lost", "Reconnecting");
     setTimeout(() => this.connect(), this.#pause * (0.75 + Math.random() / 2));
     this.#pause = Math.min(2 * this.#pause, LONGEST_PAUSE);
   }
@@ -106,7 +108,7 @@ export class Live extends EventTarget {
       skipped: head.getUint32(4, true),
       drawn: head.getFloat32(8, true),
       encoded: head.getFloat32(12, true),
-      file: new Uint8Array(data, HEAD),
+      file: new Blob([new Uint8Array(data, HEAD)], { type: "image/jpeg" }),
     });
   }
 
@@ -124,6 +126,10 @@ export class Live extends EventTarget {
     const ms = performance.now() - this.#unanswered.sent;
     this.#unanswered = null;
     return ms;
+  }
+
+  #state(state, text) {
+    this.#tell("state", { state, text });
   }
 
   #tell(type, detail) {

@@ -1,15 +1,20 @@
 // The page: what is typed and set becomes requests, and the answers are shown.
 
+import { showArrival } from "./arrival.mjs";
 import { Gallery } from "./gallery.mjs";
-import { jpeg } from "./images.mjs";
+import { still } from "./images.mjs";
 import { Live } from "./live.mjs";
+import { Local } from "./local.mjs";
 import { $, Settings, inWords } from "./settings.mjs";
+import { takeTransfers } from "./transfers.mjs";
 
 const SILENCE = 400; // ms without a change after which the slider's step count is drawn
 const CONTROL = $("control-field");
 const SLOW = 250; // ms after which the page says that it waits
 
-const live = new Live();
+// A page of its own names the bundle that it draws with; the server's page asks the server.
+const bundle = document.querySelector('meta[name="pictures"]')?.content;
+const live = bundle ? new Local(bundle) : new Live();
 const settings = new Settings();
 const gallery = new Gallery($("gallery"), $("gallery-section"), showAgain);
 
@@ -40,7 +45,7 @@ function send(steps, more = {}, bytes = settings.image?.bytes) {
   last.id = live.send(last.request, bytes, control?.bytes);
   sent.set(last.id, last);
   clearTimeout(slow);
-  slow = setTimeout(() => live.waiting && showWaiting(true), SLOW);
+  slow = setTimeout(showDrawing, SLOW);
 }
 
 // Nothing was changed for a while: what is set now is worth keeping.
@@ -55,29 +60,41 @@ live.addEventListener("picture", async ({ detail: { id, ms, drawn, file } }) => 
   if (stale) follow();
   if (!made) return; // older than one that has come
   for (const other of sent.keys()) if (other <= id) sent.delete(other);
-  made.file = new Blob([file], { type: "image/jpeg" });
+  made.file = file;
   const turn = ++turns;
   const bitmap = await createImageBitmap(made.file); // quicker than an <img>, which would fetch it by a URL
   if (turn < shownTurn) return;
   show(made, bitmap, turn);
   if (!live.waiting) {
-    const took = ms === null ? "" : `${Math.round(ms)} ms · `;
-    showWaiting(false, `${took}${Math.round(drawn)} ms drawing · ${inWords(made.request.num_inference_steps)}`);
+    const took = ms === null ? "" : `${lasting(ms)} · `;
+    showWaiting(false, `${took}${lasting(drawn)} drawing · ${inWords(made.request.num_inference_steps)}`);
   }
   if (made.keep) keep();
 });
 
+live.addEventListener("row", ({ detail: { row, rows } }) => {
+  if (rows > 1 && "drawing" in $("frame").dataset) showWaiting(true, `Drawing… ${row} of ${inWords(rows)}`);
+});
+
 live.addEventListener("error", ({ detail: { id, code, message } }) => {
   if (stale) follow();
-  if (id !== last?.id) return;
+  if (id !== null && id !== last?.id) return;
   $("problem").textContent = code === "starting" ? "The server is loading its model…" : message;
   if (!live.waiting) showWaiting(false);
 });
 
+function lasting(ms) {
+  return ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`;
+}
+
+function showDrawing() {
+  if (live.waiting && $("connection").dataset.state === "open") showWaiting(true, "Drawing…");
+}
+
 function showWaiting(waiting, text = "\u00a0") {
   clearTimeout(slow);
   $("frame").toggleAttribute("data-drawing", waiting);
-  $("latency").textContent = waiting ? "Drawing…" : text;
+  $("latency").textContent = text;
 }
 
 function show(picture, bitmap, turn) {
@@ -146,9 +163,10 @@ $("size").addEventListener("change", cut);
 $("save").addEventListener("click", () => {
   const { prompt, seed } = shown.request;
   const words = prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu)?.join("-").slice(0, 60);
+  const ending = shown.file.type === "image/png" ? "png" : "jpg";
   const link = document.createElement("a");
   link.href = URL.createObjectURL(shown.file);
-  link.download = `${words || "picture"}-${seed}.jpg`;
+  link.download = `${words || "picture"}-${seed}.${ending}`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 });
@@ -164,7 +182,11 @@ function startFrom(image) {
   settings.steps = steps;
 }
 
-async function take(file, place) {
+// Take a picture for the place where it was let go, or for the one that there is.
+async function take(file, target) {
+  if (!settings.known) return;
+  const follows = !CONTROL.hidden && (CONTROL.contains(target) || !settings.takesImages);
+  if (!follows && !settings.takesImages) return;
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
@@ -172,7 +194,7 @@ async function take(file, place) {
     $("problem").textContent = "That file is no picture that this browser can read.";
     return;
   }
-  if (place === CONTROL) {
+  if (follows) {
     settings.control.take(bitmap);
     return;
   }
@@ -183,38 +205,12 @@ async function take(file, place) {
 // Cut the picture to the size that is drawn, and draw.
 async function cut() {
   settings.arrange();
-  if (settings.image) settings.image = { ...settings.image, bytes: await jpeg(settings.image.bitmap, settings.size) };
+  const { image, size } = settings;
+  if (image) settings.image = { ...image, bytes: await still(image.bitmap, size, live.format) };
   changed({ settled: true });
 }
 
-// Take the picture of a transfer for the place where it was let go, or for the one that there is.
-function takeFrom({ files }, target) {
-  const file = [...files].find(({ type }) => type.startsWith("image/"));
-  if (!file || !settings.known) return Boolean(file);
-  const follows = !CONTROL.hidden && (CONTROL.contains(target) || !settings.takesImages);
-  if (follows || settings.takesImages) take(file, follows ? CONTROL : $("drop"));
-  return true;
-}
-
-for (const [button, input] of [["choose", "file"], ["control-choose", "control-file"]]) {
-  $(button).addEventListener("click", () => $(input).click());
-  $(input).addEventListener("change", () => {
-    takeFrom($(input), $(input));
-    $(input).value = "";
-  });
-}
-document.addEventListener("paste", (event) => takeFrom(event.clipboardData, event.target) && event.preventDefault());
-document.addEventListener("dragover", (event) => {
-  if (!event.dataTransfer.types.includes("Files")) return;
-  event.preventDefault();
-  $("drop").dataset.over = "";
-});
-document.addEventListener("dragleave", (event) => event.relatedTarget || delete $("drop").dataset.over);
-document.addEventListener("drop", (event) => {
-  delete $("drop").dataset.over;
-  if (event.dataTransfer.types.includes("Files")) event.preventDefault(); // the browser would open it
-  takeFrom(event.dataTransfer, event.target);
-});
+takeTransfers(take);
 $("clear").addEventListener("click", () => {
   startFrom(null);
   $("choose").focus();
@@ -247,7 +243,7 @@ async function frame(camera) {
 }
 
 async function sendFrame(camera) {
-  const bytes = await jpeg(camera.video, settings.size);
+  const bytes = await still(camera.video, settings.size, live.format);
   if (camera.on) send(settings.steps, {}, bytes);
 }
 
@@ -273,7 +269,9 @@ async function follow() {
 
 settings.control.addEventListener("change", follow);
 
-// ---- the server
+// ---- the server, or the pipeline
+
+showArrival(live);
 
 live.addEventListener("about", ({ detail }) => {
   const first = !settings.known;
@@ -282,8 +280,9 @@ live.addEventListener("about", ({ detail }) => {
 });
 
 live.addEventListener("state", ({ detail }) => {
-  $("connection").dataset.state = detail;
-  $("connection-text").textContent = { connecting: "Connecting", open: "Connected", lost: "Reconnecting" }[detail];
+  $("connection").dataset.state = detail.state;
+  $("connection-text").textContent = detail.text;
+  showDrawing();
 });
 
 live.addEventListener("key", ({ detail: refused }) => {
