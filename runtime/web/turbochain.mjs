@@ -220,7 +220,7 @@ function checkPrompt(argument, prompt) {
   if (typeof prompt !== "string") fail(`${argument} is no string: a text was expected; give ""`);
   const wrong = /\0|\p{Surrogate}/u.exec(prompt);
   const code = wrong?.[0].charCodeAt(0).toString(16).toUpperCase().padStart(4, "0");
-  if (wrong) fail(`${argument} holds U+${code} after ${[...prompt.slice(0, wrong.index)].length} characters; remove it`);
+  if (wrong) fail(`${argument} holds U+${code} at position ${[...prompt.slice(0, wrong.index)].length}; remove it`);
   const size = new TextEncoder().encode(prompt).length;
   if (size > 2 ** 15) fail(`${argument} has ${size} bytes: at most 32 KiB were expected; shorten it`);
   return prompt;
