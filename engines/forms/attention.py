@@ -68,7 +68,7 @@ def _attention(softmax: ir.Node) -> _Attention | None:
     result = _joined(second)
     if not all(parts) or result is None:
         return None
-    (flat_q, by_q), (flat_k, by_k), (flat_v, by_v) = parts  # type: ignore[misc]
+    (flat_q, by_q), (flat_k, by_k), (flat_v, by_v) = parts
     size = shape(flat_q)[2] // heads  # type: ignore[index]
     if by_v != 1 or 2 * TILE * size * flat_q.dtype.itemsize >= WORKGROUP_BYTES:  # type: ignore[union-attr]
         return None
@@ -84,7 +84,8 @@ def _flat(value: ir.Value | None, order: tuple[int, ...]) -> tuple[ir.Value, flo
     if sizes is None or len(sizes) != 4:
         return None
     split = tuple(sizes[order.index(axis)] for axis in range(4))
-    flat, factor, views = (*split[:2], split[2] * split[3]), 1.0, []
+    flat, factor = (*split[:2], split[2] * split[3]), 1.0
+    views: list[ir.Node] = []
     while value is not None:
         value, by = _unscaled(value)
         factor *= by
@@ -100,7 +101,8 @@ def _flat(value: ir.Value | None, order: tuple[int, ...]) -> tuple[ir.Value, flo
 
 def _joined(product: ir.Node) -> ir.Node | None:
     """Return the node that puts the heads [B, heads, S, D] of a product side by side, [B, S, heads·D]."""
-    (batch, heads, length, size), views = shape(product.outputs[0]) or (0, 0, 0, 0), []
+    batch, heads, length, size = shape(product.outputs[0]) or (0, 0, 0, 0)
+    views: list[ir.Node] = []
     split, joined = (batch, heads, length, size), (batch, length, heads * size)
     for view in _following_views(product.outputs[0]):
         views.append(view)

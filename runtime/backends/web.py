@@ -21,7 +21,7 @@ def device(name: str | None) -> Device:
 
 def misfit(key: EngineKey, library: tuple[str, str], device: Device) -> str | None:
     """Return None: the library of the key has verified the forms, and a browser runs them with its own."""
-    return None
+    return None if key.device == device.kind else f"it is for {key.device}, which no engine for browsers is"
 
 
 class WebOnCpu(OnnxRuntimeCpu):

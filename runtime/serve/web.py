@@ -13,11 +13,11 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, RedirectResponse, Response
 
-from turbochain.runtime.serve import page
+from turbochain.runtime.serve.page import HEADERS, MEDIA  # type: ignore[attr-defined]  # mypy sees the folder
 from turbochain.runtime.web.site import INDEX
 
 PREFIX, METHODS = "/web/", ["GET", "HEAD"]
-MEDIA = {**page.MEDIA, ".wasm": "application/wasm", ".json": "application/json"}
+MEDIA_OF_SITES = {**MEDIA, ".wasm": "application/wasm", ".json": "application/json"}
 _IMPORT_MAP = re.compile(r'<script type="importmap">(.*?)</script>', re.DOTALL)
 
 
@@ -52,13 +52,13 @@ def _headers(index: str) -> dict[str, str]:
     others = "".join(sorted({f" {url.scheme}://{url.netloc}" for url in named if url.netloc}))
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     policy = (
-        page.HEADERS["Content-Security-Policy"],
+        HEADERS["Content-Security-Policy"],
         f"script-src 'self' 'wasm-unsafe-eval' 'sha256-{digest}'{others}",
         "worker-src 'self' blob:",
         f"connect-src 'self'{others}",
     )
     return {
-        **page.HEADERS,
+        **HEADERS,
         "Content-Security-Policy": "; ".join(policy),
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cross-Origin-Embedder-Policy": "require-corp",
@@ -67,7 +67,7 @@ def _headers(index: str) -> dict[str, str]:
 
 def _file(path: Path, headers: dict[str, str]) -> Callable[[HttpRequest], Response]:
     """Return a route that answers with a file, of any size, and with 304 to who has it as it now is."""
-    media = MEDIA.get(path.suffix, "application/octet-stream")
+    media = MEDIA_OF_SITES.get(path.suffix, "application/octet-stream")
 
     async def answer(http: HttpRequest) -> Response:
         status = path.stat()

@@ -88,7 +88,7 @@ def _drawn(bundle: Bundle) -> list[OpenChain]:
     chains = [bundle.open_chain(name) for name in bundle.manifest.chains]
     found = [chain for chain in chains if chain.chain.task in TASKS and chain.batch == 1]
     if not found:
-        has = ", ".join(f"{chain.chain.task} of {chain.batch}" for chain in chains)
+        has = ", ".join(f"{chain.chain.task} with batch {chain.batch}" for chain in chains)
         raise InputError(
             f"{bundle.path} has nothing that a page draws: {has}; {' or '.join(TASKS)}, one picture at a time, was "
             "expected: build another with build-engine SOURCE --batch 1"

@@ -585,6 +585,26 @@ export async function support() {
   return { webgpu: Boolean(adapter), f16: Boolean(adapter?.features.has("shader-f16")) };
 }
 
+/** The GPU on which graphs run with WebGPU, if ONNX Runtime must not open it itself. @type {Promise<any> | undefined} */
+let device;
+
+/** Return how ONNX Runtime is told of a backend. Its MultiHeadAttention for WebGPU is wrong with subgroups of fewer than 8
+ *  (SwiftShader's have 4), and right on a GPU that is opened without any. @param {Backend} backend */
+async function provider(backend) {
+  if (backend !== "webgpu") return backend;
+  device ??= (async () => {
+    const adapter = await /** @type {any} */ (navigator).gpu.requestAdapter();
+    if (!(adapter.info?.subgroupMinSize < 8)) return undefined;
+    const requiredFeatures = [...adapter.features].filter((name) => !name.startsWith("subgroup"));
+    /** @type {Record<string, number>} */
+    const requiredLimits = {};
+    for (const name in adapter.limits) requiredLimits[name] = adapter.limits[name]; // they are its prototype's
+    return adapter.requestDevice({ requiredFeatures, requiredLimits });
+  })();
+  const opened = await device;
+  return opened ? { name: /** @type {const} */ ("webgpu"), device: opened } : backend;
+}
+
 /** Return the backend to run a bundle on: the one that is asked for, or the best that there is.
  *  @param {Bundle} bundle @param {Backend} [asked] @returns {Promise<Backend>} */
 async function chosen({ chains, manifest }, asked) {
@@ -849,7 +869,7 @@ export class Pipeline extends Callable {
     for (const part of data) externalData.push({ path: part.slice(part.lastIndexOf("/") + 1), data: await get(part) });
     const places = outputs.map(({ name, dtype }) => [name, dtype === "uint8" ? "cpu" : "gpu-buffer"]);
     return this.#ort.InferenceSession.create(await get(file), {
-      executionProviders: [this.backend],
+      executionProviders: [await provider(this.backend)],
       externalData,
       preferredOutputLocation: this.backend === "webgpu" ? Object.fromEntries(places) : "cpu",
       logSeverityLevel: 3,

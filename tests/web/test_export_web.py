@@ -187,7 +187,7 @@ def test_what_is_refused_leaves_nothing(bundle: Path, site: Path, sd: Path, sdxl
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")
     refused(rf"is missing, .* build it: build-engine {re.escape(str(sd))} --backend web$", sd, new)
-    refused("text-to-image of 3, .* one picture at a time, was expected: .*--batch 1$", sdxl, new)
+    refused("text-to-image with batch 3, .* one picture at a time, was expected: .*--batch 1$", sdxl, new)
     refused("no folder", bundle, tmp_path / "a" / "b")
     refused("no site; choose another folder", bundle, folder)
     refused("no site; choose another folder", bundle, folder, force=True)

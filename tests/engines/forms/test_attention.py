@@ -8,7 +8,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import BundleFactory
 from onnx import TensorProto, helper, numpy_helper
 
 from turbochain.engines.forms import form
@@ -92,14 +91,16 @@ def test_the_largest_heads_of_unets_are_fused(tmp_path: Path) -> None:
         assert kinds(form(graph(tmp_path / "g.onnx", size), [fuse_attention])) == {"MultiHeadAttention": 1}
 
 
-@pytest.mark.parametrize("bundle", ["sd", "sdxl", "slotted", "controlled"])
+@pytest.mark.parametrize(("bundle", "feature"), [("sdxl", None), ("slotted", "lora"), ("controlled", "control")])
 def test_every_attention_of_unets_and_vaes(
-    bundle: str, bundle_of: BundleFactory, request: pytest.FixtureRequest, tmp_path: Path
+    bundle: str, feature: str | None, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """Each computes what it did: for one picture and for three, with slots, and with what a ControlNet makes."""
-    path = bundle_of(bundle) if bundle in ("sd", "sdxl") else request.getfixturevalue(bundle)
+    """Each computes what it did: SDXL's for three pictures, and SD's with slots and with what a ControlNet makes."""
+    path = request.getfixturevalue(bundle)
     opened, draw = Bundle.open(path), np.random.default_rng(0)
-    for name, graph in opened.manifest.graphs.items():
+    graphs = {n: g for n, g in opened.manifest.graphs.items() if feature is None or feature in g.features}
+    assert any(graph.component == "unet" for graph in graphs.values())
+    for name, graph in graphs.items():
         before, made = kinds(path / graph.file), form(path / graph.file, [fuse_attention])
         opened.check_form(name, made)  # it reads the graph's own data and no other
         after = kinds(made)

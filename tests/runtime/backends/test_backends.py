@@ -47,7 +47,8 @@ CLOSE = {"fp32": {"float32": 1e-4, "uint8": 1.0}, "bf16": {"float32": 5e-2, "uin
 
 
 def marks(backend: str, device: str, precision: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.gpu] * (device == "cuda") + [pytest.mark.full] * (precision == "bf16")
+    more = precision == "bf16" or backend == "web"  # which runs what onnxruntime does, on its forms
+    return [pytest.mark.gpu] * (device == "cuda") + [pytest.mark.full] * more
 
 
 @pytest.fixture(
