@@ -129,20 +129,22 @@ def small_site(sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_demo_models_pictures_are_pythons(browser: Page, demo: Path, demo_site: Path, downloads: Path) -> None:
     """At 512x512 in WebAssembly, below a path of a server that sends no headers of ours; then from the cache."""
     with Pipeline.load(demo, **ON) as pipe:
-        right = [pipe(PROMPT, seed=0, num_inference_steps=n, output_type="uint8").images[0] for n in (1, 2)]
+        right = [pipe(PROMPT, seed=0, num_inference_steps=n, output_type="uint8").images[0] for n in (1, 2, 4)]
     with static(demo_site.parent) as server:
         with visited(browser, f"{server.url}/site/") as page:
             put(page, "#prompt", PROMPT)  # it waits until the model is here
             page.wait(OPEN, LONG)
-            put(page, "#steps", 1)  # of 1, 2 and 4
             page.wait(f"{KEPT} === 1", LONG)
+            assert_same(shown(page), right[2])
+            put(page, "#steps", 1)  # of 1, 2 and 4
+            page.wait(f"{KEPT} === 2", LONG)
             assert "2 steps" in text(page, "#latency")
             assert_same(shown(page), right[1])
             page.click("#save")
             put(page, "#steps", 0)
             page.wait(DRAWING)
             assert page.run(TICKS) > 5  # the page is alive meanwhile
-            page.wait(f"{KEPT} === 2", LONG)
+            page.wait(f"{KEPT} === 3", LONG)
             assert_same(shown(page), right[0])
             assert not page.run("crossOriginIsolated")
             assert text(page, "#connection-text") == "WebAssembly"
