@@ -93,8 +93,13 @@ def visited(browser: Page, url: str) -> Iterator[Page]:
     asked = [p["request"]["url"] for m, p in browser.events if m == "Network.requestWillBeSent"]
     servers = {"/".join(address.split("/")[:3]) for address in asked if not address.startswith(("blob:", "data:"))}
     assert servers == {"/".join(url.split("/")[:3])}
-    assert problems(browser) == []
+    assert wrong(browser) == []
     browser.open("about:blank#")
+
+
+def wrong(page: Page) -> list[str]:
+    """Return what went wrong in a page; to have no WebGPU is no fault."""
+    return [problem for problem in problems(page) if problem != "No available adapters."]
 
 
 @pytest.fixture(scope="module")
@@ -124,20 +129,22 @@ def small_site(sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_demo_models_pictures_are_pythons(browser: Page, demo: Path, demo_site: Path, downloads: Path) -> None:
     """At 512x512 in WebAssembly, below a path of a server that sends no headers of ours; then from the cache."""
     with Pipeline.load(demo, **ON) as pipe:
-        right = [pipe(PROMPT, seed=0, num_inference_steps=n, output_type="uint8").images[0] for n in (1, 2)]
+        right = [pipe(PROMPT, seed=0, num_inference_steps=n, output_type="uint8").images[0] for n in (1, 2, 4)]
     with static(demo_site.parent) as server:
         with visited(browser, f"{server.url}/site/") as page:
             put(page, "#prompt", PROMPT)  # it waits until the model is here
             page.wait(OPEN, LONG)
-            put(page, "#steps", 1)  # of 1, 2 and 4
             page.wait(f"{KEPT} === 1", LONG)
+            assert_same(shown(page), right[2])
+            put(page, "#steps", 1)  # of 1, 2 and 4
+            page.wait(f"{KEPT} === 2", LONG)
             assert "2 steps" in text(page, "#latency")
             assert_same(shown(page), right[1])
             page.click("#save")
             put(page, "#steps", 0)
             page.wait(DRAWING)
             assert page.run(TICKS) > 5  # the page is alive meanwhile
-            page.wait(f"{KEPT} === 2", LONG)
+            page.wait(f"{KEPT} === 3", LONG)
             assert_same(shown(page), right[0])
             assert not page.run("crossOriginIsolated")
             assert text(page, "#connection-text") == "WebAssembly"
@@ -207,7 +214,7 @@ def test_a_damaged_file_is_refused_before_it_is_parsed(browser: Page, small_site
         browser.click("#arrival-button")
         browser.wait(OPEN, LONG)
         assert text(browser, "#problem") == ""
-        assert problems(browser) == []
+        assert wrong(browser) == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -257,7 +264,7 @@ def test_the_server_isolates_the_page_so_that_webassembly_has_threads(
 def test_webgpu_draws_pythons_picture(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """The miniature at 128x128, on a GPU of software."""
     bundle = tmp_path / "x.bundle"
-    how = {"precision": "fp32", "size": (128, 128), "steps": [1, 2], "tasks": [TEXT_TO_IMAGE]}
+    how = {"precision": "fp32", "size": (128, 128), "steps": [2], "tasks": [TEXT_TO_IMAGE]}
     build_here(str(checkpoints["sd"]), bundle, **how, quiet=True, **ON)
     site = export(bundle, tmp_path)
     with chromium(None, *WEBGPU) as browser, static(site) as server, visited(browser, server.url) as page:
@@ -265,6 +272,6 @@ def test_webgpu_draws_pythons_picture(checkpoints: dict[str, Path], tmp_path: Pa
         assert text(page, "#connection-text") == "WebGPU"
         assert text(page, "#notice") == ""
         put(page, "#prompt", "a cat")
-        page.wait(f"{KEPT} === 1", LONG)
+        page.wait(f"{KEPT} === 1", 3 * LONG)
         with Pipeline.load(bundle, **ON) as pipe:
             assert_same(shown(page), pipe("a cat", seed=0, num_inference_steps=2, output_type="uint8").images[0])
