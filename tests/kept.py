@@ -24,7 +24,7 @@ def key(root: Path, packages: tuple[str, ...]) -> str:
     distribution, and the kind of CPU, because PyTorch's random weights differ between them in the last bits.
     """
     files = [path for name in packages for path in (root / name).rglob("*") if "__pycache__" not in path.parts]
-    own = [root / "tests" / name for name in ("conftest.py", "fixtures.py")]
+    own = [root / "tests" / name for name in ("conftest.py", "bundles.py")]
     files = sorted(path for path in [*files, *own] if path.is_file())
     found = [f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
     found += sorted({f"{distribution.name} {distribution.version}" for distribution in metadata.distributions()})
