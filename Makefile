@@ -8,7 +8,7 @@ EXTRAS := cpu,openvino,export,tensorrt-rtx,serve,mcp,dev
 GPU_EXTRAS := cuda,export,tensorrt,serve,dev
 GPU_VENV := $(if $(filter file,$(origin BIN)),.venv-gpu)
 GPU_BIN := $(if $(GPU_VENV),$(GPU_VENV)/bin,$(BIN))
-# Ray is larger than all the others but torch, and only its own tests need it. tests/fixtures.py needs cuda-bindings.
+# Ray is larger than all the others but torch, and only its own tests need it. tests/bundles.py needs cuda-bindings.
 RAY_EXTRAS := cpu,export,serve,ray,dev
 # Half of a test is a single thread, so two run at once; the tests of a file stay together, and share what they build.
 # Files in the order of tests/conftest.py, the longest first: by the number of tests, few long ones would come last.

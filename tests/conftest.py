@@ -1,6 +1,6 @@
 """How a session of the tests runs: in which order, on which cores; and what tests have in common that needs no torch.
 
-What they share, the miniature checkpoints and the bundles, is in `fixtures.py`.
+What they share, the miniature checkpoints and the bundles, is in `bundles.py`.
 """
 
 import os
@@ -52,6 +52,7 @@ LONGEST_FIRST = (
     "test_pipeline.py",
     "test_remedies.py",
     "test_guidance.py",
+    "test_slots.py",
     "test_tokenizer.py",
     "test_stream.py",
     "test_backends.py",
@@ -59,6 +60,8 @@ LONGEST_FIRST = (
     "test_conformance.py",
     "test_light.py",
     "test_hub_bundles.py",
+    "test_inspect_engines.py",
+    "test_lora_slots.py",
     "test_outside.py",
     "test_inversion.py",
     "test_parts.py",
@@ -78,6 +81,8 @@ LONGEST_FIRST = (
     "test_fuse.py",
     "test_first_gpu_run.py",
     "test_trace.py",
+    "test_openvino_model.py",
+    "test_lora_patch.py",
     "test_files.py",
 )
 """The files that take over eight seconds; the others follow, so that neither process waits long for the other."""
@@ -108,7 +113,7 @@ def pytest_configure(config: pytest.Config) -> None:
     gc.set_threshold(100_000, 20, 100)
     worker, count = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if worker or config.getoption("dist", "no") == "no":
-        config.pluginmanager.import_plugin("fixtures")
+        config.pluginmanager.import_plugin("bundles")
     if worker and 1 < count <= len(CORES):
         os.sched_setaffinity(0, sorted(CORES)[int(worker.removeprefix("gw")) :: count])
 

@@ -67,6 +67,6 @@ def build(folder: Path, home: Path, *machine: str) -> None:
     (folder / "disk").mkdir()
     own = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", STORY, "sh")
     shape = ("--precision", "fp32", "--size", "x".join(map(str, SIZE)), "--steps", "1-4")
-    line = (*own, sys.executable, "-c", BUILD, ".", "-o", "disk/x.bundle", *shape, "--tasks", "text-to-image", *machine)
-    done = outside.run(*line, home=home, cwd=folder)
+    command = (sys.executable, "-P", "-c", BUILD, ".", "-o", "disk/x.bundle", *shape, "--tasks", "text-to-image")
+    done = outside.run(*own, *command, *machine, home=home, cwd=folder)
     assert (done.stdout.split(), done.returncode) == (TOLD.split(), 0), done

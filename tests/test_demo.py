@@ -111,7 +111,7 @@ def test_another_seed_is_another_picture_of_the_same(of_seeds: Any) -> None:
 
 def test_the_noise_decides_where(of_seeds: Any) -> None:
     """The objects lie where `scenes.place` of PyTorch's noise puts them."""
-    for seed, picture in enumerate(of_seeds):
+    for seed, picture in enumerate(of_seeds[:4]):
         noise = torch.randn((1, 4, 64, 64), generator=torch.Generator().manual_seed(seed)).numpy()
         (expected,) = scenes.centres(ASKED[0], scenes.place(noise)[0])
         mask = score.largest(score.nearest(picture) == ASKED[0].things[0].colour)
