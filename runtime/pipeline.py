@@ -39,7 +39,8 @@ class Pipeline(LoraMethods):
     """A loaded engine. Calls are safe from several threads: one at a time is drawn.
 
     `Pipeline.load` makes one. It is a context manager. Graphs load when a chain first uses them; chains share them.
-    In a process forked from the one that loaded it, a call raises TurbochainError: load it in the worker alone.
+    In a process forked from the one that loaded it, a call raises TurbochainError: load it in the worker alone. On a
+    CPU a fork waits until the launches that other threads are in have ended.
     """
 
     def __init__(

@@ -1,21 +1,38 @@
 """Nothing is said to the outside, and nothing is left there: no socket, no look-up, no file but what was asked for."""
 
+import re
+import signal
 import sys
 from pathlib import Path
 
 import outside
 import pytest
+from asking import Client, until
 from conftest import program
 
 LOOKS_UP = "import socket; socket.getaddrinfo('turbochain.invalid', 80)"
+CONNECTS = "import socket; socket.create_connection(('127.0.0.1', 1))"
+LISTENS = "import socket; socket.create_server(('127.0.0.1', 0)).close()"
 DAEMON = f"import os; os.fork() and os._exit(0); os.setsid(); {LOOKS_UP}"
 RUNTIME = """
 import sys
 from turbochain.runtime.commands.main import main
-bundle, *machine = sys.argv[1:]
+bundle, lora, *machine = sys.argv[1:]
+for line in (["inspect", bundle], ["adapter", "convert", lora, bundle, "-o", "lora.safetensors"]):
+    assert main(line) == 0, line
 for line in (["generate", bundle, "a cat", "-o", "cat.png"], ["verify", bundle], ["bench", bundle, "--runs=1"]):
     assert main([*line, *machine]) == 0, line
 assert main(["bench", bundle, "--runs=1", "--profile", *machine]) == 0
+"""
+MCP = """
+import asyncio, os, sys
+from mcp import Client, StdioServerParameters
+async def call():
+    server = StdioServerParameters(command=sys.argv[1], args=["mcp", *sys.argv[2:]], env=dict(os.environ))
+    async with Client(server) as client:
+        answer = await client.call_tool("generate_image", {"prompt": "a cat"})
+        assert [part.type for part in answer.content] == ["image", "text"], answer
+asyncio.run(call())
 """
 
 
@@ -30,6 +47,12 @@ def test_the_guard_lets_a_command_work(tmp_path: Path) -> None:
     assert outside.run(sys.executable, "-c", "raise SystemExit(3)", home=tmp_path).returncode == 3
 
 
+@pytest.mark.parametrize(("script", "status"), [(LOOKS_UP, outside.REACHED), (CONNECTS, outside.REACHED), (LISTENS, 0)])
+def test_a_server_may_listen_and_no_more(script: str, status: int, tmp_path: Path) -> None:
+    done = outside.run(outside.LISTENING, sys.executable, "-c", script, home=tmp_path)
+    assert done.returncode == status, done.stderr
+
+
 def test_the_build_of_a_local_checkpoint(interrupted: Path, checkpoints: dict[str, Path], shared: Path) -> None:
     """With no network it has ended well, see `interrupted`, although builds before it were stopped."""
     assert outside.left(shared / "interrupted-home") == set()
@@ -40,16 +63,44 @@ def test_the_build_of_a_local_checkpoint(interrupted: Path, checkpoints: dict[st
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.full)])
-def test_a_build_of_an_engine_and_every_command(backend: str, sd: Path, tmp_path: Path) -> None:
+def test_a_build_of_an_engine_and_every_command(backend: str, sd: Path, reference_lora: Path, tmp_path: Path) -> None:
     home, work = tmp_path / "home", tmp_path / "work"
     work.mkdir()
     machine = (f"--backend={backend}", "--engines=engines")
     built = outside.run(program("build-engine"), sd, *machine, "--chains=text-to-image", home=home, cwd=work)
     assert built.returncode == 0, built.stderr
-    done = outside.run(sys.executable, "-c", RUNTIME, sd, *machine, home=home, cwd=work)
+    done = outside.run(sys.executable, "-c", RUNTIME, sd, reference_lora, *machine, home=home, cwd=work)
     assert done.returncode == 0, done.stderr
     assert outside.left(home) == set()
-    assert {path.name for path in work.iterdir()} == {"cat.png", "engines"}
+    assert {path.name for path in work.iterdir()} == {"cat.png", "engines", "lora.safetensors"}
+
+
+def test_the_server(small: Path, tmp_path: Path) -> None:
+    home, work = tmp_path / "home", tmp_path / "work"
+    work.mkdir()
+    line = (program("turbochain"), "serve", small, "--port", 0, "--backend", "onnxruntime")
+    with outside.serving(*line, home=home, cwd=work) as process:
+        assert process.stderr
+        said = process.stderr.readline()
+        found = re.fullmatch(r"serving small at (http://\S+)\n", said)
+        assert found, said + process.stderr.read()
+        client = Client(found[1])
+        until(lambda: client.get("/readyz").status == 200)
+        assert len(client.draw("a cat").pictures) == 1 and client.get("/").status == 200
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (0, "")
+    assert outside.left(home) == set() and not [*work.iterdir()]
+
+
+@pytest.mark.full  # two processes that import the protocol's library
+def test_the_server_of_a_language_model(sd: Path, tmp_path: Path) -> None:
+    home, work = tmp_path / "home", tmp_path / "work"
+    work.mkdir()
+    line = (sys.executable, "-c", MCP, program("turbochain"), sd, "--backend", "onnxruntime")
+    done = outside.run(*line, home=home, cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert outside.left(home) == set() and not [*work.iterdir()]
 
 
 def test_a_build_for_another_machine(sd: Path, tmp_path: Path) -> None:

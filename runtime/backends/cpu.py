@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from turbochain.runtime.backends import forks
 from turbochain.runtime.backends.contract import Cancel, Observe, Opened, Results, others_of_same_weights, stop_if
 from turbochain.runtime.bundle.manifest import Tensor
 from turbochain.runtime.chain.plan import Constant, Copy, Download, Plan, Run, Upload, ends
@@ -37,6 +38,7 @@ class CpuExecutor(ABC):
     def __init__(self, opened: Opened) -> None:
         """Load nothing yet."""
         self.opened, self.device = opened, opened.device
+        self._working = forks.gate()
         self._graphs: dict[str, Loaded] = {}
         self._buffers: dict[Tensor, np.ndarray] = {}
         self._programs: dict[Plan, _Program] = {}
@@ -64,7 +66,7 @@ class CpuExecutor(ABC):
         for other in others_of_same_weights(self.opened.bundle.manifest.graphs, self.loaded, wanted):
             if self.copies_weights(other) and not self.opened.keep_all:
                 self.unload(other)
-        with ThreadPoolExecutor(LOADING) as pool:
+        with self._working, ThreadPoolExecutor(LOADING) as pool:
             self._graphs |= dict(zip(missing, pool.map(self.load_graph, missing), strict=True))
 
     def _size(self, graph: str) -> int:
@@ -87,9 +89,10 @@ class CpuExecutor(ABC):
                     np.copyto(buffers[target], buffers[source])
                 case Run(graph):
                     stop_if(cancel)
-                    start = time.perf_counter()
-                    program.launches[operation]()
-                    seconds = time.perf_counter() - start
+                    with self._working:
+                        start = time.perf_counter()
+                        program.launches[operation]()
+                        seconds = time.perf_counter() - start
                     total += seconds
                     if observe is not None:
                         observe(graph, seconds)
@@ -106,7 +109,8 @@ class CpuExecutor(ABC):
                 graph = graphs[run.graph]
                 tensors = zip((*graph.inputs, *graph.outputs), ends(run, graph), strict=True)
                 arrays = {own.name: self._buffer(tensor) for own, (_, tensor) in tensors}
-                self._launches[run] = self._graphs[run.graph].bind(arrays)
+                with self._working:
+                    self._launches[run] = self._graphs[run.graph].bind(arrays)
             launches[run] = self._launches[run]
         self._programs[plan] = _Program(buffers, launches)
         return self._programs[plan]

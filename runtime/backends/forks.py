@@ -1,11 +1,14 @@
 """What becomes of a native library's objects and threads when the process is forked.
 
 A fork copies the objects and none of the threads. Freeing an object would wait for its threads without end, at the exit
-of the process at the latest.
+of the process at the latest; and what a thread was in the middle of is never finished there. So a fork waits for what
+other threads launch or load, and they wait for it.
 """
 
+import concurrent.futures.thread  # noqa: F401  # before a fork its handler takes a lock that a load needs
 import ctypes
 import os
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -31,12 +34,28 @@ def keep_for_ever(thing: object) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
+def gate() -> threading.RLock:
+    """Return a lock to hold while a library computes or loads, and at no other time: every fork waits for it.
+
+    No code of a caller may run meanwhile, for that could wait for the fork. A fork in the thread that holds it, from a
+    signal's handler, does not wait.
+    """
+    made = threading.RLock()
+    with _ONE_FORK:
+        _GATES.add(made)
+    return made
+
+
 def let_threads_rest() -> None:
-    """Wait until no other thread of the process works, for a second at most.
+    """From now on let a fork wait until no other thread of the process works, for a second at most.
 
     The child has no copy of these threads. If one was busy at the fork, the child waits for it at its exit, for ever. A
     library's threads go on for a moment after a call of it has returned.
     """
+    _RESTING.set()
+
+
+def _wait_for_others() -> None:
     for _ in range(_LOOKS):
         if not _others_work():
             return
@@ -54,11 +73,36 @@ def _others_work() -> bool:
 
 
 _WATCHED: weakref.WeakSet[Forked] = weakref.WeakSet()
+_GATES: weakref.WeakSet[threading.RLock] = weakref.WeakSet()
+_ONE_FORK = threading.RLock()  # of two forks at once each would hold what the other waits for
+_TAKEN: list[threading.RLock] = []
+_RESTING = threading.Event()
 
 
-def _abandon_all() -> None:
+def _before() -> None:
+    _take(_ONE_FORK)
+    for one in list(_GATES):
+        _take(one)
+    if _RESTING.is_set():
+        _wait_for_others()
+
+
+def _take(lock: threading.RLock) -> None:
+    lock.acquire()
+    _TAKEN.append(lock)
+
+
+def _let_go() -> None:
+    taken, _TAKEN[:] = _TAKEN[:], []  # the next fork begins when the last of them is released
+    for lock in reversed(taken):
+        lock.release()
+
+
+def _in_child() -> None:
     for thing in list(_WATCHED):
         thing.abandon()
+    _let_go()
 
 
-os.register_at_fork(after_in_child=_abandon_all)
+# Before a fork the handlers run in the reverse order: this one, then that of concurrent.futures.
+os.register_at_fork(before=_before, after_in_parent=_let_go, after_in_child=_in_child)

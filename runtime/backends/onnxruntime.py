@@ -119,7 +119,8 @@ class OnnxRuntimeCpu(CpuExecutor):
     def close(self) -> None:
         """See Executor; also give back the arena's memory that is free."""
         super().close()
-        _shrink_arena()
+        with self._working:
+            _shrink_arena()
 
 
 class _CpuGraph(Loaded):

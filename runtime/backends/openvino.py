@@ -254,7 +254,8 @@ def library() -> Any:
 def core() -> Any:
     """Return OpenVINO's view of the devices."""
     made = library().Core()
-    os.register_at_fork(before=forks.let_threads_rest, after_in_child=lambda: forks.keep_for_ever(made))
+    forks.let_threads_rest()
+    os.register_at_fork(after_in_child=lambda: forks.keep_for_ever(made))
     return made
 
 

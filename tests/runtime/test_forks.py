@@ -11,10 +11,11 @@ from here import build_here
 SECONDS = 60  # that a process has, so that one that hangs is told from one that works
 
 SCRIPT = """
-import json, os, signal, sys, time
+import json, os, signal, sys, threading, time
 from turbochain.runtime import Pipeline, TurbochainError
 
 bundle, backend, engines, limit = sys.argv[1:]
+CHILDREN = 4
 
 def load():
     return Pipeline.load(bundle, backend=backend, engines=engines)
@@ -46,9 +47,33 @@ def child(work):
         time.sleep(0.01)
     return json.loads(os.read(read, 10_000) or '"dies"')
 
+def drawing(pipe, work):
+    ended, started = threading.Event(), threading.Event()
+    def draws():
+        while not ended.is_set():
+            pipe("a cat", seed=0, num_inference_steps=4, observe=lambda *_: started.set())
+    thread = threading.Thread(target=draws)
+    thread.start()
+    started.wait()
+    try:
+        return [child(work) for _ in range(CHILDREN)]
+    finally:
+        ended.set()
+        thread.join()
+
+def from_a_callback(pipe):
+    said = []
+    def fork(*_):
+        if not said:
+            said.append(child(lambda: None))
+    pipe("a cat", seed=0, observe=fork)
+    return said
+
 pipe = load()
 found = {"before": draw(pipe), "nothing": child(lambda: None), "draw": child(lambda: draw(pipe))}
 found |= {"close": child(pipe.close), "fresh": child(fresh), "after": draw(pipe)}
+found |= {"while a thread draws": drawing(pipe, lambda: draw(pipe)), "from a callback": from_a_callback(pipe)}
+found |= {"fresh while a thread draws": drawing(pipe, fresh)} if backend == "onnxruntime" else {}
 pipe.close()
 found |= {"nothing after": child(lambda: None), "fresh after": child(fresh), "own": fresh()}
 print(json.dumps(found))
@@ -63,10 +88,13 @@ def test_a_child_is_told_and_ends(backend: str, sd: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     picture = found.pop("before")
-    assert "load the pipeline in the workers alone" in found.pop("draw")
+    told = [found.pop("draw"), *found.pop("while a thread draws")]
+    assert all("load the pipeline in the workers alone" in said for said in told), told
+    assert found.pop("from a callback") == [None]
     ended = {"nothing": None, "close": None, "nothing after": None, "after": picture, "own": picture}
     if backend == "openvino":
         assert all("load a pipeline in the workers alone" in found.pop(name) for name in ("fresh", "fresh after"))
         assert found == ended
     else:
+        assert set(found.pop("fresh while a thread draws")) == {picture}
         assert found == {**ended, "fresh": picture, "fresh after": picture}
