@@ -19,10 +19,12 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 ALPHA, WEIGHTS = 3.0, {"a": 0.7, "b": -0.4}
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # the first adapter's
 @pytest.mark.parametrize("rank", [1, 4, 32])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_merged_weight_is_that_of_peft(kind: str, rank: int) -> None:
-    """Of two adapters, one after the other: the same bits, but where libraries add up a product in their own order."""
+    """Of two adapters, one after the other: the same bits, or, if the libraries add up in orders of their own, as near
+    as two sums in fp32 must be. (On an AMD EPYC all of these are the same bits.)"""
     torch.manual_seed(rank)
     module = nn.ModuleDict({"layer": LAYERS[kind]()})
     before = module["layer"].weight.detach().numpy().copy()
@@ -46,4 +48,3 @@ def test_a_merged_weight_is_that_of_peft(kind: str, rank: int) -> None:
     unit = 2.0**-24  # the largest relative error of one operation, of which a value of the product takes `rank` and two
     bound = 2 * unit * ((rank + 2) * size + len(changes) * np.abs(theirs).max())  # both libraries are off
     assert (np.abs(ours - theirs).reshape(size.shape) <= bound).all()
-    print(f"{kind}, rank {rank}: {(ours != theirs).mean():.2%} of the values differ")

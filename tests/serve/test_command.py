@@ -187,7 +187,8 @@ def test_the_port_is_open_while_a_bundle_is_fetched(
         thread.join(60)
         assert not thread.is_alive()
     assert [str(tmp_path) in str(error) for error in ended] == [True] * (not sound)
-    assert capsys.readouterr().err == (f"serving small at {url}\n" if sound else "")
+    said = capsys.readouterr().err.replace("ERROR:    ASGI callable returned without completing handshake.\n", "")
+    assert said == (f"serving small at {url}\n" if sound else "")  # without uvicorn's line on a refused socket
 
 
 def test_what_is_refused_before_any_work(small: Path, tmp_path: Path) -> None:
