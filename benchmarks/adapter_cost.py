@@ -4,6 +4,7 @@
     python benchmarks/adapter_cost.py x.bundle
 
 Rounds with and without two random adapters, which fill every slot, are interleaved. A swap ends at the first launch.
+Then the same picture is drawn with one, the other, the first, none and none.
 """
 
 import argparse
@@ -73,6 +74,16 @@ def host_seconds(pipe: Pipeline, chain: str, steps: int | None) -> float:
     raise AssertionError("the call was not cancelled")
 
 
+def equal_states(pipe: Pipeline, chain: str, steps: int | None) -> bool:
+    """Draw with a, b, a, none and none; return whether equal states gave equal bits, and others other ones."""
+    made: dict[str, set[bytes]] = {}
+    for state in ("a", "b", "a", "", ""):
+        pipe.set_adapters([*state])
+        drawn = pipe(**CALL | {"output_type": "latent"}, chain=chain, num_inference_steps=steps)
+        made.setdefault(state, set()).add(np.asarray(drawn.images).tobytes())
+    return all(len(found) == 1 for found in made.values()) and len(set().union(*made.values())) == len(made)
+
+
 def measure(pipe: Pipeline, chain: str, rank: int | None, rounds: int, swaps: int, steps: int | None) -> Adapted:
     """Measure calls with and without slots, interleaved; then swaps."""
     opened = pipe.bundle.open_chain(chain)
@@ -106,6 +117,7 @@ def measure(pipe: Pipeline, chain: str, rank: int | None, rounds: int, swaps: in
                 changed.append(swap)
                 unchanged.append(host_seconds(pipe, chain, steps))
         after = _rss()
+        equal = equal_states(pipe, chain, steps)
         pipe.unload_lora_weights()
     return Adapted(
         engine=pipe.engine_name,
@@ -121,6 +133,7 @@ def measure(pipe: Pipeline, chain: str, rank: int | None, rounds: int, swaps: in
         swaps=swaps,
         rss_before=before,
         rss_after=after,
+        equal_bits=equal,
     )
 
 

@@ -118,6 +118,7 @@ def text(folder: Path = result.FOLDER) -> str:
         "",
         tables.served([of for of in found.values() if of.served]),
         *_adapted([of for of in found.values() if of.adapted]),
+        *_beside([of for of in found.values() if of.beside]),
         "## What TensorRT-RTX compiles, without a GPU",
         "",
         *(tables.compiled(of) for of in found.values() if of.compiled),
@@ -132,6 +133,10 @@ def text(folder: Path = result.FOLDER) -> str:
 
 def _adapted(found: list[Result]) -> list[str]:
     return ["## What adapters cost", "", tables.adapted(found)] if found else []
+
+
+def _beside(found: list[Result]) -> list[str]:
+    return ["## What should cost the UNet nothing", "", tables.beside(found)] if found else []
 
 
 def _shown(path: Path, of: Result) -> str:

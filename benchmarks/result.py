@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rows import Adapted, Batches, Build, Cold, Compiled, Floor, Growth, Pair, Row, Run, Served, Tried
+from rows import Adapted, Batches, Beside, Build, Cold, Compiled, Floor, Growth, Pair, Row, Run, Served, Tried
 from turbochain.runtime.bundle import strict_json
 from turbochain.runtime.bundle.writing import write_atomically
 from turbochain.runtime.errors import InputError
@@ -65,7 +65,10 @@ INCLUDES = {
     "adapted": "UNet: the mean of a call's launches, with slots that an adapter fills and without, by turns; swap: "
     "set_adapters and all that the next call does for it before its first launch (packing, copying to the graph's "
     "inputs), less the median of a call up to there in which no adapter has changed; load: load_lora_weights, with the "
-    "file in the page cache",
+    "file in the page cache; equal bits: the latents of one call with the first adapter, the second, the first, none "
+    "and none",
+    "beside": "the mean of a call's launches of the UNet, in two pipelines by turns: of a bundle with a ControlNet, "
+    "called without a control image, or with an adapter that was added to the weights, beside the plain one",
 }
 """Name of a figure → what it includes."""
 
@@ -91,6 +94,7 @@ class Result:
     compiled: tuple[Compiled, ...] = ()
     served: tuple[Served, ...] = ()
     adapted: tuple[Adapted, ...] = ()
+    beside: tuple[Beside, ...] = ()
     includes: dict[str, str] = field(default_factory=lambda: dict(INCLUDES))
 
     def add(self, row: Row) -> "Result":
@@ -110,6 +114,7 @@ KINDS: dict[str, tuple[type[Row], tuple[str, ...]]] = {
     "compiled": (Compiled, ("graph", "precision", "architecture")),
     "served": (Served, ("format", "clients")),
     "adapted": (Adapted, ("engine", "graph", "rank")),
+    "beside": (Beside, ("change", "engine")),
 }
 """Each list in a Result → the type of its rows, and the fields that identify a measurement."""
 

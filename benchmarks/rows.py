@@ -290,3 +290,15 @@ class Adapted(Row):
     swaps: int
     rss_before: int  # resident bytes before so many swaps
     rss_after: int
+    equal_bits: bool | None = None  # whether equal states gave equal latents, and others other ones; None: not tried
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside(Row):
+    """A launch of a UNet beside one of the plain UNet, of what should cost nothing (unet_cost.py)."""
+
+    change: str  # what is not plain, in words
+    engine: str  # of the plain one
+    precision: str
+    plain_seconds: tuple[float, ...]  # the mean of a call's launches, of each round
+    changed_seconds: tuple[float, ...]  # in the same round

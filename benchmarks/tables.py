@@ -8,7 +8,7 @@ import contenders
 import figures
 from call import TEXT_TO_IMAGE, Call
 from result import Result
-from rows import Build, Cold, Figures, Floor, Noise, Pair, Run, Spread, Tried
+from rows import Adapted, Build, Cold, Figures, Floor, Noise, Pair, Run, Spread, Tried
 
 GiB = 2**30
 FEWEST_FOR_BOLD = 5  # rounds
@@ -16,6 +16,9 @@ EQUAL = 120.0  # dB
 DISTURBED = 0.02  # of the machine's CPU time
 SWAP_MS = 50
 """The most that a change between two adapters may take, in ms."""
+SLOTS_SHARE = {"fp32": 1.08, "bf16": 1.12}
+"""Precision → the most that the UNet may take with slots of rank 32, as a multiple of the one without: of SD-Turbo at
+512x512."""
 OWN_MS = 5
 """The most that the server may add to the encoding of a picture, in ms."""
 
@@ -343,18 +346,47 @@ def adapted(results: Sequence[Result]) -> str:
     rows = []
     for found in results:
         for row in found.adapted:
-            ratios = sorted(b / a for a, b in zip(row.plain_seconds, row.slots_seconds, strict=True))
             verdict = "passed" if row.swap.p50 * 1e3 <= SWAP_MS else "**missed**"
+            what = f"{found.source}, {found.width}x{found.height}, {row.engine}, {row.precision}, rank {row.rank}"
             rows.append([
-                f"{found.source}, {found.width}x{found.height}, {row.engine}, rank {row.rank}",
-                f"{median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}), n = {len(ratios)}",
+                what,
+                _shares(row.plain_seconds, row.slots_seconds, _most_of_slots(found, row)),
                 f"{median(row.plain_seconds):.3f}",
                 f"{row.swap.p50 * 1e3:.1f} ({row.swap.p90 * 1e3:.1f}); at most {SWAP_MS}: {verdict}",
                 f"{median(row.load_seconds) * 1e3:.0f}",
                 f"{(row.rss_after - row.rss_before) / 2**20:+.1f} MiB over {row.swaps}",
+                {True: "yes", False: "**no**", None: "not tried"}[row.equal_bits],
             ])  # fmt: skip
     notes = dict.fromkeys(measured(found) for found in results)
-    return "\n\n".join([table(heading, rows), "A swap: p50 (p90).", *notes]) + "\n"
+    return "\n\n".join([table([*heading, "equal states, equal bits"], rows), "A swap: p50 (p90).", *notes]) + "\n"
+
+
+def _most_of_slots(found: Result, row: Adapted) -> float | None:
+    """Return the most that a UNet with slots may take, if there is a bar for it."""
+    is_barred = found.source.endswith("sd-turbo") and (found.width, found.height, row.rank) == (512, 512, 32)
+    return SLOTS_SHARE.get(row.precision) if is_barred else None
+
+
+def _shares(plain: Sequence[float], changed: Sequence[float], most: float | None = None) -> str:
+    """Return the median ratio of the rounds with the extremes, and whether it is at most so large."""
+    ratios = sorted(b / a for a, b in zip(plain, changed, strict=True))
+    found = f"{median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}), n = {len(ratios)}"
+    return found + ("" if most is None else f"; at most {most}: {'passed' if median(ratios) <= most else '**missed**'}")
+
+
+def beside(results: Sequence[Result]) -> str:
+    """Return the table of unet_cost.py, and what it was measured on."""
+    rows = [
+        [
+            f"{row.change}: {found.source}, {found.width}x{found.height}, {row.engine}, {row.precision}",
+            _shares(row.plain_seconds, row.changed_seconds),
+            f"{median(row.plain_seconds):.3f}",
+        ]
+        for found in results
+        for row in found.beside
+    ]
+    notes = dict.fromkeys(measured(found) for found in results)
+    return "\n\n".join([table(["change", "UNet, with ÷ without", "UNet without, s"], rows), *notes]) + "\n"
 
 
 def compiled(of: Result) -> str:

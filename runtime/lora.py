@@ -29,8 +29,9 @@ class LoraMethods:
 
         `path`: a safetensors file (kohya's, peft's or diffusers' names, or what `turbochain adapter convert` wrote), or
         a folder with one, or with `weight_name` in it. `adapter_name` None: default_0, default_1, …. Until
-        `unload_lora_weights` every call runs the graphs with slots, so that one UNet is in memory. In a bundle without
-        slots, on ONNX Runtime on a CPU in fp32, the next call loads the changed graphs anew, which takes seconds.
+        `unload_lora_weights` every call runs the graphs with slots, so that one UNet is in memory (with `keep_all` of
+        `Pipeline.load` the plain one stays, too). In a bundle without slots, on ONNX Runtime on a CPU in fp32, the next
+        call loads the changed graphs anew, which takes seconds.
         Raises InputError if the file is no LoRA for this model, or the bundle has no place for it.
         """
         with self._lock:

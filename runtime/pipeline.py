@@ -91,7 +91,8 @@ class Pipeline(LoraMethods):
         folder with the engines (default: the bundle's engines/, and the user's cache). `threads`: how many CPU threads
         one launch may use, at most one for each CPU that this process may use (None: the backend's own choice).
         `keep_all`: keep what a backend copies of the weights for every size and batch that was drawn, and not for the
-        last one alone: calls that alternate between sizes load nothing then, and each size takes memory.
+        last one alone: calls that alternate between sizes load nothing then, and each size takes memory. The UNet with
+        slots for adapters stays beside the plain one then, too; else it takes its place.
         `prompt_cache_bytes`, `image_cache_bytes`: bounds of the prompt embeddings and of the encoded pictures that
         are kept. `lora`: how adapters are loaded, "slots" or "patch" (with ONNX Runtime on a CPU in fp32; None: "slots"
         if the bundle has any). Raises BundleError if the bundle is damaged or has no engine that fits, BackendMissing

@@ -70,7 +70,7 @@ def ours(pipe: Pipeline, call: Call) -> np.ndarray:
 
 @dataclass
 class Apart:
-    """How far pictures are from diffusers': the issue's bounds for fp32."""
+    """How far pictures are from diffusers'. The bounds for fp32: 0.1% of each one's values, 0.05% of all together."""
 
     largest: int = 0
     worst: float = 0.0  # share of a picture's values that differ

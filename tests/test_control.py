@@ -12,6 +12,7 @@ import control_nets
 import cv2
 import diffusers
 import numpy as np
+import openvino_engine
 import pytest
 import torch
 from conftest import SIZE, BundleFactory, called
@@ -116,6 +117,20 @@ def test_without_a_control_image_it_is_the_plain_pipeline(sd: Made) -> None:
         none = {"control_image": picture(1), "controlnet": "canny", "controlnet_conditioning_scale": 0}
         apart.add(ours(sd.ours, {**CALL, **none}), reference)
     assert np.abs(steered.astype(int) - before).mean() > 5
+
+
+def test_openvino_is_steered_and_then_draws_the_plain_picture(sd: Made, tmp_path: Path) -> None:
+    """Nothing of a call with a control image is left for the next one."""
+    steered = {**CALL, "control_image": picture(1), "controlnet": "canny"}
+    with Pipeline.load(openvino_engine.copied(sd.ours.bundle.path, tmp_path), threads=1) as pipe, compared() as apart:
+        first, other, second, none = (
+            ours(pipe, call) for call in (CALL, steered, CALL, {**steered, "controlnet_conditioning_scale": 0.0})
+        )
+        np.testing.assert_array_equal(second, first)
+        apart.add(none, first)
+        apart.add(first, ours(sd.ours, CALL))
+        apart.add(other, theirs(sd.theirs("controlnet"), {**CALL, "image": picture(1)}))
+    assert np.abs(other.astype(int) - first).mean() > 5
 
 
 def test_t2i_adapter(sd: Made) -> None:

@@ -2,13 +2,14 @@
 
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import control_nets
 import lora_files
 import numpy as np
+import openvino_engine
 import psutil
 import pytest
 from conftest import ON, SIZE
@@ -19,7 +20,13 @@ from lora_files import Layers
 from test_lora_patch import CALL, load, theirs
 from test_parity import assert_same_picture, load_diffusers
 
-from turbochain.runtime import InputError, Pipeline, TurbochainError
+from turbochain.runtime import Bundle, InputError, Pipeline, TurbochainError
+from turbochain.runtime.backends import openvino
+from turbochain.runtime.checks import metrics
+from turbochain.runtime.checks.bounds import BOUNDS
+from turbochain.runtime.serve.models import Models
+from turbochain.runtime.serve.pipelines import Pipelines
+from turbochain.runtime.serve.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -338,3 +345,91 @@ def test_swaps_take_no_memory(pipe: Pipeline, files: dict[str, Path]) -> None:
 
     before = swap(20)
     assert swap(100) - before < 2**21
+
+
+@pytest.fixture(scope="module")
+def on_openvino(slotted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`slotted` with OpenVINO's engine in fp32."""
+    return openvino_engine.copied(slotted, tmp_path_factory.mktemp("openvino"))
+
+
+def unets(pipe: Pipeline) -> set[str]:
+    """The graphs of the UNet that are in memory."""
+    return {graph for graph in pipe._opened().loaded if graph.startswith("unet")}
+
+
+def draw_states(pipe: Pipeline, files: dict[str, Path], states: Iterable[str]) -> dict[str, np.ndarray]:
+    """Draw without adapters, then with a and b loaded; equal states must give equal bits, and others other ones."""
+    made = {"unloaded": pipe(**CALL).images}
+    load_all(pipe, {name: files[name] for name in "ab"})
+    for state in states:
+        pipe.set_adapters(list(state), 0.5)
+        images = pipe(**CALL).images
+        np.testing.assert_array_equal(images, made.setdefault(state, images), err_msg=state)
+    assert len({images.tobytes() for name, images in made.items() if name}) == len(made) - ("" in made)
+    return made
+
+
+def test_openvino_draws_with_slots_and_has_one_unet(on_openvino: Path, pipe: Pipeline, files: dict[str, Path]) -> None:
+    with Pipeline.load(on_openvino, threads=1) as ours:
+        made = draw_states(ours, files, ("a", "b", "a", ""))
+        assert (ours._found.engine.key.backend, unets(ours)) == ("openvino", {"unet+lora"})
+        ours.unload_lora_weights()
+        np.testing.assert_array_equal(ours(**CALL).images, made["unloaded"])
+        assert unets(ours) == {"unet"}
+    assert_same_picture(made[""], made["unloaded"])
+    load_all(pipe, files)
+    for state in "ab":
+        pipe.set_adapters(state, 0.5)
+        assert_same_picture(made[state], pipe(**CALL).images)
+
+
+@pytest.mark.full
+def test_openvino_draws_with_slots_in_bf16(
+    slotted: Path, pipe: Pipeline, files: dict[str, Path], tmp_path: Path
+) -> None:
+    if not openvino.has_bf16():
+        pytest.skip("this CPU does not compute in bf16")
+    with Pipeline.load(openvino_engine.copied(slotted, tmp_path, "bf16"), threads=1) as ours:
+        made = draw_states(ours, files, ("a", "b", "a", "", "b", ""))
+    bounds = BOUNDS["bf16"]["image"]
+    load_all(pipe, files)
+    for state in ("", "a", "b"):
+        pipe.set_adapters([*state], 0.5)
+        right = pipe(**CALL).images if state else made["unloaded"]
+        assert metrics.psnr(made[state], right) >= bounds["psnr"]
+        assert metrics.ssim(made[state], right) >= bounds["ssim"]
+
+
+@pytest.mark.full
+def test_both_unets_stay_if_all_are_to_be_kept(on_openvino: Path, files: dict[str, Path]) -> None:
+    with Pipeline.load(on_openvino, threads=1, keep_all=True) as pipe:
+        seen = [unets(pipe)]
+        pipe.load_lora_weights(files["a"])
+        for _ in range(2):
+            pipe(**CALL)
+            seen.append(unets(pipe))
+            pipe.unload_lora_weights()
+    both = {"unet", "unet+lora"}
+    assert seen == [{"unet"}, both, both]
+
+
+@pytest.mark.parametrize("fits", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_a_server_keeps_both_unets_if_both_fit(on_openvino: Path, files: dict[str, Path], fits: bool) -> None:
+    """Which is known of the files' sizes: each graph has its own copy of what it shares with others."""
+    graphs = Bundle.open(on_openvino).manifest.graphs
+    weight = {name: sum((on_openvino / file).stat().st_size for file in g.files) for name, g in graphs.items()}
+    folder = str(files["a"].parent)
+    settings = Settings((str(on_openvino),), threads=1, lora_dir=folder, memory_bytes=sum(weight.values()) - (not fits))
+    models = Models.open(settings)
+    pipelines = Pipelines(models, settings)
+    seen = []
+    for chosen in ((), (("a", 1.0),), ()):
+        pipe = pipelines.get(models.first, chosen)
+        pipe(**CALL)
+        seen.append(unets(pipe))
+    pipelines.close()
+    with_slots = {"unet", "unet+lora"} if fits else {"unet+lora"}
+    assert seen == [{"unet"}, with_slots, with_slots]
+    without = Settings((str(on_openvino),), memory_bytes=sum(weight.values()) - weight["unet+lora"])
+    assert Pipelines(Models.open(without), without)._weight(models.first) == without.memory_bytes

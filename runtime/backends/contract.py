@@ -77,8 +77,8 @@ class Executor(Protocol):
     def load(self, graphs: Iterable[str]) -> None:
         """Load those of the graphs that are not loaded yet; TurbochainError if the backend cannot.
 
-        A graph that holds a copy of the weights of one of these, for another size or batch, is unloaded first, unless
-        the executor was opened with `keep_all`.
+        A graph that holds a copy of the weights of one of these (for another size or batch, with slots or without) is
+        unloaded first, unless the executor was opened with `keep_all`.
         """
 
     def execute(
@@ -123,8 +123,8 @@ class Executor(Protocol):
 def others_of_same_weights(graphs: Mapping[str, Graph], loaded: Set[str], wanted: Set[str]) -> list[str]:
     """Return the graphs that are loaded, are not wanted, and have role and weights in common with one that is.
 
-    They are the wanted ones for another size or batch. (A VAE's encoder and its decoder are in the same files, and have
-    no weights in common.)
+    They are the wanted ones for another size or batch, with slots or without. (A VAE's encoder and its decoder are in
+    the same files, and have no weights in common.)
     """
     weights = {(graphs[name].role, file) for name in wanted for file in graphs[name].data}
     return [n for n in sorted(loaded - wanted) if any((graphs[n].role, file) in weights for file in graphs[n].data)]

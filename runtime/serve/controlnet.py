@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.serve.control import Control
@@ -18,15 +18,24 @@ CANNY = (100.0, 200.0)
 """The thresholds of A1111, if a client sends none, or numbers below 0."""
 
 
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+class Switch(BaseModel):
+    """Whether a unit is on, in the words that A1111 takes. Of one that is off nothing else is read."""
+
+    enabled: bool = True
+
+
 class Unit(BaseModel):
     """What is read of a unit; other fields (resize_mode, processor_res, pixel_perfect, …) have no effect."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    enabled: bool = True
     image: str | dict[str, Any] | None = None  # base64, or an object in which `image` is
     input_image: str | None = None  # its older name
-    module: Literal["none", "canny"] = "none"
+    module: Annotated[Literal["none", "canny"], BeforeValidator(_lower)] = "none"  # the preprocessor
     model: str = "None"  # a name, which may end in [a hash]
     weight: float = 1.0
     guidance_start: float = 0.0
@@ -78,12 +87,12 @@ def read_unit(scripts: Mapping[str, Any]) -> Unit | None:
     script = next((value for name, value in scripts.items() if name.lower() == "controlnet"), None)
     sent = script.get("args", []) if isinstance(script, dict) else []
     try:
-        units = [Unit.model_validate({n: v for n, v in one.items() if v is not None}) for one in sent]
+        given = [{n: v for n, v in one.items() if v is not None} for one in sent]
+        on = [Unit.model_validate(one) for one in given if Switch.model_validate(one).enabled]
     except (AttributeError, ValidationError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("args",), "msg": "not objects"}
         where = ".".join(map(str, first["loc"]))
         raise Refused(400, f"alwayson_scripts.controlnet: {where}: {first['msg']}", param="alwayson_scripts") from None
-    on = [unit for unit in units if unit.enabled]
     if len(on) > 1:
         raise Refused(400, f"{len(on)} ControlNets are on: at most one was expected", param="alwayson_scripts")
     return on[0] if on else None

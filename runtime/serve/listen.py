@@ -7,14 +7,18 @@ import socket
 import sys
 from contextlib import suppress
 from types import FrameType
+from typing import Literal
 
 import h11
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.serve.app import make_app
+from turbochain.runtime.serve.errors import unavailable
+from turbochain.runtime.serve.guard import refuse
 from turbochain.runtime.serve.metrics import Metrics
 from turbochain.runtime.serve.models import Models
 from turbochain.runtime.serve.service import Service
@@ -40,12 +44,12 @@ def run(settings: Settings) -> None:
     Raises InputError if a bundle cannot be opened or the address is taken, and what has ended the worker.
     """
     _one_arena()
-    models = Models.open(settings)
+
+    async def serve() -> None:
+        await Server(settings).open_and_serve(sock)
+
     with listening(settings) as sock:
-        host, port = sock.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        print(f"serving {', '.join(models.by_name)} at http://{shown}:{port}", file=sys.stderr, flush=True)
-        asyncio.run(_serve(settings, models, sock))
+        asyncio.run(serve())
 
 
 def _one_arena() -> None:
@@ -67,25 +71,13 @@ async def _give_back_memory() -> None:
             await asyncio.to_thread(trim, 0)
 
 
-async def _serve(settings: Settings, models: Models, sock: socket.socket) -> None:
-    metrics = Metrics()
-    worker = Worker(models, settings, metrics)
-    server = _Server(config(make_app(Service(models, worker, settings, metrics))), worker)
-    beside = [asyncio.create_task(task) for task in (server.end_with_the_worker(), _give_back_memory())]
-    await server.serve([sock])
-    for task in beside:
-        task.cancel()
-    if worker.problem is not None:
-        raise worker.problem
-
-
-def config(app: ASGIApp) -> uvicorn.Config:
+def config(app: ASGIApp, lifespan: Literal["on", "off"] = "on") -> uvicorn.Config:
     """Return how uvicorn runs the application."""
     return uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
-        lifespan="on",
+        lifespan=lifespan,
         server_header=False,
         http=_Protocol,
         timeout_graceful_shutdown=READING,
@@ -127,14 +119,58 @@ class _Protocol(H11Protocol):
             self._late = None
 
 
-class _Server(uvicorn.Server):
-    """A uvicorn server that answers all accepted requests before it stops."""
+class Opening:
+    """The application before the bundles are open, which takes as long as their download: 503; then the real one."""
 
-    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
-        """Take uvicorn's configuration, and the worker to wait for."""
-        super().__init__(config)
-        self._worker, self._loop = worker, asyncio.get_running_loop()
+    app: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if self.app is not None:
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http" and scope["path"] == "/healthz":
+            await JSONResponse({"alive": True, "problem": None})(scope, receive, send)
+        else:
+            await refuse(unavailable("the server is opening its model; try again soon", "starting"), scope, send)
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that listens before its bundles are open, and answers all accepted requests before it stops."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Open nothing yet. The event loop must be running."""
+        self._settings, self._stage, self._loop = settings, Opening(), asyncio.get_running_loop()
+        super().__init__(config(self._stage, lifespan="off"))  # the worker is begun and closed here
+        self._worker: Worker | None = None
         self._ending: asyncio.Task[None] | None = None
+
+    async def open_and_serve(self, sock: socket.socket) -> None:
+        """Serve until a signal comes or the worker ends. Raises what `Models.open` does, and what ended the worker."""
+        serving = asyncio.create_task(self.serve([sock]))
+        try:
+            models = await asyncio.to_thread(Models.open, self._settings)
+            self._worker = worker = await self._begin(models)
+            host, port = sock.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            print(f"serving {', '.join(models.by_name)} at http://{shown}:{port}", file=sys.stderr, flush=True)
+            beside = [asyncio.create_task(task) for task in (self._end_with(worker), _give_back_memory())]
+            await serving
+            for task in beside:
+                task.cancel()
+            await worker.close()
+        finally:
+            self.should_exit = True
+            await serving
+        if worker.problem is not None:
+            raise worker.problem
+
+    async def _begin(self, models: Models) -> Worker:
+        """Let the application answer, and return the worker, which begins to load."""
+        metrics = Metrics()
+        worker = Worker(models, self._settings, metrics)
+        self._stage.app = make_app(Service(models, worker, self._settings, metrics))
+        await worker.start()
+        return worker
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to end; at the second signal, at once."""
@@ -148,15 +184,15 @@ class _Server(uvicorn.Server):
 
     async def _end(self) -> None:
         """Refuse new pictures, answer those that were accepted, then close every connection."""
-        if not self._worker.warm:
+        if self._worker is None or not self._worker.warm:
             os._exit(0)  # nothing was accepted, and loading would take its time
         await self._worker.close()
         self.should_exit = True
 
-    async def end_with_the_worker(self) -> None:
+    async def _end_with(self, worker: Worker) -> None:
         """End if the worker does: at once if it cannot load, or `FAILED` seconds after a fault."""
-        await self._worker.ended()
-        if self._worker.warm and self._worker.problem is not None:
+        await worker.ended()
+        if worker.warm and worker.problem is not None:
             await asyncio.sleep(FAILED)
         self.should_exit = True
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import to_json
 from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
@@ -53,6 +53,13 @@ class Body(Controlled):
     strength: Real | None = None
     loras: Loras | None = None
     control_image: str | None = None  # base64; in a form a file
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, sent: Any) -> Any:
+        """Leave out a field that is empty, as clients send those that nobody has filled in; a prompt may be empty."""
+        texts = ("prompt", "negative_prompt")
+        return {n: v for n, v in sent.items() if v != "" or n in texts} if isinstance(sent, dict) else sent
 
     @property
     def encoding(self) -> Encoding:

@@ -20,8 +20,9 @@ class Pipelines:
     """Loads a model when it is first asked for, and closes those that were not used for longest.
 
     The rule: the weights of all loaded models, as files, fit `memory_bytes`; the one in use stays in any case. The
-    weights count once for each size and batch, of which each keeps its own, so that calls may alternate between them.
-    A model that is too large for that has the weights of the size drawn last.
+    weights count once for each size and batch, of which each keeps its own, so that calls may alternate between them;
+    if requests may name adapters, those of the UNet with slots count, too. A model that is too large for that has the
+    weights of the graphs that drew last.
     """
 
     def __init__(self, models: Models, settings: Settings) -> None:
@@ -44,7 +45,7 @@ class Pipelines:
                 backend=settings.backend,
                 device=settings.device,
                 threads=settings.threads,
-                keep_all=_weight(model) <= self._limit,
+                keep_all=self._weight(model) <= self._limit,
                 trust_engines=settings.trust_engines,
             )
             self._adapters[model.name] = Loaded(self._models.adapters, self._loaded[model.name])
@@ -78,12 +79,23 @@ class Pipelines:
         self._loaded.clear()
 
     def _make_room(self, model: Model) -> None:
-        while (
-            self._loaded and _weight(model) + sum(map(_weight, map(self._models.exactly, self._loaded))) > self._limit
-        ):
+        while self._loaded and self._weight(model) + self._weight_of_all > self._limit:
             name, pipe = self._loaded.popitem(last=False)
             log.info("closing %s, to make room for %s", name, model.name)
             pipe.close()
+
+    def _weight(self, model: Model) -> int:
+        """Return the size of the files of a model's graphs, which is about what it takes if all of them are loaded.
+
+        Without adapters no UNet with slots ever is.
+        """
+        manifest, adapters = model.bundle.manifest, self._models.adapters.by_name
+        graphs = [g for g in manifest.graphs.values() if adapters or not ("lora" in g.features and g.role == "unet")]
+        return sum(manifest.files[file].size for graph in graphs for file in graph.files)
+
+    @property
+    def _weight_of_all(self) -> int:
+        return sum(self._weight(self._models.exactly(name)) for name in self._loaded)
 
     @property
     def _limit(self) -> int:
@@ -101,13 +113,3 @@ def machine_bytes() -> int:
         return min(own, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # "max" if there is no limit
     except (OSError, ValueError):
         return own
-
-
-def _weight(model: Model) -> int:
-    """Return the size of the files of a model's graphs, which is about what it takes if all of them are loaded.
-
-    Not of a UNet with slots for adapters: it is loaded in place of the one without.
-    """
-    manifest = model.bundle.manifest
-    graphs = [g for g in manifest.graphs.values() if not ("lora" in g.features and g.role == "unet")]
-    return sum(manifest.files[file].size for graph in graphs for file in graph.files)

@@ -10,7 +10,7 @@ import report
 import result
 import tables
 from result import Result
-from rows import Check, Figures, Gpu, Machine, Pair, Quantiles, Run, Served, Spread
+from rows import Adapted, Check, Figures, Gpu, Machine, Pair, Quantiles, Run, Served, Spread
 from turbochain.runtime.errors import BundleError
 
 FILES = [*result.files(), *result.files(result.FOLDER / "runs")]
@@ -168,3 +168,28 @@ def test_the_servers_own_cost_has_a_bar(own: float, said: str) -> None:
     )  # fmt: skip
     text = tables.served([Result("serve-cost", 512, 512, "cpu", None, None, (run("a"),), served=(row,))])
     assert "| 512x512, jpeg, 1024 KiB | 7.0 (8.0) | 1.0 (2.0) | 1.0 (2.0) |" in text and said in text
+
+
+@pytest.mark.parametrize(
+    ("precision", "slower", "said"),
+    [
+        ("fp32", 1.08, "1.080 (1.000 to 2.000), n = 3; at most 1.08: passed |"),
+        ("fp32", 1.09, "1.090 (1.000 to 2.000), n = 3; at most 1.08: **missed** |"),
+        ("bf16", 1.09, "1.090 (1.000 to 2.000), n = 3; at most 1.12: passed |"),
+        ("fp16", 1.09, "1.090 (1.000 to 2.000), n = 3 |"),  # no bar
+    ],
+)
+def test_slots_have_a_bar_for_their_precision(precision: str, slower: float, said: str) -> None:
+    swap = Quantiles(0.01, 0.02, 0.03)
+    row = Adapted(
+        engine="openvino-x", graph="unet+lora", precision=precision, rank=32, matrices=9, plain_seconds=(1.0, 1.0, 1.0),
+        slots_seconds=(2.0, slower, 1.0), load_seconds=(0.1,), swap=swap, before_a_launch=swap, swaps=9, rss_before=0,
+        rss_after=0, equal_bits=True,
+    )  # fmt: skip
+    turbo = replace(of(), source="synthetic:sd-turbo", adapted=(row,))
+    text = tables.adapted([turbo])
+    assert f"| synthetic:sd-turbo, 512x512, openvino-x, {precision}, rank 32 | {said}" in text
+    assert "at most 50: passed" in text and "| yes |" in text
+    assert "at most 1." not in tables.adapted([replace(turbo, source="synthetic:sdxl-turbo")])
+    row = replace(row, equal_bits=False)
+    assert "| **no** |" in tables.adapted([replace(turbo, adapted=(row, replace(row, equal_bits=None)))])

@@ -1,12 +1,14 @@
 """The command `turbochain serve`: a process from its first line to its end, and what it refuses before any work."""
 
 import argparse
+import asyncio
 import contextlib
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,9 +19,13 @@ from asking import Client, draw, metric, until
 from conftest import called
 from hub_cache import NAME, put
 from serving import serving
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
-from turbochain.runtime import Pipeline
+from turbochain.runtime import Bundle, InputError, Pipeline
+from turbochain.runtime.serve import listen
 from turbochain.runtime.serve.command import KEY_VARIABLE, add_arguments, settings_of
+from turbochain.runtime.serve.settings import Settings
 
 SLOW = """
 import os, pathlib, sys, time
@@ -139,6 +145,52 @@ def test_a_bundle_that_cannot_be_loaded_ends_it(small: Path, tmp_path: Path) -> 
     assert status == 2 and re.fullmatch(r"turbochain: error: .*graphs/unet\.onnx.*\n", said), said
 
 
+@pytest.mark.parametrize("sound", [True, False])
+def test_the_port_is_open_while_a_bundle_is_fetched(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sound: bool
+) -> None:
+    """The hub's cache answers when the test says so. If what comes is no bundle, the server ends and says why."""
+    gate, open_bundle, servers, ended = threading.Event(), Bundle.open, list[listen.Server](), list[BaseException]()
+
+    def late(path: str, **more: bool) -> Bundle:
+        assert gate.wait(60)
+        return open_bundle(path, **more)
+
+    monkeypatch.setattr(Bundle, "open", late)
+    settings = Settings((str(small if sound else tmp_path),), port=0, threads=1, backend="onnxruntime")
+
+    async def serve() -> None:
+        servers.append(listen.Server(settings))
+        await servers[0].open_and_serve(sock)
+
+    def run() -> None:
+        try:
+            asyncio.run(serve())
+        except InputError as error:
+            ended.append(error)
+
+    with listen.listening(settings) as sock:
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        thread, client = threading.Thread(target=run), Client(url)
+        thread.start()
+        for answer in (client.get("/v1/models"), client.get("/readyz"), client.draw("a cat")):
+            assert (answer.status, answer.error["code"]) == (503, "starting") and answer.headers["retry-after"] == "1"
+        with pytest.raises(InvalidStatus, match="503"), connect(f"{url.replace('http', 'ws')}/ws"):
+            pass
+        assert client.get("/healthz").json == {"alive": True, "problem": None}
+        gate.set()
+        if sound:
+            until(lambda: client.get("/readyz").status == 200)
+            assert client.draw("a cat").status == 200
+            servers[0].should_exit = True
+        client.close()
+        thread.join(60)
+        assert not thread.is_alive()
+    assert [str(tmp_path) in str(error) for error in ended] == [True] * (not sound)
+    said = capsys.readouterr().err.replace("ERROR:    ASGI callable returned without completing handshake.\n", "")
+    assert said == (f"serving small at {url}\n" if sound else "")  # without uvicorn's line on a refused socket
+
+
 def test_what_is_refused_before_any_work(small: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -158,8 +210,8 @@ def test_what_is_refused_before_any_work(small: Path, tmp_path: Path) -> None:
             ("--api-key", "schlüssel"): "a key is empty, or has characters that no header carries",
             ("--api-key-file", tmp_path / "none"): "none cannot be read",
             ("--model-name", "a", "--model-name", "b"): "2 --model-name for 1 bundles",
-            (small,): "two bundles are named small: give each its own with --model-name",
-            (tmp_path,): "bundle.json",
+            (small, "--port", 0): "two bundles are named small: give each its own with --model-name",
+            (tmp_path, "--port", 0): "bundle.json",
         }.items():
             done = called("turbochain", "serve", small, *arguments)
             assert (done.returncode, done.stdout) == (2, ""), arguments

@@ -149,6 +149,11 @@ def test_a1111s_unit_is_read(client: Client, pipe: Pipeline) -> None:
     answer = client.ask("POST", "/sdapi/v1/txt2img", body | scripts(adapter)).json
     of_adapter = {"control_image": PHOTO, "t2i_adapter": "sketch", "adapter_conditioning_scale": 0.7}
     np.testing.assert_array_equal(opened(answer["images"][0]), right(pipe, **of_adapter))
+    off = [{"enabled": False, "module": "depth_midas", "weight": "much"}, {"enabled": False, "module": "None"}]
+    traced = {**unit, "image": text(Image.fromarray(edges(PHOTO))), "module": "None"}  # A1111's name of no preprocessor
+    for units in ([*off, {**unit, "module": "Canny"}], [traced, *off]):
+        answer = client.ask("POST", "/sdapi/v1/txt2img", body | scripts(*units)).json
+        np.testing.assert_array_equal(opened(answer["images"][0]), right(pipe, **followed))
     edit = body | {"init_images": [text(START)], "denoising_strength": 0.5}
     answer = client.ask("POST", "/sdapi/v1/img2img", edit | scripts({"model": "canny"})).json
     followed = {"image": START, "strength": 0.5, "control_image": START, "controlnet": "canny"}
@@ -157,6 +162,7 @@ def test_a1111s_unit_is_read(client: Client, pipe: Pipeline) -> None:
     for units, says in (
         ([unit, unit], "2 ControlNets are on"),
         ([{"module": "depth", "image": text(PHOTO)}], "module: "),
+        ([{"enabled": "perhaps"}], "enabled: "),
         ([{"model": "canny"}], "has no image"),
         (["canny"], "alwayson_scripts.controlnet"),
     ):

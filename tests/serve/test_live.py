@@ -124,6 +124,17 @@ def test_pictures_are_the_pipelines(server: Serving, pipe: Pipeline) -> None:
             assert answer(socket)[4] == expected.encode(right)
 
 
+def test_strict_sizes(sd: Path) -> None:
+    source = Held()
+    source.free = True
+    with serving(sd, source=source, strict_size=True) as served, socket_of(served) as socket:
+        ask(socket, 1, size="512x512")
+        refused = json.loads(socket.recv(20))
+        assert (refused["id"], refused["error"]["param"], source.asked) == (1, "size", [])
+        ask(socket, 2, size="64x64")
+        assert answer(socket)[0] == 2
+
+
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
 def test_a_frame_is_drawn_from_its_picture(server: Serving, pipe: Pipeline, format: str) -> None:
     image = Image.open(io.BytesIO(photo(format)))

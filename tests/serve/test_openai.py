@@ -25,6 +25,7 @@ from openai.types import (
 )
 from PIL import Image, ImageOps
 from serving import Serving, serving
+from skimage.metrics import peak_signal_noise_ratio
 from told import GREY, Told
 
 from turbochain.runtime import Pipeline
@@ -120,6 +121,38 @@ def test_edits_of_known_clients(api: httpx2.Client, pipe: Pipeline, form: dict[s
 def test_fields_may_be_null(api: httpx2.Client, pipe: Pipeline) -> None:
     body: dict[str, Any] = dict.fromkeys(Body.model_fields)
     assert_drawn(pipe, post(api, "images/generations", json=body | {"prompt": "a cat"}), prompt="a cat")
+
+
+def test_fields_may_be_empty(api: httpx2.Client, pipe: Pipeline) -> None:
+    body = dict.fromkeys(Body.model_fields, "") | {"prompt": "a cat", "quality": ""}
+    assert_drawn(pipe, post(api, "images/generations", json=body), prompt="a cat")
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_pictures_are_compressed_as_asked(api: httpx2.Client, pipe: Pipeline, kind: str) -> None:
+    right, sizes = pipe("a cat", seed=[7], output_type="uint8").images[0], []
+    for compression in (100, 60, 5):
+        body = {"prompt": "a cat", "seed": 7, "output_format": kind, "output_compression": compression}
+        answer = post(api, "images/generations", json=body)
+        (item,) = answer["data"]
+        made = picture(item["b64_json"])
+        assert (made.format, answer["output_format"]) == (kind.upper(), kind)
+        sizes.append(len(base64.b64decode(item["b64_json"])))
+        assert peak_signal_noise_ratio(right, np.asarray(made)) > (20 if compression == 100 else 10)
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 2 * sizes[2]
+
+
+def test_strict_sizes(sd: Path) -> None:
+    source = Told()
+    with serving(sd, source=source, strict_size=True) as found, ThreadPoolExecutor() as pool:
+        client = openai.OpenAI(base_url=f"{found.url}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.images.generate(prompt="a cat", size="512x512")
+        assert (refused.value.param, source.asked) == ("size", {})
+        drawn = pool.submit(client.images.generate, prompt="a cat", size="64x64", extra_body={"seed": 7})
+        until(lambda: 7 in source.asked)
+        found.loop.call_soon_threadsafe(source.asked[7][1].set_result, GREY)
+        assert drawn.result().size == "64x64"
 
 
 def test_numbers_of_a_form_are_texts(api: httpx2.Client, pipe: Pipeline) -> None:

@@ -57,16 +57,17 @@ class Cluster:
             answer = connection.getresponse()
             return answer.status, answer.read()
 
-    def draw(self, **body: Any) -> tuple[int, dict[str, str], Any]:
+    def draw(self, key: str | None = None, **body: Any) -> tuple[int, dict[str, str], Any]:
         """Return status, headers and JSON of an answer."""
-        with contextlib.closing(self.ask(**body)) as connection:
+        with contextlib.closing(self.ask(key, **body)) as connection:
             answer = connection.getresponse()
             return answer.status, {name.lower(): v for name, v in answer.getheaders()}, json.loads(answer.read())
 
-    def ask(self, **body: Any) -> http.client.HTTPConnection:
+    def ask(self, key: str | None = None, **body: Any) -> http.client.HTTPConnection:
         """Send a request, and do not wait for its answer."""
         connection, text = self._connect(), json.dumps({"prompt": PROMPT, **body})
-        connection.request("POST", "/v1/images/generations", text, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+        connection.request("POST", "/v1/images/generations", text, headers)
         return connection
 
     def metric(self, name: str) -> float:
@@ -216,18 +217,23 @@ def test_too_many_are_told_when_to_come_again(two: Cluster) -> None:
         assert int(headers["retry-after"]) >= 1
 
 
-def test_a_replica_draws_with_loras(cluster: Cluster, slotted: Path, reference_lora: Path, tmp_path: Path) -> None:
+def test_a_replica_draws_with_loras_for_who_has_the_key(
+    cluster: Cluster, slotted: Path, reference_lora: Path, tmp_path: Path
+) -> None:
     shutil.copy(reference_lora, tmp_path / "ink.safetensors")
-    cluster.run("turbochain.runtime.serve.ray:app", f"bundle={slotted}", f"lora_dir={tmp_path}")
+    cluster.run("turbochain.runtime.serve.ray:app", f"bundle={slotted}", f"lora_dir={tmp_path}", "api_key=secret")
+    for key in (None, "wrong"):
+        status, _, answer = cluster.draw(key=key)
+        assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
     with Pipeline.load(slotted, threads=1) as pipe:
         pipe.load_lora_weights(reference_lora, adapter_name="ink")
         for weight in (0.8, 0.0, -0.5):
             pipe.set_adapters(["ink"], [weight])
             right = pipe(PROMPT, seed=[7], output_type="uint8").images[0]
-            status, _, answer = cluster.draw(seed=7, loras=[{"name": "ink", "scale": weight}])
+            status, _, answer = cluster.draw("secret", seed=7, loras=[{"name": "ink", "scale": weight}])
             assert status == 200, answer
             np.testing.assert_array_equal(picture(answer), right)
-    status, _, answer = cluster.draw(loras=[{"name": "oil"}])
+    status, _, answer = cluster.draw("secret", loras=[{"name": "oil"}])
     assert status == 400 and "there is no LoRA 'oil': choose from ink" in answer["error"]["message"]
 
 

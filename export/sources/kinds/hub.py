@@ -4,7 +4,7 @@ import errno
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
@@ -19,6 +19,7 @@ from turbochain.runtime.errors import InputError
 _TERMS = ("*.md", "LICENSE*", "LICENCE*")
 _SMALL = ("*.json", "*.txt", *_TERMS, "*/*.json", "*/*.txt")
 _PART = ("config.json", *(f"{stem}*.safetensors*" for stem in STEMS))
+_PLAIN = re.compile(rf"({'|'.join(STEMS)})(-\d{{5}}-of-\d{{5}})?\.safetensors")  # in one file, or in shards
 
 
 @dataclass(frozen=True)
@@ -198,27 +199,36 @@ def select(names: list[str], variant: str | None, skip: Collection[str] = ()) ->
         raise InputError(f"the repository has no weights of variant {variant!r}")
     for folder in folders:
         here = [n for n in weights if n.startswith(f"{folder}/")]
-        plain = [n for n in here if n.split("/")[1].count(".") == 1]
+        plain = [n for n in here if _PLAIN.fullmatch(n.split("/")[1])]
         chosen = [n for n in here if f".{variant}." in n or f".{variant}-" in n] if variant else plain
         small += [] if folder in skip else chosen or plain or here
-    if not folders and any(n.endswith(PICKLES) for n in names):
-        raise InputError(
-            "the repository has its weights only as pickles (.bin, .ckpt), which are refused because loading one "
-            "runs code; convert them: load with diffusers and save_pretrained(FOLDER, safe_serialization=True)"
-        )
+    if not folders:
+        _refuse_pickles(names)
     return small
 
 
 def select_part(names: list[str], variant: str | None) -> list[str]:
     """Return those of the files that are needed of a repository with one component: config, licence, and weights.
 
-    The weights are the safetensors of the variant; plain ones if `variant` is None or they have none, or else all.
+    The weights are the safetensors of the variant; plain ones, of the library's own name, if `variant` is None or they
+    have none, or else all. Raises InputError if there are only pickles.
     """
     found = [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in _PART) and "/" not in n]
     weights = [n for n in found if n.endswith(".safetensors")]
-    plain = [n for n in weights if n.count(".") == 1]
+    if not weights:
+        _refuse_pickles(n for n in names if "/" not in n)
+    plain = [n for n in weights if _PLAIN.fullmatch(n)]
     chosen = [n for n in weights if f".{variant}." in n or f".{variant}-" in n] or plain or weights
     return [n for n in found if n not in weights] + chosen + [n for n in names if _is_terms(n)]
+
+
+def _refuse_pickles(names: Iterable[str]) -> None:
+    """Raise InputError if there are pickles among these files of a repository without safetensors."""
+    if any(n.endswith(PICKLES) for n in names):
+        raise InputError(
+            "the repository has its weights only as pickles (.bin, .ckpt), which are refused because loading one "
+            "runs code; convert them: load with diffusers and save_pretrained(FOLDER, safe_serialization=True)"
+        )
 
 
 def _is_terms(name: str) -> bool:

@@ -14,10 +14,12 @@ FROM python:3.12-slim
 COPY constraints.txt /tmp/
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --no-cache-dir -c /tmp/constraints.txt "$(echo /wheels/*.whl)[openvino,serve]"
+# The user must be able to read the bundle: chmod -R a+rX.
 RUN useradd --uid 10001 --create-home turbochain
 USER turbochain
 EXPOSE 8000
 STOPSIGNAL SIGTERM
+# Of port 8000: with another --port give docker run another --health-cmd.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=2m \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/readyz', timeout=4)"]
 ENTRYPOINT ["turbochain", "serve", "/bundle", "--host", "0.0.0.0"]

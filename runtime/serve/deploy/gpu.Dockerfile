@@ -17,12 +17,14 @@ FROM python:3.12-slim
 COPY constraints.txt /tmp/
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --no-cache-dir -c /tmp/constraints.txt "$(echo /wheels/*.whl)[tensorrt-rtx,serve]"
+# The user must be able to read the bundle: chmod -R a+rX.
 RUN useradd --uid 10001 --create-home turbochain && install -d -o turbochain /cache
 USER turbochain
 ENV XDG_CACHE_HOME=/cache NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 VOLUME /cache
 EXPOSE 8000
 STOPSIGNAL SIGTERM
+# Of port 8000: with another --port give docker run another --health-cmd.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30m \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/readyz', timeout=4)"]
 # The shell becomes the server, so that SIGTERM reaches it; "$@" are the further options.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import control_nets
 import numpy as np
 import pytest
 from safetensors.numpy import save
@@ -116,6 +117,16 @@ def test_of_a_component_one_variant_is_downloaded(variant: str | None, infixes: 
     chosen = hub.select_part([*PART, "diffusion_pytorch_model.bin", "a.safetensors", "onnx/config.json"], variant)
     weights = {f"diffusion_pytorch_model{infix}.safetensors" for infix in infixes}
     assert sorted(chosen) == sorted({"config.json", "README.md", *weights})
+
+
+def test_of_a_component_the_other_files_of_an_author_are_not_downloaded() -> None:
+    shards = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = "diffusion_pytorch_model.safetensors.index.json"
+    for own in (["diffusion_pytorch_model.safetensors"], [*shards, index], ["model.safetensors"]):
+        others = ["diffusion_pytorch_model_V2.safetensors", "diffusion_pytorch_model_promax.safetensors", "a.bin"]
+        assert sorted(hub.select_part(["config.json", *own, *others], None)) == sorted(["config.json", *own])
+    with pytest.raises(InputError, match=r"only as pickles .* save_pretrained\(FOLDER, safe_serialization=True\)"):
+        hub.select_part(["config.json", "diffusion_pytorch_model.bin", "unet/model.safetensors"], None)
 
 
 COMMIT = "1" * 40
@@ -262,6 +273,48 @@ def test_what_is_refused_costs_no_weights(remote: Hub, tmp_path: Path) -> None:
 def test_a_replaced_part_is_not_downloaded(remote: Hub, tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     said = fetch(remote, tmp_path, parts={"vae": str(checkpoints["sd"] / "vae")})
     assert said[2] == COMMIT and {n.split("/")[0] for n in remote.sent if is_weight(n)} == {"text_encoder", "unet"}
+
+
+FETCH_CONTROL = """
+import json, sys
+from pathlib import Path
+from turbochain.export.controls import KINDS
+from turbochain.export.controls.kind import Control
+from turbochain.export.sources import Want, find, parts
+from turbochain.runtime import InputError
+
+canny = Control(KINDS["controlnet"], "canny")
+try:
+    found = parts.fetch(find(sys.argv[1]), Want(Path()), {}, None, {canny: "owner/name"}).controls[canny.component]
+    print(json.dumps([found.source, found.revision, [path.name for path in found.weights]]))
+except InputError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def test_a_controlnet_of_the_hub(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """In the layout of thibaud's, diffusers' and xinsir's; the checkpoint is on this disk."""
+    folder = control_nets.controlnet(checkpoints["sd"], tmp_path / "canny")
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    for other in ("diffusion_pytorch_model.bin", "diffusion_pytorch_model_V2.safetensors"):
+        (folder / other).write_bytes(b"large")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+
+    def fetched() -> tuple[Any, list[str]]:
+        repository = Hub(folder)
+        env = {**os.environ, "HF_ENDPOINT": repository.address, "HF_HUB_CACHE": str(tmp_path / "cache")}
+        line = [sys.executable, "-c", FETCH_CONTROL, str(checkpoints["sd"])]
+        done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=200)
+        repository.server.shutdown()
+        return json.loads(done.stdout.splitlines()[-1]), repository.sent
+
+    said, sent = fetched()
+    assert said == [ID, COMMIT, [weights.name]]
+    assert sorted(sent) == ["README.md", "config.json", weights.name]
+    weights.unlink()
+    (folder / "diffusion_pytorch_model_V2.safetensors").unlink()
+    said, sent = fetched()
+    assert "only as pickles" in said and sent == []
 
 
 FETCH_FILES = """

@@ -165,6 +165,13 @@ def test_the_bundle_tells_its_slots(made: Made) -> None:
     assert plain.data[0] == slotted.data[0] == "graphs/unet.fp32-0.data", "no weight is stored twice"
     for name, graph in (("unet", plain), ("unet+lora", slotted)):  # SDXL: the part of a matrix that has no slot
         assert graph.data[1:] == ((f"graphs/{name}.onnx.data",) if manifest.family == "sdxl" else ())
+    stored = slot_packing.groups(made.bundle.path, slotted)
+    groups = {member["parameter"]: i for i, group in enumerate(stored) for member in group["members"]}
+    queries = [name for name in groups if name.endswith("attn1.to_q.weight")]
+    assert queries
+    for query in queries:  # of one tensor, in this order, in one product
+        alike = [query.replace("to_q", f"to_{of}") for of in "qkv"]
+        assert [name for name, group in groups.items() if group == groups[query]] == alike
     shown = inspect.as_text(made.bundle)
     assert re.search(r"^unet\+lora +fp32 .* lora$", shown, re.MULTILINE)
     assert f"modes guidance, {'negative_prompt, ' if manifest.family == 'sdxl' else ''}adapters-{RANK}" in shown
