@@ -9,13 +9,11 @@ def compile(task: Task) -> list[str]:
     """Write the form of a graph that the CUDA provider runs whole, and nothing for a CPU; returns the file's name."""
     if task.device.kind == "cpu":
         return []
-    from turbochain.engines.forms import form  # it imports onnx
-    from turbochain.engines.forms.bf16 import widen
-    from turbochain.engines.forms.group_norm import expand_group_norms
+    from turbochain.engines.forms.cuda import rewrite  # it imports onnx
 
     path = task.bundle.plain(task.graph) / task.bundle.manifest.graphs[task.graph].file
     name = form_file(task.graph)
-    writing.write_atomically(task.folder / name, form(path, [expand_group_norms, widen]))
+    writing.write_atomically(task.folder / name, rewrite(path))
     return [name]
 
 
