@@ -47,6 +47,7 @@ class Case:
     options: dict[str, Any]
     K: int
     rows: dict[int, int]  # steps → evaluations of the network
+    eta: float = 0.0
 
 
 CASES = {
@@ -59,6 +60,7 @@ CASES = {
     "DDIM, raw": Case("DDIMScheduler", {**SD15, "clip_sample": True, "set_alpha_to_one": False}, 1, {4: 4}),
     # The pipelines give it eta=0.0, and its own default is 0.3.
     "TCD": Case("TCDScheduler", SD15, 1, {4: 4}),
+    "TCD, eta 1": Case("TCDScheduler", SD15, 1, {4: 4}, eta=1.0),
 }
 QUICK = [("sd", "DPM++ 2M"), ("sd", "PNDM")]  # the second has the most tensors, and more evaluations than steps
 FULL = [("sd", "UniPC"), ("sd", "Heun"), *(("sdxl", name) for name in ("PNDM", "DPM++ 2M", "UniPC", "Heun"))]
@@ -78,9 +80,10 @@ def checkpoint_with(case: Case, checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-def export_with(steps: tuple[int, ...], checkpoint: Path, donor: Bundle, batch: int, output: Path) -> Bundle:
+def export_with(case: Case, checkpoint: Path, donor: Bundle, batch: int, output: Path) -> Bundle:
     """Export a checkpoint, and give the bundle the donor's engine, which is verified when it is first loaded."""
-    order = ExportOrder(str(checkpoint), "fp32", tasks=(TEXT_TO_IMAGE,), sizes=(SIZE,), batches=(batch,), steps=steps)
+    what: dict[str, Any] = {"tasks": (TEXT_TO_IMAGE,), "sizes": (SIZE,), "batches": (batch,)}
+    order = ExportOrder(str(checkpoint), "fp32", steps=tuple(case.rows), eta=case.eta, **what)
     folder = output.with_name("partial")
     folder.mkdir()
     bundling.export(Here(0, None, True, []), order, order.requested("fp32"), Digests(), folder, output, True)
@@ -104,16 +107,20 @@ def made(
     (family, name), folder = request.param, tmp_path_factory.mktemp("made")
     checkpoint = checkpoint_with(CASES[name], checkpoints[family], folder / "checkpoint")
     donor = Bundle.open(bundle_of(family))
-    bundle = export_with(tuple(CASES[name].rows), checkpoint, donor, BATCH[family, "fp32"], folder / "x.bundle")
+    bundle = export_with(CASES[name], checkpoint, donor, BATCH[family, "fp32"], folder / "x.bundle")
     chain = bundle.open_chain()
     assert chain.chain.K == CASES[name].K
     assert {steps: chain.tables[chain.find(steps)].rows for steps in chain.steps} == CASES[name].rows
+    assert chain.chain.defaults.get("eta", 0.0) == CASES[name].eta
     assert ("multistep" in bundle.manifest.requires) == (chain.chain.K > 1)
     return checkpoint, bundle.path
 
 
-def check(checkpoint: Path, bundle: Path, seeds: range) -> None:
-    """Load the bundle, which verifies it, and compare pictures with diffusers' own pipeline on that checkpoint."""
+def check(checkpoint: Path, bundle: Path, seeds: range, **more: Any) -> None:
+    """Load the bundle, which verifies it, and compare pictures with diffusers' own pipeline on that checkpoint.
+
+    `more`: what diffusers is given, and the bundle has by itself.
+    """
     reference = load_diffusers(checkpoint)
     with Pipeline.load(bundle) as pipe:
         chain = pipe.bundle.open_chain()
@@ -121,7 +128,7 @@ def check(checkpoint: Path, bundle: Path, seeds: range) -> None:
             for seed in seeds:
                 prompt = [PROMPTS[(seed + i) % len(PROMPTS)] for i in range(chain.batch)]
                 call = {"prompt": prompt, "num_inference_steps": steps, "seed": seed}
-                assert_same_picture(pipe(**call, output_type="uint8").images, theirs(reference, call))  # type: ignore[arg-type]
+                assert_same_picture(pipe(**call, output_type="uint8").images, theirs(reference, call | more))  # type: ignore[arg-type]
     assert all(c.passed for e in pipe.bundle.engines().values() for c in e.checks[TEXT_TO_IMAGE])  # type: ignore[union-attr]
 
 
@@ -139,6 +146,13 @@ def test_more_than_one_tensor_round_the_loop_with_ten_seeds(made: tuple[Path, Pa
 @pytest.mark.parametrize("made", CHANGED, indirect=True, ids=" ".join)
 def test_a_scheduler_as_the_pipeline_has_it_and_calls_it(made: tuple[Path, Path]) -> None:
     check(*made, seeds=range(2))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("made", [("sd", "TCD, eta 1")], indirect=True, ids=" ".join)
+def test_an_eta_that_is_built_in(made: tuple[Path, Path]) -> None:
+    """More noise in each step than without; the picture that was recorded is drawn with it too."""
+    check(*made, seeds=range(2), eta=1.0)
 
 
 @pytest.mark.full

@@ -9,13 +9,11 @@ def compile(compilation: Compilation) -> list[str]:
     """Write the form of a graph that the CUDA provider runs whole, and nothing for a CPU; returns the file's name."""
     if compilation.device.kind == "cpu":
         return []
-    from turbochain.engines.forms import form  # it imports onnx
-    from turbochain.engines.forms.bf16 import widen
-    from turbochain.engines.forms.group_norm import expand_group_norms
+    from turbochain.engines.forms.cuda import rewrite  # it imports onnx
 
     path = compilation.bundle.plain(compilation.graph) / compilation.bundle.manifest.graphs[compilation.graph].file
     name = form_file(compilation.graph)
-    writing.write_atomically(compilation.folder / name, form(path, [expand_group_norms, widen]))
+    writing.write_atomically(compilation.folder / name, rewrite(path))
     return [name]
 
 

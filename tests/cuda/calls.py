@@ -44,7 +44,7 @@ IMAGES = [Image.fromarray(image) for image in np.random.default_rng(7).integers(
 MASK = Image.fromarray(np.repeat([[0, 255]], 32, 1).repeat(64, 0).astype(np.uint8))
 OF_TASK: Mapping[str, Sequence[dict[str, Any]]] = {
     TEXT_TO_IMAGE: (
-        *({"prompt": "a cat", "seed": steps, "num_inference_steps": steps} for steps in (1, 4)),
+        *({"prompt": "a cat", "seed": steps, "num_inference_steps": steps} for steps in (1, 2, 3, 4)),
         {"prompt": "a dog"},
         {"prompt": "a cat", "guidance_scale": 3.0},  # zeros if the chain has them, else the encoding of ""
         {"prompt": "a fox", "guidance_scale": 3.0, "negative_prompt": "fog"},

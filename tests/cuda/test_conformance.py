@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calls import ALL, CONTROLLED, NEW, PICTURE, assert_nothing_left, draw, of_chains, on_cpu, output
+from calls import ALL, CONTROLLED, IMAGES, NEW, PICTURE, assert_nothing_left, draw, of_chains, on_cpu, output
 from conftest import FAMILIES, ON, SIZE, BundleFactory
 from here import build_here
 from standin import OneByOne, Runtime, StandIn, pipeline, standing_in
 
+from turbochain.export.sources import synthetic
 from turbochain.runtime import Bundle, Cancelled, CudaError, Pipeline, TurbochainError
 from turbochain.runtime.backends import cuda
 from turbochain.runtime.backends.gpu import GpuExecutor
@@ -72,6 +73,21 @@ def test_inpainting_with_a_history(sd: Path, checkpoints: dict[str, Path], tmp_p
     path = build_here(str(checkpoints["sd"]), tmp_path / "x.bundle", **shape, **multistep, quiet=True, **ON).bundle
     assert Bundle.open(path).open_chain().chain.K == 2
     conform_in_each_way(path, (StandIn, uncaptured(StandIn)), of_chains(path))
+
+
+@pytest.mark.full
+def test_a_latent_consistency_model(tmp_path: Path) -> None:
+    """Its UNet reads the guidance scale, and its chains have no modes."""
+    synthetic.write_checkpoint("lcm-sd15-mini", tmp_path / "checkpoint")
+    how = {"precision": "fp32", "size": SIZE, "steps": [2, 4], "guidance_scales": [8.5, 1.0]}
+    path = build_here(str(tmp_path / "checkpoint"), tmp_path / "x.bundle", **how, quiet=True, **ON).bundle
+    alone = [
+        {"prompt": prompt, "num_inference_steps": steps, "guidance_scale": scale}
+        for prompt, steps, scale in (("a cat", 2, 8.5), ("a cat", 4, 8.5), ("a dog", 4, 1.0))
+    ]
+    given = [{**call, "image": image, "strength": 0.8} for call, image in zip(alone, [*IMAGES, IMAGES[0]], strict=True)]
+    of_task = {"text-to-image": alone, "image-to-image": given}
+    conform_in_each_way(path, KINDS, [{"chain": name, **call} for name, calls in of_task.items() for call in calls])
 
 
 @pytest.mark.parametrize("seed", SOON)

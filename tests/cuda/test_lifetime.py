@@ -13,7 +13,7 @@ from calls import ALL, CONTROLLED, IMAGES, NEW, OTHER, PICTURE, assert_nothing_l
 from standin import Error, OneByOne, Runtime, StandIn, pipeline, standing_in
 
 from turbochain.runtime import CudaFault, OutOfMemory
-from turbochain.runtime.backends import cuda
+from turbochain.runtime.backends import cuda, tensorrt
 from turbochain.runtime.chain.recording import Launch
 from turbochain.runtime.errors import Cancelled, CudaError
 
@@ -156,6 +156,50 @@ def test_a_capture_that_lacked_memory_is_tried_again(
             (warning,) = caplog.messages
             assert "the plan of text_encoder, 2 unet, 2 step, vae_decoder runs graph by graph" in warning
             assert_nothing_left(runtime)
+
+
+class Context:
+    """An execution context of TensorRT-RTX, which is asked whether it can be captured."""
+
+    def __init__(self, capturable: bool) -> None:
+        self.capturable, self.asked = capturable, 0
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        assert isinstance(stream, int)
+        self.asked += 1
+        return self.capturable
+
+
+class Choosy(StandIn):
+    """The decoder's context does not let itself be captured."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.contexts: dict[str, Context] = {}
+        super().__init__(*arguments)
+
+    def load_graph(self, graph: str) -> Any:
+        stage, self.contexts[graph] = super().load_graph(graph), Context(graph != "vae_decoder")
+        asked = tensorrt._Graph(graph, (), self.contexts[graph], 0)  # type: ignore[arg-type]
+        stage.check_capturable = asked.check_capturable  # type: ignore[method-assign]
+        return stage
+
+
+def test_what_a_library_will_not_have_captured_is_not(
+    small: Path, right: list[np.ndarray], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The picture is made graph by graph, and a plan without that stage is captured."""
+    with standing_in() as runtime:
+        with pipeline(small, Choosy) as pipe:
+            for call, expected in ((ALL[0], right[0]), (ALL[1], right[1])):
+                made = output(pipe, call)
+                assert made.uncaptured == "TensorRT says that vae_decoder cannot be captured"
+                np.testing.assert_array_equal(made.images, expected)
+            assert "cudaStreamBeginCapture" not in runtime.calls and len(caplog.messages) == 2  # one for each plan
+            assert output(pipe, ALL[8]).uncaptured is None  # its latents
+            assert isinstance(pipe._executor, Choosy)
+            asked = {name: context.asked for name, context in pipe._executor.contexts.items()}
+        assert asked["vae_decoder"] == 2 and min(asked["unet"], asked["text_encoder"]) > 0
+        assert_nothing_left(runtime)
 
 
 class Littering(StandIn):

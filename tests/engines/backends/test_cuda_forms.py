@@ -8,6 +8,7 @@ from conftest import HALF, BundleFactory
 
 from turbochain.engines.backends.contract import Compilation
 from turbochain.engines.backends.onnxruntime import BUILDER
+from turbochain.engines.forms.cuda import rewrite
 from turbochain.runtime import Bundle, BundleError
 from turbochain.runtime.backends import onnxruntime
 from turbochain.runtime.backends import onnxruntime_sessions as sessions
@@ -17,8 +18,8 @@ from turbochain.runtime.bundle.manifest import Gpu
 from turbochain.runtime.checks import verify
 
 GPU = Device("cuda", 0, Gpu("NVIDIA L4", "8.9", 24 * 2**30))
-ON_HOST = {"Shape", "Size", "ConstantOfShape", "Range", "NonZero", "Loop", "If"}
-"""Operators that the CUDA provider leaves to the CPU, or of which it reads a result there."""
+ON_HOST = {"Shape", "Size", "ConstantOfShape", "Range", "NonZero", "Loop", "If", "GatherND"}
+"""Operators that the CUDA provider leaves to the CPU, or which send something to the host or get it from there."""
 
 
 def compiled(bundle: Bundle, folder: Path, device: Device) -> list[str]:
@@ -68,6 +69,28 @@ def unequal(nodes: list[onnx.NodeProto]) -> list[str]:
     return [node.name for node in nodes if node.op_type == "Split" and len(node.input) > 1]
 
 
+def ragged(form: onnx.ModelProto) -> list[str]:
+    """The Concats of parts that are not all of one size."""
+    inferred = onnx.shape_inference.infer_shapes(form).graph
+    sizes = {
+        value.name: [d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*inferred.input, *inferred.value_info)
+    } | {tensor.name: [*tensor.dims] for tensor in inferred.initializer}
+    joins = [node for node in inferred.node if node.op_type == "Concat"]
+    return [node.name for node in joins if len({sizes[name][node.attribute[0].i] for name in node.input}) > 1]
+
+
+def assert_all_on_gpu(path: Path, folder: Path) -> None:
+    """The form of any graph leaves nothing to the host and stages nothing, as it runs; its data lies beside it."""
+    form, options = rewrite(path), sessions.default_options()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    sessions.load(form, path.stem, options, sessions.CPU, {}, onnxruntime.CUDA_WITHOUT)
+    found = list(onnx.load(folder / "optimised.onnx", load_external_data=False).graph.node)
+    assert found and not kinds(found) & {*ON_HOST, "GroupNormalization", "Pad"}, path.stem
+    assert not unequal(found) and not ragged(onnx.load_from_string(form)), path.stem
+
+
 def test_no_node_is_left_to_the_host(forms: Opened, nodes: dict[str, list[onnx.NodeProto]], tmp_path: Path) -> None:
     for graph, found in nodes.items():
         assert found and not kinds(found) & {*ON_HOST, "GroupNormalization", "Pad"}, graph
@@ -77,7 +100,7 @@ def test_no_node_is_left_to_the_host(forms: Opened, nodes: dict[str, list[onnx.N
 def test_no_sizes_and_addresses_are_staged(
     forms: Opened, nodes: dict[str, list[onnx.NodeProto]], tmp_path: Path
 ) -> None:
-    """The provider copies them from page-locked memory for a Split into unequal parts, and for more than 32 tensors.
+    """The provider copies them from page-locked memory for unequal parts, and for more than 32 tensors.
 
     ONNX Runtime makes such a Split of SD's time projections unless it is kept from that.
     """
@@ -85,8 +108,18 @@ def test_no_sizes_and_addresses_are_staged(
         assert not unequal(found), graph
         assert all(len(n.input) <= 32 for n in found if n.op_type == "Concat"), graph
         assert all(len(n.output) <= 32 for n in found if n.op_type == "Split"), graph
+        assert not ragged(onnx.load(forms.folder / onnxruntime.form_file(graph), load_external_data=False)), graph
     made = unequal(optimised(forms, "unet", tmp_path / "with.onnx", without=()))
     assert len(made) == (forms.bundle.manifest.family == "sd")
+
+
+def test_nor_is_one_of_a_graph_with_slots_or_control(slotted: Path, controlled: Path, tmp_path: Path) -> None:
+    own = {"unet+lora", "controlnet-canny", "controlnet_embedding-canny", "t2i_adapter-sketch", "t2i_scale"}
+    for bundle in map(Bundle.open, (slotted, controlled)):
+        for name in own & bundle.manifest.graphs.keys():
+            assert_all_on_gpu(bundle.plain(name) / bundle.manifest.graphs[name].file, tmp_path)
+            own.remove(name)
+    assert not own
 
 
 class FormsOnCpu(onnxruntime.OnnxRuntimeCpu):

@@ -20,19 +20,15 @@ from fp64 import in_fp64
 from image_graphs import SQUARE
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
-from test_cuda_forms import ON_HOST, kinds, unequal
+from test_cuda_forms import ON_HOST, assert_all_on_gpu, kinds, ragged, unequal
 from test_tensorrt import serialize
 
-from turbochain.engines.forms import form
-from turbochain.engines.forms.bf16 import widen
-from turbochain.engines.forms.group_norm import expand_group_norms
+from turbochain.engines.forms import cuda
 from turbochain.engines.forms.tensorrt import rewrite
 from turbochain.export.families import common
 from turbochain.export.remedies import Remedy
 from turbochain.runtime import Bundle
-from turbochain.runtime.backends import onnxruntime_sessions as sessions
 from turbochain.runtime.backends import openvino_model
-from turbochain.runtime.backends.onnxruntime import CUDA_WITHOUT
 from turbochain.runtime.bundle.manifest import Graph
 from turbochain.runtime.checks.bounds import BOUNDS
 from turbochain.runtime.checks.metrics import relative_l2
@@ -110,15 +106,6 @@ def test_openvino_runs_the_encoder(checkpoints: dict[str, Path], half: Traced, b
     assert 1e-5 < error < BOUNDS[precision]["image_latents"]["relative_l2"]
 
 
-def on_cuda(path: Path, folder: Path) -> list[onnx.NodeProto]:
-    """The nodes of a graph's form for ONNX Runtime's CUDA provider, as they run."""
-    options = sessions.default_options()
-    options.optimized_model_filepath = str(folder / "optimised.onnx")
-    (folder / "form.onnx").write_bytes(form(path, [expand_group_norms, widen]))
-    sessions.load(str(folder / "form.onnx"), "form", options, sessions.CPU, {}, CUDA_WITHOUT)
-    return list(onnx.load(folder / "optimised.onnx", load_external_data=False).graph.node)
-
-
 @pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")
 @pytest.mark.parametrize("name", ["blend", "multistep"])
 def test_every_engine_takes_it(others: dict[str, Path], tmp_path: Path, name: str) -> None:
@@ -133,13 +120,13 @@ def test_every_engine_takes_it(others: dict[str, Path], tmp_path: Path, name: st
     for expected, made in zip(*(ReferenceEvaluator(model).run(None, feeds) for model in (old, new)), strict=True):
         np.testing.assert_allclose(made, expected, rtol=0, atol=1e-11 * np.abs(expected).max())
     assert kinds(old.graph.node) == kinds(new.graph.node)
-    found = on_cuda(path, tmp_path)
-    assert found and not kinds(found) & {*ON_HOST, "Pad"} and not unequal(found)
+    assert_all_on_gpu(path, tmp_path)
 
 
 def test_the_cuda_form_in_bf16_leaves_nothing_to_the_host(bf16: Traced) -> None:
     """ONNX Runtime's CPU provider does not take bf16, so the form is seen as it is."""
     folder, graphs = bf16
     path = folder / graphs["vae_encoder"].file
-    found = onnx.load_from_string(form(path, [expand_group_norms, widen])).graph.node
-    assert not kinds(found) & {*ON_HOST, "GroupNormalization"} and not unequal(found)
+    form = onnx.load_from_string(cuda.rewrite(path))
+    found = form.graph.node
+    assert not kinds(found) & {*ON_HOST, "GroupNormalization"} and not unequal(found) and not ragged(form)
