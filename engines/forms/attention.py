@@ -61,16 +61,16 @@ def _attention(softmax: ir.Node) -> _Attention | None:
     if first is None or second is None or second.op_type != "MatMul" or second.inputs[0] is not softmax.outputs[0]:
         return None
     (q, k), v = first.inputs, second.inputs[1]
-    if len(shape(scores) or ()) != 4 or len(shape(v) or ()) != 4:
+    sizes, result = shape(v), _joined(second)
+    if len(shape(scores) or ()) != 4 or sizes is None or len(sizes) != 4 or result is None:
         return None
-    heads = shape(v)[1]  # type: ignore[index]
-    parts = [_flat(value, order) for value, order in ((q, _HEADS_FIRST), (k, _AND_TRANSPOSED), (v, _HEADS_FIRST))]
-    result = _joined(second)
-    if not all(parts) or result is None:
+    heads, orders = sizes[1], (_HEADS_FIRST, _AND_TRANSPOSED, _HEADS_FIRST)
+    parts = [flat for value, order in zip((q, k, v), orders, strict=True) if (flat := _flat(value, order))]
+    if len(parts) < 3:
         return None
     (flat_q, by_q), (flat_k, by_k), (flat_v, by_v) = parts
     size = shape(flat_q)[2] // heads  # type: ignore[index]
-    if by_v != 1 or 2 * TILE * size * flat_q.dtype.itemsize >= WORKGROUP_BYTES:  # type: ignore[union-attr]
+    if by_v != 1 or 2 * TILE * size * flat_q.dtype.itemsize >= WORKGROUP_BYTES:
         return None
     return _Attention(flat_q, flat_k, flat_v, heads, factor * by_q * by_k, result)
 
