@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import image_calls
+import image_graphs
 import numpy as np
 import pytest
 import scenes
@@ -18,6 +20,7 @@ import torch
 from conftest import ON, ON_ARGUMENTS, called
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from here import build_here
+from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from test_parity import Pictures, assert_same_picture, ours, theirs
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -211,3 +214,13 @@ def test_demo_is_the_models_name_wherever_it_is_called(bundle: Path, tmp_path: P
     assert again.stdout.count("nothing to do") == 1
     said = called("build-engine", "./demo", "-o", "x.bundle", cwd=tmp_path)
     assert said.returncode == 2 and "has no model_index.json" in said.stderr
+
+
+@pytest.mark.full
+def test_a_picture_is_recoloured_as_by_diffusers(pictures: dict[int, Any], tmp_path: Path) -> None:
+    build_here("demo", tmp_path / "x.bundle", steps=[4], tasks=["image-to-image"], quiet=True, **ON)
+    reference, _ = image_graphs.pipelines(DEMO, "sd")
+    call = {"prompt": str(ASKED[1]), "image": Image.fromarray(pictures[0]), "strength": 0.75, "seed": 0}
+    call["num_inference_steps"] = 4
+    with Pipeline.load(tmp_path / "x.bundle") as pipe:
+        image_calls.assert_same(image_calls.ours(pipe, call), image_calls.theirs(reference, call))

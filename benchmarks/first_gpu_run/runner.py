@@ -56,8 +56,9 @@ def run(prepared: Path, out: Path, commit: str | None, steps: Sequence[Step] = S
     with tempfile.TemporaryDirectory() as site, (out / "log.txt").open("w") as log:
         for step in steps:
             limit = min(step.limit, end - time.monotonic())
-            update(path, "steps", step.name, value={"status": "left out: the time was spent"})
-            if limit >= LEAST:
+            begun = limit >= LEAST
+            update(path, "steps", step.name, value={"status": "running" if begun else "left out: the time was spent"})
+            if begun:
                 line = {"module": step.module or step.name, "arguments": step.arguments, "step": step.name}
                 given: dict[str, Any] = {"prepared": str(prepared.resolve()), "results": str(path), **line}
                 print(f"{step.name}, at most {limit:.0f} s", flush=True)
@@ -68,11 +69,22 @@ def run(prepared: Path, out: Path, commit: str | None, steps: Sequence[Step] = S
             status = read(path)["steps"][step.name]["status"]
             failed += status != "done"
             print(f"{step.name}: {status}", flush=True)
-    kernels = out / "inductor"
-    if kernels.exists():  # as one file, for a later run with the same PyTorch
-        shutil.make_archive(str(kernels), "gztar", kernels)
-        shutil.rmtree(kernels)
+    if (out / "inductor").exists():
+        pack(out / "inductor", end - time.monotonic())
     return failed
+
+
+def pack(folder: Path, limit: float) -> None:
+    """Make a folder one file, `….tar.gz`, for a later run with the same PyTorch; after `limit` seconds it is left."""
+    archive = folder.with_name(f"{folder.name}.tar.gz")
+    line = [sys.executable, "-m", "tarfile", "-c", archive.name, folder.name]
+    try:
+        subprocess.run(line, cwd=folder.parent, timeout=max(limit, 0), check=True)
+    except subprocess.SubprocessError as error:
+        archive.unlink(missing_ok=True)
+        print(f"{folder} stays a folder: {error}", flush=True)
+    else:
+        shutil.rmtree(folder)
 
 
 def _one(given: Mapping[str, Any], limit: float, environment: dict[str, str], log: TextIO) -> str:

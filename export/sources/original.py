@@ -37,6 +37,7 @@ _ALONE = {  # component → how a name begins in the file of one alone, in the o
     "vae": ("encoder.down.", "encoder.down_blocks."),
 }
 _SCALES = ("scaled_fp8", "scale_weight", "weight_scale", "scale_input", "input_scale", "comfy_quant")
+_EDM = "edm_"  # how names begin that tell of EDM's noise: edm_mean of Playground v2.5, edm_vpred of CosXL
 _CROSS_ATTENTION = re.compile(r"model\.diffusion_model\..*\.attn2\.to_k\.weight")
 _TOLD = {  # values that the cross-attention reads, a prefix that the file then has → the configuration
     (768, "cond_stage_model.transformer."): "sd15",
@@ -142,11 +143,11 @@ def read_any(path: Path) -> Original:
 def settled(path: Path, config: str | None) -> tuple[str, bool]:
     """Return the configuration of a file, and whether it is a guess: a preset's name, or a folder's path.
 
-    Raises InputError if `config` is neither, or is None and several are possible.
+    Raises InputError if `config` is neither, or is None and several are possible, or none.
     """
     choices = f"{', '.join(CONFIGS)}, or a folder with the JSON files of one in diffusers' format"
     if config is None:
-        if (guess := read(path).guess()) is None:
+        if (guess := _of_known_noise(read(path)).guess()) is None:
             raise InputError(f"{path} does not tell its configuration: name it with --config: {choices}")
         return guess, True
     if config not in PRESETS and not Path(config).is_dir():
@@ -154,13 +155,25 @@ def settled(path: Path, config: str | None) -> tuple[str, bool]:
     return config, False
 
 
+def _of_known_noise(original: Original) -> Original:
+    """Return it. Raises InputError if it says that it was trained with other noise than any of `CONFIGS`."""
+    if (name := next((name for name in original.tensors if name.startswith(_EDM)), None)) is not None:
+        raise InputError(
+            f"{original.path} was trained with EDM's noise, as Playground v2.5 and CosXL were (it has {name}), and "
+            "that of SD or SDXL was expected: build the model's folder in diffusers' format, or give --config one "
+            "with its JSON files"
+        )
+    return original
+
+
 def files_read(path: Path, config: str, scheduler: Mapping[str, Any]) -> dict[str, Path]:
     """Return what an export reads of a file and its settled configuration: name in the checkpoint → file.
 
     `scheduler`: the changes of the scheduler's config that are asked for. Raises InputError if the file is refused, if
-    it predicts something else than a preset's scheduler expects, or if a folder with the configuration lacks files.
+    it predicts something else than a preset's scheduler expects or other noise, or if a folder with the configuration
+    lacks files.
     """
-    tensors = read(path).tensors
+    tensors = (_of_known_noise(read(path)) if config in PRESETS else read(path)).tensors
     if config in PRESETS and "v_pred" in tensors:
         expected = {**PRESETS[config].settings, **scheduler}.get("prediction_type")
         needed = {"prediction_type": "v_prediction", **({"rescale_betas_zero_snr": True} if "ztsnr" in tensors else {})}

@@ -1,12 +1,14 @@
 """The first run on a GPU, tried on the stand-in: no step finds anything wrong there; the runner keeps its limits."""
 
-import gc
 import importlib
 import json
+import os
+import tarfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from first_gpu_run import (
     functions,
     hollow,
     inductor,
+    machine,
     miniatures,
     onnxruntime,
     runner,
@@ -78,9 +81,6 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
         return (real.cudaError_t.cudaSuccess,)
 
     monkeypatch.setattr(Runtime, "cudaLaunchHostFunc", host_function, raising=False)
-    monkeypatch.setattr(
-        gc, "collect", lambda: 0
-    )  # before each capture: with all of diffusers it takes a quarter second
     with standing_in(3) as runtime:
         yield runtime
 
@@ -250,6 +250,47 @@ def test_the_runner_keeps_its_limits(tmp_path: Path, monkeypatch: pytest.MonkeyP
     }
     assert "left out" in found["steps"]["onnxruntime"]["results"]
     assert "NoGpu" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_a_step_is_running_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the file says if the whole run is killed meanwhile."""
+    seen: list[str] = []
+
+    def look(given: dict[str, Any], *_: object) -> str:
+        seen.append(read(Path(given["results"]))["steps"][given["step"]]["status"])
+        return "done"
+
+    monkeypatch.setattr(runner, "_one", look)
+    assert runner.run(tmp_path, tmp_path / "out", None, [Step("functions", 30)]) == 0 and seen == ["running"]
+
+
+def test_kernels_are_packed_if_there_is_time(tmp_path: Path) -> None:
+    folder, archive = tmp_path / "inductor", tmp_path / "inductor.tar.gz"
+    folder.mkdir()
+    (folder / "kernel.so").write_bytes(b"kernel")
+    runner.pack(folder, -1)
+    assert (folder / "kernel.so").exists() and not archive.exists()
+    runner.pack(folder, 60)
+    assert not folder.exists()
+    with tarfile.open(archive) as packed:
+        assert packed.extractfile("inductor/kernel.so").read() == b"kernel"  # type: ignore[union-attr]
+
+
+def test_what_measures_is_written_down(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU that PyTorch and nvidia-smi tell of."""
+    told = SimpleNamespace(name="NVIDIA L4", major=8, minor=9, total_memory=24 * 2**30, uuid="1-2")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/sh\ncase "$1 $2" in *GPU-1-2*driver_version*) echo 580.1;; *) echo 1,2,3,4,5,6,7;; esac\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    update(report.path, "commit", value="abc")
+    machine.run(report, Path())
+    found = read(report.path)["run"]
+    assert found["commit"] == "abc" and found["versions"]["torch"] == torch.__version__ and found["machine"]["cores"]
+    gpu = ("name", "compute_capability", "memory_bytes", "driver")
+    assert [found["gpu"][name] for name in gpu] == ["NVIDIA L4", "8.9", 24 * 2**30, "580.1"]
+    assert results(report)["clocks"]["clocks.sm"] == "1"
 
 
 def test_a_figure_is_on_disk_at_once_and_an_error_loses_only_itself(report: Report) -> None:

@@ -64,6 +64,8 @@ def main() -> None:
     sheet({HEAD: cells, RECOLOURED: again}).save(arguments.output)
     print(f"{arguments.output}: {right} of {len(cells) + len(again)} pictures show what their prompt says;", end=" ")
     print(f"they differ from diffusers' by at most {largest} of 255 levels")
+    if largest > 1:
+        raise SystemExit("a picture differs from diffusers' by more than 1 level")
 
 
 def difference(ours: NDArray[np.uint8], diffusers: NDArray[np.uint8], amplified: int = 1) -> NDArray[np.uint8]:

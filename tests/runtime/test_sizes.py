@@ -20,6 +20,7 @@ from test_parity import assert_same_picture, load_diffusers, theirs
 
 from turbochain.engines import build
 from turbochain.runtime import Bundle, Pipeline
+from turbochain.runtime.checks.reference import read_cases
 
 SIZED = ("unet", "vae_decoder")
 FIRST, OTHER = "text-to-image", "other"
@@ -104,6 +105,7 @@ def test_sizes_in_any_order(checkpoints: dict[str, Path], tmp_path: Path) -> Non
     calls = [call for call in of_chains(path) if call.get("num_inference_steps") != 1]
     assert {call["chain"] for call in calls} == {*Bundle.open(path).manifest.chains}
     assert Bundle.open(path).open_chain().chain.K == 2
+    check_what_a_size_adds(path)
     for backend in ("onnxruntime", "openvino"):
         with Pipeline.load(path, backend=backend, keep_all=True) as pipe:
             right = [output(pipe, call).images for call in calls]
@@ -124,6 +126,20 @@ def test_latents_that_do_not_halve_evenly(checkpoints: dict[str, Path], tmp_path
     for backend in ("onnxruntime", "openvino"):
         with Pipeline.load(path, backend=backend) as pipe:
             assert_same_picture(pipe(**call, output_type="uint8").images, expected)
+
+
+def check_what_a_size_adds(path: Path) -> None:
+    """No weights, but graphs, tables, and as many recorded tensors as the first size has, 1.5 times as large."""
+    added = [file for file in path.rglob("*@96x64*") if file.is_file()]
+    assert {file.suffix for file in added} == {".onnx", ".json", ".safetensors"}
+    assert 0 < sum(file.stat().st_size for file in added) < 500_000
+    bundle = Bundle.open(path)
+    for chain in (name for name in bundle.manifest.chains if "@" not in name):
+        first, second = (
+            sum(array.nbytes for case in read_cases(bundle, name) for array in case.tensors.values())
+            for name in (chain, f"{chain}@96x64")
+        )
+        assert first < second <= 1.5 * first
 
 
 def check_in_a_random_order(pipe: Pipeline, calls: list[dict[str, Any]], right: list[Any]) -> None:

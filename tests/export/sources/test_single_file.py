@@ -84,7 +84,7 @@ def test_every_tensor_is_the_one_that_it_was(
     assert {p.name for p in made.iterdir()} == {p.name for p in folder.iterdir()} - {"README.md", "LICENSE"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_stored_precisions(
     dtype: torch.dtype, folders: dict[str, Path], whole: dict[str, Tensors], file: Callable[[Tensors], Path]
 ) -> None:
@@ -315,6 +315,21 @@ def test_a_file_that_predicts_v(file: Callable[[Tensors], Path]) -> None:
     assert (
         ExportOrder(str(path), config="sdxl", scheduler=needed).files() == ExportOrder(str(path), config="sd21").files()
     )
+
+
+def test_a_file_of_playground_is_not_taken_for_sdxl(
+    folders: dict[str, Path], whole: dict[str, Tensors], file: Callable[[Tensors], Path]
+) -> None:
+    """It has SDXL's tensors; only a folder has its scheduler, and how its latents are scaled."""
+    path = file(whole["sdxl"] | {"edm_mean": torch.zeros(1, 4, 1, 1), "edm_std": torch.ones(1, 4, 1, 1)})
+    with safe_open(path, framework="pt") as opened:
+        assert infer_diffusers_model_type({name: opened.get_tensor(name) for name in opened.keys()}) == (  # noqa: SIM118
+            "playground-v2-5"
+        )
+    for config in (None, "sdxl"):
+        with pytest.raises(InputError, match=r"trained with EDM's noise, .*edm_mean.*: build the model's folder"):
+            ExportOrder(str(path), config=config).files()
+    assert ExportOrder(str(path), config=str(folders["sdxl"])).files()["checkpoint.safetensors"] == path
 
 
 def test_a_part_of_another_model(

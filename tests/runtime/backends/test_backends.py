@@ -39,7 +39,8 @@ WHERE = [
     for name, device in USABLE
     for precision in (("fp32", "bf16") if name == "openvino" and openvino.has_bf16() else ("fp32",))
 ]
-GRAPHS = [("sd", g) for g in ("text_encoder", "unet", "step", "step+guidance", "vae_decoder")] + [
+OF_IMAGES = ("vae_encoder", "start")
+GRAPHS = [("sd", g) for g in ("text_encoder", "unet", "step", "step+guidance", "vae_decoder", *OF_IMAGES)] + [
     ("sdxl", g) for g in ("text_encoder", "text_encoder_2", "unet", "step", "step+guidance", "vae_decoder")
 ]
 CLOSE = {"fp32": {"float32": 1e-4, "uint8": 1.0}, "bf16": {"float32": 5e-2, "uint8": 8.0}}
@@ -64,16 +65,15 @@ def where(request: pytest.FixtureRequest) -> tuple[str, str, str]:
 def engines(
     where: tuple[str, str, str], bundle_of: BundleFactory, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[OpenChain, Found]]:
-    """Family → the chain of a bundle, and an engine of that kind."""
+    """Family → the chain of a bundle, and an engine of that kind; a GPU's has files for the graphs of images too."""
     backend, device, precision = where
+    chains = ["text-to-image"] + ["image-to-image"] * (device == "cuda")
     options = {"inference_precision": precision} if backend == "openvino" else {}
     found = {}
     for family in FAMILIES:
         path = tmp_path_factory.mktemp("bundle") / family
         shutil.copytree(bundle_of(family), path)
-        made = build_here(
-            str(path), path, backend=backend, device=device, options=options, chains=["text-to-image"], quiet=True
-        )
+        made = build_here(str(path), path, backend=backend, device=device, options=options, chains=chains, quiet=True)
         bundle = Bundle.open(path)
         found[family] = (bundle.open_chain(), Found(made.folder, bundle.engines()[made.engine]))
     return found
@@ -89,10 +89,10 @@ def opened(engine: tuple[OpenChain, Found], device: str) -> Executor:
 def executors(
     where: tuple[str, str, str], engines: dict[str, tuple[OpenChain, Found]]
 ) -> Iterator[dict[str, tuple[OpenChain, Executor]]]:
-    """Family → the chain, and an executor with every graph of it."""
+    """Family → the chain, and an executor with every graph of it and those of images."""
     made = {family: (of[0], opened(of, where[1])) for family, of in engines.items()}
     for chain, executor in made.values():
-        executor.load(chain.graphs)
+        executor.load([*chain.graphs, *OF_IMAGES])
     yield made
     for _, executor in made.values():
         executor.close()
@@ -103,6 +103,8 @@ def random_value(random: np.random.Generator, tensor: Tensor) -> np.ndarray:
         ids = random.integers(1, 49405, tensor.shape, np.int32)
         ids[:, 0], ids[:, 20], ids[:, 21:] = 49406, 49407, 0
         return ids
+    if tensor.dtype == "uint8":
+        return random.integers(0, 256, tensor.shape, np.uint8)
     return random.standard_normal(tensor.shape).astype(tensor.dtype)
 
 
@@ -116,7 +118,7 @@ def right(chain: OpenChain, graph: str, feeds: Mapping[str, np.ndarray]) -> dict
     for name, value in sorted(feeds.items()):
         key.update(f"{name} {value.dtype} {value.shape}".encode() + value.tobytes())
     if key.hexdigest() not in RIGHT:
-        model = onnx.load(chain.bundle.path / chain.graphs[graph].file)
+        model = onnx.load(chain.bundle.path / chain.bundle.manifest.graphs[graph].file)
         names = [o.name for o in model.graph.output]
         RIGHT[key.hexdigest()] = dict(zip(names, ReferenceEvaluator(model).run(names, dict(feeds)), strict=True))
     return RIGHT[key.hexdigest()]
@@ -137,7 +139,7 @@ def test_a_stage_computes_what_its_graph_says(
     where: tuple[str, str, str], executors: dict[str, tuple[OpenChain, Executor]], family: str, graph: str
 ) -> None:
     (chain, executor), random = executors[family], np.random.default_rng(0)
-    tensors = chain.graphs[graph]
+    tensors = chain.bundle.manifest.graphs[graph]
     for _ in range(2):  # the second launch reuses the buffers
         feeds = {t.name: random_value(random, t) for t in tensors.inputs}
         results = executor.execute(graph_plan(graph, tensors), feeds)
