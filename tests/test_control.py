@@ -119,6 +119,7 @@ def test_without_a_control_image_it_is_the_plain_pipeline(sd: Made) -> None:
     assert np.abs(steered.astype(int) - before).mean() > 5
 
 
+@pytest.mark.full
 def test_openvino_is_steered_and_then_draws_the_plain_picture(sd: Made, tmp_path: Path) -> None:
     """Nothing of a call with a control image is left for the next one."""
     steered = {**CALL, "control_image": picture(1), "controlnet": "canny"}

@@ -414,7 +414,8 @@ def test_both_unets_stay_if_all_are_to_be_kept(on_openvino: Path, files: dict[st
     assert seen == [{"unet"}, both, both]
 
 
-@pytest.mark.parametrize("fits", [True, pytest.param(False, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("fits", [True, False])
 def test_a_server_keeps_both_unets_if_both_fit(on_openvino: Path, files: dict[str, Path], fits: bool) -> None:
     """Which is known of the files' sizes: each graph has its own copy of what it shares with others."""
     graphs = Bundle.open(on_openvino).manifest.graphs
@@ -431,5 +432,13 @@ def test_a_server_keeps_both_unets_if_both_fit(on_openvino: Path, files: dict[st
     pipelines.close()
     with_slots = {"unet", "unet+lora"} if fits else {"unet+lora"}
     assert seen == [{"unet"}, with_slots, with_slots]
-    without = Settings((str(on_openvino),), memory_bytes=sum(weight.values()) - weight["unet+lora"])
-    assert Pipelines(Models.open(without), without)._weight(models.first) == without.memory_bytes
+
+
+def test_a_model_weighs_more_if_requests_may_name_adapters(slotted: Path, files: dict[str, Path]) -> None:
+    """Without any no UNet with slots is ever loaded."""
+    graphs = Bundle.open(slotted).manifest.graphs
+    weight = {name: sum((slotted / file).stat().st_size for file in g.files) for name, g in graphs.items()}
+    for folder, expected in ((str(files["a"].parent), 0), (None, weight["unet+lora"])):
+        settings = Settings((str(slotted),), lora_dir=folder)
+        models = Models.open(settings)
+        assert Pipelines(models, settings)._weight(models.first) == sum(weight.values()) - expected

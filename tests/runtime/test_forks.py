@@ -12,10 +12,30 @@ SECONDS = 60  # that a process has, so that one that hangs is told from one that
 
 SCRIPT = """
 import json, os, signal, sys, threading, time
+inside, forked = [], []
+os.register_at_fork(before=lambda: forked.append(bool(inside)))  # the first that registers is the last that runs
 from turbochain.runtime import Pipeline, TurbochainError
+from turbochain.runtime.backends.cpu import CpuExecutor
 
 bundle, backend, engines, limit = sys.argv[1:]
 CHILDREN = 4
+
+prepare = CpuExecutor._prepare
+
+def prepare_slow(executor, plan):
+    # each launch takes 20 ms at least, so that a fork of another thread would meet one
+    def slow(launch):
+        def launch_slowly():
+            inside.append(launch)
+            time.sleep(0.02)
+            launch()
+            inside.pop()
+        return launch_slowly
+    program = prepare(executor, plan)
+    program.launches = {run: slow(launch) for run, launch in program.launches.items()}
+    return program
+
+CpuExecutor._prepare = prepare_slow
 
 def load():
     return Pipeline.load(bundle, backend=backend, engines=engines)
@@ -76,7 +96,7 @@ found |= {"while a thread draws": drawing(pipe, lambda: draw(pipe)), "from a cal
 found |= {"fresh while a thread draws": drawing(pipe, fresh)} if backend == "onnxruntime" else {}
 pipe.close()
 found |= {"nothing after": child(lambda: None), "fresh after": child(fresh), "own": fresh()}
-print(json.dumps(found))
+print(json.dumps(found | {"forks": len(forked), "in a launch": sum(forked)}))
 """
 
 
@@ -88,6 +108,7 @@ def test_a_child_is_told_and_ends(backend: str, sd: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     picture = found.pop("before")
+    assert found.pop("forks") > 8 and found.pop("in a launch") == 0
     told = [found.pop("draw"), *found.pop("while a thread draws")]
     assert all("load the pipeline in the workers alone" in said for said in told), told
     assert found.pop("from a callback") == [None]
