@@ -14,6 +14,13 @@ _captures = 0  # that are going on in this process
 _was_enabled = True  # before the first of them
 
 
+def collect() -> None:
+    """Free what only refers to itself, unless a graph is being captured."""
+    with _lock:
+        if not _captures:
+            gc.collect()
+
+
 @contextmanager
 def kept() -> Iterator[None]:
     """Let nothing be collected meanwhile."""

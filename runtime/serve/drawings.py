@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from turbochain.runtime.serve.infotext import timestamp
+from turbochain.runtime.serve.service import first_of_group
 from turbochain.runtime.serve.source import Drawn, Job, Progress, Source
 
 
@@ -26,12 +27,10 @@ class Drawing:
 
         If one is refused, the others are not wanted any more. Raises Refused.
         """
-        try:
+        with first_of_group():
             async with asyncio.TaskGroup() as group:  # which takes no notice of a task that `interrupt` cancels
                 for job, progress in zip(self.jobs, self.progress, strict=True):
                     self._tasks.append(group.create_task(source.draw(job, progress)))
-        except BaseExceptionGroup as of_all:
-            raise of_all.exceptions[0] from None
         return {i: task.result() for i, task in enumerate(self._tasks) if not task.cancelled()}
 
     def interrupt(self) -> None:

@@ -65,7 +65,7 @@ _PARAMS = {"mask_image": "mask", "height": "size", "low": "canny", "high": "cann
 
 def of_input(error: InputError) -> Refused:
     """Return the answer to a bad argument; a message that begins with an argument's name says which."""
-    named = re.match(rf"(?:The )?({'|'.join(_ARGUMENTS)})\b", str(error))
+    named = re.match(rf"(?:the )?({'|'.join(_ARGUMENTS)})\b", str(error))
     return Refused(400, str(error), param=_PARAMS.get(named[1], named[1]) if named else None)
 
 

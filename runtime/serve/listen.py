@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import gc
 import os
 import socket
 import sys
@@ -15,6 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from turbochain.runtime.backends import garbage
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.serve.app import make_app
 from turbochain.runtime.serve.errors import unavailable
@@ -62,13 +64,20 @@ def _one_arena() -> None:
         library.mallopt(trim_threshold, 1 << 16)
 
 
-async def _give_back_memory() -> None:
-    """Return to the system, again and again, what is free in the arena, the holes below its end too."""
-    with suppress(OSError, AttributeError):
-        trim = ctypes.CDLL(None).malloc_trim
-        while True:
-            await asyncio.sleep(TRIM_SECONDS)
-            await asyncio.to_thread(trim, 0)
+async def _give_back_memory(worker: Worker) -> None:
+    """Return to the system, again and again, what is free, the holes in the arena too.
+
+    Python by itself collects what only refers to itself when that is a quarter of all objects; those that live as long
+    as the process do not count any more, so that it takes milliseconds.
+    """
+    await worker.begun()
+    garbage.collect()
+    gc.freeze()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)  # glibc's
+    while True:
+        await asyncio.sleep(TRIM_SECONDS)
+        garbage.collect()
+        await asyncio.to_thread(trim, 0)
 
 
 def config(app: ASGIApp, lifespan: Literal["on", "off"] = "on") -> uvicorn.Config:
@@ -153,7 +162,7 @@ class Server(uvicorn.Server):
             host, port = sock.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             print(f"serving {', '.join(models.by_name)} at http://{shown}:{port}", file=sys.stderr, flush=True)
-            beside = [asyncio.create_task(task) for task in (self._end_with(worker), _give_back_memory())]
+            beside = [asyncio.create_task(task) for task in (self._end_with(worker), _give_back_memory(worker))]
             await serving
             for task in beside:
                 task.cancel()

@@ -1,8 +1,9 @@
 """What every route needs: the models, the source of pictures, and a way to draw that ends if the client hangs up."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -38,12 +39,22 @@ class Service:
     async def draw(self, jobs: Sequence[Job]) -> list[Drawn]:
         """Draw several pictures; if one is refused, the others are not wanted any more. Raises Refused."""
         tasks: list[asyncio.Task[Drawn]] = []
-        try:
+        with first_of_group():
             async with asyncio.TaskGroup() as group:
                 tasks += [group.create_task(self.source.draw(job)) for job in jobs]
-        except BaseExceptionGroup as group_of:
-            raise group_of.exceptions[0] from None
         return [task.result() for task in tasks]
+
+
+@contextmanager
+def first_of_group() -> Iterator[None]:
+    """Raise the first of a group's errors in place of the group."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error = group.exceptions[0]
+    else:
+        return
+    raise error  # here it does not refer to the group, which refers to it
 
 
 async def while_connected(http: HttpRequest, work: Coroutine[Any, Any, Of]) -> Of:
