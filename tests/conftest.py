@@ -6,6 +6,7 @@ What they share, the miniature checkpoints and the bundles, is in `bundles.py`.
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a thread for each process is what two cores have
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # a process that compiles our modules anew takes long to start
 
 import contextlib
 import dataclasses
