@@ -41,11 +41,13 @@ _LCM = {"_class_name": "LCMScheduler"}
 _OPENRAIL = "openrail++"
 
 
-def _lightning(steps: int) -> Distilled:
+def _lightning(steps: int, lora: bool = False) -> Distilled:
+    file = f"ByteDance/SDXL-Lightning/sdxl_lightning_{steps}step_{'lora' if lora else 'unet'}.safetensors"
     return Distilled(
-        purpose=f"SDXL-Lightning, {steps} steps",
+        purpose=f"SDXL-Lightning, {steps} steps" + (", a LoRA for relatives of SDXL" if lora else ""),
         source=SDXL,
-        unet=f"ByteDance/SDXL-Lightning/sdxl_lightning_{steps}step_unet.safetensors",
+        unet=None if lora else file,
+        lora=(file,) if lora else (),
         scheduler=_EULER_TRAILING,
         steps=(steps,),
         license=_OPENRAIL,
@@ -72,6 +74,7 @@ RECIPES: dict[str, Distilled] = {
         license=_OPENRAIL,
     ),
     **{f"sdxl-lightning-{steps}step": _lightning(steps) for steps in (2, 4, 8)},
+    **{f"sdxl-lightning-{steps}step-lora": _lightning(steps, lora=True) for steps in (2, 4, 8)},
     "hyper-sd-1step": Distilled(
         purpose="Hyper-SD of SDXL, 1 step, a UNet",
         source=SDXL,

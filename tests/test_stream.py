@@ -14,6 +14,7 @@ import lora_files
 import numpy as np
 import pytest
 from conftest import ON, SIZE, BundleFactory, reseal
+from cuda_forms import assert_all_on_gpu
 from here import build_here
 from image_calls import Call, compared, picture, prompts, strength, theirs
 from PIL import Image
@@ -25,6 +26,7 @@ from turbochain.engines.backends import tensorrt
 from turbochain.export import tables
 from turbochain.export.order import ExportOrder
 from turbochain.export.requested import Requested
+from turbochain.export.sources import synthetic
 from turbochain.runtime import (
     Bundle,
     BundleError,
@@ -57,6 +59,12 @@ class Made:
 
     path: Path
     theirs: Any
+    calls: Sequence[Call]
+
+
+def of_rows(rows: int) -> list[Call]:
+    """Arguments of which all make so many steps."""
+    return [{"num_inference_steps": steps, "strength": strength(steps, rows)} for steps in range(rows, 5)]
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +80,13 @@ def ancestral(sd: Path, checkpoints: dict[str, Path], tmp_path_factory: pytest.T
     build_here(str(checkpoints["sd"]), path, precision="fp32", size=SIZE, quiet=True, **what, **ON)
     reference, _ = image_graphs.pipelines(checkpoints["sd"], "sd")
     reference.scheduler = getattr(diffusers, ANCESTRAL).from_config(reference.scheduler.config)
-    return Made(path, reference)
+    return Made(path, reference, of_rows(3))
 
 
 FULL: Mapping[str, dict[str, Any]] = {
     "sd": {"stream_batch": 2, "tasks": ["image-to-image", "stream"], "batch": [3, 1]},
     "sdxl": {"stream_batch": 3, "tasks": ["stream"]},  # Euler ancestral is the checkpoint's own
+    "lcm": {"stream_batch": 2, "tasks": ["stream"], "steps": [2]},
 }
 
 
@@ -90,8 +99,16 @@ def made(
         found: Made = request.getfixturevalue(name)
         return found
     path = tmp_path_factory.mktemp(name) / "x.bundle"
-    build_here(str(checkpoints[name]), path, precision="fp32", size=SIZE, quiet=True, **FULL[name], **ON)
-    return Made(path, image_graphs.pipelines(checkpoints[name], name)[0])
+    checkpoint = checkpoints.get(name, path.with_name("checkpoint"))
+    if name not in checkpoints:
+        synthetic.write_checkpoint("lcm-sd15-mini", checkpoint)
+    build_here(str(checkpoint), path, precision="fp32", size=SIZE, quiet=True, **FULL[name], **ON)
+    if name in checkpoints:
+        return Made(path, image_graphs.pipelines(checkpoint, name)[0], of_rows(FULL[name]["stream_batch"]))
+    theirs = diffusers.LatentConsistencyModelImg2ImgPipeline.from_pretrained(checkpoint, local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    # Its sampler makes every step at each strength; without guidance its UNet still reads a scale.
+    return Made(path, theirs, [{"num_inference_steps": 2, "strength": 0.8, "guidance_scale": 8.5}])
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +144,7 @@ def test_every_frame_is_the_picture_of_diffusers_own_call(made: Made) -> None:
     opened = Bundle.open(made.path).open_chain("stream")
     rows = opened.chain.stream
     with Pipeline.load(made.path, chain="stream") as pipe, compared() as apart:
-        for steps in range(rows, 5):
-            call: Call = {"num_inference_steps": steps, "strength": strength(steps, rows)}
+        for call in made.calls:
             with pipe.stream("", **call, output_type="uint8") as stream:
                 outputs = []
                 for frame, stream.prompt, seed in zip(FRAMES, PROMPTS, SEEDS, strict=True):
@@ -426,6 +442,12 @@ def test_tensorrt_builds_its_graphs(ancestral: Made, graph: str) -> None:
     where = (ancestral.path / "graphs" / f"{graph}.onnx", graph, options.resolve("tensorrt", {}), target("sm89"))
     watched = (lambda done, total: None, lambda severity, text: said.append(text))
     assert tensorrt.serialize(*where, Path("/nowhere"), *watched).nbytes > 1000 and said
+
+
+def test_no_node_of_them_is_left_to_the_host_on_a_gpu(ancestral: Made, tmp_path: Path) -> None:
+    """Of ONNX Runtime's forms."""
+    for graph in ("enter", "unet+stream", "step+stream"):
+        assert_all_on_gpu(ancestral.path / "graphs" / f"{graph}.onnx", tmp_path)
 
 
 def test_names_of_several_sizes_and_batches(checkpoints: dict[str, Path]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import diffusers
 import huggingface_hub
+import image_calls
 import lora_files
 import pytest
 import torch
@@ -39,6 +40,7 @@ PARTS = {
     "ByteDance/SDXL-Lightning": (
         *("sdxl_lightning_1step_unet_x0.safetensors", "sdxl_lightning_2step_unet.safetensors"),
         *("sdxl_lightning_4step_unet.safetensors", "sdxl_lightning_8step_unet.safetensors"),
+        *(f"sdxl_lightning_{n}step_lora.safetensors" for n in (2, 4, 8)),
     ),
     "ByteDance/Hyper-SD": (
         *("Hyper-SDXL-1step-Unet.safetensors", "Hyper-SDXL-2steps-lora.safetensors"),
@@ -50,6 +52,8 @@ PARTS = {
     "latent-consistency/lcm-lora-sdv1-5": ("pytorch_lora_weights.safetensors",),
     "latent-consistency/lcm-sdxl": (),  # a UNet with a config of its own
 }
+NAMINGS = {"SDXL-Lightning": "kohya", "Hyper-SD": "kohya", "DMD2": "peft", "lcm-lora-sdxl": "kohya"}
+"""Repository → how its LoRAs name their layers; lcm-lora-sdv1-5 has peft's names here, so that both are tried."""
 DMD2 = "tianweiy/DMD2/dmd2_sdxl_4step_lora_fp16.safetensors"
 LIGHTNING = "ByteDance/SDXL-Lightning/sdxl_lightning_4step_unet.safetensors"
 
@@ -87,7 +91,8 @@ CARDS = {
         "EulerDiscreteScheduler", {**TRAILING, "prediction_type": "sample"}, {"num_inference_steps": 1}
     ),
     **{
-        f"sdxl-lightning-{n}step": Card("EulerDiscreteScheduler", TRAILING, {"num_inference_steps": n})
+        f"sdxl-lightning-{n}step{kind}": Card("EulerDiscreteScheduler", TRAILING, {"num_inference_steps": n})
+        for kind in ("", "-lora")
         for n in (2, 4, 8)
     },
     "hyper-sd-1step": Card("LCMScheduler", {}, {"timesteps": [800]}),
@@ -131,7 +136,7 @@ def files(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
             UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": 32}).half().save_pretrained(snapshot)
         for name in names:
             family = "sd" if "15" in name or "v1-5" in repository else "sdxl"
-            kind = "unet" if "unet" in name.lower() else "kohya" if "Hyper" in name else "peft"
+            kind = "unet" if "unet" in name.lower() else NAMINGS.get(repository.split("/")[1], "peft")
             if (family, kind) in written:
                 os.link(written[family, kind], snapshot / name)
                 continue
@@ -139,8 +144,9 @@ def files(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
             if kind == "unet":
                 distilled(checkpoints[family], snapshot / name)
             else:
-                layers = lora_files.draw(checkpoints[family], dtype=torch.float16, only="unet.", ranks=(2,))
-                lora_files.write(snapshot / name, layers, kind)
+                drawn = lora_files.draw(checkpoints[family], dtype=torch.float16, only="unet.", ranks=(2,))
+                blocks = {place: layer for place, layer in drawn.items() if "block" in place[1]}
+                lora_files.write(snapshot / name, blocks, kind)  # what such LoRAs are trained of, convolutions too
     return cache
 
 
@@ -254,6 +260,32 @@ def test_a_recipe_is_what_the_models_page_says(
         row = float(table.m[i, 0, 0]) * x + float(table.v[i, 0]) * predictions[i] + float(table.w[i, 0]) * n
         x = theirs.step(predictions[i], t, x, **card.step, generator=drawn).prev_sample
         torch.testing.assert_close(row, x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_a_recipes_picture_is_diffusers(name: str, cache: Path, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Made as the model's page says, of the same files."""
+    card, recipe = CARDS[name], recipes.RECIPES[name]
+    how: dict[str, Any] = {"precision": "fp32", "size": SIZE, "tasks": ["text-to-image"], "quiet": True}
+    assert build_here(str(bases[card.family]), tmp_path / "x.bundle", recipe=name, **how, **ON).checks
+
+    pipe = load_diffusers(bases[card.family])
+    if recipe.unet == "latent-consistency/lcm-sdxl":
+        folder = cache / "models--latent-consistency--lcm-sdxl/snapshots" / COMMIT
+        pipe.unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
+    elif recipe.unet:
+        pipe.unet.load_state_dict(load_file(snapshot(cache, recipe.unet)))
+    for lora in recipe.lora:
+        pipe.load_lora_weights(str(snapshot(cache, lora)))
+        pipe.fuse_lora()
+    pipe.scheduler = card.made(pipe.scheduler.config)
+    call = {"prompt": "a cat in the snow", "seed": 3}
+    with Pipeline.load(tmp_path / "x.bundle") as ours:
+        steps = card.call.get("num_inference_steps", len(card.call.get("timesteps", ())))
+        picture = ours(**call, num_inference_steps=steps, output_type="uint8").images
+    more = {"guidance_scale": recipe.guidance_scale, "height": SIZE[1], "width": SIZE[0]}
+    assert_same_picture(picture, image_calls.theirs(pipe, {**call, **card.call, **card.step, **more}))
 
 
 def test_a_unets_weights_are_the_files(cache: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ import openvino
 import pytest
 import torch
 from conftest import BundleFactory
+from cuda_forms import ON_HOST, assert_all_on_gpu, kinds, ragged, unequal
 from diffusers import AutoencoderKL
 from fp64 import in_fp64
 from image_graphs import SQUARE
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
-from test_cuda_forms import ON_HOST, assert_all_on_gpu, kinds, ragged, unequal
 from test_tensorrt import serialize
 
 from turbochain.engines.forms import cuda

@@ -17,14 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import control_nets
+import image_graphs
 import onnx
 import pytest
-from conftest import HALF, BundleFactory, called, command
+from conftest import HALF, ON, SIZE, BundleFactory, called, command
+from cuda_forms import assert_all_on_gpu
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from here import build_here
 
 from turbochain.engines import build, options
 from turbochain.engines.backends import tensorrt
+from turbochain.export.families import common
+from turbochain.export.remedies import Remedy
+from turbochain.export.sources import synthetic
 from turbochain.runtime import BackendMissing, Bundle, TurbochainError
 from turbochain.runtime.backends.contract import Device
 from turbochain.runtime.backends.tensorrt import (
@@ -113,6 +119,27 @@ def test_controlnets_and_t2i_adapters_are_built(checkpoints: dict[str, Path], tm
     for name in ("unet", "controlnet-canny", "controlnet_embedding-canny", "t2i_adapter-sketch", "t2i_scale"):
         attentions, fused = check_graph(bundle.path / bundle.manifest.graphs[name].file, name)
         assert fused == attentions, name
+
+
+@pytest.mark.full
+def test_sd15s_unet_is_built(tmp_path: Path) -> None:
+    """With 1x1 convolutions around its attentions, of which TensorRT fuses some; ONNX Runtime's form runs whole."""
+    synthetic.write_checkpoint("sd15-mini", tmp_path / "checkpoint")
+    how: dict[str, Any] = {"precision": "fp16", "size": SIZE, "steps": [2], "tasks": ["text-to-image"], "quiet": True}
+    bundle = Bundle.open(build_here(str(tmp_path / "checkpoint"), tmp_path / "x.bundle", **how, **ON).bundle)
+    path = bundle.path / bundle.manifest.graphs["unet"].file
+    size, said = serialize(path, "unet")
+    assert size > 1000 and len(attentions(path, said)) >= 8
+    assert_all_on_gpu(path, tmp_path)
+
+
+@pytest.mark.full
+def test_an_encoder_that_reads_the_scale_alone_is_built(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    opened = image_graphs.checkpoint(checkpoints["sdxl"])
+    specs = image_graphs.own(opened, common.PLAIN_ENCODER)
+    (graph,) = image_graphs.traced(opened, specs, image_graphs.SQUARE, tmp_path, Remedy("fp16")).values()
+    assert check_graph(tmp_path / graph.file, common.PLAIN_ENCODER) == (1, 0)
+    assert_all_on_gpu(tmp_path / graph.file, tmp_path)
 
 
 def listing(folder: Path) -> dict[str, str]:
