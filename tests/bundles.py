@@ -291,16 +291,6 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
 
 
 @pytest.fixture
-def near_copy_of(tmp_path: Path) -> Callable[[Path], Path]:
-    """A bundle → a copy of which a test may change all but the weights: those are the bundle's own files."""
-
-    def link_weights(source: str, target: str) -> None:
-        (os.link if source.endswith(".data") else shutil.copyfile)(source, target)
-
-    return lambda bundle: Path(shutil.copytree(bundle, tmp_path / bundle.name, copy_function=link_weights))
-
-
-@pytest.fixture
 def opened(sd: Path) -> Bundle:
     """The SD miniature, opened."""
     return Bundle.open(sd)

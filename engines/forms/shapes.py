@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
@@ -24,6 +25,18 @@ def read(path: Path) -> ir.Model:
     model = ir.from_proto(proto)
     ir.external_data.set_base_dir(model.graph, path.parent)
     return model
+
+
+def values(tensor: ir.TensorProtocol) -> np.ndarray:
+    """Return the values of a tensor of a bundle's graph.
+
+    onnx_ir refuses external data with several names, as the hub's cache and a site have them; but not of a tensor
+    without a base_dir. The files of a bundle are hashed, and lie inside it.
+    """
+    if isinstance(tensor, ir.ExternalTensor):
+        place, part = Path(tensor.path).absolute(), (tensor.offset, tensor.length, tensor.dtype)
+        tensor = ir.ExternalTensor(place, *part, shape=tensor.shape, name=tensor.name)
+    return tensor.numpy()
 
 
 def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from turbochain.engines.forms.shapes import maker, shape
+from turbochain.engines.forms.shapes import maker, shape, values
 from turbochain.runtime.backends.upsampling import transposed_kernel
 
 _NEAREST = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
@@ -27,7 +27,7 @@ def merge_upsampling(model: ir.Model) -> int:
     pairs = [pair for node in model.graph if (pair := _pair(node))]
     for pair in pairs:
         old = pair.convolution
-        kernel = transposed_kernel(pair.weight.numpy()).astype(pair.weight.dtype.numpy())
+        kernel = transposed_kernel(values(pair.weight)).astype(pair.weight.dtype.numpy())
         weight = ir.val(f"{old.name}.transposed", const_value=ir.tensor(kernel))
         model.graph.register_initializer(weight)
         new = ir.node("ConvTranspose", [pair.small, weight, *old.inputs[2:]], _TRANSPOSED, name=old.name)

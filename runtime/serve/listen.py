@@ -73,11 +73,11 @@ async def _give_back_memory(worker: Worker) -> None:
     await worker.begun()
     garbage.collect()
     gc.freeze()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)  # glibc's
     while True:
         await asyncio.sleep(TRIM_SECONDS)
         garbage.collect()
-        await asyncio.to_thread(trim, 0)
+        with suppress(OSError, AttributeError):  # glibc alone has it
+            await asyncio.to_thread(ctypes.CDLL(None).malloc_trim, 0)
 
 
 def config(app: ASGIApp, lifespan: Literal["on", "off"] = "on") -> uvicorn.Config:

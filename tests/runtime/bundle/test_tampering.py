@@ -369,21 +369,21 @@ MANIFEST_EDITS = {
 
 
 @pytest.mark.parametrize("case", MANIFEST_EDITS)
-def test_a_manifest_that_is_not_sound(sd: Path, near_copy_of, case: str) -> None:
-    bundle, (edit, expected) = near_copy_of(sd), MANIFEST_EDITS[case]
+def test_a_manifest_that_is_not_sound(sd: Path, copy_of, case: str) -> None:
+    bundle, (edit, expected) = copy_of(sd), MANIFEST_EDITS[case]
     edit_json(bundle / "bundle.json", edit)
     assert expected in refusal(bundle)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"bundle"', "[" * 100_000, "\ud800"])
-def test_a_manifest_that_is_no_json_object(sd: Path, near_copy_of, text: str) -> None:
-    bundle = near_copy_of(sd)
+def test_a_manifest_that_is_no_json_object(sd: Path, copy_of, text: str) -> None:
+    bundle = copy_of(sd)
     (bundle / "bundle.json").write_text(text, "utf-8", "surrogatepass")
     assert str(bundle / "bundle.json") in refusal(bundle)
 
 
-def test_every_problem_of_a_manifest_is_listed(sd: Path, near_copy_of) -> None:
-    bundle = near_copy_of(sd)
+def test_every_problem_of_a_manifest_is_listed(sd: Path, copy_of) -> None:
+    bundle = copy_of(sd)
     edits = (put("speed", value=1), drop("family"), put("created", value=3), put(*UNET, "opset", value="x"))
     edit_json(bundle / "bundle.json", together(*edits))
     message = refusal(bundle)
@@ -409,14 +409,14 @@ def test_every_problem_of_a_manifest_is_listed(sd: Path, near_copy_of) -> None:
     assert all(word in message for word in ("[1, 128, 64, 3]", "it draws ['latents']", "table 2 has", "input_ids is"))
 
 
-def test_an_older_format_is_to_be_built_again(sd: Path, near_copy_of) -> None:
-    bundle = near_copy_of(sd)
+def test_an_older_format_is_to_be_built_again(sd: Path, copy_of) -> None:
+    bundle = copy_of(sd)
     edit_json(bundle / "bundle.json", put("format_version", value=1))
     assert refusal(bundle).endswith(f": remove {bundle}, and build it again with build-engine SOURCE")
 
 
-def test_known_features_are_read(sd: Path, near_copy_of) -> None:
-    bundle = near_copy_of(sd)
+def test_known_features_are_read(sd: Path, copy_of) -> None:
+    bundle = copy_of(sd)
     edit_json(bundle / "bundle.json", put("requires", value=dict.fromkeys(FEATURES, "0.1")))
     assert Bundle.open(bundle).manifest.requires.keys() == {*FEATURES}
 
@@ -463,8 +463,8 @@ TABLE_EDITS = {
 
 
 @pytest.mark.parametrize("case", TABLE_EDITS)
-def test_tables_that_are_not_sound(sd: Path, near_copy_of, case: str) -> None:
-    bundle, (edit, expected) = near_copy_of(sd), TABLE_EDITS[case]
+def test_tables_that_are_not_sound(sd: Path, copy_of, case: str) -> None:
+    bundle, (edit, expected) = copy_of(sd), TABLE_EDITS[case]
     arrays = load_file(bundle / TABLE)
     edit(arrays)
     save_file(
@@ -488,9 +488,9 @@ NO_TABLES = {
 
 
 @pytest.mark.parametrize("case", NO_TABLES)
-def test_a_table_file_that_cannot_be_read(sd: Path, near_copy_of, case: str) -> None:
+def test_a_table_file_that_cannot_be_read(sd: Path, copy_of, case: str) -> None:
     """Its hash is right."""
-    bundle = near_copy_of(sd)
+    bundle = copy_of(sd)
     NO_TABLES[case](bundle / TABLE)
     rehash(bundle, TABLE)
     message = refusal(bundle)
@@ -503,8 +503,8 @@ def command_refuses(*words: object) -> bool:
     return (done.returncode, done.stdout) == (2, "") and TABLE in done.stderr
 
 
-def test_every_problem_of_a_table_file_is_listed_once(sdxl: Path, near_copy_of) -> None:
-    bundle = near_copy_of(sdxl)
+def test_every_problem_of_a_table_file_is_listed_once(sdxl: Path, copy_of) -> None:
+    bundle = copy_of(sdxl)
     arrays = load_file(bundle / TABLE)
     arrays["1/m"] = arrays["1/m"][:0]
     for name in ("2/v", "constants/time_ids_embeds", "columns/time_embeds"):
@@ -674,16 +674,16 @@ ENGINE_EDITS = {
 
 
 @pytest.mark.parametrize("case", ENGINE_EDITS)
-def test_an_engine_that_does_not_fit(sd: Path, near_copy_of, case: str) -> None:
-    bundle, (edit, expected) = near_copy_of(sd), ENGINE_EDITS[case]
+def test_an_engine_that_does_not_fit(sd: Path, copy_of, case: str) -> None:
+    bundle, (edit, expected) = copy_of(sd), ENGINE_EDITS[case]
     edit_json(engine_json(bundle), edit)
     message = refusal(bundle)
     assert expected in message and message.endswith(f"build one: build-engine {bundle}")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
-def test_an_engine_whose_manifest_is_damaged(sd: Path, near_copy_of, text: str) -> None:
-    bundle = near_copy_of(sd)
+def test_an_engine_whose_manifest_is_damaged(sd: Path, copy_of, text: str) -> None:
+    bundle = copy_of(sd)
     engine_json(bundle).write_text(text)
     message = refusal(bundle)
     assert "engine.json" in message and message.endswith(f"build one: build-engine {bundle}")
@@ -703,22 +703,22 @@ def test_an_engines_options_and_files(sd: Path) -> None:
     assert changed.files == {f"{name}.engine": record for name in engine.graphs} and len(engine.graphs) > 1
 
 
-def test_an_engine_that_is_being_built_is_not_there_yet(sd: Path, near_copy_of) -> None:
-    path = near_copy_of(sd)
+def test_an_engine_that_is_being_built_is_not_there_yet(sd: Path, copy_of) -> None:
+    path = copy_of(sd)
     (engine,) = Bundle.open(path).engines()
     (path / "engines" / engine).rename(path / "engines" / f".{engine}")
     assert Bundle.open(path).engines() == {}
 
 
-def test_no_engine(sd: Path, near_copy_of) -> None:
-    bundle = near_copy_of(sd)
+def test_no_engine(sd: Path, copy_of) -> None:
+    bundle = copy_of(sd)
     shutil.rmtree(bundle / "engines")
     assert refusal(bundle).endswith(f"(it has none); build one: build-engine {bundle}")
 
 
 @pytest.mark.parametrize("name", ["plan.bin", "../../../plan.bin"])
-def test_a_file_of_an_engine(sd: Path, near_copy_of, name: str) -> None:
-    bundle = near_copy_of(sd)
+def test_a_file_of_an_engine(sd: Path, copy_of, name: str) -> None:
+    bundle = copy_of(sd)
     edit_json(engine_json(bundle), put("graphs", "unet", "files", name, value={"size": 1, "sha256": "0" * 64}))
     expected = "is not a path inside" if name.startswith(".") else "is missing"
     assert f"{name!r} {expected}" in refusal(bundle)
@@ -726,8 +726,8 @@ def test_a_file_of_an_engine(sd: Path, near_copy_of, name: str) -> None:
         verify.verify_bundle(bundle)
 
 
-def test_a_second_engine_that_fits_serves(sd: Path, near_copy_of) -> None:
-    bundle = near_copy_of(sd)
+def test_a_second_engine_that_fits_serves(sd: Path, copy_of) -> None:
+    bundle = copy_of(sd)
     engine = engine_json(bundle)
     shutil.copytree(engine.parent, engine.parent.with_name("other"))
     engine.write_text("{")
@@ -767,8 +767,8 @@ def test_the_commands_refuse(sd: Path, copy_of, tmp_path: Path, case: str) -> No
     assert not picture.exists()
 
 
-def test_inspect_shows_a_damaged_engine(sd: Path, near_copy_of) -> None:
-    bundle = near_copy_of(sd)
+def test_inspect_shows_a_damaged_engine(sd: Path, copy_of) -> None:
+    bundle = copy_of(sd)
     engine_json(bundle).write_text("{")
     done = called("turbochain", "inspect", bundle, "--json")
     (engine,) = json.loads(done.stdout)["engines"].values()

@@ -114,7 +114,7 @@ FEW = (("2", []), ("1", ["guidance"]))
 
 
 @pytest.fixture
-def few(request: pytest.FixtureRequest, near_copy_of: Copy) -> Callable[[str], Path]:
+def few(request: pytest.FixtureRequest, copy_of: Copy) -> Callable[[str], Path]:
     """A family → a copy of its bundle with the cases `FEW` alone, which are verified in half the time."""
 
     def rename(_: Arrays, cases: list[dict[str, Any]]) -> None:
@@ -124,7 +124,7 @@ def few(request: pytest.FixtureRequest, near_copy_of: Copy) -> Callable[[str], P
             case["chain"] = "another"
 
     def make(family: str) -> Path:
-        path = near_copy_of(request.getfixturevalue(family))
+        path = copy_of(request.getfixturevalue(family))
         in_reference(path, rename)
         return path
 
