@@ -7,7 +7,7 @@ shared bundle, which has the same weights. Everything else is the export's own w
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,10 +80,12 @@ def checkpoint_with(case: Case, checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-def export_with(case: Case, checkpoint: Path, donor: Bundle, batch: int, output: Path) -> Bundle:
+def export_with(
+    steps: Iterable[int], checkpoint: Path, donor: Bundle, batch: int, output: Path, eta: float = 0.0
+) -> Bundle:
     """Export a checkpoint, and give the bundle the donor's engine, which is verified when it is first loaded."""
     what: dict[str, Any] = {"tasks": (TEXT_TO_IMAGE,), "sizes": (SIZE,), "batches": (batch,)}
-    order = ExportOrder(str(checkpoint), "fp32", steps=tuple(case.rows), eta=case.eta, **what)
+    order = ExportOrder(str(checkpoint), "fp32", steps=tuple(steps), eta=eta, **what)
     folder = output.with_name("partial")
     folder.mkdir()
     bundling.export(Here(0, None, True, []), order, order.requested("fp32"), Digests(), folder, output, True)
@@ -107,7 +109,8 @@ def made(
     (family, name), folder = request.param, tmp_path_factory.mktemp("made")
     checkpoint = checkpoint_with(CASES[name], checkpoints[family], folder / "checkpoint")
     donor = Bundle.open(bundle_of(family))
-    bundle = export_with(CASES[name], checkpoint, donor, BATCH[family, "fp32"], folder / "x.bundle")
+    case = CASES[name]
+    bundle = export_with(case.rows, checkpoint, donor, BATCH[family, "fp32"], folder / "x.bundle", case.eta)
     chain = bundle.open_chain()
     assert chain.chain.K == CASES[name].K
     assert {steps: chain.tables[chain.find(steps)].rows for steps in chain.steps} == CASES[name].rows

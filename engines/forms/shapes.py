@@ -30,7 +30,7 @@ def read(path: Path) -> ir.Model:
 def values(tensor: ir.TensorProtocol) -> np.ndarray:
     """Return the values of a tensor of a bundle's graph.
 
-    onnx_ir refuses external data with several names, as the hub's cache and a site have them; but not of a tensor
+    onnx_ir refuses external data with several names, as a bundle of the hub's cache has it; but not of a tensor
     without a base_dir. The files of a bundle are hashed, and lie inside it.
     """
     if isinstance(tensor, ir.ExternalTensor):

@@ -31,11 +31,11 @@ def export_web(
 ) -> Path:
     """Write the folder `output`: a site that draws with the bundle in its visitor's browser; returns the folder.
 
-    Any static server can host it, and it needs nothing else: large files are hard links or copies. The bundle must
-    have an engine of the backend `web`. `cdn`: an address that has npm's packages, as PACKAGE@VERSION/…; the site's
-    page then loads ONNX Runtime Web and the tokenizers from there, and not from the site. `force`: replace a site that
-    is there. `engines`, `trust_engines`: as for `Pipeline.load`. `node_modules`: a folder with the packages; by default
-    npm fetches them. The folder is written whole or not at all.
+    Any static server can host it, and it needs nothing else: not the bundle either. The bundle must have an engine of
+    the backend `web`. `cdn`: an address that has npm's packages, as PACKAGE@VERSION/…; the site's page then loads ONNX
+    Runtime Web and the tokenizers from there, and not from the site. `force`: replace a site that is there. `engines`,
+    `trust_engines`: as for `Pipeline.load`. `node_modules`: a folder with the packages; by default npm fetches them.
+    The folder is written whole or not at all.
 
     Raises InputError if there is no such engine or no chain for a page, `output` is there (with `force`: and is no
     site) or cannot be written, npm is missing or fails, or `cdn` is no address; BundleError if a file of the bundle or
@@ -90,7 +90,7 @@ def _write(folder: Path, reduced: Reduced, imported: Mapping[str, str]) -> None:
     for name, source in reduced.parts.items():
         target = folder / BUNDLE / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        writing.link(source.source, target)
+        shutil.copyfile(source.source, target)  # no link: onnx refuses data with several names
     (folder / MANIFEST).write_text(reduced.text)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import BundleFactory, called, command
+from conftest import CORES, BundleFactory, called, command
 from diffusers import AutoencoderKL
 from here import build_here, phases_here
 from skimage.metrics import peak_signal_noise_ratio
@@ -248,8 +248,11 @@ def test_the_weights_are_not_in_memory_twice(engines: dict[str, Path]) -> None:
 
 @pytest.mark.usefixtures("all_cores")
 def test_threads_change_nothing_but_the_time(engines: dict[str, Path]) -> None:
-    one, two = (picture(engines["fp32"], threads=n) for n in (1, cpus.available()))
-    assert np.abs(one.astype(int) - two).max() <= 1
+    most, pictures = cpus.available(), []
+    for threads in (1, most):
+        os.sched_setaffinity(0, CORES)  # OpenVINO has given the thread back the core that it had when it was first used
+        pictures.append(picture(engines["fp32"], threads=threads).astype(int))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
 def test_an_engine_in_bf16_does_not_fit_a_cpu_without_it(
