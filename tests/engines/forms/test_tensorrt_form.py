@@ -1,5 +1,7 @@
 """The form of a graph that TensorRT gets computes the same as the bundle's, in fp64, as ONNX's own evaluator says."""
 
+import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -84,6 +86,16 @@ def test_weights_stay_in_their_files_but_new_ones(sd_fp16: Bundle) -> None:
         path = sd_fp16.path / sd_fp16.manifest.graphs[name].file
         new = inside(onnx.load_from_string(rewrite(path))) - inside(onnx.load(path, load_external_data=False))
         assert len(new) == merged and all(t.endswith(".transposed") for t in new)
+
+
+def test_weights_may_have_several_names(sd_fp16: Bundle, tmp_path: Path) -> None:
+    """As those of a bundle in the hub's cache have, which onnx_ir by itself refuses to read."""
+    graph = sd_fp16.manifest.graphs["vae_decoder"]
+    for name in (graph.file, *graph.data):
+        shutil.copy(sd_fp16.path / name, tmp_path)
+    for name in graph.data:
+        os.link(tmp_path / Path(name).name, tmp_path / f"{Path(name).name}.second")
+    assert rewrite(tmp_path / Path(graph.file).name) == rewrite(sd_fp16.path / graph.file)
 
 
 LEFT_ALONE = {
