@@ -27,7 +27,7 @@ PACKAGES = ROOT / ".node" / "node_modules"
 pytestmark = [
     pytest.mark.web,
     pytest.mark.skipif(executable() is None, reason="no Chromium is installed: Debian's package is chromium"),
-    pytest.mark.skipif(not PACKAGES.is_dir(), reason="npm's packages are not installed: make setup does it"),
+    pytest.mark.skipif(not PACKAGES.is_dir(), reason="npm's packages are not installed: make test installs them"),
 ]
 
 PROMPT = "a large red circle left of a small blue square on a yellow background"
