@@ -222,4 +222,6 @@ def test_a_picture_is_changed_as_by_diffusers(tmp_path: Path) -> None:
     call = {"prompt": str(ASKED[1]), "image": image_calls.picture(0, FULL), "strength": 0.75, "seed": 0}
     call["num_inference_steps"] = 4
     with Pipeline.load(tmp_path / "x.bundle") as pipe:
-        image_calls.assert_same(image_calls.ours(pipe, call), image_calls.theirs(reference, call))
+        made, right = image_calls.ours(pipe, call), image_calls.theirs(reference, call)
+    # Its areas are flat: where a colour is near a half, a rounding of the last bit makes the whole area a level darker.
+    assert np.abs(made.astype(int) - right).max() <= 1
