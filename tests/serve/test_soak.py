@@ -11,7 +11,6 @@ import os
 import random
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +22,11 @@ from asking import GENERATE, Client, connect, exchange, until
 from PIL import Image
 from websockets.sync.client import connect as ws_connect
 
+from turbochain.runtime.serve.listen import TRIM_SECONDS
+
 SECONDS = float(os.environ.get("SOAK_SECONDS", 20 * 60))
 WARM_UP = 0.25  # of the time: the caches fill, and the allocator finds its size
+PARTS = 3  # of the rest; after each the server is left alone and measured
 WORDS = ("a", "cat", "dog", "red", "snow", "house", "🦊", "of glass")
 PROMPTS = [" ".join(random.Random(i).choices(WORDS, k=5)) for i in range(200)]
 """No more than the server's cache holds, and the same of pictures: what it keeps of each new one is no leak."""
@@ -108,38 +110,39 @@ def test_a_server_that_is_used_does_not_grow(sd: Path, tmp_path: Path) -> None:
         url = log.read_text().split()[-1]
         until(lambda: Client(url).get("/readyz").status == 200)
         folder = Path(f"/proc/{server.pid}")
-        end, ending = time.monotonic() + SECONDS, threading.Event()
+        parts = (SECONDS * WARM_UP, *(SECONDS * (1 - WARM_UP) / PARTS,) * PARTS)
 
-        def run(number: int) -> int:
-            numbers, count = random.Random(number), 0
-            while not ending.is_set():
-                CLIENTS[number](url, numbers)
-                count += 1
-            return count
+        def use(seconds: float, part: int) -> None:
+            """Let clients of every sort come for so long."""
+            end = time.monotonic() + seconds
+
+            def run(number: int) -> int:
+                numbers, count = random.Random(f"{part} {number}"), 0
+                while time.monotonic() < end:
+                    CLIENTS[number](url, numbers)
+                    count += 1
+                return count
+
+            with ThreadPoolExecutor(len(CLIENTS)) as pool:
+                assert min(pool.map(run, range(len(CLIENTS)))) > 0
 
         def resident() -> int:
+            """Return the bytes that are left when nobody asks for anything, and what is free has been given back."""
+            until(lambda: len(descriptors()) <= len(before))
+            time.sleep(2 * TRIM_SECONDS + 5)
             return int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
         def descriptors() -> list[str]:
             return sorted(os.readlink(file) for file in (folder / "fd").iterdir() if file.is_symlink())
 
-        before = descriptors()
-        with ThreadPoolExecutor(len(CLIENTS)) as pool:
-            try:
-                running = [pool.submit(run, number) for number in range(len(CLIENTS))]
-                time.sleep(SECONDS * WARM_UP)
-                sizes = []
-                while time.monotonic() < end and not any(one.done() for one in running):
-                    sizes.append(resident())
-                    time.sleep(min(1.0, SECONDS / 100))
-            finally:
-                ending.set()
-            assert min(one.result() for one in running) > 0
-        tenth = max(1, len(sizes) // 10)
-        growth = np.mean(sizes[-tenth:]) / np.mean(sizes[:tenth]) - 1
-        until(lambda: len(descriptors()) <= len(before))
-        print(f"\n{SECONDS:g} s: {sizes[0] / 2**20:.1f} MiB, growth {100 * growth:.2f}%, {len(before)} descriptors")
-        assert growth <= 0.01, [size >> 20 for size in sizes[:: tenth or 1]]
+        before, sizes = descriptors(), []
+        for part, seconds in enumerate(parts):
+            use(seconds, part)
+            sizes.append(resident())
+        growth = sizes[-1] / sizes[0] - 1
+        told = ", ".join(f"{size / 2**20:.1f}" for size in sizes)
+        print(f"\n{SECONDS:g} s: {told} MiB, growth {100 * growth:.2f}%, {len(before)} descriptors")
+        assert growth <= 0.01, told
         assert server.poll() is None
     finally:
         server.terminate()
