@@ -60,6 +60,11 @@ class Compilation:
     cache: Path  # folder for what makes later builds quicker
     progress: Progress
 
+    @property
+    def path(self) -> Path:
+        """Return the graph's file, beside which its data lies."""
+        return self.bundle.plain(self.graph) / self.bundle.manifest.graphs[self.graph].file
+
 
 def write_nothing(compilation: Compilation) -> list[str]:
     """Compile nothing, for a backend that compiles a graph in memory when it is loaded."""

@@ -11,9 +11,8 @@ def compile(compilation: Compilation) -> list[str]:
         return []
     from turbochain.engines.forms.cuda import rewrite  # it imports onnx
 
-    path = compilation.bundle.plain(compilation.graph) / compilation.bundle.manifest.graphs[compilation.graph].file
     name = form_file(compilation.graph)
-    writing.write_atomically(compilation.folder / name, rewrite(path))
+    writing.write_atomically(compilation.folder / name, rewrite(compilation.path))
     return [name]
 
 

@@ -79,10 +79,9 @@ def compile(compilation: Compilation) -> list[str]:
     Raises TurbochainError, with every reason that TensorRT gives, if it cannot build the graph; InputError for an
     option that this library does not have. An exception from `progress` stops the build.
     """
-    bundle, graph = compilation.bundle, compilation.graph
-    path, how = bundle.plain(graph) / bundle.manifest.graphs[graph].file, (compilation.options, compilation.device)
-    serialized = serialize(path, graph, *how, compilation.cache, compilation.progress, _show)
-    name = engine_file(graph)
+    c = compilation
+    serialized = serialize(c.path, c.graph, c.options, c.device, c.cache, c.progress, _show)
+    name = engine_file(c.graph)
     with writing.atomic_write(compilation.folder / name, size=serialized.nbytes) as file:
         file.write(serialized)
     return [name]

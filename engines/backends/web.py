@@ -10,9 +10,8 @@ def compile(compilation: Compilation) -> list[str]:
     from turbochain.engines.forms import form  # it imports onnx
     from turbochain.engines.forms.attention import fuse_attention
 
-    path = compilation.bundle.plain(compilation.graph) / compilation.bundle.manifest.graphs[compilation.graph].file
     name = form_file(compilation.graph)
-    writing.write_atomically(compilation.folder / name, form(path, [fuse_attention]))
+    writing.write_atomically(compilation.folder / name, form(compilation.path, [fuse_attention]))
     return [name]
 
 

@@ -1,6 +1,6 @@
-"""Operators for which ONNX Runtime's CUDA provider copies sizes or addresses from page-locked memory, in each run anew.
+"""Operators that make ONNX Runtime's CUDA provider copy sizes or addresses from page-locked memory in every run.
 
-GatherND is one, and so was, in older releases, a Concat of unequal parts. Both become operators that need none.
+GatherND is one; in older releases a Concat of unequal parts was another. Both are replaced by operators that do not.
 """
 
 import math

@@ -9,7 +9,7 @@ from typing import Any
 from turbochain.runtime.backends.onnxruntime import form_file
 from turbochain.runtime.bundle import strict_json
 from turbochain.runtime.bundle.hashing import FileRecord
-from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, TEXT_TO_IMAGE, Chain, Feed, Graph
+from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, TEXT_TO_IMAGE, Chain, Feed, Graph, TokenizerFile
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.bundle.paths import resolve_inside
 from turbochain.runtime.chain import wiring
@@ -73,7 +73,7 @@ def reduce(bundle: Bundle, engines: str | Path | None = None) -> Reduced:
         "format_version": m.format_version,
         "id": bundle.id,
         "family": m.family,
-        "requires": _requires(m.requires, chains, bundle),
+        "requires": _requires(m.requires, chains, tokenizers),
         "checkpoint": _origin(bundle),
         "tokenizers": tokenizers,
         "graphs": {name: _without(graph, "names") for name, graph in graphs.items()},
@@ -143,15 +143,16 @@ def _graph(graph: Graph) -> Graph:
     return replace(graph, features=(), slots="")
 
 
-def _requires(requires: Mapping[str, str], chains: Mapping[str, Chain], bundle: Bundle) -> dict[str, str]:
+def _requires(
+    requires: Mapping[str, str], chains: Mapping[str, Chain], tokenizers: Mapping[str, TokenizerFile]
+) -> dict[str, str]:
     """Return those of the bundle's optional features that the site uses too."""
     every = chains.values()
     used = {
         "modes": any(chain.modes for chain in every),
         "multistep": any(chain.K > 1 for chain in every),
         "wires": any(stage.wires for chain in every for stage in chain.stages),
-        "expansions": any(tokenizer.expansions for tokenizer in bundle.manifest.tokenizers.values()),
-        "keep": any(chain.keep for chain in every),
+        "expansions": any(tokenizer.expansions for tokenizer in tokenizers.values()),
     }
     return {name: version for name, version in requires.items() if used.get(name)}
 
