@@ -17,10 +17,10 @@ import numpy as np
 import psutil
 from safetensors.numpy import save_file
 
+import cost_tables
 import machine
 import result
-import tables
-from rows import Adapted, Quantiles
+from rows import Adapted, Quantiles, Row, Run
 from turbochain.runtime import Cancelled, Pipeline
 from turbochain.runtime.backends import precisions
 from turbochain.runtime.bundle.names import shapes
@@ -147,6 +147,16 @@ def _quantiles(seconds: np.ndarray) -> Quantiles:
     return Quantiles(p50, p90, p99)
 
 
+def write(
+    row: Row, run: Run, source: str, size: tuple[int, int], device: str, folder: Path, what: str
+) -> tuple[result.Result, Path]:
+    """Write the results file of one row, and return its content and path. `size`: width, height."""
+    found = result.Result(source, *size, machine.device_name(device), prompt=CALL["prompt"], seed=0, runs=(run,))
+    found, path = found.add(row), folder / machine.file_name(source, *size, device, what)
+    result.write(found, path)
+    return found, path
+
+
 def main() -> None:
     """Measure, write the file and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -169,11 +179,8 @@ def main() -> None:
         row = measure(pipe, given.chain, given.rank, given.rounds, given.swaps, given.steps)
         height, width = pipe.bundle.open_chain(given.chain).size
         source = pipe.bundle.manifest.checkpoint.source
-    name = machine.device_name(device)
-    found = result.Result(source, width, height, name, prompt=CALL["prompt"], seed=0, runs=(run,), adapted=(row,))
-    path = given.results / machine.file_name(source, width, height, device, f"adapters-{row.engine}")
-    result.write(found, path)
-    print(tables.adapted([found]), path, sep="\n")
+    found, path = write(row, run, source, (width, height), device, given.results, f"adapters-{row.engine}")
+    print(cost_tables.adapted([found]), path, sep="\n")
 
 
 if __name__ == "__main__":

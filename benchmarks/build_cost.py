@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cost_tables
 import machine
 import product
 import result
-import tables
 from rows import Build
 from turbochain.runtime.commands import console
 
@@ -81,7 +81,7 @@ def _measure(arguments: argparse.Namespace) -> None:
     found = result.Result(arguments.source, width, height, "cpu", prompt=None, seed=None, runs=(run,), builds=(row,))
     path = arguments.results / machine.file_name(arguments.source, width, height, what=f"{row.precision}-build")
     result.write(found, path)
-    print(tables.builds([found]), path, sep="\n")
+    print(cost_tables.builds([found]), path, sep="\n")
 
 
 def build_row(bundle: Path, arguments: argparse.Namespace) -> Build:

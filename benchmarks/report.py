@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import cost_tables
 import result
 import supported
 import tables
@@ -110,18 +111,18 @@ def text(folder: Path = result.FOLDER) -> str:
         *(_shown(path, of) for path, of in on_cpu.items()),
         "## What was tried with OpenVINO",
         "",
-        *(tables.variants(of) for of in found.values() if of.variants),
+        *(cost_tables.variants(of) for of in found.values() if of.variants),
         "## The cost of a build, with ONNX Runtime on a CPU",
         "",
-        tables.builds([of for of in found.values() if of.builds]),
+        cost_tables.builds([of for of in found.values() if of.builds]),
         "## The server's own cost",
         "",
-        tables.served([of for of in found.values() if of.served]),
+        cost_tables.served([of for of in found.values() if of.served]),
         *_adapted([of for of in found.values() if of.adapted]),
         *_beside([of for of in found.values() if of.beside]),
         "## What TensorRT-RTX compiles, without a GPU",
         "",
-        *(tables.compiled(of) for of in found.values() if of.compiled),
+        *(cost_tables.compiled(of) for of in found.values() if of.compiled),
         "## The demo model",
         "",
         demo(json.loads(SCORES.read_text())),
@@ -132,11 +133,11 @@ def text(folder: Path = result.FOLDER) -> str:
 
 
 def _adapted(found: list[Result]) -> list[str]:
-    return ["## What adapters cost", "", tables.adapted(found)] if found else []
+    return ["## What adapters cost", "", cost_tables.adapted(found)] if found else []
 
 
 def _beside(found: list[Result]) -> list[str]:
-    return ["## What should cost the UNet nothing", "", tables.beside(found)] if found else []
+    return ["## What should cost the UNet nothing", "", cost_tables.beside(found)] if found else []
 
 
 def _shown(path: Path, of: Result) -> str:

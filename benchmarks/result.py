@@ -62,13 +62,13 @@ INCLUDES = {
     "h11 as the server has, answers with the same bytes; encoding: the JPEG and its base64 in the client's process; "
     "the three are interleaved request by request; own cost: the median of the server less that of the encoding, round "
     "by round",
-    "adapted": "UNet: the mean of a call's launches, with slots that an adapter fills and without, by turns; swap: "
-    "set_adapters and all that the next call does for it before its first launch (packing, copying to the graph's "
-    "inputs), less the median of a call up to there in which no adapter has changed; load: load_lora_weights, with the "
-    "file in the page cache; equal bits: the latents of one call with the first adapter, the second, the first, none "
-    "and none",
-    "beside": "the mean of a call's launches of the UNet, in two pipelines by turns: of a bundle with a ControlNet, "
-    "called without a control image, or with an adapter that was added to the weights, beside the plain one",
+    "adapted": "UNet: the mean seconds of its launches in a call; rounds alternate between slots that an adapter fills "
+    "and no slots; swap: set_adapters, and what the next call then does before its first launch (packing, copying to "
+    "the graph's inputs), less the median of a call up to its first launch if no adapter has changed; load: "
+    "load_lora_weights, with the file in the page cache; equal bits: whether the latents of a call are the same "
+    "whenever the adapters are, in the order first, second, first, none, none",
+    "beside": "the mean seconds of the UNet's launches in a call, in two pipelines that draw in turn: a plain one, and "
+    "one whose bundle has a ControlNet that the call does not use, or whose weights have an adapter added to them",
 }
 """Name of a figure → what it includes."""
 

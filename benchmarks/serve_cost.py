@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import uvicorn
 
+import cost_tables
 import machine
 import result
-import tables
 from rows import Quantiles, Served
 from turbochain.runtime.serve import listen
 from turbochain.runtime.serve.app import make_app
@@ -180,7 +180,7 @@ def main() -> None:
     found = result.Result("serve-cost", *size, "cpu", prompt=None, seed=None, runs=(run,), served=(row,))
     path = arguments.results / machine.file_name("serve-cost", *size)
     result.write(found, path)
-    print(tables.served([found]), path, sep="\n")
+    print(cost_tables.served([found]), path, sep="\n")
 
 
 if __name__ == "__main__":

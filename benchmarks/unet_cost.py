@@ -5,7 +5,7 @@
     python benchmarks/unet_cost.py plain.bundle --controlled x.bundle
     python benchmarks/unet_cost.py plain.bundle --patched --backend onnxruntime
 
-Two pipelines are loaded, and draw the same picture by turns, the first of a round second in the next one.
+Two pipelines are loaded and draw the same picture in turn; which one begins changes with each round.
 """
 
 import argparse
@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+import cost_tables
 import machine
 import result
-import tables
-from adapter_cost import CALL, unet_seconds
+from adapter_cost import unet_seconds, write
 from rows import Beside
 from turbochain.runtime import Pipeline
 from turbochain.runtime.backends import precisions
@@ -40,7 +40,7 @@ def write_adapter(pipe: Pipeline, path: Path, rank: int) -> Path:
 
 
 def measure(plain: Pipeline, changed: Pipeline, change: str, chain: str, rounds: int, steps: int | None) -> Beside:
-    """Draw with both by turns."""
+    """Let both draw in turn, and return the seconds of their UNets."""
     seconds: dict[Pipeline, list[float]] = {plain: [], changed: []}
     for round in range(rounds + 1):  # the first one warms up
         for pipe in (plain, changed) if round % 2 else (changed, plain):
@@ -90,11 +90,9 @@ def main() -> None:
             changed.load_lora_weights(write_adapter(changed, Path(folder) / "x.safetensors", given.rank))
         change = PATCHED if given.patched else UNUSED
         row = measure(plain, changed, change, given.chain, given.rounds, given.steps)
-    ((height, width),), (source,), name = sizes, checkpoints, machine.device_name(device)
-    found = result.Result(source, width, height, name, prompt=CALL["prompt"], seed=0, runs=(run,), beside=(row,))
-    path = given.results / machine.file_name(source, width, height, device, f"{change}-{row.engine}")
-    result.write(found, path)
-    print(tables.beside([found]), path, sep="\n")
+    ((height, width),), (source,) = sizes, checkpoints
+    found, path = write(row, run, source, (width, height), device, given.results, f"{change}-{row.engine}")
+    print(cost_tables.beside([found]), path, sep="\n")
 
 
 if __name__ == "__main__":

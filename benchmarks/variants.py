@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+import cost_tables
 import machine
 import result
-import tables
 from figures import spread
 from measure import say
 from rows import Tried
@@ -178,7 +178,7 @@ def _variants(arguments: argparse.Namespace) -> None:
     found = result.Result(source, width, height, "cpu", None, None, runs=(run,), variants=tuple(rows))
     path = arguments.results / machine.file_name(source, width, height, what="variants")
     result.write(found, path)
-    print(tables.variants(found), path, sep="\n")
+    print(cost_tables.variants(found), path, sep="\n")
 
 
 def _variants_of(bundle: Bundle, graph: str) -> list[Variant]:

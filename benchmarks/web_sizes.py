@@ -3,8 +3,8 @@
     python benchmarks/web_sizes.py                          # of the published architectures, by their parameters
     python benchmarks/web_sizes.py sd-turbo.site            # of sites, by their files
 
-Parameters are counted in fp16, with TAESD's decoder in the place of the VAE: an upper bound, for a build leaves out
-what its tables hold. A data file has at most 1 GiB.
+Parameters are counted in fp16, with TAESD's decoder as the VAE. That is an upper bound: a build leaves out the
+parameters whose results are in its tables. A data file has at most 1 GiB.
 """
 
 import sys

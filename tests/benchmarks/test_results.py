@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import cost_tables
 import merge
 import report
 import result
@@ -167,7 +168,7 @@ def test_the_servers_own_cost_has_a_bar(own: float, said: str) -> None:
         format="jpeg", answer_bytes=2**20, clients=1, rounds=3, requests=60,
         server=Quantiles(0.007, 0.008, 0.009), echo=third, encoding=third, own_seconds=(0.009, own, 0.001),
     )  # fmt: skip
-    text = tables.served([Result("serve-cost", 512, 512, "cpu", None, None, (run("a"),), served=(row,))])
+    text = cost_tables.served([Result("serve-cost", 512, 512, "cpu", None, None, (run("a"),), served=(row,))])
     assert "| 512x512, jpeg, 1024 KiB | 7.0 (8.0) | 1.0 (2.0) | 1.0 (2.0) |" in text and said in text
 
 
@@ -188,9 +189,9 @@ def test_slots_have_a_bar_for_their_precision(precision: str, slower: float, sai
         rss_after=0, equal_bits=True,
     )  # fmt: skip
     turbo = replace(of(), source="synthetic:sd-turbo", adapted=(row,))
-    text = tables.adapted([turbo])
+    text = cost_tables.adapted([turbo])
     assert f"| synthetic:sd-turbo, 512x512, openvino-x, {precision}, rank 32 | {said}" in text
     assert "at most 50: passed" in text and "| yes |" in text
-    assert "at most 1." not in tables.adapted([replace(turbo, source="synthetic:sdxl-turbo")])
+    assert "at most 1." not in cost_tables.adapted([replace(turbo, source="synthetic:sdxl-turbo")])
     row = replace(row, equal_bits=False)
-    assert "| **no** |" in tables.adapted([replace(turbo, adapted=(row, replace(row, equal_bits=None)))])
+    assert "| **no** |" in cost_tables.adapted([replace(turbo, adapted=(row, replace(row, equal_bits=None)))])

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+import cost_tables
 import result
-import tables
 import variants
 
 
@@ -18,7 +18,7 @@ def test_every_variant_runs(sd: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     own, *others = found.variants
     exact = [row for row in others if row.variant == "fp32"]
     assert len(exact) == (own.precision != "fp32") and all(row.error < 1e-3 for row in exact)
-    assert "| one thread | " in tables.variants(found)
+    assert "| one thread | " in cost_tables.variants(found)
     assert own.ratio is None and own.seconds > 0 and own.variant in capsys.readouterr().out
     assert all(row.ratio and row.ratio.n == 2 and row.error < 0.1 and row.load_seconds > 0 for row in others)
     assert [row.variant for row in others if row.cache_bytes] == ["graph from OpenVINO's cache on disk"]
