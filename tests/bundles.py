@@ -13,7 +13,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import calls
 import here
@@ -294,3 +294,18 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
 def opened(sd: Path) -> Bundle:
     """The SD miniature, opened."""
     return Bundle.open(sd)
+
+
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="module")
+def browser(downloads: Path) -> Iterator[Any]:
+    """A chromium.Page, whose files are saved in `downloads`."""
+    from chromium import chromium  # the environment of Ray's tests lacks what it imports
+
+    with chromium(downloads) as page:
+        page.view(1200, 900)
+        yield page

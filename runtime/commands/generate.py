@@ -53,7 +53,7 @@ def add_arguments(parser: Any) -> None:
 
 
 def generate(arguments: argparse.Namespace, machine: Mapping[str, Any]) -> None:
-    """Draw one picture and write it; `machine`: what `Pipeline.load` is told of the chain, engine and device."""
+    """Draw one picture and write it; `machine`: the arguments of `Pipeline.load` for chain, engine and device."""
     path: Path = arguments.output
     _check_writable(path)
     pictures = {name: getattr(arguments, name) for name in ("image", "mask_image", "control_image")}

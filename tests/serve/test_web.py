@@ -15,7 +15,7 @@ from PIL import Image
 from serving import Serving, serving
 
 import serve_page
-from chromium import Page, chromium, executable
+from chromium import Page, executable
 from turbochain.runtime import Pipeline
 from turbochain.runtime.serve.encoding import Encoding
 from turbochain.runtime.serve.errors import unavailable
@@ -55,18 +55,6 @@ class Instant:
 
     async def close(self) -> None:
         pass
-
-
-@pytest.fixture(scope="module")
-def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("downloads")
-
-
-@pytest.fixture(scope="module")
-def browser(downloads: Path) -> Iterator[Page]:
-    with chromium(downloads) as page:
-        page.view(1200, 900)
-        yield page
 
 
 @pytest.fixture(scope="module")

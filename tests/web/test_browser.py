@@ -103,18 +103,6 @@ def wrong(page: Page) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("downloads")
-
-
-@pytest.fixture(scope="module")
-def browser(downloads: Path) -> Iterator[Page]:
-    with chromium(downloads) as page:
-        page.view(1200, 900)
-        yield page
-
-
-@pytest.fixture(scope="module")
 def demo_site(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model's."""
     return export(demo, tmp_path_factory.mktemp("demo"))
