@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from turbochain.engines.forms.shapes import maker, shape
+from turbochain.engines.forms.shapes import maker, shape, values
 
 DOMAIN = "com.microsoft"
 TILE = 16
@@ -146,7 +146,7 @@ def _unscaled(value: ir.Value | None) -> tuple[ir.Value, float]:
 def _number(value: ir.Value | None) -> float | None:
     """Return the number that a value is, if it is a constant of one."""
     constant = None if value is None else ir.convenience.get_const_tensor(value)
-    return float(constant.numpy().reshape(())) if constant is not None and constant.size == 1 else None
+    return float(values(constant).reshape(())) if constant is not None and constant.size == 1 else None
 
 
 def _only_use(value: ir.Value) -> ir.Node | None:

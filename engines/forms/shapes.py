@@ -30,8 +30,8 @@ def read(path: Path) -> ir.Model:
 def values(tensor: ir.TensorProtocol) -> np.ndarray:
     """Return the values of a tensor of a bundle's graph.
 
-    onnx_ir refuses external data with several names, as a bundle of the hub's cache has it; but not of a tensor
-    without a base_dir. The files of a bundle are hashed, and lie inside it.
+    In the hub's cache a bundle's data files are hard links. onnx_ir refuses to read those, unless a tensor has no
+    base_dir. Here that is safe: the files were hashed, and lie inside the bundle.
     """
     if isinstance(tensor, ir.ExternalTensor):
         place, part = Path(tensor.path).absolute(), (tensor.offset, tensor.length, tensor.dtype)

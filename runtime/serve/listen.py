@@ -65,10 +65,10 @@ def _one_arena() -> None:
 
 
 async def _give_back_memory(worker: Worker) -> None:
-    """Return to the system, again and again, what is free, the holes in the arena too.
+    """Collect garbage and return free memory to the system, every `TRIM_SECONDS`, once the first picture is drawn.
 
-    Python by itself collects what only refers to itself when that is a quarter of all objects; those that live as long
-    as the process do not count any more, so that it takes milliseconds.
+    By itself Python collects all cycles only when new objects are a quarter of the old ones. What is there after the
+    first picture is frozen, so that a collection looks at few objects and takes milliseconds.
     """
     await worker.begun()
     garbage.collect()
