@@ -33,7 +33,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="what to draw")
     parser.add_argument(
         PROMPT, metavar="TEXT", default=argparse.SUPPRESS, help="the same; TEXT may begin with '-'"
-    )  # `_prompt_last` has taken it out
+    )  # main.py has taken it out
     parser.add_argument("--image", type=Path, help="picture to start from (image-to-image)")
     parser.add_argument("--mask-image", type=Path, help="mask for inpainting: white is repainted, black is kept")
     parser.add_argument("--control-image", type=Path, help="picture for a ControlNet or a T2I-Adapter of the bundle")
