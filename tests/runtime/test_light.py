@@ -91,7 +91,7 @@ def test_packages_are_the_folders_with_code() -> None:
 
 def test_the_wheel_has_every_module_and_what_goes_with_it(wheel: Path) -> None:
     files = {p.relative_to(ROOT).as_posix() for n in PACKAGES for p in (ROOT / n).rglob("*.py")}
-    files |= {"runtime/FORMAT.md", "runtime/py.typed"}
+    files |= {"runtime/FORMAT.md", "runtime/FEATURES.md", "runtime/py.typed"}
     folders = ("export/demo", "export/clip", "runtime/serve/deploy", "runtime/serve/page", "runtime/web")
     carried = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix != ".pyc"]
     files |= {p.relative_to(ROOT).as_posix() for p in carried}

@@ -17,13 +17,15 @@ import torch
 from conftest import ON, ROOT
 from tokenizers import Tokenizer
 
-import turbochain.runtime
 from turbochain.engines import build
 from turbochain.runtime import Bundle, Pipeline
 from turbochain.runtime.bundle import manifest, strict_json
 
 GOLDEN = ROOT / "tests/golden/bundle"
-FORMAT = Path(turbochain.runtime.__file__).with_name("FORMAT.md").read_text()
+FORMAT, FEATURES, CHECKS, ENGINES = (
+    (ROOT / page).read_text()
+    for page in ("runtime/FORMAT.md", "runtime/FEATURES.md", "runtime/checks/README.md", "engines/README.md")
+)
 DTYPES = {"F32": np.float32, "I32": np.int32, "U8": np.uint8, "BOOL": np.bool_}
 
 
@@ -170,7 +172,7 @@ def test_the_pages_words_are_those_that_are_read() -> None:
     assert sorted(re.findall(r"`(\w+)`", features)) == sorted(manifest.FEATURES)
     (per,) = re.findall(r"`per`, one of (.*?)\. A `discarded`", FORMAT, re.S)
     assert sorted(re.findall(r'"(\w+)": ', per)) == sorted(manifest.PER)
-    (judged,) = re.findall(r"`judged` says how verification compares a stage: ([^.]*)\.", FORMAT)
+    (judged,) = re.findall(r"`judged` says what it makes, which decides the bound: ([^.]*)\.", CHECKS)
     assert sorted(re.findall(r"`(\w+)`", judged)) == sorted(manifest.JUDGED)
 
 
@@ -193,10 +195,19 @@ def test_the_manifest_is_written_as_it_was_read() -> None:
     assert strict_json.write(strict_json.read(manifest.Manifest, path)).encode() == path.read_bytes()
 
 
-def test_the_pages_example_is_the_golden_chain() -> None:
+def is_excerpt(part: Any, whole: Any) -> bool:
+    """Return whether `whole` has all that `part` has; lists are whole."""
+    if not isinstance(part, dict):
+        return bool(part == whole)
+    return all(name in whole and is_excerpt(value, whole[name]) for name, value in part.items())
+
+
+def test_the_pages_example_is_of_the_golden_bundle() -> None:
     blocks = re.findall(r"(?:^    .*\n)+", FORMAT, re.M)
-    (example,) = (block for block in blocks if '"stages"' in block)
-    assert example.rstrip() in (GOLDEN / "bundle.json").read_text()
+    (example,) = (json.loads(block) for block in blocks if '"stages"' in block)
+    assert is_excerpt(example, json.loads((GOLDEN / "bundle.json").read_text()))
+    example["chains"]["text-to-image"]["stages"].pop()
+    assert not is_excerpt(example, json.loads((GOLDEN / "bundle.json").read_text()))
 
 
 @pytest.mark.parametrize(
@@ -204,10 +215,18 @@ def test_the_pages_example_is_the_golden_chain() -> None:
     [value for value in vars(manifest).values() if dataclasses.is_dataclass(value)],
     ids=lambda kind: kind.__name__,
 )
-def test_the_page_has_every_key(kind: Any) -> None:
+def test_the_pages_have_every_key(kind: Any) -> None:
+    engines = (manifest.Engine, manifest.EngineKey, manifest.EngineGraph, manifest.Gpu, manifest.Check)
+    page = ENGINES if kind in engines else FORMAT
     for field in dataclasses.fields(kind):
         key = field.name.removesuffix("_")
-        assert re.search(rf'[`"]{key}[`"(]', FORMAT), key
+        assert re.search(rf'[`"]{key}[`"(]', page), key
+
+
+def test_every_optional_feature_has_its_words() -> None:
+    """On the first page, or under a heading of the second."""
+    headings = {word for line in re.findall(r"^## (.*)$", FEATURES, re.M) for word in line.split(" and ")}
+    assert headings | {"modes", "multistep", "wires"} == {*manifest.FEATURES}
 
 
 @pytest.mark.parametrize(

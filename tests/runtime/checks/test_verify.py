@@ -14,14 +14,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import FAMILIES, BundleFactory, called, reseal
+from conftest import FAMILIES, ROOT, BundleFactory, called, reseal
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-import turbochain.runtime
 from turbochain.runtime import Bundle, BundleError, Pipeline, VerificationError, selection
 from turbochain.runtime.backends.contract import Executor
 from turbochain.runtime.bundle import hashing
@@ -384,7 +383,7 @@ def _assert_bounds(graphs: dict[str, Graph], checks: list[dict[str, Any]], preci
     assert {m: b for (s, m), b in bounds.items() if s == "image"} == image
 
 
-PAGE = Path(turbochain.runtime.__file__).with_name("FORMAT.md").read_text()
+PAGE = (ROOT / "runtime/checks/README.md").read_text()
 NUMBER = re.compile(r"([≤≥]) ([\d.e-]+)(%?)")
 
 
