@@ -66,7 +66,7 @@ def own_precision() -> str:
     return "bf16" if openvino.has_bf16() else "fp32"
 
 
-class Loaded(openvino.OpenVino):
+class VariantGraph(openvino.OpenVino):
     """One graph, loaded by the backend as a variant, with random inputs."""
 
     def __init__(self, bundle: Bundle, graph: str, variant: Variant, folder: Path) -> None:
@@ -116,15 +116,15 @@ def compare(bundle: Bundle, graph: str, variants: Sequence[Variant], runs: int) 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         expected = _exact(bundle, graph, folder)
-        ours = Loaded(bundle, graph, own, folder)
+        ours = VariantGraph(bundle, graph, own, folder)
         ours.run()
         rows = [_row(ours, expected, seconds=0.0)]
         taken: list[float] = []
         for variant in others:
             say(f"{graph}: {variant.name}")
             if variant.cached:
-                Loaded(bundle, graph, variant, folder).close()
-            other = Loaded(bundle, graph, variant, folder)
+                VariantGraph(bundle, graph, variant, folder).close()
+            other = VariantGraph(bundle, graph, variant, folder)
             other.run()
             rounds = np.array([(ours.run(), other.run()) for _ in range(runs)])
             taken += list(rounds[:, 0])
@@ -136,14 +136,14 @@ def compare(bundle: Bundle, graph: str, variants: Sequence[Variant], runs: int) 
 
 
 def _exact(bundle: Bundle, graph: str, folder: Path) -> np.ndarray:
-    exact = Loaded(bundle, graph, EXACT, folder)
+    exact = VariantGraph(bundle, graph, EXACT, folder)
     exact.run()
     expected = exact.output()
     exact.close()
     return expected
 
 
-def _row(loaded: Loaded, expected: np.ndarray, seconds: float) -> Tried:
+def _row(loaded: VariantGraph, expected: np.ndarray, seconds: float) -> Tried:
     cached = loaded.variant.cached
     return Tried(
         graph=loaded.graph,

@@ -6,7 +6,7 @@ from turbochain.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
-class Run:
+class SamplerRun:
     """One schedule of a scheduler: what a diffusers pipeline gives to `set_timesteps`, `set_begin_index` and `step`.
 
     Raises InputError if the arguments contradict each other.

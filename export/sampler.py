@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from turbochain.export.run import Run
+from turbochain.export.run import SamplerRun
 from turbochain.runtime.errors import InputError
 
 _NEEDED = ("set_timesteps", "scale_model_input", "step", "add_noise", "init_noise_sigma", "order")
@@ -31,7 +31,7 @@ class Sampler:
     the pipelines do not give is the cause.
     """
 
-    def __init__(self, scheduler: Any, run: Run) -> None:
+    def __init__(self, scheduler: Any, run: SamplerRun) -> None:
         """Set the timesteps of `run`.
 
         Raises InputError for a scheduler that the pipelines cannot call like this, or that has no row after `begin`.
@@ -139,7 +139,7 @@ def _check_interface(scheduler: Any) -> None:
         raise refusal(name, f"needs {', '.join(required)} in every step, which the diffusers pipelines do not give")
 
 
-def _timestep_arguments(run: Run) -> tuple[tuple[int, ...], dict[str, Any]]:
+def _timestep_arguments(run: SamplerRun) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Return the arguments of `set_timesteps`, as `retrieve_timesteps` of the pipelines gives them."""
     explicit = None if run.timesteps is None else list(run.timesteps)
     options = {"timesteps": explicit, "original_inference_steps": run.original_steps, "strength": run.strength}
@@ -152,7 +152,7 @@ def _of_step(scheduler: Any) -> Collection[str]:
     return inspect.signature(scheduler.step).parameters.keys()
 
 
-def _check_arguments(scheduler: Any, run: Run) -> None:
+def _check_arguments(scheduler: Any, run: SamplerRun) -> None:
     """Raise InputError if the scheduler does not read an argument; diffusers ignores an eta without a word."""
     accepted = inspect.signature(scheduler.set_timesteps).parameters
     if run.timesteps is not None and "timesteps" not in accepted:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from turbochain.export.run import Run
+from turbochain.export.run import SamplerRun
 from turbochain.export.sampler import Draw, Sampler, drawing, refusal
 from turbochain.runtime.chain.tables import Table
 from turbochain.runtime.errors import InputError
@@ -29,7 +29,7 @@ _SHAPE = (2, 4, 4, 4)  # two pictures, so that a scheduler that mixes them is no
 _RUNS = ((1.0, False), (1000.0, True))  # amplitude, replaced samples; clipping shows at one of the amplitudes
 
 
-def tabulate(scheduler: Any, run: Run) -> Table:
+def tabulate(scheduler: Any, run: SamplerRun) -> Table:
     """Return the table of `scheduler` (a diffusers scheduler, left as it is) for a run.
 
     Row 0 is the scheduler's row `run.begin * scheduler.order`, with no history. Image-to-image begins with (p, q) of
@@ -61,7 +61,7 @@ def pad(table: Table, K: int) -> Table:
     )
 
 
-def _checked(scheduler: Any, run: Run) -> Table:
+def _checked(scheduler: Any, run: SamplerRun) -> Table:
     """Return the table; InputError if a run of the scheduler differs from the table's."""
     sampler = Sampler(scheduler, run)
     table = _realize(copy.deepcopy(sampler), _probe(copy.deepcopy(sampler)))
@@ -195,7 +195,7 @@ def _without(scheduler: Any, options: list[str]) -> Any:
     return changed
 
 
-def _is_linear(scheduler: Any, run: Run) -> bool:
+def _is_linear(scheduler: Any, run: SamplerRun) -> bool:
     """Return whether the scheduler has a table."""
     try:
         _checked(scheduler, run)

@@ -16,7 +16,7 @@ from turbochain.export.controls.controlnet import own
 from turbochain.export.controls.kind import Control
 from turbochain.export.families import Family, Shape
 from turbochain.export.requested import Requested
-from turbochain.export.run import Run
+from turbochain.export.run import SamplerRun
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tasks import Task, strength
 from turbochain.export.tracing import control, time
@@ -130,20 +130,20 @@ def _of_task(checkpoint: Checkpoint, requested: Requested, task: Task) -> Iterat
             yield " ".join([str(run.steps), *(f"{n} {v:g}" for n, v in said.items() if v)]), Made(entry, table)
 
 
-def _runs(checkpoint: Checkpoint, requested: Requested, task: Task) -> Iterator[Run]:
+def _runs(checkpoint: Checkpoint, requested: Requested, task: Task) -> Iterator[SamplerRun]:
     """Yield how the task's pipeline may call its scheduler."""
     for steps in requested.steps:
         given: dict[str, Any] = {"steps": steps, "timesteps": requested.timesteps, "eta": requested.eta or 0.0}
         if not task.starts_late:
-            yield Run(**given)
+            yield SamplerRun(**given)
         elif task.streams and steps != requested.stream_batch and checkpoint.family.strength_sets_timesteps:
             continue  # every step is made, at any strength
         elif checkpoint.family.strength_sets_timesteps:
             strengths = requested.strengths or (load.defaults(checkpoint, task.pipeline).strength,)
-            yield from (Run(**given, strength=strength) for strength in strengths)
+            yield from (SamplerRun(**given, strength=strength) for strength in strengths)
         else:
             begins = [b for b in range(steps) if not task.streams or steps - b == requested.stream_batch]
-            yield from (Run(**given, begin=begin) for begin in begins)
+            yield from (SamplerRun(**given, begin=begin) for begin in begins)
 
 
 def _scales(checkpoint: Checkpoint, requested: Requested, task: Task) -> Sequence[float | None]:

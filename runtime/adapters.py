@@ -31,7 +31,7 @@ _SERIALS = itertools.count()
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedAdapter:
     """An adapter that is loaded."""
 
     adapter: Adapter
@@ -50,7 +50,7 @@ class Adapters:
     def __init__(self, bundle: Bundle, executor: Executor, how: str | None = None) -> None:
         """`how`: SLOTS, PATCH, or None for the slots if there are any. Raises InputError if that cannot be."""
         self.bundle = bundle
-        self._loaded: dict[str, Loaded] = {}
+        self._loaded: dict[str, LoadedAdapter] = {}
         self._weights: dict[str, Mapping[str, float]] = {}  # of every loaded one: component → weight
         self._active: dict[str, tuple[str, ...]] = {}  # component → the active ones
         self._modes: dict[str, frozenset[str]] = {}  # chain → those of a call
@@ -99,7 +99,7 @@ class Adapters:
             )
         else:
             adapter = _copied(adapter)
-        self._loaded[name] = Loaded(adapter, matrices, key)
+        self._loaded[name] = LoadedAdapter(adapter, matrices, key)
         self._weights[name] = dict.fromkeys(adapter.components, 1.0)
         self._active |= dict.fromkeys(adapter.components, (name,))  # others keep theirs, as in diffusers
         self._modes.clear()
@@ -208,7 +208,7 @@ class Adapters:
         """Return the same for all components that adapters change."""
         return tuple((component, self.state(component)) for component in self.listed)
 
-    def _of(self, component: str) -> list[tuple[Loaded, float]]:
+    def _of(self, component: str) -> list[tuple[LoadedAdapter, float]]:
         """Return what changes a component, in the order of loading, whatever the order in which it was set."""
         active = self._active.get(component, ())
         of = [(name, one) for name, one in self._loaded.items() if name in active and component in one.components]

@@ -11,7 +11,7 @@ from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.chain.slots import DOWN, ChainSlots
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs.adapters import Adapter
-from turbochain.runtime.inputs.slots import Layout, Packed, Weighted, read_layout
+from turbochain.runtime.inputs.slots import Packed, SlotLayout, Weighted, read_layout
 
 MOST_RANK = 256
 """The largest rank that slots can be built with."""
@@ -24,8 +24,8 @@ class Slots:
         """Read nothing yet."""
         self.bundle = bundle
         self._chains: dict[str, ChainSlots] = {}
-        self._layouts: dict[str, Layout] = {}
-        self._packed: dict[tuple[str, Layout], Packed] = {}
+        self._layouts: dict[str, SlotLayout] = {}
+        self._packed: dict[tuple[str, SlotLayout], Packed] = {}
 
     def fitting(self, adapter: Adapter) -> Adapter:
         """Return an adapter without what the graphs have no use for; InputError if it does not fit the slots."""
@@ -96,7 +96,7 @@ class Slots:
         """Forget what was packed."""
         self._packed.clear()
 
-    def _largest(self, component: str) -> Layout | None:
+    def _largest(self, component: str) -> SlotLayout | None:
         """Return the layout of a component's slots of the largest rank."""
         graphs = self.bundle.manifest.graphs.items()
         found = [self._layout(name) for name, graph in graphs if graph.component == component and graph.slots]
@@ -106,7 +106,7 @@ class Slots:
         graphs = self.bundle.manifest.graphs.items()
         return read_names(self.bundle, next(name for name, graph in graphs if graph.component == component))
 
-    def _layout(self, graph: str) -> Layout:
+    def _layout(self, graph: str) -> SlotLayout:
         if graph not in self._layouts:
             self._layouts[graph] = read_layout(self.bundle, graph)
         return self._layouts[graph]

@@ -44,7 +44,7 @@ def test_a_converted_file_is_the_same_adapter(slotted: Path, checkpoints: dict[s
     assert told == {"source": "k.safetensors", "sha256": digest, "base": base, "license": "openrail++"}
     again = tmp_path / "again.safetensors"
     adapter_files.write(adapters.read(target, known), again, base, None)
-    assert adapter_files.origin(again) == adapter_files.Origin(**told)  # not where the converted file is
+    assert adapter_files.origin(again) == adapter_files.AdapterOrigin(**told)  # not where the converted file is
     with load(slotted) as pipe:
         made = []
         for path in (source, target):

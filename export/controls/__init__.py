@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from turbochain.export.controls import controlnet, t2i_adapter
-from turbochain.export.controls.kind import Configs, Control, Kind
+from turbochain.export.controls.kind import Configs, Control, ControlKind
 from turbochain.export.families import Family, GraphSpec, Inputs, Shape, common
 from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Feed, Stage
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs.embeds import NEGATIVE
 from turbochain.runtime.inputs.guidance import GUIDANCE
 
-KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (controlnet.KIND, t2i_adapter.KIND)}
+KINDS: Mapping[str, ControlKind] = {kind.name: kind for kind in (controlnet.KIND, t2i_adapter.KIND)}
 """The kinds by their names, in the order in which a UNet reads what they make."""
 
 
@@ -106,9 +106,9 @@ class Controls:
                 raise InputError(f"{control.option} does not fit: {told}; {control.kind.advice}")
 
     @property
-    def _kinds(self) -> dict[Kind, Control]:
+    def _kinds(self) -> dict[ControlKind, Control]:
         """Return the kinds that there are, and the first of each."""
-        found: dict[Kind, Control] = {}
+        found: dict[ControlKind, Control] = {}
         for control in self.all:
             found.setdefault(control.kind, control)
         return found

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from turbochain.export.controls.kind import Configs, Control, Kind, levels, picture
+from turbochain.export.controls.kind import Configs, Control, ControlKind, levels, picture
 from turbochain.export.families import Family, GraphSpec, Inputs, Shape
 from turbochain.runtime.bundle.manifest import Feed
 
@@ -122,7 +122,7 @@ def _told(config: Mapping[str, Any], names: tuple[str, ...]) -> str:
     return " and ".join(str(config.get(name)) for name in names)
 
 
-KIND = Kind(
+KIND = ControlKind(
     name="controlnet",
     title="ControlNet",
     classes=("ControlNetModel",),

@@ -12,7 +12,7 @@ Configs = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Kind:
+class ControlKind:
     """One kind: what its graphs are, and what the UNet reads of them."""
 
     name: str  # the option, and the key of `Family.steered`
@@ -36,7 +36,7 @@ class Kind:
 class Control:
     """One network of a kind, under the name that calls have for it."""
 
-    kind: Kind
+    kind: ControlKind
     name: str
 
     @property

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from turbochain.export.controls.kind import Configs, Control, Kind, levels, picture
+from turbochain.export.controls.kind import Configs, Control, ControlKind, levels, picture
 from turbochain.export.families import Family, GraphSpec, Inputs, Shape
 from turbochain.runtime.bundle.manifest import Feed
 
@@ -106,7 +106,7 @@ def _told(sizes: Sizes) -> str:
     return ", ".join(f"{channels}x{height}x{width}" for channels, (height, width) in sizes)
 
 
-KIND = Kind(
+KIND = ControlKind(
     name="t2i_adapter",
     title="T2I-Adapter",
     classes=("T2IAdapter",),

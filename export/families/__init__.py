@@ -56,7 +56,7 @@ class GraphSpec:
 
 
 @dataclass(frozen=True)
-class Steering:
+class SteeredBy:
     """What a family does with one kind of network that steers the UNet with a picture: see `export.controls`."""
 
     pipelines: Mapping[str, str]  # task → diffusers' pipeline class
@@ -91,7 +91,7 @@ class Family:
     strength_sets_timesteps: bool = (
         False  # whether the timesteps of image-to-image depend on strength: no step is left out
     )
-    steered: Mapping[str, Steering] = field(default_factory=dict)  # kind of `export.controls` → how
+    steered: Mapping[str, SteeredBy] = field(default_factory=dict)  # kind of `export.controls` → how
 
     @property
     def pipeline_class(self) -> str:

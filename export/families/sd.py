@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from turbochain.export.families import Family, GraphSpec, Inputs, Shape, Steering
+from turbochain.export.families import Family, GraphSpec, Inputs, Shape, SteeredBy
 from turbochain.export.families.common import check, ids, tokens, unet_inputs, vae_decoder
 from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, INPAINTING, TEXT_TO_IMAGE, Stage
 
@@ -72,13 +72,13 @@ FAMILY = Family(
     tiny_vae="madebyollin/taesd",
     latents_scale=0.18215,
     steered={
-        "controlnet": Steering(
+        "controlnet": SteeredBy(
             {
                 TEXT_TO_IMAGE: "StableDiffusionControlNetPipeline",
                 IMAGE_TO_IMAGE: "StableDiffusionControlNetImg2ImgPipeline",
             },
             module="SDControlNet",
         ),
-        "t2i_adapter": Steering({TEXT_TO_IMAGE: "StableDiffusionAdapterPipeline"}),
+        "t2i_adapter": SteeredBy({TEXT_TO_IMAGE: "StableDiffusionAdapterPipeline"}),
     },
 )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from turbochain.export.families import Family, GraphSpec, Inputs, Shape, Steering
+from turbochain.export.families import Family, GraphSpec, Inputs, Shape, SteeredBy
 from turbochain.export.families.common import check, ids, tokens, unet_inputs, vae_decoder
 from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, INPAINTING, TEXT_TO_IMAGE, Stage
 
@@ -105,13 +105,13 @@ FAMILY = Family(
     latents_scale=0.13025,
     skipped_layers=1,
     steered={
-        "controlnet": Steering(
+        "controlnet": SteeredBy(
             {
                 TEXT_TO_IMAGE: "StableDiffusionXLControlNetPipeline",
                 IMAGE_TO_IMAGE: "StableDiffusionXLControlNetImg2ImgPipeline",
             },
             module="SDXLControlNet",
         ),
-        "t2i_adapter": Steering({TEXT_TO_IMAGE: "StableDiffusionXLAdapterPipeline"}),
+        "t2i_adapter": SteeredBy({TEXT_TO_IMAGE: "StableDiffusionXLAdapterPipeline"}),
     },
 )

@@ -75,7 +75,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Kind:
+class SourceKind:
     """One kind of source."""
 
     form: str  # what names of this kind look like, for messages
@@ -94,7 +94,7 @@ def written_once(folder: Path, write: Callable[[Path], None]) -> Path:
     return folder
 
 
-def known() -> list[Kind]:
+def known() -> list[SourceKind]:
     """Return every kind of source, in the order in which a name is tried."""
     from turbochain.export.sources import kinds
 
@@ -112,7 +112,7 @@ def is_elsewhere(name: str, part: str | None = None) -> bool:
     return _find(name, part)[0].rank == ELSEWHERE
 
 
-def _find(name: str, part: str | None) -> tuple[Kind, Source]:
+def _find(name: str, part: str | None) -> tuple[SourceKind, Source]:
     possible = [kind for kind in known() if (kind.wholes if part is None else kind.parts)]
     for kind in possible:
         if found := kind.find(name):

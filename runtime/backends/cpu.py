@@ -20,7 +20,7 @@ Arrays = Mapping[str, np.ndarray]
 Launch = Callable[[], None]
 
 
-class Loaded(ABC):
+class CpuGraph(ABC):
     """A graph that is loaded."""
 
     @abstractmethod
@@ -39,13 +39,13 @@ class CpuExecutor(ABC):
         """Load nothing yet."""
         self.opened, self.device = opened, opened.device
         self._working = forks.gate()
-        self._graphs: dict[str, Loaded] = {}
+        self._graphs: dict[str, CpuGraph] = {}
         self._buffers: dict[Tensor, np.ndarray] = {}
         self._programs: dict[Plan, _Program] = {}
         self._launches: dict[Run, Launch] = {}
 
     @abstractmethod
-    def load_graph(self, graph: str) -> Loaded:
+    def load_graph(self, graph: str) -> CpuGraph:
         """Load a graph; TurbochainError if the backend cannot, BundleError if it is not what the manifest says."""
 
     def copies_weights(self, graph: str) -> bool:

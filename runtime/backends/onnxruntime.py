@@ -16,7 +16,7 @@ from turbochain.runtime import backends
 from turbochain.runtime.backends import cuda
 from turbochain.runtime.backends import onnxruntime_sessions as sessions
 from turbochain.runtime.backends.contract import Backend, Device, Executor, Opened, Preference
-from turbochain.runtime.backends.cpu import Arrays, CpuExecutor, Launch, Loaded
+from turbochain.runtime.backends.cpu import Arrays, CpuExecutor, CpuGraph, Launch
 from turbochain.runtime.backends.gpu import GpuExecutor, GpuGraph
 from turbochain.runtime.bundle.manifest import Graph
 from turbochain.runtime.errors import BundleError, InputError
@@ -75,7 +75,7 @@ class OnnxRuntimeCpu(CpuExecutor):
         self._patches: dict[str, Arrays] = {}
         super().__init__(opened)
 
-    def load_graph(self, graph: str) -> Loaded:
+    def load_graph(self, graph: str) -> CpuGraph:
         """Create the graph's session; TurbochainError if ONNX Runtime cannot."""
         threads, entry = self.opened.threads, self.opened.bundle.manifest.graphs[graph]
         backends.require_precision("onnxruntime", self.device, entry.precision)
@@ -94,7 +94,7 @@ class OnnxRuntimeCpu(CpuExecutor):
         without = _keep_mapped(options) if _stays_mapped(entry) else []
         kept = sessions.override(options, self._patches.get(graph, {}))
         model = self.model(graph, options)
-        return _CpuGraph(graph, entry, sessions.load(model, graph, options, sessions.CPU, {}, without), kept)
+        return _SessionGraph(graph, entry, sessions.load(model, graph, options, sessions.CPU, {}, without), kept)
 
     def model(self, graph: str, options: Any) -> str | bytes:
         """Return what a session with these options is made of: the path of an ONNX file, or its bytes."""
@@ -123,7 +123,7 @@ class OnnxRuntimeCpu(CpuExecutor):
             _shrink_arena()
 
 
-class _CpuGraph(Loaded):
+class _SessionGraph(CpuGraph):
     def __init__(self, name: str, graph: Graph, session: Any, overrides: Any) -> None:
         """`overrides`: what the session uses in place of initializers, and does not keep alive."""
         self.name, self.graph, self.session, self.overrides = name, graph, session, overrides

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from turbochain.runtime import backends
 from turbochain.runtime.backends import forks, openvino_model
 from turbochain.runtime.backends.contract import Backend, Device, Executor, Opened, Options, Preference
-from turbochain.runtime.backends.cpu import Arrays, CpuExecutor, Launch, Loaded
+from turbochain.runtime.backends.cpu import Arrays, CpuExecutor, CpuGraph, Launch
 from turbochain.runtime.bundle.manifest import COMPUTED, EngineKey, Graph
 from turbochain.runtime.errors import BundleError, InputError, OutOfMemory, TurbochainError
 
@@ -112,7 +112,7 @@ class OpenVino(CpuExecutor):
         core()  # before the graphs, which are loaded at once
         super().__init__(opened)
 
-    def load_graph(self, graph: str) -> Loaded:
+    def load_graph(self, graph: str) -> CpuGraph:
         """Compile the graph in memory; TurbochainError if OpenVINO cannot."""
         bundle, options = self.opened.bundle, self.opened.options
         entry = bundle.manifest.graphs[graph]
@@ -144,7 +144,7 @@ class OpenVino(CpuExecutor):
         return properties
 
 
-class _CompiledGraph(Loaded):
+class _CompiledGraph(CpuGraph):
     def __init__(self, name: str, graph: Graph, compiled: Any, profile: bool) -> None:
         self.name, self.graph, self.compiled = name, graph, compiled
         self.profiles: list[Any] | None = [] if profile else None  # what the profiler said of each launch

@@ -1,7 +1,7 @@
 """Our own form of a LoRA file: the parameters' names as the checkpoint has them, and where the LoRA came from.
 
 Safetensors: `COMPONENT/PARAMETER/down` and `COMPONENT/PARAMETER/up` as the LoRA's file had them, `COMPONENT/PARAMETER/
-scale` (alpha / rank) as float64. The metadata `turbochain_adapter` is JSON: an `Origin`.
+scale` (alpha / rank) as float64. The metadata `turbochain_adapter` is JSON: an `AdapterOrigin`.
 """
 
 import json
@@ -21,7 +21,7 @@ _METADATA = "turbochain_adapter"
 
 
 @dataclass(frozen=True)
-class Origin:
+class AdapterOrigin:
     """Where a LoRA came from."""
 
     source: str  # name of the file
@@ -40,20 +40,20 @@ def write(adapter: Adapter, target: Path, base: str, license: str | None) -> Non
         for parameter, one in added.items():
             name = f"{component}/{parameter}"
             tensors |= {f"{name}/down": one.down, f"{name}/up": one.up, f"{name}/scale": np.array([one.scale])}
-    first = origin(adapter.path) or Origin(adapter.path.name, hashing.digest(adapter.path), base)
+    first = origin(adapter.path) or AdapterOrigin(adapter.path.name, hashing.digest(adapter.path), base)
     told = replace(first, base=base, license=license or first.license)
     data = save({n: np.ascontiguousarray(t) for n, t in tensors.items()}, {_METADATA: json.dumps(asdict(told))})
     write_atomically(target, data)
 
 
-def origin(path: str | os.PathLike[str]) -> Origin | None:
+def origin(path: str | os.PathLike[str]) -> AdapterOrigin | None:
     """Return where the LoRA of a file in our own form came from; None of any other. Raises InputError."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
             told = (file.metadata() or {}).get(_METADATA)
-        return None if told is None else convert(Origin, json.loads(told))
+        return None if told is None else convert(AdapterOrigin, json.loads(told))
     except (OSError, SafetensorError, ValueError) as error:
         raise InputError(f"{path} does not say where it came from ({error}); convert the LoRA again") from None
 

@@ -42,7 +42,7 @@ class ControlOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Kind:
+class NetKind:
     """What the arguments of one kind are called."""
 
     title: str
@@ -52,18 +52,20 @@ class Kind:
     others: tuple[str, ...]
 
 
-CONTROLNET = Kind(
+CONTROLNET = NetKind(
     "ControlNet",
     "controlnet",
     "control-",
     "controlnet_conditioning_scale",
     ("control_guidance_start", "control_guidance_end"),
 )
-T2I_ADAPTER = Kind("T2I-Adapter", "t2i_adapter", "t2i-", "adapter_conditioning_scale", ("adapter_conditioning_factor",))
-_ROLES: Mapping[str, Kind] = {"controlnet_embedding": CONTROLNET, "t2i_adapter": T2I_ADAPTER}
+T2I_ADAPTER = NetKind(
+    "T2I-Adapter", "t2i_adapter", "t2i-", "adapter_conditioning_scale", ("adapter_conditioning_factor",)
+)
+_ROLES: Mapping[str, NetKind] = {"controlnet_embedding": CONTROLNET, "t2i_adapter": T2I_ADAPTER}
 """The role of the graph that reads the control image → what it belongs to."""
 
-NUMBERS: Mapping[str, Kind] = {"conditioning_scale": CONTROLNET, "adapter_conditioning_scale": T2I_ADAPTER}
+NUMBERS: Mapping[str, NetKind] = {"conditioning_scale": CONTROLNET, "adapter_conditioning_scale": T2I_ADAPTER}
 """The feeds of every step that say how strongly it is used."""
 
 IMAGES = {"control_image": "RGB", "grey_control_image": "L"}
@@ -74,7 +76,7 @@ IMAGES = {"control_image": "RGB", "grey_control_image": "L"}
 class Net:
     """A ControlNet or T2I-Adapter of a chain."""
 
-    kind: Kind
+    kind: NetKind
     mode: str
     image: str  # the feed of its picture
 
@@ -206,7 +208,7 @@ def _chosen(chain: OpenChain, found: list[Net], given: dict[str, object]) -> Net
     return found[0]
 
 
-def _numbers(chain: OpenChain, kind: Kind, given: Mapping[str, object]) -> dict[str, float]:
+def _numbers(chain: OpenChain, kind: NetKind, given: Mapping[str, object]) -> dict[str, float]:
     """Return the fields of `Steering` that are numbers, as diffusers checks them."""
     for name, value in given.items():
         if isinstance(value, list | tuple):
@@ -230,7 +232,7 @@ def _numbers(chain: OpenChain, kind: Kind, given: Mapping[str, object]) -> dict[
     return {"scale": scale, "start": start, "end": end}
 
 
-def _unknown(chain: OpenChain, kind: Kind, name: object, found: list[Net]) -> str:
+def _unknown(chain: OpenChain, kind: NetKind, name: object, found: list[Net]) -> str:
     """Return that none of `found` has the name; if it is empty, that the chain has none of the kind."""
     told = f"{kind.argument}={name!r}"
     if not found:
@@ -240,7 +242,7 @@ def _unknown(chain: OpenChain, kind: Kind, name: object, found: list[Net]) -> st
     return f"{told}: the bundle has {has}; choose one, or build another with build-engine SOURCE {option}"
 
 
-def _no_net(chain: OpenChain, argument: str, kind: Kind | None = None) -> str:
+def _no_net(chain: OpenChain, argument: str, kind: NetKind | None = None) -> str:
     """Return the error for arguments of a network that the chain does not have."""
     bundle, kinds = chain.bundle, (CONTROLNET, T2I_ADAPTER) if kind is None else (kind,)
     able = [name for name in bundle.manifest.chains if any(n.kind in kinds for n in nets(bundle.open_chain(name)))]

@@ -35,7 +35,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Layout:
+class SlotLayout:
     """What a graph's slots.json says, and the rank that its inputs have."""
 
     groups: tuple[Group, ...]
@@ -60,7 +60,7 @@ class Layout:
         return found
 
 
-def read_layout(bundle: Bundle, name: str) -> Layout:
+def read_layout(bundle: Bundle, name: str) -> SlotLayout:
     """Return the layout of a graph with slots; its file is hashed first. Raises BundleError."""
     graph = bundle.manifest.graphs[name]
     bundle.check_files([graph.slots])
@@ -79,7 +79,7 @@ def read_layout(bundle: Bundle, name: str) -> Layout:
             f"{graph.slots} is of {columns} columns and {rows} rows, which does not fit {DOWN} [{down}] and {UP} [{up}]"
             f" of the graph {name}; build the bundle again"
         )
-    return Layout(groups, rank)
+    return SlotLayout(groups, rank)
 
 
 def _size(graph: Graph, end: str) -> int:
@@ -110,7 +110,7 @@ Weighted = tuple[Matrices, float]
 class Packed:
     """The two inputs of one layout, with what adapters stand in them; the rest is zeros."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: SlotLayout) -> None:
         """Begin with zeros."""
         places = layout.groups
         self.down = np.zeros(layout.rank * sum(g.in_ * len(g.members) for g in places), np.float32)

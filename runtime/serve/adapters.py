@@ -21,13 +21,13 @@ Chosen = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
-class Adapters:
+class AdapterFolder:
     """The adapters of a folder, by the names of their files; the folder is read once."""
 
     by_name: Mapping[str, Path] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: str | None) -> "Adapters":
+    def open(cls, folder: str | None) -> "AdapterFolder":
         """Return the safetensors files of a folder, none for None. Raises InputError if it is none, or a link leads out
         of it."""
         if folder is None:
@@ -62,14 +62,14 @@ class Adapters:
         return tuple((name, scale) for name, scale in sorted(scales.items()) if scale)
 
 
-class Loaded:
+class PipelineAdapters:
     """The adapters that one pipeline has loaded: none before a request names one, then those used last.
 
     Without any a pipeline that has loaded some draws through the same slots, with zeros: requests with and without may
     alternate.
     """
 
-    def __init__(self, adapters: Adapters, pipe: Pipeline) -> None:
+    def __init__(self, adapters: AdapterFolder, pipe: Pipeline) -> None:
         """Take the files, and a pipeline that nobody else gives adapters."""
         self._adapters, self._pipe = adapters, pipe
         self._bytes: OrderedDict[str, int] = OrderedDict()  # of each loaded one's file; the one used last is the last

@@ -8,7 +8,7 @@ from typing import Any
 
 from turbochain.runtime.serve.infotext import timestamp
 from turbochain.runtime.serve.service import first_of_group
-from turbochain.runtime.serve.source import Drawn, Job, Progress, Source
+from turbochain.runtime.serve.source import Drawn, Job, PictureSource, Progress
 
 
 class Drawing:
@@ -22,7 +22,7 @@ class Drawing:
         self.interrupted = False
         self._tasks: list[asyncio.Task[Drawn]] = []
 
-    async def draw(self, source: Source) -> dict[int, Drawn]:
+    async def draw(self, source: PictureSource) -> dict[int, Drawn]:
         """Return the pictures by their index: all, or those that were ready when the client interrupted.
 
         If one is refused, the others are not wanted any more. Raises Refused.

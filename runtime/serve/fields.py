@@ -45,7 +45,7 @@ def pairs(loras: Iterable[Lora] | None) -> list[tuple[str, float]]:
     return [(lora.name, lora.scale) for lora in loras or ()]
 
 
-class Controlled(BaseModel):
+class ControlFields(BaseModel):
     """What goes with a control image."""
 
     controlnet: str | None = None

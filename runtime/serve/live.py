@@ -16,7 +16,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from turbochain.runtime.serve.encoding import QUALITY, Encoding, decode
 from turbochain.runtime.serve.errors import Refused, failed
-from turbochain.runtime.serve.fields import Controlled, Lora, pairs
+from turbochain.runtime.serve.fields import ControlFields, Lora, pairs
 from turbochain.runtime.serve.guard import chosen_protocol
 from turbochain.runtime.serve.service import DECODERS, Service, off_loop
 from turbochain.runtime.serve.settings import BODY
@@ -32,7 +32,7 @@ _LENGTH = struct.Struct("<I")
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class Body(Controlled):
+class Body(ControlFields):
     """The fields of a message; unlike OpenAI's API this is our own, so that an unknown field is an error."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)

@@ -14,7 +14,7 @@ from turbochain.runtime.errors import BackendMissing, TurbochainError
 from turbochain.runtime.inputs.noise import check_seed
 from turbochain.runtime.pipeline import Pipeline
 from turbochain.runtime.request import Request
-from turbochain.runtime.serve.adapters import Adapters, Chosen, Loaded
+from turbochain.runtime.serve.adapters import AdapterFolder, Chosen, PipelineAdapters
 from turbochain.runtime.serve.encoding import Encoding
 from turbochain.runtime.serve.wanted import Wanted, parse_size, request, seeds
 
@@ -40,7 +40,7 @@ def mcp(arguments: argparse.Namespace) -> None:
     bundle = Bundle.open(arguments.bundle, trust_engines=arguments.trust_engines)
     names = ("backend", "device", "threads", "trust_engines")
     how = {name: getattr(arguments, name) for name in names}
-    adapters = Adapters.open(arguments.lora_dir)
+    adapters = AdapterFolder.open(arguments.lora_dir)
     tool = Tool(bundle, lambda: Pipeline.load(arguments.bundle, chain=_first(bundle), **how), adapters)
     try:
         make_server(tool).run()
@@ -51,11 +51,11 @@ def mcp(arguments: argparse.Namespace) -> None:
 class Tool:
     """Draws in a thread of its own, which loads the model first, so that the protocol stays alive."""
 
-    def __init__(self, bundle: Bundle, load: Callable[[], Pipeline], adapters: Adapters) -> None:
+    def __init__(self, bundle: Bundle, load: Callable[[], Pipeline], adapters: AdapterFolder) -> None:
         """Begin to load: `load()` returns the pipeline; `adapters`: the LoRA files that a call may name."""
         self._bundle, self._thread = bundle, ThreadPoolExecutor(1, "turbochain-mcp")
         self._loaded: Future[Pipeline] = self._thread.submit(load)
-        self._adapting = self._thread.submit(lambda: Loaded(adapters, self._loaded.result()))
+        self._adapting = self._thread.submit(lambda: PipelineAdapters(adapters, self._loaded.result()))
         self.adapters = adapters
 
     async def draw(self, request: Request, chosen: Chosen = ()) -> bytes:

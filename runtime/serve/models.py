@@ -7,7 +7,7 @@ from pathlib import Path
 from turbochain.runtime.bundle import hub
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.errors import InputError
-from turbochain.runtime.serve.adapters import Adapters
+from turbochain.runtime.serve.adapters import AdapterFolder
 from turbochain.runtime.serve.errors import Refused
 from turbochain.runtime.serve.settings import Settings
 
@@ -31,7 +31,7 @@ class Models:
     """All that are served, the first is the default, and the LoRA files that may be added to them."""
 
     by_name: Mapping[str, Model]
-    adapters: Adapters
+    adapters: AdapterFolder
 
     @classmethod
     def open(cls, settings: Settings) -> "Models":
@@ -45,7 +45,7 @@ class Models:
             if name in found:
                 raise InputError(f"two bundles are named {name}: give each its own with --model-name")
             found[name] = Model(name, Bundle.open(source, trust_engines=settings.trust_engines), source)
-        return cls(found, Adapters.open(settings.lora_dir))
+        return cls(found, AdapterFolder.open(settings.lora_dir))
 
     @property
     def first(self) -> Model:

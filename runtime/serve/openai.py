@@ -19,7 +19,7 @@ from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs.noise import check_seed
 from turbochain.runtime.serve.encoding import QUALITY, Encoding, decode, decode_base64, repainted
 from turbochain.runtime.serve.errors import Refused, of_validation
-from turbochain.runtime.serve.fields import Controlled, Loras, Real, Whole, pairs
+from turbochain.runtime.serve.fields import ControlFields, Loras, Real, Whole, pairs
 from turbochain.runtime.serve.models import Model
 from turbochain.runtime.serve.service import DECODERS, Service, abandon, off_loop, while_connected
 from turbochain.runtime.serve.source import Drawn, Job
@@ -34,7 +34,7 @@ USAGE = {
 """OpenAI's clients demand it in the events of a stream."""
 
 
-class Body(Controlled):
+class Body(ControlFields):
     """What is read of a request; other fields (quality, style, user, …) have no effect."""
 
     prompt: str

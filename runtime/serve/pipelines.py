@@ -8,7 +8,7 @@ from pathlib import Path
 
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.pipeline import Pipeline
-from turbochain.runtime.serve.adapters import Chosen, Loaded
+from turbochain.runtime.serve.adapters import Chosen, PipelineAdapters
 from turbochain.runtime.serve.errors import of_input
 from turbochain.runtime.serve.models import Model, Models
 from turbochain.runtime.serve.settings import Settings
@@ -29,7 +29,7 @@ class Pipelines:
         """Take what is served, and how much of it may be in memory."""
         self._models, self._settings = models, settings
         self._loaded: OrderedDict[str, Pipeline] = OrderedDict()  # the one used last is the last
-        self._adapters: dict[str, Loaded] = {}
+        self._adapters: dict[str, PipelineAdapters] = {}
 
     def get(self, model: Model, adapters: Chosen = ()) -> Pipeline:
         """Return a model's pipeline, loaded, which draws with these adapters and no others.
@@ -48,7 +48,7 @@ class Pipelines:
                 keep_all=self._weight(model) <= self._limit,
                 trust_engines=settings.trust_engines,
             )
-            self._adapters[model.name] = Loaded(self._models.adapters, self._loaded[model.name])
+            self._adapters[model.name] = PipelineAdapters(self._models.adapters, self._loaded[model.name])
         self._loaded.move_to_end(model.name)
         try:
             self._adapters[model.name].use(adapters)

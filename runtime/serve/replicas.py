@@ -65,7 +65,7 @@ class Replicas:
         await self._idle.wait()
 
     async def draw(self, job: Job, progress: Progress | None = None) -> Drawn:
-        """Draw one picture; see `Source.draw`. Replicas tell no progress."""
+        """Draw one picture; see `PictureSource.draw`. Replicas tell no progress."""
         if not self._ready:
             raise unavailable("the server is loading its model; try again soon", "starting")
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()

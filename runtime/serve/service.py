@@ -15,7 +15,7 @@ from turbochain.runtime.serve.errors import of_input
 from turbochain.runtime.serve.metrics import Metrics
 from turbochain.runtime.serve.models import Models
 from turbochain.runtime.serve.settings import Settings
-from turbochain.runtime.serve.source import Drawn, Job, Source
+from turbochain.runtime.serve.source import Drawn, Job, PictureSource
 
 Of = TypeVar("Of")
 
@@ -32,7 +32,7 @@ class Service:
     """The parts of one server."""
 
     models: Models
-    source: Source
+    source: PictureSource
     settings: Settings
     metrics: Metrics
 

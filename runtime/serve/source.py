@@ -34,7 +34,7 @@ class Progress:
     done: int = 0  # passes of the loop
 
 
-class Source(Protocol):
+class PictureSource(Protocol):
     """Draws pictures for the server; every method is called on the server's event loop."""
 
     @property

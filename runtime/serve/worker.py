@@ -68,7 +68,7 @@ class Worker:
         return self._problem
 
     async def draw(self, job: Job, progress: Progress | None = None) -> Drawn:
-        """Draw one picture; see `Source.draw`."""
+        """Draw one picture; see `PictureSource.draw`."""
         if self._problem is not None:
             raise unavailable(f"the server cannot draw any more: {self._problem}", "failed")
         if not self._ready:

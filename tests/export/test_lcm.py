@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from turbochain.export import families, schedule, tables
 from turbochain.export.families import Shape
-from turbochain.export.run import Run
+from turbochain.export.run import SamplerRun
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.sources.synthetic import write_checkpoint
 from turbochain.export.tracing import modules, time
@@ -40,8 +40,8 @@ def written(request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path_f
     """Family, diffusers' own pipeline, and the arrays of a table file with three tables of two guidance scales."""
     pipeline = DiffusionPipeline.from_pretrained(folders[request.param])
     pipeline.set_progress_bar_config(disable=True)
-    table = schedule.tabulate(pipeline.scheduler, Run(4))
-    shorter = schedule.tabulate(pipeline.scheduler, Run(2))
+    table = schedule.tabulate(pipeline.scheduler, SamplerRun(4))
+    shorter = schedule.tabulate(pipeline.scheduler, SamplerRun(2))
     path = tmp_path_factory.mktemp("tables") / "t.safetensors"
     family = families.of(PIPELINES[request.param])
     made = {
@@ -139,13 +139,15 @@ def test_the_graph_is_diffusers_unet(written: Any, folders: dict[str, Path], tmp
 @pytest.mark.parametrize(
     "run",
     [
-        Run(4, strength=0.5),
-        Run(3, strength=0.8, original_steps=100),
-        Run(4, timesteps=(999, 759, 499, 259), strength=0.5),  # the last step's sample has noise, and is not decoded
+        SamplerRun(4, strength=0.5),
+        SamplerRun(3, strength=0.8, original_steps=100),
+        SamplerRun(
+            4, timesteps=(999, 759, 499, 259), strength=0.5
+        ),  # the last step's sample has noise, and is not decoded
     ],
     ids=str,
 )
-def test_image_to_image_of_an_lcm(run: Run, folders: dict[str, Path]) -> None:
+def test_image_to_image_of_an_lcm(run: SamplerRun, folders: dict[str, Path]) -> None:
     """The table makes each of the UNet's inputs, and what the VAE would decode, of the UNet's own outputs."""
     pipeline = LatentConsistencyModelImg2ImgPipeline.from_pretrained(folders["sd"])
     pipeline.set_progress_bar_config(disable=True)

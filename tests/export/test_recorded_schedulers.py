@@ -14,7 +14,7 @@ from turbochain.export import load, schedule, tasks
 from turbochain.export.chains import Layout
 from turbochain.export.families import Shape
 from turbochain.export.recording import Call, record_call
-from turbochain.export.run import Run
+from turbochain.export.run import SamplerRun
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime import InputError
 from turbochain.runtime.chain.tables import Table
@@ -66,7 +66,7 @@ def check_recording(pipeline: Any, checkpoint: Checkpoint, table: Table, steps: 
 )
 def test_the_pipeline_is_recorded_with_any_scheduler(name: str, pipeline: Any, checkpoints: dict[str, Path]) -> None:
     pipeline.scheduler = sampler(name, skip_prk_steps=True, steps_offset=1)
-    table = schedule.tabulate(pipeline.scheduler, Run(3))
+    table = schedule.tabulate(pipeline.scheduler, SamplerRun(3))
     check_recording(pipeline, Checkpoint(checkpoints["sd"], None), table, 3)
     assert "step" not in vars(pipeline.scheduler)
 
@@ -77,7 +77,7 @@ def test_a_call_that_changes_the_scheduler_does_not_change_the_next(
     """DPMSolverSinglestepScheduler sets `lower_order_final` for an odd number of steps, and leaves it so."""
     pipeline.scheduler = sampler("DPMSolverSinglestepScheduler", final_sigmas_type="sigma_min")
     checkpoint = Checkpoint(checkpoints["sd"], None)
-    made = {steps: schedule.tabulate(pipeline.scheduler, Run(steps)) for steps in (3, 2)}
+    made = {steps: schedule.tabulate(pipeline.scheduler, SamplerRun(steps)) for steps in (3, 2)}
     for steps, table in made.items():
         check_recording(pipeline, checkpoint, table, steps)
     assert not pipeline.scheduler.config.lower_order_final
@@ -99,7 +99,7 @@ def test_the_scheduler_is_the_one_that_the_pipeline_ends_up_with(
     parts = {**pipeline.components, "scheduler": sampler(name, **options)}
     theirs = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
     theirs.set_progress_bar_config(disable=True)
-    check_recording(theirs, Checkpoint(checkpoints["sd"], None), schedule.tabulate(found, Run(2)), 2)
+    check_recording(theirs, Checkpoint(checkpoints["sd"], None), schedule.tabulate(found, SamplerRun(2)), 2)
     assert dict(found.config) == {**theirs.scheduler.config, "_use_default_values": found.config._use_default_values}
 
 
@@ -110,4 +110,4 @@ def test_the_pipeline_of_sdxl_leaves_its_scheduler(tmp_path: Path) -> None:
         found = load.scheduler(write(tmp_path, "DDIMScheduler", "StableDiffusionXLPipeline", **options))
     assert (found.config.steps_offset, found.config.clip_sample) == (0, True)
     with pytest.raises(InputError, match="clip_sample=True"):
-        schedule.tabulate(found, Run(1))
+        schedule.tabulate(found, SamplerRun(1))

@@ -32,7 +32,7 @@ from turbochain.export.sources.checkpoint import open_folder
 from turbochain.export.tracing import attention
 from turbochain.runtime import Bundle
 from turbochain.runtime.backends.contract import Device, Opened
-from turbochain.runtime.backends.cpu import CpuExecutor, Loaded
+from turbochain.runtime.backends.cpu import CpuExecutor, CpuGraph
 from turbochain.runtime.bundle.manifest import Graph
 from turbochain.runtime.checks import bounds, metrics, reference, verify
 
@@ -217,7 +217,7 @@ def test_a_build_says_what_it_remedied(built: tuple[Bundle, subprocess.Completed
             assert re.search(rf"^{name} .* {re.escape(graphs[name].remedy)}$", table, re.M)
 
 
-class StrictGraph(Loaded):
+class StrictGraph(CpuGraph):
     """onnx's own evaluator, which computes fp16 in fp16."""
 
     def __init__(self, path: Path, graph: Graph) -> None:

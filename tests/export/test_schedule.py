@@ -17,7 +17,7 @@ from samplers import BETAS, BOUND, OF_EULER, sampler, write
 
 from turbochain.export import load, schedule, tables
 from turbochain.export.requested import Requested
-from turbochain.export.run import Run
+from turbochain.export.run import SamplerRun
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime import InputError
 from turbochain.runtime.chain.tables import ARRAYS, Table
@@ -75,7 +75,7 @@ def network(scaled: torch.Tensor, t: float) -> torch.Tensor:
     return torch.tanh(scaled.roll(1, -1) - 0.5 * scaled.roll(1, -2)) + 0.1 * np.sin(t / 100)
 
 
-def prepared(scheduler: Any, run: Run) -> tuple[Any, torch.Tensor]:
+def prepared(scheduler: Any, run: SamplerRun) -> tuple[Any, torch.Tensor]:
     """A copy of the scheduler that diffusers' own pipeline has made ready for the run, and the run's timesteps."""
     scheduler = copy.deepcopy(scheduler)
     explicit = None if run.timesteps is None else list(run.timesteps)
@@ -89,7 +89,7 @@ def prepared(scheduler: Any, run: Run) -> tuple[Any, torch.Tensor]:
     return scheduler, timesteps
 
 
-def follow(scheduler: Any, run: Run, replaced: bool) -> tuple[tuple[float, float] | None, list[Step]]:
+def follow(scheduler: Any, run: SamplerRun, replaced: bool) -> tuple[tuple[float, float] | None, list[Step]]:
     """A run as the pipelines do it, and the (p, q) that image-to-image begins it with.
 
     `replaced`: with another sample before every step, as inpainting has.
@@ -138,7 +138,7 @@ def largest_error(table: Table, theirs: list[Step], replaced: bool) -> float:
     return worst
 
 
-def check_table(scheduler: Any, run: Run) -> Table:
+def check_table(scheduler: Any, run: SamplerRun) -> Table:
     """The table, after two runs of the scheduler; an InputError of `tabulate` passes through."""
     table = schedule.tabulate(scheduler, run)
     inpainting = run if run.strength else dataclasses.replace(run, begin=run.begin or 0)
@@ -161,17 +161,17 @@ def check_refusal(scheduler: Any, steps: int, message: str) -> None:
     if "clipping is not linear" in message:
         assert any(scheduler.config.get(key) for key in ("clip_sample", "thresholding", "clip_denoised"))
     elif "NaN or infinity" in message:
-        assert not all(torch.isfinite(step.made).all() for step in follow(scheduler, Run(steps), False)[1])
+        assert not all(torch.isfinite(step.made).all() for step in follow(scheduler, SamplerRun(steps), False)[1])
     elif "which the diffusers pipelines use" in message:
         missing = message.split(" has no ")[1].split(", which")[0].split(", ")
         assert not any(hasattr(scheduler, attribute) for attribute in missing)
     elif "in every step" in message:
         with pytest.raises(TypeError, match="missing"):
-            follow(scheduler, Run(steps), False)[1]
+            follow(scheduler, SamplerRun(steps), False)[1]
     else:
         assert "cannot be used as the diffusers pipelines do" in message
         with pytest.raises(Exception):  # noqa: B017 (whatever it raises)
-            follow(scheduler, Run(steps), False)[1]
+            follow(scheduler, SamplerRun(steps), False)[1]
 
 
 def variations(name: str) -> Iterator[Any]:
@@ -196,9 +196,9 @@ def test_every_scheduler_of_diffusers_has_a_true_table_or_is_refused(name: str, 
     for scheduler in variations(name):
         for steps in (1, 2, 4, 8):
             try:
-                check_table(scheduler, Run(steps))
+                check_table(scheduler, SamplerRun(steps))
                 if steps == 4:
-                    check_table(scheduler, Run(steps, begin=1))
+                    check_table(scheduler, SamplerRun(steps, begin=1))
                 taken += 1
             except InputError as error:
                 check_refusal(scheduler, steps, str(error))
@@ -234,7 +234,7 @@ TENSORS = (  # K, evaluations for 8 steps, class, options: found by hand or by a
 
 @pytest.mark.parametrize(("K", "evaluations", "name", "options"), TENSORS)
 def test_how_many_tensors_go_round_the_loop(K: int, evaluations: int, name: str, options: dict[str, Any]) -> None:
-    table = schedule.tabulate(sampler(name, **options), Run(8))
+    table = schedule.tabulate(sampler(name, **options), SamplerRun(8))
     assert (table.K, table.rows) == (K, evaluations)
     assert {name: getattr(table, name).dtype.name for name in (*ARRAYS, "timesteps")} == {
         **dict.fromkeys(("m", "v", "w", "input_scale", "start", "init_noise_sigma", "timesteps"), "float32"),
@@ -246,7 +246,7 @@ def test_how_many_tensors_go_round_the_loop(K: int, evaluations: int, name: str,
 
 
 def test_timesteps_that_come_twice_are_stored_once() -> None:
-    table = schedule.tabulate(sampler("HeunDiscreteScheduler"), Run(3))
+    table = schedule.tabulate(sampler("HeunDiscreteScheduler"), SamplerRun(3))
     assert table.index.tolist() == [0, 1, 1, 2, 2] and len(table.timesteps) == 3
 
 
@@ -254,19 +254,19 @@ def test_timesteps_that_come_twice_are_stored_once() -> None:
 def test_where_image_to_image_starts(name: str) -> None:
     """Against the formula p·z + q·ε of the training process: σ or √ᾱ and √(1 − ᾱ) at the row's timestep."""
     scheduler = sampler(name, timestep_spacing="leading")
-    table = schedule.tabulate(scheduler, Run(4))
+    table = schedule.tabulate(scheduler, SamplerRun(4))
     cumulated = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0).numpy()
     alpha = cumulated[table.timesteps[table.index].astype(int)]
     p, q = alpha**0.5, (1 - alpha) ** 0.5
     expected = np.stack([np.ones(4), q / p] if name == "EulerDiscreteScheduler" else [p, q], axis=1)
     np.testing.assert_allclose(table.start, expected, rtol=1e-4)
-    later = schedule.tabulate(scheduler, Run(4, begin=1))
+    later = schedule.tabulate(scheduler, SamplerRun(4, begin=1))
     assert np.array_equal(later.start, table.start[1:])
 
 
 def test_rows_of_a_first_order_slice_are_the_slice_of_the_rows() -> None:
     scheduler = sampler("EulerAncestralDiscreteScheduler")
-    whole, later = schedule.tabulate(scheduler, Run(4)), schedule.tabulate(scheduler, Run(4, begin=2))
+    whole, later = schedule.tabulate(scheduler, SamplerRun(4)), schedule.tabulate(scheduler, SamplerRun(4, begin=2))
     assert all(np.array_equal(getattr(whole, column)[2:], getattr(later, column)) for column in ("m", "v", "w"))
 
 
@@ -275,7 +275,7 @@ def test_rows_of_a_first_order_slice_are_the_slice_of_the_rows() -> None:
     [("EulerDiscreteScheduler", 0), ("EulerAncestralDiscreteScheduler", 3), ("DDIMScheduler", 0), ("LCMScheduler", 3)],
 )
 def test_noise_is_drawn_where_the_sampler_uses_it(name: str, noisy: int) -> None:
-    table = schedule.tabulate(sampler(name, timestep_spacing="trailing"), Run(4))
+    table = schedule.tabulate(sampler(name, timestep_spacing="trailing"), SamplerRun(4))
     assert table.draws_noise.tolist() == [i < noisy for i in range(4)]
     assert table.w.any(axis=1).tolist() == [i < noisy for i in range(4)]
 
@@ -291,14 +291,14 @@ def test_one_K_for_several_step_counts_and_tasks(checkpoints: dict[str, Path]) -
         "image-to-image": [(steps, begin) for steps in (1, 2, 8) for begin in range(steps)],
     }
     scheduler = load.scheduler(checkpoint)
-    assert [schedule.tabulate(scheduler, Run(steps)).K for steps in (1, 2, 8)] == [1, 1, 2]
+    assert [schedule.tabulate(scheduler, SamplerRun(steps)).K for steps in (1, 2, 8)] == [1, 1, 2]
     for entry, table in ((one.entry, one.table) for of in made.values() for one in of.values()):
         assert (table.K, table.rows) == (2, entry.rows) == (2, entry.steps - entry.begin)
     for steps in (1, 2, 8):
         wide = schedule.pad(made["text-to-image"][str(steps)].table, 4)
         assert wide.K == 4
         for replaced in (False, True):
-            assert largest_error(wide, follow(scheduler, Run(steps), replaced)[1], replaced) <= BOUND
+            assert largest_error(wide, follow(scheduler, SamplerRun(steps), replaced)[1], replaced) <= BOUND
 
 
 def test_a_class_of_the_checkpoints_author_has_the_table_of_its_parent() -> None:
@@ -307,8 +307,8 @@ def test_a_class_of_the_checkpoints_author_has_the_table_of_its_parent() -> None
     class Renamed(diffusers.EulerAncestralDiscreteScheduler):
         pass
 
-    table = check_table(Renamed(**OF_EULER), Run(3))
-    expected = schedule.tabulate(diffusers.EulerAncestralDiscreteScheduler(**OF_EULER), Run(3))
+    table = check_table(Renamed(**OF_EULER), SamplerRun(3))
+    expected = schedule.tabulate(diffusers.EulerAncestralDiscreteScheduler(**OF_EULER), SamplerRun(3))
     assert np.array_equal(table.w, expected.w) and table.w.any()
 
 
@@ -316,7 +316,7 @@ def test_a_table_leaves_the_scheduler_as_it_was() -> None:
     scheduler = sampler("EulerAncestralDiscreteScheduler", timestep_spacing="trailing")
     scheduler.set_timesteps(10)
     before, config = scheduler.timesteps.clone(), dict(scheduler.config)
-    first, second = schedule.tabulate(scheduler, Run(2)), schedule.tabulate(scheduler, Run(2))
+    first, second = schedule.tabulate(scheduler, SamplerRun(2)), schedule.tabulate(scheduler, SamplerRun(2))
     assert all(
         np.array_equal(getattr(first, field.name), getattr(second, field.name)) for field in dataclasses.fields(first)
     )

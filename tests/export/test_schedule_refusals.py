@@ -10,7 +10,7 @@ from diffusers.schedulers import scheduling_euler_ancestral_discrete as euler_an
 from samplers import BETAS, sampler, write
 
 from turbochain.export import load, schedule
-from turbochain.export.run import Run
+from turbochain.export.run import SamplerRun
 from turbochain.runtime import InputError
 
 pytestmark = [
@@ -23,16 +23,16 @@ pytestmark = [
 def test_a_sampler_that_clips_is_refused(limit: float) -> None:
     clipping = sampler("DDIMScheduler", clip_sample=True, clip_sample_range=limit)
     with pytest.raises(InputError, match=r"DDIMScheduler has clip_sample=True in its config.*set clip_sample to false"):
-        schedule.tabulate(clipping, Run(4))
+        schedule.tabulate(clipping, SamplerRun(4))
 
 
 def test_thresholding_is_named_if_it_is_the_reason() -> None:
     with pytest.raises(InputError, match=r"DPMSolverMultistepScheduler has thresholding=True in its config"):
-        schedule.tabulate(sampler("DPMSolverMultistepScheduler", thresholding=True), Run(2))
+        schedule.tabulate(sampler("DPMSolverMultistepScheduler", thresholding=True), SamplerRun(2))
     with pytest.raises(InputError, match=r"has clip_sample=True and thresholding=True .*set clip_sample and thres"):
-        schedule.tabulate(sampler("DDPMScheduler", thresholding=True, clip_sample=True), Run(2))
+        schedule.tabulate(sampler("DDPMScheduler", thresholding=True, clip_sample=True), SamplerRun(2))
     with pytest.raises(InputError, match="has no rows after 2 of 2 steps"):  # not the reason
-        schedule.tabulate(sampler("DDIMScheduler", clip_sample=True), Run(2, begin=2))
+        schedule.tabulate(sampler("DDIMScheduler", clip_sample=True), SamplerRun(2, begin=2))
 
 
 class NoiseOfItsOwn(diffusers.EulerDiscreteScheduler):
@@ -117,23 +117,23 @@ class Masked(diffusers.EulerDiscreteScheduler):
 )
 def test_why_a_scheduler_is_refused(cls: Any, reason: str) -> None:
     with pytest.raises(InputError, match=f"the scheduler {cls.__name__} {reason}.*name another class .Euler"):
-        schedule.tabulate(cls(), Run(2))
+        schedule.tabulate(cls(), SamplerRun(2))
 
 
 def test_steps_that_the_scheduler_itself_refuses() -> None:
     with pytest.raises(InputError, match=r"LCMScheduler cannot be used .* set_timesteps\(51\): .*original_steps"):
-        schedule.tabulate(sampler("LCMScheduler"), Run(51))
+        schedule.tabulate(sampler("LCMScheduler"), SamplerRun(51))
 
 
 def test_a_package_that_a_scheduler_needs_and_that_is_missing(tmp_path: Path) -> None:
     checkpoint = write(tmp_path, "DPMSolverSDEScheduler", "StableDiffusionPipeline", **BETAS)
     with pytest.raises(InputError, match=r"DPMSolverSDEScheduler (cannot be loaded .*torchsde|adds noise).*another"):
-        schedule.tabulate(load.scheduler(checkpoint), Run(2))
+        schedule.tabulate(load.scheduler(checkpoint), SamplerRun(2))
 
 
 def test_the_module_draws_as_before_after_a_refusal() -> None:
     before = euler_ancestral.randn_tensor
-    schedule.tabulate(sampler("EulerAncestralDiscreteScheduler"), Run(2))
+    schedule.tabulate(sampler("EulerAncestralDiscreteScheduler"), SamplerRun(2))
     with pytest.raises(InputError):
-        schedule.tabulate(sampler("EulerAncestralDiscreteScheduler", prediction_type="sample"), Run(2))
+        schedule.tabulate(sampler("EulerAncestralDiscreteScheduler", prediction_type="sample"), SamplerRun(2))
     assert euler_ancestral.randn_tensor is before

@@ -16,7 +16,7 @@ from turbochain.runtime.serve.metrics import Metrics
 from turbochain.runtime.serve.models import Models
 from turbochain.runtime.serve.service import Service
 from turbochain.runtime.serve.settings import Settings
-from turbochain.runtime.serve.source import Source
+from turbochain.runtime.serve.source import PictureSource
 from turbochain.runtime.serve.worker import Worker
 
 
@@ -30,7 +30,9 @@ class Serving:
 
 
 @contextlib.contextmanager
-def serving(*bundles: Path, source: Source | None = None, ready: bool = True, **options: Any) -> Iterator[Serving]:
+def serving(
+    *bundles: Path, source: PictureSource | None = None, ready: bool = True, **options: Any
+) -> Iterator[Serving]:
     """Serve bundles on the CPU, with the options of `Settings`; `source` in place of the worker.
 
     `ready`: wait until it draws.

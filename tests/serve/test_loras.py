@@ -20,7 +20,7 @@ from websockets.sync.client import connect
 
 from turbochain.runtime import InputError, Pipeline
 from turbochain.runtime.serve import adapters
-from turbochain.runtime.serve.adapters import Adapters, Loaded
+from turbochain.runtime.serve.adapters import AdapterFolder, PipelineAdapters
 
 NAMES = ("a", "b", "wide")
 Chosen = list[tuple[str, float]]
@@ -195,7 +195,7 @@ def test_those_used_last_stay(slotted: Path, folder: Path, monkeypatch: pytest.M
         return {name for of in pipe.get_list_adapters().values() for name in of}
 
     with Pipeline.load(slotted, threads=1, backend="onnxruntime") as pipe:
-        loaded = Loaded(Adapters.open(str(folder)), pipe)
+        loaded = PipelineAdapters(AdapterFolder.open(str(folder)), pipe)
         sizes = {name: (folder / f"{name}.safetensors").stat().st_size for name in ("a", "b")}
         monkeypatch.setattr(adapters, "LOADED_BYTES", sizes["a"] + sizes["b"])
         for name in ("a", "b", "a", "b2"):
@@ -213,10 +213,10 @@ def test_those_used_last_stay(slotted: Path, folder: Path, monkeypatch: pytest.M
 
 
 def test_the_folder_is_checked_at_the_start(folder: Path, tmp_path: Path) -> None:
-    assert not Adapters.open(None).by_name
+    assert not AdapterFolder.open(None).by_name
     with pytest.raises(InputError, match="is no folder"):
-        Adapters.open(str(folder / "a.safetensors"))
+        AdapterFolder.open(str(folder / "a.safetensors"))
     shutil.copytree(folder, tmp_path / "loras", symlinks=True)
     (tmp_path / "loras" / "out.safetensors").symlink_to(folder / "a.safetensors")
     with pytest.raises(InputError, match=r"out\.safetensors is a link that leads out of the folder"):
-        Adapters.open(str(tmp_path / "loras"))
+        AdapterFolder.open(str(tmp_path / "loras"))

@@ -11,7 +11,7 @@ import pytest
 from conftest import command, program
 
 from turbochain.runtime import Bundle, Pipeline
-from turbochain.runtime.serve.adapters import Adapters
+from turbochain.runtime.serve.adapters import AdapterFolder
 from turbochain.runtime.serve.mcp import Tool, make_server
 
 
@@ -77,7 +77,7 @@ def test_a_call_names_loras(slotted: Path, reference_lora: Path, tmp_path: Path)
             arguments = {"prompt": "a cat", "seed": 7}
             return [await client.call_tool("generate_image", {**arguments, "loras": loras}) for loras in given]
 
-    tool = Tool(Bundle.open(slotted), load, Adapters.open(str(tmp_path)))
+    tool = Tool(Bundle.open(slotted), load, AdapterFolder.open(str(tmp_path)))
     try:
         *answers, refused = asyncio.run(calls(tool))
     finally:

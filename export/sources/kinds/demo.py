@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from turbochain.export.sources import BY_SPELLING, Kind, Source
+from turbochain.export.sources import BY_SPELLING, Source, SourceKind
 from turbochain.export.sources.kinds.folder import Folder
 
 NAME = "demo"
@@ -14,4 +14,4 @@ def _find(name: str) -> Source | None:
     return Folder(FOLDER) if name == NAME else None
 
 
-KIND = Kind(NAME, BY_SPELLING, _find, parts=False)
+KIND = SourceKind(NAME, BY_SPELLING, _find, parts=False)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from turbochain.export.sources import ON_DISK, Fetched, Kind, Source, Want
+from turbochain.export.sources import ON_DISK, Fetched, Source, SourceKind, Want
 
 
 @dataclass(frozen=True)
@@ -35,4 +35,4 @@ def _find(name: str) -> Source | None:
     return Folder(Path(name).resolve()) if name and Path(name).is_dir() else None
 
 
-KIND = Kind("a folder here", ON_DISK, _find, parts=True)
+KIND = SourceKind("a folder here", ON_DISK, _find, parts=True)

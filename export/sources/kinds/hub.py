@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from turbochain.export import families
-from turbochain.export.sources import ELSEWHERE, LORA, Fetched, Kind, Source, Want
+from turbochain.export.sources import ELSEWHERE, LORA, Fetched, Source, SourceKind, Want
 from turbochain.export.sources.checkpoint import PICKLES, STEMS
 from turbochain.export.sources.kinds.single_file import SingleFile
 from turbochain.runtime.errors import InputError
@@ -240,4 +240,4 @@ def _find(name: str) -> Source | None:
     return Hub(name) if legal and not name.endswith((".safetensors", *PICKLES)) else None  # those are paths
 
 
-KIND = Kind("a hub id (owner/name)", ELSEWHERE, _find, parts=True)
+KIND = SourceKind("a hub id (owner/name)", ELSEWHERE, _find, parts=True)

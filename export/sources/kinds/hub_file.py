@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from turbochain.export.sources import ELSEWHERE, Fetched, Kind, Source, Want
+from turbochain.export.sources import ELSEWHERE, Fetched, Source, SourceKind, Want
 from turbochain.export.sources.checkpoint import PICKLES
 from turbochain.export.sources.kinds.hub import Hub
 from turbochain.runtime.errors import InputError
@@ -51,4 +51,4 @@ def _find(name: str) -> Source | None:
     return HubFile(found[1], found[2])
 
 
-KIND = Kind("a file of the hub (owner/name/….safetensors)", ELSEWHERE, _find, parts=True, wholes=False)
+KIND = SourceKind("a file of the hub (owner/name/….safetensors)", ELSEWHERE, _find, parts=True, wholes=False)

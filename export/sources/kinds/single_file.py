@@ -5,7 +5,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from turbochain.export.sources import LORA, ON_DISK, Fetched, Kind, Source, Want, written_once
+from turbochain.export.sources import LORA, ON_DISK, Fetched, Source, SourceKind, Want, written_once
 from turbochain.export.sources import original as originals
 from turbochain.export.sources.checkpoint import STEMS
 
@@ -73,4 +73,4 @@ def _find(name: str) -> Source | None:
     return SingleFile(path.absolute())  # in the hub's cache a file is a link to one without a name
 
 
-KIND = Kind("a .safetensors file here", ON_DISK, _find, parts=True)
+KIND = SourceKind("a .safetensors file here", ON_DISK, _find, parts=True)

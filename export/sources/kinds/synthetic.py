@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from turbochain.export.sources import BY_SPELLING, Fetched, Kind, Source, Want, written_once
+from turbochain.export.sources import BY_SPELLING, Fetched, Source, SourceKind, Want, written_once
 from turbochain.export.sources.presets import preset
 
 PREFIX = "synthetic:"
@@ -76,4 +76,4 @@ def _find(name: str) -> Source | None:
     return Synthetic(name.removeprefix(PREFIX))
 
 
-KIND = Kind(f"{PREFIX}NAME", BY_SPELLING, _find, parts=False)
+KIND = SourceKind(f"{PREFIX}NAME", BY_SPELLING, _find, parts=False)

@@ -14,7 +14,7 @@ import pytest
 from turbochain.runtime import Bundle, Pipeline, selection
 from turbochain.runtime.backends import cuda, onnxruntime
 from turbochain.runtime.backends.contract import Device, Opened
-from turbochain.runtime.backends.cpu import Loaded
+from turbochain.runtime.backends.cpu import CpuGraph
 from turbochain.runtime.backends.gpu import GpuExecutor, GpuGraph
 from turbochain.runtime.bundle.manifest import Gpu, Graph, Tensor
 from turbochain.runtime.errors import CudaError, OutOfMemory, TurbochainError
@@ -142,13 +142,13 @@ class Stage(GpuGraph):
 WEIGHT = np.random.default_rng(5).integers(0, 256, WEIGHTS, np.uint8)
 
 
-def load(name: str, opened: Opened) -> Loaded:
+def load(name: str, opened: Opened) -> CpuGraph:
     """Load a graph on ONNX Runtime's CPU provider, as the CPU backend does."""
     return _load(name, opened.bundle.path, opened.folder)
 
 
 @functools.cache  # it is not what is tested, and its kernels run one at a time
-def _load(name: str, path: Path, folder: Path) -> Loaded:
+def _load(name: str, path: Path, folder: Path) -> CpuGraph:
     return onnxruntime.OnnxRuntimeCpu(Opened(Bundle.open(path), folder, {}, Device("cpu"))).load_graph(name)
 
 

@@ -13,7 +13,7 @@ from turbochain.runtime import Bundle, BundleError
 from turbochain.runtime.backends import onnxruntime
 from turbochain.runtime.backends import onnxruntime_sessions as sessions
 from turbochain.runtime.backends.contract import Device, Opened
-from turbochain.runtime.backends.cpu import Loaded
+from turbochain.runtime.backends.cpu import CpuGraph
 from turbochain.runtime.bundle.manifest import Gpu
 from turbochain.runtime.checks import verify
 
@@ -92,7 +92,7 @@ def test_nor_is_one_of_a_graph_with_slots_or_control(slotted: Path, controlled: 
 class FormsOnCpu(onnxruntime.OnnxRuntimeCpu):
     """Runs the forms of an engine for a GPU, read as on one."""
 
-    def load_graph(self, graph: str) -> Loaded:
+    def load_graph(self, graph: str) -> CpuGraph:
         options = sessions.default_options()
         form = onnxruntime.read_form(self.opened, graph, options)
         session = sessions.load(form, graph, options, sessions.CPU, {}, onnxruntime.CUDA_WITHOUT)

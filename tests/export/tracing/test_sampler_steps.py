@@ -14,7 +14,7 @@ from test_parity import load_diffusers
 
 from turbochain.export import schedule
 from turbochain.export.families import Shape, common
-from turbochain.export.run import Run
+from turbochain.export.run import SamplerRun
 from turbochain.runtime.bundle.manifest import Graph
 from turbochain.runtime.checks.metrics import relative_l2
 
@@ -143,7 +143,7 @@ def test_the_guided_step_is_the_pipelines(
     """Over a run, with the history that the graph itself has made; the UNet's predictions are diffusers'."""
     pipe = load_diffusers(checkpoints["sd"])
     pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config)
-    table = schedule.tabulate(pipe.scheduler, Run(STEPS))
+    table = schedule.tabulate(pipe.scheduler, SamplerRun(STEPS))
     assert table.K == K and table.rows == STEPS
     with image_graphs.spied(pipe.unet, "forward") as predictions, image_graphs.spied(pipe.scheduler, "step") as steps:
         pipe(
