@@ -56,8 +56,8 @@ def unet_seconds(pipe: Pipeline, chain: str, steps: int | None) -> float:
     """Draw a picture; return the mean seconds of a launch of the UNet."""
     seen: list[float] = []
 
-    def observe(graph: str, seconds: float) -> None:
-        if pipe.bundle.manifest.graphs[graph].role == "unet":
+    def observe(name: str, seconds: float) -> None:
+        if pipe.bundle.manifest.graphs[name].role == "unet":
             seen.append(seconds)
 
     pipe(**CALL, chain=chain, num_inference_steps=steps, observe=observe)

@@ -122,8 +122,8 @@ class Drawer:
         self._output = self._pipe(prompts, seed=seed, **given, **self._call)
         return self._output.images
 
-    def _note(self, graph: str, seconds: float) -> None:
-        self.stages.setdefault(graph, []).append(seconds)
+    def _note(self, name: str, seconds: float) -> None:
+        self.stages.setdefault(name, []).append(seconds)
 
     def gpu_seconds(self) -> float | None:
         """Return how long the GPU worked for the last call; None on a CPU."""

@@ -119,9 +119,9 @@ class TorchExecutor(GpuExecutor):
         self.made, self.place = made, place
         super().__init__(opened)
 
-    def load_graph(self, graph: str) -> GpuGraph:
+    def load_graph(self, name: str) -> GpuGraph:
         """See GpuExecutor."""
-        return TorchGraph(graph, self.opened.bundle.manifest.graphs[graph], self.made[graph], self.place)
+        return TorchGraph(name, self.opened.bundle.manifest.graphs[name], self.made[name], self.place)
 
 
 def executor(bundle: Bundle, made: Modules, place: Place, device: str = "cuda") -> TorchExecutor:

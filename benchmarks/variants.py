@@ -69,18 +69,18 @@ def own_precision() -> str:
 class VariantGraph(openvino.OpenVino):
     """One graph, loaded by the backend as a variant, with random inputs."""
 
-    def __init__(self, bundle: Bundle, graph: str, variant: Variant, folder: Path) -> None:
+    def __init__(self, bundle: Bundle, name: str, variant: Variant, folder: Path) -> None:
         """Load the graph; `folder` is for OpenVINO's cache and the ranges of int8, whose time does not count."""
-        self.variant, self.graph, self.cache = variant, graph, folder
-        self.ends = bundle.manifest.graphs[graph]
+        self.variant, self.graph, self.cache = variant, name, folder
+        self.ends = bundle.manifest.graphs[name]
         self.rewrites = tuple(rewrite for rewrite in openvino_model.REWRITES if rewrite not in variant.without)
         precision = "fp32" if variant.exact else own_precision()
         options = {"inference_precision": precision, "vae_int8": variant.int8}
         device = openvino.device(None)
-        builder.compile(Compilation(bundle, graph, folder, options, device, folder, lambda done, total: None))
+        builder.compile(Compilation(bundle, name, folder, options, device, folder, lambda done, total: None))
         super().__init__(Opened(bundle, folder, options, device))
         start = time.perf_counter()
-        loaded = self.load_graph(graph)
+        loaded = self.load_graph(name)
         self.load_seconds = time.perf_counter() - start
         self.arrays = {t.name: np.zeros(t.shape, t.dtype) for t in (*self.ends.inputs, *self.ends.outputs)}
         random = np.random.default_rng(0)
@@ -110,21 +110,21 @@ class VariantGraph(openvino.OpenVino):
         super().close()
 
 
-def compare(bundle: Bundle, graph: str, variants: Sequence[Variant], runs: int) -> list[Tried]:
+def compare(bundle: Bundle, name: str, variants: Sequence[Variant], runs: int) -> list[Tried]:
     """Measure each variant, interleaved with the first."""
     own, *others = variants
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        expected = _exact(bundle, graph, folder)
-        ours = VariantGraph(bundle, graph, own, folder)
+        expected = _exact(bundle, name, folder)
+        ours = VariantGraph(bundle, name, own, folder)
         ours.run()
         rows = [_row(ours, expected, seconds=0.0)]
         taken: list[float] = []
         for variant in others:
-            say(f"{graph}: {variant.name}")
+            say(f"{name}: {variant.name}")
             if variant.cached:
-                VariantGraph(bundle, graph, variant, folder).close()
-            other = VariantGraph(bundle, graph, variant, folder)
+                VariantGraph(bundle, name, variant, folder).close()
+            other = VariantGraph(bundle, name, variant, folder)
             other.run()
             rounds = np.array([(ours.run(), other.run()) for _ in range(runs)])
             taken += list(rounds[:, 0])
@@ -135,8 +135,8 @@ def compare(bundle: Bundle, graph: str, variants: Sequence[Variant], runs: int) 
     return [replace(rows[0], seconds=float(np.median(taken))), *rows[1:]]
 
 
-def _exact(bundle: Bundle, graph: str, folder: Path) -> np.ndarray:
-    exact = VariantGraph(bundle, graph, EXACT, folder)
+def _exact(bundle: Bundle, name: str, folder: Path) -> np.ndarray:
+    exact = VariantGraph(bundle, name, EXACT, folder)
     exact.run()
     expected = exact.output()
     exact.close()
@@ -181,9 +181,9 @@ def _variants(arguments: argparse.Namespace) -> None:
     print(cost_tables.variants(found), path, sep="\n")
 
 
-def _variants_of(bundle: Bundle, graph: str) -> list[Variant]:
+def _variants_of(bundle: Bundle, name: str) -> list[Variant]:
     """Return those that suit the graph and this CPU, the backend's own first."""
-    int8 = bundle.manifest.graphs[graph].role == "vae_decoder"
+    int8 = bundle.manifest.graphs[name].role == "vae_decoder"
     return [v for v in VARIANTS if (int8 or not v.int8) and (openvino.has_bf16() or not v.exact)]
 
 

@@ -59,11 +59,11 @@ class Patches:
         """Let all graphs have the weights of their files."""
         self.apply(executor, list(self._states), {})
 
-    def _values(self, graph: str, state: Hashable, changes: Changes) -> dict[str, np.ndarray]:
+    def _values(self, name: str, state: Hashable, changes: Changes) -> dict[str, np.ndarray]:
         """Return a graph's changed initializers by name, in their own shapes."""
-        names, entry = self._names_of(graph), self.bundle.manifest.graphs[graph]
+        names, entry = self._names_of(name), self.bundle.manifest.graphs[name]
         changed = {n for added, _ in changes for n in added if names[n].initializer}
-        stored = read_fp32(self.bundle.plain(graph) / entry.file, {names[n].initializer for n in changed})
+        stored = read_fp32(self.bundle.plain(name) / entry.file, {names[n].initializer for n in changed})
         known = self._merged.get(entry.component)
         if known is None or known[0] != state:
             of = {n: [(added[n], weight) for added, weight in changes if n in added] for n in changed}
@@ -71,10 +71,10 @@ class Patches:
             known = self._merged[entry.component] = state, merged
         return {i: known[1][n].reshape(stored[i].shape) for n in changed if (i := names[n].initializer)}
 
-    def _names_of(self, graph: str) -> dict[str, Parameter]:
-        if graph not in self._names:
-            self._names[graph] = read_names(self.bundle, graph)
-        return self._names[graph]
+    def _names_of(self, name: str) -> dict[str, Parameter]:
+        if name not in self._names:
+            self._names[name] = read_names(self.bundle, name)
+        return self._names[name]
 
 
 def merge(weight: np.ndarray, changes: Sequence[tuple[LowRank, float]]) -> np.ndarray:

@@ -106,10 +106,10 @@ class Slots:
         graphs = self.bundle.manifest.graphs.items()
         return read_names(self.bundle, next(name for name, graph in graphs if graph.component == component))
 
-    def _layout(self, graph: str) -> SlotLayout:
-        if graph not in self._layouts:
-            self._layouts[graph] = read_layout(self.bundle, graph)
-        return self._layouts[graph]
+    def _layout(self, name: str) -> SlotLayout:
+        if name not in self._layouts:
+            self._layouts[name] = read_layout(self.bundle, name)
+        return self._layouts[name]
 
     def _of(self, chain: OpenChain) -> ChainSlots:
         if chain.name not in self._chains:

@@ -36,8 +36,8 @@ def figures(pipe: Pipeline, runs: int) -> dict[str, Any]:
     known = [draw(pipe, seed, known=True) for seed in range(runs)]
     stages: dict[str, list[float]] = {}
 
-    def note(graph: str, seconds: float) -> None:
-        stages.setdefault(graph, []).append(seconds)
+    def note(name: str, seconds: float) -> None:
+        stages.setdefault(name, []).append(seconds)
 
     apart = [draw(pipe, seed, observe=note) for seed in range(runs)]
     return {

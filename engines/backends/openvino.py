@@ -96,15 +96,15 @@ def measure_ranges(bundle: Bundle, name: str, progress: Progress) -> dict[str, l
     return {op: [low, high] for op, low, high in zip(found, lows.tolist(), highs.tolist(), strict=True)}
 
 
-def _recorded(bundle: Bundle, graph: str) -> Iterator[dict[str, np.ndarray]]:
+def _recorded(bundle: Bundle, graph_name: str) -> Iterator[dict[str, np.ndarray]]:
     """Find what diffusers fed to the graph in the recorded cases of every chain, by the names of its inputs."""
     bundle.check_files([REFERENCE])
     for chain in map(bundle.open_chain, bundle.manifest.chains):
-        stages = [s for s in chain.chain.stages if s.graph == graph]
+        stages = [s for s in chain.chain.stages if s.graph == graph_name]
         for case in read_cases(bundle, chain.name) if stages else ():
             recorded = Recorded(chain, case)
             for stage in (s for s in stages if s.runs(case.modes)):
                 last = recorded.table.rows - 1
                 for row in range(last + 1) if stage.when == "step" else [last]:
-                    named = ((t.name, stage.wires.get(t.name, t.name)) for t in chain.graphs[graph].inputs)
+                    named = ((t.name, stage.wires.get(t.name, t.name)) for t in chain.graphs[graph_name].inputs)
                     yield {own: recorded.value(name, row) for own, name in named}

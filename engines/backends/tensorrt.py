@@ -99,7 +99,7 @@ def _show(severity: str, message: str) -> None:
 
 def serialize(
     path: Path,
-    graph: str,
+    name: str,
     options: Options,
     device: Device,
     cache: Path,
@@ -119,7 +119,7 @@ def serialize(
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, logger())  # it owns weights that the network refers to
         if not _parse(parser, path, options):
-            raise TurbochainError(_parser_errors(parser, graph))
+            raise TurbochainError(_parser_errors(parser, name))
         config = builder.create_builder_config()
         _configure(config, options)
         _aim(config, device)
@@ -132,7 +132,7 @@ def serialize(
     if raised:
         raise raised[0]
     if serialized is None:
-        raise TurbochainError(f"TensorRT cannot build {graph}: {said}")
+        raise TurbochainError(f"TensorRT cannot build {name}: {said}")
     if times:
         save_timings(config, times)
     progress(_TOTAL, _TOTAL)
@@ -151,7 +151,7 @@ def _parse(parser: "trt.OnnxParser", path: Path, options: Options) -> bool:
     return parser.parse(rewrite(path), str(path))
 
 
-def _parser_errors(parser: "trt.OnnxParser", graph: str) -> str:
+def _parser_errors(parser: "trt.OnnxParser", name: str) -> str:
     """Return a message that names every node which TensorRT refuses: name, operator and reason."""
     found = []
     for error in (parser.get_error(i) for i in range(parser.num_errors)):
@@ -159,7 +159,7 @@ def _parser_errors(parser: "trt.OnnxParser", graph: str) -> str:
         where = f"node {error.node_name()} ({error.node_operator()}): " if error.node_operator() else ""
         # If a node is unsupported as such, the description is only the condition that did not hold.
         found.append(f"{where}{what}" + (f": {error.desc()}" if error.desc() != "false" else ""))
-    return f"TensorRT cannot read the graph {graph}: " + "; ".join(dict.fromkeys(found))
+    return f"TensorRT cannot read the graph {name}: " + "; ".join(dict.fromkeys(found))
 
 
 def _configure(config: "trt.IBuilderConfig", options: Options) -> None:

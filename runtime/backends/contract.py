@@ -98,22 +98,22 @@ class Executor(Protocol):
     def hold(self, plan: Plan, values: Mapping[str, np.ndarray]) -> None:
         """Write buffers of a plan that no plan uploads: they keep their values from call to call."""
 
-    def can_patch(self, graph: str) -> bool:
+    def can_patch(self, name: str) -> bool:
         """Return whether `patch` can give initializers of a graph other values."""
 
-    def patch(self, graph: str, values: Mapping[str, np.ndarray]) -> None:
+    def patch(self, name: str, values: Mapping[str, np.ndarray]) -> None:
         """Let a graph be loaded with these fp32 values in place of initializers of its file, by name, or with none.
 
         The arrays are used as they are, not copied. If the graph is loaded it is unloaded, for the next `load`.
         """
 
-    def operators(self, graph: str) -> Iterable[tuple[str, float]]:
+    def operators(self, name: str) -> Iterable[tuple[str, float]]:
         """Return the kind of every operator of a graph, and its mean seconds in one launch; asked for once.
 
         Only for an executor that was opened with `profile`; InputError on a device that has no such profile.
         """
 
-    def unload(self, graph: str) -> None:
+    def unload(self, name: str) -> None:
         """Give back the memory of a graph that no later plan runs."""
 
     def close(self) -> None:

@@ -45,10 +45,10 @@ class CpuExecutor(ABC):
         self._launches: dict[Run, Launch] = {}
 
     @abstractmethod
-    def load_graph(self, graph: str) -> CpuGraph:
+    def load_graph(self, name: str) -> CpuGraph:
         """Load a graph; TurbochainError if the backend cannot, BundleError if it is not what the manifest says."""
 
-    def copies_weights(self, graph: str) -> bool:
+    def copies_weights(self, name: str) -> bool:
         """Return whether a graph that is loaded holds a copy of its weights, and does not use the bundle's file."""
         return True
 
@@ -69,9 +69,9 @@ class CpuExecutor(ABC):
         with self._working, ThreadPoolExecutor(LOADING) as pool:
             self._graphs |= dict(zip(missing, pool.map(self.load_graph, missing), strict=True))
 
-    def _size(self, graph: str) -> int:
+    def _size(self, name: str) -> int:
         manifest = self.opened.bundle.manifest
-        return sum(manifest.files[file].size for file in manifest.graphs[graph].data)
+        return sum(manifest.files[file].size for file in manifest.graphs[name].data)
 
     def execute(
         self, plan: Plan, feeds: Arrays, *, observe: Observe | None = None, cancel: Cancel | None = None
@@ -126,23 +126,23 @@ class CpuExecutor(ABC):
         for name, value in values.items():
             np.copyto(self._buffer(tensors[name]), value)
 
-    def can_patch(self, graph: str) -> bool:
+    def can_patch(self, name: str) -> bool:
         """See Executor."""
         return False
 
-    def patch(self, graph: str, values: Arrays) -> None:
+    def patch(self, name: str, values: Arrays) -> None:
         """See Executor."""
-        raise InputError(f"the weights of {graph} cannot be changed here: onnxruntime does that on a CPU, in fp32")
+        raise InputError(f"the weights of {name} cannot be changed here: onnxruntime does that on a CPU, in fp32")
 
-    def operators(self, graph: str) -> Iterable[tuple[str, float]]:
+    def operators(self, name: str) -> Iterable[tuple[str, float]]:
         """See Executor."""
-        return self._graphs[graph].operators()
+        return self._graphs[name].operators()
 
-    def unload(self, graph: str) -> None:
+    def unload(self, name: str) -> None:
         """See Executor."""
-        self._programs = {p: program for p, program in self._programs.items() if graph not in p.graphs}
-        self._launches = {run: launch for run, launch in self._launches.items() if run.graph != graph}
-        del self._graphs[graph]
+        self._programs = {p: program for p, program in self._programs.items() if name not in p.graphs}
+        self._launches = {run: launch for run, launch in self._launches.items() if run.graph != name}
+        del self._graphs[name]
 
     def close(self) -> None:
         """See Executor."""

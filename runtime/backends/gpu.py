@@ -93,7 +93,7 @@ class GpuExecutor(ABC):
             raise
 
     @abstractmethod
-    def load_graph(self, graph: str) -> GpuGraph:
+    def load_graph(self, name: str) -> GpuGraph:
         """Load a graph onto `self.session`'s GPU; TurbochainError if the backend cannot."""
 
     @property
@@ -315,22 +315,22 @@ class GpuExecutor(ABC):
     def _launch(self, launch: Launch, at: Mapping[str, int], stream: Any) -> None:
         self._graphs[launch.graph].enqueue({name: at[buffer] for name, buffer in launch.buffers.items()}, stream)
 
-    def can_patch(self, graph: str) -> bool:
+    def can_patch(self, name: str) -> bool:
         """See Executor."""
         return False
 
-    def patch(self, graph: str, values: Arrays) -> None:
+    def patch(self, name: str, values: Arrays) -> None:
         """See Executor."""
-        raise InputError(f"the weights of {graph} cannot be changed here: onnxruntime does that on a CPU, in fp32")
+        raise InputError(f"the weights of {name} cannot be changed here: onnxruntime does that on a CPU, in fp32")
 
-    def operators(self, graph: str) -> Iterable[tuple[str, float]]:
+    def operators(self, name: str) -> Iterable[tuple[str, float]]:
         """See Executor."""
         raise InputError("operators are profiled on a CPU only: on a GPU, run turbochain bench under nsys")
 
-    def unload(self, graph: str) -> None:
+    def unload(self, name: str) -> None:
         """See Executor."""
         with self._working():
-            self._unload([graph])
+            self._unload([name])
 
     def _unload(self, graphs: Iterable[str]) -> None:
         for graph in graphs:

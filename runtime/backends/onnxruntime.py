@@ -75,9 +75,9 @@ class OnnxRuntimeCpu(CpuExecutor):
         self._patches: dict[str, Arrays] = {}
         super().__init__(opened)
 
-    def load_graph(self, graph: str) -> CpuGraph:
+    def load_graph(self, name: str) -> CpuGraph:
         """Create the graph's session; TurbochainError if ONNX Runtime cannot."""
-        threads, entry = self.opened.threads, self.opened.bundle.manifest.graphs[graph]
+        threads, entry = self.opened.threads, self.opened.bundle.manifest.graphs[name]
         backends.require_precision("onnxruntime", self.device, entry.precision)
         options = sessions.default_options()
         options.add_session_config_entry("session.use_env_allocators", "1")
@@ -90,31 +90,31 @@ class OnnxRuntimeCpu(CpuExecutor):
             options.intra_op_num_threads = threads
         if self.opened.profile:
             options.enable_profiling = True
-            options.profile_file_prefix = str(Path(tempfile.gettempdir()) / f"turbochain-{os.getpid()}-{graph}")
+            options.profile_file_prefix = str(Path(tempfile.gettempdir()) / f"turbochain-{os.getpid()}-{name}")
         without = _keep_mapped(options) if _stays_mapped(entry) else []
-        kept = sessions.override(options, self._patches.get(graph, {}))
-        model = self.model(graph, options)
-        return _SessionGraph(graph, entry, sessions.load(model, graph, options, sessions.CPU, {}, without), kept)
+        kept = sessions.override(options, self._patches.get(name, {}))
+        model = self.model(name, options)
+        return _SessionGraph(name, entry, sessions.load(model, name, options, sessions.CPU, {}, without), kept)
 
-    def model(self, graph: str, options: Any) -> str | bytes:
+    def model(self, name: str, options: Any) -> str | bytes:
         """Return what a session with these options is made of: the path of an ONNX file, or its bytes."""
-        return str(self.opened.bundle.plain(graph) / self.opened.bundle.manifest.graphs[graph].file)
+        return str(self.opened.bundle.plain(name) / self.opened.bundle.manifest.graphs[name].file)
 
-    def copies_weights(self, graph: str) -> bool:
+    def copies_weights(self, name: str) -> bool:
         """See CpuExecutor."""
-        return not _stays_mapped(self.opened.bundle.manifest.graphs[graph])
+        return not _stays_mapped(self.opened.bundle.manifest.graphs[name])
 
-    def can_patch(self, graph: str) -> bool:
+    def can_patch(self, name: str) -> bool:
         """See Executor. In other sessions constants are folded, which reads the file's values and no others."""
-        return _stays_mapped(self.opened.bundle.manifest.graphs[graph])
+        return _stays_mapped(self.opened.bundle.manifest.graphs[name])
 
-    def patch(self, graph: str, values: Arrays) -> None:
+    def patch(self, name: str, values: Arrays) -> None:
         """See Executor."""
-        if not self.can_patch(graph):
-            super().patch(graph, values)
-        self._patches[graph] = values
-        if graph in self.loaded:
-            self.unload(graph)
+        if not self.can_patch(name):
+            super().patch(name, values)
+        self._patches[name] = values
+        if name in self.loaded:
+            self.unload(name)
 
     def close(self) -> None:
         """See Executor; also give back the arena's memory that is free."""
@@ -152,25 +152,25 @@ CUDA_WITHOUT = ("GatherSliceToSplitFusion",)
 of the time projections, is given its sizes in page-locked memory, in every run anew."""
 
 
-def form_file(graph: str) -> str:
+def form_file(name: str) -> str:
     """Return the name of the engine's file with its form of a graph."""
-    return f"{graph}.onnx"
+    return f"{name}.onnx"
 
 
-def read_form(opened: Opened, graph: str, options: Any) -> bytes:
+def read_form(opened: Opened, name: str, options: Any) -> bytes:
     """Return the engine's form of a graph, and let a session with `options` find its data in the bundle.
 
     Raises BundleError if the engine has none, or it names other data than the graph's.
     """
-    path = opened.folder / form_file(graph)
+    path = opened.folder / form_file(name)
     try:
         form = path.read_bytes()
     except OSError as error:
         raise BundleError(
             f"{path} cannot be read: {error.strerror}; remove {path.parent}, and build it again"
         ) from None
-    opened.bundle.check_form(graph, form)
-    beside = opened.bundle.plain(graph) / opened.bundle.manifest.graphs[graph].file
+    opened.bundle.check_form(name, form)
+    beside = opened.bundle.plain(name) / opened.bundle.manifest.graphs[name].file
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(beside.parent))
     return form
 
@@ -190,7 +190,7 @@ class OnnxRuntimeCuda(GpuExecutor):
             )
         super().__init__(opened)
 
-    def load_graph(self, graph: str) -> GpuGraph:
+    def load_graph(self, name: str) -> GpuGraph:
         """Create the graph's session on the GPU; TurbochainError if ONNX Runtime cannot."""
         provider = {
             "device_id": str(self.device.index),
@@ -203,9 +203,9 @@ class OnnxRuntimeCuda(GpuExecutor):
         # With the CPU's provider behind it ONNX Runtime would compute there, silently, what it cannot do on the GPU.
         options = sessions.default_options()
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        form = read_form(self.opened, graph, options)
-        session = sessions.load(form, graph, options, sessions.CUDA, provider, CUDA_WITHOUT)
-        return _CudaGraph(graph, self.opened.bundle.manifest.graphs[graph], session, self.device.index)
+        form = read_form(self.opened, name, options)
+        session = sessions.load(form, name, options, sessions.CUDA, provider, CUDA_WITHOUT)
+        return _CudaGraph(name, self.opened.bundle.manifest.graphs[name], session, self.device.index)
 
     def check_captured(self, graph: Any) -> None:
         """Refuse a captured graph whose kernels leave work to the host, or copy memory that may be freed by then."""

@@ -61,7 +61,7 @@ def override(options: Any, values: Mapping[str, np.ndarray]) -> list[Any]:
 
 def load(
     model: str | bytes,
-    graph: str,
+    name: str,
     options: Any,
     provider: str,
     settings: Mapping[str, str],
@@ -69,7 +69,7 @@ def load(
 ) -> Any:
     """Return a session of a model (the path of its file, or its bytes) on one provider, with that one's settings.
 
-    `without`: the names of optimisers. Raises OutOfMemory or TurbochainError, which names `graph`.
+    `without`: the names of optimisers. Raises OutOfMemory or TurbochainError, which names `name`.
     """
     if provider == CUDA:
         _preload()
@@ -80,7 +80,7 @@ def load(
     except Exception as error:  # ONNX Runtime has no common base class for what it raises
         if not _has(provider, settings):  # then its error is about nodes that are left to the CPU
             raise _lacking() from error
-        raise _failure(f"cannot load {graph}", error) from error
+        raise _failure(f"cannot load {name}", error) from error
 
 
 def _has(provider: str, settings: Mapping[str, str]) -> bool:
@@ -129,12 +129,12 @@ def bind(graph: Graph, session: Any, device: str, index: int, addresses: Mapping
     return binding
 
 
-def run(graph: str, session: Any, binding: Any, options: Any) -> None:
+def run(name: str, session: Any, binding: Any, options: Any) -> None:
     """Launch a bound session once; OutOfMemory or TurbochainError if it fails."""
     try:
         session.run_with_iobinding(binding, options)
     except Exception as error:
-        raise _failure(f"failed in {graph}", error) from error
+        raise _failure(f"failed in {name}", error) from error
 
 
 def _failure(what: str, error: Exception) -> TurbochainError:

@@ -64,9 +64,9 @@ def in_int8(graph: Graph, options: Options) -> bool:
     return bool(options["vae_int8"]) and graph.role == "vae_decoder"
 
 
-def ranges_file(graph: str) -> str:
+def ranges_file(name: str) -> str:
     """Return the name of the engine's file with the ranges that the convolutions of a graph in int8 read."""
-    return f"{graph}.ranges.json"
+    return f"{name}.ranges.json"
 
 
 def _asked(graph: Graph, options: Options) -> str:
@@ -112,24 +112,24 @@ class OpenVino(CpuExecutor):
         core()  # before the graphs, which are loaded at once
         super().__init__(opened)
 
-    def load_graph(self, graph: str) -> CpuGraph:
+    def load_graph(self, name: str) -> CpuGraph:
         """Compile the graph in memory; TurbochainError if OpenVINO cannot."""
         bundle, options = self.opened.bundle, self.opened.options
-        entry = bundle.manifest.graphs[graph]
+        entry = bundle.manifest.graphs[name]
         backends.require_precision("openvino", self.device, entry.precision)
-        folder = bundle.plain(graph)
+        folder = bundle.plain(name)
         path = folder / entry.file
         try:
             model = core().read_model(path)  # weights are mapped from the bundle
             openvino_model.prepare(model, self.rewrites)
             if in_int8(entry, options):
-                ranges = json.loads((self.opened.folder / ranges_file(graph)).read_text())
+                ranges = json.loads((self.opened.folder / ranges_file(name)).read_text())
                 openvino_model.quantize(model, ranges)
             with _few_pages({str((folder / file).resolve()) for file in entry.data}):
                 compiled = core().compile_model(model, "CPU", self.properties(entry, model))
         except Exception as error:  # OpenVINO raises RuntimeError and its own
             raise _failure(f"cannot load {path}", error) from error
-        return _CompiledGraph(graph, entry, compiled, self.opened.profile)
+        return _CompiledGraph(name, entry, compiled, self.opened.profile)
 
     def properties(self, graph: Graph, model: Any) -> dict[str, str]:
         """Return the properties that OpenVINO compiles the graph with."""

@@ -135,14 +135,14 @@ def logger() -> Any:
     return made
 
 
-def engine_file(graph: str) -> str:
+def engine_file(name: str) -> str:
     """Return the name of a graph's serialized engine in the engine's folder."""
-    return f"{graph}.engine"
+    return f"{name}.engine"
 
 
-def kernels_file(graph: str, device: Device) -> str:
+def kernels_file(name: str, device: Device) -> str:
     """Return the name of the file with a graph's compiled kernels, beside its engine: see `read_kernels`."""
-    return f"{graph}.{file_name(device)}.kernels"
+    return f"{name}.{file_name(device)}.kernels"
 
 
 def file_name(device: Device) -> str:
@@ -191,40 +191,40 @@ BACKEND = Backend(
 class TensorRt(GpuExecutor):
     """Every graph is an engine with one execution context."""
 
-    def load_graph(self, graph: str) -> GpuGraph:
+    def load_graph(self, name: str) -> GpuGraph:
         """Deserialize the graph's engine; BundleError if it is another graph's, OutOfMemory or TurbochainError."""
         with listen() as said:
-            return self._load(graph, said)
+            return self._load(name, said)
 
-    def _load(self, graph: str, said: Said) -> "_Graph":
+    def _load(self, name: str, said: Said) -> "_Graph":
         options, bundle = self.opened.options, self.opened.bundle
         runtime = trt.Runtime(logger())
         # A version-compatible engine carries the code that runs it; its file has been hashed.
         runtime.engine_host_code_allowed = bool(options.get("version_compatible"))
-        path = self.opened.folder / engine_file(graph)
+        path = self.opened.folder / engine_file(name)
         size = path.stat().st_size
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as serialized:
             engine = runtime.deserialize_cuda_engine(serialized)
         if engine is None:
             raise self._failure(said, f"cannot load {path}", size)
-        entry = bundle.manifest.graphs[graph]
+        entry = bundle.manifest.graphs[name]
         if options.get("strip_plan"):
             refitter = trt.Refitter(engine, logger())
             source = trt.OnnxParserRefitter(refitter, logger())
-            if not source.refit_from_file(str(bundle.plain(graph) / entry.file)) or not refitter.refit_cuda_engine():
+            if not source.refit_from_file(str(bundle.plain(name) / entry.file)) or not refitter.refit_cuda_engine():
                 raise self._failure(said, f"cannot put the weights of {entry.file} into {path}", size)
         _check_ends(engine, entry, path)
-        context = self._context(graph, engine)
+        context = self._context(name, engine)
         if context is None:
             raise self._failure(said, f"cannot make a context for {path}", engine.device_memory_size_v2)
-        return _Graph(graph, (runtime, engine), context, engine.device_memory_size_v2)
+        return _Graph(name, (runtime, engine), context, engine.device_memory_size_v2)
 
-    def _context(self, graph: str, engine: "trt.ICudaEngine") -> "trt.IExecutionContext | None":
+    def _context(self, name: str, engine: "trt.ICudaEngine") -> "trt.IExecutionContext | None":
         """Return a context without scratch memory. TensorRT-RTX compiles kernels for it, or has them from a file."""
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if hasattr(config, "create_runtime_cache") and hasattr(config, "set_runtime_cache"):
-            path, purpose = self.opened.folder / kernels_file(graph, self.device), self._purpose(graph)
+            path, purpose = self.opened.folder / kernels_file(name, self.device), self._purpose(name)
             cache, kept = config.create_runtime_cache(), read_kernels(path, purpose)
             known = kept is not None and cache.deserialize(kept)
             config.set_runtime_cache(cache)
@@ -234,9 +234,9 @@ class TensorRt(GpuExecutor):
             return context
         return engine.create_execution_context(config)
 
-    def _purpose(self, graph: str) -> str:
+    def _purpose(self, name: str) -> str:
         library, version = backends.require("tensorrt")
-        return f"{library} {version}, {self.device}, graph {self.opened.bundle.graph_digest(graph)}"
+        return f"{library} {version}, {self.device}, graph {self.opened.bundle.graph_digest(name)}"
 
     def _failure(self, said: Said, what: str, size: int) -> TurbochainError:
         """Return OutOfMemory if the GPU has less than `size` bytes left or TensorRT says so, else what it said."""

@@ -24,12 +24,12 @@ class Parameter:
         return not self.initializer and not self.folded
 
 
-def read_names(bundle: Bundle, graph: str) -> dict[str, Parameter]:
+def read_names(bundle: Bundle, name: str) -> dict[str, Parameter]:
     """Return every parameter of a graph's component by its name in the checkpoint; the file is hashed first.
 
     Raises BundleError if it is not as it should be, which it is in bundles that were built before it told shapes.
     """
-    file = bundle.manifest.graphs[graph].names
+    file = bundle.manifest.graphs[name].names
     bundle.check_files([file])
     try:
         found: dict[str, Parameter] = strict_json.convert(

@@ -121,15 +121,15 @@ class Bundle:
                 known = None if full else self.manifest.files[graph.file].sha256
                 external_data.check_external(self.path, graph.file, graph.data, known)
 
-    def check_form(self, graph: str, form: bytes) -> None:
+    def check_form(self, name: str, form: bytes) -> None:
         """Raise BundleError if a form of a graph (ONNX, an engine's) reads anything but the graph's own data files.
 
         They are found from the folder of the bundle's graph, wherever the form itself is kept.
         """
-        entry = self.manifest.graphs[graph]
+        entry = self.manifest.graphs[name]
         external_data.check_form(self.path, entry.file, entry.data, form)
 
-    def plain(self, graph: str) -> Path:
+    def plain(self, graph_name: str) -> Path:
         """Return the folder in which a graph's files, already hashed, are no symbolic links; for a library to read.
 
         It is the bundle's. Of a bundle in the hub's cache, where libraries refuse data that lies in another folder than
@@ -139,7 +139,7 @@ class Bundle:
         if blobs(self.path) is None:
             return self.path
         folder = hashing.user_cache() / "bundles" / self.id
-        for name in self.manifest.graphs[graph].files:
+        for name in self.manifest.graphs[graph_name].files:
             source, target = resolve_inside(self.path, name), folder / name
             if not self._is_plain(folder, name, source):
                 target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -146,13 +146,13 @@ def plan(
     return Plan((*operations, *(Download(name) for name in (*downloads, chain.output) if name not in lost)))
 
 
-def graph_plan(graph: str, tensors: Graph) -> Plan:
+def graph_plan(name: str, graph: Graph) -> Plan:
     """Return the plan of one graph alone: upload every input, run, download every output."""
     return Plan(
         (
-            *(Upload(t.name) for t in tensors.inputs),
-            Run(graph),
-            *(Download(t.name) for t in tensors.outputs),
+            *(Upload(t.name) for t in graph.inputs),
+            Run(name),
+            *(Download(t.name) for t in graph.outputs),
         )
     )
 

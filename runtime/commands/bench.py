@@ -105,8 +105,8 @@ def bench(
         stages: dict[str, list[float]] = defaultdict(list)
         whole, cached, overhead = [], [], []
 
-        def observe(graph: str, seconds: float) -> None:
-            stages[graph].append(1e3 * seconds)
+        def observe(name: str, seconds: float) -> None:
+            stages[name].append(1e3 * seconds)
 
         apart = pipe.device.kind != "cpu"  # to be timed, a GPU's graphs must leave the one CUDA graph
         for _ in range(runs):

@@ -144,8 +144,8 @@ class Worker:
         for waiting in batch:
             waiting.progress.done = 0  # it may have been begun with others
 
-        def count(graph: str, seconds: float) -> None:
-            if chain.graphs[graph].role == "step":
+        def count(name: str, seconds: float) -> None:
+            if chain.graphs[name].role == "step":
                 for waiting in batch:
                     waiting.progress.done += 1
 
