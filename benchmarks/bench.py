@@ -173,7 +173,7 @@ class Kept:
 
     @property
     def whole(self) -> Result:
-        """Return the content of the file: the rows of this command and those of earlier ones."""
+        """Return the file's content: this command's rows, and those of earlier commands."""
         return result.merge(self.before, self.mine) if self.before else self.mine
 
 

@@ -151,7 +151,7 @@ def loaded(bundle: Bundle, name: str, path: Path) -> Engine:
 def _keep(
     bundle: Bundle, architecture: str, plain: Mapping[str, Engine], engines: Mapping[str, Engine], folder: Path
 ) -> None:
-    """Write the counts of both forms of each graph into a results file, in place of older ones of the same graph."""
+    """Write the counts of each graph's two forms into a results file, in place of older ones for the same graph."""
     chain, source = bundle.open_chain().chain, bundle.manifest.checkpoint.source
     height, width = chain.size
     path = folder / machine.file_name(source, width, height, what=f"engines {architecture}")

@@ -141,7 +141,7 @@ def write_json(content: Any, path: Path) -> None:
 
 
 def merge(*results: Result) -> Result:
-    """One result with the rows of all; a later row takes the place of an earlier one with the same key.
+    """Return one result with the rows of all; a later row takes the place of an earlier one with the same key.
 
     Raises what `check_alike` raises.
     """

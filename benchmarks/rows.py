@@ -295,7 +295,7 @@ class Adapted(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class Beside(Row):
-    """A launch of a UNet beside one of the plain UNet, of what should cost nothing (unet_cost.py)."""
+    """A UNet's launch beside the plain UNet's, where the difference should cost nothing (unet_cost.py)."""
 
     change: str  # what is not plain, in words
     engine: str  # of the plain one

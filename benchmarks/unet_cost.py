@@ -29,7 +29,7 @@ UNUSED, PATCHED = "ControlNet, unused", "adapter, patched"
 
 
 def write_adapter(pipe: Pipeline, path: Path, rank: int) -> Path:
-    """Write a random adapter of the matrices of all transformer blocks of the UNet, in our own form."""
+    """Write a random adapter for every matrix in the UNet's transformer blocks, in our own form."""
     numbers, tensors = np.random.default_rng(0), dict[str, np.ndarray]()
     for name, shape in shapes(pipe.bundle)["unet"].items():
         if ".transformer_blocks." in name and len(shape) == 2:

@@ -151,7 +151,7 @@ def text(result: BuildResult) -> str:
 
 
 def _tables(result: BuildResult) -> str:
-    """Return a table of figures for each chain, and one of the graphs that none of them has."""
+    """Return a table of figures for each chain, and one for the graphs that are in none."""
     tables: dict[str, list[list[str]]] = {}
     for chain, checks in result.checks.items():
         tables[f"chain {chain}"] = [

@@ -74,7 +74,7 @@ def _checked(scheduler: Any, run: SamplerRun) -> Table:
 
 @dataclass(frozen=True, eq=False)
 class _Response:
-    """What one run of a scheduler made of the basis x_0, e_0, n_0, x_1, … (sample, prediction, noise of each row)."""
+    """What a scheduler's run made of the basis x_0, e_0, n_0, x_1, … (each row's sample, prediction and noise)."""
 
     coefficients: np.ndarray  # [rows, 3·rows] fp64: row i is the result of step i; zeros from column 3·(i + 1) on
     input_scale: np.ndarray  # [rows] fp64
@@ -162,9 +162,9 @@ def _history(g: np.ndarray, row: int) -> np.ndarray:
 def _trajectory_error(sampler: Sampler, table: Table, amplitude: float, replaced: bool) -> float:
     """Return the largest distance between a step of the scheduler in fp32 and its table's, over a run.
 
-    The distance is relative to the larger of the sample and the result (L2), because a small result of a sample of
-    σ = 4096 keeps little in fp32. Predictions are random; if `replaced`, the samples are too, as inpainting replaces
-    a part of each.
+    The distance is relative to the sample or the result, whichever is larger (L2), because a small result keeps little
+    in fp32 if the sample has σ = 4096. Predictions are random; if `replaced`, the samples are too, as inpainting
+    replaces a part of each.
     """
     random, theirs, ours = (torch.Generator("cpu").manual_seed(seed) for seed in (0, 1, 1))
     x = amplitude * sampler.init_noise_sigma * torch.randn(_SHAPE, generator=random)

@@ -158,7 +158,7 @@ Missing = tuple[Stage, list[Hashable]]
 
 @dataclass(frozen=True)
 class Caches:
-    """What encoders made of prompts and of pictures, of all chains. The caller holds a lock."""
+    """What the encoders of all chains made of prompts and pictures. The caller holds a lock."""
 
     prompt: StageCache
     image: StageCache

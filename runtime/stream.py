@@ -1,4 +1,4 @@
-"""`Stream`: camera frames in, pictures out, with one launch of the network for a row of each of several frames."""
+"""`Stream`: camera frames in, pictures out; one launch of the network makes a row for each of several frames."""
 
 import dataclasses
 import itertools

@@ -35,7 +35,7 @@ def picture(seed: int, size: tuple[int, int] = SIZE) -> Image.Image:
 
 
 def mask(seed: int, size: tuple[int, int] = SIZE) -> Image.Image:
-    """Return a mask of all levels of grey, with no edge at a multiple of 8; `size` is width, height."""
+    """Return a mask with all grey levels and no edge at a multiple of 8; `size` is width, height."""
     y, x = np.mgrid[0 : size[1], 0 : size[0]] / max(size)
     levels = 127.5 + 140 * np.sin(5 * x + 3 * y + seed) * np.cos(4 * y - seed)
     return Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))

@@ -38,7 +38,7 @@ METRICS = HERE / "demo_model/metrics.json"
 
 
 def right(pictures: dict[int, Any]) -> tuple[int, int]:
-    """Return how many of these pictures of ASKED, by their number, have no fault: of one object, and of two."""
+    """Return how many of these pictures (by their number in ASKED) have no fault: with one object, and with two."""
     good = [i for i, picture in pictures.items() if not score.faults(picture, ASKED[i])]
     return sum(i < SINGLE for i in good), sum(i >= SINGLE for i in good)
 

@@ -1,4 +1,5 @@
-"""Inpainting with a UNet of 4 channels against diffusers' own pipelines, with samplers of every number of tensors."""
+"""Inpainting with a 4-channel UNet against diffusers' own pipelines, with samplers that carry one tensor and
+several."""
 
 import json
 import shutil

@@ -125,7 +125,8 @@ def test_a_bundle_that_expands_otherwise_is_not_loaded(
 
 
 def test_many_tokens_share_few_prompts(checkpoints: dict[str, Path]) -> None:
-    """20 tokens of 10 vectors need three prompts of 75 ids; one of 100 vectors cannot be reached by its name alone."""
+    """20 tokens with 10 vectors each need three prompts of 75 ids; one with 100 vectors cannot be reached by its name
+    alone."""
     pipe = load_diffusers(checkpoints["sd"])
     for i in range(20):
         pipe.tokenizer.add_tokens([f"<{chr(97 + i)}>", *(f"<{chr(97 + i)}>_{n}" for n in range(1, 10))])

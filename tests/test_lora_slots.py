@@ -40,7 +40,7 @@ def draw(checkpoint: Path, **how: Any) -> Layers:
 
 @pytest.fixture(scope="module")
 def files(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Adapters a and b of rank 4 and 3, c of rank 2 and of the UNet alone."""
+    """Adapters a and b have the ranks 4 and 3; c has rank 2, and only the UNet's matrices."""
     folder = tmp_path_factory.mktemp("loras")
     drawn = {
         "a": draw(checkpoints["sd"], seed=1, alphas=(2.0,)),

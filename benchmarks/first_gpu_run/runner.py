@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Step:
-    """A step: the function `run` of the module of its name, or of `module`, with further arguments."""
+    """A step: the function `run` in the module with its name, or in `module`, with further arguments."""
 
     name: str
     limit: float  # seconds

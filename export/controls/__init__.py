@@ -123,7 +123,7 @@ class Controls:
         return found
 
     def _in_turn(self, task: str) -> list[tuple[Control, tuple[str, ...]]]:
-        """Return each control of a task, and the modes of those before it of its kind: one of a kind runs at most."""
+        """Return a task's controls, each with the modes of those before it: at most one of a kind runs."""
         of_task = self.of(task)
         return [(c, tuple(o.mode for o in of_task[:i] if o.kind is c.kind)) for i, c in enumerate(of_task)]
 

@@ -37,7 +37,7 @@ def attends(config: Mapping[str, Any]) -> bool:
 
 
 def own(column: str, control: Control) -> str:
-    """Return the name of a column of the time that this ControlNet has of its own."""
+    """Return the name of a time column that belongs to this ControlNet alone."""
     return f"{column}-{control.name}"
 
 

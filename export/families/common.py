@@ -118,7 +118,7 @@ def stream_step() -> GraphSpec:
 
 
 def stream_stages(family: Family) -> tuple[Stage, ...]:
-    """Return the stages of a stream in place of those of a step: a row of every frame under way."""
+    """Return a stream's stages in place of a step's: they make one row for every frame under way."""
     reads = {name: ALL + name for name in ("latents", *embeds(family))}
     return (
         Stage("enter", "step", "state"),
@@ -192,11 +192,12 @@ STREAM, ALL = "stream_", "all_"
 def graphs(
     family: Family, K: int, posterior: bool, clip_skip: int = 0, ranks: Sequence[int] = ()
 ) -> dict[str, GraphSpec]:
-    """Return role → spec, all that a chain of the family may have; those of one component in the order of tracing.
+    """Return role → spec for all graphs that the family's chains may have; each component's are in the order of
+    tracing.
 
     `posterior`: whether the VAE makes a distribution. `clip_skip`: how many layers of the text encoders are left out.
-    `ranks`: of slots for adapters, ascending: a UNet of each, and text encoders of the largest in place of those
-    without.
+    `ranks`: those of slots for adapters, ascending: each gets a UNet, and the text encoders have the largest in place
+    of none.
     """
     of_text = {
         stage.graph: replace(family.graphs[stage.graph], rank=max(ranks, default=0)) for stage in family.prompt_stages

@@ -103,7 +103,7 @@ def known() -> list[SourceKind]:
 
 
 def find(name: str, part: str | None = None) -> Source:
-    """Return the source `name`, of a checkpoint or of a part, such as "vae"; InputError if it is of no kind."""
+    """Return the source `name` of a checkpoint or a part, such as "vae"; InputError if it is of no kind."""
     return _find(name, part)[1]
 
 

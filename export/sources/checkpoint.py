@@ -267,7 +267,7 @@ def _found(folder: Path, variant: str | None) -> tuple[Path, ...]:
 
 
 def _named(folder: Path, stem: str, variant: str | None) -> tuple[Path, Path]:
-    """Return the paths of weights in one file, and of the index of weights in several."""
+    """Return the paths that weights in one file have, and that the index has for weights in several."""
     infix = f".{variant}" if variant else ""
     return folder / f"{stem}{infix}.safetensors", folder / f"{stem}.safetensors.index{infix}.json"
 

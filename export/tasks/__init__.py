@@ -46,7 +46,7 @@ class Task:
     def trials(self, steps: Sequence[int], stream: int = 0) -> list[Trial]:
         """Return what a chain with tables for these step counts is tried with: all of them, and guidance once.
 
-        A stream, of `stream` rows, is tried once: each of its tables is some of the rows of another task's.
+        A stream with `stream` rows is tried once: its tables are parts of another task's.
         """
         if self.streams:
             return [Trial(max(steps), strength(max(steps), stream))]

@@ -1,4 +1,4 @@
-"""A stream of camera frames: image-to-image, with one launch of the UNet for a row of each of several frames."""
+"""A stream of camera frames: image-to-image, in which one launch of the UNet makes a row for each of several frames."""
 
 from turbochain.export.tasks import Task
 from turbochain.export.tasks.image_to_image import BEFORE, FEEDS

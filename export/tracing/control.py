@@ -175,7 +175,7 @@ def _given(unet: Any, arguments: dict[str, Any]) -> Iterator[None]:
 
 
 def projections(net: Any, timesteps: torch.Tensor) -> torch.Tensor:
-    """Return what each ResNet of a ControlNet adds of the time, [T, 1, ΣC] fp32, in the order of `timed_resnets`."""
+    """Return what a ControlNet's ResNets add for each timestep, [T, 1, ΣC] fp32, in the order of `timed_resnets`."""
     embedding = net.time_embedding(net.time_proj(timesteps))
     made = [resnet.time_emb_proj(resnet.nonlinearity(embedding)) for resnet in timed_resnets(net)]
     return torch.cat(made, dim=-1).unsqueeze(1)

@@ -204,7 +204,7 @@ def _lines(found: Mapping[str, Any]) -> str:
 
 
 def _column(size: tuple[int, ...], rows: int) -> tuple[int, ...]:
-    """Return the shape of an input that a column of the table fills: with one of its rows, or all rows of a stream."""
+    """Return the shape of an input that a table's column fills: with one row, or with all rows if it is a stream."""
     return (rows, *size[1:]) if rows else size
 
 

@@ -35,7 +35,7 @@ class Buffers:
         return self.page_locked[buffer, tensor]
 
     def constant(self, constant: Constant, feeds: Mapping[str, np.ndarray]) -> int:
-        """Return the address of a row of a table's column; all rows of it go to the GPU at once.
+        """Return the address of one row in a table's column; all its rows go to the GPU at once.
 
         Equal rows are there once, whichever tables they are of: those that begin later have the same timesteps.
         """

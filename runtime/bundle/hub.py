@@ -41,7 +41,7 @@ def folder(bundle: str | os.PathLike[str], *, engines: bool = False) -> Path:
 
 
 def id_of(text: str) -> str | None:
-    """Return OWNER/NAME of a text that has the form of an id on the hub, without its revision; None of another."""
+    """Return OWNER/NAME, without the revision, if a text has the form of an id on the hub; else None."""
     found = _ID.fullmatch(text)
     return found["id"] if found else None
 

@@ -301,5 +301,5 @@ class Engine:
 
     @property
     def files(self) -> dict[str, FileRecord]:
-        """Return every file of the engine's folder but engine.json."""
+        """Return every file in the engine's folder but engine.json."""
         return {name: record for graph in self.graphs.values() for name, record in graph.files.items()}

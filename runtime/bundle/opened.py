@@ -91,7 +91,8 @@ class Bundle:
         return list(dict.fromkeys(found))
 
     def find_chain(self, task: str, size: tuple[int, int], count: int) -> str:
-        """Return the name of a task's chain of a size, of the fewest pictures per pass that are enough for `count`."""
+        """Return the name of a task's chain for a size: the one with the fewest pictures per pass that are enough for
+        `count`."""
         sizes, chains = self.sizes(task), self.manifest.chains
         if size not in sizes:
             built = ", ".join(f"{width}x{height}" for height, width in sizes)

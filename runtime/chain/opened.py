@@ -130,7 +130,7 @@ class OpenChain:
         return tables.read(self.bundle.path / self.chain.tables_file, self.chain, columns)
 
     def columns(self, table: str) -> dict[str, np.ndarray]:
-        """Return the constants of a call, name → [rows, *shape] fp32; [1, *shape] of the whole call, or of a stream."""
+        """Return a call's constants, name → [rows, *shape] fp32; [1, *shape] for the whole call, or for a stream."""
         found = self.tables[table]
         return {name: found.column(name).reshape(-1, *self.tensors[name].shape) for name in self.feeds("column")}
 

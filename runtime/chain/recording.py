@@ -1,8 +1,8 @@
 """A plan as a GPU carries it out: which buffer each name is at each moment, and which launches may overlap.
 
 A pure value: the executor puts its actions on a stream in this order, once directly and once to be captured. Noise and
-the columns of a table differ from step to step, so they have a buffer for each row, and every address in the captured
-graph is fixed; everything else is one buffer per name.
+a table's columns differ from step to step, so they have a buffer for each row: every address in the captured graph is
+fixed. Everything else has one buffer per name.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -138,6 +138,6 @@ def _table(name: str, chain: Chain, columns: Mapping[str, Tensor], arrays: Mappi
 
 
 def _rows(column: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Return these rows of a column; of adjacent ones, as those of a run that begins later mostly are, a view."""
+    """Return these rows of a column; a view if they are adjacent, as they mostly are in a run that begins later."""
     first, count = int(index[0]), len(index)
     return column[first : first + count] if (np.diff(index) == 1).all() else column[index]

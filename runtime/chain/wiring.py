@@ -105,7 +105,7 @@ def _ends(chain: Chain, graphs: Graphs) -> Iterator[str]:
 
 
 def fed(chain: Chain, graphs: Graphs, modes: Collection[str]) -> dict[str, Feed]:
-    """Return the feeds of a call with these modes: all but the zeros that one of its stages makes something of."""
+    """Return the feeds of a call with these modes: all but zeros under a name that one of its stages makes."""
     made = {t.name for s in chain.stages if s.runs(modes) for t in outputs(s, graphs)}
     return {name: feed for name, feed in chain.feeds.items() if not (feed.is_ == "zeros" and name in made)}
 

@@ -101,7 +101,7 @@ class Feeds:
         return {name: self.tokenizers[name].encode(text) for name, text in read.items() if text}
 
     def rows(self, feeds: Arrays, rows: list[int]) -> dict[str, np.ndarray]:
-        """Return the feeds of some of all N pictures, and what is given in place of stages."""
+        """Return the feeds for some of the N pictures, and what is given in place of stages."""
 
         def take(name: str, value: np.ndarray) -> np.ndarray:
             feed = self.chain.chain.feeds.get(name)

@@ -36,7 +36,7 @@ class TorchGenerator(Protocol):
 
 
 def seeds_of(generator: object) -> int | list[int]:
-    """Return the seed of a generator, or those of a list of generators.
+    """Return a generator's seed, or the seeds of a list of generators.
 
     Raises InputError for one that is not on the CPU, that has been drawn from, or that stands twice in the list: the
     noise would be another than diffusers'.

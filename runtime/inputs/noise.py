@@ -116,7 +116,7 @@ def draw_run(
     images: int | None = None,
     masks: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return the noise of one run by feed, fp32: [count, …], and of a feed of every step [rows, count, …].
+    """Return a run's noise by feed, fp32: [count, …], and [rows, count, …] for a feed of every step.
 
     Of a stream that is [1, rows, …], for a frame whose rows are all in one launch: they are those of several launches.
 

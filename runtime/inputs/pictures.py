@@ -10,7 +10,7 @@ A picture is a PIL image, of any mode, or an array:
 - arrays: uint8 levels, or floats from 0 to 1, of which the level is 255·x rounded (a half to the even level).
   [H, W], [H, W, 1], [H, W, 3], [H, W, 4] (the fourth is alpha, and dropped), or a batch [n, H, W, 1, 3 or 4].
 
-A list or tuple of these, also of several sizes, gives all of its pictures. Every one is resized with Lanczos' filter;
+A list or tuple of these, of several sizes too, gives all its pictures. Every one is resized with Lanczos' filter;
 diffusers takes the nearest pixel for an array, and is equal if the array has the size already.
 """
 

@@ -47,7 +47,7 @@ class SlotLayout:
         return frozenset(m.parameter for group in self.groups for m in group.members)
 
     def places(self, down: np.ndarray, up: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Return views of both inputs: parameter → its part of `lora_down` [in, rank] and of `lora_up` [rank, out]."""
+        """Return views of both inputs: parameter → its parts, `lora_down` [in, rank] and `lora_up` [rank, out]."""
         found, rank, at_down, at_up = {}, self.rank, 0, 0
         for group in self.groups:
             width = len(group.members) * rank
@@ -97,7 +97,7 @@ class Matrices:
 
     @classmethod
     def of(cls, key: Hashable, added: Mapping[str, LowRank]) -> "Matrices":
-        """Return copies of the matrices of linear layers and of 1×1 convolutions."""
+        """Return copies of the matrices that linear layers and 1×1 convolutions have."""
         down = {n: np.array(a.down.reshape(a.rank, -1).T, np.float32, order="C") for n, a in added.items()}
         up = {n: np.array(a.up.reshape(-1, a.rank).T, np.float32, order="C") for n, a in added.items()}
         return cls(key, down, up, {n: a.scale for n, a in added.items()})

@@ -47,7 +47,8 @@ class AdapterFolder:
         return cls(found)
 
     def chosen(self, loras: Iterable[tuple[str, float]]) -> Chosen:
-        """Return the names and scales of a request; scales of one name are added, an adapter of scale 0 is left out.
+        """Return a request's names and scales; scales under one name are added, and an adapter with scale 0 is left
+        out.
 
         Raises InputError for a name that there is not, and a scale that is no number.
         """

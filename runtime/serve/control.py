@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def nets(bundle: Bundle, task: str | None = None) -> list[str]:
-    """Return the names of the ControlNets and T2I-Adapters that calls of a task, or of any, can use."""
+    """Return the names of the ControlNets and T2I-Adapters that a task's calls, or any calls, can use."""
     chains = bundle.manifest.chains.items()
     found = [bundle.open_chain(name) for name, chain in chains if task in (None, chain.task)]
     return list(dict.fromkeys(net.name for chain in found for net in control.nets(chain)))

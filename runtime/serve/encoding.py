@@ -37,7 +37,8 @@ class Encoding:
             raise InputError(f"quality {self.quality}: a number from 0 to 100 was expected")
 
     def encode(self, picture: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
-        """Return the file of a picture [H, W, 3] uint8; `text` becomes text chunks of a PNG, and of no other."""
+        """Return a picture [H, W, 3] uint8 as a file; `text` becomes text chunks in a PNG, and is left out of
+        others."""
         from PIL import Image
         from PIL.PngImagePlugin import PngInfo
 

@@ -85,7 +85,7 @@ class Pipelines:
             pipe.close()
 
     def _weight(self, model: Model) -> int:
-        """Return the size of the files of a model's graphs, which is about what it takes if all of them are loaded.
+        """Return the bytes in a model's graph files, which is about the memory that it takes if all are loaded.
 
         Without adapters no UNet with slots ever is.
         """

@@ -61,7 +61,7 @@ class Queue:
             self._changed.notify()
 
     def take(self, most: Callable[[Job], int]) -> list[Waiting]:
-        """Wait for jobs, and return those of the next pass: at least one, at most `most` of it, all of one kind.
+        """Wait for jobs, and return the next pass: at least one and at most `most`, all of one kind.
 
         The first is that of the client whose turn it is; others of its kind follow, again a client after another. An
         empty list means that the queue is closed and empty.

@@ -133,7 +133,7 @@ def test_the_second_gpu_leaves_the_thread_on_the_first(small: Path, right: list[
 
 
 def together(*works: Callable[[], None]) -> None:
-    """Do all of this at once, each in a thread of its own; raises what the first of them raised."""
+    """Do all this at once, each in its own thread; raises what the first one raised."""
     raised: list[BaseException] = []
 
     def guarded(work: Callable[[], None]) -> None:

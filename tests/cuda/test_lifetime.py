@@ -281,7 +281,7 @@ def test_the_plans_used_last_are_kept(small: Path, right: list[np.ndarray]) -> N
 
 
 def test_equal_rows_of_tables_are_on_the_gpu_once(sd: Path) -> None:
-    """A run that begins later has some of the rows of the whole run, and the first timestep of all counts is one."""
+    """A run that begins later has some rows of the whole run, and all step counts share the first timestep."""
     call = {"chain": "image-to-image", "prompt": "a cat", "image": IMAGES[0]}
     with standing_in() as runtime, pipeline(sd, StandIn) as pipe:
         executor, columns = pipe._executor, pipe.bundle.open_chain("image-to-image").columns("4")

@@ -24,7 +24,7 @@ STRENGTH, STEPS, AGAIN = 0.75, 4, (5, 7, 9)
 
 
 def asked() -> list[tuple[scenes.Scene, int]]:
-    """The prompts, never trained on, and their seeds: four of one object (one of them twice), the rest of two."""
+    """The prompts, never trained on, and their seeds: four name one object (one of these twice), the rest two."""
     single, double = scenes.held_out(3, 0, seed=1), scenes.held_out(0, 8, seed=1)
     return [(scene, seed) for seed, scene in enumerate([single[0], *single, *double])]
 

@@ -121,7 +121,7 @@ def signs(h: int, w: int) -> NDArray[np.float32]:
 
 
 def centres(scene: Scene, placed: NDArray[np.float32]) -> list[tuple[float, float]]:
-    """The centres (x, y) in pixels of a 512×512 picture, of each object of `scene`, for one `place`.
+    """The centres (x, y) of the objects in `scene`, for one `place`, in pixels of a 512×512 picture.
 
     A single object wanders in both directions; of two, each wanders across their relation.
     """

@@ -37,7 +37,7 @@ def phases(stderr: str, end: str = "done") -> list[str]:
 
 
 def sizes(folder: Path) -> dict[str, tuple[int, int]]:
-    """The size and the time of every file, but of what is remembered of a source's."""
+    """Every file's size and time, without what is remembered about a source's files."""
     files = (p for p in folder.rglob("*") if p.is_file() and p.name != "source.json")
     found = {str(p.relative_to(folder)): p.stat() for p in files}
     return {name: (status.st_size, status.st_mtime_ns) for name, status in found.items()}

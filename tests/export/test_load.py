@@ -71,7 +71,7 @@ def test_it_has_every_setting_of_the_constructed_pipeline(
 
 
 def parts_of(name: str) -> list[families.Family]:
-    """Return the families whose parts are those of a pipeline class of diffusers, or some of them."""
+    """Return the families whose parts are those of a diffusers pipeline class, or some of them."""
     expected = inspect.signature(getattr(diffusers, name)).parameters.keys()
     return [f for f in families.load().values() if {*f.components, *f.tokenizers.values(), "scheduler"} <= expected]
 

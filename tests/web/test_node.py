@@ -102,7 +102,7 @@ def test_noise_is_pytorch_s(js: Node) -> None:
 
 
 def odd_prompts(count: int) -> list[str]:
-    """Texts of all planes, of what the libraries treat differently, and of many times the model's length.
+    """Texts from all planes, with what the libraries treat differently, and many times as long as the model's length.
 
     No character is newer than Python's Unicode, and no mark than 3.2's: libraries have tables of different age.
     """

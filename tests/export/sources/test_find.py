@@ -1,4 +1,5 @@
-"""`find`: a name is of one kind of source, which is found without torch; what is of none is refused with the kinds."""
+"""`find`: a name belongs to one kind of source, which is found without torch; a name of no kind is refused, and the
+message has the kinds."""
 
 import subprocess
 import sys

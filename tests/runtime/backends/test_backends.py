@@ -65,7 +65,7 @@ def where(request: pytest.FixtureRequest) -> tuple[str, str, str]:
 def engines(
     where: tuple[str, str, str], bundle_of: BundleFactory, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[OpenChain, Found]]:
-    """Family → the chain of a bundle, and an engine of that kind; a GPU's has files for the graphs of images too."""
+    """Family → a bundle's chain, and an engine of that kind; a GPU's has files for the image graphs too."""
     backend, device, precision = where
     chains = ["text-to-image"] + ["image-to-image"] * (device == "cuda")
     options = {"inference_precision": precision} if backend == "openvino" else {}

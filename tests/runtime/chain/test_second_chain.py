@@ -370,7 +370,7 @@ def test_a_wrong_number_of_a_table_is_refused(copy: Path, what: str) -> None:
 
 
 def test_a_gpu_shares_no_constant_between_tables(bundle: Path) -> None:
-    """Two chains have a table of two steps each, and every row of each is a buffer of its own."""
+    """Two chains have a two-step table each, and every row is a buffer of its own."""
     opened = Bundle.open(bundle)
     both = {name: opened.open_chain(name) for name in CHAINS}
     assert not np.array_equal(both[T2I].columns("2")["v"][0], both[I2I].columns("2")["v"][0][:1])
