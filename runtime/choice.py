@@ -18,7 +18,8 @@ def chain_of(
     height: int | None = None,
     width: int | None = None,
 ) -> str:
-    """Return the chain for a call's arguments: of their task and size, of the fewest pictures per pass that are enough.
+    """Return the chain for a call's arguments: for their task and size, with the fewest pictures per pass that are
+    enough.
 
     `count`: how many pictures the call makes. Without `height` and `width` an image, or without one the control image,
     has its own size if the task is built for it (each side rounded down to a multiple of 8), else that of the task's
@@ -45,7 +46,7 @@ def asked_size(first: tuple[int, int], height: int | None, width: int | None) ->
 
 
 def pictures_of(prompt: object, prompt_embeds: object, repeats: object) -> int:
-    """Return how many pictures a call makes, whose arguments need not have been checked."""
+    """Return how many pictures a call makes; its arguments need not have been checked."""
     given, prompts = prompt_embeds if prompt is None else prompt, 1
     if isinstance(given, list | tuple) or (isinstance(given, np.ndarray) and given.ndim):
         prompts = len(given)

@@ -9,7 +9,7 @@ from turbochain.runtime.backends.contract import Executor
 
 
 class LoraMethods:
-    """Diffusers' methods for LoRA, of a pipeline. Calls in other threads see a change between two calls."""
+    """Diffusers' methods for LoRA on a pipeline. Calls in other threads see a change between two calls."""
 
     _lock: threading.RLock
     _adapters: Adapters

@@ -32,7 +32,7 @@ def as_images(output_type: str, made: np.ndarray) -> Any:
 
 
 def problem(made: np.ndarray, finite: bool, output_type: str) -> str | None:
-    """Return what is wrong with a batch, as a phrase; `finite`: whether the latents are. None if it is a picture."""
+    """Return what is wrong with a batch, as a phrase, or None if it is a picture; `finite`: whether the latents are."""
     if not finite:
         return "NaN or infinite latents"
     if output_type != "latent" and any(_is_uniform(picture) for picture in made):

@@ -78,7 +78,7 @@ class Patches:
 
 
 def merge(weight: np.ndarray, changes: Sequence[tuple[LowRank, float]]) -> np.ndarray:
-    """Return a weight, of a linear layer or a convolution, with products added one after the other, in fp32."""
+    """Return a linear layer's or a convolution's weight with products added one after the other, in fp32."""
     for added, strength in changes:
         up, down = (np.asarray(m, np.float32).reshape(len(m), -1) for m in (added.up, added.down))
         weight = weight + (up @ down).reshape(weight.shape) * np.float32(added.scale * strength)

@@ -57,7 +57,7 @@ class ReadyChain:
         return [t.name for t in wiring.outputs(stage, self.chain.graphs)]
 
     def keys(self, stage: Stage, fed: Arrays, adapters: Adapters) -> list[Hashable]:
-        """Return for each picture of a batch what an encoder makes something of: equal keys, equal results.
+        """Return a key for what an encoder reads for each picture of a batch: equal keys, equal results.
 
         The names of the chain do not count: a prompt and a negative prompt of one text are the same.
         """
@@ -114,7 +114,8 @@ class Held:
         self._stream: Callable[[], object | None] = lambda: None
 
     def begin(self, executor: Executor, ready: ReadyChain, planned: Planned, adapters: Adapters) -> None:
-        """Let those that a plan reads have the active adapters; others, that no plan has left something in, zeros."""
+        """Let those that a plan reads hold the active adapters; the others hold zeros, unless a plan left something in
+        them."""
         states = {tensor: adapters.fed(ready.chain, tensor.name) for tensor in planned.held}
         for tensor, state in states.items():
             if self._known.get(tensor) != state:

@@ -31,7 +31,7 @@ ARGUMENTS = {IMAGE: "image", MASK: "mask_image"}
 GIVEN = ("embeds", "image", "mask", "number")
 """The kinds of feeds that a caller gives as arrays."""
 REPEATED = ("image", "mask")
-"""Those of which a caller may give fewer than pictures: they are repeated as diffusers repeats them, 1 2 1 2 …"""
+"""Kinds of which a caller may give fewer than there are pictures: they are repeated as in diffusers, 1 2 1 2 …"""
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def _check_negative(
 
 
 def _check_generator(seed: Any, generator: object) -> Any:
-    """Return the seed, that of the generator, or one that is drawn."""
+    """Return the seed, the generator's, or one that is drawn."""
     if generator is None:
         return secrets.randbits(64) if seed is None else seed
     if seed is not None:

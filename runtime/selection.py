@@ -105,7 +105,7 @@ def select(
     engine: str | None = None,
     engines: str | Path | None = None,
 ) -> Found:
-    """Return the best engine that fits; of several of the same rank the one that was built last.
+    """Return the best engine that fits; if several have the same rank, the one that was built last.
 
     One that runs elsewhere is returned only if the backend or the engine is named. `engine`: only the one with this
     folder name. `engines`: the folder that holds them (see `folders`). Raises BundleError, which says why no engine
@@ -153,7 +153,7 @@ def select_for_any(
     engine: str | None = None,
     engines: str | Path | None = None,
 ) -> Found:
-    """Return what `select` returns of the first of the chains that an engine runs; if none does, raise its error."""
+    """Return what `select` returns for the first chain that an engine runs; if there is none, raise its error."""
     refusals = []
     for chain in chains:
         try:

@@ -53,7 +53,7 @@ def require(name: str) -> tuple[str, str]:
 
 
 def preference(name: str, device: Device) -> Preference:
-    """Return what the backend is like on that device."""
+    """Return the backend's traits on that device."""
     return get(name).preferences[device.kind]
 
 

@@ -14,7 +14,7 @@ from turbochain.runtime.chain.plan import Constant, Copy, Download, Plan, Run, U
 from turbochain.runtime.errors import InputError
 
 LOADING = 2
-"""Graphs that are loaded at once: a load is for the most part one thread that waits for memory."""
+"""How many graphs are loaded at once: a load is mostly one thread that waits for memory."""
 
 Arrays = Mapping[str, np.ndarray]
 Launch = Callable[[], None]

@@ -90,7 +90,7 @@ def _no_gpu(status: int) -> NoGpu:
 
 
 def find(name: str | None) -> tuple[int, Gpu]:
-    """Return the ordinal of a GPU and what it is: "cuda" or None is the first one, "cuda:1" the second.
+    """Return a GPU's ordinal and description: "cuda" or None is the first one, "cuda:1" the second.
 
     Raises InputError for another name, NoGpu if there is none of that number.
     """

@@ -30,7 +30,7 @@ def watch(thing: Forked) -> None:
 
 
 def keep_for_ever(thing: object) -> None:
-    """Never free an object, nor what it refers to, not even when the interpreter ends."""
+    """Keep an object, and what it refers to, for ever: even the interpreter's end does not free it."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
@@ -47,7 +47,7 @@ def gate() -> threading.RLock:
 
 
 def let_threads_rest() -> None:
-    """From now on let a fork wait until no other thread of the process works, for a second at most.
+    """Let forks wait from now on until no other thread of the process works, for a second at most.
 
     The child has no copy of these threads. If one was busy at the fork, the child waits for it at its exit, for ever. A
     library's threads go on for a moment after a call of it has returned.

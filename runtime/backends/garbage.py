@@ -23,7 +23,7 @@ def collect() -> None:
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Let nothing be collected meanwhile."""
+    """Keep garbage from being collected while the block runs."""
     global _captures, _was_enabled
     with _lock:
         if not _captures:

@@ -35,7 +35,7 @@ class GpuGraph(ABC):
     """A graph that is loaded."""
 
     scratch_bytes = 0
-    """GPU memory that a launch needs besides its inputs and outputs, and that others may use between launches."""
+    """GPU memory that a launch needs besides its inputs and outputs; other graphs may use it between launches."""
 
     def place(self, address: int, size: int) -> None:  # noqa: B027 (a graph without scratch memory does nothing)
         """Set where the scratch memory is."""

@@ -15,7 +15,7 @@ class Buffers:
     """Buffers on a session's GPU and in page-locked memory; they live as long as the session."""
 
     def __init__(self, session: cuda.Session, stream: Any) -> None:
-        """`stream`: where tables and held values go to the GPU."""
+        """Take a session; `stream` is where tables and held values go to the GPU."""
         self.session, self.stream = session, stream
         self.on_gpu: dict[tuple[str, Tensor], int] = {}
         self.page_locked: dict[tuple[str, Tensor], np.ndarray] = {}

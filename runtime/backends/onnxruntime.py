@@ -67,7 +67,7 @@ BACKEND = Backend(
 
 
 class OnnxRuntimeCpu(CpuExecutor):
-    """Every graph is a session, bound once to the buffers."""
+    """Runs every graph as a session, bound once to the buffers."""
 
     def __init__(self, opened: Opened) -> None:
         """Set up what the sessions share."""
@@ -125,7 +125,7 @@ class OnnxRuntimeCpu(CpuExecutor):
 
 class _SessionGraph(CpuGraph):
     def __init__(self, name: str, graph: Graph, session: Any, overrides: Any) -> None:
-        """`overrides`: what the session uses in place of initializers, and does not keep alive."""
+        """Take a session, and keep alive `overrides`, which it uses in place of initializers."""
         self.name, self.graph, self.session, self.overrides = name, graph, session, overrides
         sessions.check_ends(graph, session)
 
@@ -176,7 +176,7 @@ def read_form(opened: Opened, name: str, options: Any) -> bytes:
 
 
 class OnnxRuntimeCuda(GpuExecutor):
-    """Every graph is a session on the executor's stream, bound to the executor's buffers."""
+    """Runs every graph as a session on the executor's stream, bound to the executor's buffers."""
 
     concurrent = False  # a session is tied to one stream when it is made
 

@@ -1,4 +1,4 @@
-"""Sessions of ONNX Runtime: made, bound to addresses, run, and what went wrong put into words."""
+"""Make ONNX Runtime's sessions, bind them to addresses, run them, and put what went wrong into words."""
 
 import contextlib
 import importlib

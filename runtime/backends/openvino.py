@@ -65,7 +65,7 @@ def in_int8(graph: Graph, options: Options) -> bool:
 
 
 def ranges_file(name: str) -> str:
-    """Return the name of the engine's file with the ranges that the convolutions of a graph in int8 read."""
+    """Return the name of the engine's file with the ranges that a graph's int8 convolutions read."""
     return f"{name}.ranges.json"
 
 
@@ -99,7 +99,7 @@ BACKEND = Backend(
 
 
 class OpenVino(CpuExecutor):
-    """Every graph is a compiled model with an infer request for each of its places in a chain."""
+    """Runs every graph as a compiled model, with an infer request for each of its places in a chain."""
 
     rewrites = openvino_model.REWRITES
     process: ClassVar[int | None] = None  # the one whose threads OpenVINO computes with
@@ -186,7 +186,7 @@ def _check_ends(graph: Graph, compiled: Any) -> None:
 
 
 def _name(port: Any, expected: Iterable[str]) -> str:
-    """Return the declared one of a port's names: it also has the names of the tensors that it was merged with."""
+    """Return a port's declared name: it also has the names of tensors that it was merged with."""
     found: str = next((name for name in expected if name in port.names), port.any_name)
     return found
 

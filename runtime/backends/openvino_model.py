@@ -108,7 +108,7 @@ def _replace(old: Any, new: Any) -> None:
 
 
 def compare_integers(model: Any) -> None:
-    """Let TopK, which ArgMax becomes, read token ids as the integers that they are: bf16 has 8 bits of them."""
+    """Let TopK, which ArgMax becomes, read token ids as integers: bf16 keeps only 8 bits of them."""
     for op in model.get_ops():
         read = op.input_value(0).get_node() if op.get_type_name() == "TopK" else None
         if read is not None and read.get_type_name() == "Convert":
@@ -136,7 +136,8 @@ def has_as_many_heads_as_tokens(model: Any) -> bool:
 
 
 def convolutions(model: Any) -> dict[str, Any]:
-    """Name → each convolution that int8 suits: not those that read the latents or make the picture, which are cheap."""
+    """Return name → convolution for those that int8 suits: not the cheap ones that read the latents or make the
+    picture."""
     found = (op for op in model.get_ordered_ops() if op.get_type_name() == "Convolution")
     return {op.get_friendly_name(): op for op in found if min(op.input_value(1).shape[:2]) >= FEW_CHANNELS}
 

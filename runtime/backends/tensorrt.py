@@ -189,7 +189,7 @@ BACKEND = Backend(
 
 
 class TensorRt(GpuExecutor):
-    """Every graph is an engine with one execution context."""
+    """Runs every graph as an engine with one execution context."""
 
     def load_graph(self, name: str) -> GpuGraph:
         """Deserialize the graph's engine; BundleError if it is another graph's, OutOfMemory or TurbochainError."""

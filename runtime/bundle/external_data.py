@@ -83,11 +83,12 @@ def check_external(root: AnyPath, relative_onnx: str, allowed: Collection[str], 
     """Raise BundleError unless each location in the .onnx file names, from its folder, an allowed file.
 
     `relative_onnx` and `allowed` are relative to `root`. A location with ".." is refused wherever it leads,
-    as ONNX Runtime does. So is an .onnx file behind a symbolic link, since readers differ in the folder that
-    they then start from; only in the hub's cache it may be one, for there no reader meets it (`Bundle.plain`).
+    as ONNX Runtime does. An .onnx file behind a symbolic link is refused too, since readers
+    differ in the folder that they then start from; in the hub's cache it is allowed, because no reader meets it there
+    (`Bundle.plain`).
 
-    `sha256` is the file's digest if it was verified just now. The locations that the file has are then kept
-    under it with the hash stamps, and not looked for again in any file with that digest. A stamp can only
+    `sha256` is the file's digest if it was verified just now. The file's locations are then kept under it with the hash
+    stamps, and not looked for again in any file with that digest. A stamp can only
     save work: if it is damaged, or does not lead to allowed files, the file itself is read.
     """
     path = resolve_inside(root, relative_onnx)

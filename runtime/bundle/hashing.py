@@ -1,4 +1,4 @@
-"""Files that can be trusted: hashed before use, written whole or not at all, locked while being made."""
+"""Hash files before they are used, and remember what was hashed."""
 
 import errno
 import hashlib
@@ -36,7 +36,8 @@ class FileRecord:
 
 
 def digest(path: AnyPath, *, progress: _Progress | None = None) -> str:
-    """Return the file's SHA-256 in hex; over `CHUNK`, that of its chunks' concatenated raw SHA-256s.
+    """Return the file's SHA-256 in hex; if it is larger than `CHUNK`, the SHA-256 of its chunks' concatenated raw
+    SHA-256s.
 
     Chunks are hashed in parallel. `progress` is called, in this thread, with the bytes hashed since its
     last call. Raises OSError when the file cannot be read.

@@ -42,8 +42,8 @@ FEEDS = {
 """What a feed can be → when it can come."""
 
 PER = ("picture", "image", "image_alone", "masked_image")
-"""What a draw is made for: every picture; every image that was given, and with one generator for each picture every
-picture; with several generators too, every image that was given; or every image that a mask makes of these."""
+"""What a draw is made for: every picture; every image that was given, or every picture if each has a generator; every
+image that was given, in any case; or every image that a mask makes of these."""
 
 SCALES = ("", "init_noise_sigma")
 """What unit noise can be multiplied by: nothing, or a number of the call's table."""
@@ -85,7 +85,7 @@ class Graph:
     component: str  # the checkpoint's component that its parameters are of: unet, vae, …
     file: str  # graphs/<graph>.onnx, relative to the bundle
     data: tuple[str, ...]  # its external data files, relative to the bundle
-    names: str  # JSON: what became of each parameter of the component: see FORMAT.md
+    names: str  # JSON: what became of each parameter of the component: see FEATURES.md
     precision: str  # fp32, fp16 or bf16: what the network inside computes in
     opset: int
     inputs: tuple[Tensor, ...]

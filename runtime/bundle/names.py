@@ -1,4 +1,4 @@
-"""What became of a component's parameters in a graph: its `names.json`."""
+"""Read `names.json`: what became of a component's parameters in a graph."""
 
 import json
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class Parameter:
 def read_names(bundle: Bundle, name: str) -> dict[str, Parameter]:
     """Return every parameter of a graph's component by its name in the checkpoint; the file is hashed first.
 
-    Raises BundleError if it is not as it should be, which it is in bundles that were built before it told shapes.
+    Raises BundleError if the file is damaged, or is from before shapes were in it.
     """
     file = bundle.manifest.graphs[name].names
     bundle.check_files([file])
@@ -44,7 +44,7 @@ def read_names(bundle: Bundle, name: str) -> dict[str, Parameter]:
 
 
 def shapes(bundle: Bundle) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Return component → parameter → shape, of all components that LoRA files name. Raises BundleError."""
+    """Return component → parameter → shape for all components that LoRA files name. Raises BundleError."""
     from turbochain.runtime.inputs.adapter_names import PREFIXES
 
     first = {graph.component: name for name, graph in reversed(bundle.manifest.graphs.items())}

@@ -133,8 +133,8 @@ class Bundle:
     def plain(self, graph_name: str) -> Path:
         """Return the folder in which a graph's files, already hashed, are no symbolic links; for a library to read.
 
-        It is the bundle's. Of a bundle in the hub's cache, where libraries refuse data that lies in another folder than
-        the .onnx file, it is one in the user's cache, with hard links, or copies if the file system has none.
+        That is the bundle's own folder. For a bundle in the hub's cache it is one in the user's cache, with hard links,
+        or copies if the file system has none: libraries refuse data that lies in another folder than the .onnx file.
         Raises InputError if that cannot be written.
         """
         if blobs(self.path) is None:
@@ -150,7 +150,7 @@ class Bundle:
         return folder
 
     def _is_plain(self, folder: Path, name: str, source: Path) -> bool:
-        """Return whether the folder has a file of the bundle: as the same file, or as a copy."""
+        """Return whether the folder has a bundle's file, itself or as a copy."""
         try:
             if not os.path.islink(folder / name) and os.path.samefile(folder / name, source):
                 return True

@@ -1,4 +1,4 @@
-"""Files with their own hash, for what a library would take damaged, or for another machine's, without a word."""
+"""Files with their own hash, for what a library would silently accept if it is damaged or another machine's."""
 
 import hashlib
 from pathlib import Path

@@ -106,7 +106,7 @@ def replace_directory(temporary: AnyPath, final: AnyPath) -> None:
 def recover_directories(parent: AnyPath, name: str | None = None) -> None:
     """Finish what a killed `replace_directory` left in a folder: the old one returns unless the new one is there.
 
-    `name`: of the directory; None: of any.
+    `name`: the directory's; None: any.
     """
     for aside in Path(parent).glob(f".{'*' if name is None else glob.escape(name)}{_ASIDE}"):
         final = aside.with_name(aside.name.removeprefix(".").removesuffix(_ASIDE))

@@ -69,13 +69,13 @@ class OpenChain:
 
     @property
     def first_noise(self) -> str | None:
-        """Return the noise that a caller may give instead: the first that is drawn for each picture of a call."""
+        """Return the noise that a caller may give: the first that is drawn for each picture of a call."""
         feeds, draws = self.chain.feeds, (d for d in self.chain.draws if d.per == "picture" and not d.discarded)
         return next((d.name for d in draws if d.name in feeds and feeds[d.name].when == "call"), None)
 
     @cached_property
     def latents(self) -> str | None:
-        """Return what goes round the loop and is no history: after the last row the latents, [B, 4, H/8, W/8] fp32."""
+        """Return the name of what goes round the loop and is no history: the latents, [B, 4, H/8, W/8] fp32."""
         history = self.feeds("history")
         return next((made for made, read in self.chain.carry.items() if read not in history), None)
 
@@ -143,7 +143,7 @@ class OpenChain:
         return plan(self.chain, self.graphs, self.passes(table), table=f"{self.name}/{table}", **more)
 
     def problems(self) -> list[str]:
-        """Return what the chain, its wiring being sound, does not agree with its tensors and tokenizers about."""
+        """Return where the chain, whose wiring is sound, contradicts its tensors and tokenizers."""
         return [f"chain {self.name}: {problem}" for problem in self._problems()]
 
     def _problems(self) -> list[str]:

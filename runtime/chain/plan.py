@@ -119,7 +119,7 @@ def plan(
 
     `given` names tensors that the caller uploads instead of running the stage that makes them: a stage before the loop
     whose outputs are all given is left out. `downloads` are read back besides the output. Without `decode` the stages
-    of the end are left out, and the output and what is kept of them with these.
+    of the end are left out, with the output and what is kept of it.
     """
     stages = [s for s in chain.stages if s.runs(modes) and not _is_given(s, graphs, given)]
     left_out = [] if decode else [s for s in stages if s.when == "end"]

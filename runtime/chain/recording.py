@@ -136,7 +136,8 @@ def _launch(run: Run, graph: Graph, current: Callable[[str], str]) -> Launch:
 
 
 def _add(actions: list[Action], launch: Launch) -> None:
-    """Let a launch join the last ones if it is independent of them all; a graph has one context, so not of its own."""
+    """Let a launch join the last ones if it is independent of them all and none runs its graph, which has one
+    context."""
     last = actions[-1] if actions else None
     if isinstance(last, Together) and all(launch.is_independent(o) and launch.graph != o.graph for o in last.launches):
         actions[-1] = Together((*last.launches, launch))

@@ -65,7 +65,7 @@ IDS: Bounds = {"fraction_differing": 0.0}
 
 
 FEW_EVALUATIONS = 4
-"""Of the network, without guidance, up to which the picture of a whole chain has the bounds in `BOUNDS`."""
+"""Up to this many evaluations of the network, without guidance, a whole chain's picture has the bounds in `BOUNDS`."""
 
 _FACTOR = 1.25
 """The error of a picture after more evaluations, or of a prediction, at most, as a multiple of diffusers' own in that
@@ -73,7 +73,7 @@ precision."""
 
 
 def has_many(evaluations: int, modes: Collection[str]) -> bool:
-    """Return whether a call is one whose picture's error is compared with diffusers' own in that precision."""
+    """Return whether a call's picture is compared by diffusers' own error in that precision."""
     return evaluations > FEW_EVALUATIONS or GUIDANCE in modes
 
 

@@ -14,7 +14,7 @@ def max_abs(result: Array, reference: Array) -> float:
 
 
 def fraction_differing(result: Array, reference: Array) -> float:
-    """Return the share of the values that are not equal, 0 to 1."""
+    """Return the share of values that differ, 0 to 1."""
     return float(np.mean(result != reference))
 
 

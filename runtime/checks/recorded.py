@@ -33,7 +33,7 @@ class Recorded:
         return made | {name for name, feed in chain.feeds.items() if feed.when == "step"} | {*chain.carry.values()}
 
     def value(self, name: str, row: int) -> np.ndarray:
-        """Return what was fed or made under this name in a row: of the recording, the table, or the walk along it."""
+        """Return what was fed or made under this name in a row: from the recording, the table, or the walk along it."""
         if name in self.columns:
             column = self.columns[name]
             return column[row if len(column) > 1 else 0]
@@ -48,15 +48,16 @@ class Recorded:
         return self.tensors[name][row] if name in self._per_step else self.tensors[name]
 
     def feeds(self, when: str) -> dict[str, np.ndarray]:
-        """Return what the case's feeds of a call, of every step [rows, …], or those that are held begin with."""
+        """Return what the case's feeds hold: those of a call, of every step [rows, …], or what held ones begin with."""
         read = self.chain.read(self.modes)
         names = [name for name, feed in read.items() if feed.when == when]
         rows = range(self.chain.passes(self.case.table))
         return {n: np.array([self.value(n, i) for i in rows]) if when == "step" else self.value(n, 0) for n in names}
 
     def rows(self, name: str) -> np.ndarray:
-        """Return what the sampler's step read or made in each row of the table, [rows, B, …]: a stream makes all at
-        once, and what it makes goes on to the next row or, of the last, leaves."""
+        """Return what the sampler's step read or made in each row of the table, [rows, B, …].
+
+        A stream makes all rows at once; what it makes goes on to the next row, and leaves after the last one."""
         if not self.chain.chain.stream:
             return self.tensors[name]
         parts = {"latents": ("all_latents",), "next_latents": ("next_stream_latents", "next_latents")}

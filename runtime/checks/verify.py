@@ -169,7 +169,7 @@ def require(checks: Sequence[Check]) -> None:
 
 
 def value_text(check: Check) -> str:
-    """Return a check's figure with three digits, or with as many as tell on which side of its bound it lies."""
+    """Return a check's figure with three digits, or with as many as show on which side of its bound it lies."""
 
     def within(value: float) -> bool:
         return value >= check.bound if check.metric in AT_LEAST else value <= check.bound
@@ -207,7 +207,8 @@ def _checks(
     own: Bounds,
     new_alone: bool,
 ) -> Iterator[Check]:
-    """Return the figures of a case; `new_alone`: of single stages those that a call with its own modes does not run."""
+    """Return a case's figures; `new_alone`: check only those single stages that a call with the case's own modes does
+    not run."""
     if not new_alone:
         for name, tokenizer in readers.items():
             if not chain.chain.feeds[name].of:  # no other text is recorded

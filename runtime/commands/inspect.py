@@ -140,7 +140,7 @@ def _chain_text(chain: OpenChain) -> list[str]:
 
 
 def _slots(chain: OpenChain) -> str:
-    """Return the ranks of the slots that a UNet of the chain has, as a phrase."""
+    """Return the ranks of the chain's UNet slots, as a phrase."""
     slots = ChainSlots(chain)
     graphs = [slots.graphs(mode).get("unet") for mode in slots.modes]
     ranks = [str(read_layout(chain.bundle, graph).rank) for graph in graphs if graph]

@@ -61,7 +61,7 @@ def profile(
 
 
 def by_kind(operators: Iterable[tuple[str, float]]) -> list[Operator]:
-    """Sum the operators of each kind; `operators`: the kind of each one and its seconds in one launch."""
+    """Sum the operators by kind; `operators`: each one's kind and its seconds in one launch."""
     found: dict[str, list[float]] = defaultdict(list)
     for kind, seconds in operators:
         found[kind].append(seconds)

@@ -66,7 +66,7 @@ def _sobel(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _is_ridge(flat: np.ndarray, at: np.ndarray, width: int, across: np.ndarray, down: np.ndarray) -> np.ndarray:
-    """Return of each place whether no neighbour along its gradient is steeper, bool [n].
+    """Return for each place whether no neighbour along its gradient is steeper, bool [n].
 
     `flat`: the magnitudes, `width` to a row; `across`, `down`: the gradients of the places. Of equal neighbours that
     to the left or above is the ridge; on a diagonal neither is, as in OpenCV.
@@ -82,7 +82,8 @@ def _is_ridge(flat: np.ndarray, at: np.ndarray, width: int, across: np.ndarray, 
 
 
 def _kept(at: np.ndarray, strong: np.ndarray, width: int, size: int) -> np.ndarray:
-    """Return of each place whether its line has a strong one, bool [n]; places that touch, also at a corner, are one.
+    """Return for each place whether its line has a strong one, bool [n]; places that touch, even at a corner, are one
+    line.
 
     `at`: indices in a flat picture of `size` pixels, `width` to a row, whose border holds none.
     """

@@ -182,7 +182,7 @@ def steering(chain: OpenChain, image: object, others: dict[str, object]) -> tupl
 
 
 def find(chain: OpenChain, name: str) -> Net:
-    """Return the ControlNet or T2I-Adapter of a name; InputError if the chain has none of it."""
+    """Return the ControlNet or T2I-Adapter with a name; InputError if the chain has none."""
     for net in nets(chain):
         if net.name == name:
             return net

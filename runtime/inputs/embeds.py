@@ -13,7 +13,7 @@ POOLED = "pooled_prompt_embeds"
 
 
 NEGATIVE = "negative_"
-"""What the names of the arguments and of a chain's tensors begin with that belong to the negative prompt."""
+"""How arguments' and tensors' names begin if they belong to the negative prompt."""
 
 
 def check_embeds(

@@ -94,7 +94,7 @@ class Feeds:
             advance(one, stream)
 
     def _ids(self, request: Request) -> dict[str, np.ndarray]:
-        """Return the token ids of every text, [N, length] int32; none of a text that is given as embeds."""
+        """Return every text's token ids, [N, length] int32; none for a text that is given as embeds."""
         texts = {"": request.prompts, "negative_prompt": request.negative_prompts}
         feeds = self.chain.chain.feeds
         read = {name: texts[feeds[name].of] for name in self.tokenizers}

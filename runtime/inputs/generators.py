@@ -39,7 +39,7 @@ def seeds_of(generator: object) -> int | list[int]:
     """Return a generator's seed, or the seeds of a list of generators.
 
     Raises InputError for one that is not on the CPU, that has been drawn from, or that stands twice in the list: the
-    noise would be another than diffusers'.
+    noise would differ from diffusers'.
     """
     if not isinstance(generator, list | tuple):
         return _seed_of(generator)

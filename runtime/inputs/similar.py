@@ -10,8 +10,8 @@ class Similar:
     """Decides for one frame after the other. Equal frames and an equal seed give equal decisions."""
 
     def __init__(self, threshold: float, most: int, seed: int) -> None:
-        """`threshold`: the cosine similarity, 0 to below 1, above which a frame may be skipped. `most`: how many in a
-        row. `seed`: of the random numbers. Raises InputError if one is out of range."""
+        """Take `threshold`, the cosine similarity from 0 to below 1 above which a frame may be skipped. `most`: how
+        many in a row. `seed`: that of the random numbers. Raises InputError if one is out of range."""
         if not is_number(threshold) or not 0 <= threshold < 1:
             raise InputError(
                 f"similar_image_threshold={threshold!r}: a number from 0 to below 1 was expected, such as 0.98"

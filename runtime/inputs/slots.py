@@ -1,6 +1,6 @@
-"""Slots: two inputs of a graph, into which the matrices of adapters are packed while it runs.
+"""Slots: two inputs of a graph, into which adapters' matrices are packed while it runs.
 
-`lora_down` and `lora_up` are flat. A group of matrices that read one tensor has its part of both; see FORMAT.md.
+`lora_down` and `lora_up` are flat. A group of matrices that read one tensor has a part of each; see FEATURES.md.
 """
 
 import json

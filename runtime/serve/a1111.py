@@ -1,4 +1,4 @@
-"""A1111's API, as far as its clients need it. It is lenient: they send other models' values whatever they are told."""
+"""A1111's API, as far as its clients need it. It is lenient: they send values that suit other models."""
 
 import base64
 import json
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Side = Annotated[int, Field(ge=1, le=1 << 16)]
 SIDE, STRENGTH = 512, 0.75
-"""A1111's defaults, for clients that leave them out: of one side if the other is given, and of an edit's strength."""
+"""A1111's defaults, for clients that leave them out: one side if the other is given, and an edit's strength."""
 
 
 class Body(BaseModel):
@@ -100,7 +100,7 @@ class _Server:
         self.service, self.model, self.drawings = service, service.models.first, Drawings()
 
     def choose(self, sent: object) -> None:
-        """Take the model of the options that a client sends, if there is one of this very name."""
+        """Take the model that a client's options name, if there is one with this very name."""
         name = sent.get("sd_model_checkpoint") if isinstance(sent, dict) else None
         if isinstance(name, str):
             self.model = self.service.models.by_name.get(name, self.model)

@@ -1,4 +1,4 @@
-"""The LoRA files that requests may name, and those that a pipeline has loaded of them."""
+"""The LoRA files that requests may name, and those that a pipeline has loaded."""
 
 import logging
 import math

@@ -23,7 +23,7 @@ def _lower(value: object) -> object:
 
 
 class Switch(BaseModel):
-    """Whether a unit is on, in the words that A1111 takes. Of one that is off nothing else is read."""
+    """Whether a unit is on, in the words that A1111 takes. If it is off, nothing else of it is read."""
 
     enabled: bool = True
 

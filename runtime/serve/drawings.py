@@ -41,7 +41,7 @@ class Drawing:
 
     @property
     def ready(self) -> list[bool]:
-        """Return of each picture whether it is ready."""
+        """Return for each picture whether it is ready."""
         return [task.done() for task in self._tasks] or [False] * len(self.jobs)
 
 
@@ -62,7 +62,7 @@ class Drawings:
             self._all.remove(drawing)
 
     def interrupt(self, client: str) -> None:
-        """End the pictures of a client that are drawn or wait."""
+        """End a client's pictures that are drawn or wait."""
         for drawing in self._of(client):
             drawing.interrupt()
 

@@ -57,7 +57,7 @@ class Encoding:
 
 
 def decode(argument: str, file: bytes) -> "Image.Image":
-    """Return the picture of a PNG, JPEG or WebP file, with its transparency; InputError if it is none, or too large.
+    """Return the picture in a PNG, JPEG or WebP file, with its transparency; InputError if it is none, or too large.
 
     `argument` names it in the messages.
     """

@@ -60,7 +60,7 @@ _ARGUMENTS = (
     *("control_image", "controlnet_conditioning_scale", "controlnet", "control_guidance_start", "control_guidance_end"),
 )
 _PARAMS = {"mask_image": "mask", "height": "size", "low": "canny", "high": "canny"}
-"""What a client calls some of them."""
+"""The names that clients have for some arguments."""
 
 
 def of_input(error: InputError) -> Refused:
@@ -70,7 +70,7 @@ def of_input(error: InputError) -> Refused:
 
 
 def of_validation(errors: Sequence[Any]) -> Refused:
-    """Return the answer to a body of the wrong form, of which pydantic found these errors."""
+    """Return the answer to a body with a wrong form, in which pydantic found these errors."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return Refused(400, f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][-1]}")

@@ -23,7 +23,7 @@ OPEN = ("/healthz", "/readyz")
 WITH_IMAGE = ("/v1/images/edits", "/sdapi/v1/img2img")
 """The paths whose requests may carry a picture."""
 WITH_CONTROL = ("/v1/images/generations", "/sdapi/v1/txt2img")
-"""Those that may if a bundle has a ControlNet."""
+"""The paths that may if a bundle has a ControlNet."""
 BODY_SECONDS = 30.0
 """How long a client may take to send its request."""
 SUBPROTOCOL, KEY_PROTOCOL = "turbochain", "key."

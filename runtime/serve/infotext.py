@@ -18,7 +18,7 @@ from turbochain.runtime.serve.models import Model
 SAMPLER = "built-in"
 """A bundle has one sampler: its tables hold the values of the scheduler that it was built with."""
 UNIT = "ControlNet 0"
-"""A1111's name of the only unit."""
+"""A1111's name for the only unit."""
 
 _LORA = re.compile(r"<(?:lora|lyco):([^>]+)>")  # the second is A1111's other name of the first
 
@@ -40,7 +40,8 @@ class Used:
 
     @classmethod
     def of(cls, model: Model, request: Request, prompt: str, controlnet: str | None) -> "Used":
-        """Return what a request of one picture is drawn with; `prompt`, `controlnet`: as the client has sent them."""
+        """Return the values that a one-picture request is drawn with; `prompt`, `controlnet`: as the client sent
+        them."""
         chain = model.bundle.open_chain(request.chain)
         entry = chain.chain.tables[request.table]
         height, width = chain.size
@@ -140,7 +141,7 @@ def _scale(request: Request, embedded: float | None) -> float:
 
 
 def _strength(chain: OpenChain, table: str) -> float | None:
-    """Return the strength that a table follows; if it is a share of the steps, the least of equal effect."""
+    """Return the strength that a table follows; if it is a share of the steps, the least one with the same effect."""
     entry = chain.chain.tables[table]
     if "strength" not in chain.chain.defaults:
         return None

@@ -28,7 +28,7 @@ from turbochain.runtime.serve.settings import IMAGE_BODY, Settings
 from turbochain.runtime.serve.worker import Worker
 
 READING = 10
-"""For how many seconds of its end the server waits for clients that are slow to read their answers."""
+"""How many seconds the server, when it ends, waits for clients that are slow to read their answers."""
 
 HEAD_SECONDS = 10.0
 """How long a connection may take to send the head of a request; the guard sees to its body."""
@@ -37,7 +37,7 @@ TRIM_SECONDS = 20.0
 """How often free memory is given back, which takes milliseconds."""
 
 FAILED = 5
-"""For how many seconds after a fault of the GPU it says so, before it ends and can be started again."""
+"""How many seconds after a GPU fault it says so, before it ends and can be started again."""
 
 
 def run(settings: Settings) -> None:

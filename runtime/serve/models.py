@@ -53,13 +53,13 @@ class Models:
         return next(iter(self.by_name.values()))
 
     def find(self, name: str | None) -> Model:
-        """Return the model that a client names. If there is only one, every name is its; raises Refused (404)."""
+        """Return the model that a client names. If there is only one, every name means it; raises Refused (404)."""
         if len(self.by_name) == 1 or not name:
             return self.first
         return self.exactly(name)
 
     def exactly(self, name: str) -> Model:
-        """Return the model of this very name; raises Refused (404)."""
+        """Return the model with this very name; raises Refused (404)."""
         if name not in self.by_name:
             raise Refused(
                 404,
@@ -71,7 +71,7 @@ class Models:
 
 
 def name_of(source: str) -> str:
-    """Return the default name of a bundle: that of its folder without `.bundle`, or its id on the hub."""
+    """Return a bundle's default name: its folder's, without `.bundle`, or its id on the hub."""
     path = Path(source)
     if not path.is_dir() and (found := hub.id_of(source)):
         return found

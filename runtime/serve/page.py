@@ -25,7 +25,7 @@ MODULES = (
 )
 PARTS = (*(f"{name}.mjs" for name in MODULES), "style.css", "icon.svg")
 FILES = {"/": "index.html", **{f"/page/{name}": name for name in PARTS}}
-"""The whole of what is served, by path: no path of a request ever opens a file."""
+"""All that is served, by path: a request's path never opens a file."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'",
@@ -76,7 +76,7 @@ def _described(model: Model) -> dict[str, Any]:
 def _task(bundle: Bundle, task: str) -> dict[str, Any]:
     """Return what a task is built for; `strengths` are all that there are, or none if it can be any number.
 
-    `strength` is the default, and None of a task without an image. `controlnets`: the names to choose from.
+    `strength` is the default, and None for a task without an image. `controlnets`: the names to choose from.
     """
     sizes = bundle.sizes(task)
     chain = bundle.open_chain(bundle.find_chain(task, sizes[0], 1))

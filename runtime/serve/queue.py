@@ -9,7 +9,7 @@ from turbochain.runtime.serve.errors import overloaded, unavailable
 from turbochain.runtime.serve.source import Drawn, Job, Progress
 
 Settle = Callable[[Drawn | BaseException], None]
-"""Gives a job's result to whoever awaits it; safe to call from any thread, and more than once."""
+"""Gives a job's result to whoever awaits it; any thread may call it, and more than once."""
 
 
 @dataclass(eq=False)

@@ -25,7 +25,7 @@ from turbochain.runtime.serve.source import Drawn, Job, Progress, State
 log = logging.getLogger("turbochain")
 
 DIED = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, TaskCancelledError)
-"""What is raised if a replica, or what held its answer, came to its end."""
+"""What Ray raises if a replica, or the process that held its answer, has ended."""
 
 ASK_AGAIN = 10.0
 """Seconds after which the first replica is asked for again: Ray tells a new call alone that none can be started."""
