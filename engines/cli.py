@@ -183,7 +183,7 @@ def _graph(result: BuildResult, name: str) -> list[str]:
 
 
 def _numbers(option: str, value: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
-    """Return the numbers of a list; InputError if one is none."""
+    """Return a list's numbers; InputError if one is not a number."""
     try:
         return tuple(map(kind, value.split(",")))
     except ValueError:

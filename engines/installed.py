@@ -44,14 +44,15 @@ def folder_name(key: EngineKey) -> str:
 
 
 def chains(bundle: Bundle, names: Collection[str] | None) -> list[OpenChain]:
-    """Return the chains of these names (None: all); InputError that lists the bundle's if it lacks one."""
+    """Return the chains with these names (None: all); if the bundle lacks one, the InputError lists those that it
+    has."""
     have = bundle.manifest.chains
     check_chains(names, have, bundle.path)
     return [bundle.open_chain(name) for name in have if names is None or name in names]
 
 
 def check_chains(names: Collection[str] | None, have: Collection[str], path: Path) -> None:
-    """Raise InputError if a name is none of the chains that the bundle at `path` has."""
+    """Raise InputError if the bundle at `path` lacks a chain with one of the names."""
     if unknown := [name for name in names or () if name not in have]:
         raise InputError(f"there is no chain {', '.join(unknown)} in {path}: choose --chains from {', '.join(have)}")
 

@@ -31,7 +31,8 @@ def compile(
 ) -> list[str]:
     """Compile one graph of the bundle into `folder`; returns the names of the files that it wrote there.
 
-    A graph that engines of the backend read is then loaded once, which shows whether the backend takes it.
+    If the backend's engines read the bundle's graph itself, it is loaded once, which shows whether the backend takes
+    it.
     """
     bundle, builder = Bundle.open(path), builders.get(backend)
     bundle.check_files(bundle.manifest.graphs[name].files)

@@ -33,7 +33,7 @@ def resolve(backend: str, given: Mapping[str, object]) -> dict[str, Value]:
 
 
 def changed(backend: str, chosen: Mapping[str, Value]) -> dict[str, Value]:
-    """Return those that are not the backend's defaults."""
+    """Return the options that are not the backend's defaults."""
     return {name: value for name, value in chosen.items() if value != of(backend)[name].default}
 
 

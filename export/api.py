@@ -85,7 +85,7 @@ def make(order: ExportOrder, how: How, precision: str, reports: list[PhaseReport
 
 
 def _requested(order: ExportOrder, how: How, precision: str, digests: Digests) -> Requested:
-    """Return what the order requests, with a bar if that means reading much."""
+    """Return what the order requests; shows a bar if much has to be read."""
     files = order.files().values()
     if (total := digests.unread(files)) > SMALL:
         with Phase("hash the source", quiet=how.quiet) as phase:
@@ -162,7 +162,7 @@ def _checked(path: Path, order: ExportOrder, requested: Requested | None, digest
 
 
 def _changed(before: dict[str, str], order: ExportOrder, requested: Requested | None, digests: Digests) -> list[str]:
-    """Return which of the files of the order's folders are not those that a bundle was made from, `before`."""
+    """Return which files in the order's folders differ from `before`, those that a bundle was made from."""
     if requested is not None:
         now = requested.files
     else:  # the bundle is the source; only parts that are named beside it are compared

@@ -1,4 +1,4 @@
-"""How the options of an order are spelled, and what is wrong with them. Torch-free."""
+"""Read an order's options, and find what is wrong with them. Torch-free."""
 
 import json
 import math
@@ -19,7 +19,7 @@ RANKS = range(1, MOST_RANK + 1)
 
 
 def scheduler_changes(value: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return the changes of a scheduler's config that a class name, a JSON object or a mapping says; None for None.
+    """Return the changes to a scheduler's config that a class name, a JSON object or a mapping gives; None for None.
 
     The key `_class_name` names another class, as it does in scheduler_config.json. Raises InputError for anything else.
     """
@@ -86,7 +86,7 @@ def listed(options: Mapping[str, Any]) -> dict[str, Any]:
 def call_problems(
     scale: float | None, scales: tuple[float, ...] | None, strengths: tuple[float, ...] | None
 ) -> list[str]:
-    """Return what is wrong with the guidance scales and strengths of an order, as phrases; `scale`: the default."""
+    """Return what is wrong with an order's guidance scales and strengths, as phrases; `scale`: the default."""
     problems = [
         f"guidance scale {value}: a finite number of at least 0 was expected"
         for value in (scale or 0.0, *(scales or ()))
@@ -137,7 +137,7 @@ def stream_problems(stream_batch: int | None, tasks: Collection[str] | None) -> 
 
 
 def require_steps(stream_batch: int, steps: Collection[int]) -> None:
-    """Raise InputError if no step count has as many steps as a frame of a stream makes."""
+    """Raise InputError if no step count has as many steps as a stream's frame makes."""
     if stream_batch > max(steps):
         raise InputError(
             f"a frame of the stream makes {stream_batch} steps, and the bundle is to make at most {max(steps)}: add a "

@@ -1,4 +1,4 @@
-"""The chains of a bundle: of each task, size and batch, and the graphs that they need. Torch-free."""
+"""The chains of a bundle, one for each task, size and batch, and the graphs that they need. Torch-free."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -86,10 +86,10 @@ class Layout:
                 found[self.graph_name(stage.graph, shape)] = Placed(spec, of_rows if spec.of_rows else shape)
         return found
 
-    def precisions(self, asked: str, vae: str | None = None) -> dict[str, str]:
-        """Return graph → precision, if the user asked for `asked`, and for `vae` for the VAE."""
+    def precisions(self, precision: str, vae: str | None = None) -> dict[str, str]:
+        """Return graph → precision, if the user wants `precision`, and `vae` for the VAE."""
         specs = {name: placed.spec for name, placed in self.graphs().items()}
-        return {n: s.precision or (vae if vae and s.component == "vae" else asked) for n, s in specs.items()}
+        return {n: s.precision or (vae if vae and s.component == "vae" else precision) for n, s in specs.items()}
 
     def chain(self, task: Task, shape: Shape, tables: dict[str, TableEntry], defaults: Mapping[str, float]) -> Chain:
         """Return one chain."""
@@ -122,7 +122,7 @@ class Layout:
 
     @property
     def steered(self) -> Controls:
-        """Return what steers the UNet, as part of chains."""
+        """Return what steers the UNet, as a part of chains."""
         return Controls(self.family, self.configs, self.controls)
 
     @property
@@ -216,16 +216,16 @@ class Layout:
         }
 
     def _slots(self, task: Task) -> list[str]:
-        """Return the inputs of the slots of a chain's graphs, by the names that it has for them."""
+        """Return the slots' inputs in a chain's graphs, by the names that it has for them."""
         slotted = (s for s in self._stages(task) if self._specs(self.shapes[0])[s.graph].rank)
         return list(dict.fromkeys(name for s in slotted for name in common.slot_wires(s.graph).values()))
 
 
 def adapters_mode(rank: int) -> str:
-    """Return the mode of calls with adapters whose ranks are this one at most, together."""
+    """Return the mode of calls with adapters whose ranks sum up to at most this one."""
     return f"adapters-{rank}"
 
 
 def _renamed(wires: Mapping[str, str]) -> dict[str, str]:
-    """Return those of the wires that change a name."""
+    """Return the wires that change a name."""
     return {own: name for own, name in wires.items() if own != name}

@@ -78,7 +78,7 @@ def require(needs: Needs, folder: Path, force: bool) -> None:
 
 
 def free_memory() -> float:
-    """Return the bytes that a new process can use: the kernel and the control group (containers) leave them."""
+    """Return the bytes that the kernel and the control group (in a container) leave for a new process."""
     free = float("inf")
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -103,7 +103,8 @@ def _widest(configs: Mapping[str, Any], shape: Shape) -> float:
 
 
 def _scores(configs: Mapping[str, Any], shape: Shape) -> float:
-    """Return the bytes of the largest Q·Kᵀ, fp32: heads · pixels², of the UNet's levels that attend and the VAE."""
+    """Return the bytes of the largest Q·Kᵀ in fp32, heads · pixels², among the UNet's levels with attention and the
+    VAE."""
     unet, pixels = configs["unet"], shape.height * shape.width / 64
     heads = unet["attention_head_dim"]  # diffusers' name for the number of heads
     heads = heads if isinstance(heads, list | tuple) else [heads] * len(unet["down_block_types"])

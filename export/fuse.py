@@ -19,10 +19,8 @@ _NAME = "reference"  # of a LoRA that is not fused
 
 
 def merge(weight: torch.Tensor, added: LowRank, strength: float) -> torch.Tensor:
-    """Return a weight, of a linear layer or a convolution, with `strength` times a LoRA added, in fp32.
-
-    Bit for bit what peft computes in fp32.
-    """
+    """Return a linear layer's or a convolution's weight with `strength` times a LoRA added, in fp32, bit for bit as
+    peft."""
     down, up = (torch.from_numpy(matrix.astype("float32")) for matrix in (added.down, added.up))
     scale = added.scale * strength
     if weight.ndim == 2:
@@ -86,7 +84,7 @@ def loaded(pipeline: Any, adapter: Adapter, strength: float) -> Iterator[None]:
 
 @contextmanager
 def _without_aliases(pipeline: Any) -> Iterator[None]:
-    """Take away what lets clip_skip work, see `load.pipelines`: a LoRA would look for its layers under that name."""
+    """Take away what lets clip_skip work (see `load.pipelines`): a LoRA would look for its layers under that name."""
     encoders = [vars(pipeline.components[c]) for c in PREFIXES if c.startswith("text") and c in pipeline.components]
     aliases = [{name: encoder.pop(name) for name in ("text_model",) if name in encoder} for encoder in encoders]
     try:
@@ -98,7 +96,7 @@ def _without_aliases(pipeline: Any) -> Iterator[None]:
 
 @contextmanager
 def _explained(adapter: Adapter) -> Iterator[None]:
-    """Let what diffusers raises about a file be an InputError."""
+    """Turn what diffusers raises about a file into an InputError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about names of layers, once for each file
@@ -126,8 +124,8 @@ def _require_all(pipeline: Any, adapter: Adapter) -> None:
 
 
 def _load(pipeline: Any, path: Path, name: str | None = None) -> None:
-    """Load one file into a pipeline of diffusers, in the way in which diffusers reads it right; `name`: of the
-    adapter."""
+    """Load one file into a diffusers pipeline, in the way in which diffusers reads it correctly; `name`: the
+    adapter's."""
     from safetensors.torch import load_file
 
     tensors = load_file(path)

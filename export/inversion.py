@@ -1,4 +1,4 @@
-"""Textual inversion: what a tokenizer's added tokens stand for, and prompts that use each of them."""
+"""Textual inversion: what a tokenizer's added tokens stand for, and prompts that use every one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ def expansions(tokenizer: Any) -> dict[str, int]:
 
 
 def prompts(pipeline: Any, tokenizers: Sequence[Any]) -> list[str]:
-    """Return as few prompts as have every vector of every added token of these tokenizers among their ids.
+    """Return a few prompts whose ids have every vector of these tokenizers' added tokens.
 
     No token in a prompt holds the text of another one there: diffusers expands them in a random order. The markers and
     the padding are left out, because they are in every prompt. `pipeline`: diffusers', with those tokenizers.
@@ -52,7 +52,7 @@ def _prompt(tokens: Sequence[str]) -> str:
 
 
 def _ids(pipeline: Any, tokenizers: Sequence[Any], prompt: str) -> set[tuple[int, int]]:
-    """Return (index of a tokenizer, id) of all that reaches the text encoders."""
+    """Return (index of a tokenizer, id) for all ids that reach the text encoders."""
     found = set()
     for i, tokenizer in enumerate(tokenizers):
         encoded = tokenizer(pipeline.maybe_convert_prompt(prompt, tokenizer), truncation=True)

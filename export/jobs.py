@@ -22,7 +22,7 @@ Progress = Callable[[int, int], None]
 
 
 def prepare(progress: Progress, *, order: ExportOrder, requested: Requested, folder: Path, force: bool) -> Prepared:
-    """Get the checkpoint onto this disk, and write into `folder` everything of it that needs no tracing.
+    """Bring the checkpoint onto this disk, and write into `folder` all of it that needs no tracing.
 
     Returns what the later jobs and the manifest need. What can be refused without loading weights is refused
     here, before the long work: first what needs no torch, then too little memory or disk (unless `force`).
@@ -119,9 +119,9 @@ def fetch(order: ExportOrder, want: Want, check_room: parts.CheckRoom | None = N
 
 
 def _lower_precisions(requested: Requested) -> list[str]:
-    """Return what the graphs may be computed in besides fp32, the more precise first: those of fp32 also in bf16."""
-    asked = {"bf16" if requested.precision == "fp32" else requested.precision, requested.vae_precision}
-    return [precision for precision in ("fp16", "bf16") if precision in asked]
+    """Return what the graphs may be computed in besides fp32, the more precise first; fp32 graphs may run in bf16."""
+    wanted = {"bf16" if requested.precision == "fp32" else requested.precision, requested.vae_precision}
+    return [precision for precision in ("fp16", "bf16") if precision in wanted]
 
 
 def _origin(checkpoint: Checkpoint, folder: Path) -> Origin:

@@ -69,8 +69,8 @@ def pipeline(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
 def controlled(
     checkpoint: Checkpoint, nets: Mapping[Control, Any], plain: Mapping[str, Any]
 ) -> dict[tuple[str, str], Any]:
-    """Return (task, mode) → diffusers' own pipeline with a ControlNet or T2I-Adapter, which shares the rest with that
-    of the task alone, its scheduler too. `plain`: task → that."""
+    """Return (task, mode) → diffusers' own pipeline with a ControlNet or T2I-Adapter. It shares everything else, its
+    scheduler too, with the task's pipeline in `plain`."""
     found: dict[tuple[str, str], Any] = {}
     for control, net in nets.items():
         for task, name in checkpoint.family.steered[control.kind.name].pipelines.items():
@@ -87,8 +87,7 @@ def controlled(
 
 
 def control_defaults(family: Family, task: str, controls: Sequence[Control]) -> dict[str, float]:
-    """Return the defaults of what calls with these give beside the picture, as diffusers' pipelines for them have
-    them."""
+    """Return the defaults for what calls with these give beside the picture, as diffusers' pipelines have them."""
     found: dict[str, float] = {}
     for control in controls:
         kind = getattr(importlib.import_module("diffusers"), family.steered[control.kind.name].pipelines[task])
@@ -120,7 +119,7 @@ def pipelines(checkpoint: Checkpoint, tasks: Sequence[str], dtype: torch.dtype =
 
 
 def _settings(checkpoint: Checkpoint, kind: Any) -> dict[str, Any]:
-    """Return what the checkpoint's index says of a pipeline class's settings."""
+    """Return what the checkpoint's index says about a pipeline class's settings."""
     named = inspect.signature(kind).parameters.keys() & checkpoint.index.keys()
     return {
         n: checkpoint.index[n] for n in named if not isinstance(checkpoint.index[n], list)
@@ -141,7 +140,7 @@ class Defaults:
 
 
 def defaults(checkpoint: Checkpoint, task: str) -> Defaults:
-    """Return the defaults of the call of a task's pipeline."""
+    """Return the defaults of a task's pipeline call."""
     parameters = inspect.signature(pipeline_class(checkpoint, task).__call__).parameters
     known = (field.name for field in fields(Defaults))
     return Defaults(**{name: float(parameters[name].default) for name in known if name in parameters})

@@ -1,4 +1,4 @@
-"""The largest values that the modules of a pipeline put out: what decides whether fp16 can hold them."""
+"""The largest values that a pipeline's modules put out: they decide whether fp16 can hold them."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping

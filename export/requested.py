@@ -14,7 +14,7 @@ from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, TEXT_TO_IMAGE
 from turbochain.runtime.errors import InputError
 
 LOCAL = "a folder"
-"""How a bundle tells a local folder or file, which its files identify, and not its name."""
+"""What a bundle says in place of a local folder's or file's name: its files identify it."""
 
 
 @dataclass(frozen=True)

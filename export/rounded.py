@@ -53,7 +53,7 @@ def computing_in(models: Mapping[str, Any], precision: str) -> Iterator[None]:
 
 
 def _round(stack: contextlib.ExitStack, model: Any, dtype: torch.dtype) -> None:
-    """Round in the calls of a model until the stack is closed, but not in those of its sinusoids."""
+    """Round in a model's calls until the stack is closed, but not in its sinusoids' calls."""
     entered = [name for name in ("forward", "encode", "decode") if name in dir(model)]
     for name in entered:
         put(stack, model, name, _within(getattr(model, name), dtype))
@@ -80,6 +80,6 @@ def _without(call: Any) -> Any:
 
 
 def _as(value: Any, dtype: torch.dtype) -> Any:
-    """Return an argument as the pipeline gives it; timesteps, which have no or one dimension, are not rounded."""
+    """Return an argument, rounded; timesteps, which have one dimension or none, stay as the pipeline gives them."""
     known = isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.ndim > 1
     return value.to(dtype).float() if known else value

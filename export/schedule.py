@@ -22,8 +22,8 @@ from turbochain.runtime.errors import InputError
 
 _RANK = 1e-7  # history that weighs less than this part of a result is below fp32's rounding; the probe's is 5e-16
 _TOLERANCE = 1e-4
-"""Relative L2 distance of a step. Most schedulers lose 1e-7 in fp32, and those that cancel up to 2.6e-5 (DEIS with flow
-sigmas); one that clips at 0.5 to 1000 is off by 0.26 or more."""
+"""The largest relative L2 distance of a step. Most schedulers lose 1e-7 in fp32, and those that cancel up to 2.6e-5
+(DEIS with flow sigmas); one that clips at 0.5 to 1000 is off by 0.26 or more."""
 _CLIPPING = ("clip_sample", "thresholding", "clip_denoised")
 _SHAPE = (2, 4, 4, 4)  # two pictures, so that a scheduler that mixes them is noticed
 _RUNS = ((1.0, False), (1000.0, True))  # amplitude, replaced samples; clipping shows at one of the amplitudes

@@ -147,7 +147,7 @@ def _runs(checkpoint: Checkpoint, requested: Requested, task: Task) -> Iterator[
 
 
 def _scales(checkpoint: Checkpoint, requested: Requested, task: Task) -> Sequence[float | None]:
-    """Return the guidance scales that there is a table for: of a UNet that reads the scale itself."""
+    """Return the guidance scales that have tables, if the UNet reads the scale itself."""
     if checkpoint.configs["unet"].get("time_cond_proj_dim") is None:
         return (None,)
     own = load.defaults(checkpoint, task.pipeline).guidance_scale

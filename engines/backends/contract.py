@@ -67,12 +67,12 @@ class Compilation:
 
 
 def write_nothing(compilation: Compilation) -> list[str]:
-    """Compile nothing, for a backend that compiles a graph in memory when it is loaded."""
+    """Compile nothing: for a backend that compiles graphs in memory when it loads them."""
     return []
 
 
 def unchanged(options: Options) -> dict[str, Any]:
-    """Return the options as they are, for a backend of which the machine decides none."""
+    """Return the options as they are: for a backend whose options the machine does not decide."""
     return dict(options)
 
 
@@ -82,7 +82,7 @@ def none_implied(precision: str) -> dict[str, Any]:
 
 
 def only_one(options: Options) -> list[dict[str, Any]]:
-    """Return one candidate, for a backend of which the verification decides no option."""
+    """Return one candidate: for a backend whose options the verification does not decide."""
     return [{}]
 
 

@@ -35,11 +35,11 @@ OPTIONS = {
 
 def settle(options: Options) -> dict[str, Any]:
     """Return the options with what this machine decides; InputError if it lacks what they ask for."""
-    asked = options["inference_precision"]
-    if asked == "fp32" or openvino.has_bf16():
+    wanted = options["inference_precision"]
+    if wanted == "fp32" or openvino.has_bf16():
         return dict(options)
-    if asked != AUTO:
-        raise InputError(f"inference_precision={asked}: this CPU does not compute in bf16; auto takes fp32 here")
+    if wanted != AUTO:
+        raise InputError(f"inference_precision={wanted}: this CPU does not compute in bf16; auto takes fp32 here")
     return {**options, "inference_precision": "fp32"}
 
 

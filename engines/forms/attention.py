@@ -17,7 +17,7 @@ DOMAIN = "com.microsoft"
 TILE = 16
 """How many keys, and as many values, WebGPU's kernel holds at once."""
 WORKGROUP_BYTES = 32 * 2**10
-"""What it has room for on a usual GPU. A VAE's single head of 512 values is larger, in fp16 too, and stays as it is."""
+"""Bytes that it has room for on a usual GPU. A VAE's single head with 512 values is larger, even in fp16, and stays."""
 
 _HEADS_FIRST, _AND_TRANSPOSED = (0, 2, 1, 3), (0, 2, 3, 1)
 
@@ -131,7 +131,8 @@ def _lies(views: list[ir.Node], before: tuple[int, ...], expected: np.ndarray, o
 
 
 def _unscaled(value: ir.Value | None) -> tuple[ir.Value, float]:
-    """Return what a value is, times which number: 1 if it is no product with a constant."""
+    """Return a product's other factor and the number that it is multiplied by: 1 if it is no product with a
+    constant."""
     assert value is not None
     factor = 1.0
     while (product := maker(value, "Mul")) is not None:
@@ -144,12 +145,12 @@ def _unscaled(value: ir.Value | None) -> tuple[ir.Value, float]:
 
 
 def _number(value: ir.Value | None) -> float | None:
-    """Return the number that a value is, if it is a constant of one."""
+    """Return a constant's number, if it has just one."""
     constant = None if value is None else ir.convenience.get_const_tensor(value)
     return float(values(constant).reshape(())) if constant is not None and constant.size == 1 else None
 
 
 def _only_use(value: ir.Value) -> ir.Node | None:
-    """Return the node that reads a value, if it is one alone and the graph does not return the value."""
+    """Return the node that reads a value, if only one does and the graph does not return the value."""
     uses = tuple(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None

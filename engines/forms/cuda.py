@@ -1,4 +1,4 @@
-"""The form of a graph that ONNX Runtime's CUDA provider runs whole, and of which nothing is left to the host."""
+"""The form of a graph that ONNX Runtime's CUDA provider runs whole, leaving nothing to the host."""
 
 from pathlib import Path
 

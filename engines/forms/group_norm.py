@@ -1,4 +1,4 @@
-"""A GroupNormalization becomes operators of which ONNX Runtime's CUDA provider has kernels, with constant shapes.
+"""A GroupNormalization becomes operators that ONNX Runtime's CUDA provider has kernels for, with constant shapes.
 
 The provider has none for the operator itself. Instead it would take the operator's definition, which computes shapes on
 the CPU.

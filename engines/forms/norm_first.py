@@ -1,6 +1,6 @@
-"""A GroupNormalization after a Reshape is computed before it: the same values, and TensorRT knows it for a norm.
+"""A GroupNormalization after a Reshape is computed before it: the same values, and TensorRT recognises the norm.
 
-Of a norm over [B, C, H·W] TensorRT makes four kernels over copies in fp32, of one over [B, C, H, W] a single kernel.
+TensorRT makes four kernels over fp32 copies for a norm over [B, C, H·W], and a single kernel for one over [B, C, H, W].
 """
 
 import onnx_ir as ir

@@ -1,4 +1,4 @@
-"""The form of a graph that TensorRT compiles. Nothing of it stays but the serialized engine."""
+"""The form of a graph that TensorRT compiles. Only the serialized engine is kept."""
 
 from pathlib import Path
 

@@ -28,10 +28,8 @@ class Controls:
     all: Sequence[Control]  # those of one kind side by side, in the order of `KINDS`
 
     def of(self, task: str) -> list[Control]:
-        """Return those that calls of a task can use.
-
-        Of a UNet that reads the guidance scale only those of text-to-image: others do not give it that scale.
-        """
+        """Return those that a task's calls can use. If the UNet reads the guidance scale, only text-to-image has any:
+        the other pipelines do not give it that scale."""
         if task != TEXT_TO_IMAGE and self.configs["unet"].get("time_cond_proj_dim") is not None:
             return []
         return [control for control in self.all if task in self.family.steered[control.kind.name].pipelines]
@@ -76,7 +74,7 @@ class Controls:
 
     @property
     def negative_reads(self) -> dict[str, str]:
-        """Return what the negative half's UNet reads in place of what is made for the other half."""
+        """Return what the negative half's UNet reads in place of the other half's tensors."""
         return {name: NEGATIVE + name for name in self._halved}
 
     def feeds(self, task: str, guided: bool) -> dict[str, Feed]:
@@ -115,7 +113,7 @@ class Controls:
 
     @property
     def _halved(self) -> list[str]:
-        """Return what the UNet reads of which the negative half has tensors of its own."""
+        """Return which of the UNet's inputs have tensors of their own in the negative half."""
         found: list[str] = []
         for kind, first in self._kinds.items():
             if kind.halves:

@@ -1,4 +1,4 @@
-"""What the kinds of networks have in common that steer a UNet with a picture. Torch-free."""
+"""What networks that steer a UNet with a picture have in common. Torch-free."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -65,6 +65,6 @@ def levels(unet: Mapping[str, Any], shape: Shape) -> list[tuple[int, tuple[int, 
 
 
 def picture(channels: int, shape: Shape) -> Inputs:
-    """Return the control image [B, H, W, 3] uint8; one in grey has a name of its own, and one channel."""
+    """Return the control image [B, H, W, 3] uint8; a grey one has its own name and one channel."""
     name = "control_image" if channels == 3 else "grey_control_image"
     return {name: ("uint8", (shape.batch, shape.height, shape.width, channels))}

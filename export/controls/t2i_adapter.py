@@ -1,4 +1,4 @@
-"""T2I-Adapter: a small network that makes features of a picture, which the UNet adds in every step. Torch-free."""
+"""T2I-Adapter: a small network that makes features from a picture; the UNet adds them in every step. Torch-free."""
 
 from collections.abc import Mapping
 from typing import Any

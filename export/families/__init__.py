@@ -57,7 +57,7 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class SteeredBy:
-    """What a family does with one kind of network that steers the UNet with a picture: see `export.controls`."""
+    """What a family needs for one kind of network that steers its UNet with a picture: see `export.controls`."""
 
     pipelines: Mapping[str, str]  # task → diffusers' pipeline class
     module: str = ""  # the class in export.tracing.control that is traced in each step

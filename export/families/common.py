@@ -55,30 +55,30 @@ def vae_encoder(module: str, posterior: bool) -> GraphSpec:
 
 
 def step(K: int) -> GraphSpec:
-    """Return the sampler's row: `S' = m·S + v·prediction + w·noise`, with K tensors in S."""
+    """Return the sampler's row, `S' = m·S + v·prediction + w·noise`, with K tensors in S."""
     given = ("latents", "prediction", "noise", *_row(K))
     return _arithmetic("step", "Step", given, _next(K), K)
 
 
 def guided_step(K: int) -> GraphSpec:
-    """Return `step` of what classifier-free guidance makes of two predictions, which is its last output."""
+    """Return `step` with classifier-free guidance, which makes one prediction of two; that is its last output."""
     given = ("latents", "prediction", "negative_prediction", "guidance_scale", "noise", *_row(K))
     return _arithmetic("step", "GuidedStep", given, (*_next(K), "guided_prediction"), K)
 
 
 def start() -> GraphSpec:
-    """Return what makes of image latents the latents that the loop begins with: `p·image_latents + q·start_noise`."""
+    """Return the graph that makes the latents that the loop begins with: `p·image_latents + q·start_noise`."""
     return _arithmetic("start", "Start", ("image_latents", "start_noise", "p", "q"), ("latents",))
 
 
 def blend() -> GraphSpec:
-    """Return what puts the image's latents back where inpainting keeps them."""
+    """Return the graph that puts the image's latents back where inpainting keeps them."""
     given = ("next_latents", "image_latents", "start_noise", "mask", "next_p", "next_q")
     return _arithmetic("blend", "Blend", given, ("blended_latents",))
 
 
 def enter(family: Family) -> GraphSpec:
-    """Return what lets a frame into a stream: its latents and embeds join those of the frames under way."""
+    """Return the graph that lets a frame into a stream: its latents and embeds join those of the frames under way."""
     unet, names = family.graphs["unet"], embeds(family)
 
     def inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
@@ -100,7 +100,8 @@ def enter(family: Family) -> GraphSpec:
 
 
 def stream_step() -> GraphSpec:
-    """Return a row of the sampler for each frame under way, with its own numbers: the frame that is finished leaves."""
+    """Return the graph with a sampler's row for each frame under way, with its own numbers; the finished frame
+    leaves."""
 
     def inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
         batch = dict.fromkeys(("latents", "prediction", "noise"), latents(configs, shape))
@@ -128,7 +129,7 @@ def stream_stages(family: Family) -> tuple[Stage, ...]:
 
 
 def kept(family: Family) -> dict[str, str]:
-    """Return what a frame leaves in a stream → the held feed that the next one finds it in."""
+    """Return what a frame leaves behind in a stream → the held feed in which the next one finds it."""
     return {f"next_{STREAM}{name}": STREAM + name for name in ("latents", *embeds(family))}
 
 
@@ -138,7 +139,7 @@ def embeds(family: Family) -> list[str]:
 
 
 def _row(K: int) -> tuple[str, ...]:
-    """Return the inputs that a row of the table fills, and the history if there is one."""
+    """Return the inputs that the table's row fills, and the history if there is one."""
     return ("m", "v", "w", "history") if K > 1 else ("m", "v", "w")
 
 
@@ -173,20 +174,20 @@ def _arithmetic(role: str, module: str, given: tuple[str, ...], outputs: tuple[s
 
 
 PLAIN_ENCODER = "vae_encoder+plain"
-"""The encoder of a task whose pipelines read the scaling_factor alone, if the others of the family read more."""
+"""The encoder for a task whose pipelines read only the scaling_factor, if the family's others read more."""
 
 STEP_DRAW = Draw("noise", "picture")
-"""The draw of every step of every chain."""
+"""The draw that every step makes, in every chain."""
 
 
 CLIP_SKIP = "+clip_skip"
-"""What the roles of text encoders end with that leave out their last layers."""
+"""How a text encoder's role ends if it leaves out its last layers."""
 
 OF_STREAM = "+stream"
-"""What the names of a stream's graphs end with whose roles other chains have too."""
+"""How the names of a stream's graphs end if other chains have their roles too."""
 
 STREAM, ALL = "stream_", "all_"
-"""What the names of tensors begin with in a stream: of the frames under way, and of all with the one that enters."""
+"""How a stream's tensors are named: those of the frames under way, and those of all frames with the one that enters."""
 
 
 def graphs(
@@ -229,7 +230,7 @@ def slotted_unets(ranks: Sequence[int]) -> dict[str, int]:
 
 
 def unet_with_slots(family: Family, rank: int) -> GraphSpec:
-    """Return the UNet with slots of a rank, and the columns that they read."""
+    """Return the UNet with slots of this rank, and with the columns that they read."""
     plain = family.graphs["unet"]
 
     def inputs(configs: Mapping[str, Any], shape: Shape) -> Inputs:
@@ -239,7 +240,7 @@ def unet_with_slots(family: Family, rank: int) -> GraphSpec:
 
 
 def slot_wires(role: str) -> dict[str, str]:
-    """Return what a chain calls the inputs of a graph's slots: unet_lora_down, unet_lora_down_128, …"""
+    """Return a chain's names for the inputs of a graph's slots: unet_lora_down, unet_lora_down_128, …"""
     name, _, rank = role.replace("+lora", "").replace("+", "_").partition("-")
     return {end: f"{name}_{end}" + (f"_{rank}" if rank else "") for end in ("lora_down", "lora_up")}
 
@@ -255,7 +256,7 @@ def step_feeds(family: Family, slots: bool = False) -> dict[str, Feed]:
 
 
 def check(configs: Mapping[str, Any], addition: str | None = None) -> list[str]:
-    """Return what of these configs no graph here can express, as phrases."""
+    """Return what no graph here can express in these configs, as phrases."""
     unet, vae = configs["unet"], configs["vae"]
     wanted = {
         "addition_embed_type": addition,

@@ -17,7 +17,7 @@ BY_SPELLING, ON_DISK, ELSEWHERE = range(3)
 """The ranks of kinds: a name is tried by its spelling alone first, then as a path, then as something far away."""
 
 LORA = "lora"
-"""The part that is not a component: a LoRA, whose folder has nothing but `model.safetensors`."""
+"""The part that is no component: a LoRA, whose folder has only `model.safetensors`."""
 
 
 def _no_progress(done: int, total: int) -> None:
@@ -30,7 +30,7 @@ def _no_check(folder: Path, counts: dict[str, int], coming: int) -> None:
 
 @dataclass(frozen=True)
 class Want:
-    """What is to be fetched from a source, and who is called meanwhile."""
+    """What is to be fetched from a source, and what to call meanwhile."""
 
     root: Path  # the folder for what has to be written and has no place of its own on this disk
     part: str | None = None  # this alone, such as "vae", or "lora", "lora-2", …; None: a whole checkpoint

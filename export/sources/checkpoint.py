@@ -1,4 +1,4 @@
-"""A checkpoint on this disk, and what can be said of it without torch.
+"""A checkpoint on this disk, and what can be known about it without torch.
 
 Whatever its source, it ends as a `Checkpoint` whose files have been looked at before any are loaded.
 """
@@ -213,7 +213,7 @@ def weight_files(folder: Path, variant: str | None) -> tuple[Path, ...]:
 
 
 def files_read(folder: Path, variant: str | None, without: Collection[str] = ()) -> list[Path]:
-    """Return the files of a checkpoint that an export reads, but for its licence and model card.
+    """Return the checkpoint's files that an export reads, but for its licence and model card.
 
     `without`: components that are read elsewhere. Raises InputError if it is no checkpoint, or weights are missing.
     """

@@ -1,4 +1,4 @@
-"""What is known of a source's files: their digests, remembered with the bundle, so that gigabytes are hashed once."""
+"""The digests of a source's files, remembered with the bundle, so that gigabytes are hashed once."""
 
 import json
 import os
@@ -52,7 +52,7 @@ class Digests:
         return FileRecord(status.st_size, found)
 
     def save(self, folder: Path) -> None:
-        """Leave what is known in a folder, unless that is there already or the folder is read-only."""
+        """Write the digests into a folder, unless they are there already or the folder is read-only."""
         kept = dict(list(self._known.items())[-_MOST:])
         if not kept.keys() <= self._saved:
             with suppress(OSError, InputError):

@@ -1,4 +1,4 @@
-"""Weights in one safetensors file, in the names of the programs that trained them (ldm, sgm, open_clip).
+"""Weights in one safetensors file, with the names of the programs that trained them (ldm, sgm, open_clip).
 
 What such a file holds, and whose configuration it has, is read from its header, without torch.
 """
@@ -53,11 +53,11 @@ class Original:
     tensors: dict[str, tuple[str, tuple[int, ...]]]  # name → (dtype, as safetensors names it, and shape)
 
     def has(self, prefix: str) -> bool:
-        """Return whether the name of a tensor begins so."""
+        """Return whether a tensor's name begins with this."""
         return any(name.startswith(prefix) for name in self.tensors)
 
     def prefix(self, component: str) -> str | None:
-        """Return how the names of a component's tensors begin; None if the file does not have the component."""
+        """Return how a component's tensors' names begin; None if the file lacks the component."""
         return next((prefix for prefix in PREFIXES[component] if self.has(prefix)), None)
 
     def prefixes(self, components: Collection[str], config: str) -> dict[str, str]:
@@ -122,7 +122,7 @@ def read(path: Path) -> Original:
 
 
 def read_any(path: Path) -> Original:
-    """Return what the header of a file says, which may be a LoRA. Raises InputError otherwise as `read`."""
+    """Return what the header of a file says; unlike `read` it takes a LoRA too."""
     from safetensors import SafetensorError, safe_open
 
     refuse_others(path)
@@ -156,7 +156,8 @@ def settled(path: Path, config: str | None) -> tuple[str, bool]:
 
 
 def _of_known_noise(original: Original) -> Original:
-    """Return it. Raises InputError if it says that it was trained with other noise than any of `CONFIGS`."""
+    """Return the header. Raises InputError if it says that the model was trained with other noise than `CONFIGS`
+    have."""
     if (name := next((name for name in original.tensors if name.startswith(_EDM)), None)) is not None:
         raise InputError(
             f"{original.path} was trained with EDM's noise, as Playground v2.5 and CosXL were (it has {name}), and "

@@ -24,7 +24,7 @@ TINY = "tiny"
 """The name of the AutoencoderTiny that belongs to the checkpoint, as a VAE."""
 
 CLASSES = {"vae": ("AutoencoderTiny", "AutoencoderKL"), "unet": ("UNet2DConditionModel",)}
-"""The components that another part may replace → the classes that it may have."""
+"""Component that another part may replace → the classes that the part may have."""
 
 SCALE = 0.18215  # AutoencoderKL's scaling_factor if its config.json names none
 

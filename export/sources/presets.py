@@ -1,4 +1,4 @@
-"""The synthetic checkpoints: diffusers' and transformers' configs of their parts, by name. Torch-free."""
+"""The synthetic checkpoints by name: diffusers' and transformers' configs for their parts. Torch-free."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any

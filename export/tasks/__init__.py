@@ -59,7 +59,7 @@ class Task:
 
 
 def strength(steps: int, made: int) -> float:
-    """Return a strength at which `made` of the steps are made."""
+    """Return a strength at which `made` steps are made."""
     return 1.0 if made == steps else (made + 0.5) / steps
 
 
@@ -70,7 +70,7 @@ def load() -> dict[str, Task]:
 
 
 def find(names: Sequence[str]) -> list[Task]:
-    """Return the tasks of these names, each once; InputError that names them all if there is none of a name."""
+    """Return the tasks with these names, each once; the InputError for an unknown name lists them all."""
     known = load()
     if unknown := [name for name in names if name not in known]:
         raise InputError(f"task {unknown[0]!r}: choose from {', '.join(known)}")

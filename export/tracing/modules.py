@@ -193,7 +193,7 @@ def pooled_width(unet: Any) -> int:
 
 
 POOLED = frozenset({"add_embedding.linear_1.weight", "add_embedding.linear_1.bias"})
-"""The parameters of which `pooled_part` is a part."""
+"""The parameters that `pooled_part` is a part of."""
 
 
 def pooled_part(unet: Any) -> nn.Linear:

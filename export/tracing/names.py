@@ -16,8 +16,8 @@ def name_map(
 ) -> dict[str, dict[str, Any]]:
     """Return parameter name → its "shape", and the "initializer" that holds it unless this graph has no use for it.
 
-    For the parameters in `folded` the graph holds a value computed from them: "folded" is true. `factors`: parameter →
-    the number that the checkpoint's value was multiplied by (`rescale`); the entry has it as "factor".
+    If a parameter is in `folded`, the graph holds a value computed from it, and "folded" is true. `factors`: parameter
+    → the number that the checkpoint's value was multiplied by (`rescale`); the entry has it as "factor".
 
     The exporter renames what it folds, so values decide: an initializer holds a parameter when it has the same values
     in the same order; its shape may differ by sizes of 1 or by groups. If several parameters have equal values, the

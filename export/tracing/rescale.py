@@ -70,7 +70,7 @@ def _shrink_epsilon(norm: nn.GroupNorm, exponent: int) -> None:
 
 
 def _wanted(name: str, exponents: Mapping[str, int]) -> int:
-    """Return the exponent that a module and those of its parts that add to the stream ask for."""
+    """Return the exponent that a module needs, with its parts that add to the stream."""
     mine = (e for m, e in exponents.items() if m == name or (m.startswith(f"{name}.") and not m.endswith(".conv1")))
     return max(mine, default=0)
 

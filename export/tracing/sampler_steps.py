@@ -115,8 +115,8 @@ class StreamStep(_Arithmetic):
 
 
 class Blend(_Arithmetic):
-    """What inpainting keeps: where the mask [B, 1, h, w] is 0, latents [B, 4, h, w] are the image's again, as noisy as
-    the next row reads them; where it is 1, they are what the step made.
+    """What inpainting keeps: latents [B, 4, h, w] are the image's again, as noisy as the next row reads them, at each
+    pixel whose mask [B, 1, h, w] is 0; at the others they are what the step made.
 
     next_p, next_q [1]: p, q of the next row, and (1, 0) after the last one.
     """

@@ -1,4 +1,4 @@
-"""Give a graph slots: what adapters add to its layers comes as two inputs, and not with the weights.
+"""Give a graph slots: what adapters add to its layers comes from two inputs, and not from the weights.
 
 A slot adds `(x @ down) @ up` to what a linear layer or a 1×1 convolution makes of x. All `down` matrices are one input
 of the graph, and all `up` matrices another. Layers that read the same tensor are a group, with one product `x @ down`.
@@ -23,7 +23,7 @@ from turbochain.runtime.inputs.slots import Group, Member
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 
 ACTIVATED = "activated_time_embedding"
-"""The input of a UNet's graph that adapters of its `time_emb_proj` are applied to, if the table has their results."""
+"""The UNet's input that adapters of `time_emb_proj` are applied to, if the table has these layers' results."""
 
 PROJECTED = "time_projections"
 """The input with those results, which stands before `ACTIVATED`."""
@@ -99,7 +99,7 @@ class Slotted(Traced):
         return self.module(*own)
 
     def _hook(self, group: int, place: int, linear: bool) -> Callable[..., torch.Tensor]:
-        """Return what adds a slot's part to the result of its layer."""
+        """Return the hook that adds a slot's part to its layer's result."""
         call, columns = self._call, slice(place * self.rank, (place + 1) * self.rank)
 
         def to_linear(_: nn.Module, given: tuple[torch.Tensor, ...], made: torch.Tensor) -> torch.Tensor:
@@ -118,7 +118,7 @@ class Slotted(Traced):
 
 
 def _cut(values: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
-    """Return what takes matrices from the beginning of a tensor, one after the other.
+    """Return a function that takes matrices from the beginning of a tensor, one after the other.
 
     Slices: a Split into that many parts has its sizes in a file of their own, where ONNX Runtime does not look for
     them, and on a GPU it copies them in every run.

@@ -126,7 +126,7 @@ def _module(wanted: Wanted, model: torch.nn.Module, inputs: Ends) -> Traced:
 
 
 def _load(checkpoint: Checkpoint, component: str, remedy: Remedy) -> tuple[torch.nn.Module, dict[str, float]]:
-    """Return the component with a remedy, and parameter → the number that its values were multiplied by."""
+    """Return the component with its remedy, and parameter → the number that its values were multiplied by."""
     if not component:
         return torch.nn.Module(), {}
     # What overflows in fp16 may do so as a weight, so the weights are rescaled before they are rounded.

@@ -7,4 +7,4 @@ class Traced(nn.Module):
     """A module that is all the arithmetic of a graph."""
 
     folded: frozenset[str] = frozenset()
-    """Parameters of the component that are in the table, or of which this module holds a part."""
+    """The component's parameters that are in the table, or that this module holds a part of."""

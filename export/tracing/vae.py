@@ -12,8 +12,7 @@ from turbochain.export.tracing.traced import Traced
 
 
 class _Scaled(Traced):
-    """A VAE and the scale of its latents: of the config this reads `scaling_factor` alone, as diffusers' SD pipelines
-    do."""
+    """A VAE and the scale of its latents; reads only `scaling_factor` of the config, as diffusers' SD pipelines do."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -29,7 +28,7 @@ class _Scaled(Traced):
 
 
 class _Normalized(_Scaled):
-    """`_Scaled` that reads `latents_mean` and `latents_std` too if the config has both."""
+    """`_Scaled` that also reads `latents_mean` and `latents_std` if the config has both."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__(vae)

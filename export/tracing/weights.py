@@ -32,7 +32,7 @@ _LINE = 64  # a cache line, where all others start: no element lies across two
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells the values of a tensor from others; sizes of 1, groups and other reshapes do not count."""
+    """What tells a tensor's values from others'; its shape does not count."""
 
     dtype: str
     nbytes: int
@@ -138,7 +138,7 @@ def write(model: ir.Model, folder: Path, name: str, parameters: Parameters, file
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:
-    """Return the memory of a tensor as onnx gives an initializer: bfloat16, which numpy lacks, as ml_dtypes' type."""
+    """Return a tensor's memory as onnx gives an initializer's: bfloat16, which numpy lacks, has ml_dtypes' type."""
     if tensor.dtype != torch.bfloat16:
         return tensor.numpy()
     return tensor.view(torch.int16).numpy().view(ir.DataType.BFLOAT16.numpy())

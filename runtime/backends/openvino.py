@@ -71,12 +71,12 @@ def ranges_file(name: str) -> str:
 
 def _asked(graph: Graph, options: Options) -> str:
     """Return OpenVINO's inference precision for a graph."""
-    asked: str = options["inference_precision"]
+    wanted: str = options["inference_precision"]
     if not graph.component:
         return "fp32"  # the sampler's arithmetic: a few nodes, whose roundings would add up over the steps
-    if asked == "mixed":
+    if wanted == "mixed":
         return "bf16" if graph.component == "vae" else "fp32"
-    return asked
+    return wanted
 
 
 def executor(opened: Opened) -> Executor:

@@ -59,7 +59,7 @@ class Hub:
         return Fetched(made.folder, found.commit, home=found.folder)
 
     def _fetch_part(self, want: Want, needed: str, choose: Callable[[list[str]], list[str]]) -> Fetched:
-        """Download what `choose` takes of the repository's files, or find it in the cache by the file `needed`."""
+        """Download the repository's files that `choose` returns, or find them in the cache by the file `needed`."""
         found = self._files(want, needed)
         if isinstance(found, Fetched):
             return found
@@ -88,7 +88,7 @@ class Hub:
         return str(info.sha), {s.rfilename: s.size or 0 for s in info.siblings or []}
 
     def _download(self, want: Want, commit: str, sizes: dict[str, int]) -> Fetched:
-        """Download the files that are needed, of all in `sizes` (name → bytes)."""
+        """Download the files that are needed among those in `sizes` (name → bytes)."""
         wanted = select(list(sizes), want.variant, want.skip)
         weights = [name for name in wanted if name.endswith(".safetensors")]
         small = [name for name in wanted if name not in weights]
@@ -185,7 +185,7 @@ def _counts(weights: list[str], sizes: dict[str, int]) -> dict[str, int]:
 
 
 def select(names: list[str], variant: str | None, skip: Collection[str] = ()) -> list[str]:
-    """Return those of a repository's files that are needed: configs, tokenizers, licence, and weights.
+    """Return the repository's files that are needed: configs, tokenizers, licence, and weights.
 
     The weights are the safetensors of the variant (plain ones if `variant` is None, or the only variant that there
     is), without those of the components in `skip`.
@@ -208,7 +208,7 @@ def select(names: list[str], variant: str | None, skip: Collection[str] = ()) ->
 
 
 def select_part(names: list[str], variant: str | None) -> list[str]:
-    """Return those of the files that are needed of a repository with one component: config, licence, and weights.
+    """Return the files that are needed from a repository with one component: config, licence, and weights.
 
     The weights are the safetensors of the variant; plain ones, of the library's own name, if `variant` is None or they
     have none, or else all. Raises InputError if there are only pickles.

@@ -35,8 +35,8 @@ class SingleFile:
     def fetch(self, want: Want) -> Fetched:
         """Convert what is wanted into a folder in diffusers' format in `want.root`, unless it is there.
 
-        A LoRA is copied as it is. EMA weights beside the others are not used. Raises InputError for what is no such
-        file, or of another configuration than the one that is wanted.
+        A LoRA is copied as it is. EMA weights beside the others are not used. Raises InputError if it is no such file,
+        or has another configuration than the one that is wanted.
         """
         part = want.part
         if part is not None and part.startswith(LORA):
