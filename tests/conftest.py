@@ -58,6 +58,7 @@ LONGEST_FIRST = (
     "test_stream.py",
     "test_backends.py",
     "test_tampering.py",
+    "test_manifests.py",
     "test_conformance.py",
     "test_light.py",
     "test_hub_bundles.py",
