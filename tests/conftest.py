@@ -49,6 +49,7 @@ LONGEST_FIRST = (
     "test_bench.py",
     "test_tensorrt.py",
     "test_bad_input.py",
+    "test_bad_calls.py",
     "test_build.py",
     "test_pipeline.py",
     "test_remedies.py",

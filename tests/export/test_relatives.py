@@ -20,8 +20,8 @@ import torch
 from conftest import ON, ON_ARGUMENTS, SIZE, called
 from diffusers import LCMScheduler, UNet2DConditionModel
 from here import build_here, phases_here
+from refusals import refused
 from safetensors.torch import load_file, save_file
-from test_bad_input import refused
 from test_load import copied
 from test_parity import assert_same_picture, load_diffusers, theirs
 

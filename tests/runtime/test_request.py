@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_bad_input import CALLS, NOISE
+from test_bad_calls import CALLS, NOISE
 
 from turbochain.runtime import Bundle, InputError
 from turbochain.runtime.chain.opened import OpenChain

@@ -12,7 +12,7 @@ import torch
 from conftest import FAMILIES, ON, SIZE, called
 from diffusers import AutoencoderTiny
 from here import build_here
-from test_bad_input import refused
+from refusals import refused
 from test_parity import assert_same_picture, load_diffusers, theirs
 
 from turbochain.engines import build
