@@ -30,18 +30,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=f"{recipes.described()}\n\n{backend_options.described()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "source",
         nargs="?",
         default="",
         help="a hub id, a folder in diffusers' format, a .safetensors file, demo, synthetic:NAME, or a bundle "
         "(default: the recipe's)",
     )
+    _add_how(parser)
+    _add_what(parser)
+
+    def carry_out_or_explain(arguments: argparse.Namespace) -> None:
+        if not arguments.source and arguments.recipe_name is None:
+            parser.error("a source is required, or a recipe (--recipe NAME)")
+        _build(arguments)
+
+    return console.run(parser, carry_out_or_explain, argv)
+
+
+def _add_how(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the engine, and where and how everything is built."""
+    add = parser.add_argument
     add("-o", "--output", help="the bundle (default: the source's name with .bundle, in this folder)")
     add("--backend", help="default: the best for this machine")
     add("--device", help="default: the backend's own choice")
     add("--target", help="build for GPUs of another machine, such as sm89 (TensorRT-RTX; needs no GPU here)")
+    add("-O", metavar="NAME=VALUE", action="append", default=[], help="an option of the backend; see below")
+    add("--timing-cache", metavar="FOLDER", help="where TensorRT's timings are kept (default: beside the bundle)")
+    add("--chains", metavar="NAME,…", help="compile only the graphs of these chains (default: all of the bundle's)")
+    add("--engines", metavar="FOLDER", help="keep engines there (default: in the bundle, or the cache if read-only)")
+    add("--force", action="store_true", help="build even if memory or disk look too small")
+    add("--json", action="store_true", help="print the result as JSON")
+    add("-v", "--verbose", action="store_true", help="show what the exporter and the libraries print")
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the bundle; see `ExportOptions`."""
+    add = parser.add_argument
     add("--precision", help="fp32 or fp16 (default: fp32 for a CPU backend, fp16 for a GPU backend)")
     add("--vae-precision", help="fp32 or bf16, for the VAE instead of --precision")
     add("--vae", help="tiny (TAESD or TAESDXL), a hub id or a folder: this VAE instead of the checkpoint's own")
@@ -95,20 +120,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--strengths", metavar="S,…", help="of LCM image-to-image: those that calls can choose")
     add("--clip-skip", type=int, metavar="N", help="draw prompts without the text encoders' last N layers (default 0)")
     add("--stream-batch", type=int, metavar="S", help="frames under way in a stream, 2 to 4 (default 2)")
-    add("-O", metavar="NAME=VALUE", action="append", default=[], help="an option of the backend; see below")
-    add("--timing-cache", metavar="FOLDER", help="where TensorRT's timings are kept (default: beside the bundle)")
-    add("--chains", metavar="NAME,…", help="compile only the graphs of these chains (default: all of the bundle's)")
-    add("--engines", metavar="FOLDER", help="keep engines there (default: in the bundle, or the cache if read-only)")
-    add("--force", action="store_true", help="build even if memory or disk look too small")
-    add("--json", action="store_true", help="print the result as JSON")
-    add("-v", "--verbose", action="store_true", help="show what the exporter and the libraries print")
-
-    def carry_out_or_explain(arguments: argparse.Namespace) -> None:
-        if not arguments.source and arguments.recipe_name is None:
-            parser.error("a source is required, or a recipe (--recipe NAME)")
-        _build(arguments)
-
-    return console.run(parser, carry_out_or_explain, argv)
 
 
 def _build(arguments: argparse.Namespace) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, Feed
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs import control, pictures
-from turbochain.runtime.inputs.arrays import Array, check_array
+from turbochain.runtime.inputs.arrays import Array
 from turbochain.runtime.inputs.embeds import NEGATIVE, POOLED, check_embeds
 from turbochain.runtime.inputs.generators import seeds_of
+from turbochain.runtime.inputs.given import check_inputs, check_latents, given_feeds, picture_feeds, resized
 from turbochain.runtime.inputs.guidance import GUIDANCE, NEGATIVE_PROMPT, check_scale, modes_of
 from turbochain.runtime.inputs.noise import check_seed
 from turbochain.runtime.inputs.numbers import is_whole
@@ -25,13 +25,6 @@ from turbochain.runtime.inputs.tokenizer import check_prompt
 log = logging.getLogger("turbochain")
 
 OUTPUT_TYPES = ("pil", "np", "uint8", "latent")
-IMAGE, MASK = "input_image", "mask"
-"""The feeds that the arguments `image` and `mask_image` give."""
-ARGUMENTS = {IMAGE: "image", MASK: "mask_image"}
-GIVEN = ("embeds", "image", "mask", "number")
-"""The kinds of feeds that a caller gives as arrays."""
-REPEATED = ("image", "mask")
-"""Kinds of which a caller may give fewer than there are pictures: they are repeated as in diffusers, 1 2 1 2 …"""
 
 
 @dataclass(frozen=True)
@@ -114,7 +107,7 @@ class Request:
         on = modes_of(chain, scale, given_negative, modes) | steering.modes
         negative = (negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds)
         negative_prompts, negative_embeds = _check_negative(chain, on, negative, others, count, repeats)
-        given = dict(inputs or {}) | _pictures(chain, image, mask_image, inputs or {})
+        given = dict(inputs or {}) | picture_feeds(chain, image, mask_image, inputs or {})
         given |= steering.feeds(chain, table, count // repeats, repeats)
         if GUIDANCE in on:
             given.setdefault("guidance_scale", np.array([scale], np.float32))
@@ -125,13 +118,13 @@ class Request:
             prompts=prompts,
             seeds=_check_seeds("seed" if generator is None else "generator", seed, count),
             one_generator=isinstance(seed, int | np.integer),
-            latents=None if latents is None else _check_latents(chain, latents, count),
-            inputs=_check_inputs(chain, on, given, count, chain.chain.tables[table].rows),
+            latents=None if latents is None else check_latents(chain, latents, count),
+            inputs=check_inputs(chain, on, given, count, chain.chain.tables[table].rows),
             modes=on,
             output_type=output_type,
             negative_prompts=negative_prompts,
             embeds=(*embeds, *negative_embeds),
-            resized=_resized(chain, steering.image if image is None else image),
+            resized=resized(chain, steering.image if image is None else image),
         )
 
     @classmethod
@@ -150,7 +143,7 @@ class Request:
         modes = modes_of(chain, scale, False, [] if controlnet is None else [control.find(chain, controlnet).mode])
         rows = chain.chain.tables[table_of(chain, num_inference_steps, strength, scale)].rows
         inputs, fill = {}, {"image": 128, "mask": 1, "number": scale}
-        for name, feed in _given(chain, modes).items():
+        for name, feed in given_feeds(chain, modes).items():
             shape, dtype = chain.tensors[name].shape, chain.tensors[name].dtype
             value = 1 if controlnet is not None and name in control.NUMBERS else fill.get(feed.is_, 0)
             inputs[name] = np.full((rows, *shape) if feed.when == "step" else shape, value, dtype)
@@ -187,26 +180,6 @@ def _check_size(chain: OpenChain, height: int | None, width: int | None) -> None
             f"height={given[0]}, width={given[1]}: the chain {chain.name} is built for {size[1]}x{size[0]}; leave out "
             "the chain or the size"
         )
-
-
-def _pictures(chain: OpenChain, image: object, mask_image: object, inputs: Collection[str]) -> dict[str, np.ndarray]:
-    """Return the feeds of the pictures that a caller gives; InputError if the chain reads one that is missing, and no
-    `inputs` are given instead."""
-    found = {}
-    for name, given, read in ((IMAGE, image, pictures.pixels), (MASK, mask_image, pictures.mask)):
-        argument = ARGUMENTS[name]
-        if given is not None and name not in chain.chain.feeds:
-            raise InputError(f"{argument} was given, and the chain {chain.name} reads none; leave it out")
-        if given is None and name in chain.chain.feeds and not inputs:
-            raise InputError(f"{argument} is missing, and the chain {chain.name} reads one; give a picture")
-        if given is not None:
-            found[name] = read(argument, given, chain.size)
-    return found
-
-
-def _resized(chain: OpenChain, image: object) -> tuple[int, int] | None:
-    given = None if image is None else pictures.size_of("image", image)
-    return None if given == chain.size else given
 
 
 def _check_output_type(chain: OpenChain, output_type: object) -> None:
@@ -271,46 +244,3 @@ def _check_seeds(argument: str, seed: object, count: int) -> tuple[int, ...]:
     if not isinstance(seeds, Sequence) or isinstance(seeds, str) or (seeds is seed and len(seeds) != count):
         raise InputError(f"{argument}={seed!r}: an integer, or a list with one integer for each of {count} pictures")
     return tuple(check_seed(s) for s in seeds)
-
-
-def _check_latents(chain: OpenChain, latents: object, count: int) -> Array:
-    name = chain.first_noise
-    if name is None or chain.chain.task == IMAGE_TO_IMAGE:
-        raise InputError(
-            f"latents was given, and the chain {chain.name} begins with an image; leave it out, and give a seed"
-        )
-    return check_array("latents", latents, "float32", (count, *chain.tensors[name].shape[1:]))
-
-
-def _given(chain: OpenChain, modes: frozenset[str]) -> dict[str, Feed]:
-    """Return the feeds that a caller gives in a call with these modes."""
-    return {name: f for name, f in chain.read(modes).items() if f.is_ in GIVEN and f.when != "held"}
-
-
-def _check_inputs(
-    chain: OpenChain, modes: frozenset[str], given: Mapping[str, object], count: int, rows: int
-) -> tuple[tuple[str, Array], ...]:
-    """Return what a caller gives for the feeds that are read in these modes, by name.
-
-    A number has its tensor's shape, pictures [N, …]; of `REPEATED` kinds a divisor of N is enough. A feed of every
-    step has [rows, …] in front.
-    """
-    wanted = _given(chain, modes)
-    if wanted.keys() != given.keys():
-        raise InputError(
-            f"inputs: the chain {chain.name} takes {', '.join(wanted) or 'none'}; given: {', '.join(given) or 'none'}"
-        )
-    found = []
-    for name, feed in wanted.items():
-        tensor, value = chain.tensors[name], given[name]
-        shape = tensor.shape if feed.is_ == "number" else (count, *tensor.shape[1:])
-        if feed.is_ in REPEATED and feed.when == "call" and isinstance(value, np.ndarray) and value.ndim and len(value):
-            if count % len(value):
-                raise InputError(
-                    f"{ARGUMENTS.get(name, name)} has {len(value)}, and {count} are drawn: give one, one for each, or "
-                    "a number that divides theirs"
-                )
-            shape = (len(value), *shape[1:])
-        shape = (rows, *shape) if feed.when == "step" else shape
-        found.append((name, check_array(f"inputs[{name!r}]", value, tensor.dtype, shape)))
-    return tuple(found)

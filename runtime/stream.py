@@ -16,11 +16,12 @@ from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.choice import asked_size
 from turbochain.runtime.errors import Cancelled, InputError, PictureError, TurbochainError
 from turbochain.runtime.inputs import pictures
+from turbochain.runtime.inputs.given import IMAGE
 from turbochain.runtime.inputs.noise import Generator, check_seed
 from turbochain.runtime.inputs.similar import Similar
 from turbochain.runtime.inputs.tokenizer import check_prompt
 from turbochain.runtime.output import PipelineOutput, as_images
-from turbochain.runtime.request import IMAGE, Request
+from turbochain.runtime.request import Request
 
 if TYPE_CHECKING:
     from turbochain.runtime.pipeline import Pipeline

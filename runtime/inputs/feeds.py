@@ -11,9 +11,10 @@ from turbochain.runtime.bundle.manifest import TokenizerFile
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.inputs.control import IMAGES
 from turbochain.runtime.inputs.generators import advance
+from turbochain.runtime.inputs.given import REPEATED
 from turbochain.runtime.inputs.noise import Generator, draw_run
 from turbochain.runtime.inputs.tokenizer import Tokenizer
-from turbochain.runtime.request import REPEATED, Request
+from turbochain.runtime.request import Request
 
 log = logging.getLogger("turbochain")
 
