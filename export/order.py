@@ -11,10 +11,11 @@ from turbochain.export.families import Shape
 from turbochain.export.options import ExportOptions
 from turbochain.export.requested import LOCAL, Requested
 from turbochain.export.sources import Source, find, is_elsewhere, original
-from turbochain.export.sources.checkpoint import files_read, part_files_read, settled_variant
+from turbochain.export.sources.checkpoint import files_read
 from turbochain.export.sources.digests import Digests
 from turbochain.export.sources.parts import TINY
 from turbochain.export.sources.presets import PRESETS
+from turbochain.export.sources.weight_files import part_files_read, settled_variant
 from turbochain.runtime.errors import InputError
 from turbochain.runtime.inputs.numbers import weighted
 

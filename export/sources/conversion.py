@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from turbochain.export.sources import Want, synthetic
-from turbochain.export.sources.checkpoint import Checkpoint, config_files_read, read_json
+from turbochain.export.sources.checkpoint import Checkpoint, config_files_read
 from turbochain.export.sources.original import Original
 from turbochain.export.sources.presets import PRESETS
+from turbochain.export.sources.weight_files import read_json
 from turbochain.runtime.errors import InputError
 
 _CLASSES = {

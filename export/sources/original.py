@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbochain.export.sources.checkpoint import PICKLES, config_files_read, refuse_lora, refuse_pointers
+from turbochain.export.sources.checkpoint import config_files_read
 from turbochain.export.sources.presets import PRESETS
+from turbochain.export.sources.weight_files import PICKLES, refuse_lora, refuse_pointers
 from turbochain.runtime.errors import InputError
 
 PREFIXES: dict[str, tuple[str, ...]] = {

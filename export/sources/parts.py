@@ -10,14 +10,8 @@ from typing import Any
 from turbochain.export.controls.kind import Control
 from turbochain.export.families import Family
 from turbochain.export.sources import LORA, Source, Want, find
-from turbochain.export.sources.checkpoint import (
-    Checkpoint,
-    Part,
-    check_configs,
-    open_folder,
-    read_json,
-    settled_variant,
-)
+from turbochain.export.sources.checkpoint import Checkpoint, Part, check_configs, open_folder
+from turbochain.export.sources.weight_files import read_json, settled_variant
 from turbochain.runtime.errors import InputError
 
 TINY = "tiny"

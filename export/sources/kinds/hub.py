@@ -12,8 +12,8 @@ from typing import Any
 
 from turbochain.export import families
 from turbochain.export.sources import ELSEWHERE, LORA, Fetched, Source, SourceKind, Want
-from turbochain.export.sources.checkpoint import PICKLES, STEMS
 from turbochain.export.sources.kinds.single_file import SingleFile
+from turbochain.export.sources.weight_files import PICKLES, STEMS
 from turbochain.runtime.errors import InputError
 
 _TERMS = ("*.md", "LICENSE*", "LICENCE*")

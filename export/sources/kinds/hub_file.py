@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 
 from turbochain.export.sources import ELSEWHERE, Fetched, Source, SourceKind, Want
-from turbochain.export.sources.checkpoint import PICKLES
 from turbochain.export.sources.kinds.hub import Hub
+from turbochain.export.sources.weight_files import PICKLES
 from turbochain.runtime.errors import InputError
 
 SUFFIX = ".safetensors"

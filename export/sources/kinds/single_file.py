@@ -7,7 +7,7 @@ from pathlib import Path
 
 from turbochain.export.sources import LORA, ON_DISK, Fetched, Source, SourceKind, Want, written_once
 from turbochain.export.sources import original as originals
-from turbochain.export.sources.checkpoint import STEMS
+from turbochain.export.sources.weight_files import STEMS
 
 log = logging.getLogger("turbochain")
 

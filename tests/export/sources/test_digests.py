@@ -16,8 +16,9 @@ import torch
 from turbochain.export import load, tables
 from turbochain.export.order import ExportOrder
 from turbochain.export.sources import Want, find, parts
-from turbochain.export.sources.checkpoint import open_folder, part_files_read
+from turbochain.export.sources.checkpoint import open_folder
 from turbochain.export.sources.digests import MEMORY, Digests
+from turbochain.export.sources.weight_files import part_files_read
 from turbochain.runtime import InputError
 from turbochain.runtime.bundle import hashing
 
