@@ -84,8 +84,8 @@ class Requested:
             raise InputError(f"clip_skip {self.clip_skip}: the text encoders have layers for 0 to {most}; choose one")
         if self.lora_ranks and self.clip_skip == most:
             raise InputError(
-                f"clip_skip {self.clip_skip}: with slots for LoRAs at most {most - 1} was expected, for no layer "
-                "of a text encoder would be left that has one; choose a smaller one, or leave lora_rank out"
+                f"clip_skip {self.clip_skip}: with slots for LoRAs at most {most - 1} was expected, because "
+                "no text encoder's layer with a slot would be left; choose a smaller one, or leave lora_rank out"
             )
         controls = [Control(kind, name) for key, kind in KINDS.items() for name in getattr(self, key)]
         Controls(family, configs, controls).check(shapes, self.tasks)

@@ -193,7 +193,7 @@ def test_images_that_are_refused(made: Made) -> None:
     with pytest.raises(InputError, match="image is missing, and the chain image-to-image reads one; give a picture"):
         ours(made.ours, call)
     with pytest.raises(
-        InputError, match="image has 3, and 4 are drawn: give one, one for each, or a number that divides theirs"
+        InputError, match="image has 3, and 4 are drawn: give one, one for each, or a number that divides 4"
     ):
         ours(made.ours, {**call, "image": [picture(0)] * 3})
 

@@ -468,7 +468,7 @@ def test_names_of_several_sizes_and_batches(checkpoints: dict[str, Path]) -> Non
     ("change", "told"),
     [
         ({"stream": 1}, "it is no stream of 1 frames"),
-        ({"stream": 4}, "the table 3 has not the 4 rows of the stream"),
+        ({"stream": 4}, "the table 3 lacks the stream's 4 rows"),
         ({"stream": 0}, "the column m is"),
         ({"batch": 3}, "it is no stream of 3 frames"),
     ],

@@ -117,6 +117,6 @@ def _tiny(source: Source, folder: Path) -> Source:
     if found != family.latents_scale:
         raise InputError(
             f"--vae tiny: {family.tiny_vae} decodes latents whose scaling_factor is {family.latents_scale}, and "
-            f"the VAE of {folder} has {found}: they mean something else; give --vae the folder of one for it"
+            f"the VAE of {folder} has {found}: the two do not fit; give --vae the folder of a tiny VAE for it"
         )
     return source.tiny_vae or find(family.tiny_vae, "vae")

@@ -30,8 +30,8 @@ def weight_files(folder: Path, variant: str | None) -> tuple[Path, ...]:
         )
     if (folder / "model_index.json").is_file():
         raise InputError(
-            f"{folder} is a whole checkpoint, and the folder of one component was expected: give that of the one that "
-            f"you mean, such as {folder / 'unet'}"
+            f"{folder} is a whole checkpoint, and the folder of one component was expected: give one, such as "
+            f"{folder / 'unet'}"
         )
     others = ", ".join(map(repr, variants_of(folder)))
     hint = f"; it has the variant {others}" if others else ""

@@ -21,7 +21,11 @@ def device(name: str | None) -> Device:
 
 def misfit(key: EngineKey, library: tuple[str, str], device: Device) -> str | None:
     """Return None: the library of the key has verified the forms, and a browser runs them with its own."""
-    return None if key.device == device.kind else f"it is for {key.device}, which no engine for browsers is"
+    return (
+        None
+        if key.device == device.kind
+        else f"it is for {key.device}, and an engine for browsers is for {device.kind}"
+    )
 
 
 class WebOnCpu(OnnxRuntimeCpu):

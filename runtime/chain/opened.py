@@ -180,7 +180,7 @@ class OpenChain:
                 )
             shapes = dict.fromkeys((*shapes, "input_scale"), (chain.stream, 1, 1, 1))
             lost = [name for name, entry in chain.tables.items() if entry.rows != chain.stream]
-            found += [f"the table {name} has not the {chain.stream} rows of the stream" for name in lost]
+            found += [f"the table {name} lacks the stream's {chain.stream} rows" for name in lost]
         for name, when in tables.OWN.items():
             feed, tensor, shape = chain.feeds.get(name), self.tensors.get(name), shapes.get(name, (1,))
             if feed and tensor and (feed.when, tensor.dtype, tensor.shape) != (when, "float32", shape):

@@ -125,7 +125,7 @@ def _problems(
         elif not np.isfinite(found).all():
             yield f"{key} holds NaN or infinite values"
         elif key.endswith("/index") and not ((found >= 0) & (found < times)).all():
-            yield f"{key} names a timestep that there is none of: there are {times}"
+            yield f"{key} names a timestep that is not there: there are {times}"
 
 
 def _table(name: str, chain: Chain, columns: Mapping[str, Tensor], arrays: Mapping[str, np.ndarray]) -> Table:

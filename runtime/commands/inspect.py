@@ -128,7 +128,7 @@ def _chain_text(chain: OpenChain) -> list[str]:
         f"by default {', '.join(defaults)}" if chain.chain.defaults else "",
         _slots(chain),
         f"{chain.chain.stream} frames under way" if chain.chain.stream else "",
-        f"{chain.chain.K} tensors go round the loop, of m, v, w the latents' are shown" if chain.chain.K > 1 else "",
+        f"{chain.chain.K} tensors go round the loop; m, v and w are shown for the latents" if chain.chain.K > 1 else "",
     ]
     others = [name for name in entries if name not in shown]
     return [

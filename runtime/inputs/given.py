@@ -79,7 +79,7 @@ def check_inputs(
             if count % len(value):
                 raise InputError(
                     f"{ARGUMENTS.get(name, name)} has {len(value)}, and {count} are drawn: give one, one for each, or "
-                    "a number that divides theirs"
+                    f"a number that divides {count}"
                 )
             shape = (len(value), *shape[1:])
         shape = (rows, *shape) if feed.when == "step" else shape

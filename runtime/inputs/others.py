@@ -83,9 +83,7 @@ def check_others(chain: OpenChain, given: Mapping[str, object], *, negative: boo
             if _is_one_of(value, _OF_GUIDANCE[name]):
                 continue
             if negative:
-                raise InputError(
-                    f"{name} was given: of guidance this chain takes a negative prompt alone; leave it out"
-                )
+                raise InputError(f"{name} was given: this chain's guidance takes only a negative prompt; leave it out")
             idle.append(name)
         elif name not in _OF_CALLBACKS:
             raise TypeError(f"a call takes no argument {name!r}")

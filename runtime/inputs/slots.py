@@ -76,7 +76,7 @@ def read_layout(bundle: Bundle, name: str) -> SlotLayout:
     rows = sum(member.out for group in groups for member in group.members)
     if rank < 1 or (rank * columns, rank * rows) != (down, up):
         raise BundleError(
-            f"{graph.slots} is of {columns} columns and {rows} rows, which does not fit {DOWN} [{down}] and {UP} [{up}]"
+            f"{graph.slots} has {columns} columns and {rows} rows, which do not fit {DOWN} [{down}] and {UP} [{up}]"
             f" of the graph {name}; build the bundle again"
         )
     return SlotLayout(groups, rank)

@@ -59,11 +59,11 @@ class Tokenizer:
         for part in (part for found in parts.values() for part in found):
             if self._tokenizer.token_to_id(part) is None:
                 raise BundleError(
-                    f"the tokenizer {path} has no token {part!r}, of which the bundle says that it is a part of a "
-                    "textual inversion: build the bundle again with build-engine"
+                    f"the tokenizer {path} has no token {part!r}, which the bundle's textual inversion has: "
+                    "build the bundle again with build-engine"
                 )
         self._expansions = {token: " ".join(found) for token, found in parts.items()}
-        self._encoding = functools.lru_cache(16)(self._encode)  # of one prompt several things are asked
+        self._encoding = functools.lru_cache(16)(self._encode)  # several callers need one prompt's
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
         """Return the ids of `prompts`, int32 [len(prompts), max_length].

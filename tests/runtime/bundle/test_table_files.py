@@ -38,8 +38,8 @@ TABLE_EDITS = {
     "infinite": (hold("2/input_scale", np.inf), "2/input_scale holds NaN or infinite values"),
     "NaN in a column": (hold(TIME, np.nan), f"{TIME} holds NaN or infinite values"),
     "NaN as a timestep": (hold("timesteps", np.nan), "timesteps holds NaN or infinite values"),
-    "index too large": (hold("2/index", TIMES), f"2/index names a timestep that there is none of: there are {TIMES}"),
-    "index below zero": (hold("2/index", -1), f"2/index names a timestep that there is none of: there are {TIMES}"),
+    "index too large": (hold("2/index", TIMES), f"2/index names a timestep that is not there: there are {TIMES}"),
+    "index below zero": (hold("2/index", -1), f"2/index names a timestep that is not there: there are {TIMES}"),
     "no timesteps": (lambda arrays: arrays.pop("timesteps"), "timesteps is missing, and float32 [0] was expected"),
     "timesteps of a wrong shape": (
         change("timesteps", np.atleast_2d),

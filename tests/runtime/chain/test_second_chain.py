@@ -277,7 +277,7 @@ def test_embeds_in_place_of_the_prompt_leave_the_negative_prompt_to_its_stage(pi
     given = {"prompt": None, "prompt_embeds": reference["prompt_embeds"], "negative_prompt": ["red", "dog"]}
     assert_same(drawn(pipe, T2I, **given, inputs=GUIDED, modes=["guidance"]), reference["image"])
     with pytest.raises(
-        InputError, match="guidance_rescale was given: of guidance this chain takes a negative prompt alone"
+        InputError, match="guidance_rescale was given: this chain's guidance takes only a negative prompt"
     ):
         drawn(pipe, T2I, **given, inputs=GUIDED, modes=["guidance"], guidance_rescale=0.5)
 
@@ -466,7 +466,7 @@ ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "three pictures for two": (
         I2I,
         {"inputs": {"input_image": np.zeros((3, *SIZES[I2I], 3), np.uint8), **numbers()}},
-        "image has 3, and 2 are drawn: give one, one for each, or a number that divides theirs",
+        "image has 3, and 2 are drawn: give one, one for each, or a number that divides 2",
     ),
     "a number for each step": (
         I2I,
