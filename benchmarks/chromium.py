@@ -31,7 +31,7 @@ def executable() -> str | None:
 
 @dataclass
 class Page:
-    """A tab. Events of it and of its workers that came meanwhile are in `events`, as (method, parameters)."""
+    """A tab. Events from it and from its workers that came meanwhile are in `events`, as (method, parameters)."""
 
     socket: ClientConnection
     session: str | None = None

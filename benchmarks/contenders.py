@@ -110,7 +110,7 @@ MODIFIERS: dict[str, dict[str, Any]] = {
 
 
 def find(name: str) -> Contender:
-    """Return the contender of a name with its modifiers; InputError if there is none."""
+    """Return the contender with a name and its modifiers; InputError if there is none."""
     base, *modifiers = name.split("+")
     if base not in CONTENDERS or not set(modifiers) <= set(MODIFIERS):
         raise InputError(

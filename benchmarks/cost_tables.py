@@ -10,10 +10,10 @@ from tables import GiB, measured, table
 SWAP_MS = 50
 """The most that a change between two adapters may take, in ms."""
 SLOTS_SHARE = {"fp32": 1.08, "bf16": 1.12}
-"""Precision → the most that the UNet may take with slots of rank 32, as a multiple of the one without: of SD-Turbo at
-512x512."""
+"""Precision → the most that SD-Turbo's UNet at 512x512 may take with slots of rank 32, as a multiple of the one
+without."""
 OWN_MS = 5
-"""The most that the server may add to the encoding of a picture, in ms."""
+"""The most that the server may add to a picture's encoding, in ms."""
 
 
 def variants(result: Result) -> str:
@@ -115,7 +115,7 @@ def _most_of_slots(found: Result, row: Adapted) -> float | None:
 
 
 def _shares(plain: Sequence[float], changed: Sequence[float], most: float | None = None) -> str:
-    """Return the median ratio of the rounds with the extremes, and whether it is at most so large."""
+    """Return the rounds' median ratio with the extremes, and whether it is within the bar."""
     ratios = sorted(b / a for a, b in zip(plain, changed, strict=True))
     found = f"{median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}), n = {len(ratios)}"
     return found + ("" if most is None else f"; at most {most}: {'passed' if median(ratios) <= most else '**missed**'}")

@@ -14,9 +14,9 @@ from turbochain.runtime.checks.bounds import AT_LEAST, BOUNDS
 
 FEWEST_FOR_P99 = 20  # rounds
 PROBABILITY = 0.9
-"""That the interval of a median holds it."""
+"""How probable it is that a median's interval holds it."""
 WIDTH = 0.05
-"""How far the ends of the interval may be from the median, as a share of it, for it to be settled."""
+"""How far the interval's ends may be from the median, as a share of it, if the median is settled."""
 
 
 @dataclass
@@ -85,7 +85,7 @@ def is_narrow(found: Spread) -> bool:
 
 
 def width(found: Spread) -> float:
-    """Return the farther end of the interval's distance from the median, as a share of it."""
+    """Return how far the interval's farther end is from the median, as a share of it."""
     assert found.low is not None and found.high is not None
     return max(found.median - found.low, found.high - found.median) / found.median
 

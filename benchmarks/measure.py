@@ -25,7 +25,7 @@ from rows import Batches, Cold, ColdStart, Floor, Growth, Noise, Pair
 from turbochain.runtime.errors import TurbochainError
 
 FAILURES = (RuntimeError, TurbochainError)
-"""These become a row's reason: a contender fails or is missing, or an engine of ours cannot be built here."""
+"""Errors that become a row's reason: a contender fails or is missing, or an engine of ours cannot be built here."""
 FEW_STEPS = (1, 2, 3, 4)
 
 

@@ -1,4 +1,4 @@
-"""Step: every function of cuda.py once, and what CUDA refuses. Is CUDA what the stand-in of the tests takes it for?"""
+"""Step: every function of cuda.py once, and what CUDA refuses. Is CUDA as the tests' stand-in assumes?"""
 
 import ctypes
 import threading

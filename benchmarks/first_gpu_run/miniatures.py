@@ -26,7 +26,7 @@ from .results import Report
 
 @dataclass(frozen=True)
 class Counts:
-    """How often what is repeated is."""
+    """How often what is repeated is done."""
 
     repeats: int = 1000
     pictures: int = 2000  # while the memory is watched
