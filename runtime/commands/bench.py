@@ -2,13 +2,14 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from turbochain.runtime.output import PipelineOutput
 from turbochain.runtime.pipeline import Pipeline
 from turbochain.runtime.request import Request
 from turbochain.runtime.stream import drawing
@@ -102,22 +103,7 @@ def bench(
         first = time.perf_counter()
         for _ in range(warmup):
             draw()
-        stages: dict[str, list[float]] = defaultdict(list)
-        whole, cached, overhead = [], [], []
-
-        def observe(name: str, seconds: float) -> None:
-            stages[name].append(1e3 * seconds)
-
-        apart = pipe.device.kind != "cpu"  # to be timed, a GPU's graphs must leave the one CUDA graph
-        for _ in range(runs):
-            pipe.forget()
-            made = draw(observe=None if apart else observe)
-            whole.append(1e3 * made.seconds)
-            overhead.append(1e3 * (made.seconds - made.device_seconds))
-            cached.append(1e3 * draw(observe=None if apart else observe).seconds)
-            if apart:
-                pipe.forget()
-                draw(observe=observe)
+        timed = _timed(pipe, draw, runs)
         return BenchResult(
             bundle=str(path),
             engine=pipe.engine_name,
@@ -132,14 +118,46 @@ def bench(
             includes=INCLUDES,
             load_ms=1e3 * (loaded - start),
             first_image_ms=1e3 * (first - loaded),
-            stages={g: timing(stages[g]) for g in opened.graphs if g in stages},
-            end_to_end=timing(whole),
-            end_to_end_cached=timing(cached),
-            overhead=timing(overhead),
-            uncaptured=made.uncaptured,
+            stages={g: timing(timed.stages[g]) for g in opened.graphs if g in timed.stages},
+            end_to_end=timing(timed.whole),
+            end_to_end_cached=timing(timed.cached),
+            overhead=timing(timed.overhead),
+            uncaptured=timed.uncaptured,
             controlnet=controlnet,
             stream=opened.chain.stream,
         )
+
+
+@dataclass
+class _Timed:
+    """The milliseconds of every call."""
+
+    whole: list[float] = field(default_factory=list)
+    cached: list[float] = field(default_factory=list)
+    overhead: list[float] = field(default_factory=list)
+    stages: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    uncaptured: str | None = None
+
+
+def _timed(pipe: Pipeline, draw: Callable[..., PipelineOutput], runs: int) -> _Timed:
+    """Time so many calls, each with an unknown prompt and then with the known one."""
+    timed = _Timed()
+
+    def observe(name: str, seconds: float) -> None:
+        timed.stages[name].append(1e3 * seconds)
+
+    apart = pipe.device.kind != "cpu"  # to be timed, a GPU's graphs must leave the one CUDA graph
+    for _ in range(runs):
+        pipe.forget()
+        made = draw(observe=None if apart else observe)
+        timed.whole.append(1e3 * made.seconds)
+        timed.overhead.append(1e3 * (made.seconds - made.device_seconds))
+        timed.uncaptured = made.uncaptured
+        timed.cached.append(1e3 * draw(observe=None if apart else observe).seconds)
+        if apart:
+            pipe.forget()
+            draw(observe=observe)
+    return timed
 
 
 def timing(samples_ms: Sequence[float]) -> Timing:
