@@ -30,7 +30,7 @@ def install(phases: Phases, bundle: Bundle, order: EngineOrder, folder: Path) ->
     verified here: it has no checks until it is loaded there. If a build fails or is cancelled, its files are deleted
     and the old engine stays as it was. If it is killed or the disk is full, finished graphs stay for the next build.
     """
-    wanted, key = installed.chains(bundle, order.chains), installed.key(order)
+    wanted, key = installed.chains_of(bundle, order.chains), installed.key_of(order)
     bundle.check_files({file for chain in wanted for file in chain.files})
     writing.recover_directories(folder)
     found = list(installed.find(bundle, order.engines, key))

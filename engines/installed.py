@@ -28,7 +28,7 @@ def device(backend: str, name: str | None, target: str | None) -> Device:
     return chosen.target(target)
 
 
-def key(order: EngineOrder) -> EngineKey:
+def key_of(order: EngineOrder) -> EngineKey:
     """Return the key of the engine that was ordered, with the options that this machine decides."""
     where = device(order.backend, order.device, order.target)
     library, version = backends.require(order.backend)
@@ -43,7 +43,7 @@ def folder_name(key: EngineKey) -> str:
     return f"{key.backend}-{short}-{digest[:12]}"
 
 
-def chains(bundle: Bundle, names: Collection[str] | None) -> list[OpenChain]:
+def chains_of(bundle: Bundle, names: Collection[str] | None) -> list[OpenChain]:
     """Return the chains with these names (None: all); if the bundle lacks one, the InputError lists those that it
     has."""
     have = bundle.manifest.chains

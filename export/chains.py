@@ -19,7 +19,7 @@ def of(tasks: Sequence[Task], shapes: Sequence[Shape]) -> list[tuple[Task, Shape
     return [(task, shape) for task in tasks for shape in (frames if task.streams else shapes)]
 
 
-def name(task: Task, shape: Shape, first: Shape) -> str:
+def chain_name(task: Task, shape: Shape, first: Shape) -> str:
     """Return the name of a task's chain; `first`: the bundle's first shape."""
     return task.name + _suffix(shape, first, batched=not task.streams)
 
@@ -69,7 +69,7 @@ class Layout:
 
     def name(self, task: Task, shape: Shape) -> str:
         """Return a chain's name."""
-        return name(task, shape, self.shapes[0])
+        return chain_name(task, shape, self.shapes[0])
 
     def graph_name(self, role: str, shape: Shape) -> str:
         """Return a graph's name; those of the first shape have no suffix."""

@@ -197,7 +197,7 @@ class ExportOrder:
         sizes, batches = self.sizes or Requested.sizes, self.batches or Requested.batches
         shapes = [Shape(height, width, batch) for width, height in sizes for batch in batches]
         found = chains.of(tasks.find(self.tasks or Requested.tasks), shapes)
-        return [chains.name(task, shape, shapes[0]) for task, shape in found]
+        return [chains.chain_name(task, shape, shapes[0]) for task, shape in found]
 
     def settled_config(self) -> str | None:
         """Return the configuration of a source that is a file, as given or as guessed; None for other sources.

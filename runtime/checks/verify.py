@@ -191,8 +191,8 @@ def _badness(check: Check) -> tuple[bool, float]:
     return not check.passed, -part if check.metric in AT_LEAST else part
 
 
-def _judge(stage: str, bounds: Bounds, result: np.ndarray, reference: np.ndarray) -> Iterator[Check]:
-    for metric, bound in bounds.items():
+def _judge(stage: str, limits: Bounds, result: np.ndarray, reference: np.ndarray) -> Iterator[Check]:
+    for metric, bound in limits.items():
         value = metrics.METRICS[metric](result, reference)
         passed = value >= bound if metric in AT_LEAST else value <= bound
         yield Check(stage, metric, value, bound, bool(passed and np.isfinite(result).all()))

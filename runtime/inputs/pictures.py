@@ -70,8 +70,8 @@ def pixels(argument: str, given: object, size: tuple[int, int], mode: str = "RGB
     Raises InputError if one of them is no picture; `argument` names it.
     """
     pictures = (_converted(argument, picture, mode) for picture in _pictures(argument, given))
-    levels = np.stack([np.asarray(_resized(picture, size)) for picture in pictures])
-    return levels if levels.ndim == 4 else levels[..., None]
+    array = np.stack([np.asarray(_resized(picture, size)) for picture in pictures])
+    return array if array.ndim == 4 else array[..., None]
 
 
 def levels(argument: str, given: object) -> np.ndarray:
@@ -92,8 +92,8 @@ def mask(argument: str, given: object, size: tuple[int, int]) -> np.ndarray:
     be, or an array of bools, and its batch may be [n, H, W]. Raises InputError if one is no mask; `argument` names it.
     """
     pictures = (_resized(picture, size) for picture in _pictures(argument, given, of_masks=True))  # resized in colour
-    levels = np.stack([np.asarray(_converted(argument, picture, "L")) for picture in pictures])
-    return (levels[:, None, ::REDUCTION, ::REDUCTION] >= 128).astype(np.float32)
+    grey = np.stack([np.asarray(_converted(argument, picture, "L")) for picture in pictures])
+    return (grey[:, None, ::REDUCTION, ::REDUCTION] >= 128).astype(np.float32)
 
 
 def open_picture(path: str | os.PathLike[str]) -> "Image.Image":
@@ -134,7 +134,7 @@ def _pictures(argument: str, given: object, *, of_masks: bool = False) -> Iterat
     for i, item in enumerate(items):
         name = f"{argument}[{i}]" if several else argument
         if isinstance(item, np.ndarray):
-            yield from (Image.fromarray(levels) for levels in _split(name, item, of_masks))
+            yield from (Image.fromarray(array) for array in _split(name, item, of_masks))
         elif isinstance(item, Image.Image):
             yield _in_levels(name, _upright(name, item))
         else:
@@ -203,9 +203,9 @@ def _split(argument: str, array: np.ndarray, of_masks: bool) -> Iterator[np.ndar
         )
     if 0 in shape:
         raise InputError(f"{argument} has the shape {shape}: at least one picture of one pixel was expected")
-    levels = _as_levels(argument, array, of_masks)
-    levels = levels[..., 0] if channels and shape[-1] == 1 else levels
-    yield from levels if rank == 3 else [levels]
+    found = _as_levels(argument, array, of_masks)
+    found = found[..., 0] if channels and shape[-1] == 1 else found
+    yield from found if rank == 3 else [found]
 
 
 def _as_levels(argument: str, array: np.ndarray, of_masks: bool) -> np.ndarray:
