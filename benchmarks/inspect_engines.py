@@ -182,7 +182,7 @@ def comparison(chains: Sequence[OpenChain], runner: Callable[[str], Any]) -> lis
     """
     rows, seen = [["graph", "output", "relative L2", "largest difference", "largest value"]], set[str]()
     for chain in chains:
-        for case in reference.read_cases(chain.bundle, chain.name):
+        for case in reference.read(chain.bundle, chain.name).cases:
             if {stage.graph for stage in chain.chain.stages if stage.runs(case.modes)} - seen:
                 rows += _compared(Recorded(chain, case), runner, seen)
     return rows

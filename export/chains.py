@@ -71,6 +71,10 @@ class Layout:
         """Return a chain's name."""
         return chain_name(task, shape, self.shapes[0])
 
+    def tables_name(self, task: Task, shape: Shape) -> str:
+        """Return the name of a chain's tables: those of the first shape, but for columns that depend on the size."""
+        return task.name + _suffix(shape, self.shapes[0], sized=bool(self.family.constants), batched=False)
+
     def graph_name(self, role: str, shape: Shape) -> str:
         """Return a graph's name; those of the first shape have no suffix."""
         spec = self._specs(shape)[role]
@@ -95,7 +99,6 @@ class Layout:
         """Return one chain."""
         stages = tuple(replace(s, graph=self.graph_name(s.graph, shape)) for s in self._stages(task))
         history = {"next_history": "history"} if shape.K > 1 else {}
-        name = self.name(task, shape)
         draws = (d for d in task.draws if self.posterior or d.name != "posterior_noise")
         return Chain(
             task=task.name,
@@ -106,7 +109,7 @@ class Layout:
             feeds=self._feeds(task, shape),
             draws=(*draws, common.STEP_DRAW),
             carry={task.latents: "latents", **history},
-            tables_file=f"tables/{name}.safetensors",
+            tables_file=f"tables/{self.tables_name(task, shape)}.safetensors",
             tables=tables,
             output="image",
             modes=() if task.streams else (*self._modes, *map(adapters_mode, self.ranks), *self._control_modes(task)),

@@ -67,9 +67,9 @@ def reference(progress: Progress, *, requested: Requested, prepared: Prepared, f
     nets = {one: load.component(checkpoint, one.component, torch.float32) for one in layout.controls}
     controlled = load.controlled(checkpoint, nets, of_diffusers)
     made, unet = tables.make(checkpoint, requested), next(iter(pipelines.values())).unet
-    for task, shape in layout.chains:
-        file, of_task = prepared.chains[layout.name(task, shape)].tables_file, layout.steered.of(task.name)
-        own = {one: nets[one] for one in of_task if one.kind is controlnet.KIND}
+    files = {prepared.chains[layout.name(task, shape)].tables_file: (task, shape) for task, shape in layout.chains}
+    for file, (task, shape) in files.items():
+        own = {one: nets[one] for one in layout.steered.of(task.name) if one.kind is controlnet.KIND}
         tables.write(made[task.name], checkpoint.family, unet, shape, folder / file, own)
     of_diffusers_call = load.defaults(checkpoint, layout.tasks[0].pipeline)
     scale = max(requested.guidance_scale or 0.0, of_diffusers_call.guidance_scale)  # of the guided calls: one above 1

@@ -10,7 +10,7 @@ from turbochain.export.controls.kind import Control
 from turbochain.export.families import Shape
 from turbochain.export.options import ExportOptions
 from turbochain.export.requested import LOCAL, Requested
-from turbochain.export.sources import Source, find, is_elsewhere, original
+from turbochain.export.sources import Source, find, has_variants, is_elsewhere, original
 from turbochain.export.sources.checkpoint import files_read
 from turbochain.export.sources.digests import Digests
 from turbochain.export.sources.parts import TINY
@@ -146,10 +146,14 @@ class ExportOrder:
         """Return whether the network is asked: for what a hub id names, or for the family's tiny VAE."""
         if TINY in self.parts.values() and find(self.source).tiny_vae is None:
             return True
-        named = [(name, c) for c, name in self.parts.items() if name != TINY]
+        return any(is_elsewhere(name, part) for name, part in self._named())
+
+    def _named(self) -> list[tuple[str, str | None]]:
+        """Return the name of every source but the tiny VAE's, and which part it is; None: the checkpoint."""
+        named: list[tuple[str, str | None]] = [(self.source, None)]
+        named += [(name, c) for c, name in self.parts.items() if name != TINY]
         named += [(name, "lora") for name, _ in self.loras.values()]
-        named += [(place, control.kind.name.replace("_", "-")) for control, place in self.controls.items()]
-        return is_elsewhere(self.source) or any(is_elsewhere(name, c) for name, c in named)
+        return named + [(place, control.kind.name.replace("_", "-")) for control, place in self.controls.items()]
 
     def given(self) -> dict[str, Any]:
         """Return the fields of `Requested` that were asked for explicitly."""
@@ -221,6 +225,11 @@ class ExportOrder:
         """
         if self.revision is not None and not is_elsewhere(self.source):
             raise InputError(f"--revision {self.revision} is for a hub id, and {self.source} is none: leave it out")
+        if self.variant is not None and not any(has_variants(name, part) for name, part in self._named()):
+            raise InputError(
+                f"--variant {self.variant} is for the weights of a hub id or a folder, and {self.source} is neither: "
+                "leave it out"
+            )
         folder, parts, config = find(self.source).local, self.part_files(), self.settled_config()
         if folder and config:
             return original.files_read(folder, config, self.scheduler or {}) | parts

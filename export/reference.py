@@ -21,6 +21,7 @@ from turbochain.export import fuse, inversion, recording_controls
 from turbochain.export.chains import Layout
 from turbochain.export.controls.kind import Control
 from turbochain.export.magnitudes import magnitudes
+from turbochain.export.packing import Packer
 from turbochain.export.recording import Call, draw, record_call
 from turbochain.export.rounded import computing_in
 from turbochain.export.sources.adapters import read_references
@@ -81,8 +82,9 @@ def write(
     are drawn once more, and the first prediction of the first call from text is made, for the error that diffusers has
     there; the weights are rounded to them for good.
 
-    The file is safetensors: everything fp32, ids int32, pictures uint8. Tensors of case i, with R evaluations:
-    `i/<name>` of every feed and every result of the chain, [R, …] for those of the loop, as `record_call` finds them;
+    The file is safetensors: everything fp32, ids and places int32, pictures uint8. Tensors of case i, with R
+    evaluations: `i/<name>` of every feed and every result of the chain, [R, …] for those of the loop, as `record_call`
+    finds them and `Packer` keeps them; `columns/<name>` [T, D] are the distinct rows of a column of the time;
     `magnitude/<component>/<module>` [1] is the largest absolute value that the module put out in any case, and
     `magnitude/<component>/<attention>.scores` that of Q·Kᵀ as its graph forms it (see `magnitudes`). The metadata
     key `cases` is JSON: a list of `Call`.
@@ -91,7 +93,7 @@ def write(
     tokenizers = [getattr(first, folder) for folder in checkpoint.family.tokenizers.values()]
     calls = list(_calls(layout, chains, scale, inversion.prompts(first, tokenizers), _can(pipelines, more)))
     with_loras = list(_with_loras(checkpoint, layout, calls))
-    tensors: dict[str, np.ndarray] = {}
+    tensors, packer = dict[str, np.ndarray](), Packer()
     rows = [chains[call.chain].tables[call.table].rows for call in (*calls, *(call for _, call in with_loras))]
     again = _drawn_again(calls, chains)
     done, total = (
@@ -111,14 +113,15 @@ def write(
             pipeline, control = pipelines.of(chains[call.chain].task, call.modes)
             pipeline.set_progress_bar_config(disable=True)
             found = record_call(pipeline, checkpoint, chains[call.chain], call, more, control)
-            tensors |= {f"{i}/{name}": value for name, value in found.items()}
+            tensors |= {f"{i}/{name}": value for name, value in packer.pack(found, chains[call.chain]).items()}
             advance()
     with torch.inference_mode():
         for adapter, call in with_loras:
             pipeline, _ = pipelines.of(chains[call.chain].task, call.modes)
             with fuse.loaded(pipeline, *adapter):
                 found = record_call(pipeline, checkpoint, chains[call.chain], call, more)
-            tensors |= {f"{len(calls)}/{name}": value for name, value in found.items()}
+            kept = packer.pack(found, chains[call.chain])
+            tensors |= {f"{len(calls)}/{name}": value for name, value in kept.items()}
             calls.append(call)
             advance()
     for precision in precisions:
@@ -137,6 +140,7 @@ def write(
                 if own:
                     calls[i].errors[precision] = own
                 advance()
+    tensors |= packer.columns()
     tensors |= {f"magnitude/{name}": np.array([value], np.float32) for name, value in largest.items()}
     path.write_bytes(save(tensors, metadata={"cases": json.dumps([asdict(call) for call in calls])}))
 

@@ -69,7 +69,7 @@ class Pipeline(LoraMethods):
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        path: str | Path | Bundle,
         *,
         chain: str | None = None,
         backend: str | None = None,
@@ -86,20 +86,20 @@ class Pipeline(LoraMethods):
         """Open a bundle's best engine for this machine, with every file hashed first, and load the graphs of `chain`.
 
         `path`: a folder, or a bundle on the hub as OWNER/NAME or OWNER/NAME@REVISION, which is downloaded unless the
-        hub's cache has it. `trust_engines`: also use the engines that came with a bundle from the hub: an engine may
-        be code. `backend`, `device`: the best one of these. `engine`: the one of this folder name. `engines`: the
-        folder with the engines (default: the bundle's engines/, and the user's cache). `threads`: how many CPU threads
-        one launch may use, at most one for each CPU that this process may use (None: the backend's own choice).
-        `keep_all`: keep what a backend copies of the weights for every size and batch that was drawn, and not for the
-        last one alone: calls that alternate between sizes load nothing then, and each size takes memory. The UNet with
-        slots for adapters stays beside the plain one then, too; else it takes its place.
+        hub's cache has it, or a bundle that is open. `trust_engines`: also use the engines that came with a bundle from
+        the hub: an engine may be code. `backend`, `device`: the best one of these. `engine`: the one of this folder
+        name. `engines`: the folder with the engines (default: the bundle's engines/, and the user's cache). `threads`:
+        how many CPU threads one launch may use, at most one for each CPU that this process may use (None: the backend's
+        own choice). `keep_all`: keep what a backend copies of the weights for every size and batch that was drawn, and
+        not for the last one alone: calls that alternate between sizes load nothing then, and each size takes memory.
+        The UNet with slots for adapters stays beside the plain one then, too; else it takes its place.
         `prompt_cache_bytes`, `image_cache_bytes`: bounds of the prompt embeddings and of the encoded pictures that
         are kept. `lora`: how adapters are loaded, "slots" or "patch" (with ONNX Runtime on a CPU in fp32; None: "slots"
         if the bundle has any). Raises BundleError if the bundle is damaged or has no engine that fits, BackendMissing
         if the backend is not installed, VerificationError if an engine that was built on another machine fails its
         checks on this one.
         """
-        bundle = Bundle.open(path, trust_engines=trust_engines)
+        bundle = path if isinstance(path, Bundle) else Bundle.open(path, trust_engines=trust_engines)
         opened = bundle.open_chain(chain)
         found = selection.select(opened, backend, device, engine, engines)
         executor = selection.open_executor(bundle, found, device=device, threads=threads, keep_all=keep_all)

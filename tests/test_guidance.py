@@ -20,8 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from turbochain.export.sources import synthetic
 from turbochain.runtime import Bundle, InputError, Pipeline
-from turbochain.runtime.checks import bounds, metrics
-from turbochain.runtime.checks.reference import read_cases
+from turbochain.runtime.checks import bounds, metrics, reference
 from turbochain.runtime.checks.verify import verify_bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -244,7 +243,7 @@ def test_the_recorded_error_is_that_of_diffusers_in_bf16(
     checkpoints: dict[str, Path], sd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two runs in bf16 that round in other places are up to 1.7 dB apart (six runs of the miniatures)."""
-    cases = read_cases(Bundle.open(sd), "text-to-image")
+    cases = reference.read(Bundle.open(sd), "text-to-image").cases
     assert [case.errors.get("bf16", {}).keys() for case in cases if "guidance" not in case.modes] == [
         {"relative_l2"},
         set(),
@@ -298,7 +297,7 @@ def test_a_picture_may_be_as_wrong_as_diffusers_own_in_that_precision(
 ) -> None:
     """And a quarter more; few evaluations may have 38 dB."""
     copy = copy_of(bundle_of("sd", "fp16"))
-    cases = read_cases(Bundle.open(copy), "text-to-image")
+    cases = reference.read(Bundle.open(copy), "text-to-image").cases
     (i,) = [i for i, case in enumerate(cases) if "guidance" in case.modes]
     file = copy / "reference.safetensors"
     tensors, image = load_file(file), cases[i].tensors["image"]

@@ -11,8 +11,8 @@ from turbochain.runtime.backends import openvino, openvino_model
 from turbochain.runtime.bundle import writing
 from turbochain.runtime.bundle.manifest import REFERENCE
 from turbochain.runtime.bundle.opened import Bundle
+from turbochain.runtime.checks import reference
 from turbochain.runtime.checks.recorded import Recorded
-from turbochain.runtime.checks.reference import read_cases
 from turbochain.runtime.errors import InputError
 
 AUTO = "auto"
@@ -101,7 +101,7 @@ def _recorded(bundle: Bundle, graph_name: str) -> Iterator[dict[str, np.ndarray]
     bundle.check_files([REFERENCE])
     for chain in map(bundle.open_chain, bundle.manifest.chains):
         stages = [s for s in chain.chain.stages if s.graph == graph_name]
-        for case in read_cases(bundle, chain.name) if stages else ():
+        for case in reference.read(bundle, chain.name).cases if stages else ():
             recorded = Recorded(chain, case)
             for stage in (s for s in stages if s.runs(case.modes)):
                 last = recorded.table.rows - 1

@@ -83,6 +83,7 @@ class SourceKind:
     find: Callable[[str], Source | None]  # None: the name is not of this kind
     parts: bool  # whether a single part may be named so
     wholes: bool = True  # whether a whole checkpoint may be named so
+    variants: bool = False  # whether its weights may be of a variant, such as "fp16"
 
 
 def written_once(folder: Path, write: Callable[[Path], None]) -> Path:
@@ -110,6 +111,11 @@ def find(name: str, part: str | None = None) -> Source:
 def is_elsewhere(name: str, part: str | None = None) -> bool:
     """Return whether the network is asked for the source `name`; InputError if it is of no kind."""
     return _find(name, part)[0].rank == ELSEWHERE
+
+
+def has_variants(name: str, part: str | None = None) -> bool:
+    """Return whether the weights of the source `name` may be of a variant; InputError if it is of no kind."""
+    return _find(name, part)[0].variants
 
 
 def _find(name: str, part: str | None) -> tuple[SourceKind, Source]:

@@ -1,20 +1,27 @@
 """Read what diffusers produced, from a bundle's reference.safetensors."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from turbochain.runtime.bundle.manifest import REFERENCE
+from turbochain.runtime.bundle.manifest import REFERENCE, Chain
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.errors import BundleError
+from turbochain.runtime.inputs.embeds import NEGATIVE
 
 Arrays = dict[str, np.ndarray]
+Errors = dict[str, dict[str, float]]
+"""Precision → metric → diffusers' own error in it; see bounds.of_image."""
+
+COLUMNS = "columns/"
+"""In front of the name of a column of the time: its distinct rows, once for all cases."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One recorded call of diffusers' pipeline; tensors as export.reference.write documents them."""
+    """One recorded call of diffusers' pipeline; tensors as export.reference.write documents them, all of them whole."""
 
     prompt: list[str]
     seed: int
@@ -22,18 +29,18 @@ class Case:
     modes: frozenset[str]
     tensors: Arrays
     adapters: tuple[tuple[str, float], ...]  # SHA-256 of a LoRA's file, scale
-    errors: dict[str, dict[str, float]]  # precision → metric → diffusers' own error in it; see bounds.of_image
+    errors: Errors
 
 
-def read_errors(bundle: Bundle) -> list[dict[str, dict[str, float]]]:
-    """Return diffusers' own errors of every case of a bundle, as in `Case.errors`; the file must have been hashed."""
-    from safetensors import safe_open
+@dataclass(frozen=True)
+class Reference:
+    """What was recorded for a chain."""
 
-    with safe_open(bundle.path / REFERENCE, framework="numpy") as file:
-        return [case.get("errors", {}) for case in json.loads(file.metadata()["cases"])]
+    cases: list[Case]
+    errors: list[Errors]  # of every case of the bundle
 
 
-def read_cases(bundle: Bundle, chain: str, *, adapters: bool = False) -> list[Case]:
+def read(bundle: Bundle, chain: str, *, adapters: bool = False) -> Reference:
     """Return the recorded cases of a chain without adapters, or those with; the file must have been hashed before
     (`Bundle.check_files`).
 
@@ -43,15 +50,33 @@ def read_cases(bundle: Bundle, chain: str, *, adapters: bool = False) -> list[Ca
 
     cases: list[Case] = []
     with safe_open(bundle.path / REFERENCE, framework="numpy") as file:
-        names = list(file.keys())
-        for i, case in enumerate(json.loads(file.metadata()["cases"])):
+        names, told = list(file.keys()), json.loads(file.metadata()["cases"])
+        columns = {n.removeprefix(COLUMNS): file.get_tensor(n) for n in names if n.startswith(COLUMNS)}
+        for i, case in enumerate(told):
             if case["chain"] == chain and bool(case.get("adapters")) == adapters:
-                mine = [n for n in names if n.startswith(f"{i}/")]
-                tensors = {n.removeprefix(f"{i}/"): file.get_tensor(n) for n in mine}
-                modes = frozenset(case["modes"])
+                kept = {n.removeprefix(f"{i}/"): file.get_tensor(n) for n in names if n.startswith(f"{i}/")}
+                tensors = whole(kept, columns, bundle.manifest.chains[chain])
                 applied = tuple((file, scale) for file, scale in case.get("adapters", []))
-                errors = case.get("errors", {})
+                modes, errors = frozenset(case["modes"]), case.get("errors", {})
                 cases.append(Case(case["prompt"], case["seed"], case["table"], modes, tensors, applied, errors))
     if not cases and not adapters:
         raise BundleError(f"{bundle.path / REFERENCE} has no case of the chain {chain} to check against")
-    return cases
+    return Reference(cases, [case.get("errors", {}) for case in told])
+
+
+def whole(kept: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray], chain: Chain) -> Arrays:
+    """Return all that a call read and made, of what the file keeps of it; `export.packing.pack` is the other way.
+
+    `columns`: the distinct rows of each column of the time.
+    """
+    found = {name: columns[name][value] if name in columns else value for name, value in kept.items()}
+    found.setdefault("noise", np.zeros_like(found["prediction"]))  # of a call that draws none in its steps
+    for made, read in chain.carry.items():
+        if made in found:
+            found[made] = np.concatenate([found[read][1:], found[made][-1:]])
+    if (negative := found.get(f"{NEGATIVE}prediction")) is not None:
+        found["guided_prediction"] = negative + found["guidance_scale"] * (found["prediction"] - negative)
+    for name in [name for name in found if name.startswith("t2i_state_")]:
+        scale = found["adapter_conditioning_scale"].reshape(-1, *[1] * found[name].ndim)
+        found[name.replace("state", "feature")] = scale * found[name]
+    return found

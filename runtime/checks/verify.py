@@ -21,10 +21,9 @@ from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.chain.plan import graph_plan
 from turbochain.runtime.chain.slots import ChainSlots
-from turbochain.runtime.checks import bounds, metrics
+from turbochain.runtime.checks import bounds, metrics, reference
 from turbochain.runtime.checks.bounds import AT_LEAST, Bounds
 from turbochain.runtime.checks.recorded import Recorded
-from turbochain.runtime.checks.reference import read_cases, read_errors
 from turbochain.runtime.errors import InputError, VerificationError
 from turbochain.runtime.inputs.feeds import tokenizers
 from turbochain.runtime.inputs.noise import Generator, draw_run
@@ -48,10 +47,11 @@ def verify(
     is active there, which may be none.
     """
     of = () if adapters is None else adapters.files
-    cases = [c for c in read_cases(chain.bundle, chain.name, adapters=adapters is not None) if c.adapters == of]
+    recorded = reference.read(chain.bundle, chain.name, adapters=adapters is not None)
+    cases = [case for case in recorded.cases if case.adapters == of]
     if not cases:
         return []
-    readers, own = tokenizers(chain), bounds.own_of_predictions(read_errors(chain.bundle))
+    readers, own = tokenizers(chain), bounds.own_of_predictions(recorded.errors)
     slots, worst = ChainSlots(chain), dict[tuple[str, str], Check]()
     modes = ["", *slots.modes] if adapters is None else [next(iter(adapters.modes(chain)), "")]
     fed = {} if adapters is None else {n: adapters.value(chain, n) for n in slots.feeds if adapters.fed(chain, n)}
@@ -61,9 +61,9 @@ def verify(
         if adapters is not None:
             adapters.patch(executor, graphs)
         executor.load(graphs)  # one UNet at a time
-        for j, recorded in enumerate(every):
+        for j, one in enumerate(every):
             progress(i * len(cases) + j, len(modes) * len(cases))
-            for check in _checks(chain, executor, computed, readers, recorded, own, new_alone=i > 0):
+            for check in _checks(chain, executor, computed, readers, one, own, new_alone=i > 0):
                 key = (check.stage, check.metric)
                 if key not in worst or _badness(check) > _badness(worst[key]):
                     worst[key] = check

@@ -64,7 +64,7 @@ def generate(arguments: argparse.Namespace, machine: Mapping[str, Any]) -> None:
     loras = adapter.chosen(arguments.lora)
     bundle = Bundle.open(arguments.bundle, trust_engines=arguments.trust_engines)
     chain = chain_of(bundle, **given) if arguments.chain is None else arguments.chain
-    with Pipeline.load(arguments.bundle, **{**machine, "chain": chain}) as pipe:
+    with Pipeline.load(bundle, **{**machine, "chain": chain}) as pipe:
         adapter.load_all(pipe, loras)
         if arguments.canny is not None:
             given["control_image"] = _edges(arguments.canny, given, pipe.bundle.open_chain(chain).size)

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from turbochain.export.sources.checkpoint import open_folder
 from turbochain.runtime import Bundle
+from turbochain.runtime.checks import reference as checks
 
 TIME = {"sd": "time_projections", "sdxl": "time_embeds"}  # the column that depends on the timestep
 
@@ -34,9 +35,9 @@ EMBEDS = {"sd": ("prompt_embeds",), "sdxl": ("prompt_embeds", "prompt_embeds_2",
 
 IDS = {"sd": ("input_ids",), "sdxl": ("input_ids", "input_ids_2")}
 
-PER_STEP = ("latents", "noise", "prediction", "next_latents")
+PER_STEP = ("latents", "prediction")  # and the noise, in a call whose steps draw
 
-OF_GUIDANCE = ("negative_prediction", "guided_prediction")  # in every step
+OF_GUIDANCE = ("negative_prediction",)  # in every step
 
 OF_IMAGE = ("input_image", "posterior_noise", "image_latents", "start_noise")
 
@@ -50,9 +51,9 @@ CASES = [
 """Chain, num_inference_steps, the steps that are made, and whether guidance is on."""
 
 
-def recorded(family: str, chain: str, guided: bool) -> tuple[set[str], set[str]]:
-    """The names of what a case has once, and of what it has in every step."""
-    once, steps = {*EMBEDS[family], *IDS[family], "image"}, {*PER_STEP, TIME[family]}
+def recorded(family: str, chain: str, guided: bool, drawn: bool) -> tuple[set[str], set[str]]:
+    """The names of what a case has once, and of what it has in every step; `drawn`: whether a step draws."""
+    once, steps = {*EMBEDS[family], *IDS[family], "image"}, {*PER_STEP, *(["noise"] if drawn else [])}
     if guided:
         # SDXL's config says that no negative prompt is zeros; SD's text encoder reads "".
         once |= {f"negative_{name}" for name in (*EMBEDS[family], *(IDS[family] if family == "sd" else ()))}
@@ -68,21 +69,30 @@ def test_reference_has_what_its_docstring_says(bundle_of: BundleFactory, family:
     assert found == [(chain, steps, ["guidance"] * guided) for chain, steps, _, guided in CASES]
     known = set()
     for i, (case, (name, _, made, guided)) in enumerate(zip(cases, CASES, strict=True)):
-        chain, (once, per_step) = bundle.open_chain(name), recorded(family, name, guided)
+        chain, table = bundle.open_chain(name), bundle.open_chain(name).tables[case["table"]]
+        once, per_step = recorded(family, name, guided, drawn=bool(table.draws_noise.any()))
         assert len(case["prompt"]) == chain.batch == BATCH[family, precision]
-        assert chain.chain.tables[case["table"]].rows == made
+        assert table.rows == made
+        left, places = tensors[f"{i}/next_latents"], tensors[f"{i}/{TIME[family]}"]
+        assert left.shape == (1, *chain.tensors["latents"].shape) and left.dtype == np.float32
+        assert places.shape == (made, 1) and places.dtype == np.int32
+        known |= {f"{i}/next_latents", f"{i}/{TIME[family]}"}
         for name in once | per_step:
             value, wanted = tensors[f"{i}/{name}"], chain.tensors[name]
             assert value.shape == (*([made] if name in per_step else []), *wanted.shape), name
             assert value.dtype == wanted.dtype, name
             known.add(f"{i}/{name}")
-    assert {name for name in tensors if not name.startswith("magnitude/")} == known
+    distinct = tensors[f"columns/{TIME[family]}"]
+    assert len(np.unique(distinct, axis=0)) == len(distinct)
+    others = {name for name in tensors if not name.startswith("magnitude/")} - {f"columns/{TIME[family]}"}
+    assert others == known
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reference_is_what_diffusers_does(bundle: Bundle, checkpoints: dict[str, Path], family: str) -> None:
     """A pipeline of the test's own, watched by hooks of the test's own."""
     cases, tensors = reference(bundle)
+    whole = [case for chain in bundle.manifest.chains for case in checks.read(bundle, chain).cases]
     pipe = DiffusionPipeline.from_pretrained(checkpoints[family], local_files_only=True)
     other = AutoPipelineForImage2Image.from_pipe(pipe)
     for of in (pipe, other):
@@ -101,7 +111,7 @@ def test_reference_is_what_diffusers_does(bundle: Bundle, checkpoints: dict[str,
 
         module.register_forward_hook(see)
     for i, case in enumerate(cases):
-        generator = torch.Generator("cpu").manual_seed(case["seed"])
+        generator, made = torch.Generator("cpu").manual_seed(case["seed"]), whole[i].tensors
         arguments = {k: case[k] for k in ("prompt", "num_inference_steps", "guidance_scale")}
         assert (case["guidance_scale"] > 1) == bool(case["modes"])
         if case["chain"] == "image-to-image":
@@ -117,7 +127,7 @@ def test_reference_is_what_diffusers_does(bundle: Bundle, checkpoints: dict[str,
         generator.manual_seed(case["seed"])
         start = torch.randn(len(case["prompt"]), 4, SIZE[1] // 8, SIZE[0] // 8, generator=generator)
         pipe.scheduler.set_timesteps(case["num_inference_steps"])
-        latents, following = tensors[f"{i}/latents"], tensors[f"{i}/next_latents"]
+        latents, following = made["latents"], made["next_latents"]
         if case["chain"] == "image-to-image":
             np.testing.assert_array_equal(tensors[f"{i}/posterior_noise"], start.numpy())
             clean, noise = (torch.from_numpy(tensors[f"{i}/{name}"]) for name in ("image_latents", "start_noise"))
@@ -126,6 +136,7 @@ def test_reference_is_what_diffusers_does(bundle: Bundle, checkpoints: dict[str,
         else:
             np.testing.assert_array_equal(latents[0], (start * pipe.scheduler.init_noise_sigma).numpy())
         np.testing.assert_array_equal(latents[1:], following[:-1])
+        np.testing.assert_array_equal(following[-1:], tensors[f"{i}/next_latents"])
     for key, value in largest.items():
         np.testing.assert_allclose(tensors[f"magnitude/{key}"], [value], rtol=1e-4)
 

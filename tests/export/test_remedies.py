@@ -262,7 +262,7 @@ def test_without_its_remedy_it_is_not(
     specs = image_graphs.own(checkpoint, name)
     assert specs[name].component == component
     graph = image_graphs.traced(checkpoint, specs, Shape(*SIZE, 1), tmp_path, Remedy("fp16"))[name]
-    case = next(case for case in reference.read_cases(bundle, "text-to-image") if not case.modes)
+    case = next(case for case in reference.read(bundle, "text-to-image").cases if not case.modes)
     feeds = case.tensors | {"next_latents": case.tensors["next_latents"][-1]}
     path = tmp_path / graph.file
     model = onnx.load(path)
@@ -297,7 +297,7 @@ def test_a_bf16_decoder_is_valid_and_within_its_bound(sd: Path, checkpoints: dic
     onnx.checker.check_model(tmp_path / graph.file, full_check=True)
     names = json.loads((tmp_path / graph.names).read_text())
     assert "initializer" in names["decoder.conv_in.weight"] and "initializer" not in names["encoder.conv_in.weight"]
-    case = reference.read_cases(bundle, "text-to-image")[0]
+    case = reference.read(bundle, "text-to-image").cases[0]
     (image,) = run_strictly(tmp_path / graph.file, {"next_latents": case.tensors["next_latents"][-1]})
     bound = bounds.BOUNDS["bf16"]["picture"]["psnr"]
     assert metrics.psnr(image, case.tensors["image"]) >= bound > bounds.BOUNDS["fp16"]["picture"]["psnr"]

@@ -20,7 +20,7 @@ from test_parity import assert_same_picture, load_diffusers, theirs
 
 from turbochain.engines import build
 from turbochain.runtime import Bundle, Pipeline
-from turbochain.runtime.checks.reference import read_cases
+from turbochain.runtime.checks import reference
 
 SIZED = ("unet", "vae_decoder")
 FIRST, OTHER = "text-to-image", "other"
@@ -136,7 +136,7 @@ def check_what_a_size_adds(path: Path) -> None:
     bundle = Bundle.open(path)
     for chain in (name for name in bundle.manifest.chains if "@" not in name):
         first, second = (
-            sum(array.nbytes for case in read_cases(bundle, name) for array in case.tensors.values())
+            sum(array.nbytes for case in reference.read(bundle, name).cases for array in case.tensors.values())
             for name in (chain, f"{chain}@96x64")
         )
         assert 0 < second < first

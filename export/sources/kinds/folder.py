@@ -35,4 +35,4 @@ def _find(name: str) -> Source | None:
     return Folder(Path(name).resolve()) if name and Path(name).is_dir() else None
 
 
-KIND = SourceKind("a folder here", ON_DISK, _find, parts=True)
+KIND = SourceKind("a folder here", ON_DISK, _find, parts=True, variants=True)

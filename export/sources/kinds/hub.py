@@ -240,4 +240,4 @@ def _find(name: str) -> Source | None:
     return Hub(name) if legal and not name.endswith((".safetensors", *PICKLES)) else None  # those are paths
 
 
-KIND = SourceKind("a hub id (owner/name)", ELSEWHERE, _find, parts=True)
+KIND = SourceKind("a hub id (owner/name)", ELSEWHERE, _find, parts=True, variants=True)

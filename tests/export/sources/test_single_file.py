@@ -364,3 +364,15 @@ def test_precision_on_disk_is_that_of_the_file(
     with safe_open(made / "unet/diffusion_pytorch_model.safetensors", framework="pt") as unet:
         assert {unet.get_slice(n).get_dtype() for n in unet.keys()} == {"F16"}  # noqa: SIM118
     assert components(made) == ["text_encoder", "unet"]
+
+
+def test_a_variant_is_for_hub_ids_and_folders(
+    folders: dict[str, Path], whole: dict[str, Tensors], file: Callable[[Tensors], Path]
+) -> None:
+    path = file(whole["sd1"])
+    for source in (str(path), "demo", "synthetic:sd15-mini"):
+        config = "sd15" if source == str(path) else None
+        with pytest.raises(InputError, match="--variant fp16 is for the weights of a hub id or a folder, and .* is nei"):
+            ExportOrder(source, config=config, variant="fp16").files()
+        of_part = ExportOrder(source, config=config, variant="fp16", unet=str(folders["sd1"] / "unet"))
+        assert of_part.files()

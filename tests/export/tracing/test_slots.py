@@ -27,10 +27,10 @@ from turbochain.runtime import Bundle, selection
 from turbochain.runtime.backends.contract import Executor
 from turbochain.runtime.bundle.hashing import digest
 from turbochain.runtime.chain.plan import graph_plan
+from turbochain.runtime.checks import reference
 from turbochain.runtime.checks.bounds import BOUNDS
 from turbochain.runtime.checks.metrics import relative_l2
 from turbochain.runtime.checks.recorded import Recorded
-from turbochain.runtime.checks.reference import read_cases
 from turbochain.runtime.commands import inspect
 from turbochain.runtime.inputs.noise import Generator, draw_run
 
@@ -248,7 +248,7 @@ def test_text_encoders_are_transformers_with_peft(made: Made, adapters: dict[str
 def picture(made: Made, modes: set[str], loras: list[tuple[Layers, float]], adapters: bool = False) -> tuple[Any, Any]:
     """A recorded case, with other modes and LoRAs, drawn by the whole chain; the case too."""
     chain = made.chain
-    cases = read_cases(made.bundle, chain.name, adapters=adapters)
+    cases = reference.read(made.bundle, chain.name, adapters=adapters).cases
     alike = [c for c in cases if ("guidance" in c.modes) == ("guidance" in modes)]
     case = max(alike, key=lambda c: chain.chain.tables[c.table].steps)
     recorded, plan = Recorded(chain, case), chain.plan(case.table, modes=case.modes | modes)

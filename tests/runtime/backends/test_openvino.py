@@ -199,7 +199,7 @@ def test_ranges_hold_what_the_convolutions_read(checkpoints: dict[str, Path], in
             module.register_forward_hook(lambda m, given, out, name=name: see(name, m, given[0], out))
     with torch.inference_mode():
         opened = Bundle.open(bundle)
-        for case in (c for chain in opened.manifest.chains for c in reference.read_cases(opened, chain)):
+        for case in (c for chain in opened.manifest.chains for c in reference.read(opened, chain).cases):
             vae.decode(torch.from_numpy(case.tensors["next_latents"][-1]) / vae.config.scaling_factor)
     ours, expected = (np.sort(list(of.values()), axis=0) for of in (ranges, found))
     np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)

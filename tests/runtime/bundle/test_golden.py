@@ -283,3 +283,6 @@ def test_that_reader_draws_what_diffusers_drew() -> None:
             guidance=case["guidance_scale"],
         )
         assert np.abs(found.astype(int) - recorded[f"{i}/image"]).max() <= 1
+        times = recorded["columns/time_projections"][recorded[f"{i}/time_projections"]]
+        rows = [reader.column(case["table"], "time_projections", row) for row in range(table["rows"])]
+        np.testing.assert_allclose(times, rows, rtol=1e-5, atol=1e-6)

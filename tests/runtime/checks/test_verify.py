@@ -25,8 +25,7 @@ from turbochain.runtime import Bundle, BundleError, Pipeline, VerificationError,
 from turbochain.runtime.backends.contract import Executor
 from turbochain.runtime.bundle import hashing
 from turbochain.runtime.bundle.manifest import Check, Graph
-from turbochain.runtime.checks import bounds, metrics, verify
-from turbochain.runtime.checks.reference import read_cases
+from turbochain.runtime.checks import bounds, metrics, reference, verify
 
 Copy = Callable[[Path], Path]
 Change = Callable[[Path, Path], None]  # a bundle, the checkpoint that it was made of
@@ -416,7 +415,7 @@ def test_the_figure_of_several_pictures_is_that_of_the_worst(bundle_of: BundleFa
     (shown,) = (c for c in checks_of(path) if (c.stage, c.metric) == ("image", "psnr"))
     found = []
     with Pipeline.load(path) as pipe:
-        for case in read_cases(pipe.bundle, "text-to-image"):
+        for case in reference.read(pipe.bundle, "text-to-image").cases:
             steps = pipe.bundle.open_chain().chain.tables[case.table].steps
             scale = float(case.tensors["guidance_scale"][0]) if case.modes else 0.0
             call = {"prompt": case.prompt, "seed": case.seed, "num_inference_steps": steps, "guidance_scale": scale}

@@ -1,6 +1,8 @@
 """How `turbochain generate` is given its prompt."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from conftest import called
 from PIL import Image
 
 from turbochain.runtime import Pipeline
+from turbochain.runtime.bundle import opened, strict_json
 
 DASHED = "-5 degrees", pytest.param("-cold", marks=pytest.mark.full), "--steps"
 
@@ -29,6 +32,18 @@ def test_a_prompt_that_begins_with_a_dash(sd: Path, tmp_path: Path, prompt: str)
         assert done.returncode == 0, done.stderr
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out.png")), expected)
         (tmp_path / "out.png").unlink()
+
+
+def test_the_manifest_is_read_once(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def read(kind: type[Any], path: Path) -> Any:
+        seen.append(path.name)
+        return strict_json.read(kind, path)
+
+    monkeypatch.setattr(opened, "strict_json", SimpleNamespace(read=read))
+    assert called("turbochain", "generate", sd, "a cat", "-o", tmp_path / "out.png").returncode == 0
+    assert seen == ["bundle.json"]
 
 
 @pytest.mark.parametrize("line", [("a cat", "-cold"), ("--prompt", "a cat", "-cold")])
