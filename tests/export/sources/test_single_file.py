@@ -372,9 +372,7 @@ def test_a_variant_is_for_hub_ids_and_folders(
     path = file(whole["sd1"])
     for source in (str(path), "demo", "synthetic:sd15-mini"):
         config = "sd15" if source == str(path) else None
-        with pytest.raises(
-            InputError, match=r"--variant fp16 is for the weights of a hub id or a folder, and .+ is n"
-        ):
+        with pytest.raises(InputError, match=r"--variant fp16 is for the weights of a hub id or a folder, and .+ is n"):
             ExportOrder(source, config=config, variant="fp16").files()
         of_part = ExportOrder(source, config=config, variant="fp16", unet=str(folders["sd1"] / "unet"))
         assert of_part.files()
