@@ -1,6 +1,7 @@
 """What a stage was fed and made in a recorded case, row by row."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
 
@@ -9,7 +10,9 @@ import numpy as np
 from turbochain.runtime.chain import wiring
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.chain.tables import Table
-from turbochain.runtime.checks.reference import Case
+from turbochain.runtime.checks.reference import Case, whole
+from turbochain.runtime.inputs.embeds import NEGATIVE
+from turbochain.runtime.inputs.guidance import GUIDANCE
 
 
 class Recorded:
@@ -84,3 +87,14 @@ class Recorded:
             state = np.tensordot(m, state, 1) + np.multiply.outer(v, prediction[row]) + np.multiply.outer(w, noise[row])
             states.append(state)
         return np.array(states)
+
+
+def guided(chain: OpenChain, case: Case) -> Recorded:
+    """Return a case without guidance as one with it, for the step alone: its negative predictions are half of its own,
+    and what the rows leave is what the table makes of them."""
+    own = {**case.tensors, "guidance_scale": np.array([3], np.float32)}
+    own[f"{NEGATIVE}prediction"] = own["prediction"] / 2
+    tensors = whole(own, {}, chain.chain)
+    made = Recorded(chain, replace(case, tensors=tensors, modes=frozenset([GUIDANCE])))
+    tensors["next_latents"] = made.walked[:, 0].astype(np.float32)
+    return made

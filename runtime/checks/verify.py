@@ -7,7 +7,7 @@ torch nor the checkpoint.
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,11 @@ from turbochain.runtime.chain.plan import graph_plan
 from turbochain.runtime.chain.slots import ChainSlots
 from turbochain.runtime.checks import bounds, metrics, reference
 from turbochain.runtime.checks.bounds import AT_LEAST, Bounds
-from turbochain.runtime.checks.recorded import Recorded
+from turbochain.runtime.checks.recorded import Recorded, guided
+from turbochain.runtime.checks.reference import Case
 from turbochain.runtime.errors import InputError, VerificationError
 from turbochain.runtime.inputs.feeds import tokenizers
+from turbochain.runtime.inputs.guidance import GUIDANCE
 from turbochain.runtime.inputs.noise import Generator, draw_run
 from turbochain.runtime.inputs.tokenizer import Tokenizer
 from turbochain.runtime.selection import Found
@@ -43,8 +45,9 @@ def verify(
     """Return every figure of a chain, the worst of all cases for each stage and metric; loads the graphs.
 
     `computed`: graph → the precision that it is computed in, which decides its bounds; see `precisions`. Each case is
-    drawn in each mode of adapters too, with slots of zeros. `adapters`: compare only cases that were recorded with what
-    is active there, which may be none.
+    drawn in each mode of adapters too, with slots of zeros. A guided step that no case has, as of a further size, is
+    compared with the table alone. `adapters`: compare only cases that were recorded with what is active there, which
+    may be none.
     """
     of = () if adapters is None else adapters.files
     recorded = reference.read(chain.bundle, chain.name, adapters=adapters is not None)
@@ -57,18 +60,34 @@ def verify(
     fed = {} if adapters is None else {n: adapters.value(chain, n) for n in slots.feeds if adapters.fed(chain, n)}
     for i, mode in enumerate(modes):
         every = [Recorded(chain, case, mode, fed) for case in cases]
-        graphs = {s.graph for s in chain.chain.stages if any(s.runs(one.modes) for one in every)}
+        unseen = [] if i or adapters is not None else _guided_steps(chain, cases)
+        graphs = {s.graph for s in chain.chain.stages if s in unseen or any(s.runs(one.modes) for one in every)}
         if adapters is not None:
             adapters.patch(executor, graphs)
         executor.load(graphs)  # one UNet at a time
         for j, one in enumerate(every):
             progress(i * len(cases) + j, len(modes) * len(cases))
-            for check in _checks(chain, executor, computed, readers, one, own, new_alone=i > 0):
-                key = (check.stage, check.metric)
-                if key not in worst or _badness(check) > _badness(worst[key]):
-                    worst[key] = check
+            _keep_worst(worst, _checks(chain, executor, computed, readers, one, own, new_alone=i > 0))
+        for stage in unseen:
+            made = guided(chain, cases[0])
+            _keep_worst(worst, _check_stage(chain, executor, stage, computed[stage.graph], made, own))
     progress(len(modes) * len(cases), len(modes) * len(cases))
     return list(worst.values())
+
+
+def _guided_steps(chain: OpenChain, cases: Sequence[Case]) -> list[Stage]:
+    """Return the steps of calls with guidance, if none of the cases is one."""
+    if any(GUIDANCE in case.modes for case in cases):
+        return []
+    return [stage for stage in chain.chain.stages if stage.judged == "state" and GUIDANCE in stage.if_]
+
+
+def _keep_worst(worst: dict[tuple[str, str], Check], checks: Iterable[Check]) -> None:
+    """Put into `worst` those checks that are worse than what it has of their stage and metric."""
+    for check in checks:
+        key = (check.stage, check.metric)
+        if key not in worst or _badness(check) > _badness(worst[key]):
+            worst[key] = check
 
 
 def verify_bundle(

@@ -311,6 +311,21 @@ def test_what_is_wrong_is_refused_by_name(
     assert all(f"{stage}: " in str(error.value) for stage in stages_hit)
 
 
+@pytest.mark.parametrize("change", [None, coefficients_exchanged, predictions_exchanged])
+def test_a_guided_step_that_was_not_recorded_is_checked(
+    change: Callable[[Any], None] | None, few: Callable[[str], Path], loaded: Callable[[str], Loaded]
+) -> None:
+    """As that of a further size, whose one case has no guidance."""
+    path = few("sdxl")
+    in_reference(path, lambda _, cases: [c.update(chain="another") for c in cases if c["modes"]])
+    if change:
+        in_graph("step+guidance", change)(path)
+        reseal(path)
+    checks = checks_of(path, loaded("sdxl"))
+    assert failed(checks) == ({"step+guidance"} if change else set())
+    assert "step+guidance" in {check.stage for check in checks}
+
+
 def test_a_figure_above_its_bound_is_shown_though_a_larger_one_is_allowed(
     few: Callable[[str], Path], loaded: Callable[[str], Loaded]
 ) -> None:
