@@ -23,7 +23,7 @@ from turbochain.runtime import Bundle
 SIZES = ((512, 512), (768, 512))
 BYTES = 2  # of a weight in fp16
 CHANGES: dict[str, dict[str, Any]] = {
-    "sd15": {"steps": (20,), "guidance_scale": 7.5},  # with PNDM, its own: 21 evaluations
+    "sd15": {"steps": (20,), "guidance_scale": 7.5},  # its own scheduler, PNDM, makes 21 evaluations
     "sd-turbo": {},
     "sdxl-turbo": {},
     "sdxl": {"steps": (20,), "guidance_scale": 5.0},
@@ -33,6 +33,8 @@ MINIATURE = {"sd15": "sd", "sd-turbo": "sd", "sdxl-turbo": "sdxl", "sdxl": "sdxl
 
 class HollowUNet(UNet2DConditionModel):
     """What reads the time, and a prediction that depends on it; the other layers have no memory."""
+
+    device = torch.device("cpu")
 
     def forward(  # type: ignore[override]
         self,
@@ -52,9 +54,10 @@ class HollowUNet(UNet2DConditionModel):
 
 def hollow(parts: dict[str, Any]) -> dict[str, Any]:
     """Return networks that read and make what those of a preset do."""
-    vae, unet = dict(parts["vae"].config), HollowUNet.from_config(parts["unet"].config)
-    vae |= {"block_out_channels": [4] * 4, "layers_per_block": 1, "norm_num_groups": 4}
-    made: dict[str, Any] = {"vae": AutoencoderKL.from_config(vae), "unet": unet.to("meta")}
+    vae = {**parts["vae"].config, "block_out_channels": [4] * 4, "layers_per_block": 1, "norm_num_groups": 4}
+    with torch.device("meta"):
+        unet = HollowUNet.from_config(parts["unet"].config)
+    made: dict[str, Any] = {"vae": AutoencoderKL.from_config(vae), "unet": unet}
     for name in [name for name, _ in unet.named_modules() if name.endswith(("time_emb_proj", "_embedding"))]:
         unet.get_submodule(name).to_empty(device="cpu")
     for name, part in parts.items():
@@ -65,7 +68,7 @@ def hollow(parts: dict[str, Any]) -> dict[str, Any]:
         part.eval().requires_grad_(False)
         for parameter in part.parameters():
             if parameter.device.type == "cpu":
-                parameter.copy_(0.05 * torch.randn(parameter.shape))
+                parameter.copy_(0.2 * torch.randn(parameter.shape))
     return made
 
 
