@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import BATCH, FAMILIES, SIZE, BundleFactory, in_each_precision
+from conftest import BATCH, FAMILIES, ROOT, SIZE, BundleFactory, in_each_precision
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from turbochain.export.packing import Packer
 from turbochain.export.sources.checkpoint import open_folder
 from turbochain.runtime import Bundle
 from turbochain.runtime.checks import reference as checks
@@ -139,6 +140,17 @@ def test_reference_is_what_diffusers_does(bundle: Bundle, checkpoints: dict[str,
         np.testing.assert_array_equal(following[-1:], tensors[f"{i}/next_latents"])
     for key, value in largest.items():
         np.testing.assert_allclose(tensors[f"magnitude/{key}"], [value], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("i", "name"), [(1, "next_latents"), (2, "guided_prediction")])
+def test_a_call_that_its_reference_would_not_tell_is_an_error(i: int, name: str) -> None:
+    """Only what follows from the rest is left out: of a run of three rows, and of a call with guidance."""
+    bundle = Bundle.open(ROOT / "tests/golden/bundle")
+    chain, found = bundle.manifest.chains["text-to-image"], checks.read(bundle, "text-to-image").cases[i].tensors
+    kept = Packer().pack(found, chain)
+    assert kept.keys() == {*found} - {"guided_prediction"} and len(kept["next_latents"]) == 1
+    with pytest.raises(RuntimeError, match=f"differs from what its reference would say: {name}$"):
+        Packer().pack({**found, name: found[name] + np.float32(1e-3)}, chain)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
