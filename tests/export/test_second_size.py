@@ -106,10 +106,8 @@ def of_constants(unet: Any) -> int:
     return pooled_width(unet) * unet.add_embedding.linear_1.out_features if hasattr(unet, "add_embedding") else 0
 
 
-FULL = {preset: pytest.mark.full for preset in CHANGES if preset != "sd15"}
-
-
-@pytest.mark.parametrize("preset", [pytest.param(preset, marks=FULL.get(preset, ())) for preset in CHANGES])
+@pytest.mark.full
+@pytest.mark.parametrize("preset", CHANGES)
 def test_a_second_size_of_a_full_size_model_adds_under_one_percent(
     preset: str, bundle_of: BundleFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
