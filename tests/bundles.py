@@ -115,13 +115,13 @@ def bundle_of(checkpoints: dict[str, Path], shared: Path) -> BundleFactory:
 def interrupted(checkpoints: dict[str, Path], shared: Path, wheel: Path) -> Path:
     """A checkpoint with `x.bundle` in it, whose build was interrupted, and what was said; see `interrupted.build`.
 
-    SDXL, one picture of 72×88 per pass, with 1 to 4 steps. An installed wheel built it, with no network, and
+    SD, three pictures of 72×88 per pass, with 1 to 4 steps. An installed wheel built it, with no network, and
     `interrupted-home` as its home. Tests must not change it.
     """
     folder, home = shared / "interrupted", shared / "interrupted-home"
     with locked(shared / "interrupted.lock"):
         if not (folder / "x.bundle").exists():
-            interruption.write_source(checkpoints["sdxl"], folder)
+            interruption.write_source(checkpoints["sd"], folder)
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(outside.installed(home))
             interruption.build(folder, home, *ON_ARGUMENTS)
