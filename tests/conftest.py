@@ -61,7 +61,6 @@ LONGEST_FIRST = (
     "test_tampering.py",
     "test_manifests.py",
     "test_conformance.py",
-    "test_light.py",
     "test_hub_bundles.py",
     "test_inspect_engines.py",
     "test_lora_slots.py",
@@ -88,7 +87,10 @@ LONGEST_FIRST = (
     "test_lora_patch.py",
     "test_files.py",
 )
-"""The files that take over eight seconds; the others follow, so that neither process waits long for the other."""
+"""The files that take over eight seconds; the others follow, so that neither process waits long for the other.
+
+Not test_light.py, of which a test runs alone: at the end it waits for a short one of the other process.
+"""
 
 
 def in_each_precision(cases: Iterable[tuple[str, ...]]) -> list[ParameterSet]:

@@ -14,7 +14,7 @@ WEIGHTS = ("text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safet
 CHECKPOINT = {
     "weights": (WEIGHTS[1],),
     "several weights": WEIGHTS,
-    "tokenizer": ("tokenizer/tokenizer.json",),
+    "tokenizer": ("tokenizer/vocab.json",),
     "vocabulary": ("tokenizer/merges.txt",),
     "config": ("vae/config.json",),
     "index": ("model_index.json",),

@@ -54,10 +54,10 @@ def test_a_server_may_listen_and_no_more(script: str, status: int, tmp_path: Pat
 
 
 def test_the_build_of_a_local_checkpoint(interrupted: Path, checkpoints: dict[str, Path], shared: Path) -> None:
-    """With no network it has ended well, see `interrupted`, although builds before it were stopped."""
+    """With no network it has ended well, see `interrupted`, although the build before it met a full disk."""
     assert outside.left(shared / "interrupted-home") == set()
-    told = {"full", "killed", "first", "first.out", "second", "second.out"}
-    names = {path.name for path in checkpoints["sdxl"].iterdir()}
+    told = {"full", "first", "first.out", "second", "second.out"}
+    names = {path.name for path in checkpoints["sd"].iterdir()}
     assert {path.name for path in interrupted.iterdir()} == names | told | {"disk", "x.bundle"}
     assert not any((interrupted / "disk").iterdir())
 

@@ -158,11 +158,11 @@ class Chain:
 # another size.
 CHAINS = {
     "sd-1": Chain("sd", 1),
-    "sd-3-v_prediction": Chain("sd", 3, interrupted.SIZE, "own"),
-    "sdxl-1-v_prediction": Chain("sdxl", 1, interrupted.SIZE, "interrupted"),
+    "sd-3-v_prediction": Chain("sd", 3, interrupted.SIZE, "interrupted"),
+    "sdxl-1-v_prediction": Chain("sdxl", 1, interrupted.SIZE, "own"),
     "sdxl-3": Chain("sdxl", 3),
 }
-FULL = {"sd-3-v_prediction": pytest.mark.full}
+FULL = {"sdxl-1-v_prediction": pytest.mark.full}
 
 
 @dataclass(frozen=True)

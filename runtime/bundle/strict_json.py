@@ -6,6 +6,7 @@ field that has its default is not written.
 """
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -149,12 +150,24 @@ def _convert(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
     return None
 
 
-def _convert_dataclass(kind: Any, value: dict[str, Any], where: str, problems: list[str]) -> Any:
+class _Field(typing.NamedTuple):
+    name: str
+    kind: Any
+    required: bool
+
+
+@functools.cache
+def _fields(kind: Any) -> dict[str, _Field]:
+    """Return key → field of a dataclass, found once: it would be half of the work to open a bundle."""
     hints = typing.get_type_hints(kind)
-    names = {_key(name): name for name in hints}
     required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
-    prefix = where.lstrip(".") or "the top level"
-    problems += [f"{prefix} has the unknown key {k!r}" for k in value if k not in names]
-    problems += [f"{prefix} lacks the key {k!r}" for k, name in names.items() if name in required and k not in value]
-    known = {name: _convert(hints[name], value[k], f"{where}.{k}", problems) for k, name in names.items() if k in value}
-    return kind(**known) if required <= set(known) else None
+    return {_key(name): _Field(name, hint, name in required) for name, hint in hints.items()}
+
+
+def _convert_dataclass(kind: Any, value: dict[str, Any], where: str, problems: list[str]) -> Any:
+    fields, prefix = _fields(kind), where.lstrip(".") or "the top level"
+    missing = [key for key, field in fields.items() if field.required and key not in value]
+    problems += [f"{prefix} has the unknown key {k!r}" for k in value if k not in fields]
+    problems += [f"{prefix} lacks the key {k!r}" for k in missing]
+    known = {f.name: _convert(f.kind, value[k], f"{where}.{k}", problems) for k, f in fields.items() if k in value}
+    return None if missing else kind(**known)

@@ -67,8 +67,27 @@ def small_floor() -> Any:
         yield
 
 
+REFERENCE = Measure._reference
+
+
 @pytest.fixture(scope="module")
-def smoke(folder: Path, small_floor: None) -> tuple[Path, str]:
+def references(checkpoints: dict[str, Path]) -> dict[int, np.ndarray]:
+    """Step count → the picture that diffusers makes in this process."""
+    pipe = load_diffusers(checkpoints["sd"])
+    call = {"prompt": [PROMPT], "seed": process.SEED}
+    return {steps: theirs(pipe, {**call, "num_inference_steps": steps}) for steps in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def drawn_here(references: dict[int, np.ndarray]) -> Iterator[None]:
+    """Compare with `references`; the process that draws them for a user has a test of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Measure, "_reference", lambda self, contender, batch, steps: references[steps])
+        yield
+
+
+@pytest.fixture(scope="module")
+def smoke(folder: Path, small_floor: None, drawn_here: None) -> tuple[Path, str]:
     """The file of one run, and its output."""
     where = ["--folder", folder, "--results", folder / "results"]
     line = ["synthetic:sd-turbo-mini", "--size", "64x64", "--runs", 1, "--pairs", *PAIRS, "--cold", *COLD]
@@ -84,14 +103,9 @@ def found(smoke: tuple[Path, str]) -> Result:
 
 
 @pytest.fixture(scope="module")
-def measure(folder: Path) -> Measure:
-    """Of one step in two rounds; it has the references of two steps, too, drawn in this process."""
-    made = Measure(Settings("synthetic:sd-turbo-mini", None, folder, "cpu", (64, 64), (1,), 2))
-    pipe = load_diffusers(made.own.folder)
-    for steps in (1, 2):
-        call = {"prompt": [PROMPT], "num_inference_steps": steps, "seed": process.SEED}
-        made._references[made.own.folder, 1, steps] = theirs(pipe, call)
-    return made
+def measure(folder: Path, drawn_here: None) -> Measure:
+    """Of one step in two rounds."""
+    return Measure(Settings("synthetic:sd-turbo-mini", None, folder, "cpu", (64, 64), (1,), 2))
 
 
 def made_of(*rows: Pair) -> Result:
@@ -188,6 +202,13 @@ def test_by_turns_never_two_are_in_memory(measure: Measure, monkeypatch: pytest.
         assert row.ratio and row.ratio.n == 3 and row.reason is None
         assert row.our_figures and row.our_figures.stages.keys() == STAGES
     assert "loaded by turns" in tables.pairs(made_of(*rows))
+
+
+@pytest.mark.full
+def test_the_reference_is_diffusers_picture(measure: Measure, references: dict[int, np.ndarray]) -> None:
+    bench = with_settings(measure, steps=(1, 2))
+    for steps, expected in references.items():
+        np.testing.assert_array_equal(REFERENCE(bench, contenders.find("onnxruntime-fp32"), 1, steps), expected)
 
 
 def test_what_goes_wrong_is_said_and_the_others_go_on(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:

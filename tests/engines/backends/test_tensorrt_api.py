@@ -83,7 +83,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=BINDINGS)
+FULL = {"rtx": pytest.mark.full}  # `test_tensorrt.py` builds with that one
+
+
+@pytest.fixture(scope="module", params=[pytest.param(version, marks=FULL.get(version, ())) for version in BINDINGS])
 def version(request: pytest.FixtureRequest) -> str:
     return request.param
 

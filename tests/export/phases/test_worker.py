@@ -3,10 +3,13 @@
 import functools
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kept import locked
 
 from turbochain.export.phases import worker
 from turbochain.runtime.errors import PhaseDied
@@ -47,6 +50,14 @@ def sleeps(progress):
     progress(1, 2)
     time.sleep(20)  # far longer than a job is given
     open(os.environ["ENDED"], "w").close()
+"""
+
+BUILDER = """
+import fcntl, os, sys
+from turbochain.export.phases.worker import Worker
+lock = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.flock(lock, fcntl.LOCK_EX)
+Worker(lock, None).run("jobs:sleeps", {}, lambda done, total: print(done, flush=True))
 """
 
 
@@ -98,6 +109,15 @@ def test_ctrl_c_ends_it(run, tmp_path: Path, job: str, ended: bool) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(job, interrupted)
     assert (tmp_path / "ended").exists() == ended and (tmp_path / "printed").read_text() == ""
+
+
+def test_it_ends_and_gives_the_lock_back_when_its_builder_is_killed(run, tmp_path: Path) -> None:
+    builder = subprocess.Popen([sys.executable, "-c", BUILDER, tmp_path / "lock"], stdout=subprocess.PIPE)
+    assert builder.stdout and builder.stdout.readline() == b"1\n"
+    builder.kill()
+    builder.communicate()
+    with locked(tmp_path / "lock"):
+        assert not (tmp_path / "ended").exists()
 
 
 def test_it_runs_one_job_after_the_other_and_measures_each(tmp_path: Path, run) -> None:
