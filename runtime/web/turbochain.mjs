@@ -5,7 +5,7 @@
 //     const { data, width, height } = await pipe("a cat", { seed: 7 });
 
 /**
- * @typedef {{ name: string, dtype: "float32" | "int32" | "uint8", shape: number[] }} Tensor
+ * @typedef {{ name: string, dtype: "float32" | "float16" | "int32" | "uint8", shape: number[] }} Tensor
  * @typedef {{ file: string, data: string[], precision: string, inputs: Tensor[], outputs: Tensor[] }} Graph
  * @typedef {{ graph: string, when: "prompt" | "image" | "step" | "end", wires?: Record<string, string>, if?: string[],
  *   unless?: string[] }} Stage
@@ -160,8 +160,10 @@ function noiseOf({ draws, feeds }, table, tensors, generator) {
   const noise = {};
   for (const { name, discarded } of draws) {
     const { when = "call", scale = "" } = feeds[name] ?? {};
+    const size = sizeOf(tensors[name]);
+    const isDrawn = (/** @type {number} */ row) => when !== "step" || table.draws(row);
     const rows = Array.from({ length: when === "step" ? table.rows : 1 }, (_, row) =>
-      when === "step" && !table.draws(row) ? zerosOf(tensors[name]) : generator.randn(zerosOf(tensors[name]).length),
+      isDrawn(row) ? generator.randn(size) : new Float32Array(size),
     );
     if (!discarded) noise[name] = scale ? rows.map((values) => values.map((x) => x * table.sigma)) : rows;
   }
@@ -407,7 +409,12 @@ function isKnown({ task, batch, feeds }) {
 const wired = (stage, tensors) => tensors.map((tensor) => [stage.wires?.[tensor.name] ?? tensor.name, tensor]);
 
 /** @param {Tensor} tensor */
-const zerosOf = ({ shape }) => new Float32Array(shape.reduce((size, n) => size * n, 1));
+const sizeOf = ({ shape }) => shape.reduce((size, n) => size * n, 1);
+
+const ARRAYS = { float32: Float32Array, float16: Uint16Array, int32: Int32Array, uint8: Uint8Array };
+
+/** @param {Tensor} tensor */
+const zerosOf = (tensor) => new ARRAYS[tensor.dtype](sizeOf(tensor));
 
 /** Return where a browser keeps the files of a bundle, without those of an older bundle; null if it keeps none.
  *  @param {URL} base @param {Manifest} manifest */
@@ -434,7 +441,7 @@ async function* arriving(url, cache) {
     if (!answer.ok || !answer.body) throw new Error(`${answer.status} ${answer.statusText}`);
     yield* chunks(answer.body);
   } catch (error) {
-    fail(`${url} cannot be read (${error}): a file of a bundle was expected; check the address`);
+    fail(`${url} cannot be read (${error}): check the address and the connection, and try again`);
   }
 }
 
@@ -461,7 +468,7 @@ function streamed(bytes) {
  *  @param {(loaded: number) => void} told */
 async function checked(file, { size, sha256 }, parts, told) {
   const damaged = (/** @type {string} */ what) =>
-    fail(`${file} ${what} as bundle.json says; load the page again, or copy the bundle again`);
+    fail(`${file} ${what} of bundle.json; load the page again, or copy the bundle again`);
   const bytes = roomFor(file, size);
   /** @type {Promise<ArrayBuffer>[]} */
   const digests = [];
@@ -469,16 +476,16 @@ async function checked(file, { size, sha256 }, parts, told) {
     digests.push(crypto.subtle.digest("SHA-256", bytes.subarray(digests.length * CHUNK, end)));
   let loaded = 0;
   for await (const part of parts) {
-    if (loaded + part.length > size) damaged(`has more bytes than ${size},`);
+    if (loaded + part.length > size) damaged(`has more bytes than the ${size}`);
     bytes.set(part, loaded);
     loaded += part.length;
     while ((digests.length + 1) * CHUNK <= loaded) hash((digests.length + 1) * CHUNK);
     told(loaded);
   }
-  if (loaded < size) damaged(`has ${loaded} bytes, and not ${size},`);
+  if (loaded < size) damaged(`has ${loaded} bytes, and not the ${size}`);
   if (digests.length * CHUNK < size || !size) hash(size);
   const found = await wholeDigest(await Promise.all(digests));
-  if (found !== sha256) damaged(`is damaged: it has the SHA-256 ${found}, and not ${sha256},`);
+  if (found !== sha256) damaged(`is damaged: it has the SHA-256 ${found}, and not the ${sha256}`);
   return bytes;
 }
 
