@@ -282,7 +282,7 @@ export class Bundle {
 
   /** Open a bundle by its address, in Node also by its folder. @param {string | URL} url @param {boolean} cache */
   static async open(url, cache = true) {
-    if (!globalThis.crypto?.subtle) fail("browsers hash no files for http: use https or localhost");
+    if (!globalThis.crypto?.subtle) fail("this page came by http://, where browsers check no files: open it by https://, or on localhost");
     const base = folderOf(url);
     const parts = [];
     for await (const part of arriving(new URL("bundle.json", base), "no-cache")) parts.push(part);
