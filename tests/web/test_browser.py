@@ -219,11 +219,12 @@ def test_a_large_model_is_downloaded_when_somebody_asks_for_it(
         graph = manifest["graphs"][stage["graph"]]
         read |= {graph["file"], *graph["data"]}
     amount = sum((site / "bundle" / name).stat().st_size for name in read) / 1e6
+    expected = f"{amount:.{int(amount < 10)}f} MB"
     browser.view(360, 740, scheme=scheme, touch=True)
     try:
         with static(site) as server, visited(browser, server.url) as page:
             page.wait(OFFER)
-            assert f"{amount:.1f} MB" in text(page, "#arrival-button")
+            assert expected in text(page, "#arrival-button")
             assert not [path for path in server.asked if "/graphs/" in path]
             assert page.run("document.documentElement.scrollWidth") <= 360
             page.click("#arrival-button")
@@ -238,7 +239,7 @@ def test_a_large_model_is_downloaded_when_somebody_asks_for_it(
 
 
 MODULE = """(async () => {
-  const { Pipeline } = await import(document.baseURI + 'turbochain.mjs');
+  const { Pipeline } = await import('./turbochain.mjs');
   const told = [];
   const pipe = await Pipeline.load('bundle', { backend: 'wasm', progress: ({ cached }) => told.push(cached) });
   const { data } = await pipe('a cat', { seed: 7 });
@@ -249,8 +250,7 @@ MODULE = """(async () => {
 
 def test_a_cache_that_is_damaged_full_or_broken(browser: Page, small_site: Path) -> None:
     """By the module alone: what is not right there is downloaded again, and kept if there is room."""
-    with static(small_site) as server, visited(browser, f"{server.url}/page/style.css") as page:
-        page.open(f"{server.url}/index.html?backend=none")  # the page loads nothing then
+    with static(small_site) as server, visited(browser, f"{server.url}/?backend=none") as page:  # it loads nothing
         _, _, right = page.run(MODULE)
         assert page.run(MODULE) == [True, True, right]
         page.run("""(async () => {
@@ -263,7 +263,7 @@ def test_a_cache_that_is_damaged_full_or_broken(browser: Page, small_site: Path)
             }
           }
         })()""")
-        assert page.run(MODULE) == [False, False, right]
+        assert page.run(MODULE) == [False, True, right]  # what is damaged was read too
         assert page.run(MODULE) == [True, True, right]
         page.run("caches.keys().then((names) => Promise.all(names.map((name) => caches.delete(name))))")
         full = "Cache.prototype.put = () => Promise.reject(new DOMException('no room', 'QuotaExceededError'))"

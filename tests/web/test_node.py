@@ -326,7 +326,7 @@ def test_names_that_addresses_write_otherwise(js: Node, tmp_path: Path) -> None:
 
 def test_a_file_that_is_too_long_is_not_read_to_its_end(js: Node) -> None:
     """The server writes it until the connection is closed; if nobody closed it, its turn to write would never come."""
-    ends: "queue.Queue[str]" = queue.Queue()
+    ends: queue.Queue[str] = queue.Queue()
 
     class Endless(SimpleHTTPRequestHandler):
         timeout = 20
