@@ -56,7 +56,7 @@ def export_web(
         else:
             writing.install_directory(temporary, folder)
     except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror}") from error
+        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder

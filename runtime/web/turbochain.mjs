@@ -5,7 +5,7 @@
 //     const { data, width, height } = await pipe("a cat", { seed: 7 });
 
 /**
- * @typedef {{ name: string, dtype: "float32" | "int32" | "uint8", shape: number[] }} Tensor
+ * @typedef {{ name: string, dtype: "float32" | "float16" | "int32" | "uint8", shape: number[] }} Tensor
  * @typedef {{ file: string, data: string[], precision: string, inputs: Tensor[], outputs: Tensor[] }} Graph
  * @typedef {{ graph: string, when: "prompt" | "image" | "step" | "end", wires?: Record<string, string>, if?: string[],
  *   unless?: string[] }} Stage
@@ -19,7 +19,8 @@
  *   }} TokenizerFile
  * @typedef {{ format_version: number, requires: Record<string, string>, tokenizers: Record<string, TokenizerFile>,
  *   graphs: Record<string, Graph>, chains: Record<string, Chain>,
- *   files: Record<string, { size: number, sha256: string }> }} Manifest
+ *   files: Record<string, FileRecord> }} Manifest
+ * @typedef {{ size: number, sha256: string }} FileRecord
  *
  * @typedef {"webgpu" | "wasm" | "cpu"} Backend
  * @typedef {{ loaded: number, total: number, file: string, cached: boolean }} Progress in bytes, of all files to load
@@ -58,6 +59,29 @@ const fail = (message) => {
   throw new InputError(message);
 };
 
+/** Return a value as a message shows it. @param {unknown} value */
+function shown(value) {
+  if (typeof value === "string") return JSON.stringify(value.slice(0, 80));
+  return Object(value) === value ? Object.prototype.toString.call(value) : String(value);
+}
+
+/** Return what was given of the options, without those that are null. Refuses names that there are not.
+ *  @template T @param {string} of what takes them @param {T} options @param {string[]} names @returns {T} */
+function optionsOf(of, options, names) {
+  if (typeof options !== "object") fail(`${of} was given ${shown(options)}: an object of options was expected`);
+  const given = Object.entries(options ?? {}).filter(([, value]) => value !== null);
+  const unknown = given.find(([name]) => !names.includes(name));
+  if (unknown) fail(`${unknown[0]} is no option of ${of}: choose from ${names.join(", ")}`);
+  return /** @type {T} */ (Object.fromEntries(given));
+}
+
+/** Return a function that was given, or one that does nothing.
+ *  @template {(told: any) => void} T @param {string} name @param {T} [given] @returns {T | (() => void)} */
+function functionOf(name, given) {
+  if (given !== undefined && typeof given !== "function") fail(`${name}=${shown(given)}: a function was expected`);
+  return given ?? (() => {});
+}
+
 // ---- noise
 
 /** The values of `torch.Generator("cpu").manual_seed(seed)`, each within 1e-6 of PyTorch's. */
@@ -70,7 +94,7 @@ export class Generator {
   constructor(seed) {
     const isInteger = Number.isSafeInteger(seed) || typeof seed === "bigint";
     const expected = "an integer from 0 to 2^64 - 1 was expected; give one above 2^53 as a BigInt";
-    if (!isInteger || seed < 0 || seed >= 2n ** 64n) fail(`seed=${seed}: ${expected}`);
+    if (!isInteger || seed < 0 || seed >= 2n ** 64n) fail(`seed=${shown(seed)}: ${expected}`);
     const words = this.#words;
     words[0] = Number(BigInt(seed) % 2n ** 32n);
     for (let i = 1; i < 624; i++) words[i] = Math.imul(1812433253, words[i - 1] ^ (words[i - 1] >>> 30)) + i;
@@ -136,8 +160,10 @@ function noiseOf({ draws, feeds }, table, tensors, generator) {
   const noise = {};
   for (const { name, discarded } of draws) {
     const { when = "call", scale = "" } = feeds[name] ?? {};
+    const size = sizeOf(tensors[name]);
+    const isDrawn = (/** @type {number} */ row) => when !== "step" || table.draws(row);
     const rows = Array.from({ length: when === "step" ? table.rows : 1 }, (_, row) =>
-      when === "step" && !table.draws(row) ? zerosOf(tensors[name]) : generator.randn(zerosOf(tensors[name]).length),
+      isDrawn(row) ? generator.randn(size) : new Float32Array(size),
     );
     if (!discarded) noise[name] = scale ? rows.map((values) => values.map((x) => x * table.sigma)) : rows;
   }
@@ -250,24 +276,24 @@ export class Bundle {
     const mend = "make a site of it with turbochain export-web BUNDLE";
     if (unknown.length) fail(`${base} has ${unknown.join(", ")}, and cannot be read here; ${mend}`);
     if (!this.chains.length) fail(`${base} has no chain that makes one picture; ${mend}`);
+    this.#filesOf(this.chains);
     this.tasks = [...new Set(this.chains.map(({ task }) => task))];
   }
 
   /** Open a bundle by its address, in Node also by its folder. @param {string | URL} url @param {boolean} cache */
   static async open(url, cache = true) {
-    if (!globalThis.crypto?.subtle) fail("browsers hash no files for http: use https or localhost");
-    const text = String(url).replace(/\/?$/, "/");
-    const isPath = node && !/^[a-z]{2,}:/i.test(text);
-    const here = node ? undefined : (globalThis.document?.baseURI ?? location.href);
-    const base = isPath ? node.getBuiltinModule("node:url").pathToFileURL(text) : new URL(text, here);
+    if (!globalThis.crypto?.subtle) fail("this page came by http://, where browsers check no files: open it by https://, or on localhost");
+    const base = folderOf(url);
     const parts = [];
     for await (const part of arriving(new URL("bundle.json", base), "no-cache")) parts.push(part);
+    const text = await new Blob(parts).text();
     try {
-      const manifest = JSON.parse(await new Blob(parts).text());
+      const manifest = JSON.parse(text);
       return new Bundle(base, manifest, cache ? await keptIn(base, manifest) : null);
     } catch (error) {
-      if (!(error instanceof SyntaxError)) throw error;
-      return fail(`${base}bundle.json is no JSON (${error.message}): check the address, or copy it again`);
+      if (error instanceof InputError) throw error;
+      const what = error instanceof SyntaxError ? "is no JSON" : "is not whole";
+      return fail(`${base}bundle.json ${what} (${error}): check the address, or copy it again`);
     }
   }
 
@@ -275,10 +301,10 @@ export class Bundle {
    *  @param {string} file @param {(loaded: number, cached: boolean) => void} told */
   async read(file, told = () => {}) {
     const record = this.manifest.files[file];
-    const url = new URL(file, this.base);
+    const url = new URL(file.split("/").map(encodeURIComponent).join("/"), this.base);
     if (!record || !url.href.startsWith(this.base.href)) fail(`bundle.json has no record of ${file}; copy it again`);
     const key = keyOf(this.base, record.sha256);
-    const kept = await this.#cache?.match(key);
+    const kept = await this.#cache?.match(key).catch(() => undefined); // a damaged cache is as good as an empty one
     if (kept?.body) {
       const bytes = await checked(file, record, chunks(kept.body), (loaded) => told(loaded, true)).catch(() => null);
       if (bytes) return bytes;
@@ -288,11 +314,30 @@ export class Bundle {
     return bytes;
   }
 
-  /** Return how many bytes are not kept in the browser yet. */
-  async missing() {
-    const kept = new Set((await this.#cache?.keys())?.map(({ url }) => url));
-    const missing = Object.values(this.manifest.files).filter(({ sha256 }) => !kept.has(keyOf(this.base, sha256)));
-    return missing.reduce((sum, { size }) => sum + size, 0);
+  /** Return the chains that are loaded for tasks; left out: for the first one. @param {string[]} [tasks] */
+  chainsOf(tasks = this.tasks.slice(0, 1)) {
+    if (!Array.isArray(tasks)) fail(`tasks=${shown(tasks)}: a list was expected, of ${this.tasks.join(", ")}`);
+    return tasks.map((task) => this.find(task));
+  }
+
+  /** Return how many bytes tasks (left out: the first one) still have to download. @param {string[]} [tasks] */
+  async missing(tasks) {
+    const kept = new Set((await this.#cache?.keys().catch(() => []))?.map(({ url }) => url));
+    const files = this.#filesOf(this.chainsOf(tasks)).map((file) => this.manifest.files[file]);
+    return sum(files.map(({ sha256, size }) => (kept.has(keyOf(this.base, sha256)) ? 0 : size)));
+  }
+
+  /** Return the files that chains read: each must be recorded. @param {Chain[]} chains */
+  #filesOf(chains) {
+    const { graphs, tokenizers, files } = this.manifest;
+    const named = chains.flatMap(({ stages, tables_file, feeds }) => [
+      tables_file,
+      ...idsOf(feeds).map((name) => tokenizers[name].file),
+      ...stages.flatMap(({ graph }) => [graphs[graph].file, ...graphs[graph].data]),
+    ]);
+    const lost = named.find((file) => !Number.isSafeInteger(files[file]?.size));
+    if (lost !== undefined) fail(`${this.base}bundle.json has no record of ${lost}; copy it again`);
+    return [...new Set(named)];
   }
 
   /** Return the chain of a task: of this height and width or, without any, of the image's, or the first one.
@@ -309,7 +354,8 @@ export class Bundle {
     }
     const [tall, wide] = [height ?? built[0].size[0], width ?? built[0].size[1]];
     const sizes = built.map(({ size }) => `${size[1]}x${size[0]}`).join(", ");
-    return of(tall, wide) ?? fail(`height=${tall}, width=${wide}: this bundle is built for ${sizes}; choose of these`);
+    const asked = `height=${shown(tall)}, width=${shown(wide)}`;
+    return of(tall, wide) ?? fail(`${asked}: this bundle is built for ${sizes}; choose one of these`);
   }
 
   /** Return what a task is built for, as the server's /about: sizes are [width, height], `strengths` all that there are
@@ -323,6 +369,35 @@ export class Bundle {
   }
 }
 
+/** Return the address of a bundle's folder. @param {string | URL} url */
+function folderOf(url) {
+  const isPath = node && typeof url === "string" && !/^[a-z]{2,}:/i.test(url);
+  const here = node ? undefined : (globalThis.document?.baseURI ?? location.href);
+  const base = isPath ? node.getBuiltinModule("node:url").pathToFileURL(url || ".") : urlOf(url, here);
+  if (!base || !["http:", "https:", "file:"].includes(base.protocol)) {
+    return fail(`${shown(url)} is no address: that of a bundle's folder was expected, https:// or beside the page`);
+  }
+  base.search = base.hash = "";
+  base.pathname = base.pathname.replace(/\/?$/, "/");
+  return base;
+}
+
+/** @param {unknown} url @param {string} [here] */
+function urlOf(url, here) {
+  if (typeof url !== "string" && !(url instanceof URL)) return null;
+  try {
+    return new URL(url || ".", here);
+  } catch {
+    return null;
+  }
+}
+
+/** @param {Record<string, Feed>} feeds */
+const idsOf = (feeds) => Object.keys(feeds).filter((name) => feeds[name].is === "ids");
+
+/** @param {number[]} numbers */
+const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
+
 /** Return whether a chain makes one picture of what can be fed here. @param {Chain} chain */
 function isKnown({ task, batch, feeds }) {
   const known = Object.entries(feeds).every(([name, { is }]) => FEEDS.includes(is === "number" ? name : is));
@@ -334,7 +409,12 @@ function isKnown({ task, batch, feeds }) {
 const wired = (stage, tensors) => tensors.map((tensor) => [stage.wires?.[tensor.name] ?? tensor.name, tensor]);
 
 /** @param {Tensor} tensor */
-const zerosOf = ({ shape }) => new Float32Array(shape.reduce((size, n) => size * n, 1));
+const sizeOf = ({ shape }) => shape.reduce((size, n) => size * n, 1);
+
+const ARRAYS = { float32: Float32Array, float16: Uint16Array, int32: Int32Array, uint8: Uint8Array };
+
+/** @param {Tensor} tensor */
+const zerosOf = (tensor) => new ARRAYS[tensor.dtype](sizeOf(tensor));
 
 /** Return where a browser keeps the files of a bundle, without those of an older bundle; null if it keeps none.
  *  @param {URL} base @param {Manifest} manifest */
@@ -361,14 +441,18 @@ async function* arriving(url, cache) {
     if (!answer.ok || !answer.body) throw new Error(`${answer.status} ${answer.statusText}`);
     yield* chunks(answer.body);
   } catch (error) {
-    fail(`${url} cannot be read (${error}): a file of a bundle was expected; check the address`);
+    fail(`${url} cannot be read (${error}): check the address and the connection, and try again`);
   }
 }
 
 /** @param {ReadableStream<Uint8Array<ArrayBuffer>>} body */
 async function* chunks(body) {
   const reader = body.getReader(); // Safari's streams cannot be iterated
-  for (let part = await reader.read(); !part.done; part = await reader.read()) yield part.value;
+  try {
+    for (let part = await reader.read(); !part.done; part = await reader.read()) yield part.value;
+  } finally {
+    reader.cancel().catch(() => {}); // nothing more is downloaded of a file that is refused
+  }
 }
 
 /** Return bytes as a stream: a cache would copy an array as a whole. @param {Uint8Array} bytes */
@@ -380,30 +464,45 @@ function streamed(bytes) {
 }
 
 /** Return a file's bytes when all have come and their hash is right; 64 MiB are hashed while the next ones come.
- *  @param {string} file @param {{ size: number, sha256: string }} record @param {AsyncIterable<Uint8Array>} parts
+ *  @param {string} file @param {FileRecord} record @param {AsyncIterable<Uint8Array>} parts
  *  @param {(loaded: number) => void} told */
 async function checked(file, { size, sha256 }, parts, told) {
-  const damaged = (/** @type {string} */ what) => fail(`${file} ${what} as bundle.json says; copy the bundle again`);
-  const bytes = new Uint8Array(size);
+  const damaged = (/** @type {string} */ what) =>
+    fail(`${file} ${what} of bundle.json; load the page again, or copy the bundle again`);
+  const bytes = roomFor(file, size);
   /** @type {Promise<ArrayBuffer>[]} */
   const digests = [];
   const hash = (/** @type {number} */ end) =>
     digests.push(crypto.subtle.digest("SHA-256", bytes.subarray(digests.length * CHUNK, end)));
   let loaded = 0;
   for await (const part of parts) {
-    if (loaded + part.length > size) damaged(`has more bytes than ${size},`);
+    if (loaded + part.length > size) damaged(`has more bytes than the ${size}`);
     bytes.set(part, loaded);
     loaded += part.length;
     while ((digests.length + 1) * CHUNK <= loaded) hash((digests.length + 1) * CHUNK);
     told(loaded);
   }
-  if (loaded < size) damaged(`has ${loaded} bytes, and not ${size},`);
+  if (loaded < size) damaged(`has ${loaded} bytes, and not the ${size}`);
   if (digests.length * CHUNK < size || !size) hash(size);
-  const made = await Promise.all(digests);
-  const whole = made.length > 1 ? await crypto.subtle.digest("SHA-256", await new Blob(made).arrayBuffer()) : made[0];
-  const hex = Array.from(new Uint8Array(whole), (byte) => byte.toString(16).padStart(2, "0")).join("");
-  if (hex !== sha256) damaged(`is damaged: it has the SHA-256 ${hex}, and not ${sha256},`);
+  const found = await wholeDigest(await Promise.all(digests));
+  if (found !== sha256) damaged(`is damaged: it has the SHA-256 ${found}, and not the ${sha256}`);
   return bytes;
+}
+
+/** @param {string} file @param {number} size */
+function roomFor(file, size) {
+  try {
+    return new Uint8Array(size);
+  } catch (error) {
+    return fail(`${file} has ${size} bytes, and there is no memory for them (${error}); use a smaller model`);
+  }
+}
+
+/** Return the hash of a file by those of its chunks, as FORMAT.md has it. @param {ArrayBuffer[]} digests */
+async function wholeDigest(digests) {
+  const all = await new Blob(digests).arrayBuffer();
+  const whole = digests.length > 1 ? await crypto.subtle.digest("SHA-256", all) : all;
+  return Array.from(new Uint8Array(whole), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 // ---- tables
@@ -489,12 +588,13 @@ function chosenTable(chain, steps, strength, scale) {
         steps === count && skipped === begin && guidance_scale === guidance && strength === of,
     ) ?? [""];
     const mend = "choose one of these, or build another with build-engine SOURCE --steps";
-    return name || fail(`numInferenceSteps=${count}: this bundle was built for ${built.join(", ")}; ${mend}`);
+    return name || fail(`numInferenceSteps=${shown(count)}: this bundle was built for ${built.join(", ")}; ${mend}`);
   };
   if (usual === undefined && strength !== undefined) fail("strength was given, and no image; leave it out");
   if (usual === undefined) return find(steps ?? built[0]);
   const wanted = strength ?? usual;
-  if (!(typeof wanted === "number" && wanted >= 0 && wanted <= 1)) fail(`strength=${wanted}: 0 to 1 was expected`);
+  const isShare = typeof wanted === "number" && wanted >= 0 && wanted <= 1;
+  if (!isShare) fail(`strength=${shown(wanted)}: a number from 0 to 1 was expected; leave it out for the bundle's`);
   const fixed = oneOf(chain, "strength", wanted);
   if (fixed !== null) return find(steps ?? built[0], 0, fixed);
   const count = steps ?? built.find((n) => madeOf(n, wanted)) ?? built[0];
@@ -509,7 +609,7 @@ function chosenTable(chain, steps, strength, scale) {
 function scaleOf(chain, given) {
   const scale = given ?? chain.defaults?.guidance_scale ?? 0;
   const isFinite = typeof scale === "number" && Number.isFinite(Math.fround(scale));
-  if (!isFinite) fail(`guidanceScale=${given}: a finite number was expected; leave it out for the bundle's`);
+  if (!isFinite) fail(`guidanceScale=${shown(given)}: a finite number was expected; leave it out for the bundle's`);
   const guides = chain.modes?.includes("guidance") || valuesOf(chain, "guidance_scale").length > 0;
   if (scale > 1 && !guides) fail(`guidanceScale=${given}: this bundle has no guidance; leave it out, or give 0`);
   return scale;
@@ -525,17 +625,29 @@ function modesOf({ modes = [] }, scale, negativePrompt) {
 
 // ---- pictures
 
-/** @param {Source} image @returns {image is Pixels} */
-const isPixels = (image) => typeof image === "object" && "data" in image && image.width > 0 && image.height > 0;
+const EXPECTED = "pixels {data, width, height} were expected, or in a browser an image, a canvas or a file; give one";
+
+/** Return whether an image is decoded already; if so, its pixels are checked.
+ *  @param {Source} image @returns {image is Pixels} */
+function isPixels(image) {
+  if (typeof image !== "object" || !("data" in image && "width" in image && "height" in image)) return false;
+  const { data, width, height } = image;
+  const isOfBytes = /^Uint8(Clamped)?Array$/.test(/** @type {any} */ (data)?.[Symbol.toStringTag]); // of any frame
+  if (!isOfBytes) fail(`image.data is ${shown(data)}: a Uint8Array or Uint8ClampedArray was expected, of 0 to 255`);
+  const isSize = [width, height].every((side) => Number.isInteger(side) && side > 0);
+  if (!isSize || ![3, 4].includes(data.length / (width * height))) {
+    fail(`image.data has ${data.length} values: RGB or RGBA of ${shown(width)}x${shown(height)} was expected`);
+  }
+  return true;
+}
 
 /** Return a picture as a bitmap: turned as its file says, with the colours that are stored there, as PIL reads it.
  *  @param {Source} image @returns {Promise<ImageBitmap>} */
 async function bitmapOf(image) {
-  const expected = "pixels {data, width, height} were expected, or in a browser an image, a canvas or a file; give one";
-  if (!globalThis.createImageBitmap) fail(`image is no decoded picture: ${expected}`);
+  if (!globalThis.createImageBitmap) fail(`image is no decoded picture: ${EXPECTED}`);
   const source = /** @type {ImageBitmapSource} */ (image);
   return createImageBitmap(source, { premultiplyAlpha: "none", colorSpaceConversion: "none" }).catch((error) =>
-    fail(`image is no picture that can be decoded (${error}): ${expected}`),
+    fail(`image is no picture that can be decoded (${error}): ${EXPECTED}`),
   );
 }
 
@@ -544,13 +656,27 @@ async function bitmapOf(image) {
 async function levelsOf(image, width, height) {
   const fits = image.width === width && image.height === height;
   const { data } = fits && "data" in image ? image : await redrawn(image, width, height);
-  const [levels, channels] = [new Uint8Array(3 * width * height), data.length / (width * height)];
-  const isWhole = channels === 3 || channels === 4;
-  if (!isWhole) fail(`image.data has ${data.length} values: RGB or RGBA of ${width}x${height} was expected`);
-  for (let i = 0, j = 0; i < levels.length; j += channels) {
-    for (let k = 0; k < 3; k++) levels[i++] = data[j + k];
+  return copied(data, data.length / (width * height), new Uint8Array(3 * width * height), 3);
+}
+
+/** Copy red, green and blue from one array of pixels to another, and return that.
+ *  @template {Uint8Array | Uint8ClampedArray} T
+ *  @param {Uint8Array | Uint8ClampedArray} from @param {number} step channels of `from`
+ *  @param {T} to @param {number} other channels of `to` */
+function copied(from, step, to, other) {
+  for (let i = 0, j = 0; i < from.length; i += step, j += other) {
+    for (let k = 0; k < 3; k++) to[j + k] = from[i + k];
   }
-  return levels;
+  return to;
+}
+
+/** Return pixels as an ImageData, and in Node as an object of the same keys. Those of RGB are opaque.
+ *  @param {Uint8Array | Uint8ClampedArray} data @param {number} width @param {number} height */
+function imageDataOf(data, width, height) {
+  const channels = data.length / (width * height);
+  const rgba = new Uint8ClampedArray(4 * width * height).fill(255);
+  const all = channels === 4 ? Uint8ClampedArray.from(data) : copied(data, channels, rgba, 4);
+  return globalThis.ImageData ? new ImageData(all, width, height) : { data: all, width, height };
 }
 
 /** @param {Pixels | ImageBitmap} image @param {number} width @param {number} height */
@@ -560,18 +686,19 @@ async function redrawn(image, width, height) {
   const canvas = new OffscreenCanvas(width, height);
   const context = /** @type {OffscreenCanvasRenderingContext2D} */ (canvas.getContext("2d"));
   context.imageSmoothingQuality = "high";
-  context.drawImage("data" in image ? await bitmapOf(image) : image, 0, 0, width, height);
-  return context.getImageData(0, 0, width, height);
+  const pixels = "data" in image ? await bitmapOf(imageDataOf(image.data, image.width, image.height)) : image;
+  context.drawImage(pixels, 0, 0, width, height);
+  try {
+    return context.getImageData(0, 0, width, height);
+  } catch (error) {
+    return fail(`image cannot be read (${error}): one of this site was expected, or one that is fetched with CORS`);
+  }
 }
 
 /** Return levels as a picture; throws Error if all are equal. @param {Uint8Array} levels @param {number[]} size */
 function pictureOf(levels, [height, width]) {
   if (levels.every((level) => level === levels[0])) throw new Error("the model made a picture of one single value");
-  const data = new Uint8ClampedArray(4 * height * width).fill(255);
-  for (let i = 0, j = 0; i < levels.length; j += 4) {
-    for (let k = 0; k < 3; k++) data[j + k] = levels[i++];
-  }
-  return globalThis.ImageData ? new ImageData(data, width, height) : { data, width, height };
+  return imageDataOf(levels, width, height);
 }
 
 // ---- backends
@@ -585,11 +712,11 @@ export async function support() {
   return { webgpu: Boolean(adapter), f16: Boolean(adapter?.features.has("shader-f16")) };
 }
 
-/** The GPU on which graphs run with WebGPU, if ONNX Runtime must not open it itself. @type {Promise<any> | undefined} */
+/** The GPU that graphs run on with WebGPU, if ONNX Runtime must not open it. @type {Promise<any> | undefined} */
 let device;
 
-/** Return how ONNX Runtime is told of a backend. Its MultiHeadAttention for WebGPU is wrong with subgroups of fewer than 8
- *  (SwiftShader's have 4), and right on a GPU that is opened without any. @param {Backend} backend */
+/** Return how ONNX Runtime is told of a backend. Its MultiHeadAttention for WebGPU is wrong with subgroups of fewer
+ *  than 8 (SwiftShader's have 4), and right on a GPU that is opened without any. @param {Backend} backend */
 async function provider(backend) {
   if (backend !== "webgpu") return backend;
   device ??= (async () => {
@@ -609,12 +736,12 @@ async function provider(backend) {
  *  @param {Bundle} bundle @param {Backend} [asked] @returns {Promise<Backend>} */
 async function chosen({ chains, manifest }, asked) {
   const known = node ? ["cpu"] : ["webgpu", "wasm"];
-  if (asked && !known.includes(asked)) fail(`backend=${asked}: choose from ${known.join(", ")}`);
+  if (asked && !known.includes(asked)) fail(`backend=${shown(asked)}: choose from ${known.join(", ")}`);
   if (node) return "cpu";
   const graphs = chains.flatMap(({ stages }) => stages.map(({ graph }) => manifest.graphs[graph]));
   const halves = graphs.filter(({ precision }) => precision === "fp16");
   const weights = [...new Set(graphs.flatMap(({ data }) => data)), ...new Set(halves.flatMap(({ data }) => data))];
-  const bytes = weights.reduce((sum, file) => sum + manifest.files[file].size, 0); // WASM has them in float32
+  const bytes = sum(weights.map((file) => manifest.files[file].size)); // WASM has them in float32
   const has = asked === "wasm" ? { webgpu: false, f16: false } : await support(); // not asked, Chromium does not warn
   const lacks = has.webgpu ? (halves.length && !has.f16 ? "WebGPU with shader-f16" : "") : "WebGPU";
   if (!lacks) return "webgpu";
@@ -652,6 +779,159 @@ const RUNTIMES = {
 /** @typedef {import("onnxruntime-common").Tensor} Value */
 /** @typedef {import("onnxruntime-common").InferenceSession} Session */
 /** @typedef {(prompt: string, options?: CallOptions) => Promise<Picture>} Call */
+/** @typedef {Awaited<ReturnType<typeof askedOf>>} Asked */
+
+const CALL_OPTIONS = [
+  ...["seed", "numInferenceSteps", "image", "strength", "guidanceScale", "negativePrompt", "height", "width"],
+  ...["signal", "observe"],
+];
+
+/** Return what a call asks for, checked, with its image decoded.
+ *  @param {Bundle} bundle @param {string} prompt @param {CallOptions} options */
+async function askedOf(bundle, prompt, options) {
+  const given = optionsOf("a call", options, CALL_OPTIONS);
+  const { seed = crypto.getRandomValues(new Uint32Array(1))[0], image: source, signal, negativePrompt } = given;
+  const isSignal = signal === undefined || typeof signal?.throwIfAborted === "function";
+  if (!isSignal) fail(`signal=${shown(signal)}: an AbortSignal was expected`);
+  const image = source === undefined || source === null ? null : isPixels(source) ? source : await bitmapOf(source);
+  const chain = bundle.find(image ? FROM_IMAGE : FROM_TEXT, given.height, given.width, image);
+  const [height, width] = chain.size;
+  const scale = scaleOf(chain, given.guidanceScale);
+  return {
+    chain,
+    seed,
+    scale,
+    signal,
+    table: chosenTable(chain, given.numInferenceSteps, given.strength, scale),
+    modes: modesOf(chain, scale, negativePrompt),
+    texts: new Map([
+      ["prompt", checkPrompt("prompt", prompt)],
+      ["negative_prompt", checkPrompt("negativePrompt", negativePrompt ?? "")],
+    ]),
+    generator: new Generator(seed),
+    observe: functionOf("observe", given.observe),
+    levels: image && (await levelsOf(image, width, height)),
+    resized: image !== null && (image.width !== width || image.height !== height),
+  };
+}
+
+/** A call under way: the stages that run in its modes, and what goes from one to the other. */
+class Run {
+  /** @type {Map<string, Value>} */
+  #values = new Map();
+  /** @type {Value[]} */
+  #results = [];
+  #asked;
+  #rows;
+  #feed;
+  /** @type {{ session: Session, stage: Stage, inputs: [string, Tensor][], outputs: [string, Tensor][] }[]} */
+  #stages;
+
+  /** @param {Asked} asked @param {Record<string, Graph>} graphs @param {Map<string, Session>} sessions
+   *  @param {number} rows of the loop @param {(name: string, row: number) => Value} feed */
+  constructor(asked, graphs, sessions, rows, feed) {
+    const has = (/** @type {string} */ mode) => asked.modes.includes(mode);
+    const stages = asked.chain.stages.filter((of) => (of.if ?? []).every(has) && !(of.unless ?? []).some(has));
+    this.#asked = asked;
+    this.#rows = rows;
+    this.#feed = feed;
+    this.#stages = stages.map((stage) => ({
+      stage,
+      session: /** @type {Session} */ (sessions.get(stage.graph)),
+      inputs: wired(stage, graphs[stage.graph].inputs),
+      outputs: wired(stage, graphs[stage.graph].outputs),
+    }));
+  }
+
+  /** Return the picture. Throws Error if the latents or the picture are none. */
+  async picture() {
+    const { carry, output, size } = this.#asked.chain;
+    try {
+      this.#take(["call", "held"]);
+      await this.#run(["prompt", "image"]);
+      for (let row = 0; row < this.#rows; row++) {
+        if (row) for (const [source, target] of Object.entries(carry)) this.#values.set(target, this.#value(source));
+        this.#take(["step"], row);
+        await this.#run(["step"], row);
+      }
+      await this.#run(["end"]);
+      for (const name of Object.keys(carry)) {
+        const state = /** @type {Float32Array} */ (await this.#value(name).getData());
+        if (!state.every(Number.isFinite)) throw new Error("the model made NaN or infinite latents");
+      }
+      return pictureOf(/** @type {Uint8Array} */ (await this.#value(output).getData()), size);
+    } finally {
+      for (const result of this.#results) if (result.location === "gpu-buffer") result.dispose();
+    }
+  }
+
+  /** @param {string} name */
+  #value(name) {
+    return /** @type {Value} */ (this.#values.get(name));
+  }
+
+  /** Take the feeds that are read; zeros stand for what a graph makes in other modes. @param {string[]} when */
+  #take(when, row = 0) {
+    const { feeds } = this.#asked.chain;
+    const names = (/** @type {"inputs" | "outputs"} */ ends) =>
+      new Set(this.#stages.flatMap((stage) => stage[ends].map(([name]) => name)));
+    const [read, made] = [names("inputs"), names("outputs")];
+    for (const [name, feed] of Object.entries(feeds)) {
+      const isRead = read.has(name) && (feed.is !== "zeros" || !made.has(name));
+      if (isRead && when.includes(feed.when)) this.#values.set(name, this.#feed(name, row));
+    }
+  }
+
+  /** Run the stages of these places. @param {string[]} places @param {number | null} row */
+  async #run(places, row = null) {
+    const { signal, observe } = this.#asked;
+    for (const { session, stage, inputs, outputs } of this.#stages) {
+      if (!places.includes(stage.when)) continue;
+      signal?.throwIfAborted();
+      const given = inputs.map(([name, { name: own }]) => [own, this.#value(name)]);
+      const found = await session.run(Object.fromEntries(given));
+      for (const [name, { name: own }] of outputs) this.#values.set(name, found[own]);
+      this.#results.push(...Object.values(found));
+      observe({ stage: stage.graph, row, rows: this.#rows });
+      if (!node) await new Promise((resolve) => setTimeout(resolve)); // else a worker hears of no abort
+    }
+  }
+}
+
+/** Reads files that several readers share, and tells how much of all has come. */
+class Reader {
+  #bundle;
+  #progress;
+  #total;
+  #before = 0;
+  /** @type {Map<string, Uint8Array>} */
+  #bytes = new Map();
+  /** @type {Map<string, number>} */
+  #uses = new Map();
+
+  /** @param {Bundle} bundle @param {string[]} files each as often as it will be read
+   *  @param {(progress: Progress) => void} progress */
+  constructor(bundle, files, progress) {
+    this.#bundle = bundle;
+    this.#progress = progress;
+    for (const file of files) this.#uses.set(file, (this.#uses.get(file) ?? 0) + 1);
+    this.#total = sum([...this.#uses.keys()].map((file) => bundle.manifest.files[file].size));
+  }
+
+  /** Return a file's bytes, which are kept until they are read for the last time. @param {string} file */
+  async read(file) {
+    const told = (/** @type {number} */ loaded, /** @type {boolean} */ cached) =>
+      this.#progress({ loaded: this.#before + loaded, total: this.#total, file, cached });
+    const known = this.#bytes.get(file);
+    const bytes = known ?? (await this.#bundle.read(file, told));
+    if (!known) this.#before += bytes.length;
+    const uses = /** @type {number} */ (this.#uses.get(file)) - 1;
+    this.#uses.set(file, uses);
+    if (uses) this.#bytes.set(file, bytes);
+    else this.#bytes.delete(file);
+    return bytes;
+  }
+}
 
 /** A function that has the methods of its class. */
 class Callable {
@@ -687,9 +967,13 @@ export class Pipeline extends Callable {
 
   /** Load a bundle from its address, in Node also its folder. Throws InputError if it is damaged or cannot run here.
    *  @param {string | URL | Bundle} source @param {LoadOptions} options @returns {Promise<Pipeline & Call>} */
-  static async load(source, { backend, tasks, progress, cache } = {}) {
+  static async load(source, options = {}) {
+    const given = optionsOf("Pipeline.load", options, ["backend", "tasks", "progress", "cache"]);
+    const { backend, tasks, cache } = given;
+    const progress = functionOf("progress", given.progress);
     const bundle = source instanceof Bundle ? source : await Bundle.open(source, cache);
     const found = await chosen(bundle, backend);
+    bundle.chainsOf(tasks);
     const ort = await imported(...RUNTIMES[found]);
     const pipe = /** @type {Pipeline & Call} */ (new Pipeline(bundle, found, ort, progress));
     try {
@@ -701,9 +985,9 @@ export class Pipeline extends Callable {
     return pipe;
   }
 
-  /** Load the graphs of tasks (left out: the first one's) now, and not when they are used. @param {string[]} tasks */
-  prepare(tasks = this.#bundle.tasks.slice(0, 1)) {
-    return this.#alone(() => this.#load(tasks.map((task) => this.#bundle.find(task))));
+  /** Load the graphs of tasks (left out: the first one's) now, and not when they are used. @param {string[]} [tasks] */
+  prepare(tasks) {
+    return this.#alone(() => this.#load(this.#bundle.chainsOf(tasks)));
   }
 
   /** What each task is built for; see `Bundle.about`. */
@@ -729,146 +1013,72 @@ export class Pipeline extends Callable {
 
   /** @type {Call} */
   async #draw(prompt, options = {}) {
-    /** @type {CallOptions} */
-    const given = Object.fromEntries(Object.entries(options).filter(([, value]) => value !== null));
-    const { seed = crypto.getRandomValues(new Uint32Array(1))[0], numInferenceSteps, strength, ...more } = given;
-    const { guidanceScale, negativePrompt, height, width, signal, observe = () => {}, image: source, ...others } = more;
-    for (const name of Object.keys(others)) fail(`${name} is no option of a call; CallOptions has all of them`);
-    const image = source === undefined || source === null ? null : isPixels(source) ? source : await bitmapOf(source);
-    const chain = this.#bundle.find(image ? FROM_IMAGE : FROM_TEXT, height, width, image);
-    const [tall, wide] = chain.size;
-    const scale = scaleOf(chain, guidanceScale);
-    const name = chosenTable(chain, numInferenceSteps, strength, scale);
-    const modes = modesOf(chain, scale, negativePrompt);
-    const negative = checkPrompt("negativePrompt", negativePrompt ?? "");
-    /** @type {Record<string, string>} */
-    const texts = { prompt: checkPrompt("prompt", prompt), negative_prompt: negative };
-    const levels = image && (await levelsOf(image, wide, tall));
-    const generator = new Generator(seed);
-    const resized = image !== null && (image.width !== wide || image.height !== tall);
+    const asked = await askedOf(this.#bundle, prompt, options);
+    const { chain, table: name, signal, seed, resized } = asked;
     return this.#alone(async () => {
       signal?.throwIfAborted();
       await this.#load([chain]);
       const table = tableOf(chain, name, /** @type {Map<string, Values>} */ (this.#tables.get(chain.tables_file)));
-      const { graphs } = this.#bundle.manifest;
-      /** @type {Record<string, Tensor>} */
-      const tensors = Object.fromEntries(
-        chain.stages.flatMap((stage) => wired(stage, [...graphs[stage.graph].inputs, ...graphs[stage.graph].outputs])),
-      );
-      const noise = noiseOf(chain, table, tensors, generator);
-      /** @type {Record<string, (feed: string, row: number) => Value["data"]>} */
-      const kinds = {
-        ids: (feed) => this.#ids(feed, texts[chain.feeds[feed].of || "prompt"]),
-        noise: (feed, row) => noise[feed][row],
-        column: (feed, row) => table.column(feed, row),
-        number: () => Float32Array.of(scale),
-        image: () => /** @type {Uint8Array} */ (levels),
-        history: (feed) => zerosOf(tensors[feed]),
-        zeros: (feed) => zerosOf(tensors[feed]),
-      };
-      const feed = (/** @type {string} */ of, row = 0) =>
-        new this.#ort.Tensor(tensors[of].dtype, kinds[chain.feeds[of].is](of, row), tensors[of].shape);
-      return Object.assign(await this.#run(chain, modes, table.rows, feed, signal, observe), { seed, resized });
+      const feed = this.#feeds(asked, table);
+      const run = new Run(asked, this.#bundle.manifest.graphs, this.#sessions, table.rows, feed);
+      return Object.assign(await run.picture(), { seed, resized });
     });
   }
 
-  /** @param {string} feed @param {string} text */
-  #ids(feed, text) {
-    const tokenizer = this.#tokenizers.get(JSON.stringify(this.#bundle.manifest.tokenizers[feed]));
-    return /** @type {Tokenizer} */ (tokenizer).encode(text);
-  }
-
-  /** Run the stages of a call, and return its picture.
-   *  @param {Chain} chain @param {string[]} modes @param {number} rows
-   *  @param {(name: string, row?: number) => Value} feed @param {AbortSignal | undefined} signal
-   *  @param {(observed: Observed) => void} observe */
-  async #run(chain, modes, rows, feed, signal, observe) {
-    const { graphs } = this.#bundle.manifest;
-    const has = (/** @type {string} */ mode) => modes.includes(mode);
-    const stages = chain.stages.filter((stage) => (stage.if ?? []).every(has) && !(stage.unless ?? []).some(has));
-    const names = (/** @type {"inputs" | "outputs"} */ ends) =>
-      new Set(stages.flatMap((stage) => wired(stage, graphs[stage.graph][ends]).map(([name]) => name)));
-    const [read, made] = [names("inputs"), names("outputs")];
-    const fed = Object.entries(chain.feeds).filter(([name]) => read.has(name));
-    const feeds = fed.filter(([name, { is }]) => is !== "zeros" || !made.has(name)); // zeros are for the other modes
-    /** @type {Map<string, Value>} */
-    const values = new Map();
-    /** @type {Value[]} */
-    const results = [];
-    const value = (/** @type {string} */ name) => /** @type {Value} */ (values.get(name));
-    const run = async (/** @type {string[]} */ places, /** @type {number | null} */ row = null) => {
-      for (const stage of stages.filter(({ when }) => places.includes(when))) {
-        signal?.throwIfAborted();
-        const { inputs, outputs } = graphs[stage.graph];
-        const session = /** @type {Session} */ (this.#sessions.get(stage.graph));
-        const given = wired(stage, inputs).map(([name, { name: own }]) => [own, value(name)]);
-        const found = await session.run(Object.fromEntries(given));
-        for (const [name, { name: own }] of wired(stage, outputs)) values.set(name, found[own]);
-        results.push(...Object.values(found));
-        observe({ stage: stage.graph, row, rows });
-        if (!node) await new Promise((resolve) => setTimeout(resolve)); // else a worker hears of no abort
-      }
+  /** Return what feeds a call: a feed's value in a row. @param {Asked} asked @param {Table} table */
+  #feeds({ chain, texts, scale, levels, generator }, table) {
+    const { graphs, tokenizers } = this.#bundle.manifest;
+    /** @type {Record<string, Tensor>} */
+    const tensors = Object.fromEntries(
+      chain.stages.flatMap((stage) => wired(stage, [...graphs[stage.graph].inputs, ...graphs[stage.graph].outputs])),
+    );
+    const noise = noiseOf(chain, table, tensors, generator);
+    /** @type {Record<string, (feed: string, row: number) => Value["data"]>} */
+    const kinds = {
+      ids: (feed) => {
+        const tokenizer = /** @type {Tokenizer} */ (this.#tokenizers.get(JSON.stringify(tokenizers[feed])));
+        return tokenizer.encode(/** @type {string} */ (texts.get(chain.feeds[feed].of || "prompt")));
+      },
+      noise: (feed, row) => noise[feed][row],
+      column: (feed, row) => table.column(feed, row),
+      number: () => Float32Array.of(scale),
+      image: () => /** @type {Uint8Array} */ (levels),
+      history: (feed) => zerosOf(tensors[feed]),
+      zeros: (feed) => zerosOf(tensors[feed]),
     };
-    try {
-      for (const [name, { when }] of feeds) if (when !== "step") values.set(name, feed(name));
-      await run(["prompt", "image"]);
-      for (let row = 0; row < rows; row++) {
-        if (row) for (const [source, target] of Object.entries(chain.carry)) values.set(target, value(source));
-        for (const [name, { when }] of feeds) if (when === "step") values.set(name, feed(name, row));
-        await run(["step"], row);
-      }
-      await run(["end"]);
-      for (const name of Object.keys(chain.carry)) {
-        const state = /** @type {Float32Array} */ (await value(name).getData());
-        if (!state.every(Number.isFinite)) throw new Error("the model made NaN or infinite latents");
-      }
-      return pictureOf(/** @type {Uint8Array} */ (await value(chain.output).getData()), chain.size);
-    } finally {
-      for (const result of results) if (result.location === "gpu-buffer") result.dispose();
-    }
+    return (/** @type {string} */ name, /** @type {number} */ row) =>
+      new this.#ort.Tensor(tensors[name].dtype, kinds[chain.feeds[name].is](name, row), tensors[name].shape);
   }
 
   /** Load what chains read and none before has read: tables, tokenizers, graphs. @param {Chain[]} chains */
   async #load(chains) {
     if (this.#closed) fail("the pipeline is closed; load it again");
     const { graphs, tokenizers } = this.#bundle.manifest;
-    const unique = (/** @type {string[]} */ names, /** @type {Map<string, unknown>} */ known) =>
+    const lacking = (/** @type {string[]} */ names, /** @type {Map<string, unknown>} */ known) =>
       [...new Set(names)].filter((name) => !known.has(name));
-    const tables = unique(chains.map(({ tables_file }) => tables_file), this.#tables);
-    const ids = chains.flatMap(({ feeds }) => Object.keys(feeds).filter((name) => feeds[name].is === "ids"));
-    const entries = unique(ids.map((feed) => JSON.stringify(tokenizers[feed])), this.#tokenizers);
-    const missing = unique(chains.flatMap(({ stages }) => stages.map(({ graph }) => graph)), this.#sessions);
+    const tables = lacking(chains.map(({ tables_file }) => tables_file), this.#tables);
+    const ids = chains.flatMap(({ feeds }) => idsOf(feeds));
+    const entries = lacking(ids.map((feed) => JSON.stringify(tokenizers[feed])), this.#tokenizers);
+    const names = lacking(chains.flatMap(({ stages }) => stages.map(({ graph }) => graph)), this.#sessions);
+    const fileOf = (/** @type {string} */ entry) => JSON.parse(entry).file;
     const filesOf = (/** @type {string} */ name) => [graphs[name].file, ...graphs[name].data];
-    const all = [...tables, ...entries.map((entry) => JSON.parse(entry).file), ...missing.flatMap(filesOf)];
-    const total = [...new Set(all)].reduce((sum, file) => sum + (this.#bundle.manifest.files[file]?.size ?? 0), 0);
-    let before = 0;
-    /** @type {Map<string, Uint8Array>} */
-    const bytes = new Map(); // graphs may share a file of weights, and tokenizers a vocabulary
-    const get = async (/** @type {string} */ file) => {
-      const told = (/** @type {number} */ loaded, /** @type {boolean} */ cached) =>
-        this.#progress({ loaded: before + loaded, total, file, cached });
-      const found = bytes.get(file) ?? (await this.#bundle.read(file, told));
-      if (!bytes.has(file)) before += found.length;
-      bytes.set(file, found);
-      return found;
-    };
-    for (const file of tables) this.#tables.set(file, arraysOf(await get(file)));
+    const files = [...tables, ...entries.map(fileOf), ...names.flatMap(filesOf)];
+    const reader = new Reader(this.#bundle, files, this.#progress);
+    for (const file of tables) this.#tables.set(file, arraysOf(await reader.read(file)));
     for (const entry of entries) {
-      this.#tokenizers.set(entry, await Tokenizer.read(await get(JSON.parse(entry).file), JSON.parse(entry)));
+      this.#tokenizers.set(entry, await Tokenizer.read(await reader.read(fileOf(entry)), JSON.parse(entry)));
     }
-    for (const [i, name] of missing.entries()) {
-      this.#sessions.set(name, await this.#session(graphs[name], get));
-      const later = new Set(missing.slice(i + 1).flatMap(filesOf));
-      for (const file of bytes.keys()) if (!later.has(file)) bytes.delete(file);
-    }
+    for (const name of names) this.#sessions.set(name, await this.#session(graphs[name], reader));
   }
 
-  /** @param {Graph} graph @param {(file: string) => Promise<Uint8Array>} get */
-  async #session({ file, data, outputs }, get) {
+  /** @param {Graph} graph @param {Reader} reader */
+  async #session({ file, data, outputs }, reader) {
     const externalData = [];
-    for (const part of data) externalData.push({ path: part.slice(part.lastIndexOf("/") + 1), data: await get(part) });
+    for (const part of data) {
+      externalData.push({ path: part.slice(part.lastIndexOf("/") + 1), data: await reader.read(part) });
+    }
     const places = outputs.map(({ name, dtype }) => [name, dtype === "uint8" ? "cpu" : "gpu-buffer"]);
-    return this.#ort.InferenceSession.create(await get(file), {
+    return this.#ort.InferenceSession.create(await reader.read(file), {
       executionProviders: [await provider(this.backend)],
       externalData,
       preferredOutputLocation: this.backend === "webgpu" ? Object.fromEntries(places) : "cpu",

@@ -110,11 +110,23 @@ def _installed() -> Iterator[Path]:
         folder = Path(name)
         for file in ("package.json", LOCK.name):
             shutil.copy(HERE / file, folder)
-        done = subprocess.run([npm, *_INSTALL], cwd=folder, capture_output=True, text=True, timeout=_SECONDS)
-        if done.returncode:
-            said = next((line for line in reversed(done.stderr.splitlines()) if "error" in line), "it says nothing")
+        if said := _npm(npm, folder):
             raise InputError(
-                f"npm cannot fetch the packages of the site ({said.strip()}): let it reach its registry, or give --cdn "
+                f"npm cannot fetch the packages of the site ({said}): let it reach its registry, or give --cdn "
                 "with an address that has them"
             )
         yield folder / "node_modules"
+
+
+def _npm(npm: str, folder: Path) -> str:
+    """Install the packages of a folder; returns what went wrong, or nothing."""
+    try:
+        done = subprocess.run(
+            [npm, *_INSTALL], cwd=folder, capture_output=True, text=True, errors="replace", timeout=_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return f"it had not ended after {_SECONDS:g} s"
+    except OSError as error:
+        return f"it does not start: {error.strerror}"
+    said = next((line for line in reversed(done.stderr.splitlines()) if "error" in line), "it says nothing")
+    return said.strip() if done.returncode else ""

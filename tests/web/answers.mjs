@@ -31,6 +31,46 @@ const ANSWERS = {
     const picture = await pipes.get(pipe)(prompt, { ...options, ...more, observe, signal: ending.signal });
     return { width: picture.width, height: picture.height, data: base64(picture.data), seed: `${picture.seed}`, stages };
   },
+  // What odd calls of JavaScript are answered with, of an image of this size.
+  async odd({ pipe, url, width, height }) {
+    const draw = pipes.get(pipe);
+    const data = new Uint8Array(3 * width * height).map((_, i) => i);
+    const image = (more) => draw("a", { seed: 1, image: { data, width, height, ...more } });
+    const calls = {
+      "floats": () => image({ data: Float32Array.from(data) }),
+      "16 bits": () => image({ data: Uint16Array.from(data) }),
+      "signed": () => image({ data: Int8Array.from(data) }),
+      "numbers": () => image({ data: [...data] }),
+      "a text": () => image({ data: "x".repeat(data.length) }),
+      "no data": () => image({ data: null }),
+      "a row too few": () => image({ data: data.subarray(3 * width) }),
+      "gray": () => image({ data: data.subarray(0, width * height) }),
+      "a width of text": () => image({ width: `${width}` }),
+      "half a pixel": () => image({ width: width + 0.5 }),
+      "a file": () => draw("a", { image: new Blob([data]) }),
+      "a buffer": () => draw("a", { image: data }),
+      "a number for an image": () => draw("a", { image: 0 }),
+      "a list of prompts": () => draw(["a", "b"]),
+      "no prompt": () => draw(),
+      "a text for options": () => draw("a", "seed"),
+      "a number for options": () => draw("a", 5),
+      "a seed of text": () => draw("a", { seed: "7" }),
+      "a seed that is rounded": () => draw("a", { seed: 2 ** 53 }),
+      "no signal": () => draw("a", { signal: new AbortController() }),
+      "no observer": () => draw("a", { observe: {} }),
+      "steps of text": () => draw("a", { numInferenceSteps: "1" }),
+      "another option to load": () => Pipeline.load(url, { bakend: "cpu" }),
+      "no progress": () => Pipeline.load(url, { progress: 5 }),
+      "tasks of text": () => Pipeline.load(url, { tasks: "text-to-image" }),
+      "a task that there is not": () => Pipeline.load(url, { tasks: ["inpainting"] }),
+      "a browser's backend": () => Pipeline.load(url, { backend: "webgpu" }),
+      "no address": () => Pipeline.load(undefined),
+      "half an address": () => Pipeline.load("http://["),
+      "text for an address": () => Pipeline.load("data:text/html,x"),
+    };
+    const answer = (call) => call().then(String, (error) => error.name);
+    return Object.fromEntries(await Promise.all(Object.entries(calls).map(async ([n, call]) => [n, await answer(call)])));
+  },
   async read({ url, file }) {
     const told = [];
     const bundle = await Bundle.open(url);

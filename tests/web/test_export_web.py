@@ -210,6 +210,14 @@ def test_without_npm(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     npm.chmod(0o755)
     with pytest.raises(InputError, match=r"npm cannot fetch .* \(npm error network .*\): .* or give --cdn"):
         export_web(bundle, tmp_path / "site")
+    npm.write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setenv("PATH", f"{programs}:/bin:/usr/bin")
+    monkeypatch.setattr(vendor, "_SECONDS", 0.1)
+    with pytest.raises(InputError, match=r"npm cannot fetch .* \(it had not ended after 0\.1 s\): .* or give --cdn"):
+        export_web(bundle, tmp_path / "site")
+    npm.write_text("#!/no/such/program\n")
+    with pytest.raises(InputError, match=r"npm cannot fetch .* \(it does not start: No such file .*\): .* give --cdn"):
+        export_web(bundle, tmp_path / "site")
     assert [*tmp_path.iterdir()] == [programs]
 
 

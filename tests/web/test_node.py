@@ -1,11 +1,14 @@
 """turbochain.mjs in Node: its pictures, noise and ids are Python's, and it refuses what Python refuses."""
 
 import json
+import queue
 import random
 import re
 import shutil
+import threading
 import unicodedata
 from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +216,11 @@ def test_what_python_refuses_is_refused(js: Node, python: Pipeline, prompt: str,
     assert refused.value.name == "InputError", refused.value
 
 
+def test_what_only_javascript_can_be_asked_is_refused_too(js: Node) -> None:
+    answers = js.ask("odd", pipe="sd", url=str(GOLDEN), width=SIZE[1], height=SIZE[0])
+    assert answers and {name: error for name, error in answers.items() if error != "InputError"} == {}
+
+
 def test_the_least_strength_that_is_named_makes_a_step(js: Node) -> None:
     with pytest.raises(Refused, match="makes no step") as refused:
         js.picture("sd", "a", IMAGE, options={"strength": 0.1, "numInferenceSteps": 3})
@@ -291,6 +299,66 @@ def test_a_bundle_comes_over_http_with_progress(js: Node) -> None:
     np.testing.assert_array_equal(*pictures)
 
 
+def renamed(folder: Path, name: str) -> Path:
+    """Return a copy of the golden bundle whose UNet's graph has another name."""
+    path = shutil.copytree(GOLDEN, folder)
+    manifest = json.loads((path / "bundle.json").read_text())
+    graph = manifest["graphs"]["unet"]
+    manifest["files"][name] = manifest["files"].pop(graph["file"])
+    (path / graph["file"]).rename(path / name)
+    graph["file"] = name
+    (path / "bundle.json").write_text(json.dumps(manifest))
+    return path
+
+
+def test_names_that_addresses_write_otherwise(js: Node, tmp_path: Path) -> None:
+    """A + is a space to some servers, and what follows a # is never asked for."""
+    path = renamed(tmp_path / "a folder, 100%", "graphs/unet +1#é%41?.onnx")
+    with static(tmp_path) as server:
+        js.ask("load", pipe="odd", url=f"{server.url}/a%20folder,%20100%25?version=2#top")
+        js.ask("load", pipe="odd file", url=str(path))
+        (asked,) = (of for of in server.asked if "/unet%20" in of)
+    assert asked == "/a%20folder,%20100%25/graphs/unet%20%2B1%23%C3%A9%2541%3F.onnx"
+    pictures = [js.picture(pipe, "a", options={"seed": 1}) for pipe in ("odd", "odd file", "golden")]
+    np.testing.assert_array_equal(pictures[0], pictures[2])
+    np.testing.assert_array_equal(pictures[1], pictures[2])
+
+
+def test_a_file_that_is_too_long_is_not_read_to_its_end(js: Node) -> None:
+    """The server writes it until the connection is closed; if nobody closed it, its turn to write would never come."""
+    ends: queue.Queue[str] = queue.Queue()
+
+    class Endless(SimpleHTTPRequestHandler):
+        timeout = 20
+
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given, directory=str(GOLDEN))
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            if not self.path.endswith("tokenizer.json"):
+                return super().do_GET()
+            self.send_response(200)
+            self.end_headers()
+            try:
+                for _ in range(1 << 20):
+                    self.wfile.write(bytes(1 << 16))
+                ends.put("written")
+            except OSError as error:
+                ends.put(type(error).__name__)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        with pytest.raises(Refused, match=r"tokenizer\.json has more bytes than"):
+            js.ask("load", pipe="endless", url=f"http://127.0.0.1:{server.server_port}")
+        assert ends.get(timeout=30) in ("ConnectionResetError", "BrokenPipeError")
+        server.shutdown()
+        thread.join(20)
+
+
 def changed(change: Callable[[dict[str, Any]], object], folder: Path) -> str:
     manifest = json.loads((GOLDEN / "bundle.json").read_text())
     change(manifest)
@@ -305,8 +373,14 @@ def changed(change: Callable[[dict[str, Any]], object], folder: Path) -> str:
         (lambda m: m.update(format_version=3), "has format_version 3, and cannot be read"),
         (lambda m: [chain.update(batch=2) for chain in m["chains"].values()], "has no chain that makes one picture"),
         (lambda m: m["files"].pop("tokenizer.json"), "has no record of tokenizer.json"),
+        (lambda m: m["files"]["tokenizer.json"].update(size="1"), "has no record of tokenizer.json"),
+        (lambda m: m["files"]["tokenizer.json"].update(size=2**52), "there is no memory for them"),
+        (lambda m: m["graphs"].pop("unet"), "bundle.json is not whole"),
+        (lambda m: m["tokenizers"].clear(), "bundle.json is not whole"),
+        (lambda m: m.pop("files"), "bundle.json is not whole"),
+        (lambda m: m["chains"]["text-to-image"].pop("stages"), "bundle.json is not whole"),
     ],
-    ids=["features", "version", "batches", "record"],
+    ids=["features", "version", "batches", "record", "size", "memory", "graph", "tokenizer", "files", "stages"],
 )
 def test_a_bundle_that_is_not_for_it_is_refused(js: Node, tmp_path: Path, change: Any, said: str) -> None:
     url = changed(change, shutil.copytree(GOLDEN, tmp_path / "bundle"))
