@@ -17,9 +17,8 @@ from conftest import FAMILIES, HALF, BundleFactory
 from cuda.bindings import runtime as real
 from standin import Module, Runtime, standing_in
 from standin.runtime import Refused
-from standin.stages import array
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
 from first_gpu_run import (
     fault,
@@ -35,8 +34,8 @@ from first_gpu_run import (
 )
 from first_gpu_run.results import FILE, Report, read, update
 from first_gpu_run.runner import Step
+from torch_stages import Place
 from turbochain.runtime import Bundle
-from turbochain.runtime.bundle.manifest import Tensor
 from turbochain.runtime.checks import verify
 from turbochain.runtime.checks.reference import read_cases
 from turbochain.runtime.errors import TurbochainError
@@ -44,23 +43,65 @@ from turbochain.runtime.errors import TurbochainError
 FEW = miniatures.Counts(repeats=2, pictures=2, loads=1, timed=2, steps=(1, 2))
 
 
-class OnStandIn:
-    """A `Place` on the stand-in: PyTorch on a CPU, at the addresses of its memory, as one kernel."""
+class OnStandIn(Place):
+    """A `Place` on the stand-in: PyTorch on a CPU, at the addresses of its memory, as one kernel.
 
-    device = torch.device("cpu")
+    As on a GPU, a module's Python runs when it is put on a stream, and its operations later, at each launch of a graph.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
+        super().__init__(torch.device("cpu"))
         self.module = Module(runtime, 0)
         weakref.finalize(self, self.module.unload).atexit = False
 
-    def view(self, tensor: Tensor, address: int) -> torch.Tensor:
-        return torch.from_numpy(array(tensor, address))
-
     def run(self, stream: Any, work: Callable[[], None], uses: Sequence[tuple[int, int]]) -> None:
+        with Noted() as noted:
+            work()
+        self.launch(stream, noted.do, uses)
+
+    def launch(self, stream: Any, kernel: Callable[[], None], uses: Sequence[tuple[int, int]]) -> None:
         try:
-            self.module.launch(stream, torch.no_grad()(work), uses)
+            self.module.launch(stream, kernel, uses)
         except Refused as refused:
             raise RuntimeError(refused.status.name) from None  # as PyTorch does
+
+
+class Noted(TorchDispatchMode):
+    """Notes the operations on tensors and does none of them; what they make has memory of its own from the start."""
+
+    def __enter__(self) -> Any:
+        self.steps: list[Callable[[], None]] = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        whole = partial(operation, *args, **(kwargs or {}))
+        if operation.is_view:
+            return whole()
+        if operation._schema.is_mutable:
+            self.steps.append(whole)  # type: ignore[arg-type]
+            return args[0]
+        given = tree_map(_without_values, (args, kwargs or {}))  # an operation that needs a value fails there
+        made = tree_map_only(torch.Tensor, partial(torch.empty_like, device="cpu"), operation(*given[0], **given[1]))
+        self.steps.append(partial(_into, made, whole))
+        return made
+
+    def do(self) -> None:
+        """Do everything, with the values that are there now."""
+        with torch.no_grad():
+            for step in self.steps:
+                step()
+
+
+def _without_values(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    return torch.device("meta") if isinstance(value, torch.device) else value
+
+
+def _into(made: Any, operation: Callable[[], Any]) -> None:
+    for target, value in zip(tree_iter(made), tree_iter(operation()), strict=True):
+        if isinstance(target, torch.Tensor):
+            target.copy_(value)
 
 
 @pytest.fixture
