@@ -131,6 +131,11 @@ def executor(bundle: Bundle, made: Modules, place: Place, device: str = "cuda") 
 
 def pipeline(bundle: Bundle, made: Modules, place: Place, device: str = "cuda") -> Pipeline:
     """Return a pipeline of a bundle's chains on these modules; its files are hashed, and nothing is verified."""
+    return Pipeline(bundle, found(bundle), executor(bundle, made, place, device))
+
+
+def found(bundle: Bundle) -> Found:
+    """Return what stands for an engine of PyTorch's; it counts as verified."""
     chains = [bundle.open_chain(name) for name in bundle.manifest.chains]
     stands_for = Engine(
         format_version=FORMAT_VERSION,
@@ -142,7 +147,7 @@ def pipeline(bundle: Bundle, made: Modules, place: Place, device: str = "cuda") 
         created_by={},
         verified={chain.name: chain.digest for chain in chains},
     )
-    return Pipeline(bundle, Found(bundle.path, stands_for), executor(bundle, made, place, device))
+    return Found(bundle.path, stands_for)
 
 
 def placed(bundle: Bundle) -> dict[str, Placed]:

@@ -1,11 +1,12 @@
 """The first run on a GPU, tried on the stand-in: no step finds anything wrong there; the runner keeps its limits."""
 
 import importlib
+import inspect
 import json
 import os
+import re
 import tarfile
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +16,10 @@ import pytest
 import torch
 from conftest import FAMILIES, HALF, BundleFactory
 from cuda.bindings import runtime as real
-from standin import Module, Runtime, standing_in
-from standin.runtime import Refused
+from standin import Runtime, standing_in
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map, tree_map_only
+from torch.utils._pytree import tree_iter
+from torch_stand_in import AtLaunch, OnStandIn
 
 from first_gpu_run import (
     fault,
@@ -34,74 +35,13 @@ from first_gpu_run import (
 )
 from first_gpu_run.results import FILE, Report, read, update
 from first_gpu_run.runner import Step
-from torch_stages import Place
 from turbochain.runtime import Bundle
+from turbochain.runtime.backends import cuda
 from turbochain.runtime.checks import verify
 from turbochain.runtime.checks.reference import read_cases
 from turbochain.runtime.errors import TurbochainError
 
 FEW = miniatures.Counts(repeats=2, pictures=2, loads=1, timed=2, steps=(1, 2))
-
-
-class OnStandIn(Place):
-    """A `Place` on the stand-in: PyTorch on a CPU, at the addresses of its memory, as one kernel.
-
-    As on a GPU, a module's Python runs when it is put on a stream, and its operations later, at each launch of a graph.
-    """
-
-    def __init__(self, runtime: Runtime) -> None:
-        super().__init__(torch.device("cpu"))
-        self.module = Module(runtime, 0)
-        weakref.finalize(self, self.module.unload).atexit = False
-
-    def run(self, stream: Any, work: Callable[[], None], uses: Sequence[tuple[int, int]]) -> None:
-        with Noted() as noted:
-            work()
-        self.launch(stream, noted.do, uses)
-
-    def launch(self, stream: Any, kernel: Callable[[], None], uses: Sequence[tuple[int, int]]) -> None:
-        try:
-            self.module.launch(stream, kernel, uses)
-        except Refused as refused:
-            raise RuntimeError(refused.status.name) from None  # as PyTorch does
-
-
-class Noted(TorchDispatchMode):
-    """Notes the operations on tensors and does none of them; what they make has memory of its own from the start."""
-
-    def __enter__(self) -> Any:
-        self.steps: list[Callable[[], None]] = []
-        return super().__enter__()
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        whole = partial(operation, *args, **(kwargs or {}))
-        if operation.is_view:
-            return whole()
-        if operation._schema.is_mutable:
-            self.steps.append(whole)  # type: ignore[arg-type]
-            return args[0]
-        given = tree_map(_without_values, (args, kwargs or {}))  # an operation that needs a value fails there
-        made = tree_map_only(torch.Tensor, partial(torch.empty_like, device="cpu"), operation(*given[0], **given[1]))
-        self.steps.append(partial(_into, made, whole))
-        return made
-
-    def do(self) -> None:
-        """Do everything, with the values that are there now."""
-        with torch.no_grad():
-            for step in self.steps:
-                step()
-
-
-def _without_values(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to("meta")
-    return torch.device("meta") if isinstance(value, torch.device) else value
-
-
-def _into(made: Any, operation: Callable[[], Any]) -> None:
-    for target, value in zip(tree_iter(made), tree_iter(operation()), strict=True):
-        if isinstance(target, torch.Tensor):
-            target.copy_(value)
 
 
 @pytest.fixture
@@ -143,6 +83,9 @@ def test_every_function_does_what_it_should(runtime: Runtime, report: Report) ->
     assert [name for name, of in found.items() if not of or "error" in (of if isinstance(of, dict) else {})] == []
     assert found["a function of the host"]["said"] == "CudaError: it calls a function of the host"
     assert "CudaError: it copies from" in found["page-locked memory of another"]["said"]
+    called = {*re.findall(r"\bcuda[A-Z]\w+(?=[(\"])", Path(inspect.getfile(cuda)).read_text())}
+    of_errors = {"cudaGetErrorString", "cudaGetLastError", "cudaDriverGetVersion", "cudaRuntimeGetVersion"}
+    assert called - of_errors <= {*runtime.calls}  # every function of cuda.py
     assert found["capture"] == {"nodes": 3} and found["memory comes back"]["missing"] == 0
     assert (runtime.problems(), runtime.leaked()) == ([], [])
 
@@ -252,6 +195,20 @@ def test_compiled_stages(runtime: Runtime, report: Report, prepared: Path) -> No
     assert found["compiling unet"]["seconds"] >= 0
     for name in compiled:
         assert found[f"with {name} compiled"]["uncaptured"] is None and found[f"PSNR with {name} compiled"] == 120
+    assert runtime.problems() == []
+
+
+@pytest.mark.full
+def test_stages_compiled_by_inductor(runtime: Runtime, report: Report, prepared: Path) -> None:
+    """For a CPU, with the options that it has on a GPU: each stage is one graph, and the picture stays."""
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters
+    counted.clear()
+    inductor.run(report, prepared, "sd-turbo-mini", partial(AtLaunch, runtime), size=64, precision="fp32", runs=1)
+    found = results(report)
+    for name in ("vae_decoder", "unet", "text_encoder"):
+        assert found[f"with {name} compiled"]["uncaptured"] is None and found[f"PSNR with {name} compiled"] > 60
+    assert counted["stats"]["unique_graphs"] == 3 and not counted["graph_break"]
     assert runtime.problems() == []
 
 
