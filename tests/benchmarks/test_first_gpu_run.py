@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_iter
 from torch_stand_in import AtLaunch, OnStandIn
 
 from first_gpu_run import (
+    chains,
     fault,
     full_size,
     functions,
@@ -124,6 +125,22 @@ def test_a_module_of_another_shape_is_refused(runtime: Runtime, prepared: Path) 
     mini.made["unet"].forward = lambda *_: torch.zeros(1)  # type: ignore[method-assign]
     with pytest.raises(TurbochainError, match=r"unet makes prediction as torch.float32 \[1\]"), mini.loaded() as pipe:
         miniatures.draw(pipe)
+
+
+def test_a_launch_of_a_graph_runs_no_python(runtime: Runtime, prepared: Path) -> None:
+    """On a GPU only the kernels run again: all that differs from picture to picture has to be in memory."""
+    mini = miniatures.miniature(prepared, partial(OnStandIn, runtime), "sd", "fp32")
+    ran: list[int] = []
+    for module in mini.made.values():
+        module.register_forward_hook(lambda *_: ran.append(1))
+    with mini.loaded() as pipe:
+        chains.draw(pipe)
+        before = len(ran)
+        made = [chains.draw(pipe, seed=seed, prompt=f"prompt {seed}").images for seed in (1, 2)]
+        assert len(ran) == before > 0
+    with mini.loaded() as pipe:
+        right = [chains.draw(pipe, seed=seed, prompt=f"prompt {seed}").images for seed in (2, 1)][::-1]
+    assert (made[0] == right[0]).all() and (made[1] == right[1]).all() and (made[0] != made[1]).any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,7 +15,7 @@ from standin import OneByOne, Runtime, StandIn, pipeline, standing_in
 from torch_stand_in import AtLaunch
 
 import torch_stages
-from first_gpu_run import drawn
+from first_gpu_run import drawn, prepare
 from turbochain.export.sources import synthetic
 from turbochain.runtime import Bundle, Cancelled, CudaError, Pipeline, TurbochainError
 from turbochain.runtime.backends import cuda
@@ -70,14 +70,17 @@ def test_every_chain_of_both_families(family: str, bundle_of: BundleFactory) -> 
     conform_in_each_way(bundle_of(family), kinds, of_chains(bundle_of(family)))
 
 
-@pytest.mark.parametrize(("family", "batch"), [("sd", 2), ("sdxl", 1), ("sdxl", 2)])
-def test_other_batches_of_both_families(family: str, batch: int, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+OTHERS = (("sd-turbo-mini", 2), ("sdxl-turbo-mini", 1), ("sdxl-turbo-mini", 2), ("lcm-sd15-mini", 1))
+
+
+@pytest.mark.parametrize(("preset", "batch"), OTHERS)
+def test_other_batches_and_a_latent_consistency_model(preset: str, batch: int, tmp_path: Path) -> None:
     """With 1 to 4 steps, a new prompt and a known one. PyTorch's modules are the stages: graphs take long to trace."""
-    parts = drawn.models(f"{family}-turbo-mini")
-    calls = of_batch(batch)
+    prepare.write_small(preset, checkpoint := tmp_path / preset)
+    parts, calls = drawn.models(preset), of_batch(batch)
     with standing_in(batch) as runtime:
         place = AtLaunch(runtime)
-        bundle, made = drawn.chain(checkpoints[family], parts, SIZE[0], place, "fp32", tmp_path / "x.bundle", batch)
+        bundle, made = drawn.chain(checkpoint, parts, SIZE[0], place, "fp32", tmp_path / "x.bundle", batch)
         with torch_stand_in.on_cpu(bundle, made) as cpu:
             right = [draw(cpu, call) for call in calls]
         with torch_stages.pipeline(bundle, made, place) as pipe:
