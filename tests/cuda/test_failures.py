@@ -17,6 +17,7 @@ import turbochain.runtime
 from turbochain.runtime import Bundle, CudaFault, OutOfMemory, Pipeline, TurbochainError, selection
 from turbochain.runtime.backends.contract import Results
 from turbochain.runtime.backends.gpu import GpuExecutor
+from turbochain.runtime.bundle import hashing
 from turbochain.runtime.errors import CudaError
 
 WAYS = {
@@ -49,6 +50,12 @@ class Unloading(StandIn):
         made = super().execute(*arguments, **more)
         self.unload("unet")
         return made
+
+
+HARMLESS_TO: Mapping[type[GpuExecutor], set[str]] = {
+    Uncaptured: {"cudaStreamSynchronize"},  # of those, the one that follows the refusal
+    Unloading: {"cudaFree"},  # of those, the library's own
+}
 
 
 @dataclass(frozen=True)
@@ -141,15 +148,16 @@ def check(life: Life, right: Sequence[np.ndarray], at: int, status: Error) -> No
         runtime.fail[at] = status
         lived = life.live(runtime)
         name, kinds = runtime.calls[at], {kind for kind, _ in lived.errors}
+        harmless = HARMLESS | HARMLESS_TO.get(life.kind, set())
         assert kinds <= {WAYS[status]}, (at, name, lived.errors)
         if status in STICKY:  # from the first error on each call has the same
             drawn = [made is not None for made in lived.made]
             assert drawn == sorted(drawn, reverse=True), (at, name, drawn)
-            assert kinds or at >= lived.closing or name in HARMLESS, (at, name)
+            assert kinds or at >= lived.closing or name in harmless, (at, name)
         else:
             assert len(lived.errors) + bool(lived.uncaptured) <= 1, (at, name, lived.errors, lived.uncaptured)
             if not lived.errors and not lived.uncaptured:
-                assert at >= lived.closing or name in HARMLESS, (at, name)
+                assert at >= lived.closing or name in harmless, (at, name)
             assert len(lived.made) == len(life.calls) and runtime.leaked() == [], (at, name, runtime.leaked())
         for made, expected in zip(lived.made, right, strict=False):
             assert made is None or np.array_equal(made, expected), (at, name)
@@ -163,7 +171,6 @@ TINY = (
     tiny_bundle.call("a cat", 1),
     tiny_bundle.call("a cat", 1, control=2),  # another plan, with more scratch memory
     tiny_bundle.call("a cat", 1, control=3),  # a plan that is known
-    tiny_bundle.call("a cat", 1, control=4),
 )
 LONG = (NEW, CONTROLLED, NEW, CONTROLLED)
 
@@ -173,7 +180,8 @@ def lives(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Map
     """The lives by name: the first one has every call tried, the others those that it lacks."""
     tiny, long = Bundle.open(tiny_bundle.write(tmp_path_factory.mktemp("tiny"))), Bundle.open(small)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "admit", lambda chain, found: None)  # nobody changes the files between two lives
+        patch.setattr(hashing, "check_all", lambda *_, **more: None)  # nobody changes the files between two lives
+        patch.setattr(selection, "admit", lambda chain, found: None)
         yield {
             "tiny": Life(tiny, TINY),
             "observed": Life(tiny, TINY, observed=True),

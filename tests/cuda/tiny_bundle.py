@@ -118,9 +118,14 @@ def write(folder: Path) -> Path:
 
 
 def call(prompt: str, picture: int, control: int | None = None) -> dict[str, Any]:
-    """Return a call with pictures that are drawn of these seeds; with `control` it has the mode."""
-    given = {"input_image": np.random.default_rng(picture).integers(0, 256, (1, 8, 8, 3), np.uint8)}
+    """Return a call with pictures of one colour each, which is drawn of these seeds; with `control` it has the mode."""
+    given = {"input_image": _picture(picture, 8)}
     if control is not None:
-        given["control_image"] = np.random.default_rng(control).integers(0, 256, (1, 32, 32, 3), np.uint8)
+        given["control_image"] = _picture(control, 32)
     modes = [] if control is None else ["control"]
     return {"chain": IMAGE_TO_IMAGE, "prompt": prompt, "inputs": given, "modes": modes}
+
+
+def _picture(seed: int, side: int) -> np.ndarray:
+    colour = np.random.default_rng(seed).integers(0, 256, 3, np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(colour, (1, side, side, 3)))
