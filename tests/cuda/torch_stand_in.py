@@ -16,7 +16,7 @@ import torch_stages
 from torch_stages import Modules, Place, TorchGraph
 from turbochain.runtime import Bundle, Pipeline
 from turbochain.runtime.backends.contract import Device, Opened
-from turbochain.runtime.backends.cpu import CpuExecutor, Loaded
+from turbochain.runtime.backends.cpu import CpuExecutor, CpuGraph
 
 
 class OnStandIn(Place):
@@ -101,24 +101,24 @@ class OnCpu(CpuExecutor):
         super().__init__(Opened(bundle, bundle.path, {}, Device("cpu")))
         self.made = made
 
-    def load_graph(self, graph: str) -> Loaded:
+    def load_graph(self, name: str) -> CpuGraph:
         """See CpuExecutor."""
-        described = self.opened.bundle.manifest.graphs[graph]
-        return LoadedModule(TorchGraph(graph, described, self.made[graph], Direct(torch.device("cpu"))))
+        described = self.opened.bundle.manifest.graphs[name]
+        return CpuModule(TorchGraph(name, described, self.made[name], Direct(torch.device("cpu"))))
 
 
-class LoadedModule(Loaded):
+class CpuModule(CpuGraph):
     """A module on numpy's arrays."""
 
     def __init__(self, graph: TorchGraph) -> None:
         self.graph = graph
 
     def bind(self, arrays: Mapping[str, np.ndarray]) -> Callable[[], None]:
-        """See Loaded."""
+        """See CpuGraph."""
         return partial(self.graph.enqueue, {name: array.ctypes.data for name, array in arrays.items()}, None)
 
     def operators(self) -> Iterable[tuple[str, float]]:
-        """See Loaded."""
+        """See CpuGraph."""
         return ()
 
 
