@@ -127,10 +127,14 @@ def built(bundle: Bundle, name: str, architecture: str, *, rewrite: bool = True)
         serialized = tensorrt.serialize(
             path, name, chosen, target(architecture), path.parent, phase, lambda _, text: said.append(text)
         )
-    found = re.findall(r"^Name: ([^,]+), LayerType: (\w+), .*?Outputs: \[(.*?)\], TacticName", "\n".join(said), re.M)
+    return Engine(logged("\n".join(said)), serialized.nbytes, frozenset(t.name for t in graph.outputs))
+
+
+def logged(said: str) -> tuple[Layer, ...]:
+    """Return the layers of an engine, of all that its builder said."""
+    found = re.findall(r"^Name: ([^,]+), LayerType: (\w+), .*?Outputs: \[(.*?)\], TacticName", said, re.M)
     written = re.compile(r"\{ Name: ([^,]+),.*?Datatype: (\w+)")
-    layers = tuple(Layer(layer, kind, dict(written.findall(outputs))) for layer, kind, outputs in found)
-    return Engine(layers, serialized.nbytes, frozenset(t.name for t in graph.outputs))
+    return tuple(Layer(layer, kind, dict(written.findall(outputs))) for layer, kind, outputs in found)
 
 
 def loaded(bundle: Bundle, name: str, path: Path) -> Engine:

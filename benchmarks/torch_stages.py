@@ -5,10 +5,12 @@ Not a backend of the product. The benchmark has it as a peer (our one CUDA graph
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 
 from turbochain.export import families, load, remedies
@@ -31,19 +33,27 @@ Modules = Mapping[str, torch.nn.Module]
 """Graph → the module that computes it, on the device that it runs on."""
 
 
-class Place(Protocol):
-    """Where modules run: what PyTorch needs to work on the executor's memory and streams."""
+class Place(ABC):
+    """Where modules run: PyTorch on the executor's memory and streams."""
 
-    device: torch.device
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._views: dict[tuple[Tensor, int], torch.Tensor] = {}
 
     def view(self, tensor: Tensor, address: int) -> torch.Tensor:
-        """Return the memory at an address as a tensor."""
+        """Return the memory at an address as a tensor; it is not PyTorch's, and nothing is copied."""
+        if (tensor, address) not in self._views:
+            memory: Any = _Memory(tensor, address)
+            source = memory if self.device.type == "cuda" else np.asarray(memory)
+            self._views[tensor, address] = torch.as_tensor(source, device=self.device)
+        return self._views[tensor, address]
 
+    @abstractmethod
     def run(self, stream: Any, work: Callable[[], None], uses: Sequence[tuple[int, int]]) -> None:
         """Put on a stream what `work` computes; `uses`: address and bytes of all that it reads and writes."""
 
 
-class OnGpu:
+class OnGpu(Place):
     """A `Place` on an NVIDIA GPU.
 
     What a module allocates comes from a pool of its own: a captured graph writes there at each launch, so nobody else
@@ -51,36 +61,24 @@ class OnGpu:
     """
 
     def __init__(self, index: int = 0) -> None:
-        self.device = torch.device("cuda", index)
+        super().__init__(torch.device("cuda", index))
         with torch.cuda.device(self.device):
             self.pool = torch.cuda.MemPool()
-        self._views: dict[tuple[Tensor, int], torch.Tensor] = {}
-
-    def view(self, tensor: Tensor, address: int) -> torch.Tensor:
-        """See Place."""
-        if (tensor, address) not in self._views:
-            self._views[tensor, address] = torch.as_tensor(_Memory(tensor, address), device=self.device)
-        return self._views[tensor, address]
 
     def run(self, stream: Any, work: Callable[[], None], uses: Sequence[tuple[int, int]]) -> None:
         """See Place."""
         ours = torch.cuda.ExternalStream(int(stream), device=self.device)
-        with torch.cuda.stream(ours), torch.cuda.use_mem_pool(self.pool, self.device), torch.no_grad():
+        with torch.cuda.stream(ours), torch.cuda.use_mem_pool(self.pool, self.device):
             work()
 
 
 class _Memory:
-    """Memory that is not PyTorch's, by the protocol that it takes without a copy."""
+    """Memory at an address, by the protocol that numpy and, on a GPU, PyTorch take without a copy."""
 
     def __init__(self, tensor: Tensor, address: int) -> None:
         kind = {"float32": "<f4", "float16": "<f2", "int32": "<i4", "uint8": "|u1"}[tensor.dtype]
-        self.__cuda_array_interface__ = {
-            "shape": tensor.shape,
-            "typestr": kind,
-            "data": (address, False),
-            "strides": None,
-            "version": 3,
-        }
+        described = {"shape": tensor.shape, "typestr": kind, "data": (address, False), "strides": None, "version": 3}
+        self.__array_interface__ = self.__cuda_array_interface__ = described
 
 
 class TorchGraph(GpuGraph):
@@ -99,6 +97,7 @@ class TorchGraph(GpuGraph):
         except RuntimeError as error:  # PyTorch has no class of its own for what CUDA refuses
             raise CudaError(f"PyTorch failed in {self.name}: {_first_line(error)}") from error
 
+    @torch.no_grad()
     def _compute(self, addresses: dict[str, int]) -> None:
         made = self.module(*(self.where.view(t, addresses[t.name]) for t in self.graph.inputs))
         for tensor, value in zip(self.graph.outputs, made if isinstance(made, tuple) else (made,), strict=True):
@@ -132,6 +131,11 @@ def executor(bundle: Bundle, made: Modules, place: Place, device: str = "cuda") 
 
 def pipeline(bundle: Bundle, made: Modules, place: Place, device: str = "cuda") -> Pipeline:
     """Return a pipeline of a bundle's chains on these modules; its files are hashed, and nothing is verified."""
+    return Pipeline(bundle, found(bundle), executor(bundle, made, place, device))
+
+
+def found(bundle: Bundle) -> Found:
+    """Return what stands for an engine of PyTorch's; it counts as verified."""
     chains = [bundle.open_chain(name) for name in bundle.manifest.chains]
     stands_for = Engine(
         format_version=FORMAT_VERSION,
@@ -143,7 +147,7 @@ def pipeline(bundle: Bundle, made: Modules, place: Place, device: str = "cuda") 
         created_by={},
         verified={chain.name: chain.digest for chain in chains},
     )
-    return Pipeline(bundle, Found(bundle.path, stands_for), executor(bundle, made, place, device))
+    return Found(bundle.path, stands_for)
 
 
 def placed(bundle: Bundle) -> dict[str, Placed]:

@@ -40,15 +40,19 @@ class ReadyChain:
     _encoders: dict[frozenset[str], list[Stage]] = field(default_factory=dict)
 
     def encoders(self, modes: frozenset[str]) -> list[Stage]:
-        """Return the stages before the loop that read only what is fed: what they make of it can be kept."""
+        """Return the stages before the loop that read only what is fed: what they make of it can be kept.
+
+        Not one that makes what goes round the loop: it is another value when the call ends.
+        """
         if modes not in self._encoders:
-            fed = self.chain.read(modes)
+            fed, overwritten = self.chain.read(modes), {*self.chain.chain.carry.values()}
             self._encoders[modes] = [
                 s
                 for s in self.chain.chain.stages
                 if s.when in ("prompt", "image")
                 and s.runs(modes)
                 and all(t.name in fed for t in wiring.inputs(s, self.chain.graphs))
+                and overwritten.isdisjoint(self.made(s))
             ]
         return self._encoders[modes]
 

@@ -23,10 +23,16 @@ def models(preset: str, device: torch.device | str = "cpu") -> dict[str, torch.n
 
 
 def chain(
-    checkpoint: Path, parts: Mapping[str, torch.nn.Module], size: int, place: Place, precision: str, folder: Path
+    checkpoint: Path,
+    parts: Mapping[str, torch.nn.Module],
+    size: int,
+    place: Place,
+    precision: str,
+    folder: Path,
+    batch: int = 1,
 ) -> tuple[Bundle, Modules]:
-    """Return a bundle of one picture of size × size pixels per pass, and its stages. The models' weights are theirs."""
-    bundle = hollow.of_models(checkpoint, parts, Shape(size, size, 1), folder)
+    """Return a bundle and its stages, which have the models' weights: size × size pixels, `batch` pictures per pass."""
+    bundle = hollow.of_models(checkpoint, parts, Shape(size, size, batch), folder)
     graphs = torch_stages.placed(bundle)
     remedies = {name: Remedy(graph.spec.precision or precision) for name, graph in graphs.items()}
     return bundle, torch_stages.of_parts(parts, bundle, remedies, place.device)

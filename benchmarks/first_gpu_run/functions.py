@@ -147,6 +147,25 @@ def captured(bench: Bench) -> dict[str, int]:
     return {"nodes": nodes[0]}
 
 
+def nested(bench: Bench) -> bool:
+    """Capture the launch of a graph in another one, look into both, and launch the outer one."""
+    inner = bench.session.capture(bench.stream, lambda: cuda.copy(bench.second, bench.first, SIZE, bench.stream))
+
+    def enqueue() -> None:
+        cuda.copy(bench.first, bench.address, SIZE, bench.stream)
+        cuda.launch(inner, bench.stream)
+        cuda.copy(bench.address, bench.second, SIZE, bench.stream)
+
+    outer = bench.session.capture(bench.stream, enqueue, lambda graph: cuda.refuse_host(graph, {bench.address}))
+    values = _random(bench, 5)
+    cuda.launch(outer, bench.stream)
+    cuda.synchronize(bench.stream)
+    _require((bench.host == values).all(), "other bytes came back from the graph in the graph")
+    for graph in (outer, inner):
+        bench.session.destroy(graph)
+    return True
+
+
 def another_thread(bench: Bench) -> bool:
     """Copy in a thread that has not chosen a GPU: `active` does that for it, and leaves it as it was."""
     values, errors = _random(bench, 4), []
@@ -235,6 +254,7 @@ WORKS: dict[str, Callable[[Bench], Any]] = {
     "copies": copies,
     "timing": timing,
     "capture": captured,
+    "a graph in a graph": nested,
     "another thread": another_thread,
     "memory comes back": memory_comes_back,
 }

@@ -49,7 +49,13 @@ def call(function: str, *arguments: Any) -> Any:
 
     Raises NoGpu, OutOfMemory, CudaFault or CudaError if the status is not success.
     """
-    status, *values = getattr(_runtime(), function)(*arguments)
+    try:
+        status, *values = getattr(_runtime(), function)(*arguments)
+    except ValueError as error:  # of an enumeration
+        raise CudaError(
+            f"{function} gives what this cuda-bindings does not know, because the driver is newer: {error}; "
+            "pip install --upgrade cuda-bindings"
+        ) from None
     if int(status):
         raise _error(function, status)
     return tuple(values) if len(values) > 1 else (values[0] if values else None)

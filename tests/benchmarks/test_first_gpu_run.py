@@ -1,11 +1,12 @@
 """The first run on a GPU, tried on the stand-in: no step finds anything wrong there; the runner keeps its limits."""
 
 import importlib
+import inspect
 import json
 import os
+import re
 import tarfile
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,13 @@ import pytest
 import torch
 from conftest import FAMILIES, HALF, BundleFactory
 from cuda.bindings import runtime as real
-from standin import Module, Runtime, standing_in
-from standin.runtime import Refused
-from standin.stages import array
+from standin import Runtime, standing_in
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch_stand_in import AtLaunch, OnStandIn
 
 from first_gpu_run import (
+    chains,
     fault,
     full_size,
     functions,
@@ -37,30 +38,11 @@ from first_gpu_run import (
 from first_gpu_run.results import FILE, Report, read, update
 from first_gpu_run.runner import Step
 from turbochain.runtime import Bundle
-from turbochain.runtime.bundle.manifest import Tensor
+from turbochain.runtime.backends import cuda
 from turbochain.runtime.checks import reference
 from turbochain.runtime.errors import TurbochainError
 
 FEW = miniatures.Counts(repeats=2, pictures=2, loads=1, timed=2, steps=(1, 2))
-
-
-class OnStandIn:
-    """A `Place` on the stand-in: PyTorch on a CPU, at the addresses of its memory, as one kernel."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, runtime: Runtime) -> None:
-        self.module = Module(runtime, 0)
-        weakref.finalize(self, self.module.unload).atexit = False
-
-    def view(self, tensor: Tensor, address: int) -> torch.Tensor:
-        return torch.from_numpy(array(tensor, address))
-
-    def run(self, stream: Any, work: Callable[[], None], uses: Sequence[tuple[int, int]]) -> None:
-        try:
-            self.module.launch(stream, torch.no_grad()(work), uses)
-        except Refused as refused:
-            raise RuntimeError(refused.status.name) from None  # as PyTorch does
 
 
 @pytest.fixture
@@ -102,6 +84,9 @@ def test_every_function_does_what_it_should(runtime: Runtime, report: Report) ->
     assert [name for name, of in found.items() if not of or "error" in (of if isinstance(of, dict) else {})] == []
     assert found["a function of the host"]["said"] == "CudaError: it calls a function of the host"
     assert "CudaError: it copies from" in found["page-locked memory of another"]["said"]
+    called = {*re.findall(r"\bcuda[A-Z]\w+(?=[(\"])", Path(inspect.getfile(cuda)).read_text())}
+    of_errors = {"cudaGetErrorString", "cudaGetLastError", "cudaDriverGetVersion", "cudaRuntimeGetVersion"}
+    assert called - of_errors <= {*runtime.calls}  # every function of cuda.py
     assert found["capture"] == {"nodes": 3} and found["memory comes back"]["missing"] == 0
     assert (runtime.problems(), runtime.leaked()) == ([], [])
 
@@ -144,6 +129,22 @@ def test_a_module_of_another_shape_is_refused(runtime: Runtime, prepared: Path) 
     mini.made["unet"].forward = lambda *_: torch.zeros(1)  # type: ignore[method-assign]
     with pytest.raises(TurbochainError, match=r"unet makes prediction as torch.float32 \[1\]"), mini.loaded() as pipe:
         miniatures.draw(pipe)
+
+
+def test_a_launch_of_a_graph_runs_no_python(runtime: Runtime, prepared: Path) -> None:
+    """On a GPU only the kernels run again: all that differs from picture to picture has to be in memory."""
+    mini = miniatures.miniature(prepared, partial(OnStandIn, runtime), "sd", "fp32")
+    ran: list[int] = []
+    for module in mini.made.values():
+        module.register_forward_hook(lambda *_: ran.append(1))
+    with mini.loaded() as pipe:
+        chains.draw(pipe)
+        before = len(ran)
+        made = [chains.draw(pipe, seed=seed, prompt=f"prompt {seed}").images for seed in (1, 2)]
+        assert len(ran) == before > 0
+    with mini.loaded() as pipe:
+        right = [chains.draw(pipe, seed=seed, prompt=f"prompt {seed}").images for seed in (2, 1)][::-1]
+    assert (made[0] == right[0]).all() and (made[1] == right[1]).all() and (made[0] != made[1]).any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -215,6 +216,20 @@ def test_compiled_stages(runtime: Runtime, report: Report, prepared: Path) -> No
     assert found["compiling unet"]["seconds"] >= 0
     for name in compiled:
         assert found[f"with {name} compiled"]["uncaptured"] is None and found[f"PSNR with {name} compiled"] == 120
+    assert runtime.problems() == []
+
+
+@pytest.mark.full
+def test_stages_compiled_by_inductor(runtime: Runtime, report: Report, prepared: Path) -> None:
+    """For a CPU, with the options that it has on a GPU: each stage is one graph, and the picture stays."""
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters
+    counted.clear()
+    inductor.run(report, prepared, "sd-turbo-mini", partial(AtLaunch, runtime), size=64, precision="fp32", runs=1)
+    found = results(report)
+    for name in ("vae_decoder", "unet", "text_encoder"):
+        assert found[f"with {name} compiled"]["uncaptured"] is None and found[f"PSNR with {name} compiled"] > 60
+    assert counted["stats"]["unique_graphs"] == 3 and not counted["graph_break"]
     assert runtime.problems() == []
 
 

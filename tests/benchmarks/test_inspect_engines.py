@@ -52,6 +52,19 @@ def test_the_rewritten_graphs_have_fewer_layers(
     assert text.rewritten.fp32_inside == 0 and after.fp32_inside <= before.fp32_inside  # of the VAE in full size none
 
 
+@pytest.mark.full
+def test_nothing_of_sdxls_unet_is_in_fp32(inspector: dict[str, Any], bundle_of: BundleFactory, tmp_path: Path) -> None:
+    import result
+
+    assert inspector["main"]([str(bundle_of("sdxl", "fp16")), "--graph", "unet", "--results", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    (unet,) = result.read(path).compiled
+    before, after = unet.as_in_bundle, unet.rewritten
+    assert before.fp32_inside == after.fp32_inside == 0
+    assert before.fused_attentions == after.fused_attentions > 0
+    assert after.kinds["deconv"] == 1 and after.kinds["correlation"] == before.kinds["correlation"] - 1
+
+
 def test_the_inspector_compares_graph_by_graph(inspector: dict[str, Any], bundle_of: BundleFactory) -> None:
     """With the fp32 graphs as engines, over every chain: each errs as fp16 does, and less than the next graphs would
     inherit."""

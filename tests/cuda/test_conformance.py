@@ -7,11 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch_stand_in
 from calls import ALL, CONTROLLED, IMAGES, NEW, PICTURE, assert_nothing_left, draw, of_chains, on_cpu, output
 from conftest import FAMILIES, ON, SIZE, BundleFactory
 from here import build_here
 from standin import OneByOne, Runtime, StandIn, pipeline, standing_in
+from torch_stand_in import AtLaunch
 
+import torch_stages
+from first_gpu_run import drawn, prepare
 from turbochain.export.sources import synthetic
 from turbochain.runtime import Bundle, Cancelled, CudaError, Pipeline, TurbochainError
 from turbochain.runtime.backends import cuda
@@ -64,6 +68,47 @@ def test_every_chain_of_both_families(family: str, bundle_of: BundleFactory) -> 
     """Text-to-image, with guidance too, and image-to-image; SDXL has a mode for a negative prompt."""
     kinds = KINDS if family == "sd" else KINDS[:1]
     conform_in_each_way(bundle_of(family), kinds, of_chains(bundle_of(family)))
+
+
+OTHERS = (
+    ("sd-turbo-mini", 2),
+    ("sdxl-turbo-mini", 2),
+    ("lcm-sd15-mini", 1),
+    pytest.param("sdxl-turbo-mini", 1, marks=pytest.mark.full),
+)
+
+
+@pytest.mark.parametrize(("preset", "batch"), OTHERS)
+def test_other_batches_and_a_latent_consistency_model(preset: str, batch: int, tmp_path: Path) -> None:
+    """With 1 to 4 steps, a new prompt and a known one. PyTorch's modules are the stages: graphs take long to trace."""
+    prepare.write_small(preset, checkpoint := tmp_path / preset)
+    parts, calls = drawn.models(preset), of_batch(batch)
+    with standing_in(batch) as runtime:
+        place = AtLaunch(runtime)
+        bundle, made = drawn.chain(checkpoint, parts, SIZE[0], place, "fp32", tmp_path / "x.bundle", batch)
+        with torch_stand_in.on_cpu(bundle, made) as cpu:
+            right = [draw(cpu, call) for call in calls]
+        with torch_stages.pipeline(bundle, made, place) as pipe:
+            for call, expected in zip(calls, right, strict=True):
+                np.testing.assert_array_equal(draw(pipe, call), expected)
+        del place, pipe
+        assert_nothing_left(runtime)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("family", "batch"), [("sd", 2), ("sdxl", 1), ("sdxl", 2)])
+def test_graphs_of_other_batches(family: str, batch: int, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """The same, with the graphs that an export makes."""
+    how = {"precision": "fp32", "size": SIZE, "batch": batch, "tasks": ["text-to-image"], "quiet": True}
+    path = build_here(str(checkpoints[family]), tmp_path / "x.bundle", **how, **ON).bundle
+    conform_in_each_way(path, KINDS, of_batch(batch))
+
+
+def of_batch(batch: int) -> list[dict[str, Any]]:
+    """Calls for so many pictures: new prompts with each step count, and then some that are known."""
+    prompts = ["a cat", "a dog", "a fox", "fog", "a red cat", "snow"]
+    new = [{"prompt": prompts[s : s + batch], "num_inference_steps": s} for s in (1, 2, 3, 4)]
+    return [*new, new[1] | {"seed": 6}, new[3] | {"num_inference_steps": 1}]
 
 
 def test_inpainting_with_a_history(sd: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -217,6 +217,10 @@ HOST: dict[str, tuple[Callable[[Streams], object], str | None]] = {
         lambda s: cuda.copy(s.other.ctypes.data, s.block, 4, s.main),
         "it copies from or to memory of the host that is another's",
     ),
+    "a node of a later CUDA": (
+        lambda s: s.gpu.other_node(s.main, 99),
+        "GetType gives what this cuda-bindings does not know, because the driver is newer: 99 is not a valid",
+    ),
     **{
         f"a node of the kind {kind.name}": (
             lambda s, kind=kind: s.gpu.other_node(s.main, kind),

@@ -118,7 +118,7 @@ class Machine:
             task = Task(run, ())
             self._put(self._stream(stream), task, Node(Kind.cudaGraphNodeTypeHost, frozenset(), task))
 
-    def other_node(self, stream: Any, kind: Kind) -> None:
+    def other_node(self, stream: Any, kind: Any) -> None:
         """Put something of another kind into what a stream is being captured into."""
         with self.lock:
             self._put(self._stream(stream), Task(lambda: None, ()), Node(kind, frozenset()))

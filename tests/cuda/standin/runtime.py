@@ -282,7 +282,7 @@ class Runtime(Machine):
 
     @function(1)
     def cudaGraphNodeGetType(self, node: Node) -> Kind:
-        return node.kind
+        return Kind(node.kind)  # ValueError for one that the bindings do not know, as they have it
 
     @function(1)
     def cudaGraphChildGraphNodeGetGraph(self, node: Node) -> Graph | None:

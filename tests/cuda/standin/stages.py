@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import functools
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,11 @@ from turbochain.runtime.errors import CudaError, OutOfMemory, TurbochainError
 from . import memory
 from .machine import Error, Module, Refused
 from .runtime import Runtime
+from .streams import Span
 
 WEIGHTS = 4096  # bytes: what a stage keeps on the GPU for itself
+Kernel = tuple[Callable[[], None], tuple[Span, ...]]
+"""What it does, and the memory that it uses."""
 
 
 @contextlib.contextmanager
@@ -38,8 +41,7 @@ def standing_in(seed: int = 0, **options: Any) -> Iterator[Runtime]:
 def pipeline(bundle: Path | Bundle, kind: type[GpuExecutor], index: int = 0) -> Pipeline:
     """Load a bundle that has an engine of ONNX Runtime onto a GPU of the stand-in."""
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    first = bundle.open_chain()
-    found = selection.select(first, "onnxruntime", "cpu")
+    first, found = bundle.open_chain(), _engine(bundle.path)
     pipe = Pipeline(bundle, found, kind(Opened(bundle, found.folder, found.engine.options, gpu(index))))
     try:
         pipe._ready(first.name)
@@ -47,6 +49,11 @@ def pipeline(bundle: Path | Bundle, kind: type[GpuExecutor], index: int = 0) -> 
         pipe.close()
         raise
     return pipe
+
+
+@functools.cache  # a bundle is loaded many times
+def _engine(path: Path) -> selection.Found:
+    return selection.select(Bundle.open(path).open_chain(), "onnxruntime", "cpu")
 
 
 def gpu(index: int = 0) -> Device:
@@ -92,6 +99,7 @@ class Stage(GpuGraph):
         self.weights: int = blocks[0]
         memory.move(self.weights, WEIGHT.ctypes.data, WEIGHTS)
         self.scratch: tuple[int, int] | None = None
+        self._kernels: dict[Hashable, list[Kernel]] = {}  # where they compute → what they are
         if shares:
             self.scratch_bytes = size
         else:
@@ -107,36 +115,47 @@ class Stage(GpuGraph):
     def enqueue(self, addresses: Mapping[str, int], stream: Any) -> None:
         """See GpuGraph."""
         assert self.scratch is not None, "a stage with scratch memory was launched before it was told where that is"
-        # The kernels must not keep the stage alive.
-        (base, size), weights, inputs, outputs = self.scratch, self.weights, self.graph.inputs, self.graph.outputs
+        key = (self.scratch, *addresses.items())
+        if key not in self._kernels:
+            self._kernels[key] = self._make(*self.scratch, dict(addresses))
+        try:
+            for run, uses in self._kernels[key]:
+                self.module.launch(stream, run, uses)
+        except Refused as refused:
+            kind = OutOfMemory if refused.status == Error.cudaErrorMemoryAllocation else CudaError
+            raise kind(f"the stage {self.name} failed: {refused.status.name}") from None
+
+    def _make(self, base: int, size: int, addresses: Mapping[str, int]) -> list[Kernel]:
+        """Return the kernels of a launch with its scratch memory there; they do not keep the stage alive."""
+        weights, inputs, outputs = self.weights, self.graph.inputs, self.graph.outputs
         inside = {name: base + offset for name, offset in self.offsets.items()}
         run = self.loaded.bind({t.name: array(t, inside[t.name]) for t in (*inputs, *outputs)})
+        intact = array(Tensor("", "uint8", (WEIGHTS,)), weights)
+        read, written = ([(addresses[t.name], inside[t.name], t.nbytes) for t in ends] for ends in (inputs, outputs))
 
         def begin() -> None:
             memory.fill(base, size)
-            for tensor in inputs:
-                memory.move(inside[tensor.name], addresses[tensor.name], tensor.nbytes)
-            for tensor in outputs:
-                memory.fill(addresses[tensor.name], tensor.nbytes)
+            for outside, own, nbytes in read:
+                memory.move(own, outside, nbytes)
+            for outside, _, nbytes in written:
+                memory.fill(outside, nbytes)
 
         def compute() -> None:
-            if (array(Tensor("", "uint8", (WEIGHTS,)), weights) == WEIGHT).all():
+            if (intact == WEIGHT).all():
                 with contextlib.suppress(TurbochainError):  # of nonsense a GPU makes nonsense
                     run()
 
         def end() -> None:
-            for tensor in outputs:
-                memory.move(addresses[tensor.name], inside[tensor.name], tensor.nbytes)
+            for outside, own, nbytes in written:
+                memory.move(outside, own, nbytes)
 
-        read, written = ([(addresses[t.name], t.nbytes) for t in tensors] for tensors in (inputs, outputs))
-        own = [(base, size)] if size else []
-        try:
-            self.module.launch(stream, begin, [*read, *written, *own])
-            self.module.launch(stream, compute, [(weights, WEIGHTS), *own])
-            self.module.launch(stream, end, [*written, *own])
-        except Refused as refused:
-            kind = OutOfMemory if refused.status == Error.cudaErrorMemoryAllocation else CudaError
-            raise kind(f"the stage {self.name} failed: {refused.status.name}") from None
+        reads, writes = ([(outside, nbytes) for outside, _, nbytes in spans] for spans in (read, written))
+        scratch = [(base, size)] if size else []
+        return [
+            (begin, (*reads, *writes, *scratch)),
+            (compute, ((weights, WEIGHTS), *scratch)),
+            (end, (*writes, *scratch)),
+        ]
 
 
 WEIGHT = np.random.default_rng(5).integers(0, 256, WEIGHTS, np.uint8)

@@ -123,14 +123,48 @@ def test_controlnets_and_t2i_adapters_are_built(checkpoints: dict[str, Path], tm
 
 @pytest.mark.full
 def test_sd15s_unet_is_built(tmp_path: Path) -> None:
-    """With 1x1 convolutions around its attentions, of which TensorRT fuses some; ONNX Runtime's form runs whole."""
-    synthetic.write_checkpoint("sd15-mini", tmp_path / "checkpoint")
+    """With 1x1 convolutions around its attentions. ONNX Runtime's form of it runs whole."""
+    synthetic.write_checkpoint("sd15-mini", checkpoint := tmp_path / "checkpoint")
+    config = checkpoint / "unet/config.json"  # with heads of 16 values: those of 8, as no real model has, are not fused
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_head_dim": 2}))
     how: dict[str, Any] = {"precision": "fp16", "size": SIZE, "steps": [2], "tasks": ["text-to-image"], "quiet": True}
-    bundle = Bundle.open(build_here(str(tmp_path / "checkpoint"), tmp_path / "x.bundle", **how, **ON).bundle)
+    bundle = Bundle.open(build_here(str(checkpoint), tmp_path / "x.bundle", **how, **ON).bundle)
     path = bundle.path / bundle.manifest.graphs["unet"].file
-    size, said = serialize(path, "unet")
-    assert size > 1000 and len(attentions(path, said)) >= 8
+    attentions, fused = check_graph(path, "unet")
+    assert attentions == fused >= 8
     assert_all_on_gpu(path, tmp_path)
+
+
+ATTENTION = """
+<ir_version: 10, opset_import: ["": 21]>
+attention (float16[1,{length},{width}] x, float16[1,{keys},{width}] y, float16[{width},{width}] query,
+           float16[{width},{width}] key, float16[{width},{width}] value) => (float16[1,{length},{width}] z)
+<int64[4] split = {{1, -1, {heads}, {size}}}, int64[3] join = {{1, -1, {width}}}> {{
+    q0 = MatMul (x, query)
+    k0 = MatMul (y, key)
+    v0 = MatMul (y, value)
+    q1 = Reshape (q0, split)
+    k1 = Reshape (k0, split)
+    v1 = Reshape (v0, split)
+    q = Transpose <perm = [0, 2, 1, 3]> (q1)
+    k = Transpose <perm = [0, 2, 3, 1]> (k1)
+    v = Transpose <perm = [0, 2, 1, 3]> (v1)
+    scores = MatMul (q, k)
+    shares = Softmax <axis = -1> (scores)
+    z0 = MatMul (shares, v)
+    z1 = Transpose <perm = [0, 2, 1, 3]> (z0)
+    z = Reshape (z1, join)
+}}"""
+
+
+@pytest.mark.parametrize("size", [40, 64, 80, 160])
+@pytest.mark.parametrize("keys", [77, 1024])
+def test_an_attention_of_every_real_head_size_is_fused(size: int, keys: int, tmp_path: Path) -> None:
+    """SD 1.5 has heads of 40, 80 and 160 values, the others of 64; miniatures have smaller ones."""
+    heads = 8
+    text = ATTENTION.format(length=1024, keys=keys, heads=heads, size=size, width=heads * size)
+    onnx.save(onnx.parser.parse_model(text), path := tmp_path / "attention.onnx")
+    assert check_graph(path, "attention") == (1, 1)
 
 
 @pytest.mark.full

@@ -6,6 +6,8 @@ call. The text encoder serves both. `by_hand.py` has the same arithmetic in nump
 """
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,8 @@ def _shape(*sizes: int) -> str:
     return "[" + ",".join(map(str, sizes)) + "]"
 
 
-def _weight(*names: str) -> str:
+def weights(*names: str) -> str:
+    """Return initializers of these names."""
     return ", ".join(
         f"float{_shape(*WEIGHTS[n].shape)} {n} = {{{', '.join(repr(float(v)) for v in WEIGHTS[n].flat)}}}"
         for n in names
@@ -69,7 +72,7 @@ def _weight(*names: str) -> str:
 
 EMBEDS = f"float{_shape(BATCH, LENGTH, CHANNELS)}"
 TEXT_ENCODER = f"""
-text_encoder (int32{_shape(BATCH, LENGTH)} input_ids) => ({EMBEDS} prompt_embeds) <{_weight("table", "positions")}> {{
+text_encoder (int32{_shape(BATCH, LENGTH)} input_ids) => ({EMBEDS} prompt_embeds) <{weights("table", "positions")}> {{
     gathered = Gather (table, input_ids)
     prompt_embeds = Add (gathered, positions)
 }}"""
@@ -132,7 +135,7 @@ def _decoder(chain: str) -> str:
     (_, _, h, w), (height, width) = LATENTS[chain], SIZES[chain]
     return f"""
 vae_decoder (float{_shape(*LATENTS[chain])} next_latents) => (uint8[{BATCH},{height},{width},3] image)
-<{_weight("decode")}, int64[6] apart = {{{BATCH}, {h}, 1, {w}, 1, 3}}, int64[6] large = {{{BATCH}, {h}, 8, {w}, 8, 3}},
+<{weights("decode")}, int64[6] apart = {{{BATCH}, {h}, 1, {w}, 1, 3}}, int64[6] large = {{{BATCH}, {h}, 8, {w}, 8, 3}},
  int64[4] whole = {{{BATCH}, {height}, {width}, 3}}> {{
     last = Transpose <perm = [0, 2, 3, 1]> (next_latents)
     colours = MatMul (last, decode)
@@ -155,7 +158,7 @@ def _encoder(name: str, picture: str, weight: str, ends: str, result: str, more:
     (_, _, h, w), (height, width) = LATENTS[I2I], SIZES[I2I]
     return f"""
 {name} (uint8[{BATCH},{height},{width},3] {picture}{ends}) => (float{_shape(*LATENTS[I2I])} {result})
-<{_weight(weight)}, int64[6] blocks = {{{BATCH}, {h}, 8, {w}, 8, 3}}, int64[2] inside = {{2, 4}}> {{
+<{weights(weight)}, int64[6] blocks = {{{BATCH}, {h}, 8, {w}, 8, 3}}, int64[2] inside = {{2, 4}}> {{
     values = Cast <to = 1> ({picture})
     split = Reshape (values, blocks)
     points = ReduceMean <keepdims = 0> (split, inside)
@@ -309,20 +312,25 @@ CHAINS = {
 
 
 def tables(chain: str) -> dict[str, np.ndarray]:
-    """Return the arrays of a chain's table file: random rows, the second of each table without a draw."""
-    K, numbers = CHAINS[chain].K, np.random.default_rng([*chain.encode()])
+    """Return the arrays of a chain's table file."""
+    return arrays(chain, CHAINS[chain].K, ROWS[chain])
+
+
+def arrays(chain: str, K: int, all_rows: Mapping[int, int]) -> dict[str, np.ndarray]:
+    """Return the arrays of tables, by their steps: random rows, the second of each table without a draw."""
+    numbers = np.random.default_rng([*chain.encode()])
 
     def normal(*shape: int) -> np.ndarray:
         return numbers.standard_normal(shape, np.float32)
 
-    most = max(ROWS[chain].values())
-    arrays = {
+    most = max(all_rows.values())
+    made = {
         "timesteps": np.arange(most, 0, -1, np.float32) * 300,
         "columns/time": normal(most, 1, CHANNELS, 1, 1),
         "constants/extent": normal(1),
     }
-    for steps, rows in ROWS[chain].items():
-        arrays |= {
+    for steps, rows in all_rows.items():
+        made |= {
             f"{steps}/m": 0.5 * normal(rows, K, K),
             f"{steps}/v": normal(rows, K),
             f"{steps}/w": 0.3 * normal(rows, K),
@@ -332,23 +340,35 @@ def tables(chain: str) -> dict[str, np.ndarray]:
             f"{steps}/init_noise_sigma": np.array(1.5, np.float32),
             f"{steps}/index": np.arange(rows, dtype=np.int32)[::-1] + most - rows,
         }
-    return {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    return {name: np.asarray(array, order="C") for name, array in made.items()}
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a bundle consists of."""
+
+    graphs: Mapping[str, tuple[str, str]]  # graph → its role and its text
+    chains: dict[str, Chain]
+    tables: Mapping[str, dict[str, np.ndarray]]  # chain → the arrays of its table file
 
 
 def write(folder: Path, cases: list[tuple[dict[str, Any], dict[str, np.ndarray]]]) -> Path:
     """Write the bundle with these recorded cases (metadata, tensors), and an engine of each backend; return it."""
+    return write_content(folder, Content(graphs(), CHAINS, {name: tables(name) for name in CHAINS}), cases)
+
+
+def write_content(folder: Path, content: Content, cases: list[tuple[dict[str, Any], dict[str, np.ndarray]]]) -> Path:
+    """Write a bundle of this with recorded cases, and an engine of each backend; return it."""
     for name in ("graphs", "tables"):
         (folder / name).mkdir(parents=True)
-    entries = {name: _write_graph(folder, name, role, text) for name, (role, text) in graphs().items()}
+    entries = {name: _write_graph(folder, name, role, text) for name, (role, text) in content.graphs.items()}
     words = tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="?")
     tokenizer = tokenizers.Tokenizer(words)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
-    for chain in CHAINS:
-        save_file(tables(chain), folder / f"tables/{chain}.safetensors")
-    recorded = {
-        f"{i}/{name}": np.ascontiguousarray(a) for i, (_, arrays) in enumerate(cases) for name, a in arrays.items()
-    }
+    for chain, table in content.tables.items():
+        save_file(table, folder / content.chains[chain].tables_file)
+    recorded = {f"{i}/{name}": np.ascontiguousarray(a) for i, (_, case) in enumerate(cases) for name, a in case.items()}
     save_file(recorded, folder / "reference.safetensors", metadata={"cases": json.dumps([case for case, _ in cases])})
     files = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
     ids = TokenizerFile("tokenizer.json", LENGTH, WORDS[0], 0)
@@ -362,7 +382,7 @@ def write(folder: Path, cases: list[tuple[dict[str, Any], dict[str, np.ndarray]]
         created_by={},
         tokenizers={"input_ids": ids, "negative_input_ids": ids},
         graphs=entries,
-        chains=CHAINS,
+        chains=content.chains,
         files={file: hashing.describe(folder / file) for file in files},
     )
     (folder / "bundle.json").write_text(strict_json.write(manifest))
