@@ -54,7 +54,7 @@ class HollowUNet(UNet2DConditionModel):
 
 def hollow(parts: dict[str, Any]) -> dict[str, Any]:
     """Return networks that read and make what those of a preset do."""
-    vae = {**parts["vae"].config, "block_out_channels": [4] * 4, "layers_per_block": 1, "norm_num_groups": 4}
+    vae = {**parts["vae"].config, "block_out_channels": [32] * 4, "layers_per_block": 1}
     with torch.device("meta"):
         unet = HollowUNet.from_config(parts["unet"].config)
     made: dict[str, Any] = {"vae": AutoencoderKL.from_config(vae), "unet": unet}
