@@ -96,6 +96,11 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def elsewhere(i: int) -> Any:
+    """The centres and the edges of ASKED[i], where its noise does not put the objects."""
+    return where(ASKED[i], 100 + i)
+
+
 @pytest.fixture(scope="module")
 def steered(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     """One picture for each of SOME, with edges that put the objects elsewhere than the noise would."""
@@ -103,8 +108,7 @@ def steered(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     build_here("demo", path, steps=[1], tasks=[TEXT_TO_IMAGE], controlnet={"canny": str(CONTROL)}, quiet=True, **ON)
     with Pipeline.load(path) as pipe:
         return {
-            i: pipe(str(ASKED[i]), control_image=where(ASKED[i], i)[1], seed=i, output_type="uint8").images[0]
-            for i in SOME
+            i: pipe(str(ASKED[i]), control_image=elsewhere(i)[1], seed=i, output_type="uint8").images[0] for i in SOME
         }
 
 
@@ -168,19 +172,21 @@ def test_fp32_is_diffusers_picture(
         assert_same_picture({1: pictures, **refined}[steps][i][None], theirs(diffusers, call, FULL))
 
 
+@pytest.mark.full
 def test_edges_decide_where(pictures: dict[int, Any], steered: dict[int, Any]) -> None:
     for i, picture in steered.items():
-        centres, _ = where(ASKED[i], i)
+        centres, _ = elsewhere(i)
         assert score.faults(picture, ASKED[i]) + score.misplaced(picture, ASKED[i], centres) == []
         assert score.misplaced(pictures[i], ASKED[i], centres)  # without them
 
 
+@pytest.mark.full
 def test_with_edges_it_is_diffusers_picture(steered: dict[int, Any], diffusers: Any) -> None:
     net = ControlNetModel.from_pretrained(CONTROL, torch_dtype=torch.float32)
     pipe = StableDiffusionControlNetPipeline(**diffusers.components, controlnet=net, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     for i in (SOME[0], SOME[-1]):
-        edges = Image.fromarray(where(ASKED[i], i)[1]).convert("RGB")
+        edges = Image.fromarray(elsewhere(i)[1]).convert("RGB")
         call = {"prompt": str(ASKED[i]), "image": edges, "num_inference_steps": 1, "seed": i}
         assert_same_picture(steered[i][None], theirs(pipe, call, FULL))
 
