@@ -21,6 +21,8 @@ PEERS := optimum-onnx optimum-intel
 BENCH_GPU ?= synthetic:sd-turbo synthetic:sdxl-turbo
 TINY := --vae tiny --steps 1 --batch 1 --cold --pairs tensorrt-fp16:eager-fp16-tuned tensorrt-fp16:compiled-fp16
 PROMPT ?= a large red circle left of a small blue square on a yellow background
+# The demo's ControlNet was trained for one step from noise alone, so that is what it is built and verified for.
+CONTROL := --tasks text-to-image --steps 1 --controlnet canny=export/demo/controlnet
 
 .PHONY: setup demo test check check-full check-gpu check-ray check-web bench bench-smoke bench-setup bench-variants bench-build bench-serve bench-adapters bench-gpu inspect-engines train-demo clean
 
@@ -54,10 +56,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/build-engine demo -o demo.bundle --precision fp32
+	$(BIN)/build-engine demo -o demo-control.bundle --precision fp32 $(CONTROL)
 	$(BIN)/turbochain verify demo.bundle
 	$(BIN)/turbochain generate demo.bundle "$(PROMPT)" --seed 0 -o picture.png
 	$(BIN)/turbochain bench demo.bundle
-	$(BIN)/python tests/demo_model/contact_sheet.py demo.bundle -o demo.png
+	$(BIN)/python tests/demo_model/contact_sheet.py demo.bundle demo-control.bundle -o demo.png
 
 test: setup .node/.installed
 	$(BIN)/python -m pytest -q $(TWO) $(BUNDLES:%=--bundles=%)
@@ -122,7 +125,9 @@ inspect-engines: $(if $(filter file,$(origin BIN)),setup)
 train-demo: setup
 	$(BIN)/python tests/demo_model/train.py
 	$(BIN)/python tests/demo_model/checkpoint.py
+	$(BIN)/python tests/demo_model/control.py
 	$(BIN)/python tests/demo_model/grade.py
+	$(BIN)/python tests/demo_model/grade_control.py
 
 clean:
-	rm -rf $(VENV) .venv-gpu .venv-ray .node demo.bundle demo.bundle.partial demo.png picture.png build dist *.egg-info .test-bundles .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-gpu .venv-ray .node demo*.bundle demo*.bundle.partial demo.png picture.png build dist *.egg-info .test-bundles .pytest_cache .mypy_cache .ruff_cache

@@ -17,6 +17,7 @@ from result import INCLUDES, Result
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "RESULTS.md", HERE.parent / "README.md"
 SCORES = HERE.parent / "tests/demo_model/metrics.json"
+CONTROLLED = SCORES.with_name("control.json")
 BUILD, END_BUILD = "<!-- build cost: python benchmarks/report.py -->\n", "<!-- end of build cost -->"
 MODELS, END_MODELS = "<!-- models: python benchmarks/report.py -->\n", "<!-- end of models -->"
 EXPORT = HERE.parent / "export/README.md"
@@ -126,6 +127,7 @@ def text(folder: Path = result.FOLDER) -> str:
         "## The demo model",
         "",
         demo(json.loads(SCORES.read_text())),
+        controlled(json.loads(CONTROLLED.read_text())),
         "## What the figures include",
         "",
         *(f"- {name.replace('_', ' ')}: {what}." for name, what in INCLUDES.items()),
@@ -166,6 +168,26 @@ def demo(scores: dict[str, Any]) -> str:
         f"{v['torch']}, diffusers {v['diffusers']}.",
     )
     return "\n\n".join([tables.table(heading, rows), *notes]) + "\n"
+
+
+def controlled(scores: dict[str, Any]) -> str:
+    """Return the table of grade_control.py's scores: a row for each pipeline, a column for each number of objects."""
+    one, objects = scores["1 step"], ("one object", "two objects")
+    judged = ("right", "right and in place")
+    heading = ["with a ControlNet, 1 step", *(f"{o}, {how}" for how in judged for o in objects)]
+    rows = []
+    for name in one["right"]:
+        found = (one[how][name][o] for how in judged for o in objects)
+        rows.append([name, *(f"{f['right']} of {f['prompts']}" for f in found)])
+    exact, m, v = one["fp32 bundle against diffusers"], scores["machine"], scores["versions"]
+    note = (
+        f"In place: every centre is at most {scores['pixels that a centre may be away']} pixels from where the edges "
+        f"have it. With edges the fp32 bundle differs from diffusers by at most {exact['max_abs']} of 255 levels, in "
+        f"at most {exact['largest fraction_differing']:.3%} of a picture's values. Measured on {m['cores']} cores of "
+        f"{m['cpu']} ({', '.join(m['instruction_sets'])}), {scores['date'][:10]}, onnxruntime {v['onnxruntime']}, "
+        f"torch {v['torch']}, diffusers {v['diffusers']}."
+    )
+    return f"{tables.table(heading, rows)}\n\n{note}\n"
 
 
 if __name__ == "__main__":

@@ -145,3 +145,24 @@ def test_a_third_object_and_a_blot_are_told() -> None:
     picture = scenes.draw(PAIR, HERE)
     picture[150:190, 330:420] = scenes.COLOURS["blue"]
     assert any("a large blue star" in fault for fault in score.faults(picture, PAIR))
+
+
+def test_an_object_that_lies_elsewhere_is_told() -> None:
+    picture, (first, (x, y)) = scenes.draw(PAIR, HERE), scenes.centres(PAIR, HERE)
+    assert score.misplaced(picture, PAIR, [first, (x, y)]) == []
+    assert score.misplaced(picture, PAIR, [first, (x + 10, y)]) == []
+    assert score.misplaced(picture, PAIR, [first, (x - 12, y + 16)]) == ["a large blue star is 20 pixels away"]
+
+
+def test_the_controlnet_begins_with_a_channel_for_each_pixel_of_a_latent() -> None:
+    reads = architecture.controlnet(architecture.unet()).controlnet_cond_embedding
+    edges = torch.randint(0, 2, (1, 1, 64, 64)).float()
+    with torch.no_grad():
+        made = torch.nn.functional.silu(reads.conv_in(edges.expand(-1, 3, -1, -1)))
+        for block in reads.blocks:
+            made = torch.nn.functional.silu(block(made))
+    for _ in range(3):
+        edges = torch.nn.functional.pixel_unshuffle(edges, 2)
+    torch.testing.assert_close(made, edges * made.max())
+    assert made.max() > 0.5
+    assert [name for name, p in reads.named_parameters() if p.requires_grad] == ["conv_out.weight", "conv_out.bias"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import scenes
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from turbochain.export.sources.vocabulary import BEGIN, END, MAX_TOKENS, clip_vocabulary, save_tokenizer
@@ -104,6 +104,32 @@ def unet() -> UNet2DConditionModel:
         for name, parameter in model.named_parameters():
             if re.search(r"conv2|proj_out", name):
                 parameter.zero_()
+    return model
+
+
+def controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
+    """A ControlNet for a trained UNet: a copy of its encoder half, and convolutions that read a picture.
+
+    Of the latter only the last is left to train. Those before it are set so that each of the 64 pixels of a latent
+    has a channel of its own: the same in every training step, and no edge is lost. They have an eighth of the usual
+    widths, for at 512×512 the picture would otherwise cost more than all the rest.
+    """
+    model = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(1, 4, 16, 64))
+    reads = model.controlnet_cond_embedding
+    reads.requires_grad_(False)
+    with torch.no_grad():
+        for convolution in (reads.conv_in, *reads.blocks):
+            convolution.weight.zero_()
+            convolution.bias.zero_()
+        reads.conv_in.weight[..., 1, 1] = 0.5
+        for convolution in reads.blocks:
+            channels = convolution.out_channels
+            if convolution.stride == (1, 1):  # each channel stays
+                convolution.weight[..., 1, 1] = 1.25 * torch.eye(channels)
+            else:  # each becomes four: the pixels of a 2×2 square
+                convolution.weight[..., 1:, 1:] = 1.25 * torch.eye(channels).view(channels, -1, 2, 2)
+        reads.conv_out.weight.normal_(std=0.1)  # zeros, as diffusers has them, would learn nothing behind other zeros
+    reads.conv_out.requires_grad_(True)
     return model
 
 

@@ -25,7 +25,8 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-LIMIT = 8_000_000  # bytes of all weights
+PARTS = ("vae", "text_encoder", "unet")
+LIMIT = 8_000_000  # bytes of their weights
 STAGES = ("vae", "text", "small", "generator", "refine")
 CARD = """---
 license: apache-2.0
@@ -46,7 +47,7 @@ no other word. 512×512, 1 to 4 steps, `guidance_scale=0.0`. The weights are flo
 
 **Parts**: {sizes} parameters. EulerDiscreteScheduler, trailing,
 v-prediction. The first level of the UNet has no attention, as in SDXL. The tokenizer is CLIP's, with only the merges
-that the grammar's words need.
+that the grammar's words need. The folder `controlnet` is a ControlNet for it.
 
 **Data**: pictures that a program draws (`tests/demo_model/scenes.py` in turbochain's repository). Where the objects
 lie is a function of the starting noise, so that each seed has one right picture. One in four combinations of size,
@@ -73,7 +74,7 @@ def main() -> None:
     last = next(stage for stage in reversed(STAGES) if (run.work / f"{stage}.pt").is_file())
     write(run, last, arguments.output, arguments.note)
     plot(json.loads((arguments.output / "training.json").read_text()), HERE / "loss.png")
-    size = sum(path.stat().st_size for path in arguments.output.rglob("*.safetensors"))
+    size = sum(path.stat().st_size for part in PARTS for path in (arguments.output / part).glob("*.safetensors"))
     assert size <= LIMIT, f"{size} bytes of weights"
     print(f"{arguments.output}: {size / 1e6:.2f} MB of weights")
 

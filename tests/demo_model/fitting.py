@@ -24,7 +24,8 @@ def processor() -> str:
     """What it trains on, in words."""
     if DEVICE.type == "cuda":
         return torch.cuda.get_device_name(DEVICE)
-    return f"{torch.get_num_threads()} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
+    count = torch.get_num_threads()
+    return f"{count} CPU core{'s' if count > 1 else ''} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 class Stop(Exception):
@@ -49,6 +50,7 @@ PLANS = {
     "small": Plan(4000, 16, 1.5e-3, 3e-4, 0.998),
     "generator": Plan(5000, 8, 1e-3, 2e-5, 0.998),
     "refine": Plan(900, 8, 5e-4, 1e-5, 0.99),
+    "control": Plan(800, 4, 1e-3, 2e-5, 0.99),
 }
 
 

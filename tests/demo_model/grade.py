@@ -20,8 +20,16 @@ import numpy as np
 import scenes
 import score
 import torch
-from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from control import CONTROL
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 from numpy.typing import NDArray
+from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 from tqdm import tqdm
 
@@ -32,6 +40,14 @@ from turbochain.runtime import Pipeline
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import machine
 
+KINDS = {
+    "no clear": "unclear shape",
+    "is not": "relation",
+    "nothing": "missing",
+    "%": "stray",
+    "pixels away": "misplaced",
+}
+"""What is in a sentence of `score` → the kind of fault; others are "other shape or size"."""
 Pictures = NDArray[np.uint8]  # (512, 512, 3)
 Draw = Callable[..., Pictures]
 """(prompt, seed, steps) → a picture; further arguments are diffusers'."""
@@ -65,30 +81,34 @@ def main() -> None:
 
 
 def theirs() -> Draw:
-    """diffusers' own pipelines, in fp32: that for image-to-image if an `image` is given."""
+    """diffusers' own pipelines, in fp32: for image-to-image if an `image` is given, ControlNet's if edges are."""
     pipe = StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+    net = ControlNetModel.from_pretrained(CONTROL, torch_dtype=torch.float32)
+    given = {**pipe.components, "requires_safety_checker": False}
+    from_image = StableDiffusionImg2ImgPipeline(**given)
+    steered = StableDiffusionControlNetPipeline(**given, controlnet=net)
+    for each in (pipe, from_image, steered):
+        each.set_progress_bar_config(disable=True)
 
-    from_image = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
-    from_image.set_progress_bar_config(disable=True)
-
-    def draw(prompt: str, seed: int, steps: int, **more: Any) -> Pictures:
+    def draw(prompt: str, seed: int, steps: int, edges: Any = None, **more: Any) -> Pictures:
         generator, kind = torch.Generator("cpu").manual_seed(seed), from_image if "image" in more else pipe
+        if edges is not None:
+            kind, more["image"] = steered, Image.fromarray(edges).convert("RGB")
         result = kind(prompt, num_inference_steps=steps, guidance_scale=0.0, generator=generator, **more)
         return np.asarray(result.images[0])
 
     return draw
 
 
-def ours(precision: str, folder: Path) -> Draw:
-    """A bundle of the demo model, built into `folder` once."""
+def ours(precision: str, folder: Path, **how: Any) -> Draw:
+    """A bundle of the demo model, built into `folder` once; `how`: further arguments of the build."""
     bundle = folder / f"{precision}.bundle"
     if not bundle.exists():
-        build(NAME, bundle, precision=precision, backend="onnxruntime", device="cpu", quiet=True)
+        build(NAME, bundle, precision=precision, backend="onnxruntime", device="cpu", quiet=True, **how)
     pipe = Pipeline.load(bundle)
 
-    def draw(prompt: str, seed: int, steps: int) -> Pictures:
-        return pipe(prompt, seed=seed, num_inference_steps=steps, output_type="uint8").images[0]
+    def draw(prompt: str, seed: int, steps: int, **more: Any) -> Pictures:
+        return pipe(prompt, seed=seed, num_inference_steps=steps, output_type="uint8", **more).images[0]
 
     return draw
 
@@ -130,7 +150,7 @@ def summary(asked: list[scenes.Scene], faults: list[list[str]]) -> dict[str, Any
 
 
 def _kind(fault: str) -> str:
-    for part, kind in {"no clear": "unclear shape", "is not": "relation", "nothing": "missing", "%": "stray"}.items():
+    for part, kind in KINDS.items():
         if part in fault:
             return kind
     return "other shape or size"

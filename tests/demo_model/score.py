@@ -11,6 +11,8 @@ LIKENESS = 0.75
 """How much an object's mask must overlap the drawn shape, as intersection over union."""
 STRAY = 0.03
 """The share of a picture that may have a colour that nobody named (soft edges have)."""
+NEAR = 12
+"""How far an object's centre may be from where it was drawn, in pixels; left to the noise, it wanders by 160."""
 _APART = 64  # pixels between two centres, for a relation to hold
 
 Mask = NDArray[np.bool_]
@@ -43,6 +45,20 @@ def faults(picture: NDArray[np.uint8], scene: scenes.Scene) -> list[str]:
     stray = np.count_nonzero(rest != scene.background) / colours.size
     if stray > STRAY:
         found.append(f"{stray:.0%} of the picture is neither an object nor {scene.background}")
+    return found
+
+
+def misplaced(picture: NDArray[np.uint8], scene: scenes.Scene, at: list[tuple[float, float]]) -> list[str]:
+    """Which objects of a picture (512, 512, 3) are not where they were drawn, one sentence each.
+
+    `at`: the centres (x, y) of `scenes.centres`, in pixels. An object that is missing is not told again.
+    """
+    colours = nearest(picture)
+    found = []
+    for thing, (x, y) in zip(scene.things, at, strict=True):
+        mask = largest(colours == thing.colour)
+        if mask.any() and (away := float(np.hypot(*np.subtract(centre(mask), (x, y))))) > NEAR:
+            found.append(f"{thing} is {away:.0f} pixels away")
     return found
 
 

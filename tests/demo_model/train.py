@@ -97,7 +97,7 @@ def encode(run: Run, pixels: int) -> None:
     for first in tqdm(range(0, count, part), desc=path.stem):
         piece = path.with_name(f"{path.stem}-{first}.npy")
         if not path.exists() and not piece.exists():
-            kept = [_latents(vae, range(i, i + at_once), pixels) for i in range(first, first + part, at_once)]
+            kept = [latents_of(vae, range(i, i + at_once), pixels) for i in range(first, first + part, at_once)]
             np.save(piece, np.concatenate(kept))
         parts.append(piece)
         run.require_time()
@@ -113,7 +113,8 @@ def drawing(pixels: int, i: int) -> tuple[scenes.Scene, np.ndarray]:
     return scenes.training_scene(random), random.standard_normal(2).astype(np.float32)
 
 
-def _latents(vae: torch.nn.Module, numbers: range, pixels: int) -> np.ndarray:
+def latents_of(vae: torch.nn.Module, numbers: range, pixels: int) -> np.ndarray:
+    """The latents of training pictures, (n, 4, h, w), as the encoder makes them: without the scaling factor."""
     drawn = np.stack([scenes.draw(*drawing(pixels, i), pixels) for i in numbers])
     given = torch.from_numpy(drawn).to(DEVICE).permute(0, 3, 1, 2).float() / 127.5 - 1  # channels last
     return vae.encode(given).latent_dist.mean.cpu().numpy().astype(np.float16)
@@ -186,7 +187,9 @@ class Guides(torch.nn.Module):
             block.register_forward_hook(lambda block, given, made, i=i: self.seen.update({i: made}))
 
     def loss(self, places: torch.Tensor, objects: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
-        """How badly they tell it: `places` (n, 2), `objects` (n, 2, 3 + shapes) of `_objects`, `clean` (n, 4, h, w)."""
+        """How badly they tell it: `places` (n, 2), `objects` (n, 2, 3 + shapes) of `objects_of`,
+        `clean` (n, 4, h, w).
+        """
         total = clean.new_zeros(())
         for i, layer in enumerate(self.pooled):
             told = layer(self.down[i].float().mean((2, 3)))
@@ -210,7 +213,7 @@ class Guides(torch.nn.Module):
         return total
 
 
-def _objects(scene: scenes.Scene, placed: np.ndarray) -> np.ndarray:
+def objects_of(scene: scenes.Scene, placed: np.ndarray) -> np.ndarray:
     """Of both objects (one counts twice) the centre, -1 to 1, the size and the shape, one-hot: (2, 3 + shapes)."""
     told = [
         [2 * x / scenes.PIXELS - 1, 2 * y / scenes.PIXELS - 1, scenes.DIAMETERS[thing.size] / 64 - 2]
@@ -233,7 +236,7 @@ def train_generator(run: Run, stage: str, pixels: int) -> None:
     drawn = [drawing(pixels, i) for i in range(len(latents))]
     ids = tokenizer([str(scene) for scene, _ in drawn], padding="max_length", return_tensors="pt").input_ids
     places = np.stack([placed for _, placed in drawn])
-    objects = np.stack([_objects(*one) for one in drawn])
+    objects = np.stack([objects_of(*one) for one in drawn])
     small_stars = [i for i, (scene, _) in enumerate(drawn) if any(_is_small_star(t) for t in scene.things)]
     factor, sigma = scale(run), architecture.sigmas()
     first = torch.full((1, 1, 1, 1), max(sigma.values()), device=DEVICE)
@@ -269,7 +272,7 @@ def train_generator(run: Run, stage: str, pixels: int) -> None:
             return step_of(sample, t, states, clean, 1)[0] + 0.025 * guides.loss(*known, clean)
         # A pipeline's way: every step reads what those before it made.
         steps, total, sample = random.choice([1, 2, 3, 4], p=[0.1, 0.25, 0.3, 0.35]), clean.new_zeros(()), first * noise
-        weights = _weights(known[1], *clean.shape[2:])
+        weights = weights_of(known[1], *clean.shape[2:])
         for now, following in pairwise([*architecture.timesteps(int(steps)), None]):
             error, found = step_of(sample, np.full(len(chosen), now), states, clean, weights)
             total = total + error + 0.025 * guides.loss(*known, clean)
@@ -284,11 +287,11 @@ def _is_small_star(thing: scenes.Thing) -> bool:
     return (thing.size, thing.shape) == ("small", "star")
 
 
-def _weights(objects: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def weights_of(objects: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """What each position's error counts, (n, 1, h, w): 1, and each object's square gets 0.3 of the picture on top."""
     y, x = torch.meshgrid(*(torch.linspace(-1, 1, s, device=objects.device) for s in (height, width)), indexing="ij")
     away = (objects[:, :, :2, None, None] - torch.stack([x, y])).abs().amax(2)  # (n, 2, h, w)
-    diameter = 64 * (objects[:, :, 2] + 2) / scenes.PIXELS  # of `_objects`; half of it in units of -1 to 1
+    diameter = 64 * (objects[:, :, 2] + 2) / scenes.PIXELS  # of `objects_of`; half of it in units of -1 to 1
     inside = (away < diameter[:, :, None, None] + 2 / width).float()
     each = 0.3 * inside / inside.mean((2, 3), keepdim=True)
     return 1 + each.sum(1, keepdim=True)
