@@ -28,8 +28,8 @@ SECONDS = float(os.environ.get("SOAK_SECONDS", 20 * 60))
 WARM_UP = 0.25  # of the time: the caches fill, and the allocator finds its size
 PARTS = 3  # of the rest; after each the server is left alone and measured
 MEMORY = {"PYTHONMALLOC": "malloc"}
-"""As in runtime/serve/deploy. Python's own allocator keeps a MiB for as long as one object in it lives, which hides what
-is in use: with it this server grew by 1.5% in 20 minutes, ever more slowly."""
+"""As in runtime/serve/deploy. Python's own allocator keeps a MiB for as long as one object in it lives, which hides
+what is in use: with it this server grew by 1.5% in 20 minutes, ever more slowly."""
 WORDS = ("a", "cat", "dog", "red", "snow", "house", "🦊", "of glass")
 PROMPTS = [" ".join(random.Random(i).choices(WORDS, k=5)) for i in range(200)]
 """No more than the server's cache holds, and the same of pictures: what it keeps of each new one is no leak."""
