@@ -85,18 +85,12 @@ def traces_stay(shared: Path) -> None:
 
 @pytest.fixture(scope="session")
 def checkpoints(shared: Path) -> dict[str, Path]:
-    """Family → folder of a miniature checkpoint in diffusers' format. Tests must not change it.
-
-    Its tokenizers have the files that the hub's have: with a tokenizer.json, too, transformers takes twice as long to
-    load the same.
-    """
+    """Family → folder of a miniature checkpoint in diffusers' format. Tests must not change it."""
     folders = {family: shared / f"{family}-turbo-mini" for family in FAMILIES}
     with locked(shared / "lock"):
         for folder in folders.values():
             if not (folder / "LICENSE").exists():  # it is written last
                 synthetic.write_checkpoint(folder.name, folder)
-                for path in folder.glob("tokenizer*/tokenizer.json"):
-                    path.unlink()
     return folders
 
 

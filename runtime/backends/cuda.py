@@ -49,8 +49,9 @@ def call(function: str, *arguments: Any) -> Any:
 
     Raises NoGpu, OutOfMemory, CudaFault or CudaError if the status is not success.
     """
+    called = getattr(_runtime(), function)
     try:
-        status, *values = getattr(_runtime(), function)(*arguments)
+        status, *values = called(*arguments)
     except ValueError as error:  # of an enumeration
         raise CudaError(
             f"{function} gives what this cuda-bindings does not know, because the driver is newer: {error}; "

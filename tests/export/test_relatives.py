@@ -418,7 +418,7 @@ def test_the_command_names_every_recipe() -> None:
         (["demo", "--scheduler", '{"beta_start": "x"}'], "EulerDiscreteScheduler fails with these values ("),
         (
             ["demo", "--vae", str(DEMO)],
-            "is a whole checkpoint, and the folder of one component was expected: give that of",
+            "is a whole checkpoint, and the folder of one component was expected: give one",
         ),
         (["demo", "--lora", str(DEMO / "vae/diffusion_pytorch_model.safetensors")], f"{DEMO}/vae/diffusion_pytorch_mo"),
         (["demo", "--eta", "2"], "eta 2.0: a number from 0 to 1 was expected"),

@@ -96,7 +96,7 @@ class FormsOnCpu(onnxruntime.OnnxRuntimeCpu):
         options = sessions.default_options()
         form = onnxruntime.read_form(self.opened, graph, options)
         session = sessions.load(form, graph, options, sessions.CPU, {}, onnxruntime.CUDA_WITHOUT)
-        return onnxruntime._CpuGraph(graph, self.opened.bundle.manifest.graphs[graph], session, overrides=())
+        return onnxruntime._SessionGraph(graph, self.opened.bundle.manifest.graphs[graph], session, overrides=())
 
 
 def test_the_forms_pass_against_diffusers(forms: Opened) -> None:

@@ -43,7 +43,7 @@ def test_the_manifest_is_read_once(sd: Path, tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(opened, "strict_json", SimpleNamespace(read=read))
     assert called("turbochain", "generate", sd, "a cat", "-o", tmp_path / "out.png").returncode == 0
-    assert seen == ["bundle.json"]
+    assert seen.count("bundle.json") == 1
 
 
 @pytest.mark.parametrize("line", [("a cat", "-cold"), ("--prompt", "a cat", "-cold")])
