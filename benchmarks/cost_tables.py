@@ -122,7 +122,7 @@ def _shares(plain: Sequence[float], changed: Sequence[float], most: float | None
 
 
 def beside(results: Sequence[Result]) -> str:
-    """Return the table of unet_cost.py, and what it was measured on."""
+    """Return the table of unet_cost.py and web_attention.py, and what it was measured on."""
     rows = [
         [
             f"{row.change}: {found.source}, {found.width}x{found.height}, {row.engine}, {row.precision}",

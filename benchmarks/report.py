@@ -139,7 +139,7 @@ def _adapted(found: list[Result]) -> list[str]:
 
 
 def _beside(found: list[Result]) -> list[str]:
-    return ["## What should cost the UNet nothing", "", cost_tables.beside(found)] if found else []
+    return ["## Beside the plain UNet", "", cost_tables.beside(found)] if found else []
 
 
 def _shown(path: Path, of: Result) -> str:

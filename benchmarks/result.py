@@ -68,7 +68,9 @@ INCLUDES = {
     "load_lora_weights, with the file in the page cache; equal bits: whether the latents of a call are the same "
     "whenever the adapters are, in the order first, second, first, none, none",
     "beside": "the mean seconds of the UNet's launches in a call, in two pipelines that draw in turn: a plain one, and "
-    "one whose bundle has a ControlNet that the call does not use, or whose weights have an adapter added to them",
+    "one whose bundle has a ControlNet that the call does not use, or whose weights have an adapter added to them. "
+    "MultiHeadAttention: turbochain.mjs in Chromium, one thread, without a call's first launch; the plain UNet is the "
+    "bundle's graph, the other the form of it that a site has",
 }
 """Name of a figure → what it includes."""
 

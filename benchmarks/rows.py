@@ -295,7 +295,7 @@ class Adapted(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class Beside(Row):
-    """A UNet's launch beside the plain UNet's, where the difference should cost nothing (unet_cost.py)."""
+    """A UNet's launch beside the plain UNet's (unet_cost.py, web_attention.py)."""
 
     change: str  # what is not plain, in words
     engine: str  # of the plain one
