@@ -243,19 +243,21 @@ def test_a_graph_that_needs_the_host_is_refused(streams: Streams, what: str, dep
     harmless = streams.session.capture(streams.main, kernel)
     others = (kernel, partial(cuda.launch, harmless, streams.main))
 
-    def among_others(work: Callable[[], object]) -> None:
-        for one in (*others, work, *others):
-            one()
-
     def check(graph: Any) -> None:
         cuda.refuse_host(graph, {streams.mine.ctypes.data})
 
-    enqueue = partial(among_others, partial(work, streams))
-    for _ in range(depth):
-        inner = streams.session.capture(streams.main, enqueue)
-        enqueue = partial(among_others, partial(cuda.launch, inner, streams.main))
-    if reason is None:
-        assert streams.session.capture(streams.main, enqueue, check) is not None
-    else:
-        with pytest.raises(CudaError, match=reason):
-            streams.session.capture(streams.main, enqueue, check)
+    for before, after in ((others, ()), ((), others), (others, others)):
+
+        def among_others(work: Callable[[], object], before: Any = before, after: Any = after) -> None:
+            for one in (*before, work, *after):
+                one()
+
+        enqueue = partial(among_others, partial(work, streams))
+        for _ in range(depth):
+            inner = streams.session.capture(streams.main, enqueue)
+            enqueue = partial(among_others, partial(cuda.launch, inner, streams.main))
+        if reason is None:
+            assert streams.session.capture(streams.main, enqueue, check) is not None
+        else:
+            with pytest.raises(CudaError, match=reason):
+                streams.session.capture(streams.main, enqueue, check)
