@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -269,6 +270,19 @@ def test_the_runner_keeps_its_limits(tmp_path: Path, monkeypatch: pytest.MonkeyP
     }
     assert "left out" in found["steps"]["onnxruntime"]["results"]
     assert "NoGpu" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_a_step_that_cannot_be_ended_does_not_hold_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that waits for the GPU's driver cannot."""
+    left: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.os, "killpg", lambda group, signal: left.append(group))
+        patch.setattr(runner, "LEAST", 0.1)
+        patch.setattr(runner, "PATIENCE", 0.1)
+        assert runner.run(tmp_path, tmp_path / "out", "abc", [Step("upsampling", 0.2)]) == 1
+    assert read(tmp_path / "out" / FILE)["steps"]["upsampling"]["status"] == "stopped after 0 s"
+    (process,) = left
+    os.killpg(process, signal.SIGKILL)  # ProcessLookupError if it was waited for
 
 
 def test_a_step_is_running_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
