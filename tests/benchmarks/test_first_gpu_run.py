@@ -43,6 +43,9 @@ from turbochain.runtime.backends import cuda
 from turbochain.runtime.checks import reference
 from turbochain.runtime.errors import TurbochainError
 
+COMPILED = {"sd": ["vae_decoder", "unet", "text_encoder"]}
+COMPILED["sdxl"] = [*COMPILED["sd"], "text_encoder_2"]
+"""Family → the graphs that Inductor compiles, in their order."""
 FEW = miniatures.Counts(repeats=2, pictures=2, loads=1, timed=2, steps=(1, 2))
 
 
@@ -203,7 +206,8 @@ def test_full_size(runtime: Runtime, report: Report, prepared: Path, family: str
     assert runtime.problems() == []
 
 
-def test_compiled_stages(runtime: Runtime, report: Report, prepared: Path) -> None:
+@pytest.mark.parametrize("family", HALF)
+def test_compiled_stages(runtime: Runtime, report: Report, prepared: Path, family: str) -> None:
     compiled: list[str] = []
 
     def note(made: Any, bundle: Bundle, device: torch.device) -> Any:
@@ -211,9 +215,9 @@ def test_compiled_stages(runtime: Runtime, report: Report, prepared: Path) -> No
         return made
 
     given = {"size": 64, "precision": "fp32", "runs": 1, "compiled": note}
-    inductor.run(report, prepared, "sd-turbo-mini", partial(OnStandIn, runtime), **given)
+    inductor.run(report, prepared, f"{family}-turbo-mini", partial(OnStandIn, runtime), **given)
     found = results(report)
-    assert compiled == ["vae_decoder", "unet", "text_encoder"]
+    assert compiled == COMPILED[family]
     assert found["compiling unet"]["seconds"] >= 0
     for name in compiled:
         assert found[f"with {name} compiled"]["uncaptured"] is None and found[f"PSNR with {name} compiled"] == 120
@@ -221,16 +225,18 @@ def test_compiled_stages(runtime: Runtime, report: Report, prepared: Path) -> No
 
 
 @pytest.mark.full
-def test_stages_compiled_by_inductor(runtime: Runtime, report: Report, prepared: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stages_compiled_by_inductor(runtime: Runtime, report: Report, prepared: Path, family: str) -> None:
     """For a CPU, with the options that it has on a GPU: each stage is one graph, and the picture stays."""
     torch._dynamo.reset()
     counted = torch._dynamo.utils.counters
     counted.clear()
-    inductor.run(report, prepared, "sd-turbo-mini", partial(AtLaunch, runtime), size=64, precision="fp32", runs=1)
+    place = partial(AtLaunch, runtime)
+    inductor.run(report, prepared, f"{family}-turbo-mini", place, size=64, precision="fp32", runs=1)
     found = results(report)
-    for name in ("vae_decoder", "unet", "text_encoder"):
+    for name in COMPILED[family]:
         assert found[f"with {name} compiled"]["uncaptured"] is None and found[f"PSNR with {name} compiled"] > 60
-    assert counted["stats"]["unique_graphs"] == 3 and not counted["graph_break"]
+    assert counted["stats"]["unique_graphs"] == len(COMPILED[family]) and not counted["graph_break"]
     assert runtime.problems() == []
 
 

@@ -125,6 +125,16 @@ def test_inpainting_with_a_history(checkpoints: dict[str, Path], tmp_path: Path)
 
 
 @pytest.mark.full
+def test_controlnets_and_t2i_adapters(controlled: Path) -> None:
+    """One, the other, and none, for which zeros are held."""
+    plain = {"prompt": "a cat", "num_inference_steps": 2}
+    canny = plain | {"control_image": IMAGES[0], "controlnet": "canny"}
+    sketch = plain | {"control_image": IMAGES[1], "t2i_adapter": "sketch"}
+    again = canny | {"controlnet_conditioning_scale": 0.5, "seed": 6}
+    conform_in_each_way(controlled, KINDS, [plain, canny, sketch, again, plain | {"prompt": "a dog"}])
+
+
+@pytest.mark.full
 def test_a_latent_consistency_model(tmp_path: Path) -> None:
     """Its UNet reads the guidance scale, and its chains have no modes."""
     synthetic.write_checkpoint("lcm-sd15-mini", tmp_path / "checkpoint")

@@ -108,6 +108,18 @@ def test_a_missing_provider_is_told_from_nodes_that_are_left_to_the_cpu(sd: Path
     assert "fallback to CPU EP has been explicitly disabled" in str(caught.value.__cause__)
 
 
+class WithoutCudnn:
+    """A session whose first launch of a convolution looks for cuDNN, in vain."""
+
+    def run_with_iobinding(self, *arguments: object) -> None:
+        raise RuntimeError("Non-zero status code: cuDNN is unavailable or disabled for CUDA Execution Provider")
+
+
+def test_a_library_that_is_first_missed_in_a_launch_is_missing_too() -> None:
+    with pytest.raises(TurbochainError, match=LIBRARIES):
+        sessions.run("vae_decoder", WithoutCudnn(), None, None)
+
+
 def test_a_graph_that_cannot_be_loaded_is_its_own_error(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"not a graph")
     with pytest.raises(TurbochainError, match=r"^onnxruntime cannot load unet: .*[Pp]rotobuf"):
