@@ -43,8 +43,10 @@ from turbochain.runtime.backends import cuda
 from turbochain.runtime.checks import reference
 from turbochain.runtime.errors import TurbochainError
 
-COMPILED = {"sd": ["vae_decoder", "unet", "text_encoder"]}
-COMPILED["sdxl"] = [*COMPILED["sd"], "text_encoder_2"]
+COMPILED = {
+    "sd": ["vae_decoder", "unet", "text_encoder"],
+    "sdxl": ["vae_decoder", "unet", "text_encoder", "text_encoder_2"],
+}
 """Family → the graphs that Inductor compiles, in their order."""
 FEW = miniatures.Counts(repeats=2, pictures=2, loads=1, timed=2, steps=(1, 2))
 
