@@ -247,7 +247,8 @@ def test_a_graph_beside_different_others(small: Path) -> None:
     for seed in range(10):
         with standing_in(seed) as runtime:
             with pipeline(small, uncaptured(StandIn)) as pipe:
-                pipe.prompt_cache.limit_bytes = 0  # so that the text encoder runs beside the VAE encoder each time
+                for cache in (pipe.prompt_cache, pipe.image_cache):
+                    cache.limit_bytes = 0  # so that the encoders run side by side each time
                 for call, expected in zip(calls, right, strict=True):
                     np.testing.assert_array_equal(output(pipe, call).images, expected)
             assert_nothing_left(runtime)
