@@ -34,7 +34,6 @@ def test_refit_is_refused_where_its_results_are_wrong(
 
 def test_a_build_asks_for_that_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "require", lambda name: ("tensorrt-cu13", "11.3.0.99"))
-    assert tensorrt.BUILDER.settle is not None
     with pytest.raises(InputError, match=r"option refit: tensorrt-cu13 11\.3\.0\.99 computes wrong"):
         tensorrt.BUILDER.settle(options.resolve("tensorrt", {"refit": True}))
 
