@@ -80,6 +80,7 @@ LONGEST_FIRST = (
     "test_forks.py",
     "test_vae_encoder.py",
     "test_sampler_steps.py",
+    "test_failures.py",
     "test_fuse.py",
     "test_first_gpu_run.py",
     "test_trace.py",

@@ -18,6 +18,7 @@ from .results import FILE, read, update
 
 BUDGET = 720.0  # seconds
 LEAST = 5.0  # seconds with which a step is still begun
+PATIENCE = 10.0  # seconds in which a step that is killed must be gone; one that waits for the driver may stay
 ROOT = Path(__file__).parents[2]
 
 
@@ -98,7 +99,8 @@ def _one(given: Mapping[str, Any], limit: float, environment: dict[str, str], lo
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # also what it has left running, such as Inductor's workers
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
     if status:
         return f"failed with exit status {status}; log.txt says why"
     found = read(Path(given["results"]))["steps"][given["step"]].get("results", {})

@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -42,6 +43,11 @@ from turbochain.runtime.backends import cuda
 from turbochain.runtime.checks import reference
 from turbochain.runtime.errors import TurbochainError
 
+COMPILED = {
+    "sd": ["vae_decoder", "unet", "text_encoder"],
+    "sdxl": ["vae_decoder", "unet", "text_encoder", "text_encoder_2"],
+}
+"""Family → the graphs that Inductor compiles, in their order."""
 FEW = miniatures.Counts(repeats=2, pictures=2, loads=1, timed=2, steps=(1, 2))
 
 
@@ -202,7 +208,8 @@ def test_full_size(runtime: Runtime, report: Report, prepared: Path, family: str
     assert runtime.problems() == []
 
 
-def test_compiled_stages(runtime: Runtime, report: Report, prepared: Path) -> None:
+@pytest.mark.parametrize("family", HALF)
+def test_compiled_stages(runtime: Runtime, report: Report, prepared: Path, family: str) -> None:
     compiled: list[str] = []
 
     def note(made: Any, bundle: Bundle, device: torch.device) -> Any:
@@ -210,9 +217,9 @@ def test_compiled_stages(runtime: Runtime, report: Report, prepared: Path) -> No
         return made
 
     given = {"size": 64, "precision": "fp32", "runs": 1, "compiled": note}
-    inductor.run(report, prepared, "sd-turbo-mini", partial(OnStandIn, runtime), **given)
+    inductor.run(report, prepared, f"{family}-turbo-mini", partial(OnStandIn, runtime), **given)
     found = results(report)
-    assert compiled == ["vae_decoder", "unet", "text_encoder"]
+    assert compiled == COMPILED[family]
     assert found["compiling unet"]["seconds"] >= 0
     for name in compiled:
         assert found[f"with {name} compiled"]["uncaptured"] is None and found[f"PSNR with {name} compiled"] == 120
@@ -220,16 +227,18 @@ def test_compiled_stages(runtime: Runtime, report: Report, prepared: Path) -> No
 
 
 @pytest.mark.full
-def test_stages_compiled_by_inductor(runtime: Runtime, report: Report, prepared: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stages_compiled_by_inductor(runtime: Runtime, report: Report, prepared: Path, family: str) -> None:
     """For a CPU, with the options that it has on a GPU: each stage is one graph, and the picture stays."""
     torch._dynamo.reset()
     counted = torch._dynamo.utils.counters
     counted.clear()
-    inductor.run(report, prepared, "sd-turbo-mini", partial(AtLaunch, runtime), size=64, precision="fp32", runs=1)
+    place = partial(AtLaunch, runtime)
+    inductor.run(report, prepared, f"{family}-turbo-mini", place, size=64, precision="fp32", runs=1)
     found = results(report)
-    for name in ("vae_decoder", "unet", "text_encoder"):
+    for name in COMPILED[family]:
         assert found[f"with {name} compiled"]["uncaptured"] is None and found[f"PSNR with {name} compiled"] > 60
-    assert counted["stats"]["unique_graphs"] == 3 and not counted["graph_break"]
+    assert counted["stats"]["unique_graphs"] == len(COMPILED[family]) and not counted["graph_break"]
     assert runtime.problems() == []
 
 
@@ -269,6 +278,19 @@ def test_the_runner_keeps_its_limits(tmp_path: Path, monkeypatch: pytest.MonkeyP
     }
     assert "left out" in found["steps"]["onnxruntime"]["results"]
     assert "NoGpu" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_a_step_that_cannot_be_ended_does_not_hold_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that waits for the GPU's driver cannot."""
+    left: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.os, "killpg", lambda group, signal: left.append(group))
+        patch.setattr(runner, "LEAST", 0.1)
+        patch.setattr(runner, "PATIENCE", 0.1)
+        assert runner.run(tmp_path, tmp_path / "out", "abc", [Step("upsampling", 0.2)]) == 1
+    assert read(tmp_path / "out" / FILE)["steps"]["upsampling"]["status"] == "stopped after 0 s"
+    (process,) = left
+    os.killpg(process, signal.SIGKILL)  # ProcessLookupError if it was waited for
 
 
 def test_a_step_is_running_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

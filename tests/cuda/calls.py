@@ -57,12 +57,12 @@ OF_TASK: Mapping[str, Sequence[dict[str, Any]]] = {
         {"prompt": "a dog", "image": IMAGES[1], "num_inference_steps": 2, "strength": 0.5, "guidance_scale": 3.0},
     ),
     INPAINTING: (
-        {"prompt": "a cat", "image": IMAGES[0], "mask_image": MASK, "num_inference_steps": 3, "strength": 1.0},
-        {"prompt": "a cat", "image": IMAGES[1], "mask_image": MASK, "num_inference_steps": 3, "strength": 0.7},
-        {"prompt": "a dog", "image": IMAGES[1], "mask_image": MASK, "num_inference_steps": 3, "strength": 0.7},
+        {"prompt": "a cat", "image": IMAGES[0], "mask_image": MASK, "num_inference_steps": 2, "strength": 1.0},
+        {"prompt": "a cat", "image": IMAGES[1], "mask_image": MASK, "num_inference_steps": 2, "strength": 0.7},
+        {"prompt": "a dog", "image": IMAGES[1], "mask_image": MASK, "num_inference_steps": 2, "strength": 0.7},
         {
             **{"prompt": "a cat", "negative_prompt": "fog", "guidance_scale": 3.0, "seed": 6},
-            **{"image": IMAGES[0], "mask_image": MASK, "num_inference_steps": 3, "strength": 1.0},
+            **{"image": IMAGES[0], "mask_image": MASK, "num_inference_steps": 2, "strength": 1.0},
         },
     ),
 }

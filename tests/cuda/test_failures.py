@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import tiny_bundle
 from calls import CONTROLLED, NEW, assert_nothing_left, on_cpu, output
-from standin import STICKY, Error, OneByOne, Runtime, StandIn, pipeline, standing_in
+from standin import STICKY, UNWANTED, Error, OneByOne, Runtime, StandIn, pipeline, standing_in, uncaptured
 
 import turbochain.runtime
 from turbochain.runtime import Bundle, CudaFault, OutOfMemory, Pipeline, TurbochainError, selection
 from turbochain.runtime.backends.contract import Results
 from turbochain.runtime.backends.gpu import GpuExecutor
 from turbochain.runtime.bundle import hashing
+from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.errors import CudaError
 
 WAYS = {
@@ -27,14 +28,6 @@ WAYS = {
 }
 HARMLESS = {"cudaGetDevice", "cudaSetDevice", "cudaGraphDestroy"}
 """What a life does to leave things as they were; if that fails, there is nothing to be done about it."""
-UNWANTED = "this test wants it so"
-
-
-class Uncaptured(StandIn):
-    """Its graphs may not be launched, so that each plan is run graph by graph."""
-
-    def check_captured(self, graph: Any) -> None:
-        raise CudaError(UNWANTED)
 
 
 class Forgetful(StandIn):
@@ -52,6 +45,7 @@ class Unloading(StandIn):
         return made
 
 
+Uncaptured = uncaptured(StandIn)
 HARMLESS_TO: Mapping[type[GpuExecutor], set[str]] = {
     Uncaptured: {"cudaStreamSynchronize"},  # of those, the one that follows the refusal
     Unloading: {"cudaFree"},  # of those, the library's own
@@ -167,7 +161,7 @@ def check(life: Life, right: Sequence[np.ndarray], at: int, status: Error) -> No
         assert problems == [], (at, name)
 
 
-SHORT = (tiny_bundle.call("a cat", 1), tiny_bundle.call("a dog", 2))
+SHORT = (tiny_bundle.call("a cat", 1, steps=1), tiny_bundle.call("a dog", 2, steps=1))
 MODE = (
     tiny_bundle.call("a cat", 1),
     tiny_bundle.call("a cat", 1, control=2),  # a plan with more scratch memory
@@ -180,8 +174,15 @@ LONG = (NEW, CONTROLLED, NEW, CONTROLLED)
 def lives(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Life]]:
     """The lives by name: the first one has every call tried, the others those that it lacks."""
     tiny, long = Bundle.open(tiny_bundle.write(tmp_path_factory.mktemp("tiny"))), Bundle.open(small)
+    original, opened = Bundle.open_chain, dict[tuple[Path, str | None], OpenChain]()
+
+    def open_chain(bundle: Bundle, name: str | None = None) -> OpenChain:
+        return opened.setdefault((bundle.path, name), original(bundle, name))
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hashing, "check_all", lambda *_, **more: None)  # nobody changes the files between two lives
+        # Nobody changes the files between two lives, so they are read once.
+        patch.setattr(Bundle, "open_chain", open_chain)
+        patch.setattr(hashing, "check_all", lambda *_, **more: None)
         patch.setattr(selection, "admit", lambda chain, found: None)
         yield {
             "short": Life(tiny, SHORT),

@@ -1,7 +1,7 @@
 """The smallest chain in which a GPU's executor does everything that it ever does, for what is tried a thousand times.
 
-A prompt and a picture are encoded side by side, two steps follow each other, a stream outlives the call, and a mode has
-a graph of its own, which is loaded when it is first used and needs more scratch memory.
+A prompt and a picture are encoded side by side, one step or two follow, a stream outlives the call, and a mode has a
+graph of its own, which is loaded when it is first used and needs more scratch memory.
 """
 
 from dataclasses import replace
@@ -91,7 +91,7 @@ CHAIN = Chain(
     carry={"next_latents": "latents"},
     keep={"next_stream": "stream"},
     tables_file="tables/tiny.safetensors",
-    tables={"2": TableEntry(2, 2)},
+    tables={"1": TableEntry(1, 1), "2": TableEntry(2, 2)},
     output="image",
 )
 CONTENT = Content(
@@ -103,7 +103,7 @@ CONTENT = Content(
         "vae_decoder": ("vae_decoder", VAE_DECODER),
     },
     {IMAGE_TO_IMAGE: CHAIN},
-    {IMAGE_TO_IMAGE: small_bundle.arrays(IMAGE_TO_IMAGE, 1, {2: 2})},
+    {IMAGE_TO_IMAGE: small_bundle.arrays(IMAGE_TO_IMAGE, 1, {1: 1, 2: 2})},
 )
 
 
@@ -117,13 +117,13 @@ def write(folder: Path) -> Path:
     return path
 
 
-def call(prompt: str, picture: int, control: int | None = None) -> dict[str, Any]:
+def call(prompt: str, picture: int, control: int | None = None, steps: int = 2) -> dict[str, Any]:
     """Return a call with pictures of one colour each, which is drawn of these seeds; with `control` it has the mode."""
     given = {"input_image": _picture(picture, 8)}
     if control is not None:
         given["control_image"] = _picture(control, 32)
     modes = [] if control is None else ["control"]
-    return {"chain": IMAGE_TO_IMAGE, "prompt": prompt, "inputs": given, "modes": modes}
+    return {"chain": IMAGE_TO_IMAGE, "prompt": prompt, "inputs": given, "modes": modes, "num_inference_steps": steps}
 
 
 def _picture(seed: int, side: int) -> np.ndarray:

@@ -12,6 +12,19 @@ It is stricter than CUDA wherever CUDA leaves something open:
 
 from .machine import STICKY, Error, Module
 from .runtime import Runtime
-from .stages import OneByOne, Stage, StandIn, gpu, pipeline, standing_in
+from .stages import UNWANTED, OneByOne, Stage, StandIn, gpu, pipeline, standing_in, uncaptured
 
-__all__ = ["STICKY", "Error", "Module", "OneByOne", "Runtime", "Stage", "StandIn", "gpu", "pipeline", "standing_in"]
+__all__ = [
+    "STICKY",
+    "UNWANTED",
+    "Error",
+    "Module",
+    "OneByOne",
+    "Runtime",
+    "Stage",
+    "StandIn",
+    "gpu",
+    "pipeline",
+    "standing_in",
+    "uncaptured",
+]

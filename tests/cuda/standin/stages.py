@@ -79,6 +79,19 @@ class OneByOne(StandIn):
         return Stage(graph, self.opened, self.opened.bundle.manifest.graphs[graph], shares=False)
 
 
+UNWANTED = "this test wants it so"
+
+
+def uncaptured(kind: type[StandIn]) -> type[StandIn]:
+    """Return the same executor with graphs that may not be launched, so that each plan is run graph by graph."""
+
+    class Uncaptured(kind):  # type: ignore[valid-type, misc]
+        def check_captured(self, graph: Any) -> None:
+            raise CudaError(UNWANTED)
+
+    return Uncaptured
+
+
 class Stage(GpuGraph):
     """A graph: a kernel that copies the inputs into scratch memory, one that computes there, one that copies out.
 

@@ -80,6 +80,13 @@ def test_no_sizes_and_addresses_are_staged(
     assert len(made) == (forms.bundle.manifest.family == "sd")
 
 
+def test_nor_is_the_row_that_sdxl_picks_of_each_text(sdxl: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(sdxl)
+    path = bundle.plain("text_encoder_2") / bundle.manifest.graphs["text_encoder_2"].file
+    assert "GatherND" in kinds(list(onnx.load(path, load_external_data=False).graph.node))
+    assert_all_on_gpu(path, tmp_path)
+
+
 def test_nor_is_one_of_a_graph_with_slots_or_control(slotted: Path, controlled: Path, tmp_path: Path) -> None:
     own = {"unet+lora", "controlnet-canny", "controlnet_embedding-canny", "t2i_adapter-sketch", "t2i_scale"}
     for bundle in map(Bundle.open, (slotted, controlled)):

@@ -7,7 +7,7 @@ from conftest import called
 
 from turbochain.engines import build, cli, options
 from turbochain.engines.backends import tensorrt
-from turbochain.runtime import InputError
+from turbochain.runtime import InputError, backends
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,12 @@ def test_refit_is_refused_where_its_results_are_wrong(
             tensorrt.check_refit(chosen, library, version)
     else:
         tensorrt.check_refit(chosen, library, version)
+
+
+def test_a_build_asks_for_that_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "require", lambda name: ("tensorrt-cu13", "11.3.0.99"))
+    with pytest.raises(InputError, match=r"option refit: tensorrt-cu13 11\.3\.0\.99 computes wrong"):
+        tensorrt.BUILDER.settle(options.resolve("tensorrt", {"refit": True}))
 
 
 WRONG = {

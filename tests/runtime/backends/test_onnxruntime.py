@@ -3,14 +3,18 @@
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 from conftest import ROOT, BundleFactory
 from here import build_here
 from packaging.requirements import Requirement
+from standin import gpu, standing_in
 
+from turbochain.engines.forms.cuda import rewrite
 from turbochain.runtime import Bundle, InputError, TurbochainError
 from turbochain.runtime.backends import onnxruntime
 from turbochain.runtime.backends import onnxruntime_sessions as sessions
@@ -104,6 +108,18 @@ def test_a_missing_provider_is_told_from_nodes_that_are_left_to_the_cpu(sd: Path
     assert "fallback to CPU EP has been explicitly disabled" in str(caught.value.__cause__)
 
 
+class WithoutCudnn:
+    """A session whose first launch of a convolution looks for cuDNN, in vain."""
+
+    def run_with_iobinding(self, *arguments: object) -> None:
+        raise RuntimeError("Non-zero status code: cuDNN is unavailable or disabled for CUDA Execution Provider")
+
+
+def test_a_library_that_is_first_missed_in_a_launch_is_missing_too() -> None:
+    with pytest.raises(TurbochainError, match=LIBRARIES):
+        sessions.run("vae_decoder", WithoutCudnn(), None, None)
+
+
 def test_a_graph_that_cannot_be_loaded_is_its_own_error(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"not a graph")
     with pytest.raises(TurbochainError, match=r"^onnxruntime cannot load unet: .*[Pp]rotobuf"):
@@ -115,6 +131,29 @@ def test_an_older_release_is_refused_on_a_gpu(sd: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("importlib.metadata.version", lambda name: "1.9.2")
     with pytest.raises(InputError, match=r"1\.9\.2 is installed, and on a GPU .* or later is needed: pip install"):
         onnxruntime.executor(opened)
+
+
+def test_on_a_gpu_a_session_is_of_the_engines_form(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of the bundle's graph; and nothing of it may be computed elsewhere, or staged in memory of the host."""
+    bundle = Bundle.open(small)
+    form = rewrite(bundle.path / bundle.manifest.graphs["unet"].file)
+    (tmp_path / onnxruntime.form_file("unet")).write_bytes(form)
+    asked: list[tuple[object, ...]] = []
+
+    def load(model: bytes, name: str, options: Any, provider: str, settings: object, without: Sequence[str]) -> None:
+        strict = options.get_session_config_entry("session.disable_cpu_ep_fallback")
+        asked.append((model, name, strict, provider, {*without}))
+        raise TurbochainError("this machine has no such provider")
+
+    monkeypatch.setattr(sessions, "load", load)
+    with standing_in():
+        made = onnxruntime.executor(Opened(bundle, tmp_path, {}, gpu()))
+        with pytest.raises(TurbochainError, match="no such provider"):
+            made.load(["unet"])
+        made.close()
+    assert asked == [(form, "unet", "1", sessions.CUDA, {"GatherSliceToSplitFusion"})]
 
 
 def test_the_release_that_is_needed_is_the_one_that_is_installed_with_the_extra() -> None:

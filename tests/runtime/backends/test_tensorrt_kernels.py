@@ -6,15 +6,17 @@ The library makes an engine only where a driver is, so small objects stand for t
 import logging
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from standin import standing_in
 from standin.stages import gpu
 
-from turbochain.runtime import Bundle
-from turbochain.runtime.backends.contract import Opened
+from turbochain.runtime import Bundle, backends
+from turbochain.runtime.backends.contract import Device, Opened
 from turbochain.runtime.backends.tensorrt import TensorRt, kernels_file, trt
+from turbochain.runtime.bundle.manifest import Gpu
 
 GRAPH, OTHER = "unet", "vae_decoder"
 
@@ -134,6 +136,19 @@ def test_kernels_of_another_graph_are_not_given_to_it(executor: TensorRt, caplog
     path.write_bytes(path.read_bytes()[:-1])
     assert [compiled(executor), compiled(executor)] == [1, 0]
     assert ["compiles kernels again" in message for message in caplog.messages] == [True, True]
+
+
+def test_kernels_of_another_gpu_or_library_are_not_used(executor: TensorRt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their file is called."""
+    kept = executor.opened.folder / kernels_file(GRAPH, executor.device)
+    assert compiled(executor) == 1
+    other = TensorRt(replace(executor.opened, device=Device("cuda", 0, Gpu("Another", "9.0", 2**33))))
+    shutil.copy(kept, executor.opened.folder / kernels_file(GRAPH, other.device))
+    assert compiled(other) == 1 and compiled(executor) == 0
+    other.close()
+    library, version = backends.require("tensorrt")
+    monkeypatch.setattr(backends, "require", lambda name: (library, f"{version}.1"))
+    assert compiled(executor) == 1
 
 
 def test_without_kernels_nothing_is_kept(executor: TensorRt) -> None:
