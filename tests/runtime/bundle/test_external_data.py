@@ -422,7 +422,7 @@ def test_the_last_of_two_keys_counts_as_in_protobuf(found_in):
     assert found_in(raw) == locations(onnx.ModelProto.FromString(raw)) == {"b"}
 
 
-class Counted(bytes):
+class CountingBytes(bytes):
     """Bytes that count how many of them were read."""
 
     reads = 0
@@ -435,7 +435,7 @@ class Counted(bytes):
 
 def reads(raw: bytes) -> int:
     """How many bytes the search for locations reads of a model, until it ends or refuses."""
-    data = Counted(raw)
+    data = CountingBytes(raw)
     with suppress(external_data._Malformed):
         external_data._walk(data, "ModelProto", 0, len(raw), 0, set())
     return data.reads

@@ -42,7 +42,7 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1"}  # not every loader of diffusers and transfor
 _GRACE = 1.0  # seconds that a job has to end by itself
 
 
-class Worker:
+class JobProcess:
     """A child that runs jobs, one after the other. It ends with the `with` block, or with a job that fails."""
 
     def __init__(self, lock: int, printed: Path | None, *, online: bool = False) -> None:
@@ -98,7 +98,7 @@ class Worker:
             self._child.kill()
             self._child.wait()
 
-    def __enter__(self) -> "Worker":
+    def __enter__(self) -> "JobProcess":
         return self
 
     def __exit__(self, *_: object) -> None:
