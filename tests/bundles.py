@@ -29,13 +29,14 @@ import torch.fx.config
 from conftest import BATCH, FAMILIES, ON, ON_ARGUMENTS, PACKAGES, ROOT, SIZE, BundleFactory
 from here import build_here, phases_here
 from kept import locked
+from launches import Ran
 from torch._export import utils as exported_utils
 from torch.onnx._internal.exporter import _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from turbochain.export import export
 from turbochain.export.sources import synthetic
-from turbochain.runtime import Bundle
+from turbochain.runtime import Bundle, Pipeline
 from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
 from turbochain.runtime.inputs import feeds
 
@@ -163,6 +164,27 @@ def sd(bundle_of: BundleFactory) -> Path:
 def sdxl(bundle_of: BundleFactory) -> Path:
     """The SDXL miniature, fp32, three pictures per pass."""
     return bundle_of("sdxl")
+
+
+@pytest.fixture(scope="module")
+def one(sd: Path) -> Iterator[Pipeline]:
+    """A pipeline of one picture per pass."""
+    with Pipeline.load(sd) as pipe:
+        yield pipe
+
+
+@pytest.fixture(scope="module")
+def three(sdxl: Path) -> Iterator[Pipeline]:
+    """A pipeline of three pictures per pass."""
+    with Pipeline.load(sdxl) as pipe:
+        yield pipe
+
+
+@pytest.fixture
+def ran(one: Pipeline) -> Ran:
+    """Counts the launches of the calls of `one` that it observes; its caches are empty."""
+    one.forget()
+    return Ran()
 
 
 @pytest.fixture(scope="session")
