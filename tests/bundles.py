@@ -24,6 +24,8 @@ import lowered
 import numpy as np
 import outside
 import pytest
+import small_bundle
+import small_calls
 import torch
 import torch.fx.config
 from conftest import BATCH, FAMILIES, ON, ON_ARGUMENTS, PACKAGES, ROOT, SIZE, BundleFactory
@@ -200,6 +202,12 @@ def server(sd: Path) -> "Iterator[Serving]":
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The two chains written by hand (`small_bundle.py`), verified on the CPU. Tests must not change it."""
     return calls.write(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def two_chains(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with an engine of each CPU backend, which nobody has verified. Tests must not change it."""
+    return small_bundle.write(tmp_path_factory.mktemp("two") / "small.bundle", small_calls.cases())
 
 
 @pytest.fixture(scope="session")
