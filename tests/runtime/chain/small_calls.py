@@ -7,7 +7,7 @@ from typing import Any
 
 import by_hand
 import numpy as np
-from small_bundle import BATCH, I2I, LATENTS, T2I
+from small_graphs import BATCH, I2I, LATENTS, T2I
 
 from turbochain.runtime import Pipeline
 from turbochain.runtime.request import Request

@@ -9,8 +9,9 @@ import by_hand
 import pytest
 import small_bundle
 from safetensors.numpy import load_file, save_file
-from small_bundle import CHAINS, I2I, T2I
+from small_bundle import CHAINS
 from small_calls import PICTURES, PROMPTS, assert_same, changed, drawn, numbers
+from small_graphs import I2I, T2I
 
 from turbochain.runtime import BundleError, Pipeline
 from turbochain.runtime.bundle import hashing

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_bundle import I2I, SIZES, T2I
 from small_calls import PICTURES, PROMPTS, changed, numbers
+from small_graphs import I2I, SIZES, T2I
 
 from turbochain.runtime import Bundle, BundleError, InputError, Pipeline
 from turbochain.runtime.request import Request

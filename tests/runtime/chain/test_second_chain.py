@@ -9,8 +9,9 @@ import by_hand
 import numpy as np
 import pytest
 import small_bundle
-from small_bundle import BATCH, CHAINS, I2I, LATENTS, SIZES, T2I
+from small_bundle import CHAINS
 from small_calls import GUIDED, PICTURES, PROMPTS, SCALES, assert_same, cases, changed, drawn, numbers
+from small_graphs import BATCH, I2I, LATENTS, SIZES, T2I
 
 from turbochain.runtime import Bundle, InputError, Pipeline
 from turbochain.runtime.chain.plan import Run
