@@ -156,7 +156,7 @@ def copied(checkpoint: Path, folder: Path, changes: dict[str, Callable[[dict[str
     return folder
 
 
-def test_twenty_steps_of_pndm_with_guidance(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_ten_steps_of_pndm_with_guidance(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """All graphs but the sampler's are those of the shared bundle."""
     change = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False}
     of_index = {"scheduler": ["diffusers", "PNDMScheduler"]}
@@ -168,10 +168,10 @@ def test_twenty_steps_of_pndm_with_guidance(checkpoints: dict[str, Path], tmp_pa
             "scheduler/scheduler_config.json": lambda config: config | change,
         },
     )
-    wanted: Call = {"precision": "fp32", "size": SIZE, "steps": [20], "tasks": ["text-to-image"], "quiet": True}
+    wanted: Call = {"precision": "fp32", "size": SIZE, "steps": [10], "tasks": ["text-to-image"], "quiet": True}
     build_here(str(checkpoint), tmp_path / "b", guidance_scale=7.5, **wanted, **ON)
     with Pipeline.load(tmp_path / "b") as pipe:
-        call: Call = {"prompt": PROMPT, "num_inference_steps": 20}
+        call: Call = {"prompt": PROMPT, "num_inference_steps": 10}
         shares(pipe, loaded(checkpoint), {**call, "guidance_scale": 7.5, "negative_prompt": NEGATIVE})
         given, default = (pipe(**call, **g, seed=1, output_type="uint8").images for g in ({"guidance_scale": 7.5}, {}))
         assert np.array_equal(given, default)

@@ -72,7 +72,7 @@ def test_a_result_is_not_a_buffer(one: Pipeline) -> None:
 
 def test_several_threads_make_the_pictures_of_one(three: Pipeline) -> None:
     calls = [
-        {"prompt": PROMPTS[i % 5 : i % 5 + 1 + i % 2], "seed": i, "num_inference_steps": 1 + i % 4} for i in range(24)
+        {"prompt": PROMPTS[i % 5 : i % 5 + 1 + i % 2], "seed": i, "num_inference_steps": 1 + i % 4} for i in range(12)
     ]
     three.prompt_cache.clear()
     expected = [uint8(three, **call) for call in calls]
@@ -123,9 +123,9 @@ print(json.dumps([hashlib.sha256(p.images.tobytes()).hexdigest() for p in pictur
 """
 
 
-def test_every_process_makes_the_same_pictures(sdxl: Path, three: Pipeline) -> None:
+def test_another_process_makes_the_same_pictures(sdxl: Path, three: Pipeline) -> None:
     line = [sys.executable, "-c", DIGESTS, str(sdxl), json.dumps(PROMPTS)]
-    runs = [subprocess.run(line, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    made = subprocess.run(line, capture_output=True, text=True, check=True).stdout
     pictures = [uint8(three, p, seed=i, num_inference_steps=1 + i % 4) for i, p in enumerate(PROMPTS)]
     expected = [hashlib.sha256(p.tobytes()).hexdigest() for p in pictures]
-    assert [json.loads(run) for run in runs] == [expected, expected]
+    assert json.loads(made) == expected
