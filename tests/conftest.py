@@ -1,4 +1,4 @@
-"""How a session of the tests runs: in which order, on which cores; and what tests have in common that needs no torch.
+"""Set the order of the tests and the cores that they run on, and define what they share that needs no torch.
 
 What they share, the miniature checkpoints and the bundles, is in `bundles.py`.
 """

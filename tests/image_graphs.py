@@ -1,4 +1,4 @@
-"""The graphs of image-to-image, inpainting and guidance, traced of a miniature, and what diffusers computes there."""
+"""Trace a miniature's graphs of image-to-image, inpainting and guidance, and compute the same with diffusers."""
 
 import dataclasses
 import functools
