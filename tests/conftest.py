@@ -42,6 +42,7 @@ BundleFactory = Callable[..., Path]
 LONGEST_FIRST = (
     "test_parity.py",
     "test_demo.py",
+    "test_first_gpu_run.py",
     "test_chains.py",
     "test_openvino.py",
     "test_control.py",
@@ -51,7 +52,7 @@ LONGEST_FIRST = (
     "test_bad_input.py",
     "test_bad_calls.py",
     "test_build.py",
-    "test_pipeline.py",
+    "test_resources.py",
     "test_remedies.py",
     "test_guidance.py",
     "test_slots.py",
@@ -81,10 +82,12 @@ LONGEST_FIRST = (
     "test_vae_encoder.py",
     "test_sampler_steps.py",
     "test_fuse.py",
-    "test_first_gpu_run.py",
     "test_trace.py",
     "test_openvino_model.py",
     "test_lora_patch.py",
+    "test_first_verification.py",
+    "test_pipeline.py",
+    "test_ended_calls.py",
     "test_files.py",
 )
 """The files that take over eight seconds; the others follow, so that neither process waits long for the other.
