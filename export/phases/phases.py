@@ -45,16 +45,16 @@ class Phases:
         if not keep:
             self.release()
         with Phase(name, quiet=self.quiet) as phase:
-            worker = self._kept or JobProcess(self.lock, self.log, online=online)
-            self._kept = worker if keep else None
+            process = self._kept or JobProcess(self.lock, self.log, online=online)
+            self._kept = process if keep else None
             try:
-                result, peak = worker.run(job, arguments, phase)
+                result, peak = process.run(job, arguments, phase)
             except BaseException:
                 self.release()
                 raise
             finally:
                 if not keep:
-                    worker.close()
+                    process.close()
         self.reports.append(PhaseReport(name, phase.seconds, peak))
         return result
 
