@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 import cost_tables
 import machine
 import result
-from rows import Adapted, Quantiles, Row, Run
+from rows import Adapted, BenchmarkRun, Quantiles, Row
 from turbochain.runtime import Cancelled, Pipeline
 from turbochain.runtime.backends import precisions
 from turbochain.runtime.bundle.names import shapes
@@ -148,7 +148,7 @@ def _quantiles(seconds: np.ndarray) -> Quantiles:
 
 
 def write(
-    row: Row, run: Run, source: str, size: tuple[int, int], device: str, folder: Path, what: str
+    row: Row, run: BenchmarkRun, source: str, size: tuple[int, int], device: str, folder: Path, what: str
 ) -> tuple[result.Result, Path]:
     """Write the results file of one row, and return its content and path. `size`: width, height."""
     found = result.Result(source, *size, machine.device_name(device), prompt=CALL["prompt"], seed=0, runs=(run,))

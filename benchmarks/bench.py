@@ -21,7 +21,6 @@ import machine
 import plot
 import result
 import tables
-from call import Call
 from measure import Measure, Settings
 from process import SEED
 from result import Result
@@ -30,6 +29,7 @@ from turbochain.runtime.backends import cuda
 from turbochain.runtime.commands import console
 from turbochain.runtime.commands.bench import PROMPT
 from turbochain.runtime.errors import InputError, NoGpu
+from workload import Workload
 
 FOLDER = Path(__file__).parents[1] / ".bench"
 ELSEWHERE = "run it where PyTorch has CUDA: make bench-gpu BIN=DIRECTORY (with turbochain and diffusers for its python)"
@@ -114,7 +114,7 @@ def _bench(arguments: argparse.Namespace) -> None:
             warmup=arguments.warmup,
             turns=arguments.turns,
             end=end,
-            call=Call(arguments.task, arguments.guidance_scale, arguments.strength),
+            workload=Workload(arguments.task, arguments.guidance_scale, arguments.strength),
         )
         kept = Kept(settings, arguments.results, arguments.commit)
         measure(settings, arguments, kept)
@@ -130,7 +130,7 @@ def measure(settings: Settings, arguments: argparse.Namespace, kept: "Kept") -> 
             for row in bench.pair(*pair.split(":"), batch):
                 kept.add(row)
     drawn = [pair for pair in kept.mine.pairs if pair.our_figures and contenders.find(pair.ours).ours]
-    drawn = drawn if settings.call.plain else []  # of other calls there are pairs alone
+    drawn = drawn if settings.workload.plain else []  # of other calls there are pairs alone
     precisions = {contenders.find(pair.ours).precision for pair in drawn}
     # Only of what drew here: a CPU without instructions for bf16 takes minutes for one product in it.
     for precision in contenders.defaults(settings.device).floors:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from call import Call
 from rows import Check, Figures, Spread
 from turbochain.runtime.checks import metrics
 from turbochain.runtime.checks.bounds import AT_LEAST, BOUNDS
+from workload import Workload
 
 FEWEST_FOR_P99 = 20  # rounds
 PROBABILITY = 0.9
@@ -105,9 +105,9 @@ def check(pictures: np.ndarray, references: np.ndarray, precision: str) -> Check
     )
 
 
-def is_short(call: Call, steps: int) -> bool:
+def is_short(workload: Workload, steps: int) -> bool:
     """Return whether a whole picture has bounds of its own: up to 4 steps, without guidance."""
-    return steps <= 4 and not call.guidance_scale
+    return steps <= 4 and not workload.guidance_scale
 
 
 def is_as_good(ours: Check, peer: Check) -> bool:

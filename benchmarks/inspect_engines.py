@@ -23,7 +23,7 @@ import numpy as np
 
 import machine
 import result
-from rows import Compiled, Counted
+from rows import Compiled, EngineContent
 from turbochain.engines import options
 from turbochain.engines.backends import tensorrt
 from turbochain.export.phases.bar import Phase
@@ -56,10 +56,10 @@ class Engine:
     size: int  # bytes
     ends: frozenset[str]  # the graph's outputs
 
-    def counted(self) -> Counted:
+    def counted(self) -> EngineContent:
         """Count what matters in it."""
         wide = [x for x in self.layers if x.writes and all(re.search("Float|FP32", of) for of in x.writes.values())]
-        return Counted(
+        return EngineContent(
             layers=len(self.layers),
             fused_attentions=sum("mha" in layer.name for layer in self.layers),
             fp32_inside=sum(self.ends.isdisjoint(layer.writes) for layer in wide),

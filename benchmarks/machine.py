@@ -10,7 +10,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rows import Gpu, Machine, Run
+from rows import BenchmarkRun, Gpu, Machine
 from turbochain.export.phases.phases import versions
 
 HERE = Path(__file__).parent
@@ -22,9 +22,9 @@ INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu")
 
 
-def run(device: str = "cpu", known_commit: str | None = None, packages: tuple[str, ...] = PACKAGES) -> Run:
+def run(device: str = "cpu", known_commit: str | None = None, packages: tuple[str, ...] = PACKAGES) -> BenchmarkRun:
     """Describe this command: everything that is needed to repeat it; `packages`: those whose versions matter."""
-    return Run(
+    return BenchmarkRun(
         commit=known_commit or commit(),
         machine=machine(),
         versions=versions(*packages),

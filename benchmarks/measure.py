@@ -17,12 +17,12 @@ import floor
 import machine
 import noise
 import product
-from call import PLAIN, Call
 from contenders import Contender
 from figures import Samples, spread
 from process import Process, job
 from rows import Batches, Cold, ColdStart, Floor, Growth, Noise, Pair
 from turbochain.runtime.errors import TurbochainError
+from workload import PLAIN, Workload
 
 FAILURES = (RuntimeError, TurbochainError)
 """Errors that become a row's reason: a contender fails or is missing, or an engine of ours cannot be built here."""
@@ -44,7 +44,7 @@ class Settings:
     warmup: int = 0  # rounds before them
     turns: int | None = None  # load the two contenders of a pair in turn, that often each; None: both at once
     end: float = float("inf")  # time.monotonic() after which nothing is begun
-    call: Call = PLAIN
+    workload: Workload = PLAIN
 
 
 class Measure:
@@ -65,7 +65,7 @@ class Measure:
         rows = [
             Pair(
                 **{"ours": ours, "peer": peer, "batch": batch, "steps": n, "apart": self.settings.turns is not None},
-                **self.settings.call.spec,
+                **self.settings.workload.spec,
             )
             for n in self.settings.steps
         ]
@@ -148,7 +148,7 @@ class Measure:
         differs = [precision, *(contender.differs for contender in pair)]
         ours, peer = samples
         wrong = [c.name for c, of in zip(pair, samples, strict=True) if not of.check.passed]
-        if not figures.is_short(self.settings.call, row.steps):
+        if not figures.is_short(self.settings.workload, row.steps):
             wrong = [] if figures.is_as_good(ours.check, peer.check) else [pair[0].name]
         return replace(
             row,
@@ -243,7 +243,7 @@ class Measure:
     def start(self, contender: Contender, batch: int, **more: Any) -> Process:
         """Start a contender's process; its engine and bundle are there."""
         where: dict[str, Any] = {"size": self.settings.size, "batch": batch, "device": self.settings.device, **more}
-        where["call"] = self.settings.call.spec
+        where["workload"] = self.settings.workload.spec
         if contender.ours:
             engine = self._engines[contender.base, batch]
             return Process(contender, self._bundle(contender, batch), engine=engine, **where)
@@ -256,8 +256,8 @@ class Measure:
 
     def _bundle(self, contender: Contender, batch: int) -> Path:
         width, height = self.settings.size
-        call = "" if self.settings.call.plain else f"-{re.sub('[^a-z0-9.]+', '-', self.settings.call.text)}"
-        name = f"{self.checkpoint.folder.name}-{width}x{height}-b{batch}-{contender.bundle_precision}{call}.bundle"
+        called = "" if self.settings.workload.plain else f"-{re.sub('[^a-z0-9.]+', '-', self.settings.workload.text)}"
+        name = f"{self.checkpoint.folder.name}-{width}x{height}-b{batch}-{contender.bundle_precision}{called}.bundle"
         return self.settings.folder / name
 
     def _prepare(self, contender: Contender, batch: int, counts: Sequence[int] = FEW_STEPS) -> None:
@@ -265,7 +265,7 @@ class Measure:
 
         A bundle has tables for `counts`, if the call is plain, and the steps asked for.
         """
-        counts = counts if self.settings.call.plain else ()
+        counts = counts if self.settings.workload.plain else ()
         if contender.vae and not product.upcasts(self.checkpoint):
             raise RuntimeError("left out: diffusers runs this VAE in fp16 as it is")
         shape: dict[str, Any] = {
@@ -283,7 +283,7 @@ class Measure:
                 backend=contender.backend,
                 options=contender.options,
                 device=self.settings.device,
-                call=self.settings.call,
+                workload=self.settings.workload,
                 **shape,
             )
 

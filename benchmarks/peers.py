@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from call import arguments
+from workload import arguments
 
 
 class Pipe:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from call import PLAIN, Call, arguments
+from workload import PLAIN, Workload, arguments
 
 if TYPE_CHECKING:
     from turbochain.export.sources.checkpoint import Checkpoint
@@ -53,17 +53,17 @@ def build(
     size: tuple[int, int],
     batch: int,
     steps: Sequence[int],
-    call: Call = PLAIN,
+    workload: Workload = PLAIN,
 ) -> str:
     """See that a bundle is there with an engine, and return the engine's name. Raises what `engines.build` raises."""
     from turbochain.engines import build
 
-    where = {"backend": backend, "options": options, "device": device, "chains": [call.task]}
+    where = {"backend": backend, "options": options, "device": device, "chains": [workload.task]}
     if (bundle / "bundle.json").exists():
         return build(str(bundle), bundle, **where).engine  # type: ignore[arg-type]
     # Built even if memory looks too small: a build that fails is a row with its reason.
-    shape = {"size": size, "batch": batch, "steps": list(steps), "precision": precision, "tasks": [call.task]}
-    guidance = {"guidance_scale": call.guidance_scale or None}
+    shape = {"size": size, "batch": batch, "steps": list(steps), "precision": precision, "tasks": [workload.task]}
+    guidance = {"guidance_scale": workload.guidance_scale or None}
     return build(str(source.folder), bundle, **where, **shape, **guidance, force=True).engine  # type: ignore[arg-type]
 
 
@@ -139,7 +139,7 @@ def drawer(spec: Mapping[str, Any]) -> Drawer:
     from turbochain.runtime import Pipeline
     from turbochain.runtime.backends import precisions
 
-    task = spec["call"]["task"] if spec.get("call") else None
+    task = spec["workload"]["task"] if spec.get("workload") else None
     pipe = Pipeline.load(spec["source"], chain=task, engine=spec["engine"], device=spec["device"])
     made = pipe.bundle.engines()[spec["engine"]]
     graphs = pipe.bundle.open_chain(task).graphs

@@ -11,8 +11,8 @@ import cost_tables
 import result
 import supported
 import tables
-from call import TEXT_TO_IMAGE
 from result import INCLUDES, Result
+from workload import TEXT_TO_IMAGE
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "RESULTS.md", HERE.parent / "README.md"

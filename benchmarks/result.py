@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rows import Adapted, Batches, Beside, Build, Cold, Compiled, Floor, Growth, Pair, Row, Run, Served, Tried
+from rows import Adapted, Batches, BenchmarkRun, Beside, Build, Cold, Compiled, Floor, Growth, Pair, Row, Served, Tried
 from turbochain.runtime.bundle import strict_json
 from turbochain.runtime.bundle.writing import write_atomically
 from turbochain.runtime.errors import InputError
@@ -85,7 +85,7 @@ class Result:
     device: str  # "cpu", or the GPU's name
     prompt: str | None  # None: nothing was drawn by bench.py
     seed: int | None
-    runs: tuple[Run, ...]
+    runs: tuple[BenchmarkRun, ...]
     pairs: tuple[Pair, ...] = ()
     floors: tuple[Floor, ...] = ()
     cold: tuple[Cold, ...] = ()
@@ -149,7 +149,7 @@ def merge(*results: Result) -> Result:
     """
     for other in results[1:]:
         check_alike(results[0], other)
-    runs: list[Run] = []
+    runs: list[BenchmarkRun] = []
     rows: dict[str, dict[tuple[Any, ...], Row]] = {kind: {} for kind in KINDS}
     for result in results:
         for kind, (_, key) in KINDS.items():

@@ -29,7 +29,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Run:
+class BenchmarkRun:
     """One command that measured; None stands for what an earlier program did not record."""
 
     commit: str
@@ -228,7 +228,7 @@ class Build(Row):
 
 
 @dataclass(frozen=True)
-class Counted:
+class EngineContent:
     """What an engine of TensorRT consists of."""
 
     layers: int  # of its inspector: one kernel or a few each
@@ -245,8 +245,8 @@ class Compiled(Row):
     graph: str
     precision: str
     architecture: str
-    as_in_bundle: Counted
-    rewritten: Counted
+    as_in_bundle: EngineContent
+    rewritten: EngineContent
 
 
 @dataclass(frozen=True)

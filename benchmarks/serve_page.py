@@ -23,7 +23,7 @@ from PIL import Image, ImageFilter
 import machine
 import result
 from chromium import Page, chromium
-from rows import Run
+from rows import BenchmarkRun
 from turbochain.export.phases.phases import versions
 from turbochain.runtime.serve import listen
 from turbochain.runtime.serve.app import make_app
@@ -99,7 +99,7 @@ class Instant:
 class PageResult:
     """The results file."""
 
-    run: Run
+    run: BenchmarkRun
     browser: str
     load_average: float  # processes that wanted a core in the minute before; with more than the cores it is disturbed
     picture_bytes: int

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import contenders
 import figures
-from call import TEXT_TO_IMAGE, Call
 from result import Result
-from rows import Cold, Figures, Floor, Noise, Pair, Run, Spread
+from rows import BenchmarkRun, Cold, Figures, Floor, Noise, Pair, Spread
+from workload import TEXT_TO_IMAGE, Workload
 
 GiB = 2**30
 FEWEST_FOR_BOLD = 5  # rounds
@@ -37,19 +37,19 @@ def measured(result: Result) -> str:
     return f"Measured on {host(first)}, in {len(result.runs)} runs: {runs}."
 
 
-def host(run: Run) -> str:
+def host(run: BenchmarkRun) -> str:
     """Return the machine of a run."""
     m, gpu = run.machine, run.gpu
     name = f"{m.cores} cores of {m.cpu} ({', '.join(m.instruction_sets)}), {m.memory_bytes / GiB:.0f} GiB"
     return f"{gpu.name} (driver {gpu.driver}, CUDA {gpu.cuda}), {name}" if gpu else name
 
 
-def made(run: Run) -> str:
+def made(run: BenchmarkRun) -> str:
     """Return the commit and date of a run."""
     return f"commit {run.commit}, {run.date[:10] if run.date else 'date not recorded'}"
 
 
-def libraries(run: Run) -> str:
+def libraries(run: BenchmarkRun) -> str:
     """Return the versions that a figure depends on most."""
     shown = ("onnxruntime", "onnxruntime-gpu", "torch", "diffusers", "openvino", "tensorrt", "tensorrt-rtx-cu13")
     shown += ("fastapi", "uvicorn", "pillow")
@@ -95,8 +95,8 @@ PLAIN = "1, 1"
 
 def shape(pair: Pair) -> str:
     """Return a pair's batch, steps, and the call if it is not text-to-image without guidance."""
-    call = Call(pair.task, pair.guidance_scale, pair.strength).text
-    return f"{pair.batch}, {pair.steps}" + (f", {call}" if call else "")
+    more = Workload(pair.task, pair.guidance_scale, pair.strength).text
+    return f"{pair.batch}, {pair.steps}" + (f", {more}" if more else "")
 
 
 def _times(result: Result, pair: Pair, name: str, of: Figures | None) -> list[str]:

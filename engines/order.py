@@ -69,7 +69,8 @@ def _choose(backend: str | None, device: str | None, target: str | None) -> tupl
     """Return a backend and the reason for it."""
     if backend is None:
         if target is not None:
-            return "tensorrt", f"it builds for {target} without such a GPU"
+            able = next(name for name, known in backends.known().items() if known.target)
+            return able, f"it builds for {target} without such a GPU"
         return backends.best(device)
     backends.get(backend)
     backends.require(backend)

@@ -95,7 +95,9 @@ def graphs(
     columns = tables.columns(*(folder / chain.tables_file for chain in prepared.chains.values()))
     placed = prepared.layout(requested).graphs()
     wanted = [
-        trace.Wanted(name, graph, remedies[name]) for name, graph in placed.items() if graph.spec.component == component
+        trace.TraceOrder(name, graph, remedies[name])
+        for name, graph in placed.items()
+        if graph.spec.component == component
     ]
     return trace.export_graphs(prepared.checkpoint, component, wanted, columns, folder, requested.opset)
 

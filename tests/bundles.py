@@ -24,18 +24,21 @@ import lowered
 import numpy as np
 import outside
 import pytest
+import small_bundle
+import small_calls
 import torch
 import torch.fx.config
 from conftest import BATCH, FAMILIES, ON, ON_ARGUMENTS, PACKAGES, ROOT, SIZE, BundleFactory
 from here import build_here, phases_here
 from kept import locked
+from launches import Ran
 from torch._export import utils as exported_utils
 from torch.onnx._internal.exporter import _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from turbochain.export import export
 from turbochain.export.sources import synthetic
-from turbochain.runtime import Bundle
+from turbochain.runtime import Bundle, Pipeline
 from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE
 from turbochain.runtime.inputs import feeds
 
@@ -165,6 +168,27 @@ def sdxl(bundle_of: BundleFactory) -> Path:
     return bundle_of("sdxl")
 
 
+@pytest.fixture(scope="module")
+def one(sd: Path) -> Iterator[Pipeline]:
+    """A pipeline of one picture per pass."""
+    with Pipeline.load(sd) as pipe:
+        yield pipe
+
+
+@pytest.fixture(scope="module")
+def three(sdxl: Path) -> Iterator[Pipeline]:
+    """A pipeline of three pictures per pass."""
+    with Pipeline.load(sdxl) as pipe:
+        yield pipe
+
+
+@pytest.fixture
+def ran(one: Pipeline) -> Ran:
+    """Counts the launches of the calls of `one` that it observes; its caches are empty."""
+    one.forget()
+    return Ran()
+
+
 @pytest.fixture(scope="session")
 def server(sd: Path) -> "Iterator[Serving]":
     """The SD miniature, served with the defaults: 64x64, text-to-image and image-to-image, 1 to 4 steps."""
@@ -178,6 +202,12 @@ def server(sd: Path) -> "Iterator[Serving]":
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The two chains written by hand (`small_bundle.py`), verified on the CPU. Tests must not change it."""
     return calls.write(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def two_chains(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with an engine of each CPU backend, which nobody has verified. Tests must not change it."""
+    return small_bundle.write(tmp_path_factory.mktemp("two") / "small.bundle", small_calls.cases())
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""How a session of the tests runs: in which order, on which cores; and what tests have in common that needs no torch.
+"""Set the order of the tests and the cores that they run on, and define what they share that needs no torch.
 
 What they share, the miniature checkpoints and the bundles, is in `bundles.py`.
 """
@@ -42,8 +42,10 @@ BundleFactory = Callable[..., Path]
 LONGEST_FIRST = (
     "test_parity.py",
     "test_demo.py",
+    "test_first_gpu_run.py",
     "test_chains.py",
     "test_openvino.py",
+    "test_conformance.py",
     "test_control.py",
     "test_verify.py",
     "test_bench.py",
@@ -51,7 +53,7 @@ LONGEST_FIRST = (
     "test_bad_input.py",
     "test_bad_calls.py",
     "test_build.py",
-    "test_pipeline.py",
+    "test_resources.py",
     "test_remedies.py",
     "test_guidance.py",
     "test_slots.py",
@@ -60,7 +62,6 @@ LONGEST_FIRST = (
     "test_backends.py",
     "test_tampering.py",
     "test_manifests.py",
-    "test_conformance.py",
     "test_hub_bundles.py",
     "test_inspect_engines.py",
     "test_lora_slots.py",
@@ -82,10 +83,12 @@ LONGEST_FIRST = (
     "test_sampler_steps.py",
     "test_failures.py",
     "test_fuse.py",
-    "test_first_gpu_run.py",
     "test_trace.py",
     "test_openvino_model.py",
     "test_lora_patch.py",
+    "test_first_verification.py",
+    "test_pipeline.py",
+    "test_ended_calls.py",
     "test_files.py",
 )
 """The files that take over eight seconds; the others follow, so that neither process waits long for the other.

@@ -1,4 +1,4 @@
-"""What ONNX Runtime's CUDA provider would leave to the host of a graph's form, seen on its CPU provider."""
+"""Find the nodes of a graph's form that ONNX Runtime's CUDA provider would leave to the host, by its CPU provider."""
 
 from pathlib import Path
 

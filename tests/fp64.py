@@ -1,4 +1,4 @@
-"""A graph of which nothing is rounded, so that what computes the same can be told from what nearly does."""
+"""Run a graph in fp64, so that equal arithmetic can be told from arithmetic that is nearly equal."""
 
 from pathlib import Path
 

@@ -113,7 +113,7 @@ class _Traced:
         if not names:
             return {}
         placed = self.prepared.layout(self.requested).graphs()
-        wanted = [trace.Wanted(name, placed[name], self.remedies[name]) for name in names]
+        wanted = [trace.TraceOrder(name, placed[name], self.remedies[name]) for name in names]
         checkpoint, opset = self.prepared.checkpoint, self.requested.opset
         made = trace.export_graphs(checkpoint, self.component, wanted, self._columns(), self.folder, opset)
         _keep_the_exporter()

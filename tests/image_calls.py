@@ -1,4 +1,4 @@
-"""Calls of image-to-image and inpainting: made by diffusers' own pipelines, and compared with ours."""
+"""Make calls of image-to-image and inpainting with diffusers' own pipelines, and compare them with ours."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""The graphs of image-to-image, inpainting and guidance, traced of a miniature, and what diffusers computes there."""
+"""Trace a miniature's graphs of image-to-image, inpainting and guidance, and compute the same with diffusers."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from turbochain.export.families import GraphSpec, Shape, common
 from turbochain.export.remedies import Remedy
 from turbochain.export.sources.checkpoint import Checkpoint, Part, open_folder
 from turbochain.export.tracing import trace
-from turbochain.export.tracing.trace import Columns, Wanted
+from turbochain.export.tracing.trace import Columns, TraceOrder
 from turbochain.runtime.bundle.manifest import Graph
 
 ENCODERS = {"sd": "VaeEncoder", "sdxl": "SDXLVaeEncoder"}
@@ -66,7 +66,7 @@ def traced(
 ) -> dict[str, Graph]:
     """The graphs, all of one component, in `folder`."""
     (component,) = {spec.component for spec in specs.values()}
-    wanted = [Wanted(name, Placed(spec, shape), remedy or Remedy("fp32")) for name, spec in specs.items()]
+    wanted = [TraceOrder(name, Placed(spec, shape), remedy or Remedy("fp32")) for name, spec in specs.items()]
     return trace.export_graphs(checkpoint, component, wanted, columns, folder)
 
 

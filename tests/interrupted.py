@@ -1,4 +1,4 @@
-"""One build that meets a full disk, and then another build at the same time."""
+"""Build a bundle on a disk that is full at first, and then by two commands at the same time."""
 
 import json
 import shutil

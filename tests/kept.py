@@ -1,4 +1,4 @@
-"""Where bundles are kept from one session of the tests to the next: a folder for each state of the code."""
+"""Keep bundles from one session of the tests to the next, in a folder for each state of the code."""
 
 import contextlib
 import fcntl

@@ -1,4 +1,4 @@
-"""Write LoRA files of a miniature, one and the same adapter in every naming that programs have given them."""
+"""Write LoRA files for a miniature: the same adapter under every naming scheme that programs use."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

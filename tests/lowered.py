@@ -1,4 +1,4 @@
-"""The exporter's decompositions without tracing a second time, which takes nearly half of a miniature's export.
+"""Decompose the exporter's operators without a second trace, which takes nearly half of a miniature's export.
 
 PyTorch's exporter traces every program again, for the few operators that ONNX has not. Here these are replaced in the
 graph. The files are the same (`test_trace.py`), and builds in processes of their own do as PyTorch does.

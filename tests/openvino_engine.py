@@ -1,4 +1,4 @@
-"""An engine for OpenVINO in a bundle that was built for another backend: OpenVINO reads the bundle's own graphs."""
+"""Add an engine for OpenVINO to a bundle that was built for another backend; OpenVINO reads the bundle's own graphs."""
 
 import dataclasses
 import shutil

@@ -1,4 +1,4 @@
-"""What a command says when it refuses."""
+"""Read what a command says when it refuses."""
 
 import subprocess
 

@@ -1,4 +1,4 @@
-"""Schedulers of diffusers with the betas of Stable Diffusion, alone and in a checkpoint."""
+"""Make diffusers' schedulers with Stable Diffusion's betas, alone or in a checkpoint."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Pack LoRAs into the slots of a graph as FORMAT.md says: the layers that `lora_files` draws, with no code of ours."""
+"""Pack LoRAs into a graph's slots as FORMAT.md says, without the runtime's code; `lora_files` has the layers."""
 
 import json
 from collections.abc import Sequence

@@ -1,6 +1,5 @@
 """Bad input: one clear sentence, exit status 2, no traceback, and nothing lost or half written."""
 
-import importlib.metadata
 import json
 import os
 import resource
@@ -24,7 +23,6 @@ from here import phases_here
 from refusals import refused
 from safetensors.numpy import load_file, save_file
 
-import turbochain.runtime
 from turbochain.export import estimate, load
 from turbochain.export.sources.checkpoint import Checkpoint, open_folder
 from turbochain.runtime import InputError
@@ -354,53 +352,6 @@ def test_the_hubs_cache_serves_offline(checkpoints: dict[str, Path], tmp_path: P
     assert done.stdout == f"{commit} sd\n", done
     done = command("build-engine", "stabilityai/sd-turbo", "--revision", "v2", env=env, cwd=tmp_path)
     assert "stabilityai/sd-turbo" in refused(done)
-
-
-def environment(folder: Path, *distributions: str) -> Path:
-    """A real environment that has only these distributions (linked to ours) and turbochain; its python."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    (site,) = folder.glob("lib/python*/site-packages")
-    for name in distributions:
-        distribution = importlib.metadata.distribution(name)
-        tops = {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}
-        for top in tops:
-            (site / top).symlink_to(Path(str(distribution.locate_file(top))))
-    (site / "turbochain").mkdir()
-    for part in ("runtime", "export", "engines"):
-        (site / "turbochain" / part).symlink_to(Path(turbochain.runtime.__file__).parents[1] / part)
-    return folder / "bin" / "python"
-
-
-BASE = ("numpy", "tokenizers", "safetensors", "pillow")
-
-
-def test_a_backend_that_is_not_installed(sd: Path, checkpoints: dict[str, Path], copy_of, tmp_path: Path) -> None:
-    python, bundle = environment(tmp_path / "env", *BASE), copy_of(sd)
-    before = listing(bundle)
-    lines = [
-        ("turbochain.runtime.commands.main", "generate", bundle, "a cat"),
-        ("turbochain.runtime.commands.main", "generate", bundle, "a cat", "--backend", "onnxruntime"),
-        ("turbochain.runtime.commands.main", "verify", bundle),
-        ("turbochain.runtime.commands.main", "bench", bundle),
-        ("turbochain.engines.cli", bundle),
-        ("turbochain.engines.cli", checkpoints["sd"], "--backend", "onnxruntime"),
-    ]
-    for line in lines:
-        done = subprocess.run([python, "-m", *map(str, line)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-        said = refused(done)
-        assert "installed: pip install 'turbochain[cpu]'" in said, said
-    show = [python, "-m", "turbochain.runtime.commands.main", "inspect", bundle]
-    done = subprocess.run(show, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "does not fit: its backend onnxruntime is not installed" in done.stdout
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["env", bundle.name] and listing(bundle) == before
-
-
-def test_the_exporter_is_not_installed(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    python = environment(tmp_path / "env", *BASE, "onnxruntime")
-    line = [python, "-m", "turbochain.engines.cli", checkpoints["sd"]]
-    said = refused(subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60))
-    assert "torch" in said and said.endswith("pip install 'turbochain[export]'")
-    assert [p.name for p in tmp_path.iterdir()] == ["env"]
 
 
 @pytest.mark.parametrize(

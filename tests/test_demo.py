@@ -148,11 +148,12 @@ def test_the_noise_decides_where(of_seeds: Any) -> None:
 
 
 def test_reloaded_cached_and_over_threads_they_are_the_same(bundle: Path, pictures: dict[int, Any]) -> None:
+    two = (SOME[0], SOME[-1])
     with Pipeline.load(bundle) as pipe:
-        twice = [[draw(pipe, i) for _ in range(2)] for i in SOME]  # the second time, the prompt's encoding is there
-        with ThreadPoolExecutor(4) as pool:
-            together = list(pool.map(lambda i: draw(pipe, i), SOME))
-    for n, i in enumerate(SOME):
+        twice = [[draw(pipe, i) for _ in range(2)] for i in two]  # the second time, the prompt's encoding is there
+        with ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(lambda i: draw(pipe, i), two))
+    for n, i in enumerate(two):
         for again in (*twice[n], together[n]):
             np.testing.assert_array_equal(again, pictures[i])
 

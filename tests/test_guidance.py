@@ -11,19 +11,17 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import ON, SIZE, BundleFactory, reseal
+from conftest import ON, SIZE, BundleFactory
 from diffusers import DiffusionPipeline
 from here import build_here
 from PIL import Image
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from turbochain.export.sources import synthetic
-from turbochain.runtime import Bundle, InputError, Pipeline
-from turbochain.runtime.checks import bounds, metrics, reference
-from turbochain.runtime.checks.verify import verify_bundle
+from turbochain.runtime import InputError, Pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 PROMPT, NEGATIVE = "a photo of a cat wearing a red hat", "blurry, low quality"
 THREE = ["a lighthouse at dusk", "", "une petite maison bleue"]
@@ -156,7 +154,7 @@ def copied(checkpoint: Path, folder: Path, changes: dict[str, Callable[[dict[str
     return folder
 
 
-def test_twenty_steps_of_pndm_with_guidance(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_ten_steps_of_pndm_with_guidance(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """All graphs but the sampler's are those of the shared bundle."""
     change = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False}
     of_index = {"scheduler": ["diffusers", "PNDMScheduler"]}
@@ -168,10 +166,10 @@ def test_twenty_steps_of_pndm_with_guidance(checkpoints: dict[str, Path], tmp_pa
             "scheduler/scheduler_config.json": lambda config: config | change,
         },
     )
-    wanted: Call = {"precision": "fp32", "size": SIZE, "steps": [20], "tasks": ["text-to-image"], "quiet": True}
+    wanted: Call = {"precision": "fp32", "size": SIZE, "steps": [10], "tasks": ["text-to-image"], "quiet": True}
     build_here(str(checkpoint), tmp_path / "b", guidance_scale=7.5, **wanted, **ON)
     with Pipeline.load(tmp_path / "b") as pipe:
-        call: Call = {"prompt": PROMPT, "num_inference_steps": 20}
+        call: Call = {"prompt": PROMPT, "num_inference_steps": 10}
         shares(pipe, loaded(checkpoint), {**call, "guidance_scale": 7.5, "negative_prompt": NEGATIVE})
         given, default = (pipe(**call, **g, seed=1, output_type="uint8").images for g in ({"guidance_scale": 7.5}, {}))
         assert np.array_equal(given, default)
@@ -221,96 +219,6 @@ def test_an_lcm(checkpoints: dict[str, Path], tmp_path: Path) -> None:
             pipe(PROMPT, guidance_scale=7.5)
         with pytest.raises(InputError, match=r"strength=0.6: .* are made for 0.5, 0.8; .*--strengths"):
             pipe(PROMPT, image=IMAGE, strength=0.6)
-
-
-@pytest.mark.parametrize("evaluations, modes, many", [(4, (), False), (5, (), True), (1, ("guidance",), True)])
-def test_which_pictures_are_judged_by_diffusers_own_error(evaluations: int, modes: tuple[str], many: bool) -> None:
-    assert bounds.has_many(evaluations, modes) == many
-
-
-def test_a_bound_of_one_and_a_quarter_times_the_error() -> None:
-    """Of a picture with noise of a known size: noise 1.25 times as large has exactly the bound."""
-    noise = np.random.default_rng(0).choice([-4, 4], (1, 64, 64, 3))
-    grey = np.full(noise.shape, 128, np.uint8)
-    own = {"psnr": metrics.psnr((grey + noise).astype(np.uint8), grey), "ssim": 0.96}
-    larger = metrics.psnr((grey + noise * 5 // 4).astype(np.uint8), grey)
-    found = bounds.of_image("fp16", {"fp16": own, "bf16": {"psnr": 9.0, "ssim": 0.1}})
-    assert found["psnr"] == pytest.approx(larger, abs=1e-9) and found["ssim"] == pytest.approx(0.95)
-    assert bounds.of_image("fp32", {"fp32": own}) == bounds.of_image("fp32", {})
-
-
-def test_the_recorded_error_is_that_of_diffusers_in_bf16(
-    checkpoints: dict[str, Path], sd: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two runs in bf16 that round in other places are up to 1.7 dB apart (six runs of the miniatures)."""
-    cases = reference.read(Bundle.open(sd), "text-to-image").cases
-    assert [case.errors.get("bf16", {}).keys() for case in cases if "guidance" not in case.modes] == [
-        {"relative_l2"},
-        set(),
-        set(),
-        set(),
-    ]
-    (case,) = [case for case in cases if "guidance" in case.modes]
-    pipe = DiffusionPipeline.from_pretrained(checkpoints["sd"], torch_dtype=torch.bfloat16)
-    pipe.set_progress_bar_config(disable=True)
-    draw = torch.randn
-    monkeypatch.setattr(torch, "randn", lambda *a, dtype=None, **more: draw(*a, **more).to(dtype))  # the same noise
-    scale = float(case.tensors["guidance_scale"][0])
-    call: Call = {"prompt": case.prompt, "num_inference_steps": 1, "guidance_scale": scale}
-    made: list[torch.Tensor] = []
-    pipe.unet.register_forward_hook(lambda module, arguments, found: made.append(found[0].float()))
-    image = diffused(pipe, call, case.seed)
-    assert case.errors["bf16"]["psnr"] == pytest.approx(metrics.psnr(image, case.tensors["image"]), abs=3)
-    right = np.concatenate([case.tensors["negative_prediction"][0], case.tensors["prediction"][0]])
-    error = metrics.relative_l2(made[0].numpy(), right)
-    assert case.errors["bf16"]["relative_l2"] == pytest.approx(error, rel=0.4)
-
-
-@pytest.mark.parametrize(
-    ("precision", "own", "bound"),
-    [
-        ("bf16", {"bf16": 0.04}, 0.05),
-        ("bf16", {"bf16": 0.01}, 0.018),
-        ("bf16", {"fp16": 0.04}, 0.018),
-        ("fp16", {"fp16": 0.04}, 0.05),
-        ("fp32", {"fp32": 0.04}, 1e-4),
-    ],
-)
-def test_a_prediction_may_be_as_wrong_as_diffusers_own(precision: str, own: dict[str, float], bound: float) -> None:
-    assert bounds.of_stage(precision, "prediction", "", own) == {"relative_l2": pytest.approx(bound)}
-    assert bounds.of_stage(precision, "residuals", "", own) == bounds.of_stage(precision, "residuals", "")
-
-
-def test_the_largest_error_of_any_recorded_prediction_counts() -> None:
-    cases = [
-        {},
-        {"bf16": {"relative_l2": 0.02}},
-        {"bf16": {"relative_l2": 0.03, "psnr": 40.0}},
-        {"fp16": {"psnr": 9.0}},
-    ]
-    assert bounds.own_of_predictions(cases) == {"bf16": 0.03, "fp16": 0.0}
-
-
-@pytest.mark.parametrize(("amplitude", "passes"), [(4, True), (6, False)])
-def test_a_picture_may_be_as_wrong_as_diffusers_own_in_that_precision(
-    bundle_of: BundleFactory, copy_of: Callable[[Path], Path], amplitude: int, passes: bool
-) -> None:
-    """And a quarter more; few evaluations may have 38 dB."""
-    copy = copy_of(bundle_of("sd", "fp16"))
-    cases = reference.read(Bundle.open(copy), "text-to-image").cases
-    (i,) = [i for i, case in enumerate(cases) if "guidance" in case.modes]
-    file = copy / "reference.safetensors"
-    tensors, image = load_file(file), cases[i].tensors["image"]
-    noise = np.random.default_rng(0).choice([-amplitude, amplitude], image.shape)
-    changed = np.clip(image.astype(int) + noise, 0, 255).astype(np.uint8)
-    with safe_open(file, framework="numpy") as opened:
-        told = json.loads(opened.metadata()["cases"])
-    told[i]["errors"] = {"fp16": {"psnr": 36.5, "ssim": 0.1}}
-    assert metrics.psnr(changed, image) < 38 and (metrics.psnr(changed, image) > 36.5 - 1.94) == passes
-    save_file({**tensors, f"{i}/image": changed}, file, metadata={"cases": json.dumps(told)})
-    reseal(copy)
-    _, checks = verify_bundle(copy)
-    assert {c.passed for c in checks["text-to-image"] if (c.stage, c.metric) == ("image", "psnr")} == {passes}
 
 
 SOLVERS: dict[str, dict[str, Any]] = {

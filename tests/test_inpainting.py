@@ -1,5 +1,4 @@
-"""Inpainting with a 4-channel UNet against diffusers' own pipelines, with samplers that carry one tensor and
-several."""
+"""Inpainting with a 4-channel UNet against diffusers' own pipelines; samplers carry one tensor or several."""
 
 import json
 import shutil

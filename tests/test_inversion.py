@@ -1,4 +1,4 @@
-"""Checkpoints with textual inversions: every text becomes the ids, and every prompt the picture, that diffusers makes.
+"""Checkpoints with textual inversions: every text gives diffusers' ids, and every prompt diffusers' picture.
 
 Only the text encoders differ from the shared miniatures, by the rows of their embeddings; the other graphs are theirs.
 """

@@ -1,4 +1,4 @@
-"""LoRA adapters in a bundle without slots: ONNX Runtime on a CPU gets other weights, and its files stay as they are."""
+"""LoRA adapters in a bundle without slots: ONNX Runtime's CPU provider is given patched weights, the files stay."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Nothing is said to the outside, and nothing is left there: no socket, no look-up, no file but what was asked for."""
+"""No command opens an internet socket or looks up a name, and none leaves a file that was not asked for."""
 
 import re
 import signal

@@ -219,10 +219,11 @@ def test_arguments_mean_what_they_mean_in_diffusers(made: Made, name: str) -> No
 def test_fp16_is_within_its_bounds(
     family: str, bundle_of: BundleFactory, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
+    every = range(len(PROMPTS))
     calls = {
         f"{steps} steps, seed {seed}": {"prompt": PROMPTS[seed], "num_inference_steps": steps, "seed": seed}
-        for steps in (1, 4)
-        for seed in range(len(PROMPTS))
+        for steps, seeds in {1: every, 4: every[::3]}.items()
+        for seed in seeds
     }
     pictures, pipe = ours(bundle_of(family, "fp16"), calls, tmp_path), load_diffusers(checkpoints[family])
     for name, call in calls.items():

@@ -1,6 +1,7 @@
 """The results of a run: one JSON file, written whole again after every figure, so that a crash loses only the next one.
 
-{"run": what measured (rows.Run), "commit", "budget_seconds", "steps": {step: {"status", "seconds", "results": {…}}}}
+{"run": what measured (rows.BenchmarkRun), "commit", "budget_seconds",
+ "steps": {step: {"status", "seconds", "results": {…}}}}
 """
 
 import json

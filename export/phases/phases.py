@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from turbochain.export.phases.bar import Phase
-from turbochain.export.phases.worker import Worker
+from turbochain.export.phases.process import JobProcess
 
 LOG = "build.log"
 """What libraries print during a build; removed when it is done."""
@@ -33,10 +33,10 @@ class Phases:
     log: Path | None
     quiet: bool
     reports: list[PhaseReport]
-    _kept: Worker | None = None
+    _kept: JobProcess | None = None
 
     def run(self, name: str, job: str, /, *, keep: bool = False, online: bool = False, **arguments: Any) -> Any:
-        """Run a job in a process of its own, with a progress bar; see `Worker.run`.
+        """Run a job in a process of its own, with a progress bar; see `JobProcess.run`.
 
         `keep`: in the process that the last phase with `keep` left, for phases whose memory need not be returned.
         `online`: in one that may ask the hub, which is never kept.
@@ -45,16 +45,16 @@ class Phases:
         if not keep:
             self.release()
         with Phase(name, quiet=self.quiet) as phase:
-            worker = self._kept or Worker(self.lock, self.log, online=online)
-            self._kept = worker if keep else None
+            process = self._kept or JobProcess(self.lock, self.log, online=online)
+            self._kept = process if keep else None
             try:
-                result, peak = worker.run(job, arguments, phase)
+                result, peak = process.run(job, arguments, phase)
             except BaseException:
                 self.release()
                 raise
             finally:
                 if not keep:
-                    worker.close()
+                    process.close()
         self.reports.append(PhaseReport(name, phase.seconds, peak))
         return result
 

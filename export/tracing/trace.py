@@ -32,7 +32,7 @@ OPSET_BF16 = 22  # the first with bf16 convolutions
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TraceOrder:
     """A graph to trace."""
 
     name: str
@@ -60,7 +60,7 @@ Columns = Mapping[str, tuple[int, ...]]
 def export_graphs(
     checkpoint: Checkpoint,
     component: str,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[TraceOrder],
     columns: Columns,
     bundle: Path,
     opset: int = OPSET,
@@ -96,9 +96,9 @@ def export_graphs(
     return {w.name: graphs[w.name] for w in wanted}
 
 
-def _alike(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
+def _alike(wanted: Sequence[TraceOrder]) -> list[list[TraceOrder]]:
     """Return the graphs in groups that one loaded component serves, in the order of their first members."""
-    groups: list[tuple[tuple[Any, ...], list[Wanted]]] = []
+    groups: list[tuple[tuple[Any, ...], list[TraceOrder]]] = []
     for one in wanted:
         changes = (one.remedy.precision, one.remedy.exponents, one.remedy.attention)
         group = next((members for key, members in groups if key == changes), None)
@@ -108,7 +108,7 @@ def _alike(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
     return [members for _, members in groups]
 
 
-def _module(wanted: Wanted, model: torch.nn.Module, inputs: Ends) -> Traced:
+def _module(wanted: TraceOrder, model: torch.nn.Module, inputs: Ends) -> Traced:
     """Return the module that is traced, on the weights of `model`; `inputs`: but for those of its slots."""
     spec, own = wanted.spec, copy_modules(model)
     traced = getattr(control if spec.module in vars(control) else modules, spec.module)
@@ -140,7 +140,7 @@ def _load(checkpoint: Checkpoint, component: str, remedy: Remedy) -> tuple[torch
 
 
 def _trace(
-    wanted: Wanted,
+    wanted: TraceOrder,
     module: Traced,
     inputs: Ends,
     parameters: Parameters,

@@ -130,7 +130,7 @@ def _drawing(arguments: Arguments) -> serve.Deployment:
     )
     count: dict[str, Any] = {"num_replicas": arguments.replicas} if arguments.replicas else {}
     return serve.deployment(
-        Drawing,
+        Replica,
         name=DRAWING,
         **(count or {"autoscaling_config": scaling}),
         max_ongoing_requests=arguments.ongoing,
@@ -160,7 +160,7 @@ def _server(arguments: Arguments, settings: Settings) -> serve.Deployment:
     )
 
 
-class Drawing:
+class Replica:
     """A replica: a worker, which takes what it holds of one kind together. Ray starts another if it dies.
 
     `ray.serve.batch` is not used: it takes requests of different kinds together, and does not cancel them.

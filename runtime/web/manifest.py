@@ -26,7 +26,7 @@ BACKEND = "web"
 
 
 @dataclass(frozen=True)
-class Part:
+class SiteFile:
     """A file of the site's bundle."""
 
     source: Path
@@ -38,7 +38,7 @@ class Reduced:
     """A bundle as a site has it."""
 
     manifest: Mapping[str, Any]  # JSON
-    parts: Mapping[str, Part]  # path in the site's bundle → where it comes from
+    parts: Mapping[str, SiteFile]  # path in the site's bundle → where it comes from
 
     @property
     def text(self) -> str:
@@ -64,11 +64,11 @@ def reduce(bundle: Bundle, engines: str | Path | None = None) -> Reduced:
     bundle.check_files(terms)
     whole = [*(file for graph in graphs.values() for file in graph.data), *(c.tables_file for c in chains.values())]
     whole += [*(t.file for t in tokenizers.values()), *terms]
-    parts = {file: Part(resolve_inside(bundle.path, file), m.files[file]) for file in whole}
+    parts = {file: SiteFile(resolve_inside(bundle.path, file), m.files[file]) for file in whole}
     for name, graph in graphs.items():
         form = resolve_inside(found.folder, form_file(name))
         bundle.check_form(name, form.read_bytes())
-        parts[graph.file] = Part(form, found.engine.graphs[name].files[form_file(name)])
+        parts[graph.file] = SiteFile(form, found.engine.graphs[name].files[form_file(name)])
     manifest = {
         "format_version": m.format_version,
         "id": bundle.id,

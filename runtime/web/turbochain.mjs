@@ -816,7 +816,7 @@ async function askedOf(bundle, prompt, options) {
 }
 
 /** A call under way: the stages that run in its modes, and what goes from one to the other. */
-class Run {
+class Execution {
   /** @type {Map<string, Value>} */
   #values = new Map();
   /** @type {Value[]} */
@@ -1020,8 +1020,8 @@ export class Pipeline extends Callable {
       await this.#load([chain]);
       const table = tableOf(chain, name, /** @type {Map<string, Values>} */ (this.#tables.get(chain.tables_file)));
       const feed = this.#feeds(asked, table);
-      const run = new Run(asked, this.#bundle.manifest.graphs, this.#sessions, table.rows, feed);
-      return Object.assign(await run.picture(), { seed, resized });
+      const execution = new Execution(asked, this.#bundle.manifest.graphs, this.#sessions, table.rows, feed);
+      return Object.assign(await execution.picture(), { seed, resized });
     });
   }
 

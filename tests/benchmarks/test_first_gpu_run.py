@@ -1,4 +1,4 @@
-"""The first run on a GPU, tried on the stand-in: no step finds anything wrong there; the runner keeps its limits."""
+"""The steps of the first run on a GPU find nothing wrong on the stand-in, and the runner keeps its limits."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""The peers at their strongest, constructed on a CPU: the settings reach PyTorch, and the pictures stay right."""
+"""The peers' strongest settings, tried on a CPU: they reach PyTorch, and the pictures stay right."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace

@@ -11,7 +11,7 @@ import report
 import result
 import tables
 from result import Result
-from rows import Adapted, Check, Figures, Gpu, Machine, Pair, Quantiles, Run, Served, Spread
+from rows import Adapted, BenchmarkRun, Check, Figures, Gpu, Machine, Pair, Quantiles, Served, Spread
 from turbochain.runtime.errors import BundleError
 
 FILES = [*result.files(), *result.files(result.FOLDER / "runs")]
@@ -20,8 +20,8 @@ HOST = Machine("a CPU", 2, 2**34, ("avx2",), "Linux", "3.11")
 H200 = Gpu("NVIDIA H200", "9.0", 2**37, "580.1", "13.0", 91000)
 
 
-def run(commit: str, **more: object) -> Run:
-    return replace(Run(commit, HOST, {"torch": "2.13.0"}, "2026-11-30T00:00:00+00:00", "python x"), **more)  # type: ignore[arg-type]
+def run(commit: str, **more: object) -> BenchmarkRun:
+    return replace(BenchmarkRun(commit, HOST, {"torch": "2.13.0"}, "2026-11-30T00:00:00+00:00", "python x"), **more)  # type: ignore[arg-type]
 
 
 def figures(seconds: float, passed: bool = True) -> Figures:
@@ -39,7 +39,7 @@ def pair(ours: str, peer: str, mine: float, theirs: float, n: int = 50, wrong: s
     return replace(row, **more)  # type: ignore[arg-type]
 
 
-def of(*rows: Pair, runs: tuple[Run, ...] = (run("a"),), device: str = "cpu") -> Result:
+def of(*rows: Pair, runs: tuple[BenchmarkRun, ...] = (run("a"),), device: str = "cpu") -> Result:
     return Result("synthetic:sdxl-turbo", 512, 512, device, "a cat", 0, runs, pairs=rows)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import small_bundle
-from small_bundle import CHANNELS, LENGTH, Content
+from small_bundle import Content
+from small_graphs import CHANNELS, LENGTH, weights
 
 from turbochain.runtime import Bundle
 from turbochain.runtime.bundle import strict_json
@@ -19,7 +20,7 @@ from turbochain.runtime.bundle.manifest import IMAGE_TO_IMAGE, Chain, Engine, Fe
 LATENTS = f"float[1,{CHANNELS},1,1]"
 TEXT_ENCODER = f"""
 text_encoder (int32[1,{LENGTH}] input_ids) => (float[1,{CHANNELS}] prompt_embeds)
-<{small_bundle.weights("table")}, int64[1] tokens = {{1}}> {{
+<{weights("table")}, int64[1] tokens = {{1}}> {{
     gathered = Gather (table, input_ids)
     prompt_embeds = ReduceSum <keepdims = 0> (gathered, tokens)
 }}"""
@@ -37,7 +38,7 @@ unet ({LATENTS} latents, {LATENTS} time, float[1,{CHANNELS}] prompt_embeds, {LAT
 }}"""
 VAE_DECODER = f"""
 vae_decoder ({LATENTS} next_latents) => (uint8[1,8,8,3] image)
-<{small_bundle.weights("decode")}, int64[2] flat = {{1, {CHANNELS}}}, int64[4] whole = {{1, 8, 8, 3}}> {{
+<{weights("decode")}, int64[2] flat = {{1, {CHANNELS}}}, int64[4] whole = {{1, 8, 8, 3}}> {{
     row = Reshape (next_latents, flat)
     colours = MatMul (row, decode)
     contrast = Constant <value_float = 30.0> ()
@@ -56,7 +57,7 @@ def _encoder(name: str, picture: str, weight: str, result: str, side: int) -> st
     """Return the text of a graph that makes latents of the mean colour of a picture of side × side pixels."""
     return f"""
 {name} (uint8[1,{side},{side},3] {picture}) => ({LATENTS} {result})
-<{small_bundle.weights(weight)}, int64[2] inside = {{1, 2}}, int64[2] places = {{2, 3}}> {{
+<{weights(weight)}, int64[2] inside = {{1, 2}}, int64[2] places = {{2, 3}}> {{
     values = Cast <to = 1> ({picture})
     mean = ReduceMean <keepdims = 0> (values, inside)
     white = Constant <value_float = 255.0> ()

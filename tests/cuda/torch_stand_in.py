@@ -10,7 +10,7 @@ import torch
 from standin import Module, Runtime
 from standin.runtime import Refused
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_iter, tree_map, tree_map_only
 
 import torch_stages
 from torch_stages import Modules, Place, TorchGraph
@@ -56,8 +56,8 @@ class Noted(TorchDispatchMode):
         if operation._schema.is_mutable:
             self.steps.append(whole)  # type: ignore[arg-type]
             return args[0]
-        given = tree_map(_without_values, (args, kwargs or {}))  # an operation that needs a value fails there
-        made = tree_map_only(torch.Tensor, partial(torch.empty_like, device="cpu"), operation(*given[0], **given[1]))
+        shapes = _shapes(operation, args, kwargs or {})
+        made = tree_map_only(torch.Tensor, partial(torch.empty_like, device="cpu"), shapes)
         self.steps.append(partial(_into, made, whole))
         return made
 
@@ -66,6 +66,26 @@ class Noted(TorchDispatchMode):
         with torch.no_grad():
             for step in self.steps:
                 step()
+
+
+_SHAPES: dict[tuple[Any, ...], Any] = {}
+"""Operation and its arguments, tensors by their shape → what it makes, on the meta device."""
+
+
+def _shapes(operation: Any, args: Any, kwargs: Any) -> Any:
+    """Return what an operation makes, on the meta device, where one that needs a value fails. Each is asked once."""
+    leaves, form = tree_flatten((args, kwargs))
+    key = (operation, str(form), *map(_described, leaves))
+    if key not in _SHAPES:
+        given = tree_map(_without_values, (args, kwargs))
+        _SHAPES[key] = operation(*given[0], **given[1])
+    return _SHAPES[key]
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    return type(value), value
 
 
 def _without_values(value: Any) -> Any:

@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from fitting import Run, processor
+from fitting import TrainingRun, processor
 from train import PICTURES, scale
 
 matplotlib.use("agg")
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "export/demo")
     parser.add_argument("--note", default="", help="what else the card should say of the training")
     arguments = parser.parse_args()
-    run = Run(arguments.work)
+    run = TrainingRun(arguments.work)
     last = next(stage for stage in reversed(STAGES) if (run.work / f"{stage}.pt").is_file())
     write(run, last, arguments.output, arguments.note)
     plot(json.loads((arguments.output / "training.json").read_text()), HERE / "loss.png")
@@ -79,7 +79,7 @@ def main() -> None:
     print(f"{arguments.output}: {size / 1e6:.2f} MB of weights")
 
 
-def write(run: Run, stage: str, folder: Path, note: str) -> None:
+def write(run: TrainingRun, stage: str, folder: Path, note: str) -> None:
     """The pipeline of the mean weights of `stage`, as fp16, into `folder`."""
     tokenizer = run.tokenizer()
     parts = {

@@ -23,7 +23,7 @@ import numpy as np
 import scenes
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from fitting import DEVICE, SEED, Fit, Run, Stop, processor
+from fitting import DEVICE, SEED, Fit, Stop, TrainingRun, processor
 from numpy.typing import NDArray
 from tqdm import tqdm
 from train import drawing, latents_of, objects_of, weights_of
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=CONTROL)
     parser.add_argument("--note", default="", help="what else the card should say of the training")
     arguments = parser.parse_args()
-    run = Run(arguments.work, time.monotonic() + 60 * arguments.minutes)
+    run = TrainingRun(arguments.work, time.monotonic() + 60 * arguments.minutes)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: run.stop())
     base = Base.load(arguments.base)
@@ -106,7 +106,7 @@ class Base:
         return cls(vae, CLIPTokenizer.from_pretrained(folder / "tokenizer"), text, unet)
 
 
-def train(run: Run, base: Base) -> None:
+def train(run: TrainingRun, base: Base) -> None:
     """Predict a picture's latents from its prompt, its edges and any noise, in one step."""
     drawn = [drawing(scenes.PIXELS, i) for i in range(PICTURES)]
     latents, edges = pictures(run, base)
@@ -137,7 +137,7 @@ def train(run: Run, base: Base) -> None:
     fit.steps(loss)
 
 
-def pictures(run: Run, base: Base) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
+def pictures(run: TrainingRun, base: Base) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
     """Return of each training picture the latents [4, 64, 64] and the edges [512, 64], a bit to a pixel.
 
     They are drawn on first use, and kept.
@@ -158,7 +158,7 @@ def pictures(run: Run, base: Base) -> tuple[NDArray[np.float16], NDArray[np.uint
     return tuple(np.concatenate([part[name] for part in parts]) for name in ("latents", "edges"))
 
 
-def write(run: Run, net: Any, folder: Path, note: str) -> None:
+def write(run: TrainingRun, net: Any, folder: Path, note: str) -> None:
     """Write the mean weights so far, as fp16, with the card, the licence and what is known of the training."""
     net.load_state_dict(run.state(STAGE)["mean"]["controlnet"])
     net.to(torch.float16).save_pretrained(folder)

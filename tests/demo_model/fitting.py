@@ -55,7 +55,7 @@ PLANS = {
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """Where the work lies, and when to stop."""
 
     work: Path
@@ -109,7 +109,7 @@ class Run:
 class Fit:
     """The optimisation of one stage, which saves itself and goes on from what it saved."""
 
-    run: Run
+    run: TrainingRun
     stage: str
     modules: dict[str, torch.nn.Module]
     first: dict[str, Any] | None = None  # weights to begin with

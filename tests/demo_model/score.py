@@ -1,4 +1,4 @@
-"""Whether a picture shows what its prompt says, by colour and shape masks; deterministic, and without a network."""
+"""Judge whether a picture shows what its prompt says, by masks of colour and shape; no neural network takes part."""
 
 import itertools
 

@@ -24,7 +24,7 @@ import architecture
 import numpy as np
 import scenes
 import torch
-from fitting import DEVICE, SEED, Fit, Run, Stop
+from fitting import DEVICE, SEED, Fit, Stop, TrainingRun
 from tqdm import tqdm
 
 PICTURES = {256: 20000, 512: 6000}
@@ -39,12 +39,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop, saved, after so long")
     parser.add_argument("--start", type=Path, help="a checkpoint whose VAE and text encoder are taken")
     arguments = parser.parse_args()
-    run = Run(arguments.work, time.monotonic() + 60 * arguments.minutes)
+    run = TrainingRun(arguments.work, time.monotonic() + 60 * arguments.minutes)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: run.stop())
     if arguments.start:
         run.take(arguments.start)
-    stages: dict[str, Callable[[Run], None]] = {
+    stages: dict[str, Callable[[TrainingRun], None]] = {
         "vae": train_vae,
         "text": train_text,
         "latents-256": lambda run: encode(run, 256),
@@ -61,7 +61,7 @@ def main() -> None:
             return
 
 
-def train_vae(run: Run) -> None:
+def train_vae(run: TrainingRun) -> None:
     """Reconstruct drawn pictures: most of them small, which cost less and look alike, and in full size at the end."""
     model = architecture.vae()
     fit = Fit(run, "vae", {"vae": model})
@@ -88,7 +88,7 @@ def _picture(random: np.random.Generator, pixels: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def encode(run: Run, pixels: int) -> None:
+def encode(run: TrainingRun, pixels: int) -> None:
     """Draw training pictures and keep their latents, scaled to unit variance, with their prompts and places."""
     path, count, part = run.work / f"latents-{pixels}.npy", PICTURES[pixels], 500
     vae = architecture.vae().to(DEVICE, memory_format=torch.channels_last).eval()
@@ -120,7 +120,7 @@ def latents_of(vae: torch.nn.Module, numbers: range, pixels: int) -> np.ndarray:
     return vae.encode(given).latent_dist.mean.cpu().numpy().astype(np.float16)
 
 
-def scale(run: Run) -> float:
+def scale(run: TrainingRun) -> float:
     """The VAE's scaling_factor: 1 / the standard deviation of its latents."""
     state = run.state("vae")
     if "scale" in state:
@@ -128,7 +128,7 @@ def scale(run: Run) -> float:
     return float(1 / np.load(run.work / "latents-256.npy", mmap_mode="r")[:2000].astype(np.float32).std())
 
 
-def train_text(run: Run) -> None:
+def train_text(run: TrainingRun) -> None:
     """Teach the text encoder to read: what the prompt says can be told from the end-of-text token by a linear layer."""
     tokenizer = run.tokenizer()
     text = architecture.text_encoder(tokenizer)
@@ -223,7 +223,7 @@ def objects_of(scene: scenes.Scene, placed: np.ndarray) -> np.ndarray:
     return np.float32([told[0], told[-1]])
 
 
-def train_generator(run: Run, stage: str, pixels: int) -> None:
+def train_generator(run: TrainingRun, stage: str, pixels: int) -> None:
     """Predict the latents of the picture that belongs to a prompt and a noise, mostly from the noise alone."""
     tokenizer = run.tokenizer()
     text, unet = architecture.text_encoder(tokenizer), architecture.unet()

@@ -1,4 +1,4 @@
-"""What is expected before a build against what builds took."""
+"""The estimate that is made before a build, against what builds took."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The pipeline is recorded with any scheduler, and its scheduler is the one that a table is made of."""
+"""A call is recorded with any scheduler, and the table is made from the scheduler that the pipeline has then."""
 
 import warnings
 from pathlib import Path

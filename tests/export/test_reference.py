@@ -1,4 +1,4 @@
-"""What diffusers was recorded to make: complete, and what diffusers makes again."""
+"""The recorded reference is complete, and diffusers makes the same again."""
 
 import json
 from pathlib import Path

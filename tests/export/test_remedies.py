@@ -1,4 +1,4 @@
-"""What fp16 is found to need, and that a checkpoint that needs all of it is built right.
+"""Remedies for fp16 are found where they are needed, and a checkpoint that needs all of them is built right.
 
 ONNX Runtime's CPU provider computes part of an fp16 graph in fp32 and hides what overflows; onnx's own evaluator, in
 numpy, rounds every result.

@@ -1,4 +1,4 @@
-"""Runs that begin later, over explicit timesteps, with an eta or a strength: tables against diffusers' own."""
+"""Tables of runs that begin late, or have explicit timesteps, an eta or a strength, against diffusers' schedulers."""
 
 import inspect
 import logging

@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
-from small_bundle import CHAINS, I2I, T2I
+from small_bundle import CHAINS
+from small_graphs import I2I, T2I
 
 from turbochain.runtime import Bundle, InputError
 from turbochain.runtime.choice import chain_of, pictures_of

@@ -1,4 +1,4 @@
-"""A process that is forked from one with a pipeline: it is told what to do, and it ends."""
+"""A process that is forked from one with a pipeline is told what to do instead, and it ends."""
 
 import json
 import subprocess

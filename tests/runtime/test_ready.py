@@ -1,4 +1,4 @@
-"""What encoders made is kept for the next call, if it is still what they made when the call ends."""
+"""What encoders made is kept for the next call, unless the call has overwritten it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Clients of a server under test: connections that are kept, and bytes as they are."""
+"""Ask a server under test, over connections that stay open or with raw bytes."""
 
 import base64
 import http.client

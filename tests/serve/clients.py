@@ -1,4 +1,4 @@
-"""What existing clients send, as their sources build it with their default settings.
+"""The requests of existing clients, as their sources build them with default settings.
 
 SillyTavern: src/endpoints/stable-diffusion.js and public/scripts/extensions/stable-diffusion/index.js.
 Open WebUI: backend/open_webui/routers/images.py. LibreChat: StableDiffusion.js and OpenAIImageTools.js of

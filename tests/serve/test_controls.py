@@ -13,6 +13,7 @@ import pytest
 from asking import Answer, Client
 from PIL import Image
 from serving import Serving, serving
+from uploads import file
 from websockets.sync.client import connect
 
 from turbochain.runtime import Pipeline
@@ -49,12 +50,6 @@ def right(pipe: Pipeline, **call: Any) -> np.ndarray:
 def edges(picture: Image.Image) -> np.ndarray:
     """OpenCV's, of the picture at the size that is drawn."""
     return cv2.Canny(np.asarray(picture.resize((64, 64), Image.Resampling.LANCZOS)), *EDGES)
-
-
-def file(picture: Image.Image) -> bytes:
-    made = io.BytesIO()
-    picture.save(made, "PNG")
-    return made.getvalue()
 
 
 def text(picture: Image.Image) -> str:

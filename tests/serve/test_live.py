@@ -1,4 +1,4 @@
-"""The socket, by a real client: its pictures are the pipeline's, and nothing that is sent to it ends it."""
+"""The WebSocket, used by a real client: its pictures are the pipeline's, and nothing that a client sends ends it."""
 
 import asyncio
 import base64

@@ -3,8 +3,6 @@
 import asyncio
 import base64
 import io
-import json
-import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +25,7 @@ from PIL import Image, ImageOps
 from serving import Serving, serving
 from skimage.metrics import peak_signal_noise_ratio
 from told import GREY, Told
+from uploads import file, holed, noise
 
 from turbochain.runtime import Pipeline
 from turbochain.runtime.request import Request
@@ -73,24 +72,6 @@ def post(api: httpx2.Client, path: str, **how: Any) -> dict[str, Any]:
     answer = api.post(path, **how)
     assert answer.status_code == 200, answer.text
     return answer.json()
-
-
-def file(image: Image.Image, kind: str = "PNG", **how: Any) -> bytes:
-    found = io.BytesIO()
-    image.save(found, kind, **how)
-    return found.getvalue()
-
-
-def noise(size: tuple[int, int]) -> Image.Image:
-    """A picture of random levels."""
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
-
-
-def holed(size: tuple[int, int]) -> Image.Image:
-    """A picture whose left half is transparent."""
-    found = Image.new("RGBA", size, (0, 0, 0, 255))
-    found.paste((0, 0, 0, 0), (0, 0, size[0] // 2, size[1]))
-    return found
 
 
 def assert_drawn(pipe: Pipeline, answer: dict[str, Any], **call: Any) -> None:
@@ -198,107 +179,6 @@ def test_what_is_transparent_is_repainted(guided_server: Serving, guided: Path) 
     with Pipeline.load(guided, threads=1) as pipe:
         call = {"num_inference_steps": 2, "strength": 1.0, "prompt": "a dog"}
         assert_drawn(pipe, answers[0], image=image, mask_image=white, **call)
-
-
-REFUSED: dict[str, tuple[Any, str | None]] = {
-    "no prompt": ({}, "prompt"),
-    "null": ({"prompt": None}, "prompt"),
-    "a NUL": ({"prompt": "\0"}, "prompt"),
-    "a lone surrogate": ({"prompt": "\ud800"}, "prompt"),
-    "a long prompt": ({"prompt": "a" * 40_000}, "prompt"),
-    "a list of prompts": ({"prompt": ["a"]}, "prompt"),
-    "a size in words": ({"size": "large"}, "size"),
-    "no size": ({"size": "0x64"}, "size"),
-    "a seed below 0": ({"seed": -1}, "seed"),
-    "a large seed": ({"seed": 2**64}, "seed"),
-    "a broken seed": ({"seed": 1.5}, "seed"),
-    "a true seed": ({"seed": True}, "seed"),
-    "a false scale": ({"guidance_scale": False}, "guidance_scale"),
-    "svg": ({"output_format": "svg"}, "output_format"),
-    "url": ({"response_format": "url"}, "response_format"),
-    "no pictures": ({"n": 0}, "n"),
-    "too many": ({"n": 11}, "n"),
-    "steps that are not built": ({"num_inference_steps": 7}, "num_inference_steps"),
-    "no finite scale": ({"guidance_scale": float("nan")}, "guidance_scale"),
-    "a long negative prompt": ({"guidance_scale": 2.0, "negative_prompt": "a" * 40_000}, "negative_prompt"),
-    "compression": ({"output_compression": 101}, "output_compression"),
-    "partial pictures": ({"partial_images": -1}, "partial_images"),
-    "a stream with an error": ({"size": "large", "stream": True}, "size"),
-    "a list": ([], None),
-    "a text": ("a cat", None),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_refusal_names_the_field(api: httpx2.Client, name: str) -> None:
-    body, param = REFUSED[name]
-    body = {"prompt": "a cat", **body} if isinstance(body, dict) and body else body
-    answer = api.post("images/generations", content=json.dumps(body), headers={"Content-Type": "application/json"})
-    assert_refused(answer, 400, param)
-
-
-def assert_refused(answer: httpx2.Response, status: int, param: str | None) -> None:
-    assert answer.status_code == status, answer.text
-    (key,) = answer.json()
-    error = answer.json()[key]
-    assert (key, error["type"], error["param"]) == ("error", "invalid_request_error", param)
-    assert error["message"] and error.keys() == {"message", "type", "param", "code"}
-
-
-PICTURE = file(Image.new("RGB", (64, 64)))
-REFUSED_EDITS: dict[str, tuple[list[tuple[str, bytes]], dict[str, str], str | None]] = {
-    "no picture": ([], {}, "image"),
-    "two pictures": ([("image[]", PICTURE), ("image[]", PICTURE)], {}, "image"),
-    "two in two ways": ([("image[]", PICTURE), ("image", PICTURE)], {}, "image"),
-    "a damaged picture": ([("image", PICTURE[:60])], {}, "image"),
-    "no file of a picture": ([("image", b"GIF89a")], {}, "image"),
-    "an empty file": ([("image", b"")], {}, "image"),
-    "a mask without transparency": ([("image", PICTURE), ("mask", PICTURE)], {}, "mask"),
-    "a damaged mask": ([("image", PICTURE), ("mask", b"\x89PNG")], {}, "mask"),
-    "two masks": ([("image", PICTURE), ("mask", PICTURE), ("mask", PICTURE)], {}, "mask"),
-    "no prompt": ([("image", PICTURE)], {"prompt": ""}, "prompt"),
-    "a count in words": ([("image", PICTURE)], {"n": "two"}, "n"),
-    "a strength above 1": ([("image", PICTURE)], {"strength": "1.5"}, "strength"),
-    "a size in words": ([("image", PICTURE)], {"size": "large"}, "size"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED_EDITS)
-def test_a_refused_edit_names_the_field(api: httpx2.Client, name: str) -> None:
-    files, form, param = REFUSED_EDITS[name]
-    named = [(field, ("a.png", content)) for field, content in files] or [("unknown", ("a.png", PICTURE))]
-    assert_refused(api.post("images/edits", data={"prompt": "a dog", **form}, files=named), 400, param)
-
-
-def test_a_task_that_is_not_built_is_refused(api: httpx2.Client) -> None:
-    files = {"image": PICTURE, "mask": file(holed((64, 64)))}
-    answer = api.post("images/edits", data={"prompt": "a dog"}, files=files)
-    assert_refused(answer, 400, None)
-    assert "inpainting" in answer.json()["error"]["message"]
-
-
-def test_a_body_that_is_no_object_is_refused_in_plain_words(api: httpx2.Client) -> None:
-    for body, why in {
-        '{"prompt": "a"': "the body is no JSON: .* at character 14",
-        "[1]": "no JSON object",
-        "": "no JSON",
-    }.items():
-        answer = api.post("images/generations", content=body, headers={"Content-Type": "application/json"})
-        assert_refused(answer, 400, None)
-        assert re.search(why, answer.json()["error"]["message"])
-
-
-def test_a_form_that_is_none_is_refused(api: httpx2.Client) -> None:
-    for kind, why in (("multipart/form-data", "boundary"), ("multipart/form-data; boundary=x", "Invalid multipart")):
-        answer = api.post("images/edits", content=b"\r\n--y\r\n", headers={"Content-Type": kind})
-        assert_refused(answer, 400, None)
-        assert why in answer.json()["error"]["message"]
-    assert_refused(api.post("images/edits", json={"prompt": "a dog"}), 400, "image")
-
-
-def test_unknown_paths_and_methods(api: httpx2.Client) -> None:
-    assert_refused(api.post("chat/completions", json={}), 404, None)
-    assert_refused(api.get("images/generations"), 405, None)
 
 
 def test_models(client: openai.OpenAI, two_models: Serving, guided: Path) -> None:

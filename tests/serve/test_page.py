@@ -1,4 +1,4 @@
-"""What the page's files are served as."""
+"""The page: its files, and no others, are served, they name no other host, and what it is told is true."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The server on a real Ray cluster of this machine: what it draws, whom it loses, how it grows and what it refuses."""
+"""The server on a real Ray cluster of this machine: its pictures, lost replicas, scaling and refusals."""
 
 import base64
 import concurrent.futures

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from asking import GENERATE, Answer, Client, connect, draw, metric, until
 from serving import Serving, serving
-from small_bundle import WORDS
+from small_graphs import WORDS
 from standin import Error, StandIn, gpu, pipeline, standing_in
 
 from turbochain.runtime import Pipeline

@@ -1,4 +1,4 @@
-"""A static server of Python's own, as anybody has one: what is asked of it is written down."""
+"""Serve a folder with Python's own static server, and write down what is asked of it."""
 
 import contextlib
 import threading

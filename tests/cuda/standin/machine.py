@@ -9,7 +9,7 @@ from cuda.bindings import runtime as real
 
 from .graphs import Capture, Executable, Graph, Kind, Node
 from .memory import Block, Memory
-from .streams import Event, Run, Scheduler, Span, Stream, Task
+from .streams import Event, GraphLaunch, Scheduler, Span, Stream, Task
 
 Error = real.cudaError_t
 STICKY = (Error.cudaErrorIllegalAddress, Error.cudaErrorLaunchFailure)
@@ -188,7 +188,7 @@ class Machine:
         for _, work in self.scheduler.pending():
             if isinstance(work, Task):
                 found.append(work)
-            elif isinstance(work, Run):
+            elif isinstance(work, GraphLaunch):
                 found += [task for node in work.waiting if (task := work.tasks[node]) is not None]
         return found
 

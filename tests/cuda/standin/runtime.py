@@ -9,7 +9,7 @@ from cuda.bindings import runtime as real
 from . import memory
 from .graphs import Capture, Executable, Graph, Kind, Node
 from .machine import Error, Machine, Refused, function
-from .streams import Event, Record, Run, Stream, Task, Wait
+from .streams import Event, GraphLaunch, Record, Stream, Task, Wait
 
 
 class Runtime(Machine):
@@ -254,7 +254,7 @@ class Runtime(Machine):
 
     @function()
     def cudaGraphExecDestroy(self, graph: Executable) -> None:
-        if any(isinstance(work, Run) and work.graph is graph for _, work in self.scheduler.pending()):
+        if any(isinstance(work, GraphLaunch) and work.graph is graph for _, work in self.scheduler.pending()):
             self.misuse.append("a graph was destroyed before its work was done")
         self.graphs.remove(graph)
 
@@ -274,7 +274,7 @@ class Runtime(Machine):
         waiting = {node: {*after} for node, (after, _) in nodes.items()}
         tasks = {node: task for node, (_, task) in nodes.items()}
         if waiting:
-            found.queue.append(Run(graph, waiting, tasks, {node: self.scheduler.pace() for node in nodes}))
+            found.queue.append(GraphLaunch(graph, waiting, tasks, {node: self.scheduler.pace() for node in nodes}))
 
     @function(2)
     def cudaGraphGetNodes(self, graph: Graph, count: int) -> tuple[list[Node], int]:

@@ -47,7 +47,7 @@ class Wait:
 
 
 @dataclass(eq=False)
-class Run:
+class GraphLaunch:
     """One launch of a graph: tasks, each after others of them."""
 
     graph: object
@@ -56,7 +56,7 @@ class Run:
     pace: dict[object, float]
 
 
-Work = Task | Record | Wait | Run
+Work = Task | Record | Wait | GraphLaunch
 
 
 @dataclass(eq=False)
@@ -112,7 +112,7 @@ class Scheduler:
             match stream.queue[0]:
                 case Wait(event, version) if event.done < version:
                     pass
-                case Run() as run:
+                case GraphLaunch() as run:
                     ready += [(run.pace[node], stream, node) for node, after in run.waiting.items() if not after]
                 case _:
                     ready.append((stream.pace, stream, None))
@@ -125,7 +125,7 @@ class Scheduler:
                 self._do(task)
             case Record(event, version):
                 event.done, event.time = version, self.time
-            case Run() as run:
+            case GraphLaunch() as run:
                 self._do(run.tasks[node])
                 del run.waiting[node]
                 for after in run.waiting.values():

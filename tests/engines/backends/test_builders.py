@@ -53,7 +53,7 @@ PROBED = {  # file → what is asked there for an attribute that it may lack: an
     "runtime/serve/listen.py": {"error"},
     "export/load.py": {"diffusers"},
     "export/magnitudes.py": {"attention"},  # diffusers' or transformers'
-    "export/phases/worker.py": {"error"},
+    "export/phases/process.py": {"error"},
     "export/recording.py": {"pipeline"},
     "export/sampler.py": {"scheduler", "self.scheduler"},
     "export/sources/kinds/hub.py": {"error"},

@@ -1,4 +1,4 @@
-"""How much of a build is done, as the phases of TensorRT's builder tell it."""
+"""The progress of a build, from the phases that TensorRT's builder reports."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""The VAE's encoder in lower precisions on OpenVINO against diffusers in fp32, and what no shared bundle has.
+"""The VAE's encoder on OpenVINO in lower precisions, against diffusers in fp32; graphs that no shared bundle has.
 
 The other engines' forms of the shared bundles' graphs, the encoder among them, have tests of their own.
 """

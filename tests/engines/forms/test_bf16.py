@@ -1,4 +1,4 @@
-"""A Resize of bf16 in fp32: exact, and in no other place."""
+"""A Resize of bf16 is computed in fp32, exactly, and no other node is changed."""
 
 from pathlib import Path
 

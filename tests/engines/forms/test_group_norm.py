@@ -1,4 +1,4 @@
-"""GroupNormalization in other operators, against PyTorch's."""
+"""GroupNormalization written in other operators, against PyTorch's."""
 
 from pathlib import Path
 

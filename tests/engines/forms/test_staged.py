@@ -1,4 +1,4 @@
-"""What the CUDA provider stages for, in other operators: equal to the last bit, on ONNX Runtime's CPU provider."""
+"""Operators that the CUDA provider stages through the host are written in others: equal bits on the CPU provider."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a build takes for the same source: the bytes of the files that it reads, wherever they lie and however old."""
+"""A source is the same if the files that a build reads have the same bytes, wherever they lie and however old."""
 
 import ctypes
 import hashlib

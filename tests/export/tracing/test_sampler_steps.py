@@ -1,4 +1,4 @@
-"""The graphs around the UNet compute what diffusers' pipelines compute in between, number by number."""
+"""The graphs around the UNet compute what diffusers' pipelines compute between calls of the UNet, number by number."""
 
 from pathlib import Path
 from typing import Any

@@ -25,7 +25,7 @@ from turbochain.export.families import Shape
 from turbochain.export.remedies import Remedy
 from turbochain.export.sources.checkpoint import Checkpoint, open_folder
 from turbochain.export.tracing import trace, weights
-from turbochain.export.tracing.trace import Wanted
+from turbochain.export.tracing.trace import TraceOrder
 from turbochain.runtime import Bundle
 from turbochain.runtime.backends.tensorrt import logger, trt
 from turbochain.runtime.bundle.hashing import digest
@@ -50,7 +50,7 @@ def two(
     checkpoint = open_folder(checkpoints[request.param], None)
     folder = tmp_path_factory.mktemp(f"two-{request.param}")
     spec, remedy = checkpoint.family.graphs["unet"], Remedy("fp32")
-    wanted = [Wanted("unet", Placed(spec, SMALL), remedy), Wanted("unet@wide", Placed(spec, WIDE), remedy)]
+    wanted = [TraceOrder("unet", Placed(spec, SMALL), remedy), TraceOrder("unet@wide", Placed(spec, WIDE), remedy)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "LIMIT", LIMIT)
         made = trace.export_graphs(checkpoint, "unet", wanted, columns_of(bundle_of(request.param)), folder)
@@ -194,9 +194,9 @@ def test_graphs_of_one_component_have_precisions_of_their_own(
 
     monkeypatch.setattr(load, "component", watched)
     spec = checkpoint.family.graphs["text_encoder"]
-    plain = Wanted("text_encoder", Placed(spec, SMALL), Remedy("fp32"))
+    plain = TraceOrder("text_encoder", Placed(spec, SMALL), Remedy("fp32"))
     half = dataclasses.replace(plain, name="text_encoder+half", remedy=Remedy("fp16"))
-    pair = Wanted("text_encoder*2", Placed(spec, dataclasses.replace(SMALL, batch=2)), Remedy("fp32"))
+    pair = TraceOrder("text_encoder*2", Placed(spec, dataclasses.replace(SMALL, batch=2)), Remedy("fp32"))
     made = trace.export_graphs(checkpoint, "text_encoder", [plain, half, pair], {}, tmp_path)
     assert len(loaded) == 2
     assert {name: (graph.precision, *graph.data) for name, graph in made.items()} == {
@@ -213,8 +213,8 @@ def test_a_graph_is_made_with_its_own_remedy(checkpoints: dict[str, Path], tmp_p
     """Rescaled weights are other tensors; those that no remedy changes are still stored once."""
     checkpoint = open_folder(checkpoints["sd"], None)
     decoder = Placed(checkpoint.family.graphs["vae_decoder"], SMALL)
-    plain = Wanted("plain", decoder, Remedy("fp16"))
-    halved = Wanted("halved", decoder, Remedy("fp16", {"decoder.mid_block.resnets.0": 1}))
+    plain = TraceOrder("plain", decoder, Remedy("fp16"))
+    halved = TraceOrder("halved", decoder, Remedy("fp16", {"decoder.mid_block.resnets.0": 1}))
     trace.export_graphs(checkpoint, "vae", [plain, halved], {}, tmp_path)
     one, other = places(tmp_path, "plain"), places(tmp_path, "halved")
     assert one & other and one - other and other - one

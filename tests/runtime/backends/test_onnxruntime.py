@@ -1,4 +1,4 @@
-"""What ONNX Runtime's CPU provider holds in memory, and what is said where its CUDA provider is missing."""
+"""What ONNX Runtime's CPU provider holds in memory, and what is said if its CUDA provider is missing."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Another process that uses the files, and talks over pipes."""
+"""Start another process that uses the files, and talk to it over pipes."""
 
 import subprocess
 import sys

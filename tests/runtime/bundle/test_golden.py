@@ -1,5 +1,4 @@
-"""The golden bundle is what FORMAT.md says, to the byte, and a reader written from that page alone draws its
-pictures."""
+"""The golden bundle is as FORMAT.md says, to the byte, and a reader written from that page draws its pictures."""
 
 import dataclasses
 import hashlib

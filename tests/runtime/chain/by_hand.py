@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import small_bundle
 import torch
-from small_bundle import BATCH, I2I, LATENTS, LENGTH, T2I, WEIGHTS, WORDS
+from small_graphs import BATCH, I2I, LATENTS, LENGTH, T2I, WEIGHTS, WORDS
 
 Arrays = dict[str, np.ndarray]
 

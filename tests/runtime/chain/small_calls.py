@@ -1,10 +1,16 @@
-"""Calls of the chains of `small_bundle`, and those that are recorded in it."""
+"""Make calls of the chains of `small_bundle`, those among them that are recorded in it."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import by_hand
 import numpy as np
-from small_bundle import BATCH, I2I, LATENTS, T2I
+from small_graphs import BATCH, I2I, LATENTS, T2I
+
+from turbochain.runtime import Pipeline
+from turbochain.runtime.request import Request
 
 PROMPTS = ["a red cat", "a dog in the snow the the the a cat"]  # the second is longer than what is read
 SCALES = [0.5, 0.0, -1.5]
@@ -40,3 +46,27 @@ def cases() -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]:
         )
         for (chain, mode, steps), tensors in made.items()
     ]
+
+
+def assert_same(picture: np.ndarray, reference: np.ndarray) -> None:
+    """At most one level, in one of a thousand values: PyTorch's noise is within 1e-6 of ours."""
+    assert picture.dtype == np.uint8 and picture.shape == reference.shape
+    apart = np.abs(picture.astype(int) - reference)
+    assert apart.max() <= 1 and (apart > 0).mean() <= 1e-3
+    assert reference.std() > 10  # there is something to see
+
+
+def drawn(pipe: Pipeline, chain: str, **arguments: Any) -> np.ndarray:
+    """The pictures of a call."""
+    arguments = {"prompt": PROMPTS, "seed": 5, "output_type": "uint8", **arguments}
+    request = Request.make(pipe.bundle.open_chain(chain), **arguments)
+    images: np.ndarray = pipe.draw(request).images
+    return images
+
+
+def changed(path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    """Change the manifest."""
+    manifest = json.loads((path / "bundle.json").read_text())
+    edit(manifest)
+    (path / "bundle.json").write_text(json.dumps(manifest))
+    return path

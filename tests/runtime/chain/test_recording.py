@@ -1,4 +1,4 @@
-"""What a GPU carries out, read as a value: the order of launches and copies, and which buffer each name is."""
+"""The recording of a plan for a GPU: the order of launches and copies, and the buffer of each name."""
 
 from pathlib import Path
 

@@ -1,7 +1,6 @@
 """A bundle of two chains that use all that the format has, against the same arithmetic in numpy."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,13 @@ import by_hand
 import numpy as np
 import pytest
 import small_bundle
-from safetensors.numpy import load_file, save_file
-from small_bundle import BATCH, CHAINS, I2I, LATENTS, SIZES, T2I
-from small_calls import GUIDED, PICTURES, PROMPTS, SCALES, cases, numbers
+from small_bundle import CHAINS
+from small_calls import GUIDED, PICTURES, PROMPTS, SCALES, assert_same, cases, changed, drawn, numbers
+from small_graphs import BATCH, I2I, LATENTS, SIZES, T2I
 
-from turbochain.runtime import Bundle, BundleError, InputError, Pipeline
-from turbochain.runtime.bundle import hashing
+from turbochain.runtime import Bundle, InputError, Pipeline
 from turbochain.runtime.chain.plan import Run
 from turbochain.runtime.chain.recording import OnDevice, Together, record
-from turbochain.runtime.checks import verify
 from turbochain.runtime.errors import Cancelled
 from turbochain.runtime.inputs.noise import Generator, draw_run
 from turbochain.runtime.request import Request
@@ -26,46 +23,16 @@ from turbochain.runtime.request import Request
 BACKENDS = ("onnxruntime", "openvino")
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tests must not change it."""
-    return small_bundle.write(tmp_path_factory.mktemp("small") / "small.bundle", cases())
-
-
 @pytest.fixture(params=BACKENDS)
-def pipe(request: pytest.FixtureRequest, bundle: Path) -> Iterator[Pipeline]:
-    with Pipeline.load(bundle, backend=request.param) as pipe:
+def pipe(request: pytest.FixtureRequest, two_chains: Path) -> Iterator[Pipeline]:
+    with Pipeline.load(two_chains, backend=request.param) as pipe:
         yield pipe
 
 
 @pytest.fixture
-def copy(bundle: Path, tmp_path: Path) -> Path:
+def copy(two_chains: Path, copy_of: Callable[[Path], Path]) -> Path:
     """A copy that a test may change."""
-    return Path(shutil.copytree(bundle, tmp_path / "copy.bundle"))
-
-
-def assert_same(picture: np.ndarray, reference: np.ndarray) -> None:
-    """At most one level, in one of a thousand values: PyTorch's noise is within 1e-6 of ours."""
-    assert picture.dtype == np.uint8 and picture.shape == reference.shape
-    apart = np.abs(picture.astype(int) - reference)
-    assert apart.max() <= 1 and (apart > 0).mean() <= 1e-3
-    assert reference.std() > 10  # there is something to see
-
-
-def drawn(pipe: Pipeline, chain: str, **arguments: Any) -> np.ndarray:
-    """The pictures of a call."""
-    arguments = {"prompt": PROMPTS, "seed": 5, "output_type": "uint8", **arguments}
-    request = Request.make(pipe.bundle.open_chain(chain), **arguments)
-    images: np.ndarray = pipe.draw(request).images
-    return images
-
-
-def changed(path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
-    """Change the manifest."""
-    manifest = json.loads((path / "bundle.json").read_text())
-    edit(manifest)
-    (path / "bundle.json").write_text(json.dumps(manifest))
-    return path
+    return copy_of(two_chains)
 
 
 def loaded(pipe: Pipeline) -> frozenset[str]:
@@ -73,9 +40,9 @@ def loaded(pipe: Pipeline) -> frozenset[str]:
     return pipe._executor.loaded
 
 
-def test_a_graph_of_two_places_is_named_once(bundle: Path) -> None:
-    stages = [stage["graph"] for stage in json.loads((bundle / "bundle.json").read_text())["chains"][T2I]["stages"]]
-    assert [*Bundle.open(bundle).manifest.chains[T2I].graphs] == sorted({*stages}, key=stages.index) != stages
+def test_a_graph_of_two_places_is_named_once(two_chains: Path) -> None:
+    stages = [stage["graph"] for stage in json.loads((two_chains / "bundle.json").read_text())["chains"][T2I]["stages"]]
+    assert [*Bundle.open(two_chains).manifest.chains[T2I].graphs] == sorted({*stages}, key=stages.index) != stages
 
 
 @pytest.mark.parametrize("steps", [2, 3])
@@ -298,8 +265,8 @@ def plain(chain: str) -> set[str]:
     return {stage.graph for stage in CHAINS[chain].stages if stage.runs(())}
 
 
-def test_graphs_load_when_their_chain_is_first_used_and_buffers_are_shared(bundle: Path) -> None:
-    with Pipeline.load(bundle, backend="onnxruntime") as pipe:
+def test_graphs_load_when_their_chain_is_first_used_and_buffers_are_shared(two_chains: Path) -> None:
+    with Pipeline.load(two_chains, backend="onnxruntime") as pipe:
         assert loaded(pipe) == plain(T2I) < {*CHAINS[T2I].graphs}
         drawn(pipe, T2I)
         before = {t: a.ctypes.data for t, a in pipe._executor._buffers.items()}  # type: ignore[union-attr]
@@ -309,69 +276,13 @@ def test_graphs_load_when_their_chain_is_first_used_and_buffers_are_shared(bundl
         assert before == {t: after[t] for t in before}
         assert sum(t.name == "prompt_embeds" for t in after) == 1  # both chains' text
         assert {t.shape for t in after if t.name == "latents"} == set(LATENTS.values())
-    with Pipeline.load(bundle, backend="onnxruntime", chain=I2I) as pipe:
+    with Pipeline.load(two_chains, backend="onnxruntime", chain=I2I) as pipe:
         assert loaded(pipe) == plain(I2I)
 
 
-def test_an_engine_without_the_second_chain(copy: Path) -> None:
-    """It says so when that chain is used, and the first works before and after."""
-    shutil.rmtree(copy / "engines")
-    small_bundle.write_engine(copy, "onnxruntime", list(CHAINS[T2I].graphs))
-    with Pipeline.load(copy) as pipe:
-        reference = by_hand.text_to_image(PROMPTS, 5, 2)["image"]
-        assert_same(drawn(pipe, T2I), reference)
-        with pytest.raises(BundleError, match=f"lacks vae_encoder.* of the chain {I2I}.*: build-engine"):
-            drawn(pipe, I2I, inputs={"input_image": PICTURES[0], **numbers()})
-        assert_same(drawn(pipe, T2I), reference)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("chain", [T2I, I2I])
-def test_verification_passes_both_chains(bundle: Path, chain: str, backend: str) -> None:
-    """It judges each stage in each mode by what it makes."""
-    _, of_chains = verify.verify_bundle(bundle, chain=chain, backend=backend)
-    (checks,) = of_chains.values()
-    assert of_chains.keys() == {chain}
-    assert {c.stage for c in checks} == {*CHAINS[chain].graphs, "ids", "schedule", "image"}
-    verify.require(checks)
-
-
-def test_verifications_of_two_chains_are_both_kept(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
-    _, of_chains = verify.verify_bundle(copy, backend="onnxruntime")
-    for chain in (I2I, T2I):
-        _, alone = verify.verify_bundle(copy, chain=chain, backend="onnxruntime")
-        assert alone == {chain: of_chains[chain]}
-    assert of_chains.keys() == {T2I, I2I}
-    made = json.loads((copy / "engines/onnxruntime/engine.json").read_text())
-    assert made["checks"].keys() == made["verified"].keys() == {T2I, I2I}
-    for chain in (I2I, T2I):
-        Pipeline.load(copy, chain=chain, backend="onnxruntime").close()
-    assert not caplog.records  # which would say that it is verified now
-
-
-WRONG: dict[str, tuple[str, str, tuple[int, ...]]] = {
-    "what history adds to the latents": (I2I, "2/m", (1, 0, 2)),
-    "what the latents leave in history": (I2I, "2/m", (0, 2, 0)),
-    "what the prediction adds": (T2I, "3/v", (2, 0)),
-}
-"""What is wrong → the chain, and the place of a number in its table file."""
-
-
-@pytest.mark.parametrize("what", WRONG)
-def test_a_wrong_number_of_a_table_is_refused(copy: Path, what: str) -> None:
-    chain, array, place = WRONG[what]
-    file = f"tables/{chain}.safetensors"
-    arrays = load_file(copy / file)
-    arrays[array][place] += 0.05
-    save_file(arrays, copy / file)
-    changed(copy, lambda m: m["files"].update({file: vars(hashing.describe(copy / file))}))
-    _, of_chains = verify.verify_bundle(copy, chain=chain, backend="onnxruntime")
-    assert {c.stage for c in of_chains[chain] if not c.passed} >= {"schedule", "image"}
-
-
-def test_a_gpu_shares_no_constant_between_tables(bundle: Path) -> None:
+def test_a_gpu_shares_no_constant_between_tables(two_chains: Path) -> None:
     """Two chains have a two-step table each, and every row is a buffer of its own."""
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(two_chains)
     both = {name: opened.open_chain(name) for name in CHAINS}
     assert not np.array_equal(both[T2I].columns("2")["v"][0], both[I2I].columns("2")["v"][0][:1])
     recordings = {name: record(chain.plan("2"), opened.manifest.graphs) for name, chain in both.items()}
@@ -382,8 +293,8 @@ def test_a_gpu_shares_no_constant_between_tables(bundle: Path) -> None:
     assert not set(three.constants) & buffers[T2I]
 
 
-def test_a_gpu_keeps_a_stream_and_runs_one_graph_once_at_a_time(bundle: Path) -> None:
-    opened = Bundle.open(bundle)
+def test_a_gpu_keeps_a_stream_and_runs_one_graph_once_at_a_time(two_chains: Path) -> None:
+    opened = Bundle.open(two_chains)
     recording = record(opened.open_chain(I2I).plan("2"), opened.manifest.graphs)
     assert recording.kept == {"stream"}  # what a rehearsal must leave alone
     assert recording.actions[-2:-1] == (OnDevice("next_stream", "stream"),)
@@ -395,110 +306,9 @@ def test_a_gpu_keeps_a_stream_and_runs_one_graph_once_at_a_time(bundle: Path) ->
     assert [g for group in groups for g in group].count("text_encoder") == 2
 
 
-def test_a_plan_runs_the_stages_of_its_modes(bundle: Path) -> None:
-    chain = Bundle.open(bundle).open_chain(I2I)
+def test_a_plan_runs_the_stages_of_its_modes(two_chains: Path) -> None:
+    chain = Bundle.open(two_chains).open_chain(I2I)
     for modes in ([], ["control"]):
         plan = chain.plan("2", modes=modes)
         assert ("controlnet" in plan.graphs) == bool(modes)
         assert sum(isinstance(o, Run) and o.graph == "step@24x8" for o in plan.operations) == 3  # two steps, three rows
-
-
-def in_chain(key: str, value: object, chain: str = I2I) -> Callable[[dict[str, Any]], object]:
-    """Replace a part of a chain; `key`: "feeds/p"."""
-
-    def edit(manifest: dict[str, Any]) -> None:
-        *path, last = key.split("/")
-        entry = manifest["chains"][chain]
-        for part in path:
-            entry = entry[int(part)] if isinstance(entry, list) else entry[part]
-        entry[int(last) if isinstance(entry, list) else last] = value
-
-    return edit
-
-
-REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "a kind of feed": (in_chain("feeds/p", {"is": "temperature", "when": "call"}), "the feed p has 'temperature'"),
-    "when a feed comes": (in_chain("feeds/p", {"is": "number", "when": "often"}), "the feed p has 'often'"),
-    "a kind that does not come then": (
-        in_chain("feeds/history", {"is": "history", "when": "step"}),
-        "the feed history is history 'step', and call was expected",
-    ),
-    "a text": (in_chain("feeds/input_ids", {"is": "ids", "when": "call", "of": "poem"}), "input_ids has 'poem'"),
-    "a feed that nothing reads": (in_chain("feeds/z", {"is": "number", "when": "call"}), "nothing reads the feed z"),
-    "a place": (in_chain("stages/2/when", "before"), "the stage start has 'before'"),
-    "a mode": (in_chain("stages/3/if", ["magic"]), "controlnet depends on the mode 'magic', which the chain lacks"),
-    "an input without a source": (lambda m: m["chains"][I2I]["feeds"].pop("p"), "the input p of start has no source"),
-    "a wire": (in_chain("stages/1/wires", {"x": "y"}), "the stage vae_encoder renames x, which its graph lacks"),
-    "what a mode makes twice": (in_chain("stages/3/wires", {"residual": "latents"}), "latents is produced twice"),
-    "zeros that only a feed of zeros may be": (
-        in_chain("feeds/residual", {"is": "number", "when": "call"}),
-        "residual is produced twice, by the caller and controlnet",
-    ),
-    "a stream of another shape": (in_chain("keep", {"next_history": "stream"}), "keep next_history → stream joins"),
-    "a stream that nobody feeds": (in_chain("keep", {"next_stream": "p"}), "keep next_stream → p does not join"),
-    "K": (lambda m: m["chains"][I2I].update(K=2), r"m is float32 \[3, 3\] for each step, and not float32 \[2, 2\]"),
-    "a draw": (in_chain("draws/0", {"name": "luck", "per": "image"}), "the draw luck has no such tensor"),
-    "a size": (in_chain("size", [24, 8]), "the output image is uint8"),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_a_chain_cannot_be_is_refused_when_it_is_opened(copy: Path, what: str) -> None:
-    edit, message = REFUSED[what]
-    with pytest.raises(BundleError, match=message):
-        Bundle.open(changed(copy, edit))
-
-
-def test_a_feature_of_a_later_version(copy: Path) -> None:
-    """The reader names the version that has it, whatever else it does not understand."""
-    changed(copy, lambda m: m["requires"].update({"time_travel": "9.1.0"}))
-    with pytest.raises(BundleError, match=r"uses time_travel \(turbochain 9\.1\.0\), .*pip install --upgrade"):
-        Pipeline.load(copy)
-
-
-ARGUMENTS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "no picture": (I2I, {"inputs": numbers()}, "takes input_image, p, q, conditioning_scale; given: p, q"),
-    "a picture of another mode": (
-        I2I,
-        {"inputs": {"input_image": PICTURES[0], "control_image": PICTURES[1], **numbers()}},
-        "takes input_image, p, q, conditioning_scale; given: input_image, control_image",
-    ),
-    "three pictures for two": (
-        I2I,
-        {"inputs": {"input_image": np.zeros((3, *SIZES[I2I], 3), np.uint8), **numbers()}},
-        "image has 3, and 2 are drawn: give one, one for each, or a number that divides 2",
-    ),
-    "a number for each step": (
-        I2I,
-        {"inputs": {"input_image": PICTURES[0], **numbers(), "conditioning_scale": np.ones(1, np.float32)}},
-        r"an array of float32 \[3, 1\] was expected",
-    ),
-    "a mode": (T2I, {"modes": ["control"]}, r"modes=\['control'\]: the chain text-to-image has guidance"),
-    "negative prompts": (
-        T2I,
-        {"negative_prompt": ["a"] * 3, "guidance_scale": 2.5},
-        "negative_prompt is a list of 3: one, or one for each",
-    ),
-    "guidance of a chain that has none": (
-        I2I,
-        {"inputs": {"input_image": PICTURES[0], **numbers()}, "guidance_scale": 1.01},
-        r"guidance_scale=1\.01: the chain image-to-image has no guidance; leave it out or give 0\.0",
-    ),
-    "a picture of a chain that reads none": (
-        T2I,
-        {"image": PICTURES[0]},
-        "image was given, and the chain text-to-image reads none; leave it out",
-    ),
-    "a mask of a chain that reads none": (
-        I2I,
-        {"mask_image": PICTURES[0], "inputs": {"input_image": PICTURES[0], **numbers()}},
-        "mask_image was given, and the chain",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", ARGUMENTS)
-def test_what_a_call_cannot_be_given(bundle: Path, what: str) -> None:
-    chain, arguments, message = ARGUMENTS[what]
-    with pytest.raises(InputError, match=message):
-        Request.make(Bundle.open(bundle).open_chain(chain), PROMPTS, seed=0, **arguments)

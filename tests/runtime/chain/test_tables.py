@@ -1,4 +1,4 @@
-"""The columns of a chain's tables: the rows that a table's index names, without a copy where they are adjacent."""
+"""The columns of a chain's tables: the rows that a table's index names, without a copy if they are adjacent."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Adapters are packed into slots as FORMAT.md says, whatever was in these before."""
+"""Adapters are packed into slots as FORMAT.md says, whatever the slots held before."""
 
 from pathlib import Path
 

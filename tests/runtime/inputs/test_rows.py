@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from diffusers import EulerDiscreteScheduler, LatentConsistencyModelPipeline, StableDiffusionImg2ImgPipeline
-from small_bundle import CHAINS, I2I
+from small_bundle import CHAINS
+from small_graphs import I2I
 
 from turbochain.runtime import Bundle, InputError
 from turbochain.runtime.bundle.manifest import TableEntry

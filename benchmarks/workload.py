@@ -7,7 +7,7 @@ TEXT_TO_IMAGE = "text-to-image"
 
 
 @dataclass(frozen=True)
-class Call:
+class Workload:
     """The arguments of a call besides prompt, seed and steps."""
 
     task: str = TEXT_TO_IMAGE  # or image-to-image
@@ -17,7 +17,7 @@ class Call:
     @property
     def plain(self) -> bool:
         """Return whether it is text-to-image without guidance."""
-        return self == Call()
+        return self == Workload()
 
     @property
     def text(self) -> str:
@@ -32,15 +32,15 @@ class Call:
         return asdict(self)
 
 
-PLAIN = Call()
+PLAIN = Workload()
 
 
 def arguments(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a pipeline's call, ours or diffusers', of `Call.spec` and the size in a worker's spec."""
-    call = spec.get("call") or PLAIN.spec
-    found = {"guidance_scale": call["guidance_scale"]}
-    if call["task"] != TEXT_TO_IMAGE:
-        found |= {"image": picture(*spec["size"]), "strength": call["strength"]}
+    """Return the arguments of a pipeline's call, ours or diffusers', of a spec with `Workload.spec` and the size."""
+    of = spec.get("workload") or PLAIN.spec
+    found = {"guidance_scale": of["guidance_scale"]}
+    if of["task"] != TEXT_TO_IMAGE:
+        found |= {"image": picture(*spec["size"]), "strength": of["strength"]}
     return found
 
 

@@ -9,6 +9,7 @@ writes JSON lines: `{"progress": [done, total]}`, `{"warning": text}`, and last 
 """
 
 import errno
+import gc
 import importlib
 import json
 import logging
@@ -39,10 +40,13 @@ log = logging.getLogger("turbochain")
 _SILENT = {"HF_HUB_DISABLE_TELEMETRY": "1"}
 _OFFLINE = {"HF_HUB_OFFLINE": "1"}  # not every loader of diffusers and transformers heeds `local_files_only`
 
+_RARELY = (50_000, 5, 2)
+"""How many objects are made between Python's searches for garbage: an import or a trace makes a million that stay."""
+
 _GRACE = 1.0  # seconds that a job has to end by itself
 
 
-class Worker:
+class JobProcess:
     """A child that runs jobs, one after the other. It ends with the `with` block, or with a job that fails."""
 
     def __init__(self, lock: int, printed: Path | None, *, online: bool = False) -> None:
@@ -98,7 +102,7 @@ class Worker:
             self._child.kill()
             self._child.wait()
 
-    def __enter__(self) -> "Worker":
+    def __enter__(self) -> "JobProcess":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -136,6 +140,7 @@ def _failure(job: str, last: dict[str, Any], status: int | None, printed: Path |
 
 def main() -> None:
     """Run the child's side."""
+    gc.set_threshold(*_RARELY)
     requests: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     cancelled = threading.Event()
     threading.Thread(target=_listen, args=(requests, cancelled), daemon=True).start()

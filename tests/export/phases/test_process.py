@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from kept import locked
 
-from turbochain.export.phases import worker
+from turbochain.export.phases import process
 from turbochain.runtime.errors import PhaseDied
 
 JOBS = """
@@ -54,10 +54,10 @@ def sleeps(progress):
 
 BUILDER = """
 import fcntl, os, sys
-from turbochain.export.phases.worker import Worker
+from turbochain.export.phases.process import JobProcess
 lock = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
 fcntl.flock(lock, fcntl.LOCK_EX)
-Worker(lock, None).run("jobs:sleeps", {}, lambda done, total: print(done, flush=True))
+JobProcess(lock, None).run("jobs:sleeps", {}, lambda done, total: print(done, flush=True))
 """
 
 
@@ -69,8 +69,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ENDED", str(tmp_path / "ended"))
     lock = os.open(tmp_path, os.O_RDONLY)
 
-    def run(name: str, progress: worker.Progress = lambda done, total: None, **how: bool) -> Any:
-        with worker.Worker(lock, tmp_path / "printed", **how) as child:
+    def run(name: str, progress: process.Progress = lambda done, total: None, **how: bool) -> Any:
+        with process.JobProcess(lock, tmp_path / "printed", **how) as child:
             return child.run(f"jobs:{name}", {}, progress)
 
     yield run
@@ -122,7 +122,7 @@ def test_it_ends_and_gives_the_lock_back_when_its_builder_is_killed(run, tmp_pat
 
 def test_it_runs_one_job_after_the_other_and_measures_each(tmp_path: Path, run) -> None:
     lock = os.open(tmp_path, os.O_RDONLY)
-    with worker.Worker(lock, None) as child:
+    with process.JobProcess(lock, None) as child:
         ask = functools.partial(child.run, progress=lambda done, total: None)
         first, _ = ask("jobs:pid", {})
         large, peak = ask("jobs:holds", {"megabytes": 300})
