@@ -84,8 +84,11 @@ def equal_states(pipe: Pipeline, chain: str, steps: int | None) -> bool:
     return all(len(found) == 1 for found in made.values()) and len(set().union(*made.values())) == len(made)
 
 
-def measure(pipe: Pipeline, chain: str, rank: int | None, rounds: int, swaps: int, steps: int | None) -> Adapted:
-    """Measure calls with and without slots, interleaved; then swaps."""
+def measure(
+    pipe: Pipeline, chain: str, rank: int | None, rounds: int, swaps: int, steps: int | None, apart: bool
+) -> Adapted:
+    """Measure calls with and without slots, interleaved; then swaps. `apart`: a UNet that was just loaded draws once
+    before its call counts."""
     opened = pipe.bundle.open_chain(chain)
     slots, made = ChainSlots(opened), pipe.bundle.engines()[pipe.engine_name]
     first = slots.graphs(slots.modes[0])["unet"]
@@ -95,12 +98,16 @@ def measure(pipe: Pipeline, chain: str, rank: int | None, rounds: int, swaps: in
         files = {n: write_adapter(pipe, chain, Path(folder), i, rank) for i, n in enumerate("ab")}
         for round in range(rounds + 1):  # the first one warms up
             pipe.unload_lora_weights()
+            if apart:
+                unet_seconds(pipe, chain, steps)
             seconds = [unet_seconds(pipe, chain, steps)]
             for name, file in files.items():
                 start = time.perf_counter()
                 pipe.load_lora_weights(file, adapter_name=name)
                 seconds.append(time.perf_counter() - start)
             pipe.set_adapters("a")
+            if apart:
+                unet_seconds(pipe, chain, steps)
             seconds.append(unet_seconds(pipe, chain, steps))
             if round:
                 plain.append(seconds[0])
@@ -169,14 +176,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="step count (default: the fewest)")
     parser.add_argument("--rounds", type=int, default=7, help="default 7")
     parser.add_argument("--swaps", type=int, default=100, help="default 100")
+    parser.add_argument("--apart", action="store_true", help="load the two UNets by turns, never both at once")
     parser.add_argument("--commit", help="if git cannot say it")
     parser.add_argument("--results", type=Path, default=result.FOLDER, help="folder of the results file")
     given = parser.parse_args()
     where = {name: getattr(given, name) for name in ("backend", "engine", "device", "chain")}
-    with Pipeline.load(given.bundle, keep_all=True, **where) as pipe:
+    with Pipeline.load(given.bundle, keep_all=not given.apart, **where) as pipe:
         device = pipe.device.kind
         run = machine.run(device, known_commit=given.commit)
-        row = measure(pipe, given.chain, given.rank, given.rounds, given.swaps, given.steps)
+        row = measure(pipe, given.chain, given.rank, given.rounds, given.swaps, given.steps, given.apart)
         height, width = pipe.bundle.open_chain(given.chain).size
         source = pipe.bundle.manifest.checkpoint.source
     found, path = write(row, run, source, (width, height), device, given.results, f"adapters-{row.engine}")

@@ -51,12 +51,15 @@ def needs(
     stored = {(s.component, precisions[name]): weights[name] for name, s in specs.items()}  # shared by its graphs
     shapes = {graph.shape for graph in graphs.values()}
     activations = _ACTIVATIONS * max(_widest(configs, shape) for shape in shapes)
-    engine = sum(size * _ENGINE[precisions[name]] for name, size in weights.items())
-    slots = sum(_SLOT_COPIES * 4 * _SLOTS * s.rank * counts[s.component] for s in specs.values())
+    loaded: dict[tuple[str, str], float] = {}  # of graphs with role and weights in common, one at a time
+    for name, s in specs.items():
+        slots = _SLOT_COPIES * 4 * _SLOTS * s.rank * counts[s.component]
+        role = (s.role, precisions[name])
+        loaded[role] = max(loaded.get(role, 0), weights[name] * _ENGINE[precisions[name]] + slots)
     memory = {
         "reference": _BASE + _REFERENCE * 4 * sum(counts.values()) + activations,
         "export": _BASE + _EXPORT * max(weights.values()),
-        "verify": _BASE / 3 + engine + slots + activations + _SCORES * max(_scores(configs, shape) for shape in shapes),
+        "verify": _BASE / 3 + sum(loaded.values()) + activations + _SCORES * max(_scores(configs, shape) for shape in shapes),
     }
     return Needs(memory, disk=fetched + 1.02 * sum(stored.values()))
 

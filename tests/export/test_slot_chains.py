@@ -128,6 +128,6 @@ def test_slots_need_memory() -> None:
         for made_of in (layout(preset, ()), layout(preset, (32,)), layout(preset, (256,)))
     ]
     plain, small, large = (need.memory["verify"] for need in needs)
-    assert small - plain > 4 * counts["unet"]  # another UNet
+    assert 0 < small - plain < counts["unet"]  # no second UNet: the plain one is unloaded
     assert large - small > 224 * 4 * 432_128  # the values of the full-size UNet's slots, for each rank
     assert needs[0].disk == needs[2].disk, "the weights are shared"
