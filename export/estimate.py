@@ -56,10 +56,11 @@ def needs(
         slots = _SLOT_COPIES * 4 * _SLOTS * s.rank * counts[s.component]
         role = (s.role, precisions[name])
         loaded[role] = max(loaded.get(role, 0), weights[name] * _ENGINE[precisions[name]] + slots)
+    scores = _SCORES * max(_scores(configs, shape) for shape in shapes)
     memory = {
         "reference": _BASE + _REFERENCE * 4 * sum(counts.values()) + activations,
         "export": _BASE + _EXPORT * max(weights.values()),
-        "verify": _BASE / 3 + sum(loaded.values()) + activations + _SCORES * max(_scores(configs, shape) for shape in shapes),
+        "verify": _BASE / 3 + sum(loaded.values()) + activations + scores,
     }
     return Needs(memory, disk=fetched + 1.02 * sum(stored.values()))
 
