@@ -20,14 +20,14 @@ class Packer:
     def pack(self, found: Mapping[str, np.ndarray], chain: Chain) -> Arrays:
         """Return what is kept of a call, of which `runtime.checks.reference.whole` makes `found` again, bit for bit.
 
-        Of what is carried to the next row only what the last row made is kept, for that is what the next one reads; of
-        a column of the time [R, 1, D] the places of its rows [R, 1] int32; no noise if no row draws; not what guidance
+        Of what is carried to the next row only what no next row reads is kept, which is what the last row made; of a
+        column of the time [R, 1, D] the places of its rows [R, 1] int32; no noise if no row draws; not what guidance
         and a T2I-Adapter's scale make. Raises RuntimeError if the call is another one afterwards.
         """
         kept = dict(found)
-        for made in chain.carry:
+        for made, read in chain.carry.items():
             if made in kept:
-                kept[made] = kept[made][-1:]
+                kept[made] = kept[made][len(kept[read]) - 1 :]
         if not found["noise"].any():
             del kept["noise"]
         for name in found:

@@ -22,7 +22,7 @@ from turbochain.export.chains import Layout
 from turbochain.export.controls.kind import Control
 from turbochain.export.magnitudes import magnitudes
 from turbochain.export.packing import Packer
-from turbochain.export.recording import Call, draw, record_call
+from turbochain.export.recording import Call, Extent, draw, record_call
 from turbochain.export.rounded import computing_in
 from turbochain.export.sources.adapters import read_references
 from turbochain.export.sources.checkpoint import Checkpoint
@@ -40,6 +40,9 @@ PROMPTS = (
     "",
 )
 """One case per step count; the rows of a batch go on through the list. Added tokens have cases of their own."""
+
+EXCERPT_ROWS = 2
+"""The rows of the loop in an excerpt: with the second, what the sampler carries to it is judged too."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ def write(
 
     The file is safetensors: everything fp32, ids and places int32, pictures uint8. Tensors of case i, with R
     evaluations: `i/<name>` of every feed and every result of the chain, [R, …] for those of the loop, as `record_call`
-    finds them and `Packer` keeps them; `columns/<name>` [T, D] are the distinct rows of a column of the time;
+    finds them and `Packer` keeps them, or an excerpt of those (see `_extent`);
+    `columns/<name>` [T, D] are the distinct rows of a column of the time;
     `magnitude/<component>/<module>` [1] is the largest absolute value that the module put out in any case, and
     `magnitude/<component>/<attention>.scores` that of Q·Kᵀ as its graph forms it (see `magnitudes`). The metadata
     key `cases` is JSON: a list of `Call`.
@@ -95,7 +99,7 @@ def write(
     with_loras = list(_with_loras(checkpoint, layout, calls))
     tensors, packer = dict[str, np.ndarray](), Packer()
     rows = [chains[call.chain].tables[call.table].rows for call in (*calls, *(call for _, call in with_loras))]
-    again = _drawn_again(calls, chains)
+    again = _drawn_again(layout, calls, chains)
     done, total = (
         0,
         sum(n + 1 for n in rows) + len(precisions) * sum(rows[i] + 1 if whole else 2 for i, whole in again.items()),
@@ -112,7 +116,8 @@ def write(
         for i, call in enumerate(calls):
             pipeline, control = pipelines.of(chains[call.chain].task, call.modes)
             pipeline.set_progress_bar_config(disable=True)
-            found = record_call(pipeline, checkpoint, chains[call.chain], call, more, control)
+            extent = _extent(layout, chains[call.chain], control)
+            found = record_call(pipeline, checkpoint, chains[call.chain], call, more, control, extent)
             tensors |= {f"{i}/{name}": value for name, value in packer.pack(found, chains[call.chain]).items()}
             advance()
     with torch.inference_mode():
@@ -212,12 +217,32 @@ def _with_loras(
             yield (adapter, strength), replace(plain, adapters=[(known, strength)], errors={})
 
 
-def _drawn_again(calls: Sequence[Call], chains: Mapping[str, Chain]) -> dict[int, bool]:
+def _extent(layout: Layout, chain: Chain, control: Control | None) -> Extent:
+    """Return how much is recorded of a call.
+
+    There are excerpts of calls of a further size or batch, whose graphs are those of the first with other shapes, and
+    of calls with a ControlNet, whose residuals are tens of megabytes in each row.
+    """
+    further = not chain.stream and _is_further(layout, chain)
+    return Extent(EXCERPT_ROWS if further or control else None, further)
+
+
+def _is_further(layout: Layout, chain: Chain) -> bool:
+    first = layout.shapes[0]
+    return (*chain.size, chain.batch) != (first.height, first.width, first.batch)
+
+
+def _drawn_again(layout: Layout, calls: Sequence[Call], chains: Mapping[str, Chain]) -> dict[int, bool]:
     """Return the calls of which diffusers' own error in a lower precision is recorded, and whether to their picture:
-    those of many evaluations; of the first from text the first prediction is enough."""
-    from_text = [i for i, call in enumerate(calls) if chains[call.chain].task == TEXT_TO_IMAGE]
+    those of many evaluations; of the first from text the first prediction is enough, and of those in which the UNet is
+    judged with what an engine's own ControlNet or T2I-Adapter makes."""
+    from_text = {i: call for i, call in enumerate(calls) if chains[call.chain].task == TEXT_TO_IMAGE}
+    steered = {control.mode for control in layout.controls}
+    sampled = [
+        i for i, call in from_text.items() if steered & {*call.modes} and _is_further(layout, chains[call.chain])
+    ]
     many = [i for i, c in enumerate(calls) if bounds.has_many(chains[c.chain].tables[c.table].rows, c.modes)]
-    return dict.fromkeys(from_text[:1], False) | dict.fromkeys(many, True)
+    return dict.fromkeys([*list(from_text)[:1], *sampled], False) | dict.fromkeys(many, True)
 
 
 class _Enough(Exception):

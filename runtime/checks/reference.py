@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,10 +18,23 @@ Errors = dict[str, dict[str, float]]
 COLUMNS = "columns/"
 """In front of the name of a column of the time: its distinct rows, once for all cases."""
 
+SAMPLED = "sampled/"
+"""In front of the name of a tensor of which an excerpt has a sample alone."""
+
+_EVERY = 61  # a prime, so that a sample has values of all channels and of all places
+
+
+def sample(value: np.ndarray) -> np.ndarray:
+    """Return every 61st value, [N]."""
+    return value.reshape(-1)[::_EVERY]
+
 
 @dataclass(frozen=True)
 class Case:
-    """One recorded call of diffusers' pipeline; tensors as export.reference.write documents them, all of them whole."""
+    """One recorded call of diffusers' pipeline; tensors as export.reference.write documents them.
+
+    An excerpt has the tensors of the loop for its first rows alone, and of what is carried that of the last row too.
+    """
 
     prompt: list[str]
     seed: int
@@ -30,6 +43,8 @@ class Case:
     tensors: Arrays
     adapters: tuple[tuple[str, float], ...]  # SHA-256 of a LoRA's file, scale
     errors: Errors
+    made: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
+    # (name, row) → what an engine made, where an excerpt has a sample: other stages are fed with it
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,7 @@ def read(bundle: Bundle, chain: str, *, adapters: bool = False) -> Reference:
 
 
 def whole(kept: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray], chain: Chain) -> Arrays:
-    """Return all that a call read and made, of what the file keeps of it; `export.packing.pack` is the other way.
+    """Return what was recorded of a call, of what the file keeps of it; `export.packing.pack` is the other way.
 
     `columns`: the distinct rows of each column of the time.
     """
@@ -73,10 +88,16 @@ def whole(kept: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray], cha
     found.setdefault("noise", np.zeros_like(found["prediction"]))  # of a call that draws none in its steps
     for made, read in chain.carry.items():
         if made in found:
-            found[made] = np.concatenate([found[read][1:], found[made][-1:]])
+            found[made] = np.concatenate([found[read][1:], found[made]])
+    return found | products(found)
+
+
+def products(found: Mapping[str, np.ndarray]) -> Arrays:
+    """Return what guidance and a T2I-Adapter's scale make of the tensors of a call."""
+    made: Arrays = {}
     if (negative := found.get(f"{NEGATIVE}prediction")) is not None:
-        found["guided_prediction"] = negative + found["guidance_scale"] * (found["prediction"] - negative)
+        made["guided_prediction"] = negative + found["guidance_scale"] * (found["prediction"] - negative)
     for name in [name for name in found if name.startswith("t2i_state_")]:
         scale = found["adapter_conditioning_scale"].reshape(-1, *[1] * found[name].ndim)
-        found[name.replace("state", "feature")] = scale * found[name]
-    return found
+        made[name.replace("state", "feature")] = scale * found[name]
+    return made

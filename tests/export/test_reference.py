@@ -154,6 +154,21 @@ def test_a_call_that_its_reference_would_not_tell_is_an_error(i: int, name: str)
         Packer().pack({**found, name: found[name] + np.float32(1e-3)}, chain)
 
 
+def test_an_excerpt_is_kept_and_read_as_it_was() -> None:
+    """Two rows of three, and what the last one left."""
+    bundle = Bundle.open(ROOT / "tests/golden/bundle")
+    chain, found = bundle.manifest.chains["text-to-image"], checks.read(bundle, "text-to-image").cases[1].tensors
+    of_loop = ("latents", "prediction", "noise")
+    excerpt = {**found, **{name: found[name][:2] for name in of_loop}}
+    assert [len(found[name]) for name in of_loop] == [3] * 3
+    packer = Packer()
+    kept = packer.pack(excerpt, chain)
+    np.testing.assert_array_equal(kept["next_latents"], found["next_latents"][1:])
+    again = checks.whole(kept, {n.removeprefix("columns/"): v for n, v in packer.columns().items()}, chain)
+    assert again.keys() == excerpt.keys()
+    assert all(np.array_equal(again[name], value) for name, value in excerpt.items())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_magnitudes_cover_every_component(bundle: Bundle, checkpoints: dict[str, Path], family: str) -> None:
     _, tensors = reference(bundle)
