@@ -9,7 +9,6 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +20,7 @@ from PIL import Image
 from turbochain.export import recording_controls as controls
 from turbochain.export.controls.kind import Control
 from turbochain.export.families import Family, common
+from turbochain.export.recorded_calls import WHOLE, Call, Extent
 from turbochain.export.sampler import Draw, drawing
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tracing import time
@@ -31,30 +31,6 @@ from turbochain.runtime.inputs.guidance import GUIDANCE, NEGATIVE_PROMPT
 
 NEGATIVE_TEXT = "low quality, blurry"
 """The negative prompt of a call in that mode."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """A recorded call of a chain, as the metadata of the file has it."""
-
-    chain: str
-    table: str  # of the chain
-    modes: list[str]
-    prompt: list[str]
-    seed: int
-    num_inference_steps: int
-    strength: float | None = None
-    guidance_scale: float = 0.0
-    adapters: list[tuple[str, float]] = field(default_factory=list)  # SHA-256 of a LoRA's file, scale
-    errors: dict[str, dict[str, float]] = field(default_factory=dict)  # precision → metric → diffusers', against fp32
-
-
-@dataclass(frozen=True)
-class Extent:
-    """How much of a call is recorded: all of it, or an excerpt."""
-
-    rows: int | None = None  # of the loop, from the first, and what the last one leaves; None: all
-    sampled: bool = False  # whether of what a ControlNet or T2I-Adapter makes there is a sample alone
 
 
 def sample_image(height: int, width: int, seed: int) -> np.ndarray:
@@ -80,7 +56,7 @@ def record_call(
     call: Call,
     more: Mapping[str, Any] = MappingProxyType({}),
     control: Control | None = None,
-    extent: Extent = Extent(),
+    extent: Extent = WHOLE,
 ) -> dict[str, np.ndarray]:
     """Run the pipeline once, with the arguments `more`; return what its parts read and made, by the chain's names.
 

@@ -5,7 +5,6 @@ Everything follows from one seed, so that a combination that differs can be draw
 """
 
 import inspect
-import json
 import random
 import shutil
 from collections.abc import Callable
@@ -18,7 +17,6 @@ import image_calls
 import lora_files
 import original_names
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_relatives import CARDS
 
@@ -73,7 +71,7 @@ RECIPES = {
 SIZES = ((64, 64), (72, 88))
 BATCHES: tuple[list[int], ...] = ([1], [1], [2], [1, 2])
 STEPS = (1, 2, 3, 4, 6)
-PROMPTS = ("a cat", "", "a lighthouse at dusk, oil painting, " * 20, "窓辺の猫", "robot 🤖 red", "a <|endoftext|> b!")
+PROMPTS = ("a cat", "", "a lighthouse at dusk, oil painting, " * 12, "窓辺の猫", "robot 🤖 red", "a <|endoftext|> b!")
 
 
 @dataclass
@@ -98,9 +96,13 @@ class Combination:
 
     def pipelines(self) -> dict[str, Any]:
         """Return task → diffusers' pipeline."""
-        one = _loaded(self.checkpoint)
+        one = diffusers.DiffusionPipeline.from_pretrained(
+            self.checkpoint, torch_dtype=torch.float32, local_files_only=True
+        )
         for change in self.changes:
             change(one)
+        if "clip_skip" in self.more and self.family == "sd":  # diffusers looks for the final norm there
+            vars(one.text_encoder).setdefault("text_model", one.text_encoder)
         found = {}
         for task in self.options["tasks"]:
             found[task] = getattr(diffusers, PIPELINES[task][self.family]).from_pipe(one)
@@ -159,6 +161,7 @@ def call(rng: random.Random, made: Combination) -> tuple[str, Options, Options]:
     ours["seed"] = seeds if rng.random() < 0.4 else seeds[0]
     if "steps" in made.options:
         ours["num_inference_steps"] = rng.choice(made.options["steps"])
+    steps = ours.get("num_inference_steps") or len(made.more["timesteps"])
     theirs = {"guidance_scale": made.guidance_scale}
     if made.reads_scale:
         theirs["guidance_scale"] = ours["guidance_scale"] = rng.choice(made.options["guidance_scales"])
@@ -170,11 +173,14 @@ def call(rng: random.Random, made: Combination) -> tuple[str, Options, Options]:
     if task != "text-to-image":
         images = [image_calls.picture(rng.randint(0, 99), size) for _ in range(rng.choice([1, count]))]
         ours["image"] = images if len(images) > 1 else images[0]
-        ours["strength"] = rng.choice(made.options.get("strengths") or ([0.8] if made.family == "lcm" else STRENGTHS))
+        possible = [strength for strength in STRENGTHS if int(steps * strength)]
+        ours["strength"] = rng.choice(made.options.get("strengths") or ([0.8] if made.family == "lcm" else possible))
     if task == "inpainting":
         ours["mask_image"] = image_calls.mask(rng.randint(0, 99), size)
     sized = task == "image-to-image"  # diffusers draws the image's own size there
     theirs |= {name: value for name, value in ours.items() if not (sized and name in ("width", "height"))}
+    if count > 1 and isinstance(negative := theirs.get("negative_prompt"), str):
+        theirs["negative_prompt"] = [negative] * count  # SD's pipelines take no string for several prompts
     return task, ours, theirs | made.more
 
 
@@ -258,21 +264,11 @@ def _scales(made: Combination, rng: random.Random) -> None:
         made.options["strengths"] = [0.8, 0.4]
 
 
-def _loaded(checkpoint: Path) -> Any:
-    pipe = diffusers.DiffusionPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32, local_files_only=True)
-    if json.loads((checkpoint / "model_index.json").read_text())["text_encoder"][1] == "CLIPTextModel":
-        vars(pipe.text_encoder).setdefault("text_model", pipe.text_encoder)  # diffusers looks there, for clip_skip
-    return pipe
-
-
 def _saved(weights: Weights, path: Path) -> Path:
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
     return path
 
 
 def told(call: Options) -> Options:
-    """Return a call for people."""
-    return {
-        n: v.size if isinstance(v, Image.Image) else f"{len(v)} pictures" if n == "image" else v
-        for n, v in call.items()
-    }
+    """Return a call for people, with its pictures' sizes alone."""
+    return {name: str(value) if name.endswith("image") else value for name, value in call.items()}

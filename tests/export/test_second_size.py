@@ -114,7 +114,7 @@ class HollowEmbedding(torch.nn.Module):
 
 def hollow(parts: dict[str, Any]) -> dict[str, Any]:
     """Return networks that read and make what those of a preset do."""
-    vae = {**parts["vae"].config, "block_out_channels": [32] * 4, "layers_per_block": 1}
+    vae = {**parts["vae"].config, "block_out_channels": [8] * 4, "layers_per_block": 1, "norm_num_groups": 8}
     made: dict[str, Any] = {"vae": AutoencoderKL.from_config(vae)}
     with torch.device("meta"):
         made["unet"] = HollowUNet.from_config(parts["unet"].config)
