@@ -114,8 +114,9 @@ class HollowEmbedding(torch.nn.Module):
 
 def hollow(parts: dict[str, Any]) -> dict[str, Any]:
     """Return networks that read and make what those of a preset do."""
-    vae = {**parts["vae"].config, "block_out_channels": [8] * 4, "layers_per_block": 1, "norm_num_groups": 8}
-    made: dict[str, Any] = {"vae": AutoencoderKL.from_config(vae)}
+    vae = {name: value for name, value in parts["vae"].config.items() if not name.startswith("_")}
+    vae |= {"block_out_channels": [8] * 4, "layers_per_block": 1, "norm_num_groups": 8}
+    made: dict[str, Any] = {"vae": AutoencoderKL(**vae)}
     with torch.device("meta"):
         made["unet"] = HollowUNet.from_config(parts["unet"].config)
         if CANNY.component in parts:
