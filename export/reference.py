@@ -132,7 +132,8 @@ def write(
                 advance()
     tensors |= packer.columns()
     tensors |= {f"magnitude/{name}": np.array([value], np.float32) for name, value in largest.items()}
-    path.write_bytes(save(tensors, metadata={"cases": json.dumps([asdict(call) for call in calls])}))
+    in_order = {name: np.asarray(array, order="C") for name, array in tensors.items()}  # safetensors reads no strides
+    path.write_bytes(save(in_order, metadata={"cases": json.dumps([asdict(call) for call in calls])}))
 
 
 def _can(pipelines: Sources, more: Mapping[str, Any]) -> Callable[[str, str], bool]:
