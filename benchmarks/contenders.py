@@ -12,10 +12,10 @@ class Contender:
     """One way of making a picture; it runs in a process of its own."""
 
     name: str
-    kind: str  # "ours", "eager", "compiled", "graphed", "optimum.onnxruntime", "optimum.intel" or "openvino.genai"
+    kind: str  # "ours", or one of KINDS in peers.py and cpu_peers.py
     precision: str  # what it computes in
     backend: str = ""  # ours
-    options: Mapping[str, Any] = field(default_factory=dict)  # of our engine, or OpenVINO's of its peers
+    options: Mapping[str, Any] = field(default_factory=dict)  # of our engine, or the peer's library's own
     channels_last: bool = False
     tuned: bool = False  # with what diffusers' guide and PyTorch offer besides: see peers.py
     compiled: bool = False  # graphed: the modules are compiled by Inductor
@@ -68,6 +68,11 @@ def _genai(precision: str, hint: str) -> Contender:
     )
 
 
+def _cpp(wtype: str, precision: str) -> Contender:
+    name = "stable-diffusion-cpp"
+    return Contender(f"{name}-{wtype}", "stable-diffusion.cpp", precision, options={"wtype": wtype}, environment=name)
+
+
 CONTENDERS = {
     contender.name: contender
     for contender in (
@@ -94,6 +99,10 @@ CONTENDERS = {
         _optimum_intel("bf16", "bf16"),
         _genai("fp32", "f32"),
         _genai("bf16", "bf16"),
+        Contender("fastsd", "fastsd", "bf16", options={"CACHE_DIR": ""}, environment="optimum-intel"),
+        _cpp("f32", "fp16"),  # its convolutions are in fp16
+        _cpp("f16", "fp16"),
+        _cpp("q8_0", "int8"),
     )
 }
 REFERENCE = CONTENDERS["eager-fp32"]
@@ -151,6 +160,11 @@ CPU = Defaults(
         "openvino-fp32:optimum-intel-fp32",
         "openvino-bf16:openvino-genai-bf16",
         "openvino-fp32:openvino-genai-fp32",
+        "openvino-bf16:fastsd",
+        "openvino-fp32:fastsd",
+        "openvino-fp32:stable-diffusion-cpp-f32",
+        "openvino-fp32:stable-diffusion-cpp-f16",
+        "openvino-int8:stable-diffusion-cpp-q8_0",
         "openvino-fp32:optimum-onnx",
         "onnxruntime-fp32:optimum-onnx",
         "openvino-bf16:compiled-bf16",
