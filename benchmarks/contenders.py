@@ -21,6 +21,7 @@ class Contender:
     compiled: bool = False  # graphed: the modules are compiled by Inductor
     vae: str = ""  # eager, compiled: "bf16", or "rescaled" to fit fp16 as our export does; "": as diffusers has it
     environment: str = ""  # its folder in .bench/ (make bench-setup); "": the Python that runs the benchmark
+    truncates: bool = False  # to levels; diffusers rounds, so that half of the values are one lower
     own_vae: bool = False  # decodes with the checkpoint's own VAE although the others have --vae
     mode: str = ""  # ours: "stages" launches and times them one by one, "cached" keeps the prompt's embeddings
 
@@ -64,7 +65,12 @@ def _optimum_intel(precision: str, hint: str) -> Contender:
 def _genai(precision: str, hint: str) -> Contender:
     options = {"INFERENCE_PRECISION_HINT": hint, "CACHE_DIR": ""}
     return Contender(
-        f"openvino-genai-{precision}", "openvino.genai", precision, options=options, environment="optimum-intel"
+        f"openvino-genai-{precision}",
+        "openvino.genai",
+        precision,
+        options=options,
+        truncates=True,
+        environment="optimum-intel",
     )
 
 
@@ -78,9 +84,12 @@ CONTENDERS = {
     for contender in (
         _openvino("openvino-bf16", "bf16", inference_precision="bf16"),
         _openvino("openvino-fp32", "fp32", inference_precision="fp32"),
-        _openvino("openvino-int8", "int8", inference_precision="bf16", vae_int8=True),
-        _openvino("openvino-fp32-vae-int8", "int8", inference_precision="fp32", vae_int8=True),
+        _openvino("openvino-int8", "int8", inference_precision="bf16", int8="vae"),  # the name of before there was more
+        _openvino("openvino-int8-all", "int8", inference_precision="bf16", int8="all"),
+        _openvino("openvino-fp32-vae-int8", "int8", inference_precision="fp32", int8="vae"),
+        _openvino("openvino-fp32-int8-all", "int8", inference_precision="fp32", int8="all"),
         Contender("onnxruntime-fp32", "ours", "fp32", "onnxruntime"),
+        Contender("onnxruntime-int8-all", "ours", "int8", "onnxruntime", {"int8": "all"}),
         Contender("onnxruntime-fp16", "ours", "fp16", "onnxruntime"),
         Contender("onnxruntime-fp16-nhwc", "ours", "fp16", "onnxruntime", {"prefer_nhwc": True}),
         Contender("tensorrt-fp16", "ours", "fp16", "tensorrt"),
@@ -155,7 +164,10 @@ CPU = Defaults(
         "openvino-fp32:eager-fp32",
         "onnxruntime-fp32:eager-fp32",
         "openvino-int8:eager-bf16-channels-last",
+        "openvino-int8-all:eager-bf16-channels-last",
         "openvino-fp32-vae-int8:eager-fp32",
+        "openvino-fp32-int8-all:eager-fp32",
+        "onnxruntime-int8-all:eager-fp32",
         "openvino-bf16:optimum-intel-bf16",
         "openvino-fp32:optimum-intel-fp32",
         "openvino-bf16:openvino-genai-bf16",
@@ -164,7 +176,7 @@ CPU = Defaults(
         "openvino-fp32:fastsd",
         "openvino-fp32:stable-diffusion-cpp-f32",
         "openvino-fp32:stable-diffusion-cpp-f16",
-        "openvino-int8:stable-diffusion-cpp-q8_0",
+        "openvino-int8-all:stable-diffusion-cpp-q8_0",
         "openvino-fp32:optimum-onnx",
         "onnxruntime-fp32:optimum-onnx",
         "openvino-bf16:compiled-bf16",

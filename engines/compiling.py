@@ -2,15 +2,17 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from turbochain.engines import backends as builders
-from turbochain.engines import installed, options
+from turbochain.engines import calibration, installed, options
 from turbochain.engines.order import EngineOrder
 from turbochain.export.phases.phases import SMALL, Phases, now, versions
 from turbochain.export.phases.resume import Finished, empty, leave_nothing
+from turbochain.runtime import backends
 from turbochain.runtime.bundle import strict_json, writing
 from turbochain.runtime.bundle.manifest import FORMAT_VERSION, Check, Engine, EngineGraph, EngineKey
 from turbochain.runtime.bundle.opened import Bundle
@@ -38,6 +40,7 @@ def install(phases: Phases, bundle: Bundle, order: EngineOrder, folder: Path) ->
         if whole == usable and not installed.lacks(usable.engine, wanted, verified=order.target is None):
             _tidy(phases, folder)
             return whole
+    bundle = calibration.describe(phases, bundle, _in_int8(wanted, key))
     building, final = folder / ".building", folder / installed.folder_name(key)
     try:
         building.mkdir(exist_ok=True)
@@ -58,6 +61,14 @@ def install(phases: Phases, bundle: Bundle, order: EngineOrder, folder: Path) ->
         phases.release()
     _tidy(phases, folder)
     return Found(final, made)
+
+
+def _in_int8(chains: Sequence[OpenChain], key: EngineKey) -> list[str]:
+    """Return the names of the graphs that an engine of this key computes in int8."""
+    graphs = {name: graph for chain in chains for name, graph in chain.graphs.items()}
+    chosen = {**key.options, **builders.get(key.backend).candidates(key.options)[0]}
+    found = backends.precisions(key.backend, chosen, graphs)
+    return [name for name, precision in found.items() if precision == "int8"]
 
 
 def _left(key: EngineKey, folder: Path) -> list[str]:

@@ -44,6 +44,7 @@ LONGEST_FIRST = (
     "test_demo.py",
     "test_chains.py",
     "test_openvino.py",
+    "test_int8.py",
     "test_control.py",
     "test_verify.py",
     "test_bench.py",

@@ -2,7 +2,6 @@
 
 import ctypes
 import importlib
-import json
 import mmap
 import os
 import sys
@@ -14,10 +13,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from turbochain.runtime import backends
-from turbochain.runtime.backends import forks, openvino_model
+from turbochain.runtime.backends import cpus, forks, openvino_model
 from turbochain.runtime.backends.contract import Backend, Device, Executor, Opened, Options, Preference
 from turbochain.runtime.backends.cpu import Arrays, CpuExecutor, CpuGraph, Launch
+from turbochain.runtime.bundle import quantization
 from turbochain.runtime.bundle.manifest import COMPUTED, EngineKey, Graph
+from turbochain.runtime.bundle.quantization import LARGEST
 from turbochain.runtime.errors import BundleError, InputError, OutOfMemory, TurbochainError
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
@@ -54,19 +55,9 @@ def misfit(key: EngineKey, library: tuple[str, str], device: Device) -> str | No
 
 def precision(graph: Graph, options: Options) -> str:
     """Return what the graph is computed in: the less precise of its own precision and the engine's."""
-    if in_int8(graph, options):
+    if quantization.in_int8(graph, options):
         return "int8"
     return max(graph.precision, _asked(graph, options), key=COMPUTED.index)
-
-
-def in_int8(graph: Graph, options: Options) -> bool:
-    """Return whether the engine computes the graph's convolutions in int8."""
-    return bool(options["vae_int8"]) and graph.role == "vae_decoder"
-
-
-def ranges_file(name: str) -> str:
-    """Return the name of the engine's file with the ranges that a graph's int8 convolutions read."""
-    return f"{name}.ranges.json"
 
 
 def _asked(graph: Graph, options: Options) -> str:
@@ -119,12 +110,12 @@ class OpenVino(CpuExecutor):
         backends.require_precision("openvino", self.device, entry.precision)
         folder = bundle.plain(name)
         path = folder / entry.file
+        kept = quantization.kept(bundle, name, BACKEND.name, options)
         try:
             model = core().read_model(path)  # weights are mapped from the bundle
             openvino_model.prepare(model, self.rewrites)
-            if in_int8(entry, options):
-                ranges = json.loads((self.opened.folder / ranges_file(name)).read_text())
-                openvino_model.quantize(model, ranges)
+            if kept:
+                openvino_model.quantize(model, kept, LARGEST if cpus.has_vnni() else LARGEST // 2)
             with _few_pages({str((folder / file).resolve()) for file in entry.data}):
                 compiled = core().compile_model(model, "CPU", self.properties(entry, model))
         except Exception as error:  # OpenVINO raises RuntimeError and its own

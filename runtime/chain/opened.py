@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +95,9 @@ class OpenChain:
     def digest(self) -> str:
         """Return one digest (SHA-256, hex) of all that a call reads: manifest entries, graphs, tables, tokenizers."""
         files = {file: self.bundle.manifest.files[file].sha256 for file in self.files}
-        value = [strict_json.plain(v) for v in (self.chain, self.graphs, self.tokenizers, files)]
+        # What int8 needs is added for the first engine in int8; the others stay verified.
+        graphs = {name: replace(graph, quantization="") for name, graph in self.graphs.items()}
+        value = [strict_json.plain(v) for v in (self.chain, graphs, self.tokenizers, files)]
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
     def digests(self) -> dict[str, str]:
