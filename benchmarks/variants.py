@@ -24,6 +24,7 @@ from figures import spread
 from measure import say
 from rows import Tried
 from turbochain.engines import options as options_of
+from turbochain.engines.backends import openvino as builder
 from turbochain.runtime import Bundle
 from turbochain.runtime.backends import openvino, openvino_model
 from turbochain.runtime.backends.contract import Opened
@@ -76,6 +77,7 @@ class VariantGraph(openvino.OpenVino):
         precision = "fp32" if variant.exact else own_precision()
         chosen = {"int8": "all" if variant.int8 else "none", "inference_precision": precision}
         options, device = options_of.resolve("openvino", chosen), openvino.device(None)
+        options |= builder.candidates(options)[0]
         super().__init__(Opened(bundle, folder, options, device))
         start = time.perf_counter()
         loaded = self.load_graph(name)

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ import numpy as np
 from turbochain.engines.backends.contract import Progress
 from turbochain.export.phases.phases import Phases, versions
 from turbochain.runtime import backends
-from turbochain.runtime.backends import openvino, openvino_model
+from turbochain.runtime.backends import openvino, openvino_int8
 from turbochain.runtime.bundle import hashing, quantization, strict_json, writing
-from turbochain.runtime.bundle.manifest import REFERENCE, Graph
+from turbochain.runtime.bundle.manifest import REFERENCE, Graph, Stage
 from turbochain.runtime.bundle.opened import Bundle
-from turbochain.runtime.bundle.quantization import Product, Quantization, Range, Rounding
+from turbochain.runtime.bundle.quantization import Layer, Quantization, Range, Rounding
+from turbochain.runtime.chain.slots import ChainSlots
 from turbochain.runtime.checks import reference
 from turbochain.runtime.checks.metrics import relative_l2
 from turbochain.runtime.checks.recorded import Recorded
-from turbochain.runtime.errors import BackendMissing, InputError
+from turbochain.runtime.errors import BackendMissing, BundleError, InputError
 from turbochain.runtime.selection import folder_to_write
 
 JOB = "turbochain.engines.calibration:calibrate"
@@ -36,12 +38,20 @@ SPLITS = 20
 Feeds = Mapping[str, np.ndarray]
 
 
-def describe(phases: Phases, bundle: Bundle, graphs: Sequence[str]) -> Bundle:
+@dataclass(frozen=True)
+class Run:
+    """A recorded run of a graph."""
+
+    feeds: Feeds  # by the graph's names
+    weight: float  # how large a relative L2 of the picture, or of the latents, is made by one of what the run makes
+
+
+def describe(phases: Phases, bundle: Bundle, names: Sequence[str]) -> Bundle:
     """Return the bundle, whose folder is locked, with a description of these graphs for int8: measured if it has none.
 
     Raises InputError if the bundle cannot be written, BackendMissing without OpenVINO, which measures.
     """
-    for name in graphs:
+    for name in names:
         if bundle.manifest.graphs[name].quantization:
             continue
         if folder_to_write(bundle).parent != bundle.path:
@@ -78,33 +88,39 @@ def calibrate(progress: Progress, *, path: str, name: str) -> None:
 
 
 def measure(bundle: Bundle, name: str, progress: Progress) -> Quantization:
-    """Return the description of a graph: the ranges over all recorded runs, and what each rounding costs in the first.
+    """Return the description of a graph: the ranges over all recorded runs, and what each rounding costs in the one of
+    the greatest weight.
 
-    int8 is imitated in fp32, so that the figures are those of no machine.
+    int8 is imitated in fp32, so that the figures are those of no machine. Raises BundleError if no run is recorded.
     """
-    graph, runs = bundle.manifest.graphs[name], list(recorded(bundle, name))
-    path, steps = bundle.plain(name) / graph.file, itertools.count()
+    runs = list(recorded(bundle, name))
+    if not runs:
+        raise BundleError(f"{bundle.path} has no recorded run of {name} to measure int8 with: build the bundle again")
+    graph, steps = bundle.manifest.graphs[name], itertools.count()
+    path, total = bundle.plain(name) / graph.file, len(runs) + 3 + 2 * SPLITS
 
     def tick() -> None:
         progress(min(next(steps), total), total)
 
-    total = len(runs) + 3 + 2 * SPLITS  # runs of the graph
+    found = openvino_int8.layers(openvino.core().read_model(path))
     ranges = _ranges(graph, path, runs, tick)
-    roundings = [Rounding(*of) for of in zip(ranges, _errors(graph, path, runs[0], ranges, tick), strict=True)]
-    found = openvino_model.products(openvino.core().read_model(path))
-    reads, makes = roundings[: len(found)], roundings[len(found) :]
-    products = {n: Product(*of, _macs(op)) for (n, op), *of in zip(found.items(), reads, makes, strict=True)}
-    return Quantization(products, len(runs), versions("turbochain", "openvino", "numpy"))
+    heaviest = max(runs, key=lambda run: run.weight)
+    errors = [error * heaviest.weight for error in _errors(graph, path, heaviest.feeds, ranges, tick)]
+    roundings = iter(Rounding(seen, round(error, 8)) for seen, error in zip(ranges, errors, strict=True))
+    reads = {layer: next(roundings) for layer in found}
+    makes = {layer: next(roundings) for layer, op in found.items() if _is_convolution(op)}
+    layers = {layer: Layer(reads[layer], makes.get(layer), _macs(op)) for layer, op in found.items()}
+    return Quantization(layers, len(runs), versions("turbochain", "openvino", "numpy"))
 
 
-def _ranges(graph: Graph, path: Path, runs: Sequence[Feeds], tick: Callable[[], None]) -> list[Range]:
+def _ranges(graph: Graph, path: Path, runs: Sequence[Run], tick: Callable[[], None]) -> list[Range]:
     """Return the ranges of `_ends` over these runs."""
     model = openvino.core().read_model(path)
-    run = _compile(graph, _extremes(model), model.get_parameters())
+    make = _compile(graph, _extremes(model), model.get_parameters())
     seen = []
-    for feeds in runs:
+    for run in runs:
         tick()
-        seen.append([float(end) for end in run(feeds)])
+        seen.append([float(end) for end in make(run.feeds)])
     extremes = np.array(seen).reshape(len(runs), -1, 2)  # [runs, ends, low and high]
     lows, highs = extremes[..., 0].min(0).tolist(), extremes[..., 1].max(0).tolist()
     return [Range(low, high) for low, high in zip(lows, highs, strict=True)]
@@ -113,6 +129,7 @@ def _ranges(graph: Graph, path: Path, runs: Sequence[Feeds], tick: Callable[[], 
 def _errors(graph: Graph, path: Path, feeds: Feeds, ranges: Sequence[Range], tick: Callable[[], None]) -> list[float]:
     """Return the relative L2 that rounding each of `_ends` to its range adds to the results of one run."""
     model = openvino.core().read_model(path)
+    inputs = len(openvino_int8.layers(model))
     run = _compile(graph, model.outputs, [*model.get_parameters(), _switch(model, ranges)])
 
     def make(rounded: Sequence[int]) -> np.ndarray:
@@ -120,9 +137,9 @@ def _errors(graph: Graph, path: Path, feeds: Feeds, ranges: Sequence[Range], tic
         switches = np.isin(np.arange(len(ranges)), rounded).astype(np.float32)
         return np.concatenate([end.ravel().astype(np.float64) for end in run(feeds, switches)])
 
-    exact, half = make([]), len(ranges) // 2
-    inputs, results = range(half), range(half, 2 * half)
-    found = share(lambda rounded: relative_l2(make(rounded), exact), [inputs, results])
+    exact = make([])
+    groups = [range(inputs), range(inputs, len(ranges))]
+    found = share(lambda rounded: relative_l2(make(rounded), exact), groups)
     return [found[i] for i in range(len(ranges))]
 
 
@@ -140,11 +157,11 @@ def share(error: Callable[[Sequence[int]], float], groups: Sequence[Sequence[int
         found.remove(largest := max(several))
         half = len(largest[1]) // 2
         found += [(error(part), part) for part in (largest[1][:half], largest[1][half:])]
-    return {i: round(value / math.sqrt(len(group)), 6) for value, group in found for i in group}
+    return {i: value / math.sqrt(len(group)) for value, group in found for i in group}
 
 
 def _compile(graph: Graph, results: Sequence[Any], parameters: Sequence[Any]) -> Callable[..., list[np.ndarray]]:
-    """Return a function that runs a model of a graph: of its inputs by name, and of others."""
+    """Return a function that runs a model of a graph in fp32: of its inputs by name, and of others."""
     model = openvino.library().Model(list(results), list(parameters))
     request = openvino.core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
 
@@ -155,16 +172,21 @@ def _compile(graph: Graph, results: Sequence[Any], parameters: Sequence[Any]) ->
     return run
 
 
+def _is_convolution(op: Any) -> bool:
+    return bool(op.get_type_name() == "Convolution")
+
+
 def _macs(op: Any) -> int:
-    """Return the multiplications of a product."""
-    outputs = op.input_value(1).shape[0 if op.get_type_name() == "Convolution" else -1]
+    """Return the multiplications of a layer."""
+    outputs = op.input_value(1).shape[0] if _is_convolution(op) else op.output(0).shape[-1]
     return math.prod(op.output(0).shape) * math.prod(op.input_value(1).shape) // int(outputs)
 
 
 def _ends(model: Any) -> list[Any]:
-    """Return the inputs of all products, then the results of all."""
-    found = openvino_model.products(model).values()
-    return [op.input_value(0) for op in found] + [openvino_model.result(op).output(0) for op in found]
+    """Return the inputs of all layers, then the results of the convolutions."""
+    found = openvino_int8.layers(model).values()
+    results = [openvino_int8.result(op).output(0) for op in found if _is_convolution(op)]
+    return [op.input_value(0) for op in found] + results
 
 
 def _extremes(model: Any) -> list[Any]:
@@ -177,30 +199,39 @@ def _extremes(model: Any) -> list[Any]:
 
 
 def _switch(model: Any, ranges: Sequence[Range]) -> Any:
-    """Let every product's input and result be rounded if a switch, of a new input of the model, is 1; return that."""
+    """Let each of `_ends` be rounded if its switch, of a new input of the model, is 1; return that input."""
     ops = openvino.library().opset13
     switches = ops.parameter([len(ranges)], np.float32, name="switches")
-    found = openvino_model.products(model).values()
+    found = openvino_int8.layers(model).values()
     readers = [[op.input(0)] for op in found]
-    readers += [list(openvino_model.result(op).output(0).get_target_inputs()) for op in found]
+    readers += [list(end.get_target_inputs()) for end in _ends(model)[len(readers) :]]
     for i in reversed(range(len(ranges))):  # results first: what reads one reads it as it is then
         end = readers[i][0].get_source_output()
         on = ops.convert(ops.gather(switches, ops.constant([i]), ops.constant(0)), end.get_element_type())
-        error = ops.subtract(openvino_model.fake_quantize(end, ranges[i]), end)
+        error = ops.subtract(openvino_int8.fake_quantize(end, ranges[i]), end)
         chosen = ops.add(end, ops.multiply(error, on))
         for reader in readers[i]:
             reader.replace_source_output(chosen.output(0))
     return switches
 
 
-def recorded(bundle: Bundle, graph: str) -> Iterator[Feeds]:
-    """Find what diffusers fed to the graph in the recorded cases of every chain, by the names of its inputs."""
+def recorded(bundle: Bundle, name: str) -> Iterator[Run]:
+    """Find the recorded runs of a graph in the cases of every chain, with zeros in its slots for adapters."""
     for chain in map(bundle.open_chain, bundle.manifest.chains):
-        stages = [s for s in chain.chain.stages if s.graph == graph]
+        stages = [stage for stage in chain.chain.stages if stage.graph == name]
         for case in reference.read(bundle, chain.name).cases if stages else ():
-            of_case = Recorded(chain, case)
-            for stage in (s for s in stages if s.runs(case.modes)):
-                last = of_case.table.rows - 1
-                for row in range(last + 1) if stage.when == "step" else [last]:
-                    named = ((t.name, stage.wires.get(t.name, t.name)) for t in chain.graphs[graph].inputs)
-                    yield {own: of_case.value(name, row) for own, name in named}
+            for mode in ("", *ChainSlots(chain).modes):
+                of_case = Recorded(chain, case, mode)
+                for stage in (s for s in stages if s.runs(of_case.modes) and not (mode and s.runs(case.modes))):
+                    for row, feeds in of_case.fed(stage):
+                        yield Run(feeds, _weight(of_case, stage, row))
+
+
+def _weight(case: Recorded, stage: Stage, row: int) -> float:
+    """Return the weight of a run, see `Run`: what the sampler's row makes of a prediction, or 1 for the decoder."""
+    if stage.judged != "prediction":
+        return 1.0
+    predictions, latents = case.rows("prediction"), case.rows("next_latents")
+    rows = range(len(latents)) if case.chain.chain.stream else [row]
+    made = [np.linalg.norm(case.table.v[i, 0] * predictions[i]) / np.linalg.norm(latents[i]) for i in rows]
+    return float(max(made))

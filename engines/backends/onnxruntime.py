@@ -4,14 +4,12 @@ from turbochain.engines.backends import int8
 from turbochain.engines.backends.contract import Builder, Compilation, Option
 from turbochain.runtime.backends.onnxruntime import form_file
 from turbochain.runtime.bundle import quantization, writing
-from turbochain.runtime.errors import InputError
 
 
 def compile(compilation: Compilation) -> list[str]:
     """Write the forms of a graph in int8, one for each candidate, or the one that the CUDA provider runs whole.
 
-    Nothing is written of another graph for a CPU. Returns the files' names. InputError for int8 on a GPU, or of a graph
-    that is not in fp32.
+    Nothing is written of another graph for a CPU. Returns the files' names.
     """
     c = compilation
     if quantization.in_int8(c.bundle.manifest.graphs[c.graph], c.options):
@@ -31,9 +29,6 @@ def _in_int8(c: Compilation) -> dict[str, bytes]:
     """Return the forms of a graph in int8 by their files' names."""
     from turbochain.engines.forms.int8 import quantize
 
-    if c.device.kind != "cpu" or c.bundle.manifest.graphs[c.graph].precision != "fp32":
-        where = "on a CPU" if c.device.kind != "cpu" else "of graphs in fp32: build a bundle with --precision fp32"
-        raise InputError(f"option int8: onnxruntime has it only {where}; leave it out here")
     found = {}
     for candidate in int8.candidates(c.options):
         kept = quantization.kept(c.bundle, c.graph, "onnxruntime", {**c.options, **candidate})
@@ -43,4 +38,11 @@ def _in_int8(c: Compilation) -> dict[str, bytes]:
 
 OPTIONS = {"prefer_nhwc": Option(False, "on a GPU let convolutions and norms work channels last"), **int8.OPTIONS}
 
-BUILDER = Builder(name="onnxruntime", reads_graphs=True, options=OPTIONS, compile=compile, candidates=int8.candidates)
+BUILDER = Builder(
+    name="onnxruntime",
+    reads_graphs=True,
+    options=OPTIONS,
+    compile=compile,
+    candidates=int8.candidates,
+    int8_of=("fp32",),
+)

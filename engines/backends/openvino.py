@@ -4,7 +4,7 @@ from typing import Any
 
 from turbochain.engines.backends import int8
 from turbochain.engines.backends.contract import Builder, Option, Options
-from turbochain.runtime.backends import openvino
+from turbochain.runtime.backends import openvino, openvino_int8
 from turbochain.runtime.errors import InputError
 
 AUTO = "auto"
@@ -32,10 +32,11 @@ def settle(options: Options) -> dict[str, Any]:
 
 
 def candidates(options: Options) -> list[dict[str, Any]]:
-    """Return the precisions to try, in this order, and in each how much is in int8."""
+    """Return the precisions to try, in this order, and in each how much is in int8, with weights as this CPU's."""
     chosen = options["inference_precision"]
     precisions = FASTEST_FIRST if chosen == AUTO else (chosen,)
-    return [{"inference_precision": p} | left for p in precisions for left in int8.candidates(options)]
+    bits = {} if options["int8"] == "none" else {"weight_bits": openvino_int8.weight_bits()}
+    return [{"inference_precision": p, **error, **bits} for p in precisions for error in int8.candidates(options)]
 
 
 def of_precision(precision: str) -> dict[str, Any]:
@@ -50,4 +51,5 @@ BUILDER = Builder(
     settle=settle,
     candidates=candidates,
     of_precision=of_precision,
+    int8_of=("fp32", "fp16"),
 )

@@ -12,10 +12,10 @@ import onnx_ir as ir
 
 from turbochain.engines.forms import form
 from turbochain.engines.forms.shapes import maker, values
-from turbochain.runtime.bundle.quantization import LARGEST, Product, Range
+from turbochain.runtime.bundle.quantization import LARGEST, Layer, Range
 
 
-def quantize(path: Path, kept: Mapping[str, Product]) -> bytes:
+def quantize(path: Path, kept: Mapping[str, Layer]) -> bytes:
     """Return an ONNX file's graph with these nodes in int8, see `form`. TurbochainError if the file is no graph."""
     return form(path, [lambda model: _Quantizer(model.graph).quantize(kept)])
 
@@ -25,18 +25,18 @@ class _Quantizer:
         self.graph = graph
         self.rounded: dict[ir.Value, ir.Value] = {}  # Q, K and V read one tensor
 
-    def quantize(self, kept: Mapping[str, Product]) -> int:
+    def quantize(self, kept: Mapping[str, Layer]) -> int:
         """Put each of these nodes between operators that round; return how many there are."""
         found = [node for node in self.graph if node.name in kept]
         for node in found:
-            product, read = kept[node.name], node.inputs[0]
+            layer, read = kept[node.name], node.inputs[0]
             assert read is not None
             if read not in self.rounded:
-                self.rounded[read] = self._round(node, read, *_levels(product.reads.range))
+                self.rounded[read] = self._round(node, read, *_levels(layer.reads.range))
             node.replace_input_with(0, self.rounded[read])
             self._round_weight(node)
-            if node.op_type == "Conv":
-                self._round_result(node, product.makes.range)
+            if layer.makes is not None:
+                self._round_result(node, layer.makes.range)
         return len(found)
 
     def _round_weight(self, node: ir.Node) -> None:

@@ -178,9 +178,10 @@ CUDA_WITHOUT = ("GatherSliceToSplitFusion",)
 of the time projections, is given its sizes in page-locked memory, in every run anew."""
 
 
-def form_file(name: str, int8_error: int | None = None) -> str:
-    """Return the name of the engine's file with its form of a graph, or with that in int8 which may cost so much."""
-    return f"{name}.onnx" if int8_error is None else f"{name}.int8-{int8_error}.onnx"
+def form_file(name: str, int8_error: float | None = None) -> str:
+    """Return the name of the engine's file with its form of a graph, or with that in int8 which may add so much, in
+    percent."""
+    return f"{name}.onnx" if int8_error is None else f"{name}.int8-{int8_error:g}.onnx"
 
 
 def read_form(opened: Opened, name: str, options: Any) -> bytes:

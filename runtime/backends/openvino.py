@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from turbochain.runtime import backends
-from turbochain.runtime.backends import cpus, forks, openvino_model
+from turbochain.runtime.backends import forks, openvino_int8, openvino_model
 from turbochain.runtime.backends.contract import Backend, Device, Executor, Opened, Options, Preference
 from turbochain.runtime.backends.cpu import Arrays, CpuExecutor, CpuGraph, Launch
 from turbochain.runtime.bundle import quantization
 from turbochain.runtime.bundle.manifest import COMPUTED, EngineKey, Graph
-from turbochain.runtime.bundle.quantization import LARGEST
 from turbochain.runtime.errors import BundleError, InputError, OutOfMemory, TurbochainError
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
@@ -47,9 +46,12 @@ def has_bf16() -> bool:
 
 
 def misfit(key: EngineKey, library: tuple[str, str], device: Device) -> str | None:
-    """Return why an engine does not fit: as `backends.exact`, and one in bf16 needs a CPU that computes in it."""
-    if key.options["inference_precision"] != "fp32" and library[0] in BACKEND.libraries and not has_bf16():
-        return "it computes in bf16, and this CPU does not"
+    """Return why an engine does not fit: as `backends.exact`, and what it computes in may need another CPU."""
+    if library[0] in BACKEND.libraries:
+        if key.options["inference_precision"] != "fp32" and not has_bf16():
+            return "it computes in bf16, and this CPU does not"
+        if key.options.get("weight_bits", 0) > openvino_int8.weight_bits():
+            return "it has weights of 8 bits, whose products overflow on this CPU, which has no VNNI"
     return backends.exact(key, library, device)
 
 
@@ -115,7 +117,7 @@ class OpenVino(CpuExecutor):
             model = core().read_model(path)  # weights are mapped from the bundle
             openvino_model.prepare(model, self.rewrites)
             if kept:
-                openvino_model.quantize(model, kept, LARGEST if cpus.has_vnni() else LARGEST // 2)
+                openvino_int8.quantize(model, kept, options["weight_bits"])
             with _few_pages({str((folder / file).resolve()) for file in entry.data}):
                 compiled = core().compile_model(model, "CPU", self.properties(entry, model))
         except Exception as error:  # OpenVINO raises RuntimeError and its own

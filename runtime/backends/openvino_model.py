@@ -1,20 +1,13 @@
 """Rewrite a graph that OpenVINO has read, before OpenVINO compiles it."""
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
-import numpy as np
-
 from turbochain.runtime.backends.upsampling import transposed_kernel
-from turbochain.runtime.bundle.quantization import LARGEST, LEVELS, Product, Range
 
-FEW_CHANNELS = 8
-FEW_ROWS = 16
 MANY_ROWS = 32
-_UNBIASED = "/WithoutBiases"
-"""What OpenVINO's reader adds to the name of a convolution whose bias it adds by another operator."""
 
 
 def fuse_group_norms(model: Any) -> int:
@@ -139,85 +132,6 @@ def has_as_many_heads_as_tokens(model: Any) -> bool:
     )
 
 
-def products(model: Any) -> dict[str, Any]:
-    """Name in the ONNX graph → each convolution and linear layer that int8 suits.
-
-    Those of few channels are left out, which read the latents or make the picture, and linear layers that read few
-    rows, such as a time embedding: all of them are cheap.
-    """
-    return {_onnx_name(op): op for op in model.get_ordered_ops() if _suits_int8(op)}
-
-
-def _suits_int8(op: Any) -> bool:
-    if op.get_type_name() == "Convolution":
-        return min(op.input_value(1).shape[:2]) >= FEW_CHANNELS
-    if op.get_type_name() != "MatMul" or _constant_of(op.input_value(1)) is None:
-        return False
-    return min(op.input_value(1).shape) >= FEW_CHANNELS and prod(op.input_value(0).shape[:-1]) >= FEW_ROWS
-
-
-def _onnx_name(op: Any) -> str:
-    return str(op.get_friendly_name()).removesuffix(_UNBIASED)
-
-
-def result(op: Any) -> Any:
-    """Return the operator that makes what the ONNX node makes: a convolution's bias is added by another one."""
-    return _ahead(op, "Add") if op.get_friendly_name().endswith(_UNBIASED) else op
-
-
-def quantize(model: Any, kept: Mapping[str, Product], largest: int) -> int:
-    """Let these of `products` read int8: weights by output channel, the rest by its range; return how many do.
-
-    OpenVINO turns a FakeQuantize on both inputs of a product into one in int8. What was rewritten into another operator
-    is left as it is. `largest`: see `fake_quantize_weight`.
-    """
-    found, read = products(model), dict[tuple[str, int], Any]()
-    for name in [name for name in found if name in kept]:
-        op = found[name]
-        value, weight = op.input_value(0), op.input_value(1)
-        place = (value.get_node().get_friendly_name(), value.get_index())
-        if place not in read:  # Q, K and V read one tensor
-            read[place] = fake_quantize(value, kept[name].reads.range)
-        op.input(0).replace_source_output(read[place])
-        op.input(1).replace_source_output(fake_quantize_weight(weight, op, largest))
-    model.validate_nodes_and_infer_types()
-    return sum(name in kept for name in found)
-
-
-def fake_quantize(value: Any, seen: Range) -> Any:
-    """Return a tensor rounded to the 256 levels of a range: zero is one of them, for borders are padded with it."""
-    ops = importlib.import_module("openvino.opset13")
-    dtype = value.get_element_type()
-    ends = [ops.constant(seen.step * (level - seen.zero), dtype) for level in (0, LEVELS)]
-    return ops.fake_quantize(value, *ends, *ends, LEVELS + 1).output(0)
-
-
-def fake_quantize_weight(weight: Any, op: Any, largest: int) -> Any:
-    """Return the weight of a convolution or a linear layer rounded to int8, from −`largest` to `largest` (127, or 63).
-
-    Each output channel has levels of its own, so that its largest value is the last of them.
-    """
-    ops = importlib.import_module("openvino.opset13")
-    values, dtype = _constant_of(weight), weight.get_element_type()
-    assert values is not None
-    others = (1, 2, 3) if values.ndim == 4 else (1 if op.get_attributes().get("transpose_b") else 0,)
-    ends = np.abs(values).max(axis=others, keepdims=True).astype(np.float32) * (LARGEST / largest)
-    ends[ends == 0] = 1
-    bounds = [ops.constant(sign * ends, dtype) for sign in (-1, 1)]
-    return ops.fake_quantize(weight, *bounds, *bounds, 2 * LARGEST + 1).output(0)
-
-
-def _constant_of(value: Any) -> Any:
-    """Return the values that a constant, which may be converted and transposed, has here; None for other tensors."""
-    node = value.get_node()
-    if node.get_type_name() == "Transpose":
-        inner, order = _constant_of(node.input_value(0)), _constant_of(node.input_value(1))
-        return None if inner is None or order is None else inner.transpose(order)
-    if node.get_type_name() == "Convert":
-        return _constant_of(node.input_value(0))
-    return node.data if node.get_type_name() == "Constant" else None
-
-
 def _values(output: Any) -> Any:
     """Return a constant's values, also if it is stored in fp16 and converted."""
     node = output.get_node()
@@ -227,9 +141,9 @@ def _values(output: Any) -> Any:
 def _fuse(root: Any) -> bool:
     """Fuse the norm whose standard deviation is `root`; return whether it is one."""
     rows = _back(root, "Add", *["ReduceMean"] * 3, "Multiply", "Subtract", "Reshape")
-    scale = _ahead(root, "Divide", "Multiply")  # 1 / root, times the weight
-    shift = _ahead(scale, "Multiply", "Subtract")  # the bias, less the mean times scale
-    end = _ahead(shift, "Reshape", "Add")
+    scale = ahead(root, "Divide", "Multiply")  # 1 / root, times the weight
+    shift = ahead(scale, "Multiply", "Subtract")  # the bias, less the mean times scale
+    end = ahead(shift, "Reshape", "Add")
     if rows is None or end is None:
         return False
     weight, bias = (_constant(node.input_value(i)) for node, i in ((scale, 1), (shift, 0)))
@@ -252,7 +166,7 @@ def _back(node: Any, *kinds: str) -> Any:
     return node
 
 
-def _ahead(node: Any, *kinds: str) -> Any:
+def ahead(node: Any, *kinds: str) -> Any:
     """Return the node that consumers of these kinds lead on to, or None."""
     for kind in kinds:
         if node is None:

@@ -1,12 +1,13 @@
 """What a stage was fed and made in a recorded case, row by row."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
 
+from turbochain.runtime.bundle.manifest import Stage
 from turbochain.runtime.chain import wiring
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.chain.tables import Table
@@ -49,6 +50,13 @@ class Recorded:
             tensor = self.chain.tensors[name]
             return np.zeros(tensor.shape, tensor.dtype)
         return self.tensors[name][row] if name in self._per_step else self.tensors[name]
+
+    def fed(self, stage: Stage) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """Find what a stage reads, by the names of its graph, with the row: in every row if it is in the loop."""
+        passes = self.chain.passes(self.case.table)
+        for row in {"step": range(passes), "end": [passes - 1]}.get(stage.when, [0]):
+            named = {t.name: stage.wires.get(t.name, t.name) for t in self.chain.graphs[stage.graph].inputs}
+            yield row, {own: self.value(name, row) for own, name in named.items()}
 
     def feeds(self, when: str) -> dict[str, np.ndarray]:
         """Return what the case's feeds hold: those of a call, of every step [rows, …], or what held ones begin with."""

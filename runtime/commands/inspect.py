@@ -182,14 +182,11 @@ def _engine(bundle: Bundle, found: Engine | BundleError) -> dict[str, Any]:
     return {**told, **dataclasses.asdict(found)}
 
 
-def _in_int8(bundle: Bundle, engine: Engine) -> dict[str, list[int]]:
-    """Return graph → how many convolutions and linear layers the engine computes in int8, and how many could be."""
-    graphs, options, found = bundle.manifest.graphs, engine.options, {}
-    for name in (name for name in engine.graphs if name in graphs and graphs[name].quantization):
-        if quantization.in_int8(graphs[name], options):
-            kept = quantization.kept(bundle, name, engine.key.backend, options)
-            found[name] = [len(kept), len(quantization.read(bundle, name).products)]
-    return found
+def _in_int8(bundle: Bundle, engine: Engine) -> dict[str, tuple[int, int]]:
+    """Return graph → how many layers the engine computes in int8, and of how many; of graphs that are described."""
+    graphs = bundle.manifest.graphs
+    described = [name for name in engine.graphs if name in graphs and graphs[name].quantization]
+    return quantization.count(bundle, engine.key.backend, engine.options, described)
 
 
 def _engine_text(name: str, engine: dict[str, Any]) -> str:
@@ -207,7 +204,7 @@ def _engine_text(name: str, engine: dict[str, Any]) -> str:
         [
             f"engine {name}: {_fit(engine)}",
             f"{key['backend']} on {where}, {key['library']} {key['version']}{options}, {console.size(size)}",
-            *(f"{graph} in int8: {kept} of {of} layers" for graph, (kept, of) in engine["int8"].items()),
+            *quantization.told(engine["int8"]),
             *(checked or ["unverified: it is checked when it is first loaded on such a machine"]),
         ]
     )

@@ -234,5 +234,5 @@ def test_its_option_is_checked_and_kept(engines: dict[str, Path]) -> None:
     (path,) = engines["fp32"].glob("engines/*/engine.json")
     written = json.loads(path.read_text())
     assert written["ordered"] == {"inference_precision": "fp32"}
-    assert written["key"]["options"] == written["ordered"] | {"int8": "none", "int8_error": 4}
+    assert written["key"]["options"] == written["ordered"] | {"int8": "none"}
     assert backends.get("openvino").libraries == ("openvino",)

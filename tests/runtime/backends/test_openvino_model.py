@@ -12,9 +12,9 @@ from conftest import FAMILIES, BundleFactory
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
-from turbochain.runtime.backends import cpus, openvino_model
 from turbochain.runtime.backends import openvino as backend
-from turbochain.runtime.bundle.quantization import LARGEST, Product, Range, Rounding
+from turbochain.runtime.backends import openvino_int8, openvino_model
+from turbochain.runtime.bundle.quantization import Layer, Range, Rounding
 
 openvino = backend.library()
 ops = openvino.opset13
@@ -147,6 +147,6 @@ def test_sums_of_bytes_do_not_overflow(kind: str) -> None:
     product.set_friendly_name("product")
     model = openvino.Model([product.output(0)], [read])
     rounding = Rounding(Range(-0.5, 1.0), 0.0)
-    kept = {"product": Product(rounding, rounding, 1)}
-    assert openvino_model.quantize(model, kept, LARGEST if cpus.has_vnni() else LARGEST // 2) == 1
+    kept = {"product": Layer(rounding, rounding, 1)}
+    assert openvino_int8.quantize(model, kept, openvino_int8.weight_bits()) == 1
     np.testing.assert_allclose(made(model, given), 288, rtol=0.02)

@@ -1,10 +1,10 @@
-"""Ranges and their levels, against PyTorch's own; which products an engine keeps in int8."""
+"""Ranges and their levels, against PyTorch's own; which layers an engine computes in int8."""
 
 import pytest
 import torch
 from torch.ao.quantization import MinMaxObserver
 
-from turbochain.runtime.bundle.quantization import Product, Quantization, Range, Rounding
+from turbochain.runtime.bundle.quantization import Layer, Quantization, Range, Rounding
 
 
 @pytest.mark.parametrize(("low", "high"), [(-0.28, 6.5), (-60.0, 70.5), (0.5, 3.0), (-3.0, -1.0), (-1e-3, 2e-3)])
@@ -21,11 +21,14 @@ def test_a_tensor_of_zeros_has_a_step() -> None:
 
 
 def of(reads: dict[str, float], makes: dict[str, float], macs: dict[str, int] | None = None) -> Quantization:
-    def product(name: str, error: float) -> Product:
-        roundings = (Rounding(Range(-1.0, 1.0), e) for e in (error, makes.get(name, 0.0)))
-        return Product(*roundings, (macs or {}).get(name, 1))
+    def rounding(error: float) -> Rounding:
+        return Rounding(Range(-1.0, 1.0), error)
 
-    return Quantization({name: product(name, error) for name, error in reads.items()}, 1, {})
+    layers = {
+        name: Layer(rounding(error), rounding(makes[name]) if name in makes else None, (macs or {}).get(name, 1))
+        for name, error in reads.items()
+    }
+    return Quantization(layers, 1, {})
 
 
 def test_the_most_that_is_within_the_budget_is_kept() -> None:
