@@ -279,10 +279,12 @@ def describe(bundle: Path, graph: str, edit: Callable[[dict[str, Any]], object])
     record(bundle, file)
 
 
-def blur(layers: dict[str, Any], error: float) -> None:
-    """Give the layer that multiplies most steps that are far too large, which are said to add so much."""
-    reads = max(layers.values(), key=lambda layer: layer["macs"])["reads"]
-    reads.update(error=error, range={end: 60 * value for end, value in reads["range"].items()})
+def spoil(layers: dict[str, Any], error: float) -> list[str]:
+    """Let the ten layers that multiply most read nothing but zeros, which is said to add so much; return their names."""
+    spoilt = sorted(layers, key=lambda name: layers[name]["macs"])[-10:]
+    for reads in (layers[name]["reads"] for name in spoilt):
+        reads.update(error=error, range={end: 1000 * value for end, value in reads["range"].items()})
+    return spoilt
 
 
 @pytest.fixture
@@ -299,22 +301,22 @@ def build_vae(bundle: Path, errors: tuple[float, ...], monkeypatch: pytest.Monke
     return build_here(str(bundle), backend="openvino", options={**OPENVINO, "int8": "vae"}, chains=TEXT, quiet=True)
 
 
-def test_a_layer_that_spoils_the_picture_is_given_back(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    describe(copy, "vae_decoder", lambda layers: blur(layers, 0.03))
-    made = build_vae(copy, (4.0, 2.0), monkeypatch)
+def test_layers_that_spoil_the_picture_are_given_back(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoilt: list[str] = []
+    describe(copy, "vae_decoder", lambda layers: spoilt.extend(spoil(layers, 0.012)))
+    made = build_vae(copy, (4.0, 1.0), monkeypatch)
     bundle = Bundle.open(copy)
     engine = bundle.engines()[made.engine]
-    assert isinstance(engine, Engine) and engine.settled["int8_error"] == 2.0
-    layers = quantization.read(bundle, "vae_decoder").layers
-    left = layers.keys() - quantization.kept(bundle, "vae_decoder", "openvino", engine.options).keys()
-    assert max(layers, key=lambda name: layers[name].macs) in left and made.int8["vae_decoder"][0] > 20
+    assert isinstance(engine, Engine) and engine.settled["int8_error"] == 1.0
+    kept = quantization.kept(bundle, "vae_decoder", "openvino", engine.options)
+    assert not kept.keys() & set(spoilt) and len(kept) == made.int8["vae_decoder"][0] > 10
     assert phases(made)[-2:] == ["verify text-to-image"] * 2
 
 
 def test_a_picture_that_stays_spoilt_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    describe(copy, "vae_decoder", lambda layers: blur(layers, 0.0))
+    describe(copy, "vae_decoder", lambda layers: spoil(layers, 0.0))
     with pytest.raises(VerificationError, match=r"image: psnr.*Fewer layers in int8 were tried: leave the option out"):
-        build_vae(copy, (4.0, 2.0), monkeypatch)
+        build_vae(copy, (4.0, 1.0), monkeypatch)
     assert not (copy / "engines").exists()
 
 
