@@ -74,7 +74,7 @@ def settled(bundle: Path, made: BuildResult) -> dict[str, Any]:
 def compare(exact: Pipeline, int8: Pipeline, asked: Sequence[Scene]) -> dict[str, Any]:
     """What both show of every scene, and how far the pictures are apart: (512, 512, 3) uint8."""
     different, right, psnr, ssim = [], np.zeros(2, int), [], []
-    for seed, scene in enumerate(tqdm(asked, mininterval=5)):
+    for seed, scene in enumerate(bar := tqdm(asked, mininterval=5)):
         pair = [
             pipe(str(scene), seed=seed, num_inference_steps=1, output_type="uint8").images[0] for pipe in (exact, int8)
         ]
@@ -83,6 +83,7 @@ def compare(exact: Pipeline, int8: Pipeline, asked: Sequence[Scene]) -> dict[str
             different.append(str(scene))
         psnr.append(float(peak_signal_noise_ratio(*pair, data_range=255)))
         ssim.append(float(structural_similarity(*pair, channel_axis=2, data_range=255)))
+        bar.set_postfix(refresh=False, psnr=min(psnr), ssim=min(ssim), others=len(different))
     return {
         "pictures": len(asked),
         "with the same objects": len(asked) - len(different),
