@@ -55,8 +55,8 @@ AT_LEAST = ("cosine", "psnr", "ssim")
 """The metrics of which more is better."""
 
 PREDICTED_IN_INT8: Bounds = {"psnr": 42.0, "ssim": 0.98}
-"""The bounds of the recorded pictures of a chain whose predictions are in int8. An error of a prediction moves edges, and
-other pictures differ more than the few that are recorded: they are to stay in the bounds of int8."""
+"""The bounds of the recorded pictures of a chain whose predictions are in int8. An error of a prediction moves edges,
+and other pictures differ more than the few that are recorded: they are to stay in the bounds of int8."""
 
 STATE: Bounds = {"relative_l2": 1e-4}
 """The sampler's arithmetic, which is computed in fp32 in every precision."""
