@@ -43,7 +43,7 @@ class Run:
     """A recorded run of a graph."""
 
     feeds: Feeds  # by the graph's names
-    weight: float  # how large a relative L2 of the picture, or of the latents, is made by one of what the run makes
+    weight: float  # relative L2 of the picture, or of the latents, for each unit of that of what the run makes
 
 
 def describe(phases: Phases, bundle: Bundle, names: Sequence[str]) -> Bundle:
