@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def measure(bundle: Bundle, name: str, progress: Progress) -> Quantization:
     if not runs:
         raise BundleError(f"{bundle.path} has no recorded run of {name} to measure int8 with: build the bundle again")
     graph, steps = bundle.manifest.graphs[name], itertools.count()
-    path, total = bundle.plain(name) / graph.file, len(runs) + 3 + 2 * SPLITS
+    path, total = bundle.plain(name) / graph.file, len(runs) + 4 + 2 * SPLITS
 
     def tick() -> None:
         progress(min(next(steps), total), total)
@@ -105,11 +106,15 @@ def measure(bundle: Bundle, name: str, progress: Progress) -> Quantization:
     found = openvino_int8.layers(openvino.core().read_model(path))
     ranges = _ranges(graph, path, runs, tick)
     heaviest = max(runs, key=lambda run: run.weight)
-    errors = [error * heaviest.weight for error in _errors(graph, path, heaviest.feeds, ranges, tick)]
-    roundings = iter(Rounding(seen, round(error, 8)) for seen, error in zip(ranges, errors, strict=True))
+    errors = [round(error * heaviest.weight, 8) for error in _errors(graph, path, heaviest.feeds, ranges, tick)]
+    inputs, weights, results = np.split(errors, [len(found), 2 * len(found)])
+    roundings = (Rounding(*of) for of in zip(ranges, [*inputs.tolist(), *results.tolist()], strict=True))
     reads = {layer: next(roundings) for layer in found}
     makes = {layer: next(roundings) for layer, op in found.items() if _is_convolution(op)}
-    layers = {layer: Layer(reads[layer], makes.get(layer), _macs(op)) for layer, op in found.items()}
+    layers = {
+        layer: Layer(reads[layer], weight, makes.get(layer), _macs(op))
+        for (layer, op), weight in zip(found.items(), weights.tolist(), strict=True)
+    }
     return Quantization(layers, len(runs), versions("turbochain", "openvino", "numpy"))
 
 
@@ -127,20 +132,21 @@ def _ranges(graph: Graph, path: Path, runs: Sequence[Run], tick: Callable[[], No
 
 
 def _errors(graph: Graph, path: Path, feeds: Feeds, ranges: Sequence[Range], tick: Callable[[], None]) -> list[float]:
-    """Return the relative L2 that rounding each of `_ends` to its range adds to the results of one run."""
+    """Return the relative L2 that each rounding of `_switch` adds to the results of one run."""
     model = openvino.core().read_model(path)
-    inputs = len(openvino_int8.layers(model))
-    run = _compile(graph, model.outputs, [*model.get_parameters(), _switch(model, ranges)])
+    layers = len(openvino_int8.layers(model))
+    switches, count = _switch(model, ranges)
+    run = _compile(graph, model.outputs, [*model.get_parameters(), switches])
 
     def make(rounded: Sequence[int]) -> np.ndarray:
         tick()
-        switches = np.isin(np.arange(len(ranges)), rounded).astype(np.float32)
-        return np.concatenate([end.ravel().astype(np.float64) for end in run(feeds, switches)])
+        switched = np.isin(np.arange(count), rounded).astype(np.float32)
+        return np.concatenate([end.ravel().astype(np.float64) for end in run(feeds, switched)])
 
     exact = make([])
-    groups = [range(inputs), range(inputs, len(ranges))]
+    groups = [range(layers), range(layers, 2 * layers), range(2 * layers, count)]
     found = share(lambda rounded: relative_l2(make(rounded), exact), groups)
-    return [found[i] for i in range(len(ranges))]
+    return [found[i] for i in range(count)]
 
 
 def share(error: Callable[[Sequence[int]], float], groups: Sequence[Sequence[int]]) -> dict[int, float]:
@@ -198,21 +204,25 @@ def _extremes(model: Any) -> list[Any]:
     return made
 
 
-def _switch(model: Any, ranges: Sequence[Range]) -> Any:
-    """Let each of `_ends` be rounded if its switch, of a new input of the model, is 1; return that input."""
-    ops = openvino.library().opset13
-    switches = ops.parameter([len(ranges)], np.float32, name="switches")
-    found = openvino_int8.layers(model).values()
-    readers = [[op.input(0)] for op in found]
-    readers += [list(end.get_target_inputs()) for end in _ends(model)[len(readers) :]]
-    for i in reversed(range(len(ranges))):  # results first: what reads one reads it as it is then
-        end = readers[i][0].get_source_output()
+def _switch(model: Any, ranges: Sequence[Range]) -> tuple[Any, int]:
+    """Let each layer's input, each weight and each convolution's result be rounded if its switch is 1.
+
+    Return the switches, which are a new input of the model, in this order, and how many there are.
+    """
+    ops, layers = openvino.library().opset13, [*openvino_int8.layers(model).values()]
+    results = [[*end.get_target_inputs()] for end in _ends(model)[len(layers) :]]
+    ends = [[op.input(0)] for op in layers] + results
+    tensors = [(of, partial(openvino_int8.fake_quantize, seen=seen)) for of, seen in zip(ends, ranges, strict=True)]
+    weights = [([op.input(1)], partial(openvino_int8.round_weight, op=op, bits=8)) for op in layers]
+    found = [*tensors[: len(layers)], *weights, *tensors[len(layers) :]]
+    switches = ops.parameter([len(found)], np.float32, name="switches")
+    for i, (readers, rounded) in reversed([*enumerate(found)]):  # results first: what reads one reads it as it is then
+        end = readers[0].get_source_output()
         on = ops.convert(ops.gather(switches, ops.constant([i]), ops.constant(0)), end.get_element_type())
-        error = ops.subtract(openvino_int8.fake_quantize(end, ranges[i]), end)
-        chosen = ops.add(end, ops.multiply(error, on))
-        for reader in readers[i]:
+        chosen = ops.add(end, ops.multiply(ops.subtract(rounded(end), end), on))
+        for reader in readers:
             reader.replace_source_output(chosen.output(0))
-    return switches
+    return switches, len(found)
 
 
 def recorded(bundle: Bundle, name: str) -> Iterator[Run]:

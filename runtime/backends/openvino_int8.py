@@ -66,7 +66,7 @@ def quantize(model: Any, kept: Mapping[str, Layer], bits: int) -> int:
         if place not in read:  # Q, K and V read one tensor
             read[place] = fake_quantize(value, kept[name].reads.range)
         op.input(0).replace_source_output(read[place])
-        op.input(1).replace_source_output(_round_weight(weight, op, bits))
+        op.input(1).replace_source_output(round_weight(weight, op, bits))
     model.validate_nodes_and_infer_types()
     return sum(name in kept for name in found)
 
@@ -79,7 +79,7 @@ def fake_quantize(value: Any, seen: Range) -> Any:
     return ops.fake_quantize(value, *ends, *ends, LEVELS + 1).output(0)
 
 
-def _round_weight(weight: Any, op: Any, bits: int) -> Any:
+def round_weight(weight: Any, op: Any, bits: int) -> Any:
     """Return a layer's weight rounded to int8, of which only `bits` are used.
 
     Each output channel has levels of its own, so that its largest value is the last that has so many bits.

@@ -59,12 +59,17 @@ class Layer:
     """A convolution or a linear layer. Its weight has a step for each output channel, max |w| / `LARGEST`."""
 
     reads: Rounding  # its first input
+    weight_error: float  # what rounding the weight adds, likewise
     makes: Rounding | None  # a convolution's result, bias included, for backends that round that too
     macs: int  # multiplications in a run of the graph
 
-    def squared_error(self, results: bool) -> float:
-        """Return the square of what int8 adds; `results`: whether convolutions' results are rounded too."""
-        return self.reads.error**2 + (self.makes.error**2 if results and self.makes else 0.0)
+    def squared_error(self, results: bool, bits: int) -> float:
+        """Return the square of what int8 adds; `results`: whether convolutions' results are rounded too.
+
+        `bits`: of the weight. With one bit less its steps are twice as large.
+        """
+        weight = self.weight_error * 2 ** (8 - bits)
+        return self.reads.error**2 + weight**2 + (self.makes.error**2 if results and self.makes else 0.0)
 
 
 @dataclass(frozen=True)
@@ -75,13 +80,13 @@ class Quantization:
     runs: int  # recorded runs of the graph that the ranges are of
     created_by: dict[str, str]  # package → version
 
-    def kept(self, error: float, *, results: bool = False) -> dict[str, Layer]:
+    def kept(self, error: float, *, results: bool = False, bits: int = 8) -> dict[str, Layer]:
         """Return the layers to compute in int8: as many as add at most a relative L2 of `error` together.
 
         Errors add up as squares. The layers with the smallest squared error for their multiplications come first.
-        `results`: whether the results of convolutions are rounded too.
+        `results`, `bits`: see `Layer.squared_error`.
         """
-        costs = {name: layer.squared_error(results) for name, layer in self.layers.items()}
+        costs = {name: layer.squared_error(results, bits) for name, layer in self.layers.items()}
         left, found = error**2, {}
         for name in sorted(costs, key=lambda name: costs[name] / self.layers[name].macs):
             if costs[name] <= left:
@@ -142,4 +147,5 @@ def kept(bundle: "Bundle", name: str, backend: str, options: Mapping[str, Any]) 
     """
     if not in_int8(bundle.manifest.graphs[name], options):
         return {}
-    return read(bundle, name).kept(options["int8_error"] / 100, results=backend in ROUND_RESULTS)
+    how = {"results": backend in ROUND_RESULTS, "bits": options.get("weight_bits", 8)}
+    return read(bundle, name).kept(options["int8_error"] / 100, **how)

@@ -147,6 +147,6 @@ def test_sums_of_bytes_do_not_overflow(kind: str) -> None:
     product.set_friendly_name("product")
     model = openvino.Model([product.output(0)], [read])
     rounding = Rounding(Range(-0.5, 1.0), 0.0)
-    kept = {"product": Layer(rounding, rounding, 1)}
+    kept = {"product": Layer(rounding, 0.0, rounding, 1)}
     assert openvino_int8.quantize(model, kept, openvino_int8.weight_bits()) == 1
     np.testing.assert_allclose(made(model, given), 288, rtol=0.02)

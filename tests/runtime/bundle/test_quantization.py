@@ -25,7 +25,7 @@ def of(reads: dict[str, float], makes: dict[str, float], macs: dict[str, int] | 
         return Rounding(Range(-1.0, 1.0), error)
 
     layers = {
-        name: Layer(rounding(error), rounding(makes[name]) if name in makes else None, (macs or {}).get(name, 1))
+        name: Layer(rounding(error), 0.0, rounding(makes[name]) if name in makes else None, (macs or {}).get(name, 1))
         for name, error in reads.items()
     }
     return Quantization(layers, 1, {})
@@ -49,3 +49,10 @@ def test_what_multiplies_most_comes_first() -> None:
     """Either fits alone: the one with three times the error has a hundred times the work."""
     found = of({"small": 0.01, "large": 0.03}, {}, {"small": 10, "large": 1000})
     assert {*found.kept(0.0301)} == {"large"} and {*found.kept(0.02)} == {"small"}
+
+
+def test_a_weight_of_7_bits_costs_twice_as_much() -> None:
+    """0.03 and 0.04 are 0.05 together, 0.03 and 0.08 are 0.0854."""
+    found = Quantization({"a": Layer(Rounding(Range(-1.0, 1.0), 0.03), 0.04, None, 1)}, 1, {})
+    assert found.kept(0.0501) and not found.kept(0.0499)
+    assert found.kept(0.0855, bits=7) and not found.kept(0.0853, bits=7)
