@@ -36,6 +36,10 @@ SINCE = "0.1.0"
 SPLITS = 20
 """Of groups of roundings, in search of those that cost most; each takes two runs of the graph."""
 
+HEADROOM = 2
+"""How far the range of a tensor reaches, as a multiple of what is recorded: other prompts make larger values, and what
+is cut off shows more than coarser steps."""
+
 Feeds = Mapping[str, np.ndarray]
 
 
@@ -89,7 +93,7 @@ def calibrate(progress: Progress, *, path: str, name: str) -> None:
 
 
 def measure(bundle: Bundle, name: str, progress: Progress) -> Quantization:
-    """Return the description of a graph: the ranges over all recorded runs, and what each rounding costs in the one of
+    """Return the description of a graph: the ranges for all recorded runs, and what each rounding costs in the one of
     the greatest weight.
 
     int8 is imitated in fp32, so that the figures are those of no machine. Raises BundleError if no run is recorded.
@@ -119,7 +123,7 @@ def measure(bundle: Bundle, name: str, progress: Progress) -> Quantization:
 
 
 def _ranges(graph: Graph, path: Path, runs: Sequence[Run], tick: Callable[[], None]) -> list[Range]:
-    """Return the ranges of `_ends` over these runs."""
+    """Return the ranges of `_ends` over these runs, with `HEADROOM`."""
     model = openvino.core().read_model(path)
     make = _compile(graph, _extremes(model), model.get_parameters())
     seen = []
@@ -127,8 +131,8 @@ def _ranges(graph: Graph, path: Path, runs: Sequence[Run], tick: Callable[[], No
         tick()
         seen.append([float(end) for end in make(run.feeds)])
     extremes = np.array(seen).reshape(len(runs), -1, 2)  # [runs, ends, low and high]
-    lows, highs = extremes[..., 0].min(0).tolist(), extremes[..., 1].max(0).tolist()
-    return [Range(low, high) for low, high in zip(lows, highs, strict=True)]
+    lows, highs = HEADROOM * extremes[..., 0].min(0), HEADROOM * extremes[..., 1].max(0)
+    return [Range(*ends) for ends in zip(lows.tolist(), highs.tolist(), strict=True)]
 
 
 def _errors(graph: Graph, path: Path, feeds: Feeds, ranges: Sequence[Range], tick: Callable[[], None]) -> list[float]:

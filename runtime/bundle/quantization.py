@@ -30,7 +30,7 @@ ROUND_RESULTS = ("onnxruntime",)
 
 @dataclass(frozen=True)
 class Range:
-    """The least and the greatest value of a tensor over all recorded runs."""
+    """The least and the greatest value that a tensor may have."""
 
     low: float
     high: float
@@ -77,7 +77,7 @@ class Quantization:
     """The file of a graph."""
 
     layers: dict[str, Layer]  # name of the ONNX node → layer
-    runs: int  # recorded runs of the graph that the ranges are of
+    runs: int  # recorded runs of the graph that the ranges were measured in
     created_by: dict[str, str]  # package → version
 
     def kept(self, error: float, *, results: bool = False, bits: int = 8) -> dict[str, Layer]:

@@ -54,10 +54,6 @@ BOUNDS: dict[str, dict[str, Bounds]] = {
 AT_LEAST = ("cosine", "psnr", "ssim")
 """The metrics of which more is better."""
 
-PREDICTED_IN_INT8: Bounds = {"psnr": 42.0, "ssim": 0.98}
-"""The bounds of the recorded pictures of a chain whose predictions are in int8. An error of a prediction moves edges,
-and other pictures differ more than the few that are recorded: they are to stay in the bounds of int8."""
-
 STATE: Bounds = {"relative_l2": 1e-4}
 """The sampler's arithmetic, which is computed in fp32 in every precision."""
 
@@ -83,14 +79,15 @@ def has_many(evaluations: int, modes: Collection[str]) -> bool:
 
 
 def of_image(precision: str, errors: Mapping[str, Bounds], predicted: str = "fp32") -> Bounds:
-    """Return the bounds of a whole chain's picture, whose least precise stage is computed in `precision`, and its
-    predictions in `predicted`.
+    """Return the bounds of a whole chain's picture, whose least precise stage is computed in `precision`.
 
+    `predicted`: what its predictions are computed in. An error of a prediction moves edges, and other pictures differ
+    more than the few that are recorded: so in int8 these have the bounds of bf16.
     `errors`: precision → metric → diffusers' own against its fp32, of a call with many evaluations. 1.25 times that is
     the bound, unless a picture of few evaluations may have a larger error: two runs of diffusers in bf16 that round in
     other places are up to 1.7 dB apart, so that the smallest errors are no measure.
     """
-    fixed = PREDICTED_IN_INT8 if predicted == "int8" else BOUNDS[precision]["image"]
+    fixed = BOUNDS["bf16" if predicted == "int8" else precision]["image"]
     own = errors.get("bf16" if precision == "int8" else precision)
     if not own or "psnr" not in own or precision == "fp32":
         return fixed

@@ -55,9 +55,7 @@ def built(bundle_of: BundleFactory, tmp_path_factory: pytest.TempPathFactory) ->
     shutil.copytree(bundle_of("sd"), bundle)
     (exact,) = Bundle.open(bundle).engines()
     how: dict[str, Any] = {"chains": TEXT, "quiet": True}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration, "SPLITS", 8)  # of a miniature's layers, those that matter are found in a few
-        in_openvino = build_here(str(bundle), backend="openvino", options=OPENVINO, **how)
+    in_openvino = build_here(str(bundle), backend="openvino", options=OPENVINO, **how)
     return Built(bundle, exact, in_openvino, build_here(str(bundle), options=ONNX, **how, **ON))
 
 
@@ -139,11 +137,11 @@ def ranges_of(built: Built, checkpoint: Path) -> dict[str, list[float]]:
     return found
 
 
-def test_ranges_are_those_of_what_diffusers_modules_read(built: Built, checkpoints: dict[str, Path]) -> None:
+def test_ranges_are_twice_what_diffusers_modules_read(built: Built, checkpoints: dict[str, Path]) -> None:
     expected = ranges_of(built, checkpoints["sd"])
     ranges = [layer.reads.range for layer in description(built, "vae_decoder").layers.values()]
     ours = np.sort([[seen.low, seen.high] for seen in ranges], axis=0)
-    np.testing.assert_allclose(ours, np.sort(list(expected.values()), axis=0), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(ours, 2 * np.sort(list(expected.values()), axis=0), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("graph", ROLES)
@@ -157,7 +155,9 @@ def test_an_error_is_that_of_diffusers_with_one_tensor_rounded(built: Built, che
     """The input of the layer that costs most, which was therefore measured alone."""
     worst = max((layer.reads for layer in description(built, "vae_decoder").layers.values()), key=lambda r: r.error)
     ranges = ranges_of(built, checkpoints["sd"])
-    (name,) = [n for n, ends in ranges.items() if np.allclose(ends, [worst.range.low, worst.range.high], rtol=1e-4)]
+    (name,) = [
+        n for n, ends in ranges.items() if np.allclose(ends, [worst.range.low / 2, worst.range.high / 2], rtol=1e-4)
+    ]
     step, zero = worst.range.step, worst.range.zero
 
     def round_input(modules: dict[str, nn.Module]) -> None:
@@ -192,7 +192,7 @@ def test_the_picture_is_within_the_bounds_of_int8(built: Built, checkpoints: dic
     made: BuildResult = getattr(built, backend)
     assert {made.precision[graph] for graph in ROLES} == {"int8"} and made.precision["text_encoder"] == "fp32"
     held = {(c.stage, c.metric): c.bound for c in made.checks[TEXT[0]]}
-    assert held["image", "psnr"] == 42 and held["image", "ssim"] == 0.98  # of recorded pictures; others differ more
+    assert held["image", "psnr"] == 38 and held["image", "ssim"] == 0.98  # those of bf16
     assert held["vae_decoder", "psnr"] == 30 and "relative_l2" in dict(k[::-1] for k in held if k[0] == "unet")
     with Pipeline.load(built.bundle, engine=made.engine, backend=backend) as pipe:
         drawn = pipe(**CALL, output_type="uint8").images
