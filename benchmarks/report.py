@@ -128,7 +128,7 @@ def text(folder: Path = result.FOLDER) -> str:
         "",
         demo(json.loads(SCORES.read_text())),
         controlled(json.loads(CONTROLLED.read_text())),
-        in_int8(json.loads(INT8.read_text())),
+        *([in_int8(json.loads(INT8.read_text()))] if INT8.exists() else []),
         "## What the figures include",
         "",
         *(f"- {name.replace('_', ' ')}: {what}." for name, what in INCLUDES.items()),
