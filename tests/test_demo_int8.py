@@ -1,5 +1,6 @@
 """The trained demo model in int8: a person sees the same objects as in fp32, and hardly a difference."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import pytest
 import scenes
 from here import build_here
 
+from turbochain.export.sources.kinds.demo import FOLDER
 from turbochain.runtime import Pipeline
 
 FEW = scenes.held_out(4, 8, seed=7)
+MEASURED = Path(grade_int8.__file__).with_name("int8.json")
 
 
 @pytest.mark.full
@@ -24,3 +27,13 @@ def test_the_defaults_stay_in_the_bounds_and_show_the_same_objects(demo: Path, t
         found = grade_int8.compare(exact, int8, FEW)
     assert found["with the same objects"] == found["pictures"] == len(FEW)
     assert found["psnr_db"]["lowest"] >= 30 and found["ssim"]["lowest"] >= 0.9
+
+
+def test_the_measured_pictures_show_the_same_objects() -> None:
+    """int8.json is what `grade_int8.py` found; the weights have been the same since."""
+    measured = json.loads(MEASURED.read_text())
+    found = measured["1 step"]
+    assert found["pictures"] == found["with the same objects"] == 500
+    assert found["psnr_db"]["lowest"] >= 30 and found["ssim"]["lowest"] >= 0.9
+    assert all(kept > of / 2 for kept, of in measured["layers in int8"].values())
+    assert measured["training"] == json.loads((FOLDER / "training.json").read_text())
