@@ -87,28 +87,30 @@ def equal_states(pipe: Pipeline, chain: str, steps: int | None) -> bool:
 def measure(
     pipe: Pipeline, chain: str, rank: int | None, rounds: int, swaps: int, steps: int | None, apart: bool
 ) -> Adapted:
-    """Measure calls with and without slots, interleaved; then swaps. `apart`: a UNet that was just loaded draws once
-    before its call counts."""
+    """Measure calls with and without slots, interleaved; then swaps. `apart`: each call that counts follows one
+    that does not, because its UNet was just loaded."""
     opened = pipe.bundle.open_chain(chain)
     slots, made = ChainSlots(opened), pipe.bundle.engines()[pipe.engine_name]
     first = slots.graphs(slots.modes[0])["unet"]
     rank = rank or read_layout(pipe.bundle, first).rank
     plain, slotted, loads, unchanged, changed = ([] for _ in range(5))
+
+    def drawn() -> float:
+        if apart:
+            unet_seconds(pipe, chain, steps)
+        return unet_seconds(pipe, chain, steps)
+
     with tempfile.TemporaryDirectory() as folder:
         files = {n: write_adapter(pipe, chain, Path(folder), i, rank) for i, n in enumerate("ab")}
         for round in range(rounds + 1):  # the first one warms up
             pipe.unload_lora_weights()
-            if apart:
-                unet_seconds(pipe, chain, steps)
-            seconds = [unet_seconds(pipe, chain, steps)]
+            seconds = [drawn()]
             for name, file in files.items():
                 start = time.perf_counter()
                 pipe.load_lora_weights(file, adapter_name=name)
                 seconds.append(time.perf_counter() - start)
             pipe.set_adapters("a")
-            if apart:
-                unet_seconds(pipe, chain, steps)
-            seconds.append(unet_seconds(pipe, chain, steps))
+            seconds.append(drawn())
             if round:
                 plain.append(seconds[0])
                 loads += seconds[1:3]
@@ -176,7 +178,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="step count (default: the fewest)")
     parser.add_argument("--rounds", type=int, default=7, help="default 7")
     parser.add_argument("--swaps", type=int, default=100, help="default 100")
-    parser.add_argument("--apart", action="store_true", help="load the two UNets by turns, never both at once")
+    parser.add_argument("--apart", action="store_true", help="keep only one of the two UNets in memory")
     parser.add_argument("--commit", help="if git cannot say it")
     parser.add_argument("--results", type=Path, default=result.FOLDER, help="folder of the results file")
     given = parser.parse_args()

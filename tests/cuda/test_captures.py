@@ -82,7 +82,7 @@ def test_what_a_library_will_not_have_captured_is_not(
 
 
 class Looking(OneByOne):
-    """It looks into what was captured as ONNX Runtime's executor does."""
+    """The captured graph is inspected in the same way as ONNX Runtime's executor inspects it."""
 
     check_captured = OnnxRuntimeCuda.check_captured
 

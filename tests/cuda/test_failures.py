@@ -59,14 +59,14 @@ class Life:
     bundle: Bundle
     calls: Sequence[dict[str, Any]]
     kind: type[GpuExecutor] = StandIn
-    observed: bool = False  # whether someone is told of each launch
+    observed: bool = False  # whether the call has an `observe`, which is called after each launch
 
     def live(self, runtime: Runtime) -> "Lived":
         """Live it once; a load that fails is tried again."""
         lived = Lived()
         pipe = self._load(lived) or self._load(lived)
         for call in self.calls if pipe else ():
-            pipe._held.clear()  # the stream begins anew, whatever became of the picture before
+            pipe._held.clear()  # restart the stream, even if the picture before failed
             lived.made.append(self._draw(pipe, call, lived))
         lived.closing = len(runtime.calls)
         if pipe:

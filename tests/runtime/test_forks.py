@@ -1,4 +1,4 @@
-"""A process that is forked from one with a pipeline is told what to do instead, and it ends."""
+"""A forked process that uses its parent's pipeline gets an error that says what to do instead, and can exit."""
 
 import json
 import subprocess

@@ -15,7 +15,7 @@ def test_what_goes_round_the_loop_is_not_kept(tmp_path: Path, other: dict) -> No
     with on_cpu(tiny_bundle.write(tmp_path)) as pipe:
         made = []
         for one in (call, call, other, call):
-            pipe._held.clear()  # the stream begins anew
+            pipe._held.clear()  # restart the stream
             made.append(output(pipe, one).images)
     assert np.array_equal(made[1], made[0]) and np.array_equal(made[3], made[0])
     assert not np.array_equal(made[2], made[0])

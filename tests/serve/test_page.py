@@ -1,4 +1,4 @@
-"""The page: its files, and no others, are served, they name no other host, and what it is told is true."""
+"""The page: only its own files are served, they refer to no other host, and what the server tells it is true."""
 
 import json
 import re

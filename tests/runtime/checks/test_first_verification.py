@@ -1,4 +1,4 @@
-"""An engine that came without checks is verified when it is first loaded, and what was found is kept."""
+"""An engine without checks is verified when it is first loaded, and the result is kept."""
 
 import json
 import subprocess
@@ -58,7 +58,7 @@ def test_an_unverified_engine_that_errs_is_refused_each_time(foreign: Path) -> N
             Pipeline.load(foreign)
     assert kept(foreign) == {}
     assert called("turbochain", "verify", foreign).returncode == 1
-    assert kept(foreign).keys() == {"image-to-image"}  # whose own table is right
+    assert kept(foreign).keys() == {"image-to-image"}  # its own table is right
 
 
 def test_the_checks_of_another_table_are_not_believed(sd: Path, copy_of: Copy) -> None:

@@ -47,7 +47,7 @@ def in_tables(change: Callable[..., None]) -> Change:
 
 
 def in_reference(path: Path, change: Callable[[Arrays, list[dict[str, Any]]], object]) -> None:
-    """Change what was recorded, and the cases that say of what; then describe the files anew."""
+    """Change the recorded tensors and the list of cases, then write the manifest's records of the files again."""
     file = path / "reference.safetensors"
     with safe_open(file, "numpy") as opened:
         cases = json.loads(opened.metadata()["cases"])
