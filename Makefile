@@ -20,11 +20,12 @@ PRECISION ?= fp32
 PEERS := optimum-onnx optimum-intel
 BENCH_GPU ?= synthetic:sd-turbo synthetic:sdxl-turbo
 TINY := --vae tiny --steps 1 --batch 1 --cold --pairs tensorrt-fp16:eager-fp16-tuned tensorrt-fp16:compiled-fp16
+COMBINATIONS ?= 0:40
 PROMPT ?= a large red circle left of a small blue square on a yellow background
 # The demo's ControlNet was trained for one step from noise alone, so that is what it is built and verified for.
 CONTROL := --tasks text-to-image --steps 1 --controlnet canny=export/demo/controlnet
 
-.PHONY: setup demo test check check-full check-gpu check-ray check-web bench bench-smoke bench-setup bench-variants bench-build bench-serve bench-adapters bench-gpu inspect-engines train-demo clean
+.PHONY: setup demo test check check-full campaign check-gpu check-ray check-web bench bench-smoke bench-setup bench-variants bench-build bench-serve bench-adapters bench-gpu inspect-engines train-demo clean
 
 setup: $(VENV)/.installed
 
@@ -75,6 +76,10 @@ check: setup
 check-full: check .node/.installed
 	$(BIN)/python -m pytest -q $(TWO) -m 'not gpu and not full and not web and not ray'
 	$(BIN)/python -m pytest -q -m full
+
+# Random combinations of models, parts, tasks, schedulers and calls against diffusers; these are the seeds.
+campaign: setup
+	$(BIN)/python -m pytest -q -m full tests/test_combinations.py --combinations $(COMBINATIONS) $(BUNDLES:%=--bundles=%)
 
 check-web: setup .node/.installed
 	$(BIN)/python -m pytest -q -m web

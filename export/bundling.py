@@ -136,6 +136,7 @@ def _manifest(
 def _requires(prepared: Prepared, graphs: dict[str, Graph]) -> dict[str, str]:
     """Return the optional features of the format that a bundle uses → the first turbochain that reads them."""
     chains = prepared.chains.values()
+    controlled = any({kind.feature for kind in KINDS.values()} & {*graph.features} for graph in graphs.values())
     used = {
         "expansions": any(tokenizer.expansions for tokenizer in prepared.tokenizers.values()),
         "multistep": any(chain.K > 1 for chain in chains),
@@ -143,7 +144,8 @@ def _requires(prepared: Prepared, graphs: dict[str, Graph]) -> dict[str, str]:
         "keep": any(chain.keep for chain in chains),
         "stream": any(chain.stream for chain in chains),
         "adapters": any(feed.is_ == "adapter" for chain in chains for feed in chain.feeds.values()),
-        "control": any({kind.feature for kind in KINDS.values()} & {*graph.features} for graph in graphs.values()),
+        "control": controlled,
+        "excerpts": controlled or len({(chain.size, chain.batch) for chain in chains if not chain.stream}) > 1,
         "wires": any(stage.wires for chain in chains for stage in chain.stages),
     }
     return {name: FIRST_VERSION for name, is_used in used.items() if is_used}

@@ -17,17 +17,17 @@ class Packer:
 
     rows: dict[str, dict[bytes, int]] = field(default_factory=dict)  # column → a distinct row's bytes → its place
 
-    def pack(self, found: Mapping[str, np.ndarray], chain: Chain) -> Arrays:
+    def pack(self, found: Mapping[str, np.ndarray], chain: Chain, table: str) -> Arrays:
         """Return what is kept of a call, of which `runtime.checks.reference.whole` makes `found` again, bit for bit.
 
-        Of what is carried to the next row only what the last row made is kept, for that is what the next one reads; of
-        a column of the time [R, 1, D] the places of its rows [R, 1] int32; no noise if no row draws; not what guidance
+        Of what is carried to the next row only what no next row reads is kept, which is what the last row made; of a
+        column of the time [R, 1, D] the places of its rows [R, 1] int32; no noise if no row draws; not what guidance
         and a T2I-Adapter's scale make. Raises RuntimeError if the call is another one afterwards.
         """
         kept = dict(found)
-        for made in chain.carry:
+        for made, read in chain.carry.items():
             if made in kept:
-                kept[made] = kept[made][-1:]
+                kept[made] = kept[made][len(kept[read]) - 1 :]
         if not found["noise"].any():
             del kept["noise"]
         for name in found:
@@ -35,7 +35,7 @@ class Packer:
                 del kept[name]
             elif name in chain.feeds and chain.feeds[name].is_ == "column":
                 kept[name] = self._places(name, found[name])
-        again = whole(kept, self._arrays(found), chain)
+        again = whole(kept, self._arrays(found), chain, table)
         if changed := sorted(n for n in {*again, *found} if not np.array_equal(again.get(n, ()), found.get(n, ()))):
             raise RuntimeError(f"diffusers' call differs from what its reference would say: {', '.join(changed)}")
         return kept

@@ -9,7 +9,6 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +20,7 @@ from PIL import Image
 from turbochain.export import recording_controls as controls
 from turbochain.export.controls.kind import Control
 from turbochain.export.families import Family, common
+from turbochain.export.recorded_calls import WHOLE, Call, Extent
 from turbochain.export.sampler import Draw, drawing
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.tracing import time
@@ -31,22 +31,6 @@ from turbochain.runtime.inputs.guidance import GUIDANCE, NEGATIVE_PROMPT
 
 NEGATIVE_TEXT = "low quality, blurry"
 """The negative prompt of a call in that mode."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """A recorded call of a chain, as the metadata of the file has it."""
-
-    chain: str
-    table: str  # of the chain
-    modes: list[str]
-    prompt: list[str]
-    seed: int
-    num_inference_steps: int
-    strength: float | None = None
-    guidance_scale: float = 0.0
-    adapters: list[tuple[str, float]] = field(default_factory=list)  # SHA-256 of a LoRA's file, scale
-    errors: dict[str, dict[str, float]] = field(default_factory=dict)  # precision → metric → diffusers', against fp32
 
 
 def sample_image(height: int, width: int, seed: int) -> np.ndarray:
@@ -72,10 +56,11 @@ def record_call(
     call: Call,
     more: Mapping[str, Any] = MappingProxyType({}),
     control: Control | None = None,
+    extent: Extent = WHOLE,
 ) -> dict[str, np.ndarray]:
     """Run the pipeline once, with the arguments `more`; return what its parts read and made, by the chain's names.
 
-    `control`: what steers the UNet in this call.
+    `control`: what steers the UNet in this call. `extent`: how much of that is returned.
     Raises PictureError if diffusers makes no picture of this checkpoint.
     """
     guided = GUIDANCE in call.modes
@@ -97,19 +82,23 @@ def record_call(
         rows: list[dict[str, torch.Tensor]] = []
         of_control = None if control is None else controls.feed(checkpoint.family, checkpoint.configs, control)
         if control is not None:
-            rows = controls.watch(stack, _hook, pipeline, checkpoint.family, control, guided, once)
+            rows = controls.watch(stack, _hook, pipeline, checkpoint.family, control, guided, once, extent.rows)
         image = draw(pipeline, chain, call, {**more, **_watched_latents(chain, steps)}, of_control)
     if not all(torch.isfinite(step["next_latents"]).all() for step in steps) or image.min() == image.max():
         raise PictureError(
             "diffusers' own fp32 picture of this checkpoint is NaN or of one single value, so there is nothing to "
             "check against; the weights are damaged"
         )
-    stacked = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}
-    stacked |= {name: torch.stack([row[name] for row in rows]) for name in (rows or [{}])[0]}
+    stacked = {key: torch.stack([step[key] for step in steps[: extent.rows]]) for key in steps[0]}
+    left = _left(chain)
+    if len(stacked[left]) < len(steps):
+        stacked[left] = torch.stack([*stacked[left], steps[-1][left]])
+    stacked |= {name: torch.stack([row[name] for row in rows if name in row]) for name in (rows or [{}])[0]}
     stacked |= {name: torch.stack(of_column) for name, of_column in columns.items()}
     arrays = {k: np.ascontiguousarray(v.numpy()) for k, v in {**once, **stacked}.items()}
     found = {k: v.astype(np.int32) if "input_ids" in k else v for k, v in arrays.items()}
     found |= _pictures(chain, call, of_control)[1] | {"image": image}
+    found = controls.sampled(found) if extent.sampled else found
     return as_stream(found, checkpoint.family) if chain.stream else found
 
 
@@ -303,7 +292,7 @@ def put(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
 def _watched_latents(chain: Chain, steps: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
     """Return the arguments with which a pipeline tells the latents that each step leaves, if they are not the
     sampler's."""
-    left = next(made for made, read in chain.carry.items() if read == "latents")
+    left = _left(chain)
     if left == "next_latents":
         return {}
 
@@ -312,3 +301,8 @@ def _watched_latents(chain: Chain, steps: list[dict[str, torch.Tensor]]) -> dict
         return {}
 
     return {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": ["latents"]}
+
+
+def _left(chain: Chain) -> str:
+    """Return the name of the latents that a row leaves for the next one."""
+    return next(made for made, read in chain.carry.items() if read == "latents")

@@ -1,10 +1,11 @@
 """Record what ControlNets and T2I-Adapters make in a call of a diffusers pipeline, by the names that a chain has."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from turbochain.export.controls import controlnet, t2i_adapter
@@ -12,6 +13,7 @@ from turbochain.export.controls.controlnet import EMBEDDING, own
 from turbochain.export.controls.kind import Configs, Control
 from turbochain.export.families import Family
 from turbochain.export.tracing import time
+from turbochain.runtime.checks.reference import SAMPLED, sample
 from turbochain.runtime.inputs.embeds import NEGATIVE
 
 Row = dict[str, torch.Tensor]
@@ -26,16 +28,31 @@ def feed(family: Family, configs: Configs, control: Control) -> str:
 
 
 def watch(
-    stack: contextlib.ExitStack, hook: Hook, pipeline: Any, family: Family, control: Control, guided: bool, once: Row
+    stack: contextlib.ExitStack,
+    hook: Hook,
+    pipeline: Any,
+    family: Family,
+    control: Control,
+    guided: bool,
+    once: Row,
+    most: int | None = None,
 ) -> list[Row]:
-    """Add to `once` what is made once, and return a list that gets what is read and made in each step."""
+    """Add to `once` what is made once, and return a list that gets what is read and made in each step.
+
+    `most`: the steps of which the list gets a ControlNet's residuals (None: all).
+    """
     net, rows = getattr(pipeline, control.kind.argument), []
     if control.kind is controlnet.KIND:
         columns: Row = {}
         for name in family.columns:
             time.watch(stack, net, name, partial(columns.__setitem__, own(name, control)))
         hook(stack, net.controlnet_cond_embedding, lambda _, made: once.update({EMBEDDING: _half(made, guided)}))
-        hook(stack, net, lambda call, made: rows.append({**columns, **_residuals(call, made, guided)}))
+
+        def keep(call: dict[str, Any], made: Any) -> None:
+            residuals = _residuals(made, guided) if most is None or len(rows) < most else {}
+            rows.append({**columns, controlnet.SCALE: torch.tensor([float(call["conditioning_scale"])]), **residuals})
+
+        hook(stack, net, keep)
         return rows
 
     def read(_: Any, __: Any, call: dict[str, Any]) -> None:
@@ -51,11 +68,25 @@ def watch(
     return rows
 
 
-def _residuals(call: dict[str, Any], made: Any, guided: bool) -> Row:
-    """Return what a ControlNet read and made; with guidance the negative half stands first."""
+def sampled(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return what was recorded of a call, with a sample in place of each tensor that was made of the control image."""
+    kept: dict[str, np.ndarray] = {}
+    for name, value in found.items():
+        own = name.removeprefix(NEGATIVE)
+        if own.startswith((controlnet.DOWN, controlnet.MID)):
+            kept[SAMPLED + name] = np.stack([sample(row) for row in value])
+        elif own.startswith((controlnet.EMBEDDING, t2i_adapter.STATE)):
+            kept[SAMPLED + name] = sample(value)
+        elif not own.startswith(t2i_adapter.FEATURE):  # which is a product of these
+            kept[name] = value
+    return kept
+
+
+def _residuals(made: Any, guided: bool) -> Row:
+    """Return what a ControlNet made; with guidance the negative half stands first."""
     down, middle = made
     values = {**{f"{controlnet.DOWN}{i}": value for i, value in enumerate(down)}, controlnet.MID: middle}
-    found: Row = {controlnet.SCALE: torch.tensor([float(call["conditioning_scale"])])}
+    found: Row = {}
     for name, value in values.items():
         if guided:
             found[NEGATIVE + name] = value.chunk(2)[0]

@@ -9,7 +9,7 @@ import copy
 import inspect
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +17,16 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-from turbochain.export import fuse, inversion, recording_controls
+from turbochain.export import fuse, inversion, recorded_calls, recording_controls
 from turbochain.export.chains import Layout
 from turbochain.export.controls.kind import Control
 from turbochain.export.magnitudes import magnitudes
 from turbochain.export.packing import Packer
-from turbochain.export.recording import Call, draw, record_call
+from turbochain.export.recording import draw, record_call
 from turbochain.export.rounded import computing_in
-from turbochain.export.sources.adapters import read_references
 from turbochain.export.sources.checkpoint import Checkpoint
-from turbochain.export.tasks import Trial
-from turbochain.runtime.bundle.hashing import digest
-from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Chain, TableEntry
+from turbochain.runtime.bundle.manifest import TEXT_TO_IMAGE, Chain
 from turbochain.runtime.checks import bounds, metrics
-from turbochain.runtime.inputs.adapters import Adapter
-from turbochain.runtime.inputs.guidance import GUIDANCE, NEGATIVE_PROMPT
-
-PROMPTS = (
-    "a photo of a cat wearing a red hat, studio light",
-    "a lighthouse on a cliff at dusk, oil painting",
-    "une petite maison bleue près d'un lac, 水彩画",
-    "",
-)
-"""One case per step count; the rows of a batch go on through the list. Added tokens have cases of their own."""
 
 
 @dataclass(frozen=True)
@@ -78,24 +65,26 @@ def write(
     """Run the trials of every chain, and the first chain with as many prompts as use every added token; write `path`.
 
     `scale`: the guidance of guided calls.
-    `more`: further arguments of every call, such as `timesteps`. `precisions`: those in which calls of many evaluations
-    are drawn once more, and the first prediction of the first call from text is made, for the error that diffusers has
-    there; the weights are rounded to them for good.
+    `more`: further arguments of every call, such as `timesteps`. `precisions`: those in which calls are drawn
+    once more, some of them up to the first prediction, for the error that diffusers has there (see
+    `recorded_calls.drawn_again`); the weights are rounded to them for good.
 
     The file is safetensors: everything fp32, ids and places int32, pictures uint8. Tensors of case i, with R
     evaluations: `i/<name>` of every feed and every result of the chain, [R, …] for those of the loop, as `record_call`
-    finds them and `Packer` keeps them; `columns/<name>` [T, D] are the distinct rows of a column of the time;
-    `magnitude/<component>/<module>` [1] is the largest absolute value that the module put out in any case, and
-    `magnitude/<component>/<attention>.scores` that of Q·Kᵀ as its graph forms it (see `magnitudes`). The metadata
-    key `cases` is JSON: a list of `Call`.
+    finds them and `Packer` keeps them; of some calls an excerpt (see `recorded_calls.extent`). `columns/<name>` [T, D]
+    are the distinct rows of a column of the time; `magnitude/<component>/<module>` [1] is the largest absolute value
+    that the module put out in any case, and `magnitude/<component>/<attention>.scores` that of Q·Kᵀ as its graph forms
+    it (see `magnitudes`). The metadata key `cases` is JSON: a list of `Call`.
     """
     first, models = next(iter(pipelines.plain.values())), pipelines.models(checkpoint.family.components)
     tokenizers = [getattr(first, folder) for folder in checkpoint.family.tokenizers.values()]
-    calls = list(_calls(layout, chains, scale, inversion.prompts(first, tokenizers), _can(pipelines, more)))
-    with_loras = list(_with_loras(checkpoint, layout, calls))
+    calls = list(
+        recorded_calls.of_layout(layout, chains, scale, inversion.prompts(first, tokenizers), _can(pipelines, more))
+    )
+    with_loras = list(recorded_calls.with_loras(checkpoint, layout, calls))
     tensors, packer = dict[str, np.ndarray](), Packer()
     rows = [chains[call.chain].tables[call.table].rows for call in (*calls, *(call for _, call in with_loras))]
-    again = _drawn_again(calls, chains)
+    again = recorded_calls.drawn_again(layout, calls, chains)
     done, total = (
         0,
         sum(n + 1 for n in rows) + len(precisions) * sum(rows[i] + 1 if whole else 2 for i, whole in again.items()),
@@ -112,15 +101,18 @@ def write(
         for i, call in enumerate(calls):
             pipeline, control = pipelines.of(chains[call.chain].task, call.modes)
             pipeline.set_progress_bar_config(disable=True)
-            found = record_call(pipeline, checkpoint, chains[call.chain], call, more, control)
-            tensors |= {f"{i}/{name}": value for name, value in packer.pack(found, chains[call.chain]).items()}
+            extent = recorded_calls.extent(layout, chains[call.chain], control)
+            found = record_call(pipeline, checkpoint, chains[call.chain], call, more, control, extent)
+            tensors |= {
+                f"{i}/{name}": value for name, value in packer.pack(found, chains[call.chain], call.table).items()
+            }
             advance()
     with torch.inference_mode():
         for adapter, call in with_loras:
             pipeline, _ = pipelines.of(chains[call.chain].task, call.modes)
             with fuse.loaded(pipeline, *adapter):
                 found = record_call(pipeline, checkpoint, chains[call.chain], call, more)
-            kept = packer.pack(found, chains[call.chain])
+            kept = packer.pack(found, chains[call.chain], call.table)
             tensors |= {f"{len(calls)}/{name}": value for name, value in kept.items()}
             calls.append(call)
             advance()
@@ -142,7 +134,8 @@ def write(
                 advance()
     tensors |= packer.columns()
     tensors |= {f"magnitude/{name}": np.array([value], np.float32) for name, value in largest.items()}
-    path.write_bytes(save(tensors, metadata={"cases": json.dumps([asdict(call) for call in calls])}))
+    in_order = {name: np.asarray(array, order="C") for name, array in tensors.items()}  # safetensors reads no strides
+    path.write_bytes(save(in_order, metadata={"cases": json.dumps([asdict(call) for call in calls])}))
 
 
 def _can(pipelines: Sources, more: Mapping[str, Any]) -> Callable[[str, str], bool]:
@@ -152,72 +145,6 @@ def _can(pipelines: Sources, more: Mapping[str, Any]) -> Callable[[str, str], bo
         return more.keys() <= inspect.signature(pipelines.controlled[task, mode].__call__).parameters.keys()
 
     return can
-
-
-def _calls(
-    layout: Layout,
-    chains: Mapping[str, Chain],
-    scale: float,
-    of_tokens: Sequence[str],
-    can: Callable[[str, str], bool],
-) -> Iterator[Call]:
-    """Return the calls that are recorded. A chain of a further size or batch is tried once, as its graphs are those
-    of the first with other shapes; and once with each ControlNet and T2I-Adapter, if diffusers `can`."""
-    asked: list[tuple[str, str, Trial]] = []
-    for task, shape in layout.chains:
-        name = layout.name(task, shape)
-        tables = chains[name].tables
-        trials = [t for t in task.trials(_steps(chains[name]), layout.stream) if layout.guided or not t.guided]
-        found = [(name, _table(tables, trial), trial) for trial in trials]
-        known = {tables[table].guidance_scale for _, table, _ in found}
-        others = {e.guidance_scale: table for table, e in tables.items() if e.guidance_scale not in known}
-        found += [(name, table, Trial(tables[table].steps, trials[0].strength)) for table in others.values()]
-        asked += found if shape == layout.shapes[0] else found[:1]
-        modes = [c.mode for c in layout.steered.of(task.name) if can(task.name, c.mode)]
-        asked += [
-            (name, table, replace(trial, mode=m))
-            for m in modes
-            for _, table, trial in found[-1 if task.before else 0 :][:1]
-        ]
-    first = next(iter(chains))
-    table, trial = next((table, trial) for name, table, trial in asked if name == first)
-    prompts = [_rows(PROMPTS, i, chains[name].batch) for i, (name, _, _) in enumerate(asked)]
-    for start in range(0, len(of_tokens), chains[first].batch):
-        asked.append((first, table, Trial(trial.steps, trial.strength)))
-        prompts.append(_rows(of_tokens, start, chains[first].batch))
-    for i, ((name, table, trial), prompt) in enumerate(zip(asked, prompts, strict=True)):
-        entry = chains[name].tables[table]
-        yield Call(
-            chain=name,
-            table=table,
-            modes=[*(_modes(layout) if trial.guided else []), *filter(None, [trial.mode])],
-            prompt=prompt,
-            seed=1000 + i,
-            num_inference_steps=entry.steps,
-            strength=trial.strength if entry.strength is None else entry.strength,
-            guidance_scale=scale if trial.guided else entry.guidance_scale or 0.0,
-        )
-
-
-def _with_loras(
-    checkpoint: Checkpoint, layout: Layout, calls: Sequence[Call]
-) -> Iterator[tuple[tuple[Adapter, float], Call]]:
-    """Return a call with each LoRA of the order for the first chain of each task, but for a stream: the first of those
-    that are recorded without, and its LoRA and strength."""
-    names = [layout.name(task, layout.shapes[0]) for task in layout.tasks if not task.streams]
-    for adapter, strength in read_references(checkpoint):
-        known = digest(adapter.path)
-        for name in names:
-            plain = next(call for call in calls if call.chain == name)
-            yield (adapter, strength), replace(plain, adapters=[(known, strength)], errors={})
-
-
-def _drawn_again(calls: Sequence[Call], chains: Mapping[str, Chain]) -> dict[int, bool]:
-    """Return the calls of which diffusers' own error in a lower precision is recorded, and whether to their picture:
-    those of many evaluations; of the first from text the first prediction is enough."""
-    from_text = [i for i, call in enumerate(calls) if chains[call.chain].task == TEXT_TO_IMAGE]
-    many = [i for i, c in enumerate(calls) if bounds.has_many(chains[c.chain].tables[c.table].rows, c.modes)]
-    return dict.fromkeys(from_text[:1], False) | dict.fromkeys(many, True)
 
 
 class _Enough(Exception):
@@ -258,25 +185,5 @@ def _error(image: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     return {name: metrics.METRICS[name](image, reference) for name in bounds.BOUNDS["fp16"]["image"]}
 
 
-def _rows(prompts: Sequence[str], start: int, batch: int) -> list[str]:
-    return [prompts[(start + row) % len(prompts)] for row in range(batch)]
-
-
 def _feed(checkpoint: Checkpoint, control: Control | None) -> str | None:
     return None if control is None else recording_controls.feed(checkpoint.family, checkpoint.configs, control)
-
-
-def _modes(layout: Layout) -> list[str]:
-    """Return the modes of a guided call; with a negative prompt if that has text encoders of its own, to judge them."""
-    return [GUIDANCE, NEGATIVE_PROMPT] if layout.zeros and layout.clip_skip else [GUIDANCE]
-
-
-def _steps(chain: Chain) -> list[int]:
-    return sorted({entry.steps for entry in chain.tables.values()})
-
-
-def _table(tables: Mapping[str, TableEntry], trial: Trial) -> str:
-    """Return the name of the first table of a trial."""
-    begin = 0 if trial.strength is None else trial.steps - min(int(trial.steps * trial.strength), trial.steps)
-    fits = (n for n, e in tables.items() if e.steps == trial.steps and (e.strength is not None or e.begin == begin))
-    return next(fits)

@@ -108,6 +108,7 @@ def in_each_precision(cases: Iterable[tuple[str, ...]]) -> list[ParameterSet]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bundles", type=Path, metavar="FOLDER", help="keep the shared bundles here for the next session")
+    parser.addoption("--combinations", default="0:6", metavar="A:B", help="the seeds of test_combinations.py")
 
 
 CORES = os.sched_getaffinity(0) if sys.platform == "linux" else set()

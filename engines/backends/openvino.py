@@ -104,7 +104,6 @@ def _recorded(bundle: Bundle, graph_name: str) -> Iterator[dict[str, np.ndarray]
         for case in reference.read(bundle, chain.name).cases if stages else ():
             recorded = Recorded(chain, case)
             for stage in (s for s in stages if s.runs(case.modes)):
-                last = recorded.table.rows - 1
-                for row in range(last + 1) if stage.when == "step" else [last]:
+                for row in recorded.rows_of(stage):
                     named = ((t.name, stage.wires.get(t.name, t.name)) for t in chain.graphs[graph_name].inputs)
                     yield {own: recorded.value(name, row) for own, name in named}

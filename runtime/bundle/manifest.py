@@ -18,7 +18,7 @@ FORMAT_VERSION = 2
 TEXT_TO_IMAGE, IMAGE_TO_IMAGE, INPAINTING, STREAM = "text-to-image", "image-to-image", "inpainting", "stream"
 """The tasks. The first chain of a bundle is its default."""
 
-FEATURES = ("adapters", "control", "expansions", "keep", "modes", "multistep", "stream", "wires")
+FEATURES = ("adapters", "control", "excerpts", "expansions", "keep", "modes", "multistep", "stream", "wires")
 """The optional features of the format that this version reads."""
 
 PLACES = ("prompt", "image", "step", "end")

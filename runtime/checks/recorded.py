@@ -7,10 +7,11 @@ from types import MappingProxyType
 
 import numpy as np
 
+from turbochain.runtime.bundle.manifest import Stage
 from turbochain.runtime.chain import wiring
 from turbochain.runtime.chain.opened import OpenChain
 from turbochain.runtime.chain.tables import Table
-from turbochain.runtime.checks.reference import Case, whole
+from turbochain.runtime.checks.reference import SAMPLED, Case, products
 from turbochain.runtime.inputs.embeds import NEGATIVE
 from turbochain.runtime.inputs.guidance import GUIDANCE
 
@@ -36,7 +37,8 @@ class Recorded:
         return made | {name for name, feed in chain.feeds.items() if feed.when == "step"} | {*chain.carry.values()}
 
     def value(self, name: str, row: int) -> np.ndarray:
-        """Return what was fed or made under this name in a row: from the recording, the table, or the walk along it."""
+        """Return what was fed or made under this name in a row: from the recording, the table or the walk along it, or
+        from the engine if there is a sample alone."""
         if name in self.columns:
             column = self.columns[name]
             return column[row if len(column) > 1 else 0]
@@ -45,24 +47,44 @@ class Recorded:
             return self._history(row)
         if name in self.slots:
             return self.slots[name]
+        at = row if name in self._per_step else 0
+        if (name, at) in self.case.made:
+            return self.case.made[name, at]
         if name not in self.tensors:
             tensor = self.chain.tensors[name]
             return np.zeros(tensor.shape, tensor.dtype)
-        return self.tensors[name][row] if name in self._per_step else self.tensors[name]
+        return self._of_row(name, row) if name in self._per_step else self.tensors[name]
+
+    def sample(self, name: str, row: int) -> np.ndarray | None:
+        """Return the sample that an excerpt has of what was made under this name in a row, if it has one."""
+        found = self.tensors.get(SAMPLED + name)
+        return None if found is None else found[row] if name in self._per_step else found
+
+    def rows_of(self, stage: Stage) -> range:
+        """Return the rows in which what a stage read was recorded: one, if it is not in the loop."""
+        if stage.when == "end":
+            last = self.chain.passes(self.case.table) - 1
+            return range(last, last + 1)
+        return range(len(self.tensors["prediction"]) if stage.when == "step" else 1)
+
+    def _of_row(self, name: str, row: int) -> np.ndarray:
+        """Return what was recorded in a row; an excerpt's last one is that of the loop's last row."""
+        return self.tensors[name][min(row, len(self.tensors[name]) - 1)]
 
     def feeds(self, when: str) -> dict[str, np.ndarray]:
-        """Return what the case's feeds hold: those of a call, of every step [rows, …], or what held ones begin with."""
+        """Return what the case's feeds hold, but for noise: those of a call, of every step [rows, …], or what held ones
+        begin with."""
         read = self.chain.read(self.modes)
-        names = [name for name, feed in read.items() if feed.when == when]
+        names = [name for name, feed in read.items() if feed.when == when and feed.is_ != "noise"]
         rows = range(self.chain.passes(self.case.table))
         return {n: np.array([self.value(n, i) for i in rows]) if when == "step" else self.value(n, 0) for n in names}
 
     def rows(self, name: str) -> np.ndarray:
-        """Return what the sampler's step read or made in each row of the table, [rows, B, …].
+        """Return what the sampler's step read or made in each row that was recorded, [rows, B, …].
 
         A stream makes all rows at once; what it makes goes on to the next row, and leaves after the last one."""
         if not self.chain.chain.stream:
-            return self.tensors[name]
+            return self.tensors[name][: len(self.tensors["prediction"])]
         parts = {"latents": ("all_latents",), "next_latents": ("next_stream_latents", "next_latents")}
         return np.concatenate([self.tensors[part][0] for part in parts.get(name, (name,))])[:, None]
 
@@ -81,7 +103,7 @@ class Recorded:
         latents, prediction, noise = (self.rows(k).astype(np.float64) for k in ("latents", predicted, "noise"))
         state = np.zeros((self.table.K, *latents.shape[1:]))
         states = []
-        for row in range(self.table.rows):
+        for row in range(len(latents)):
             state = np.stack([latents[row], *state[1:]])
             m, v, w = (a[row].astype(np.float64) for a in (self.table.m, self.table.v, self.table.w))
             state = np.tensordot(m, state, 1) + np.multiply.outer(v, prediction[row]) + np.multiply.outer(w, noise[row])
@@ -94,7 +116,7 @@ def guided(chain: OpenChain, case: Case) -> Recorded:
     and what the rows leave is what the table makes of them."""
     own = {**case.tensors, "guidance_scale": np.array([3], np.float32)}
     own[f"{NEGATIVE}prediction"] = own["prediction"] / 2
-    tensors = whole(own, {}, chain.chain)
+    tensors = own | products(own)
     made = Recorded(chain, replace(case, tensors=tensors, modes=frozenset([GUIDANCE])))
     tensors["next_latents"] = made.walked[:, 0].astype(np.float32)
     return made

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,10 +18,23 @@ Errors = dict[str, dict[str, float]]
 COLUMNS = "columns/"
 """In front of the name of a column of the time: its distinct rows, once for all cases."""
 
+SAMPLED = "sampled/"
+"""In front of the name of a tensor of which an excerpt has a sample alone."""
+
+_EVERY = 61  # a prime, so that a sample has values of all channels and of all places
+
+
+def sample(value: np.ndarray) -> np.ndarray:
+    """Return every 61st value, [N]."""
+    return value.reshape(-1)[::_EVERY].copy()  # a view would keep all of it in memory
+
 
 @dataclass(frozen=True)
 class Case:
-    """One recorded call of diffusers' pipeline; tensors as export.reference.write documents them, all of them whole."""
+    """One recorded call of diffusers' pipeline; tensors as export.reference.write documents them.
+
+    An excerpt has the tensors of the loop for its first rows alone, and of what is carried that of the last row too.
+    """
 
     prompt: list[str]
     seed: int
@@ -30,6 +43,8 @@ class Case:
     tensors: Arrays
     adapters: tuple[tuple[str, float], ...]  # SHA-256 of a LoRA's file, scale
     errors: Errors
+    made: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
+    # (name, row) → what an engine made, where an excerpt has a sample: other stages are fed with it
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,7 @@ def read(bundle: Bundle, chain: str, *, adapters: bool = False) -> Reference:
         for i, case in enumerate(told):
             if case["chain"] == chain and bool(case.get("adapters")) == adapters:
                 kept = {n.removeprefix(f"{i}/"): file.get_tensor(n) for n in names if n.startswith(f"{i}/")}
-                tensors = whole(kept, columns, bundle.manifest.chains[chain])
+                tensors = whole(kept, columns, bundle.manifest.chains[chain], case["table"])
                 applied = tuple((file, scale) for file, scale in case.get("adapters", []))
                 modes, errors = frozenset(case["modes"]), case.get("errors", {})
                 cases.append(Case(case["prompt"], case["seed"], case["table"], modes, tensors, applied, errors))
@@ -64,19 +79,27 @@ def read(bundle: Bundle, chain: str, *, adapters: bool = False) -> Reference:
     return Reference(cases, [case.get("errors", {}) for case in told])
 
 
-def whole(kept: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray], chain: Chain) -> Arrays:
-    """Return all that a call read and made, of what the file keeps of it; `export.packing.pack` is the other way.
+def whole(kept: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray], chain: Chain, table: str) -> Arrays:
+    """Return what was recorded of a call, of what the file keeps of it; `export.packing.pack` is the other way.
 
-    `columns`: the distinct rows of each column of the time.
+    `columns`: the distinct rows of each column of the time. `table`: the one that the call followed.
     """
     found = {name: columns[name][value] if name in columns else value for name, value in kept.items()}
     found.setdefault("noise", np.zeros_like(found["prediction"]))  # of a call that draws none in its steps
     for made, read in chain.carry.items():
         if made in found:
-            found[made] = np.concatenate([found[read][1:], found[made][-1:]])
+            is_excerpt = len(found[read]) < chain.tables[table].rows
+            left = found[made] if is_excerpt else found[made][-1:]  # a file may keep all rows that were made
+            found[made] = np.concatenate([found[read][1:], left])
+    return found | products(found)
+
+
+def products(found: Mapping[str, np.ndarray]) -> Arrays:
+    """Return what guidance and a T2I-Adapter's scale make of the tensors of a call."""
+    made: Arrays = {}
     if (negative := found.get(f"{NEGATIVE}prediction")) is not None:
-        found["guided_prediction"] = negative + found["guidance_scale"] * (found["prediction"] - negative)
+        made["guided_prediction"] = negative + found["guidance_scale"] * (found["prediction"] - negative)
     for name in [name for name in found if name.startswith("t2i_state_")]:
         scale = found["adapter_conditioning_scale"].reshape(-1, *[1] * found[name].ndim)
-        found[name.replace("state", "feature")] = scale * found[name]
-    return found
+        made[name.replace("state", "feature")] = scale * found[name]
+    return made

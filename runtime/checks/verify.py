@@ -24,7 +24,7 @@ from turbochain.runtime.chain.slots import ChainSlots
 from turbochain.runtime.checks import bounds, metrics, reference
 from turbochain.runtime.checks.bounds import AT_LEAST, Bounds
 from turbochain.runtime.checks.recorded import Recorded, guided
-from turbochain.runtime.checks.reference import Case
+from turbochain.runtime.checks.reference import SAMPLED, Case, sample
 from turbochain.runtime.errors import InputError, VerificationError
 from turbochain.runtime.inputs.feeds import tokenizers
 from turbochain.runtime.inputs.guidance import GUIDANCE
@@ -68,6 +68,8 @@ def verify(
         for j, one in enumerate(every):
             progress(i * len(cases) + j, len(modes) * len(cases))
             _keep_worst(worst, _checks(chain, executor, computed, readers, one, own, new_alone=i > 0))
+            if i == len(modes) - 1:
+                one.case.made.clear()
         for stage in unseen:
             made = guided(chain, cases[0])
             _keep_worst(worst, _check_stage(chain, executor, stage, computed[stage.graph], made, own))
@@ -251,18 +253,21 @@ def _check_schedule(chain: OpenChain, recorded: Recorded) -> Iterator[Check]:
 def _check_stage(
     chain: OpenChain, executor: Executor, stage: Stage, precision: str, recorded: Recorded, own: Bounds
 ) -> Iterator[Check]:
-    """Run a stage alone on what was recorded, in every row if it is in the loop."""
+    """Run a stage alone on what was recorded, in every row that was if it is in the loop."""
     graph = chain.graphs[stage.graph]
     plan, bound = graph_plan(stage.graph, graph), bounds.of_stage(precision, stage.judged, graph.model_class, own)
-    passes = chain.passes(recorded.case.table)
-    rows = {"step": range(passes), "end": [passes - 1]}
-    for row in rows.get(stage.when, [0]):
+    sampled = any(name.startswith(SAMPLED) for name in recorded.tensors)
+    for row in recorded.rows_of(stage):
         feeds = {t.name: recorded.value(stage.wires.get(t.name, t.name), row) for t in graph.inputs}
         results = executor.execute(plan, feeds).arrays
         for tensor in graph.outputs:
             name = stage.wires.get(tensor.name, tensor.name)
             if name in recorded.tensors:
                 yield from _judge(stage.graph, bound, results[tensor.name], recorded.value(name, row))
+            elif sampled:
+                recorded.case.made[name, row] = results[tensor.name].copy()
+                if (part := recorded.sample(name, row)) is not None:
+                    yield from _judge(stage.graph, bound, sample(results[tensor.name]), part)
 
 
 def _check_chain(chain: OpenChain, executor: Executor, bound: Bounds, recorded: Recorded) -> Iterator[Check]:

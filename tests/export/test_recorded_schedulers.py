@@ -13,7 +13,8 @@ from samplers import BETAS, BOUND, sampler, write
 from turbochain.export import load, schedule, tasks
 from turbochain.export.chains import Layout
 from turbochain.export.families import Shape
-from turbochain.export.recording import Call, record_call
+from turbochain.export.recorded_calls import Call
+from turbochain.export.recording import record_call
 from turbochain.export.run import SamplerRun
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.runtime import InputError

@@ -147,11 +147,38 @@ def test_reference_is_what_diffusers_does(bundle: Bundle, checkpoints: dict[str,
 def test_a_call_that_its_reference_would_not_tell_is_an_error(i: int, name: str) -> None:
     """Only what follows from the rest is left out: of a run of three rows, and of a call with guidance."""
     bundle = Bundle.open(ROOT / "tests/golden/bundle")
-    chain, found = bundle.manifest.chains["text-to-image"], checks.read(bundle, "text-to-image").cases[i].tensors
-    kept = Packer().pack(found, chain)
+    chain, case = bundle.manifest.chains["text-to-image"], checks.read(bundle, "text-to-image").cases[i]
+    found = case.tensors
+    kept = Packer().pack(found, chain, case.table)
     assert kept.keys() == {*found} - {"guided_prediction"} and len(kept["next_latents"]) == 1
     with pytest.raises(RuntimeError, match=f"differs from what its reference would say: {name}$"):
-        Packer().pack({**found, name: found[name] + np.float32(1e-3)}, chain)
+        Packer().pack({**found, name: found[name] + np.float32(1e-3)}, chain, case.table)
+
+
+def test_an_excerpt_is_kept_and_read_as_it_was() -> None:
+    """Two rows of three, and what the last one left."""
+    bundle = Bundle.open(ROOT / "tests/golden/bundle")
+    chain, case = bundle.manifest.chains["text-to-image"], checks.read(bundle, "text-to-image").cases[1]
+    found = case.tensors
+    of_loop = ("latents", "prediction", "noise")
+    excerpt = {**found, **{name: found[name][:2] for name in of_loop}}
+    assert [len(found[name]) for name in of_loop] == [3] * 3
+    packer = Packer()
+    kept = packer.pack(excerpt, chain, case.table)
+    np.testing.assert_array_equal(kept["next_latents"], found["next_latents"][1:])
+    columns = {name.removeprefix("columns/"): value for name, value in packer.columns().items()}
+    again = checks.whole(kept, columns, chain, case.table)
+    assert again.keys() == excerpt.keys()
+    assert all(np.array_equal(again[name], value) for name, value in excerpt.items())
+
+
+def test_a_reference_may_keep_every_row_of_what_is_carried() -> None:
+    """As bundles do that were built before it was left out."""
+    bundle = Bundle.open(ROOT / "tests/golden/bundle")
+    chain, case = bundle.manifest.chains["text-to-image"], checks.read(bundle, "text-to-image").cases[1]
+    assert len(case.tensors["next_latents"]) == 3
+    again = checks.whole(case.tensors, {}, chain, case.table)
+    np.testing.assert_array_equal(again["next_latents"], case.tensors["next_latents"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,23 +4,28 @@ a size that does not halve evenly."""
 import contextlib
 import json
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import control_nets
 import numpy as np
+import onnx
 import pytest
 import small_bundle
 from calls import assert_nothing_left, of_chains, output
-from conftest import ON
+from conftest import ON, reseal
 from here import build_here
 from interrupted import SIZE
+from safetensors import safe_open
 from standin import Runtime, StandIn, pipeline, standing_in
 from test_parity import assert_same_picture, load_diffusers, theirs
 
 from turbochain.engines import build
 from turbochain.runtime import Bundle, Pipeline
 from turbochain.runtime.checks import reference
+from turbochain.runtime.checks.verify import verify_bundle
 
 SIZED = ("unet", "vae_decoder")
 FIRST, OTHER = "text-to-image", "other"
@@ -114,6 +119,55 @@ def test_sizes_in_any_order(checkpoints: dict[str, Path], tmp_path: Path) -> Non
         if backend == "onnxruntime":  # whose graphs the stand-in runs
             with on_the_stand_in(path) as (pipe, _):
                 check_in_a_random_order(pipe, calls, right)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_further_size_with_controls(family: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """What a ControlNet and a T2I-Adapter make is recorded as a sample; a wrong residual in either graph is found."""
+    more: dict[str, Any] = {"steps": [4], "size": [(64, 64), (96, 64)], "lora_rank": 4}
+    control_nets.build(family, checkpoints[family], tmp_path, **more)
+    path = tmp_path / "made.bundle"
+    assert "excerpts" in Bundle.open(path).manifest.requires
+    _, checks = verify_bundle(path)
+    assert all(check.passed for chain in checks.values() for check in chain)
+    further = checks["text-to-image@96x64"]
+    nets = {"controlnet_embedding-canny@96x64", "controlnet-canny@96x64", "t2i_adapter-sketch@96x64"}
+    assert nets | {"unet@96x64", "unet+lora@96x64"} <= {check.stage for check in further}
+    with safe_open(path / "reference.safetensors", "numpy") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    sampled = {name.partition("/")[0] for name in shapes if "/sampled/" in name}
+    whole = {name.partition("/")[0] for name in shapes if name.endswith("/mid_block_residual")}
+    assert sampled and whole and not sampled & whole
+    assert {shapes[f"{i}/mid_block_residual"][0] for i in whole} == {1, 2}
+    for graph, change in (("controlnet-canny@96x64", made_larger), ("unet@96x64", read_larger)):
+        other = tmp_path / f"{graph}.bundle"
+        subprocess.run(["cp", "-r", path, other], check=True)
+        proto = onnx.load(other / f"graphs/{graph}.onnx", load_external_data=False)
+        change(proto.graph)
+        onnx.save(proto, other / f"graphs/{graph}.onnx")
+        reseal(other)
+        _, checks = verify_bundle(other, chain="text-to-image@96x64")
+        refused = {check.stage for check in checks["text-to-image@96x64"] if not check.passed}
+        assert graph in refused and refused <= {graph, "unet@96x64", "unet+lora@96x64", "image"}
+
+
+def made_larger(graph: Any) -> None:
+    """Make one residual 1% larger."""
+    name = graph.output[1].name
+    (node,) = (node for node in graph.node if name in node.output)
+    node.output[[*node.output].index(name)] = "right"
+    graph.initializer.append(onnx.numpy_helper.from_array(np.float32(1.01), "factor"))
+    graph.node.append(onnx.helper.make_node("Mul", ["right", "factor"], [name]))
+
+
+def read_larger(graph: Any) -> None:
+    """Read one residual as 1% larger."""
+    name = "down_block_residual_1"
+    for node in graph.node:
+        node.input[:] = ["larger" if read == name else read for read in node.input]
+    graph.initializer.append(onnx.numpy_helper.from_array(np.float32(1.01), "factor"))
+    graph.node.insert(0, onnx.helper.make_node("Mul", [name, "factor"], ["larger"]))
 
 
 @pytest.mark.full

@@ -171,7 +171,7 @@ def test_the_pages_words_are_those_that_are_read() -> None:
     assert sorted(re.findall(r"`(\w+)`", features)) == sorted(manifest.FEATURES)
     (per,) = re.findall(r"`per`, one of (.*?)\. A `discarded`", FORMAT, re.S)
     assert sorted(re.findall(r'"(\w+)": ', per)) == sorted(manifest.PER)
-    (judged,) = re.findall(r"`judged` says what it makes, which decides the bound: ([^.]*)\.", CHECKS)
+    (judged,) = re.findall(r"`judged` says what it makes, which decides\s+the bound: ([^.]*)\.", CHECKS)
     assert sorted(re.findall(r"`(\w+)`", judged)) == sorted(manifest.JUDGED)
 
 
@@ -223,9 +223,10 @@ def test_the_pages_have_every_key(kind: Any) -> None:
 
 
 def test_every_optional_feature_has_its_words() -> None:
-    """On the first page, or under a heading of the second."""
+    """On the first page, under a heading of the second, or where the reference is described."""
     headings = {word for line in re.findall(r"^## (.*)$", FEATURES, re.M) for word in line.split(" and ")}
-    assert headings | {"modes", "multistep", "wires"} == {*manifest.FEATURES}
+    of_reference = re.findall(r"requires `(\w+)`", CHECKS)
+    assert headings | {"modes", "multistep", "wires", *of_reference} == {*manifest.FEATURES}
 
 
 @pytest.mark.parametrize(

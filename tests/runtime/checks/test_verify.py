@@ -17,12 +17,16 @@ from wrong_bundles import (
     MUTATIONS,
     TABLES,
     Arrays,
+    Change,
     Copy,
     channels_swapped,
     coefficients_exchanged,
+    floor_for_round,
     in_graph,
     in_reference,
+    in_rows,
     in_tables,
+    not_a_number,
     predictions_exchanged,
     scaled,
 )
@@ -126,6 +130,40 @@ def test_a_guided_step_that_was_not_recorded_is_checked(
     checks = checks_of(path, loaded("sdxl"))
     assert failed(checks) == ({"step+guidance"} if change else set())
     assert "step+guidance" in {check.stage for check in checks}
+
+
+def only_an_excerpt(arrays: Arrays, cases: list[dict[str, Any]]) -> None:
+    """Leave of text-to-image the call of four steps, as it is recorded of a further size: two rows of the loop, and
+    what the last one leaves."""
+    (i,) = (i for i, case in enumerate(cases) if case["table"] == "4" and case["chain"] == "text-to-image")
+    for case in cases[:i] + cases[i + 1 :]:
+        case["chain"] = "another"
+    left = np.stack([arrays[f"{i}/latents"][2], arrays[f"{i}/next_latents"][0]])
+    arrays |= {f"{i}/{name}": arrays[f"{i}/{name}"][:2] for name in ("latents", "prediction")}
+    arrays[f"{i}/next_latents"] = left
+
+
+@pytest.mark.parametrize(
+    ("change", "stages_hit"),
+    [
+        (None, set()),
+        (in_rows("v", lambda row: row * 0.99, at_step=1), {"schedule", "step", "image"}),
+        (in_rows("v", lambda row: row * 0.99, at_step=2), {"image"}),  # of a row that was not recorded
+        (in_graph("vae_decoder", floor_for_round), {"vae_decoder", "image"}),
+        (in_graph("unet", not_a_number), {"unet", "image"}),
+    ],
+)
+def test_an_excerpt_of_a_call(
+    change: Change | None, stages_hit: set[str], sd: Path, copy_of: Copy, loaded: Callable[[str], Loaded]
+) -> None:
+    path = copy_of(sd)
+    in_reference(path, only_an_excerpt)
+    if change:
+        change(path, Path())
+        reseal(path)
+    checks = checks_of(path, loaded("sd"))
+    assert failed(checks) == stages_hit
+    assert {"text_encoder", "unet", "step", "step+guidance", "vae_decoder", "image"} <= {c.stage for c in checks}
 
 
 def test_a_figure_above_its_bound_is_shown_though_a_larger_one_is_allowed(
