@@ -41,7 +41,8 @@ def watch(
 
     `most`: the steps of which the list gets a ControlNet's residuals (None: all).
     """
-    net, rows = getattr(pipeline, control.kind.argument), []
+    net = getattr(pipeline, control.kind.argument)
+    rows: list[Row] = []
     if control.kind is controlnet.KIND:
         columns: Row = {}
         for name in family.columns:
