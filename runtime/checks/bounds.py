@@ -78,16 +78,14 @@ def has_many(evaluations: int, modes: Collection[str]) -> bool:
     return evaluations > FEW_EVALUATIONS or GUIDANCE in modes
 
 
-def of_image(precision: str, errors: Mapping[str, Bounds], predicted: str = "fp32") -> Bounds:
+def of_image(precision: str, errors: Mapping[str, Bounds]) -> Bounds:
     """Return the bounds of a whole chain's picture, whose least precise stage is computed in `precision`.
 
-    `predicted`: what its predictions are computed in. An error of a prediction moves edges, and other pictures differ
-    more than the few that are recorded: so in int8 these have the bounds of bf16.
     `errors`: precision → metric → diffusers' own against its fp32, of a call with many evaluations. 1.25 times that is
     the bound, unless a picture of few evaluations may have a larger error: two runs of diffusers in bf16 that round in
     other places are up to 1.7 dB apart, so that the smallest errors are no measure.
     """
-    fixed = BOUNDS["bf16" if predicted == "int8" else precision]["image"]
+    fixed = BOUNDS[precision]["image"]
     own = errors.get("bf16" if precision == "int8" else precision)
     if not own or "psnr" not in own or precision == "fp32":
         return fixed

@@ -243,9 +243,7 @@ def _checks(
         if stage.runs(recorded.modes) and not (new_alone and stage.runs(recorded.case.modes)):
             yield from _check_stage(chain, executor, stage, computed[stage.graph], recorded, own)
     least = max((computed[g] for g in chain.graphs), key=COMPUTED.index)
-    predicted = [computed[stage.graph] for stage in chain.chain.stages if stage.judged == "prediction"]
-    bound = bounds.of_image(least, recorded.case.errors, max(predicted, key=COMPUTED.index, default="fp32"))
-    yield from _check_chain(chain, executor, bound, recorded)
+    yield from _check_chain(chain, executor, bounds.of_image(least, recorded.case.errors), recorded)
 
 
 def _check_schedule(chain: OpenChain, recorded: Recorded) -> Iterator[Check]:

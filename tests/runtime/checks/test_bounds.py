@@ -72,9 +72,6 @@ def test_the_bounds_are_those_of_the_page() -> None:
         *bounds.COLUMN.values(),
     ]
     assert others == ["the same"] * 2 and bounds.of_stage("bf16", "state", "") == bounds.STATE
-    assert "If predictions are in int8, the image has the bounds of bf16" in PAGE
-    assert bounds.of_image("int8", {}, "int8") == bounds.BOUNDS["bf16"]["image"]
-    assert bounds.of_image("int8", {}, "bf16") == bounds.BOUNDS["int8"]["image"]
 
 
 def test_a_figure_that_is_too_low_is_shown_as_such() -> None:
