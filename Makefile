@@ -17,7 +17,7 @@ TWO := -n 2 --dist loadfile --no-loadscope-reorder
 BUNDLES ?= .test-bundles
 BENCH ?= synthetic:sd-turbo
 PRECISION ?= fp32
-PEERS := optimum-onnx optimum-intel
+PEERS := optimum-onnx optimum-intel stable-diffusion-cpp
 BENCH_GPU ?= synthetic:sd-turbo synthetic:sdxl-turbo
 TINY := --vae tiny --steps 1 --batch 1 --cold --pairs tensorrt-fp16:eager-fp16-tuned tensorrt-fp16:compiled-fp16
 COMBINATIONS ?= 0:40
@@ -102,7 +102,8 @@ bench-setup: $(PEERS:%=.bench/%/.installed)
 # is needed: with dependencies would come torchvision with gigabytes of CUDA, and a package that reports over the network.
 .bench/%/.installed: benchmarks/peers/%.txt
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip --disable-pip-version-check install -q torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	if grep -q ^diffusers $<; then \
+	  $(@D)/bin/python -m pip --disable-pip-version-check install -q torch==$$(sed -n 's/^torch==//p' constraints.txt); fi
 	$(@D)/bin/python -m pip --disable-pip-version-check install -q --no-deps -r $<
 	touch $@
 

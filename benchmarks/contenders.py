@@ -12,15 +12,16 @@ class Contender:
     """One way of making a picture; it runs in a process of its own."""
 
     name: str
-    kind: str  # "ours", "eager", "compiled", "graphed", "optimum.onnxruntime", "optimum.intel" or "openvino.genai"
+    kind: str  # "ours", or one of KINDS in peers.py and cpu_peers.py
     precision: str  # what it computes in
     backend: str = ""  # ours
-    options: Mapping[str, Any] = field(default_factory=dict)  # of our engine, or OpenVINO's of its peers
+    options: Mapping[str, Any] = field(default_factory=dict)  # of our engine, or the peer's library's own
     channels_last: bool = False
     tuned: bool = False  # with what diffusers' guide and PyTorch offer besides: see peers.py
     compiled: bool = False  # graphed: the modules are compiled by Inductor
     vae: str = ""  # eager, compiled: "bf16", or "rescaled" to fit fp16 as our export does; "": as diffusers has it
     environment: str = ""  # its folder in .bench/ (make bench-setup); "": the Python that runs the benchmark
+    truncates: bool = False  # to levels; diffusers rounds, so that half of the values are one lower
     own_vae: bool = False  # decodes with the checkpoint's own VAE although the others have --vae
     mode: str = ""  # ours: "stages" launches and times them one by one, "cached" keeps the prompt's embeddings
 
@@ -64,8 +65,18 @@ def _optimum_intel(precision: str, hint: str) -> Contender:
 def _genai(precision: str, hint: str) -> Contender:
     options = {"INFERENCE_PRECISION_HINT": hint, "CACHE_DIR": ""}
     return Contender(
-        f"openvino-genai-{precision}", "openvino.genai", precision, options=options, environment="optimum-intel"
+        f"openvino-genai-{precision}",
+        "openvino.genai",
+        precision,
+        options=options,
+        truncates=True,
+        environment="optimum-intel",
     )
+
+
+def _cpp(wtype: str, precision: str) -> Contender:
+    name = "stable-diffusion-cpp"
+    return Contender(f"{name}-{wtype}", "stable-diffusion.cpp", precision, options={"wtype": wtype}, environment=name)
 
 
 CONTENDERS = {
@@ -73,9 +84,12 @@ CONTENDERS = {
     for contender in (
         _openvino("openvino-bf16", "bf16", inference_precision="bf16"),
         _openvino("openvino-fp32", "fp32", inference_precision="fp32"),
-        _openvino("openvino-int8", "int8", inference_precision="bf16", vae_int8=True),
-        _openvino("openvino-fp32-vae-int8", "int8", inference_precision="fp32", vae_int8=True),
+        _openvino("openvino-int8", "int8", inference_precision="bf16", int8="vae"),  # the name of before there was more
+        _openvino("openvino-int8-all", "int8", inference_precision="bf16", int8="all"),
+        _openvino("openvino-fp32-vae-int8", "int8", inference_precision="fp32", int8="vae"),
+        _openvino("openvino-fp32-int8-all", "int8", inference_precision="fp32", int8="all"),
         Contender("onnxruntime-fp32", "ours", "fp32", "onnxruntime"),
+        Contender("onnxruntime-int8-all", "ours", "int8", "onnxruntime", {"int8": "all"}),
         Contender("onnxruntime-fp16", "ours", "fp16", "onnxruntime"),
         Contender("onnxruntime-fp16-nhwc", "ours", "fp16", "onnxruntime", {"prefer_nhwc": True}),
         Contender("tensorrt-fp16", "ours", "fp16", "tensorrt"),
@@ -94,6 +108,10 @@ CONTENDERS = {
         _optimum_intel("bf16", "bf16"),
         _genai("fp32", "f32"),
         _genai("bf16", "bf16"),
+        Contender("fastsd", "fastsd", "bf16", options={"CACHE_DIR": ""}, environment="optimum-intel"),
+        _cpp("f32", "fp16"),  # its convolutions are in fp16
+        _cpp("f16", "fp16"),
+        _cpp("q8_0", "int8"),
     )
 }
 REFERENCE = CONTENDERS["eager-fp32"]
@@ -146,11 +164,19 @@ CPU = Defaults(
         "openvino-fp32:eager-fp32",
         "onnxruntime-fp32:eager-fp32",
         "openvino-int8:eager-bf16-channels-last",
+        "openvino-int8-all:eager-bf16-channels-last",
         "openvino-fp32-vae-int8:eager-fp32",
+        "openvino-fp32-int8-all:eager-fp32",
+        "onnxruntime-int8-all:eager-fp32",
         "openvino-bf16:optimum-intel-bf16",
         "openvino-fp32:optimum-intel-fp32",
         "openvino-bf16:openvino-genai-bf16",
         "openvino-fp32:openvino-genai-fp32",
+        "openvino-bf16:fastsd",
+        "openvino-fp32:fastsd",
+        "openvino-fp32:stable-diffusion-cpp-f32",
+        "openvino-fp32:stable-diffusion-cpp-f16",
+        "openvino-int8-all:stable-diffusion-cpp-q8_0",
         "openvino-fp32:optimum-onnx",
         "onnxruntime-fp32:optimum-onnx",
         "openvino-bf16:compiled-bf16",

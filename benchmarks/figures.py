@@ -90,9 +90,12 @@ def width(found: Spread) -> float:
     return max(found.median - found.low, found.high - found.median) / found.median
 
 
-def check(pictures: np.ndarray, references: np.ndarray, precision: str) -> Check:
-    """Compare pictures [B, H, W, 3] uint8 with eager fp32's, by the bounds of `precision`."""
-    bound = BOUNDS[precision]["image"]
+def check(pictures: np.ndarray, references: np.ndarray, precision: str, truncated: bool = False) -> Check:
+    """Compare pictures [B, H, W, 3] uint8 with eager fp32's, by the bounds of `precision`.
+
+    Of pictures that were `truncated` to levels any share of the values may differ by as many levels as is allowed.
+    """
+    bound = {m: b for m, b in BOUNDS[precision]["image"].items() if not (truncated and m == "fraction_differing")}
     found: dict[str, float] = {metric: getattr(metrics, metric)(pictures, references) for metric in bound}
     levels = np.abs(pictures.astype(int) - references)
     return Check(

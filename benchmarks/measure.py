@@ -306,7 +306,8 @@ class Measure:
         first = process.draw(steps, path)
         if contender.mode == "cached":  # the first one has filled the cache
             process.draw(steps, path)
-        check = figures.check(np.load(path), self._reference(contender, batch, steps), contender.precision)
+        reference = self._reference(contender, batch, steps)
+        check = figures.check(np.load(path), reference, contender.precision, contender.truncates)
         return Samples(process.loaded, first, check)
 
     def _check_time(self) -> None:

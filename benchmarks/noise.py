@@ -1,4 +1,7 @@
-"""What else a machine does while contenders draw: time that a hypervisor takes, other processes, the clock."""
+"""What else a machine does while contenders draw: time that a hypervisor takes, other processes, the clock.
+
+The clock is what the system says: a guest may see nothing but the nominal one.
+"""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The peers as drawers: diffusers (eager, compiled), Hugging Face's optimum, OpenVINO GenAI.
+"""The peers as drawers: diffusers (eager, compiled), Hugging Face's optimum; cpu_peers.py has others.
 
 They run in a peer's own environment.
 
@@ -203,56 +203,18 @@ def optimum_intel(spec: dict[str, Any]) -> Pipe:
 def _exported(spec: dict[str, Any], name: str, **options: Any) -> Any:
     """Load optimum's export of a checkpoint, which the first load writes beside it."""
     kind = getattr(importlib.import_module(spec["kind"]), name)
-    return kind.from_pretrained(_export(spec, kind), **options)
+    return kind.from_pretrained(export(spec, kind), **options)
 
 
-def _export(spec: dict[str, Any], kind: Any) -> Path:
+def export(spec: dict[str, Any], kind: Any) -> Path:
     """Return the folder of an export by a pipeline class of optimum, which is written if it is not there."""
-    exported = Path(f"{spec['source']}-{kind.__module__.split('.')[1]}")
+    kinds = "fastsd" if spec["kind"] == "fastsd" else kind.__module__.split(".")[1]
+    exported = Path(f"{spec['source']}-{kinds}")
     if not exported.exists():
-        kind.from_pretrained(spec["source"], export=True).save_pretrained(exported)
+        # Above a billion parameters optimum's OpenVINO would store the weights in int8.
+        more = {"load_in_8bit": False} if spec["kind"] != "optimum.onnxruntime" else {}
+        kind.from_pretrained(spec.get("from", spec["source"]), export=True, **more).save_pretrained(exported)
     return exported
-
-
-class Genai:
-    """OpenVINO GenAI's `Text2ImagePipeline`, on optimum's export with OpenVINO's own tokenizers; torch draws noise."""
-
-    def __init__(self, spec: dict[str, Any]) -> None:
-        exporter = importlib.import_module("optimum.intel").OVPipelineForText2Image
-        folder, genai = _export(spec, exporter), importlib.import_module("openvino_genai")
-        self._convert_tokenizers(Path(spec["source"]), folder)
-        width, height = spec["size"]
-        self.given = arguments(spec)
-        self.noise = genai.TorchGenerator
-        self.pipe = genai.Text2ImagePipeline(str(folder))
-        self.pipe.reshape(spec["batch"], height, width, self.given["guidance_scale"])
-        self.pipe.compile("CPU", **spec["options"])
-        self.stages: dict[str, list[float]] = {}
-        self.precision: dict[str, str] = {}
-        self.batch, self.size = spec["batch"], {"width": width, "height": height}
-
-    @staticmethod
-    def _convert_tokenizers(source: Path, folder: Path) -> None:
-        """Write OpenVINO's form of each tokenizer that has none, as optimum-cli does."""
-        transformers, openvino = (importlib.import_module(name) for name in ("transformers", "openvino"))
-        convert = importlib.import_module("openvino_tokenizers").convert_tokenizer
-        for place in sorted(source.glob("tokenizer*")):
-            target = folder / place.name / "openvino_tokenizer.xml"
-            if not target.exists():
-                openvino.save_model(convert(transformers.AutoTokenizer.from_pretrained(place)), target)
-
-    def draw(self, prompts: list[str], seed: int, steps: int) -> Any:
-        """Return pictures [B, H, W, 3] uint8; all prompts are the same one."""
-        more = {"num_inference_steps": steps, "num_images_per_prompt": self.batch, "generator": self.noise(seed)}
-        return self.pipe.generate(prompts[0], **more, **self.size, **self.given).data
-
-    def gpu_seconds(self) -> float | None:
-        """Return None: not measured."""
-        return None
-
-    def remark(self) -> str | None:
-        """Return None: nothing."""
-        return None
 
 
 KINDS: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -260,6 +222,5 @@ KINDS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "compiled": Compiled,
     "optimum.onnxruntime": optimum_onnx,
     "optimum.intel": optimum_intel,
-    "openvino.genai": Genai,
 }
 """Contender.kind → what loads it."""

@@ -17,7 +17,7 @@ from workload import TEXT_TO_IMAGE
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "RESULTS.md", HERE.parent / "README.md"
 SCORES = HERE.parent / "tests/demo_model/metrics.json"
-CONTROLLED = SCORES.with_name("control.json")
+CONTROLLED, INT8 = SCORES.with_name("control.json"), SCORES.with_name("int8.json")
 BUILD, END_BUILD = "<!-- build cost: python benchmarks/report.py -->\n", "<!-- end of build cost -->"
 MODELS, END_MODELS = "<!-- models: python benchmarks/report.py -->\n", "<!-- end of models -->"
 EXPORT = HERE.parent / "export/README.md"
@@ -128,6 +128,7 @@ def text(folder: Path = result.FOLDER) -> str:
         "",
         demo(json.loads(SCORES.read_text())),
         controlled(json.loads(CONTROLLED.read_text())),
+        *([in_int8(json.loads(INT8.read_text()))] if INT8.exists() else []),
         "## What the figures include",
         "",
         *(f"- {name.replace('_', ' ')}: {what}." for name, what in INCLUDES.items()),
@@ -188,6 +189,28 @@ def controlled(scores: dict[str, Any]) -> str:
         f"torch {v['torch']}, diffusers {v['diffusers']}."
     )
     return f"{tables.table(heading, rows)}\n\n{note}\n"
+
+
+def in_int8(scores: dict[str, Any]) -> str:
+    """Return the table of grade_int8.py's scores, of two engines of one bundle."""
+    one, m, v, chosen = scores["1 step"], scores["machine"], scores["versions"], scores["options"]
+    heading = ["in int8 against fp32, 1 step", "same objects", "without a fault, fp32", "int8", "lowest PSNR", "SSIM"]
+    right = [f"{one['without a fault'][precision]} of {one['pictures']}" for precision in ("fp32", "int8")]
+    same, psnr, ssim = one["with the same objects"], one["psnr_db"], one["ssim"]
+    row = [
+        f"openvino, `int8={chosen['int8']}`",
+        f"{same} of {one['pictures']}",
+        *right,
+        f"{psnr['lowest']} dB (median {psnr['median']})",
+        f"{ssim['lowest']} (median {ssim['median']})",
+    ]
+    layers = " and ".join(f"{kept} of {of} layers of {name}" for name, (kept, of) in scores["layers in int8"].items())
+    note = (
+        f"The build chose {layers}, with weights of {chosen['weight_bits']} bits, the rest in fp32. Measured on "
+        f"{m['cores']} cores of {m['cpu']} ({', '.join(m['instruction_sets'])}), {scores['date'][:10]}, openvino "
+        f"{v['openvino']}."
+    )
+    return f"{tables.table(heading, [row])}\n\n{note}\n"
 
 
 if __name__ == "__main__":

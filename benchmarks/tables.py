@@ -130,9 +130,12 @@ def remarks(result: Result, pair: Pair) -> str:
 
 
 def disturbed(noise: Noise) -> str | None:
-    """Return what took more than `DISTURBED` of the machine beside the contenders; None if nothing did."""
+    """Return what took more than `DISTURBED` of the machine beside the contenders, or of its clock; None if nothing."""
     shares = {"stolen by the hypervisor": noise.steal, "other processes": noise.others}
     told = [f"{100 * share:.0f}% of the time {who}" for who, share in shares.items() if share > DISTURBED]
+    before, after = noise.mhz or (1.0, 1.0)
+    if abs(after / before - 1) > DISTURBED:
+        told.append(f"{before:.0f} MHz before and {after:.0f} after")
     return ", ".join(told) or None
 
 

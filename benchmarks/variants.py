@@ -23,8 +23,8 @@ import result
 from figures import spread
 from measure import say
 from rows import Tried
+from turbochain.engines import options as options_of
 from turbochain.engines.backends import openvino as builder
-from turbochain.engines.backends.contract import Compilation
 from turbochain.runtime import Bundle
 from turbochain.runtime.backends import openvino, openvino_model
 from turbochain.runtime.backends.contract import Opened
@@ -57,7 +57,7 @@ VARIANTS = (
     Variant("threads not pinned", properties=(("ENABLE_CPU_PINNING", "NO"),)),
     Variant("tuned for throughput", properties=(("PERFORMANCE_HINT", "THROUGHPUT"), ("NUM_STREAMS", "1"))),
     Variant("graph from OpenVINO's cache on disk", cached=True),
-    Variant("convolutions in int8", int8=True),
+    Variant("convolutions and linear layers in int8", int8=True),
 )
 
 
@@ -70,14 +70,14 @@ class VariantGraph(openvino.OpenVino):
     """One graph, loaded by the backend as a variant, with random inputs."""
 
     def __init__(self, bundle: Bundle, name: str, variant: Variant, folder: Path) -> None:
-        """Load the graph; `folder` is for OpenVINO's cache and the ranges of int8, whose time does not count."""
+        """Load the graph; `folder` is for OpenVINO's cache."""
         self.variant, self.graph, self.cache = variant, name, folder
         self.ends = bundle.manifest.graphs[name]
         self.rewrites = tuple(rewrite for rewrite in openvino_model.REWRITES if rewrite not in variant.without)
         precision = "fp32" if variant.exact else own_precision()
-        options = {"inference_precision": precision, "vae_int8": variant.int8}
-        device = openvino.device(None)
-        builder.compile(Compilation(bundle, name, folder, options, device, folder, lambda done, total: None))
+        chosen = {"int8": "all" if variant.int8 else "none", "inference_precision": precision}
+        options, device = options_of.resolve("openvino", chosen), openvino.device(None)
+        options |= builder.candidates(options)[0]
         super().__init__(Opened(bundle, folder, options, device))
         start = time.perf_counter()
         loaded = self.load_graph(name)
@@ -183,7 +183,7 @@ def _variants(arguments: argparse.Namespace) -> None:
 
 def _variants_of(bundle: Bundle, name: str) -> list[Variant]:
     """Return those that suit the graph and this CPU, the backend's own first."""
-    int8 = bundle.manifest.graphs[name].role == "vae_decoder"
+    int8 = bool(bundle.manifest.graphs[name].quantization)  # from the first build of an engine in int8
     return [v for v in VARIANTS if (int8 or not v.int8) and (openvino.has_bf16() or not v.exact)]
 
 

@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import cpu_peers
 import peers
 
 PACKAGES = (
@@ -29,6 +30,7 @@ PACKAGES = (
     "optimum-intel",
     "optimum-onnx",
     "openvino-genai",
+    "stable-diffusion-cpp-python",
 )
 
 
@@ -37,7 +39,7 @@ def load(spec: dict[str, Any]) -> Any:
     if spec["kind"] in ("ours", "graphed"):  # the only ones that may import turbochain
         product = importlib.import_module("product")
         return product.drawer(spec) if spec["kind"] == "ours" else product.drawer_of_torch(spec)
-    return peers.KINDS[spec["kind"]](spec)
+    return (peers.KINDS | cpu_peers.KINDS)[spec["kind"]](spec)
 
 
 def main() -> None:

@@ -20,7 +20,9 @@ from turbochain.export.options import ExportOptions
 from turbochain.export.order import ExportOrder, How
 from turbochain.export.phases.phases import LOG, PhaseReport, Phases
 from turbochain.runtime import backends, selection
-from turbochain.runtime.bundle.manifest import Check
+from turbochain.runtime.bundle import quantization
+from turbochain.runtime.bundle.manifest import Check, Engine
+from turbochain.runtime.bundle.opened import Bundle
 
 
 @dataclass
@@ -35,6 +37,7 @@ class BuildResult:
     engine_bytes: dict[str, int]  # graph → bytes that the engine reads
     build_seconds: dict[str, float]  # graph → compilation
     checks: dict[str, list[Check]]  # chain → its verification; a chain that is missing is verified at its first load
+    int8: dict[str, tuple[int, int]]  # graph in int8 → how many of its layers are, and of how many
     phases: list[PhaseReport] = field(default_factory=list)  # empty if there was nothing to do
     backend: str = ""
     reason: str = ""  # why this backend
@@ -108,7 +111,15 @@ def carry_out(order: BuildOrder) -> BuildResult:
             engine_bytes={name: graph.bytes for name, graph in made.graphs.items()},
             build_seconds={name: graph.build_seconds for name, graph in made.graphs.items()},
             checks={chain: list(checks) for chain, checks in made.checks.items()},
+            int8=_in_int8(bundle, made),
             phases=reports,
             backend=engine.backend,
             reason=engine.reason,
         )
+
+
+def _in_int8(bundle: Bundle, made: Engine) -> dict[str, tuple[int, int]]:
+    """Return how many layers of an engine are in int8, see `BuildResult`; its build may have added to the bundle."""
+    if not quantization.of(bundle.manifest.graphs, made.options):
+        return {}
+    return quantization.count(Bundle.open(bundle.path), made.key.backend, made.options, made.graphs)

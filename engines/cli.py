@@ -17,6 +17,7 @@ from turbochain.export.controls import KINDS
 from turbochain.export.order import ExportOrder, How
 from turbochain.export.requested import Requested
 from turbochain.export.sources import original
+from turbochain.runtime.bundle import quantization
 from turbochain.runtime.checks.verify import bound_text, value_text
 from turbochain.runtime.commands import console
 from turbochain.runtime.errors import InputError
@@ -156,9 +157,8 @@ def text(result: BuildResult) -> str:
     else:
         did = f"built{seconds}" if result.phases else "nothing to do: it is built already"
         did += ", unverified: it is checked when it is first loaded on such a machine"
-    return (
-        f"{_tables(result)}\n{result.bundle}: {did}\nbackend {result.backend} ({result.reason}), engine {result.engine}"
-    )
+    backend = f"backend {result.backend} ({result.reason}), engine {result.engine}"
+    return "\n".join([_tables(result), *quantization.told(result.int8), f"{result.bundle}: {did}", backend])
 
 
 def _tables(result: BuildResult) -> str:

@@ -2,16 +2,17 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from turbochain.engines import backends as builders
-from turbochain.engines import installed, options
+from turbochain.engines import calibration, installed, options
 from turbochain.engines.order import EngineOrder
 from turbochain.export.phases.phases import SMALL, Phases, now, versions
 from turbochain.export.phases.resume import Finished, empty, leave_nothing
-from turbochain.runtime.bundle import strict_json, writing
+from turbochain.runtime.bundle import quantization, strict_json, writing
 from turbochain.runtime.bundle.manifest import FORMAT_VERSION, Check, Engine, EngineGraph, EngineKey
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.chain.opened import OpenChain
@@ -38,8 +39,11 @@ def install(phases: Phases, bundle: Bundle, order: EngineOrder, folder: Path) ->
         if whole == usable and not installed.lacks(usable.engine, wanted, verified=order.target is None):
             _tidy(phases, folder)
             return whole
+    quantized = _in_int8(wanted, key)
     building, final = folder / ".building", folder / installed.folder_name(key)
     try:
+        bundle = calibration.describe(phases, bundle, quantized)
+        wanted = installed.chains_of(bundle, order.chains)
         building.mkdir(exist_ok=True)
         made = _Build(phases, bundle, order, key, wanted, building, found[0][1] if found else None).run()
         writing.write_atomically(building / "engine.json", strict_json.write(made))
@@ -58,6 +62,19 @@ def install(phases: Phases, bundle: Bundle, order: EngineOrder, folder: Path) ->
         phases.release()
     _tidy(phases, folder)
     return Found(final, made)
+
+
+def _in_int8(chains: Sequence[OpenChain], key: EngineKey) -> list[str]:
+    """Return the names of the graphs that an engine of this key computes in int8; InputError if the backend cannot."""
+    graphs = {name: graph for chain in chains for name, graph in chain.graphs.items()}
+    found, able = quantization.of(graphs, key.options), builders.get(key.backend).int8_of
+    for name in found:
+        if key.device != "cpu" or graphs[name].precision not in able:
+            raise InputError(
+                f"option int8: {key.backend} has it on a CPU, of graphs in {' and '.join(able)}, and {name} is in "
+                f"{graphs[name].precision}, on {key.device}: leave it out, or build a bundle with --precision {able[0]}"
+            )
+    return found
 
 
 def _left(key: EngineKey, folder: Path) -> list[str]:
@@ -140,7 +157,7 @@ class _Build:
 
     def _compile(self, name: str, chosen: dict[str, Any]) -> EngineGraph:
         """Compile a graph, unless a build that was interrupted did."""
-        digest = self.bundle.graph_digest(name)
+        digest = self.bundle.graph_digest(name, chosen)
         done = f"compile {name} {digest}"
 
         def compile() -> dict[str, Any]:
@@ -169,8 +186,12 @@ class _Build:
         names = [c for c in self.bundle.manifest.chains if c in checks or c in {chain.name for chain in self.wanted}]
         for candidate, following in zip(candidates, [*candidates[1:], None], strict=True):
             try:
-                return candidate, {name: checks.get(name) or self._check(name, candidate) for name in names}
+                self._check_int8(candidate)
+                last = following is None
+                return candidate, {name: checks.get(name) or self._check(name, candidate, last) for name in names}
             except VerificationError as error:
+                if following is None and quantization.of(self.bundle.manifest.graphs, self.key.options):
+                    raise VerificationError(f"{error}. Fewer layers in int8 were tried: leave the option out") from None
                 if following is None:
                     raise
                 checks = {}
@@ -178,9 +199,16 @@ class _Build:
                     print(f"{_text(candidate)}: {error}; next: {_text(following)}", file=sys.stderr)
         raise AssertionError("there is always a candidate")
 
-    def _check(self, chain: str, candidate: dict[str, Any]) -> tuple[Check, ...]:
-        """Verify a chain; return its checks, or raise VerificationError."""
-        how = self._arguments({**self.key.options, **candidate}) | {"chain": chain}
+    def _check_int8(self, candidate: dict[str, Any]) -> None:
+        """Raise VerificationError if int8 was asked for, and not one layer is in it."""
+        chosen = {**self.key.options, **candidate}
+        counted = quantization.count(self.bundle, self.key.backend, chosen, [n for c in self.wanted for n in c.graphs])
+        if counted and not any(kept for kept, _ in counted.values()):
+            raise VerificationError(f"no layer of {' or '.join(counted)} adds so little in int8")
+
+    def _check(self, chain: str, candidate: dict[str, Any], last: bool) -> tuple[Check, ...]:
+        """Verify a chain; return its checks, or raise VerificationError: of the last candidate with all that failed."""
+        how = self._arguments({**self.key.options, **candidate}) | {"chain": chain, "whole": last}
         found = self.phases.run(f"verify {chain}", f"{JOBS}:check", keep=True, **how)  # chains have graphs in common
         checks = tuple(Check(**c) for c in found)
         try:

@@ -76,7 +76,7 @@ def _usable(bundle: Bundle, found: Found) -> Engine:
 
 
 def _is_usable(bundle: Bundle, found: Found, name: str, made: EngineGraph) -> bool:
-    if name not in bundle.manifest.graphs or made.digest != bundle.graph_digest(name):
+    if name not in bundle.manifest.graphs or made.digest != bundle.graph_digest(name, found.engine.options):
         return False
     try:
         hashing.check_all(found.folder, made.files, full=False)

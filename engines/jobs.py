@@ -52,15 +52,16 @@ def check(
     options: dict[str, Any],
     device: str | None,
     chain: str,
+    whole: bool,
 ) -> list[dict[str, Any]]:
-    """Verify one chain of the engine in `folder`; returns the checks, passed or not."""
+    """Verify one chain of the engine in `folder`; returns the checks, passed or not: see `verify`."""
     bundle = Bundle.open(path)
     opened = bundle.open_chain(chain)
     bundle.check_files([REFERENCE, *opened.files])
     where = backends.get(backend).device(device)
     executor = _executor(bundle, backend, folder, options, where)
     computed = backends.precisions(backend, options, opened.graphs)
-    return [dataclasses.asdict(c) for c in verify.verify(opened, executor, computed, progress)]
+    return [dataclasses.asdict(c) for c in verify.verify(opened, executor, computed, progress, whole=whole)]
 
 
 _kept: list[tuple[object, Executor]] = []

@@ -17,6 +17,7 @@ from turbochain.export.phases.bar import Phase
 from turbochain.export.phases.phases import LOG, SMALL, PhaseReport, Phases
 from turbochain.export.requested import Requested
 from turbochain.export.sources.digests import Digests
+from turbochain.runtime.bundle.hashing import FileRecord
 from turbochain.runtime.bundle.lock import lock_directory
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.bundle.strict_json import plain
@@ -153,12 +154,18 @@ def _checked(path: Path, order: ExportOrder, requested: Requested | None, digest
     if changed := _changed(have.get("files") or {}, order, requested, digests):
         several = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         other.append(f"files of the source have changed: {', '.join(changed[:3])}{several}")
-    if requested is None and Bundle.open(order.source).manifest.files != bundle.manifest.files:
+    if requested is None and _exported(Bundle.open(order.source)) != _exported(bundle):
         other = [f"its files are not those of {order.source}"]
     if other:
         raise InputError(f"{path} holds another build ({'; '.join(other)}): choose another path with -o")
     digests.save(path)
     return bundle
+
+
+def _exported(bundle: Bundle) -> dict[str, FileRecord]:
+    """Return the files that a bundle was made with: those that its first engine in int8 added do not count."""
+    added = {graph.quantization for graph in bundle.manifest.graphs.values()}
+    return {name: record for name, record in bundle.manifest.files.items() if name not in added}
 
 
 def _changed(before: dict[str, str], order: ExportOrder, requested: Requested | None, digests: Digests) -> list[str]:

@@ -69,7 +69,7 @@ def misfit(chain: OpenChain, engine: Engine, device: str | None = None) -> str |
 
 def lacks(chain: OpenChain, engine: Engine) -> str | None:
     """Return which graphs of a chain the engine has not, or not as they are now, as a phrase; None if it has all."""
-    digests = chain.digests()
+    digests = chain.digests(engine.options)
     if lacking := [name for name in digests if name not in engine.graphs]:
         return f"it lacks {', '.join(lacking)} of the chain {chain.name}"
     if any(engine.graphs[name].digest != digest for name, digest in digests.items()):

@@ -45,6 +45,7 @@ LONGEST_FIRST = (
     "test_first_gpu_run.py",
     "test_chains.py",
     "test_openvino.py",
+    "test_int8.py",
     "test_conformance.py",
     "test_control.py",
     "test_verify.py",

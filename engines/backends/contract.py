@@ -101,4 +101,5 @@ class Builder:
     # Return what the options that the verification decides may be, best first; the first that passes is taken.
     of_precision: Callable[[str], dict[str, Any]] = none_implied
     # Return the options, unless they are given, of a build that is ordered in this precision.
+    int8_of: tuple[str, ...] = ()  # the precisions of the graphs that it computes in int8, on a CPU
     left: str = ""  # pattern of the files that loading leaves beside an engine's own: they may stay, and may be missing

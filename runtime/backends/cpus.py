@@ -1,13 +1,14 @@
-"""How many CPUs this process may use: its affinity, and the quotas of the control groups that it is in."""
+"""How many CPUs this process may use, by its affinity and its control groups' quotas, and whether they have VNNI."""
 
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from math import ceil
 from pathlib import Path
 
-GROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+GROUPS, OWN, INFO = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/cpuinfo")
 
 
 def allowed() -> int:
@@ -27,6 +28,20 @@ def quota(groups: Path = GROUPS, own: Path = OWN) -> int | None:
 def available() -> int:
     """Return how many threads can work at once, at least 1."""
     return min(allowed(), quota() or sys.maxsize)
+
+
+def has_vnni(info: Path = INFO) -> bool:
+    """Return whether products of bytes are summed in 32 bits; False if that is not known.
+
+    An x86 CPU without such an instruction sums two of them in 16 bits, which 255 · 127 + 255 · 127 overflows.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64", "i686"):
+        return True
+    try:
+        flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "").split()
+    except OSError:
+        return False
+    return not {"avx512_vnni", "avx_vnni"}.isdisjoint(flags)
 
 
 def _quotas(groups: Path, own: Path) -> Iterator[float]:

@@ -15,9 +15,10 @@ import numpy as np
 from turbochain.runtime import backends
 from turbochain.runtime.backends import cuda
 from turbochain.runtime.backends import onnxruntime_sessions as sessions
-from turbochain.runtime.backends.contract import Backend, Device, Executor, Opened, Preference
+from turbochain.runtime.backends.contract import Backend, Device, Executor, Opened, Options, Preference
 from turbochain.runtime.backends.cpu import Arrays, CpuExecutor, CpuGraph, Launch
 from turbochain.runtime.backends.gpu import GpuExecutor, GpuGraph
+from turbochain.runtime.bundle import quantization
 from turbochain.runtime.bundle.manifest import Graph
 from turbochain.runtime.errors import BundleError, InputError
 
@@ -47,6 +48,11 @@ def device(name: str | None) -> Device:
     return Device("cuda", index, found)
 
 
+def precision(graph: Graph, options: Options) -> str:
+    """Return what the graph is computed in: its own precision, or int8."""
+    return "int8" if quantization.in_int8(graph, options) else graph.precision
+
+
 def executor(opened: Opened) -> Executor:
     """Return an executor on the CPU or CUDA provider, by the kind of the device."""
     return OnnxRuntimeCuda(opened) if opened.device.kind == "cuda" else OnnxRuntimeCpu(opened)
@@ -63,6 +69,7 @@ BACKEND = Backend(
     device=device,
     misfit=backends.exact,
     executor=executor,
+    precision=precision,
 )
 
 
@@ -91,22 +98,41 @@ class OnnxRuntimeCpu(CpuExecutor):
         if self.opened.profile:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(tempfile.gettempdir()) / f"turbochain-{os.getpid()}-{name}")
-        without = _keep_mapped(options) if _stays_mapped(entry) else []
+        without = _keep_mapped(options) if self._stays_mapped(name) else []
+        if self._in_int8(name):
+            without.append("MatMulAddFusion")  # it makes a Gemm, which has no int8 with a bias in fp32
         kept = sessions.override(options, self._patches.get(name, {}))
         model = self.model(name, options)
         return _SessionGraph(name, entry, sessions.load(model, name, options, sessions.CPU, {}, without), kept)
 
     def model(self, name: str, options: Any) -> str | bytes:
         """Return what a session with these options is made of: the path of an ONNX file, or its bytes."""
+        if self._in_int8(name):
+            # Without it, a CPU that has no VNNI sums products of bytes in 16 bits, which overflow.
+            options.add_session_config_entry("session.x64quantprecision", "1")
+            return read_form(self.opened, name, options)
         return str(self.opened.bundle.plain(name) / self.opened.bundle.manifest.graphs[name].file)
 
     def copies_weights(self, name: str) -> bool:
         """See CpuExecutor."""
-        return not _stays_mapped(self.opened.bundle.manifest.graphs[name])
+        return not self._stays_mapped(name)
 
     def can_patch(self, name: str) -> bool:
         """See Executor. In other sessions constants are folded, which reads the file's values and no others."""
-        return _stays_mapped(self.opened.bundle.manifest.graphs[name])
+        return self._stays_mapped(name)
+
+    def _in_int8(self, name: str) -> bool:
+        return quantization.in_int8(self.opened.bundle.manifest.graphs[name], self.opened.options)
+
+    def _stays_mapped(self, name: str) -> bool:
+        """Return whether the graph's weights are used mapped, as the bundle's file holds them.
+
+        Optimised and packed they are a second copy, which takes seconds and gigabytes to make, and makes a launch of a
+        UNet or of a text encoder a tenth quicker. The VAE has few weights and many multiplications: there it pays. So
+        it does for fp16, which the CPU provider would convert to fp32 in each launch; and int8 is a copy anyway.
+        """
+        entry = self.opened.bundle.manifest.graphs[name]
+        return entry.precision == "fp32" and entry.component != "vae" and not self._in_int8(name)
 
     def patch(self, name: str, values: Arrays) -> None:
         """See Executor."""
@@ -152,9 +178,10 @@ CUDA_WITHOUT = ("GatherSliceToSplitFusion",)
 of the time projections, is given its sizes in page-locked memory, in every run anew."""
 
 
-def form_file(name: str) -> str:
-    """Return the name of the engine's file with its form of a graph."""
-    return f"{name}.onnx"
+def form_file(name: str, int8_error: float | None = None) -> str:
+    """Return the name of the engine's file with its form of a graph, or with that in int8 which may add so much, in
+    percent."""
+    return f"{name}.onnx" if int8_error is None else f"{name}.int8-{int8_error:g}.onnx"
 
 
 def read_form(opened: Opened, name: str, options: Any) -> bytes:
@@ -162,7 +189,8 @@ def read_form(opened: Opened, name: str, options: Any) -> bytes:
 
     Raises BundleError if the engine has none, or it names other data than the graph's.
     """
-    path = opened.folder / form_file(name)
+    in_int8 = quantization.in_int8(opened.bundle.manifest.graphs[name], opened.options)
+    path = opened.folder / form_file(name, opened.options["int8_error"] if in_int8 else None)
     try:
         form = path.read_bytes()
     except OSError as error:
@@ -226,16 +254,6 @@ class _CudaGraph(GpuGraph):
         if key not in self.bindings:
             self.bindings[key] = sessions.bind(self.graph, self.session, "cuda", self.index, addresses)
         sessions.run(self.name, self.session, self.bindings[key], self.options)
-
-
-def _stays_mapped(graph: Graph) -> bool:
-    """Return whether the graph's weights are used mapped, as the bundle's file holds them.
-
-    Optimised and packed they are a second copy, which takes seconds and gigabytes to make, and makes a launch of a UNet
-    or of a text encoder a tenth quicker. The VAE has few weights and many multiplications: there it pays. So it does
-    for fp16, which the CPU provider would convert to fp32 in each launch.
-    """
-    return graph.precision == "fp32" and graph.component != "vae"
 
 
 def _keep_mapped(options: Any) -> list[str]:

@@ -2,7 +2,6 @@
 
 import ctypes
 import importlib
-import json
 import mmap
 import os
 import sys
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from turbochain.runtime import backends
-from turbochain.runtime.backends import forks, openvino_model
+from turbochain.runtime.backends import forks, openvino_int8, openvino_model
 from turbochain.runtime.backends.contract import Backend, Device, Executor, Opened, Options, Preference
 from turbochain.runtime.backends.cpu import Arrays, CpuExecutor, CpuGraph, Launch
+from turbochain.runtime.bundle import quantization
 from turbochain.runtime.bundle.manifest import COMPUTED, EngineKey, Graph
 from turbochain.runtime.errors import BundleError, InputError, OutOfMemory, TurbochainError
 
@@ -46,27 +46,20 @@ def has_bf16() -> bool:
 
 
 def misfit(key: EngineKey, library: tuple[str, str], device: Device) -> str | None:
-    """Return why an engine does not fit: as `backends.exact`, and one in bf16 needs a CPU that computes in it."""
-    if key.options["inference_precision"] != "fp32" and library[0] in BACKEND.libraries and not has_bf16():
-        return "it computes in bf16, and this CPU does not"
+    """Return why an engine does not fit: as `backends.exact`, and what it computes in may need another CPU."""
+    if library[0] in BACKEND.libraries:
+        if key.options["inference_precision"] != "fp32" and not has_bf16():
+            return "it computes in bf16, and this CPU does not"
+        if key.options.get("weight_bits", 0) > openvino_int8.weight_bits():
+            return "it has weights of 8 bits, whose products overflow on this CPU, which has no VNNI"
     return backends.exact(key, library, device)
 
 
 def precision(graph: Graph, options: Options) -> str:
     """Return what the graph is computed in: the less precise of its own precision and the engine's."""
-    if in_int8(graph, options):
+    if quantization.in_int8(graph, options):
         return "int8"
     return max(graph.precision, _asked(graph, options), key=COMPUTED.index)
-
-
-def in_int8(graph: Graph, options: Options) -> bool:
-    """Return whether the engine computes the graph's convolutions in int8."""
-    return bool(options["vae_int8"]) and graph.role == "vae_decoder"
-
-
-def ranges_file(name: str) -> str:
-    """Return the name of the engine's file with the ranges that a graph's int8 convolutions read."""
-    return f"{name}.ranges.json"
 
 
 def _asked(graph: Graph, options: Options) -> str:
@@ -119,12 +112,12 @@ class OpenVino(CpuExecutor):
         backends.require_precision("openvino", self.device, entry.precision)
         folder = bundle.plain(name)
         path = folder / entry.file
+        kept = quantization.kept(bundle, name, BACKEND.name, options)
         try:
             model = core().read_model(path)  # weights are mapped from the bundle
             openvino_model.prepare(model, self.rewrites)
-            if in_int8(entry, options):
-                ranges = json.loads((self.opened.folder / ranges_file(name)).read_text())
-                openvino_model.quantize(model, ranges)
+            if kept:
+                openvino_int8.quantize(model, kept, options["weight_bits"])
             with _few_pages({str((folder / file).resolve()) for file in entry.data}):
                 compiled = core().compile_model(model, "CPU", self.properties(entry, model))
         except Exception as error:  # OpenVINO raises RuntimeError and its own

@@ -1,15 +1,12 @@
 """Rewrite a graph that OpenVINO has read, before OpenVINO compiles it."""
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
-import numpy as np
-
 from turbochain.runtime.backends.upsampling import transposed_kernel
 
-FEW_CHANNELS = 8
 MANY_ROWS = 32
 
 
@@ -135,35 +132,6 @@ def has_as_many_heads_as_tokens(model: Any) -> bool:
     )
 
 
-def convolutions(model: Any) -> dict[str, Any]:
-    """Return name → convolution for those that int8 suits: not the cheap ones that read the latents or make the
-    picture."""
-    found = (op for op in model.get_ordered_ops() if op.get_type_name() == "Convolution")
-    return {op.get_friendly_name(): op for op in found if min(op.input_value(1).shape[:2]) >= FEW_CHANNELS}
-
-
-def quantize(model: Any, ranges: Mapping[str, Sequence[float]]) -> None:
-    """Let every one of `convolutions` read int8: weights by output channel, the rest by its range [low, high].
-
-    OpenVINO turns a FakeQuantize on both inputs of a convolution into one in int8. A range is widened to hold zero, and
-    moved so that zero is one of its 256 levels: the borders are padded with it.
-    """
-    ops = importlib.import_module("openvino.opset13")
-    for name, op in convolutions(model).items():
-        low, high = min(ranges[name][0], 0.0), max(ranges[name][1], 0.0)
-        step = (high - low) / 255 or 1.0
-        ends = [np.float32(step * (level - round(-low / step))) for level in (0, 255)]
-        weight = op.input_value(1)
-        largest = np.abs(_values(weight)).max(axis=(1, 2, 3), keepdims=True).astype(np.float32)
-        largest[largest == 0] = 1
-        for i, (value, bounds, levels) in enumerate(
-            ((op.input_value(0), ends, 256), (weight, (-largest, largest), 255))
-        ):
-            bounds = [ops.constant(bound) for bound in bounds]
-            op.input(i).replace_source_output(ops.fake_quantize(value, *bounds, *bounds, levels).output(0))
-    model.validate_nodes_and_infer_types()
-
-
 def _values(output: Any) -> Any:
     """Return a constant's values, also if it is stored in fp16 and converted."""
     node = output.get_node()
@@ -173,9 +141,9 @@ def _values(output: Any) -> Any:
 def _fuse(root: Any) -> bool:
     """Fuse the norm whose standard deviation is `root`; return whether it is one."""
     rows = _back(root, "Add", *["ReduceMean"] * 3, "Multiply", "Subtract", "Reshape")
-    scale = _ahead(root, "Divide", "Multiply")  # 1 / root, times the weight
-    shift = _ahead(scale, "Multiply", "Subtract")  # the bias, less the mean times scale
-    end = _ahead(shift, "Reshape", "Add")
+    scale = ahead(root, "Divide", "Multiply")  # 1 / root, times the weight
+    shift = ahead(scale, "Multiply", "Subtract")  # the bias, less the mean times scale
+    end = ahead(shift, "Reshape", "Add")
     if rows is None or end is None:
         return False
     weight, bias = (_constant(node.input_value(i)) for node, i in ((scale, 1), (shift, 0)))
@@ -198,7 +166,7 @@ def _back(node: Any, *kinds: str) -> Any:
     return node
 
 
-def _ahead(node: Any, *kinds: str) -> Any:
+def ahead(node: Any, *kinds: str) -> Any:
     """Return the node that consumers of these kinds lead on to, or None."""
     for kind in kinds:
         if node is None:

@@ -18,7 +18,18 @@ FORMAT_VERSION = 2
 TEXT_TO_IMAGE, IMAGE_TO_IMAGE, INPAINTING, STREAM = "text-to-image", "image-to-image", "inpainting", "stream"
 """The tasks. The first chain of a bundle is its default."""
 
-FEATURES = ("adapters", "control", "excerpts", "expansions", "keep", "modes", "multistep", "stream", "wires")
+FEATURES = (
+    "adapters",
+    "control",
+    "excerpts",
+    "expansions",
+    "keep",
+    "modes",
+    "multistep",
+    "quantization",
+    "stream",
+    "wires",
+)
 """The optional features of the format that this version reads."""
 
 PLACES = ("prompt", "image", "step", "end")
@@ -96,6 +107,7 @@ class Graph:
     size: tuple[int, ...] = ()  # height, width in pixels; () if it is the same for all sizes
     batch: int = 0  # pictures per launch; 0 if it is the same for all batches
     slots: str = ""  # JSON: what of an adapter goes where in lora_down and lora_up; "" if the graph has no slots
+    quantization: str = ""  # JSON: what engines in int8 need, see bundle.quantization; "" if none has been built
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -105,7 +117,7 @@ class Graph:
     @property
     def all_files(self) -> tuple[str, ...]:
         """Return these, and those that say what is in it."""
-        return (*self.files, self.names, *([self.slots] if self.slots else []))
+        return (*self.files, self.names, *filter(None, (self.slots, self.quantization)))
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-from turbochain.runtime.bundle import external_data, hashing, hub, strict_json, writing
+from turbochain.runtime.bundle import external_data, hashing, hub, quantization, strict_json, writing
 from turbochain.runtime.bundle.manifest import (
     DTYPES,
     PRECISIONS,
@@ -159,10 +161,14 @@ class Bundle:
             return False
         return True
 
-    def graph_digest(self, name: str) -> str:
-        """Return one digest for a graph's files: SHA-256 over their SHA-256 digests in order (hex)."""
+    def graph_digest(self, name: str, options: Mapping[str, Any] = MappingProxyType({})) -> str:
+        """Return one digest for the files of a graph that an engine with these options reads.
+
+        It is the SHA-256 over their SHA-256 digests in order (hex). In int8, the last one is the graph's description.
+        """
         graph = self.manifest.graphs[name]
-        joined = "".join(self.manifest.files[f].sha256 for f in graph.files)
+        described = [graph.quantization] if graph.quantization and quantization.in_int8(graph, options) else []
+        joined = "".join(self.manifest.files[f].sha256 for f in (*graph.files, *described))
         return hashlib.sha256(joined.encode()).hexdigest()
 
     def engines(self, folder: Path | None = None) -> dict[str, Engine | BundleError]:

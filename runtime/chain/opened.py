@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -95,12 +95,14 @@ class OpenChain:
     def digest(self) -> str:
         """Return one digest (SHA-256, hex) of all that a call reads: manifest entries, graphs, tables, tokenizers."""
         files = {file: self.bundle.manifest.files[file].sha256 for file in self.files}
-        value = [strict_json.plain(v) for v in (self.chain, self.graphs, self.tokenizers, files)]
+        # What int8 needs is added for the first engine in int8, and others stay verified: see Bundle.graph_digest.
+        graphs = {name: replace(graph, quantization="") for name, graph in self.graphs.items()}
+        value = [strict_json.plain(v) for v in (self.chain, graphs, self.tokenizers, files)]
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
-    def digests(self) -> dict[str, str]:
-        """Return the digest of every graph's files."""
-        return {name: self.bundle.graph_digest(name) for name in self.graphs}
+    def digests(self, options: Mapping[str, Any]) -> dict[str, str]:
+        """Return the digest of every graph's files that an engine with these options reads."""
+        return {name: self.bundle.graph_digest(name, options) for name in self.graphs}
 
     def weight_bytes(self) -> int:
         """Return the size on disk of the graphs' external data, each file counted once."""

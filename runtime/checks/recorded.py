@@ -1,6 +1,6 @@
 """What a stage was fed and made in a recorded case, row by row."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
@@ -70,6 +70,12 @@ class Recorded:
     def _of_row(self, name: str, row: int) -> np.ndarray:
         """Return what was recorded in a row; an excerpt's last one is that of the loop's last row."""
         return self.tensors[name][min(row, len(self.tensors[name]) - 1)]
+
+    def fed(self, stage: Stage) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """Find what a stage reads, by the names of its graph, with the row: in every row that was recorded."""
+        named = {t.name: stage.wires.get(t.name, t.name) for t in self.chain.graphs[stage.graph].inputs}
+        for row in self.rows_of(stage):
+            yield row, {own: self.value(name, row) for own, name in named.items()}
 
     def feeds(self, when: str) -> dict[str, np.ndarray]:
         """Return what the case's feeds hold, but for noise: those of a call, of every step [rows, …], or what held ones

@@ -46,6 +46,11 @@ class Case:
     made: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
     # (name, row) → what an engine made, where an excerpt has a sample: other stages are fed with it
 
+    @property
+    def has_samples(self) -> bool:
+        """Return whether there are tensors of which a sample alone was kept."""
+        return any(name.startswith(SAMPLED) for name in self.tensors)
+
 
 @dataclass(frozen=True)
 class Reference:

@@ -24,7 +24,7 @@ from turbochain.runtime.chain.slots import ChainSlots
 from turbochain.runtime.checks import bounds, metrics, reference
 from turbochain.runtime.checks.bounds import AT_LEAST, Bounds
 from turbochain.runtime.checks.recorded import Recorded, guided
-from turbochain.runtime.checks.reference import SAMPLED, Case, sample
+from turbochain.runtime.checks.reference import Case, sample
 from turbochain.runtime.errors import InputError, VerificationError
 from turbochain.runtime.inputs.feeds import tokenizers
 from turbochain.runtime.inputs.guidance import GUIDANCE
@@ -41,13 +41,15 @@ def verify(
     computed: Mapping[str, str],
     progress: Callable[[int, int], None] = lambda done, total: None,
     adapters: Adapters | None = None,
+    *,
+    whole: bool = True,
 ) -> list[Check]:
     """Return every figure of a chain, the worst of all cases for each stage and metric; loads the graphs.
 
     `computed`: graph → the precision that it is computed in, which decides its bounds; see `precisions`. Each case is
     drawn in each mode of adapters too, with slots of zeros. A guided step that no case has, as of a further size, is
     compared with the table alone. `adapters`: compare only cases that were recorded with what is active there, which
-    may be none.
+    may be none. `whole`: go on after a case that failed.
     """
     of = () if adapters is None else adapters.files
     recorded = reference.read(chain.bundle, chain.name, adapters=adapters is not None)
@@ -68,6 +70,8 @@ def verify(
         for j, one in enumerate(every):
             progress(i * len(cases) + j, len(modes) * len(cases))
             _keep_worst(worst, _checks(chain, executor, computed, readers, one, own, new_alone=i > 0))
+            if not whole and not all(check.passed for check in worst.values()):
+                return list(worst.values())
             if i == len(modes) - 1:
                 one.case.made.clear()
         for stage in unseen:
@@ -256,15 +260,13 @@ def _check_stage(
     """Run a stage alone on what was recorded, in every row that was if it is in the loop."""
     graph = chain.graphs[stage.graph]
     plan, bound = graph_plan(stage.graph, graph), bounds.of_stage(precision, stage.judged, graph.model_class, own)
-    sampled = any(name.startswith(SAMPLED) for name in recorded.tensors)
-    for row in recorded.rows_of(stage):
-        feeds = {t.name: recorded.value(stage.wires.get(t.name, t.name), row) for t in graph.inputs}
+    for row, feeds in recorded.fed(stage):
         results = executor.execute(plan, feeds).arrays
         for tensor in graph.outputs:
             name = stage.wires.get(tensor.name, tensor.name)
             if name in recorded.tensors:
                 yield from _judge(stage.graph, bound, results[tensor.name], recorded.value(name, row))
-            elif sampled:
+            elif recorded.case.has_samples:
                 recorded.case.made[name, row] = results[tensor.name].copy()
                 if (part := recorded.sample(name, row)) is not None:
                     yield from _judge(stage.graph, bound, sample(results[tensor.name]), part)

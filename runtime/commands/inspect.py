@@ -5,7 +5,7 @@ from collections import defaultdict
 from typing import Any
 
 from turbochain.runtime import backends
-from turbochain.runtime.bundle import strict_json
+from turbochain.runtime.bundle import quantization, strict_json
 from turbochain.runtime.bundle.manifest import Engine, Gpu, Origin
 from turbochain.runtime.bundle.opened import Bundle
 from turbochain.runtime.chain import wiring
@@ -178,7 +178,15 @@ def _engine(bundle: Bundle, found: Engine | BundleError) -> dict[str, Any]:
     reasons = {name: misfit(bundle.open_chain(name), found) for name in bundle.manifest.chains}
     runs, reason = [name for name, r in reasons.items() if not r], next((r for r in reasons.values() if r), None)
     mend = rebuild(bundle, found) if reason else None
-    return {"fits": bool(runs), "chains": runs, "reason": reason, "rebuild": mend, **dataclasses.asdict(found)}
+    told = {"fits": bool(runs), "chains": runs, "reason": reason, "rebuild": mend, "int8": _in_int8(bundle, found)}
+    return {**told, **dataclasses.asdict(found)}
+
+
+def _in_int8(bundle: Bundle, engine: Engine) -> dict[str, tuple[int, int]]:
+    """Return graph → how many layers the engine computes in int8, and of how many; of graphs that are described."""
+    graphs = bundle.manifest.graphs
+    described = [name for name in engine.graphs if name in graphs and graphs[name].quantization]
+    return quantization.count(bundle, engine.key.backend, engine.options, described)
 
 
 def _engine_text(name: str, engine: dict[str, Any]) -> str:
@@ -196,6 +204,7 @@ def _engine_text(name: str, engine: dict[str, Any]) -> str:
         [
             f"engine {name}: {_fit(engine)}",
             f"{key['backend']} on {where}, {key['library']} {key['version']}{options}, {console.size(size)}",
+            *quantization.told(engine["int8"]),
             *(checked or ["unverified: it is checked when it is first loaded on such a machine"]),
         ]
     )

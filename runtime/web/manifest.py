@@ -140,7 +140,7 @@ def _chain(chain: Chain, graphs: Mapping[str, Graph]) -> Chain:
 
 def _graph(graph: Graph) -> Graph:
     """Return a graph without what only adapters and pictures that steer are for; these inputs of it are zeros."""
-    return replace(graph, features=(), slots="")
+    return replace(graph, features=(), slots="", quantization="")
 
 
 def _requires(

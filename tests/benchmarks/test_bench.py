@@ -286,6 +286,14 @@ def test_a_wrong_picture_is_noticed() -> None:
     assert wrong.psnr == pytest.approx(peak_signal_noise_ratio(picture, other, data_range=255), abs=1e-6)
 
 
+def test_a_peer_may_truncate_to_levels() -> None:
+    exact = np.random.default_rng(0).uniform(0, 255, (1, 32, 32, 3))
+    rounded, truncated = np.rint(exact).astype(np.uint8), np.floor(exact).astype(np.uint8)
+    assert figures.check(truncated, rounded, "fp32", truncated=True).passed
+    assert not figures.check(truncated, rounded, "fp32").passed
+    assert not figures.check(np.maximum(truncated, 1) - 1, rounded, "fp32", truncated=True).passed
+
+
 def test_other_precisions_are_not_like_for_like() -> None:
     eager, ours = {"unet": "fp16", "vae_decoder": "fp32"}, {"unet": "fp16", "vae_decoder": "fp16"}
     assert figures.differs("fp32", "bf16", [{}, {}]) == "fp32 against bf16"

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import BundleFactory
+from diffusers import EulerDiscreteScheduler
 
 import contenders
+import cpu_peers
 import figures
 import peers
 import product
@@ -105,3 +107,16 @@ def test_what_rescales_the_vae_is_what_the_export_decided(bundle_of: BundleFacto
 def _channels_last(module: torch.nn.Module) -> bool:
     weights = [p for p in module.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
     return all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_the_steps_of_a_peer_are_those_of_diffusers_scheduler(checkpoints: dict[str, Path], steps: int) -> None:
+    scheduler = EulerDiscreteScheduler.from_pretrained(checkpoints["sd"] / "scheduler")
+    scheduler.set_timesteps(steps)
+    found = cpu_peers.sigmas(dict(scheduler.config) | {"_class_name": "EulerDiscreteScheduler"}, steps)
+    np.testing.assert_allclose(found, scheduler.sigmas.numpy(), rtol=1e-5)
+
+
+def test_a_peer_with_other_steps_is_left_out() -> None:
+    with pytest.raises(RuntimeError, match="left out"):
+        cpu_peers.sigmas({"_class_name": "PNDMScheduler"}, 1)

@@ -67,3 +67,5 @@ def test_another_process_is_noticed() -> None:
         == "3% of the time stolen by the hypervisor, 50% of the time other processes"
     )
     assert tables.disturbed(Noise(0.0, 0.01, None)) is None
+    assert tables.disturbed(Noise(0.0, 0.0, (2400.0, 2398.0))) is None
+    assert tables.disturbed(Noise(0.0, 0.0, (2400.0, 1200.0))) == "2400 MHz before and 1200 after"

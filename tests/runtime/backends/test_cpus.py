@@ -53,3 +53,26 @@ def test_more_threads_than_the_affinity_allows_are_refused(sd: Path) -> None:
     finally:
         os.sched_setaffinity(0, allowed)
     assert str(caught.value).startswith("threads=2: at most 1 was expected")
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "expected"),
+    [
+        ("x86_64", "flags\t\t: fpu avx2 avx512_vnni amx_int8\n", True),
+        ("x86_64", "flags\t\t: fpu avx2 avx_vnni\n", True),
+        ("AMD64", "flags\t\t: fpu avx avx2 fma\n", False),
+        ("x86_64", "processor\t: 0\n", False),
+        ("aarch64", "Features\t: fp asimd\n", True),
+    ],
+)
+def test_vnni_is_one_of_the_flags(
+    machine: str, flags: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nvendor_id\t: x\n" + flags)
+    assert cpus.has_vnni(tmp_path / "cpuinfo") == expected
+
+
+def test_without_a_file_there_is_no_vnni(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert not cpus.has_vnni(tmp_path / "none")

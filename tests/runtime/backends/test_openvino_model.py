@@ -13,7 +13,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
 from turbochain.runtime.backends import openvino as backend
-from turbochain.runtime.backends import openvino_model
+from turbochain.runtime.backends import openvino_int8, openvino_model
+from turbochain.runtime.bundle.quantization import Layer, Range, Rounding
 
 openvino = backend.library()
 ops = openvino.opset13
@@ -128,3 +129,24 @@ def test_other_square_roots_are_left_alone(tmp_path: Path) -> None:
     openvino_model.prepare(read)
     given = np.float32([1, 4, 9, 16])
     np.testing.assert_allclose(openvino.compile_model(read, "CPU")(given)[0], given**1.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["convolution", "linear"])
+def test_sums_of_bytes_do_not_overflow(kind: str) -> None:
+    """The largest input times the largest weight, 288 times: two such products exceed 16 bits."""
+    if kind == "linear":
+        given = torch.ones(1, 32, 288)
+        weight = ops.constant(np.ones((288, 16), np.float32))
+        read = ops.parameter(list(given.shape), np.float32)
+        product = ops.matmul(read, weight, False, False)
+    else:
+        given = torch.ones(1, 32, 16, 16)
+        weight = ops.constant(np.ones((16, 32, 3, 3), np.float32))
+        read = ops.parameter(list(given.shape), np.float32)
+        product = ops.convolution(read, weight, [1, 1], [0, 0], [0, 0], [1, 1])
+    product.set_friendly_name("product")
+    model = openvino.Model([product.output(0)], [read])
+    rounding = Rounding(Range(-0.5, 1.0), 0.0)
+    kept = {"product": Layer(rounding, 0.0, rounding, 1)}
+    assert openvino_int8.quantize(model, kept, openvino_int8.weight_bits()) == 1
+    np.testing.assert_allclose(made(model, given), 288, rtol=0.02)

@@ -41,8 +41,8 @@ from turbochain.runtime.bundle.opened import Bundle
 ROWS = {T2I: {2: 2, 3: 3}, I2I: {2: 3}}
 """Chain → steps → evaluations."""
 OPTIONS: dict[str, dict[str, Any]] = {
-    "onnxruntime": {},
-    "openvino": {"inference_precision": "fp32", "vae_int8": False},
+    "onnxruntime": {"int8": "none"},
+    "openvino": {"inference_precision": "fp32", "int8": "none"},
 }
 
 
