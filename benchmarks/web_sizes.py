@@ -3,8 +3,8 @@
     python benchmarks/web_sizes.py                          # of the published architectures, by their parameters
     python benchmarks/web_sizes.py sd-turbo.site            # of sites, by their files
 
-Parameters are counted in fp16, with TAESD's decoder as the VAE. That is an upper bound: a build leaves out the
-parameters whose results are in its tables. A data file has at most 1 GiB.
+Parameters are counted in fp16, with TAESD as the VAE. That is an upper bound: a build leaves out the parameters whose
+results are in its tables. A data file has at most 1 GiB.
 """
 
 import sys
@@ -25,9 +25,9 @@ def by_parameters(name: str) -> tuple[str, ...]:
 
     parts = synthetic.models(name)
     with torch.device("meta"):
-        decoder = AutoencoderTiny(**presets.preset(name).tiny).decoder
+        tiny = AutoencoderTiny(**presets.preset(name).tiny)
     size = {part: 2 * sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
-    size["vae"] = 2 * sum(p.numel() for p in decoder.parameters())
+    size["vae"] = 2 * sum(p.numel() for p in tiny.parameters())
     text = sum(of for part, of in size.items() if part.startswith("text"))
     return row(name, text, size["unet"], size["vae"], sum(size.values()), min(GIB, max(size.values())))
 

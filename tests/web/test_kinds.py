@@ -1,4 +1,5 @@
-"""Bundles of all kinds in Node: with a ControlNet, slots, guidance, several sizes in fp16, weights in several files."""
+"""Bundles of all kinds in Node: with a ControlNet, slots, guidance, several sizes in fp16, weights in several files, in
+full size."""
 
 import json
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from here import build_here
 from node import Node
 from test_node import IMAGE, camel
 
+from turbochain.engines import build
 from turbochain.export.tracing import weights
 from turbochain.runtime import Pipeline
 from turbochain.runtime.web import export_web
@@ -84,3 +86,13 @@ def test_weights_in_several_files(
     assert any(len(graph["data"]) > 1 for graph in graphs.values() if graph["role"] == "unet")
     cases: list[Case] = [("a", {"seed": 3}), ("a fox", {"seed": 2**40, "num_inference_steps": 2})]
     assert_pythons_pictures(js, bundle, tmp_path, cases)
+
+
+def test_sd_turbo_in_full_size(js: Node, tmp_path: Path) -> None:
+    """About 20 minutes, 12 GiB of disk, 10 GiB of memory: what a browser gets of the real model; random weights."""
+    bundle = tmp_path / "x.bundle"
+    how = {"precision": "fp16", "vae": "tiny", "tasks": ["text-to-image"], "steps": [1], "quiet": True, **ON}
+    build("synthetic:sd-turbo", bundle, **how)
+    assert_pythons_pictures(js, bundle, tmp_path, [("a photo of a cat", {"seed": 3})], levels=8)
+    files = [path.stat().st_size for path in (tmp_path / "site").rglob("*") if path.is_file()]
+    assert sum(files) > 2e9 > max(files)
