@@ -192,8 +192,8 @@ def test_the_picture_is_within_the_bounds_of_int8(built: Built, checkpoints: dic
     made: BuildResult = getattr(built, backend)
     assert {made.precision[graph] for graph in ROLES} == {"int8"} and made.precision["text_encoder"] == "fp32"
     held = {(c.stage, c.metric): c.bound for c in made.checks[TEXT[0]]}
-    assert held["image", "psnr"] == 38 and held["image", "ssim"] == 0.98  # those of bf16
-    assert held["vae_decoder", "psnr"] == 30 and "relative_l2" in dict(k[::-1] for k in held if k[0] == "unet")
+    assert held["image", "psnr"] == held["vae_decoder", "psnr"] == 30 and held["image", "ssim"] == 0.9
+    assert "relative_l2" in dict(k[::-1] for k in held if k[0] == "unet")
     with Pipeline.load(built.bundle, engine=made.engine, backend=backend) as pipe:
         drawn = pipe(**CALL, output_type="uint8").images
     (expected,) = theirs(load_diffusers(checkpoints["sd"]), CALL)
