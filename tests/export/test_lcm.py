@@ -11,11 +11,12 @@ import image_graphs
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, LatentConsistencyModelImg2ImgPipeline
+from diffusers import DiffusionPipeline, LatentConsistencyModelImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from safetensors.numpy import load_file
 
-from turbochain.export import families, schedule, tables
+from turbochain.export import families, recorded_calls, schedule, tables
 from turbochain.export.families import Shape
+from turbochain.export.requested import Requested
 from turbochain.export.run import SamplerRun
 from turbochain.export.sources.checkpoint import Checkpoint
 from turbochain.export.sources.synthetic import write_checkpoint
@@ -81,6 +82,26 @@ def test_the_columns_are_what_the_pipelines_unet_makes(written: Any, table: str)
     made = columns(arrays, table)[column]
     assert made.shape == torch.stack(rows).shape == (steps, 1, made.shape[-1])
     torch.testing.assert_close(made, torch.stack(rows), rtol=1e-5, atol=1e-5)
+
+
+def test_a_recorded_call_follows_a_table_of_its_steps_strength_and_scale(folders: dict[str, Path]) -> None:
+    """It has as many rows as diffusers' pipeline evaluates the network."""
+    checkpoint, pipeline = (
+        Checkpoint(folders["sdxl"]),
+        StableDiffusionXLImg2ImgPipeline.from_pretrained(folders["sdxl"]),
+    )
+    tasks = ("text-to-image", "image-to-image", "inpainting")
+    requested = Requested("x", {}, "fp32", steps=(3, 4), guidance_scales=(8.5, 1.0), tasks=tasks)
+    made = tables.make(checkpoint, requested)
+    layout = tables.layout(checkpoint, requested, made)
+    chains = tables.chains(checkpoint, requested, layout, made)
+    calls = [*recorded_calls.of_layout(layout, chains, 0.0, [], lambda *_: True)]
+    for call in calls:
+        pipeline.scheduler.set_timesteps(call.num_inference_steps)
+        timesteps, _ = pipeline.get_timesteps(call.num_inference_steps, call.strength or 1.0, "cpu")
+        entry = chains[call.chain].tables[call.table]
+        assert (entry.rows, entry.guidance_scale) == (len(timesteps), call.guidance_scale), call
+    assert {(call.chain, call.guidance_scale) for call in calls} == {(task, of) for task in tasks for of in (8.5, 1.0)}
 
 
 def inputs(family: str, pipeline: Any, arrays: dict[str, np.ndarray], row: int) -> tuple[dict[str, Any], torch.Tensor]:
