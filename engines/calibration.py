@@ -36,7 +36,7 @@ SINCE = "0.1.0"
 SPLITS = 20
 """Of groups of roundings, in search of those that cost most; each takes two runs of the graph."""
 
-HEADROOM = 2
+HEADROOM = 4
 """How far the range of a tensor reaches, as a multiple of what is recorded: other prompts make larger values, and what
 is cut off shows more than coarser steps."""
 

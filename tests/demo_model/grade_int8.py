@@ -90,6 +90,7 @@ def compare(exact: Pipeline, int8: Pipeline, asked: Sequence[Scene]) -> dict[str
         "with others": different,
         "without a fault": {"fp32": int(right[0]), "int8": int(right[1])},
         "psnr_db": {"lowest": round(min(psnr), 2), "median": round(float(np.median(psnr)), 2)},
+        "furthest": {str(asked[i]): round(psnr[i], 2) for i in np.argsort(psnr)[:5]},
         "ssim": {"lowest": round(min(ssim), 4), "median": round(float(np.median(ssim)), 4)},
     }
 
