@@ -137,11 +137,11 @@ def ranges_of(built: Built, checkpoint: Path) -> dict[str, list[float]]:
     return found
 
 
-def test_ranges_are_twice_what_diffusers_modules_read(built: Built, checkpoints: dict[str, Path]) -> None:
+def test_ranges_are_four_times_what_diffusers_modules_read(built: Built, checkpoints: dict[str, Path]) -> None:
     expected = ranges_of(built, checkpoints["sd"])
     ranges = [layer.reads.range for layer in description(built, "vae_decoder").layers.values()]
     ours = np.sort([[seen.low, seen.high] for seen in ranges], axis=0)
-    np.testing.assert_allclose(ours, 2 * np.sort(list(expected.values()), axis=0), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(ours, 4 * np.sort(list(expected.values()), axis=0), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("graph", ROLES)
@@ -156,7 +156,7 @@ def test_an_error_is_that_of_diffusers_with_one_tensor_rounded(built: Built, che
     worst = max((layer.reads for layer in description(built, "vae_decoder").layers.values()), key=lambda r: r.error)
     ranges = ranges_of(built, checkpoints["sd"])
     (name,) = [
-        n for n, ends in ranges.items() if np.allclose(ends, [worst.range.low / 2, worst.range.high / 2], rtol=1e-4)
+        n for n, ends in ranges.items() if np.allclose(ends, [worst.range.low / 4, worst.range.high / 4], rtol=1e-4)
     ]
     step, zero = worst.range.step, worst.range.zero
 
