@@ -69,10 +69,9 @@ def of_layout(
         trials = [t for t in task.trials(_steps(chains[name]), layout.stream) if layout.guided or not t.guided]
         found = [(name, _table(tables, trial), trial) for trial in trials]
         known = {tables[table].guidance_scale for _, table, _ in found}
-        for scale in dict.fromkeys(entry.guidance_scale for entry in tables.values()):
-            if scale not in known:
-                of_scale = {table: entry for table, entry in tables.items() if entry.guidance_scale == scale}
-                found.append((name, _table(of_scale, trials[0]), trials[0]))
+        for other in {entry.guidance_scale: None for entry in tables.values() if entry.guidance_scale not in known}:
+            of_scale = {table: entry for table, entry in tables.items() if entry.guidance_scale == other}
+            found.append((name, _table(of_scale, trials[0]), trials[0]))
         asked += found if shape == layout.shapes[0] else found[:1]
         modes = [c.mode for c in layout.steered.of(task.name) if can(task.name, c.mode)]
         asked += [
