@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.full, pytest.mark.usefixtures("one_thread")]
 
 CALLS = 3  # of each combination
 REFUSED = (
-    r"the unet \(\d+ in all\), which diffusers leaves out",  # it says nothing, and draws another picture
+    r"the unet \(\d+ such in all\), which diffusers leaves out",  # it says nothing, and draws another picture
     r"makes NaN or infinity of its latents",  # from noise alone; it draws what begins at a later timestep
 )
 """What is refused though diffusers draws it, and only that."""
