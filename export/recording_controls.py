@@ -70,7 +70,7 @@ def watch(
 
 
 def sampled(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return what was recorded of a call, with a sample in place of each tensor that was made of the control image."""
+    """Return the tensors of a call, with a sample in place of each one that was made from the control image."""
     kept: dict[str, np.ndarray] = {}
     for name, value in found.items():
         own = name.removeprefix(NEGATIVE)

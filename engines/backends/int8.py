@@ -6,9 +6,9 @@ from turbochain.engines.backends.contract import Option, Options
 from turbochain.runtime.bundle.quantization import PARTS
 
 ERRORS = (4.0, 2.8, 2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25)
-"""What int8 may add to the picture, and to the latents, in percent (relative L2) by what was measured of each layer:
-tried in this order until the recorded pictures are within their bounds. From one to the next a picture gains about
-3 dB."""
+"""The error budgets, in percent (relative L2): how much int8 may add to a decoder's picture or to a UNet's latents, as
+summed from the error measured for each layer. They are tried in this order until the recorded pictures are within their
+bounds. From one to the next a picture gains about 3 dB."""
 
 
 OPTIONS = {

@@ -37,8 +37,8 @@ class Recorded:
         return made | {name for name, feed in chain.feeds.items() if feed.when == "step"} | {*chain.carry.values()}
 
     def value(self, name: str, row: int) -> np.ndarray:
-        """Return what was fed or made under this name in a row: from the recording, the table or the walk along it, or
-        from the engine if there is a sample alone."""
+        """Return the tensor of this name in a row: from the recording, the table or the walk along it, or from the
+        engine if the recording has only a sample."""
         if name in self.columns:
             column = self.columns[name]
             return column[row if len(column) > 1 else 0]
@@ -56,7 +56,7 @@ class Recorded:
         return self._of_row(name, row) if name in self._per_step else self.tensors[name]
 
     def sample(self, name: str, row: int) -> np.ndarray | None:
-        """Return the sample that an excerpt has of what was made under this name in a row, if it has one."""
+        """Return the recorded sample of the tensor of this name in a row, or None if there is none."""
         found = self.tensors.get(SAMPLED + name)
         return None if found is None else found[row] if name in self._per_step else found
 
@@ -68,7 +68,7 @@ class Recorded:
         return range(len(self.tensors["prediction"]) if stage.when == "step" else 1)
 
     def _of_row(self, name: str, row: int) -> np.ndarray:
-        """Return what was recorded in a row; an excerpt's last one is that of the loop's last row."""
+        """Return a recorded row; of an excerpt, the last kept row stands for the loop's last."""
         return self.tensors[name][min(row, len(self.tensors[name]) - 1)]
 
     def fed(self, stage: Stage) -> Iterator[tuple[int, dict[str, np.ndarray]]]:

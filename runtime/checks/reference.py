@@ -85,7 +85,7 @@ def read(bundle: Bundle, chain: str, *, adapters: bool = False) -> Reference:
 
 
 def whole(kept: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray], chain: Chain, table: str) -> Arrays:
-    """Return what was recorded of a call, of what the file keeps of it; `export.packing.pack` is the other way.
+    """Restore the tensors of a call from those that the file keeps: the inverse of `export.packing.Packer.pack`.
 
     `columns`: the distinct rows of each column of the time. `table`: the one that the call followed.
     """

@@ -257,7 +257,7 @@ def _check_schedule(chain: OpenChain, recorded: Recorded) -> Iterator[Check]:
 def _check_stage(
     chain: OpenChain, executor: Executor, stage: Stage, precision: str, recorded: Recorded, own: Bounds
 ) -> Iterator[Check]:
-    """Run a stage alone on what was recorded, in every row that was if it is in the loop."""
+    """Run a stage alone on its recorded inputs; a stage in the loop runs in every recorded row."""
     graph = chain.graphs[stage.graph]
     plan, bound = graph_plan(stage.graph, graph), bounds.of_stage(precision, stage.judged, graph.model_class, own)
     for row, feeds in recorded.fed(stage):

@@ -273,7 +273,7 @@ def test_an_engine_is_of_its_description_alone(built: Built, tmp_path: Path) -> 
 
 
 def describe(bundle: Path, graph: str, edit: Callable[[dict[str, Any]], object]) -> None:
-    """Edit the layers of a graph's description, and enter it anew."""
+    """Edit the layers of a graph's description, and record its new hash."""
     file = f"graphs/{graph}.int8.json"
     edit_json(bundle / file, lambda description: edit(description["layers"]))
     record(bundle, file)
